@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Sets the project up and runs it, on this machine's devices or on every node of a hostfile.
+#
+#   ./launch.sh [deepspeed launcher flags] [RECIPE] [recipe flags]
+#
+#   ./launch.sh                                        miras_tiny: one rank per GPU, two on a CPU
+#   ./launch.sh --num_gpus 4 miras_tiny --steps 200    four ranks
+#   ./launch.sh --hostfile hostfile miras_olmo2        every slot of every host
+#   ./launch.sh miras_tiny --help                      the flags of a recipe
+#   ./launch.sh --setup-only                           the environment and native builds, and no run
+#
+# The first word that is neither a launcher flag nor its value is RECIPE; `.venv/bin/mnemos recipes` lists them.
+# The launcher flags are those of `deepspeed --help`. The environment is in .venv, made from $PYTHON (python3).
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
+VENV="$ROOT/.venv"
+PYTHON="${PYTHON:-python3}"
+
+say() { printf 'launch.sh: %s\n' "$*" >&2; }
+fail() {
+  say "$*"
+  exit 2
+}
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+
+# Everything that decides what is installed: when it is unchanged, set-up has nothing to do. The folder counts too, because
+# the commands in .venv/bin hold its path.
+fingerprint() {
+  "$VENV/bin/python" - "$ROOT" <<'PY'
+import hashlib, importlib.metadata, pathlib, sys
+
+root = pathlib.Path(sys.argv[1])
+try:
+    torch = importlib.metadata.version("torch")
+except importlib.metadata.PackageNotFoundError:
+    torch = "none"
+digest = hashlib.sha256(f"{root}\n{sys.version}\n{torch}\n".encode())
+sources = sorted(path for path in (root / "kernels").rglob("*") if path.is_file() and path.suffix != ".md")
+for path in [root / "setup.py", root / "pyproject.toml", root / "constraints.txt", *sources]:
+    digest.update(str(path).encode() + b"\0" + path.read_bytes())
+print(digest.hexdigest())
+PY
+}
+
+is_set_up() {
+  [[ -x "$VENV/bin/python" && -f "$VENV/.set-up" ]] && [[ "$(fingerprint)" == "$(<"$VENV/.set-up")" ]]
+}
+
+# Whether a Python has a torch that this project can use (setup.py: torch>=2.10).
+has_torch() {
+  "$1" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' 2>/dev/null
+}
+
+make_venv() {
+  command -v "$PYTHON" >/dev/null || fail "$PYTHON is not installed: install Python 3.10 or newer, or name one in PYTHON"
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "$PYTHON is $("$PYTHON" -V 2>&1): install Python 3.10 or newer, or name one in PYTHON"
+
+  local options=() outer=""
+  if has_torch "$PYTHON"; then
+    # A vendor's container brings a torch that is built for its driver and libraries: that one is used, not replaced.
+    say "using the torch that $PYTHON has"
+    options=(--system-site-packages)
+    # The system of a virtual environment made from another one is the base Python, not that other one.
+    outer="$("$PYTHON" -c 'import sys, sysconfig; print(sysconfig.get_path("purelib") if sys.prefix != sys.base_prefix else "")')"
+  fi
+  # What is left of a broken or moved environment goes; the lock stays.
+  find "$VENV" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
+  "$PYTHON" -m venv "${options[@]}" "$VENV" >&2 ||
+    fail "$PYTHON -m venv failed: install the venv module (Debian, Ubuntu: apt-get install python3-venv)"
+  if [[ -n "$outer" ]]; then
+    echo "$outer" >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_environment.pth"
+  fi
+}
+
+venv_works() {
+  # A folder that was moved has commands that start with the path it used to have.
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && grep -qsF "$VENV/bin/python" "$VENV/bin/pip"
+}
+
+install_packages() {
+  # A container's own pip constraints are about its own environment; a user scheme has no place in a virtual environment.
+  local pip=(env -u PIP_CONSTRAINT -u PIP_TARGET PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+    "$VENV/bin/python" -m pip install --quiet)
+  local constraints="$ROOT/constraints.txt" given
+  # The version of a torch that the environment sees but does not own.
+  given="$("$VENV/bin/python" -c 'import sys, torch
+print("" if torch.__file__.startswith(sys.prefix + "/") else torch.__version__)' 2>/dev/null || true)"
+  if [[ -n "$given" ]]; then
+    sed "s/^torch==.*/torch==$given/" "$ROOT/constraints.txt" >"$VENV/constraints.txt"
+    constraints="$VENV/constraints.txt"
+  fi
+
+  # torch comes first and the rest is built without isolation: DeepSpeed and the kernels compile against this very torch.
+  say "installing torch ${given:-$(sed -n 's/^torch==//p' "$constraints")} and build tools"
+  "${pip[@]}" -c "$constraints" torch setuptools wheel ninja packaging
+  say "installing DeepSpeed, transformers and the rest"
+  "${pip[@]}" --no-build-isolation -c "$constraints" -e "${ROOT}[dev]"
+}
+
+# DeepSpeed compiles this operation when a process group starts on a CPU; here it costs no training run its first minute.
+prebuild_operations() {
+  if ! command -v "${CXX:-c++}" >/dev/null; then
+    say "warning: no C++ compiler (${CXX:-c++}): nothing native is built; install g++ or clang++ and run --setup-only again"
+    return
+  fi
+  say "building DeepSpeed's communication operation for the CPU"
+  DS_ACCELERATOR=cpu "$VENV/bin/python" - >"$VENV/build.log" 2>&1 <<'PY' ||
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+builder = ShareMemCommBuilder()
+if builder.is_compatible():
+    builder.load(verbose=True)
+PY
+    say "warning: DeepSpeed's communication operation did not build: see $VENV/build.log"
+}
+
+setup_environment() {
+  is_set_up && return
+  mkdir -p "$VENV"
+  (
+    # Two starts at once must not install over each other.
+    if command -v flock >/dev/null; then
+      flock 9
+      is_set_up && exit
+    fi
+    say "setting up $VENV (some minutes the first time)"
+    venv_works || make_venv
+    install_packages
+    prebuild_operations
+    fingerprint >"$VENV/.set-up"
+    say "set-up is complete"
+  ) 9>"$VENV/.lock"
+}
+
+if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+  usage
+  exit
+fi
+
+# Native builds look for ninja on the PATH, and DeepSpeed's launcher for its own commands.
+export PATH="$VENV/bin:$PATH"
+setup_environment
+for word in "$@"; do
+  if [[ "$word" == --setup-only ]]; then
+    exit
+  fi
+done
+
+# Splits launcher flags from recipe flags, checks both, and ends as
+# `exec deepspeed LAUNCHER-FLAGS --module pipeline train RECIPE RECIPE-FLAGS`.
+exec "$VENV/bin/python" -m pipeline.launch_check "$@"

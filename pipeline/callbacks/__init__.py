@@ -1,0 +1,30 @@
+"""What watches a run: progress, metrics, dashboards, plots, profiling."""
+
+from __future__ import annotations
+
+from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.run import Run
+
+__all__ = ["Callback", "StepRecord", "create_callbacks"]
+
+
+def create_callbacks(run: Run) -> list[Callback]:
+    """The callbacks of a run, in the order they are called; those that write exist on rank 0 alone."""
+    from pipeline.callbacks.dashboards import TensorBoard, WeightsAndBiases
+    from pipeline.callbacks.metrics import MetricsFile
+    from pipeline.callbacks.plots import Plots
+    from pipeline.callbacks.profiler import Profiler
+    from pipeline.callbacks.progress import ProgressLines
+
+    callbacks: list[Callback] = []
+    if run.config.profile:
+        callbacks.append(Profiler(run))
+    if run.is_main:
+        callbacks += [MetricsFile(run), ProgressLines(run)]
+        if run.config.report.tensorboard:
+            callbacks.append(TensorBoard(run))
+        if run.config.report.wandb is not None:
+            callbacks.append(WeightsAndBiases(run))
+        if run.config.report.plots:
+            callbacks.append(Plots(run))
+    return callbacks

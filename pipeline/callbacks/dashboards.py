@@ -1,0 +1,70 @@
+"""TensorBoard and Weights & Biases, when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.errors import UserError
+from pipeline.run import Run
+from pipeline.system import Evaluation
+
+
+def _scalars(record: StepRecord) -> dict[str, float]:
+    values = {
+        "train/loss": record.loss,
+        "train/lr": record.lr,
+        "train/grad_norm": record.grad_norm,
+        "train/tok_s": record.tok_s,
+        "train/peak_memory": record.peak_memory,
+        "train/mfu": record.mfu,
+        **record.metrics,
+    }
+    return {key: float(value) for key, value in values.items() if value is not None}
+
+
+class TensorBoard(Callback):
+    """Events under OUT/tensorboard."""
+
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.progress.step + 1)
+
+    def on_step(self, record: StepRecord) -> None:
+        for name, value in _scalars(record).items():
+            self.writer.add_scalar(name, value, record.step)
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        for name, value in evaluation.scalars.items():
+            self.writer.add_scalar(f"val/{name}", value, step)
+
+    def on_end(self, status: str) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases(Callback):
+    """Logs to the W&B project that the config names."""
+
+    def __init__(self, run: Run) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise UserError("--report.wandb needs the wandb package: pip install -e '.[wandb]'") from None
+        self.session: Any = wandb.init(
+            project=run.config.report.wandb,
+            name=run.folder.name,
+            dir=str(run.folder),
+            config=dataclasses.asdict(run.config),
+            resume="allow",
+        )
+
+    def on_step(self, record: StepRecord) -> None:
+        self.session.log(_scalars(record), step=record.step)
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self.session.log({f"val/{name}": value for name, value in evaluation.scalars.items()}, step=step)
+
+    def on_end(self, status: str) -> None:
+        self.session.finish(exit_code=0 if status == "finished" else 1)

@@ -1,0 +1,96 @@
+"""What a person sees while it runs: a bar on a terminal, plain lines otherwise, and training.log in any case."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+
+from tqdm import tqdm
+
+from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.run import Run
+from pipeline.system import Evaluation
+
+
+class ProgressLines(Callback):
+    """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.last = min(run.config.steps, run.config.stop_after or run.config.steps)
+        self.bar: tqdm | None = None
+        self.seconds_per_step: float | None = None
+
+    def on_start(self) -> None:
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.last, initial=self.run.progress.step, unit="step", dynamic_ncols=True)
+
+    def on_step(self, record: StepRecord) -> None:
+        seconds = self.run.tokens_per_step / record.tok_s
+        # Smoothed, so that the ETA does not jump with every slow step.
+        before = self.seconds_per_step
+        self.seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
+        eta = self.seconds_per_step * (self.last - record.step)
+        norm = "skipped" if record.grad_norm is None else f"{record.grad_norm:.3f}"
+        parts = [
+            f"loss {record.loss:.4f}",
+            f"lr {record.lr:.2e}",
+            f"grad {norm}",
+            f"{human(record.tok_s)} tok/s",
+            f"{record.peak_memory / 2**30:.2f} GiB",
+        ]
+        if record.mfu is not None:
+            parts.append(f"MFU {record.mfu:.1%}")
+        # A system's headline metrics have plain names; the rest (a/b) go to the files and dashboards.
+        parts += [f"{key} {value:.3g}" for key, value in record.metrics.items() if "/" not in key]
+        self._log(f"step {record.step}/{self.last}  " + "  ".join(parts) + f"  ETA {clock(eta)}", bar=parts)
+        if self.bar is not None:
+            self.bar.update(record.step - self.bar.n)
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        parts = [f"{name} {value:.4f}" for name, value in evaluation.scalars.items() if name != "labels"]
+        self._say(f"held-out after step {step}:  " + "  ".join(parts))
+
+    def on_checkpoint(self, name: str) -> None:
+        self._say(f"saved {self.run.folder / 'checkpoints' / name}")
+
+    def on_end(self, status: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self._say(f"{status} at step {self.run.progress.step}: {self.run.folder}")
+
+    def _log(self, line: str, bar: list[str]) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.set_postfix_str("  ".join(bar))
+        self._write(line)
+
+    def _say(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line, file=sys.stderr)
+        self._write(line)
+
+    def _write(self, line: str) -> None:
+        with (self.run.folder / "training.log").open("a") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+def human(value: float) -> str:
+    """1234567 as 1.23M."""
+    for unit in ("", "K", "M", "G"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"

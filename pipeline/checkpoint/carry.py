@@ -1,0 +1,76 @@
+"""The carry on disk: every rank writes its streams and heads; any layout of ranks reads the parts it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.parallel.topology import Topology
+from pipeline.system import Carry, CarryEntry
+
+
+def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequence[int]], topology: Topology) -> None:
+    """Writes carry-RANK.safetensors: the rows of every micro-batch, with the global streams they belong to.
+
+    `carries` and `streams` have one entry per micro-batch of a step.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for index, carry in enumerate(carries):
+        for name, entry in carry.items():
+            if entry.heads is None and topology.sequence_rank != 0:
+                continue
+            tensors[f"{index}/{name}"] = entry.tensor.detach().cpu().clone().contiguous()
+            entries.append({"micro": index, "name": name, "streams_dim": entry.streams, "heads_dim": entry.heads})
+    layout = {
+        "entries": entries,
+        "streams": [list(map(int, ids)) for ids in streams],
+        "sequence": topology.sequence,
+        "sequence_rank": topology.sequence_rank,
+    }
+    save_file(tensors, folder / f"carry-{topology.rank:05d}.safetensors", metadata={"layout": json.dumps(layout)})
+
+
+def load_carry(
+    folder: Path, streams: Sequence[Sequence[int]], topology: Topology, device: torch.device
+) -> list[Carry]:
+    """The carry of this rank's streams and heads, one per micro-batch, whatever layout wrote it. [] when none was saved."""
+    # (name, stream) -> [(sequence rank, degree, row)]
+    rows: dict[tuple[str, int], list[tuple[int, int, Tensor]]] = {}
+    dims: dict[str, tuple[int, int | None]] = {}
+    wanted = {stream for ids in streams for stream in ids}
+    for path in sorted(folder.glob("carry-*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            layout = json.loads(handle.metadata()["layout"])
+            for entry in layout["entries"]:
+                ids = layout["streams"][entry["micro"]]
+                if not wanted.intersection(ids):
+                    continue
+                tensor = handle.get_tensor(f"{entry['micro']}/{entry['name']}")
+                dims[entry["name"]] = (entry["streams_dim"], entry["heads_dim"])
+                for row, stream in enumerate(ids):
+                    part = tensor.narrow(entry["streams_dim"], row, 1)
+                    rows.setdefault((entry["name"], stream), []).append(
+                        (layout["sequence_rank"], layout["sequence"], part)
+                    )
+    carries: list[Carry] = []
+    for ids in streams:
+        carry: Carry = {}
+        for name, (stream_dim, heads_dim) in dims.items():
+            whole = []
+            for stream in ids:
+                parts = sorted(rows[name, stream], key=lambda part: part[0])
+                whole.append(parts[0][2] if heads_dim is None else torch.cat([p[2] for p in parts], dim=heads_dim))
+            tensor = torch.cat(whole, dim=stream_dim)
+            if heads_dim is not None:
+                mine = topology.heads(tensor.shape[heads_dim])
+                tensor = tensor.narrow(heads_dim, mine.start, mine.stop - mine.start)
+            carry[name] = CarryEntry(tensor.contiguous().to(device), stream_dim, heads_dim)
+        carries.append(carry)
+    return carries if dims else []

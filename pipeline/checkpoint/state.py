@@ -1,0 +1,247 @@
+"""Saving and restoring a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from pipeline.archive import save_config
+from pipeline.checkpoint.carry import load_carry, save_carry
+from pipeline.checkpoint.manifest import (
+    LATEST,
+    commit,
+    complete_checkpoints,
+    newest,
+    problems,
+    read_manifest,
+    write_manifest,
+)
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import full_state, load_safetensors
+from pipeline.run import Progress, Run, versions
+from pipeline.system import Carry, StatefulLoader
+
+TRAINABLE = "trainable.safetensors"
+TRAINER_STATE = "trainer_state.json"
+
+
+def agree(topology: Topology, problem: str | None) -> None:
+    """Raises the first rank's problem as UserError on every rank, so that all stop with the same reason."""
+    if topology.world > 1:
+        everyone: list[str | None] = [None] * topology.world
+        dist.all_gather_object(everyone, problem)
+        problem = next((text for text in everyone if text is not None), None)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def from_main(topology: Topology, value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if topology.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
+    """The checkpoint that `--resume` means, decided by rank 0; None for a fresh start. Raises UserError on every rank."""
+    found: Path | None = None
+    problem: str | None = None
+    if topology.rank == 0:
+        try:
+            found = _find(config)
+        except UserError as error:
+            problem = str(error)
+    found, problem = from_main(topology, (found, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return found
+
+
+def _find(config: RunConfig) -> Path | None:
+    folder = config.output_dir / "checkpoints"
+    if config.resume == "never":
+        if complete_checkpoints(folder):
+            raise UserError(
+                f"{config.output_dir} holds a run with checkpoints: name another --output-dir, or --resume auto to go on"
+            )
+        return None
+    if config.resume in ("auto", "must"):
+        found = newest(folder)
+        if found is None and config.resume == "must":
+            raise UserError(f"--resume must: no complete checkpoint in {folder}")
+        return found
+    path = Path(config.resume)
+    wrong = problems(path, hashes=False)
+    if wrong:
+        raise UserError(f"--resume {wrong[0]}")
+    return path
+
+
+def save_checkpoint(run: Run, loader: StatefulLoader, carries: Sequence[Carry], streams: Sequence[Sequence[int]]) -> str:
+    """Writes checkpoint-STEP and points `latest` at it; returns its name. Collective.
+
+    Everything is written to a hidden folder first; the manifest is written last, then the folder gets its name, then
+    `latest` is replaced. A save that fails leaves neither. Raises UserError on every rank when a rank cannot write.
+    """
+    assert run.engine is not None and run.phase is not None
+    checkpoints = run.folder / "checkpoints"
+    name = f"checkpoint-{run.progress.step}"
+    partial = checkpoints / f".{name}.partial"
+    if run.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    agree(run.topology, None)
+    problem = None
+    trainable = full_state(run.engine.module, [n for group in run.phase.groups for n in group.parameters])
+    cursors = _merged_cursors(loader, run.topology)
+    try:
+        if run.is_main:
+            save_file(trainable, partial / TRAINABLE)
+            _write(partial / TRAINER_STATE, dataclasses.asdict(run.progress))
+            _write(partial / "loader.json", cursors)
+            save_config(run.config, partial / "config.yaml")
+        save_carry(partial, carries, streams, run.topology)
+        torch.save(rng_state(), partial / f"rng-{run.topology.rank:05d}.pt")
+    except OSError as error:
+        problem = f"{partial}: {error.strerror or error}: nothing was saved at step {run.progress.step}; make room and resume"
+    # Before DeepSpeed's own collectives: a rank that could not write must not leave the others waiting in them.
+    try:
+        agree(run.topology, problem)
+        try:
+            run.engine.save(checkpoints, partial.name)
+        except (OSError, RuntimeError) as error:
+            problem = f"{partial}: {str(error).splitlines()[0]}: nothing was saved at step {run.progress.step}"
+        agree(run.topology, problem)
+    except UserError:
+        if run.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if run.is_main:
+        facts = {
+            "step": run.progress.step,
+            "recipe": run.config.recipe,
+            "system": run.config.model.system,
+            "world": run.topology.world,
+            "data": run.topology.data,
+            "sequence": run.topology.sequence,
+            "zero_stage": run.engine.stage,
+            "versions": versions(),
+            "data_fingerprint": cursors.get("fingerprint"),
+        }
+        try:
+            write_manifest(partial, facts)
+            final = checkpoints / name
+            if final.exists():
+                shutil.rmtree(final)
+            commit(partial, final, checkpoints / LATEST)
+            for old in complete_checkpoints(checkpoints)[: -run.config.keep]:
+                # Without its manifest a half-deleted checkpoint is never taken for a complete one.
+                (old / "manifest.json").unlink()
+                shutil.rmtree(old)
+        except OSError as error:
+            problem = f"{partial}: {error.strerror or error}: step {run.progress.step} was not saved; make room and resume"
+    agree(run.topology, problem)
+    run.last_checkpoint = name
+    return name
+
+
+def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequence[Sequence[int]]) -> list[Carry]:
+    """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective."""
+    assert run.engine is not None
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    mine = {
+        "system": run.config.model.system,
+        "ranks": run.topology.world,
+        "zero_stage": run.engine.stage,
+    }
+    saved = {"system": manifest["system"], "ranks": manifest["world"], "zero_stage": manifest["zero_stage"]}
+    for what, value in mine.items():
+        if saved[what] != value:
+            raise UserError(
+                f"{checkpoint} was saved with {what.replace('_', ' ')} {saved[what]}, this run has {value}:"
+                " start with the same, or take the weights alone with --init-from"
+            )
+    state = json.loads((checkpoint / TRAINER_STATE).read_text())
+    run.progress = Progress(**state)
+    problem = None
+    try:
+        loader.load_state_dict(json.loads((checkpoint / "loader.json").read_text()))
+    except UserError as error:
+        problem = str(error)
+    agree(run.topology, problem)
+    run.engine.load(checkpoint)
+    rng = checkpoint / f"rng-{run.topology.rank:05d}.pt"
+    set_rng_state(torch.load(rng, weights_only=True))
+    run.last_checkpoint = checkpoint.name
+    return load_carry(checkpoint, streams, run.topology, run.device)
+
+
+def load_trainable(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Fills the parameters that a checkpoint trained. Collective; raises UserError."""
+    path = checkpoint / TRAINABLE
+    if not path.is_file():
+        raise UserError(f"{checkpoint}: no {TRAINABLE} there: give the folder of a checkpoint")
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as handle:
+        names = list(handle.keys())
+    known = {name for name, _ in model.named_parameters()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]!r} is no parameter of this model: is it a checkpoint of another one?")
+    load_safetensors(model, [path], {name: name for name in names}, what=str(path))
+
+
+def rng_state() -> dict[str, Any]:
+    """Random states of this rank, in types that `torch.load(weights_only=True)` accepts."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _merged_cursors(loader: StatefulLoader, topology: Topology) -> dict[str, Any]:
+    mine = loader.state_dict()
+    if topology.world == 1:
+        return mine
+    everyone: list[dict[str, Any]] = [{}] * topology.world
+    dist.all_gather_object(everyone, mine)
+    return {**mine, "streams": {key: value for state in everyone for key, value in state.get("streams", {}).items()}}
+
+
+def _write(path: Path, content: Any) -> None:
+    with contextlib.closing(path.open("w")) as handle:
+        json.dump(content, handle, indent=1)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())

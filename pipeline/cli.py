@@ -1,0 +1,223 @@
+"""The commands. Imports nothing heavy until one is chosen."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline import __version__
+from pipeline.errors import RankError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+USAGE = """\
+usage: mnemos COMMAND [arguments]        (or: python -m pipeline COMMAND)
+
+Mnemos trains language models that remember.
+
+  train RECIPE [--section.field value ...]   run a recipe; `train RECIPE --help` lists every flag
+  recipes                                    every recipe, one line each
+  plan RECIPE [flags]                        memory per device, tokens/s and hours, before anything is spent
+  eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
+  bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
+  doctor                                     what this machine has: devices, kernels, attention backends, versions
+  check RECIPE [flags]                       the checks that `train` makes before any rank starts
+
+Every command takes --help. Ranks are started by the deepspeed launcher:
+  ./launch.sh [launcher flags] RECIPE [flags]
+  deepspeed --num_gpus 8 --module pipeline train RECIPE [flags]
+  torchrun --nproc-per-node 8 -m pipeline train RECIPE [flags]
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for an error that the user can mend."""
+    words = without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"mnemos {__version__}")
+        return 0
+    command = COMMANDS.get(words[0])
+    try:
+        if command is None:
+            raise UserError(f"unknown command {words[0]!r}: one of {', '.join(COMMANDS)}")
+        command(words[1:])
+        return 0
+    except RankError as error:
+        return _fail(f"rank {os.environ.get('RANK', '0')}: {error}", everywhere=True)
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            where = f" ({error.filename})" if error.filename else ""
+            return _fail(f"no space left on the device{where}: make room and start again; the run resumes where it was")
+        raise
+
+
+def _fail(message: str, everywhere: bool = False) -> int:
+    # Errors of a whole job are the same on every rank: one line is enough.
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def without_local_rank(words: list[str]) -> list[str]:
+    """Drops the `--local_rank N` that launchers insert; the environment says the same."""
+    kept = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+            continue
+        if word in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not word.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(word)
+    return kept
+
+
+def parse_run(words: Sequence[str], command: str) -> RunConfig:
+    """The config that `RECIPE [--config FILE] [flags]` means. Raises UserError; exits for --help."""
+    from pathlib import Path
+
+    from pipeline.archive import load_config
+    from pipeline.recipes import all_recipes
+
+    recipes = all_recipes()
+    rest = list(words)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    file, rest = _take(rest, "--config")
+    if file is not None:
+        config = load_config(Path(file), recipes)
+        if name is not None and name != config.recipe:
+            raise UserError(f"--config {file} is a run of {config.recipe}, not of {name}: name one of them")
+        name = config.recipe
+    elif name is None:
+        if {"-h", "--help"} & set(rest):
+            print(f"usage: mnemos {command} RECIPE [--config FILE] [flags]\n\nrecipes: {', '.join(sorted(recipes))}")
+            raise SystemExit(0)
+        raise UserError(f"{command} needs a recipe: one of {', '.join(sorted(recipes))}")
+    elif name not in recipes:
+        raise UserError(f"unknown recipe {name!r}: one of {', '.join(sorted(recipes))}")
+    else:
+        config = recipes[name]()
+    return parse_flags(config, rest, f"mnemos {command} {name}")
+
+
+def parse_flags(default: Any, words: Sequence[str], program: str) -> Any:
+    """A dataclass with flags over it. Raises UserError in one line instead of tyro's box; exits for --help."""
+    import contextlib
+    import io
+
+    import tyro
+
+    if {"-h", "--help"} & set(words):
+        return tyro.cli(type(default), default=default, args=words, prog=program, config=(tyro.conf.AvoidSubcommands,))
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured):
+            return tyro.cli(
+                type(default), default=default, args=words, prog=program, config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        raise UserError(f"{_first_paragraph(captured.getvalue())} (see {program} --help)") from None
+
+
+def _first_paragraph(box: str) -> str:
+    lines = []
+    for line in box.splitlines():
+        text = line.strip("╭╮╰╯│─ \t")
+        if line.startswith("╭"):
+            continue
+        if not text and lines:
+            break
+        lines.append(text)
+    return " ".join(" ".join(lines).split()).rstrip(".")
+
+
+def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
+    for index, word in enumerate(words):
+        if word == flag:
+            if index + 1 == len(words):
+                raise UserError(f"{flag} needs a value")
+            return words[index + 1], words[:index] + words[index + 2 :]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2], words[:index] + words[index + 1 :]
+    return None, words
+
+
+def _train(words: Sequence[str]) -> None:
+    config = parse_run(words, "train")
+    from pipeline.engine import stop
+    from pipeline.train import train
+
+    try:
+        train(config)
+    finally:
+        stop()
+
+
+def _check(words: Sequence[str]) -> None:
+    ranks, rest = _take(list(words), "--launch-ranks")
+    for flag in ("--launch-nodes", "--launch-gpus-per-node"):
+        _, rest = _take(rest, flag)
+    config = parse_run(rest, "check")
+    from pipeline.preflight import preflight
+
+    preflight(config, ranks=int(ranks) if ranks is not None else 1)
+
+
+def _recipes(words: Sequence[str]) -> None:
+    from pipeline.recipes import all_recipes, describe
+
+    if words:
+        raise UserError(f"recipes takes no arguments, got {words[0]!r}")
+    found = all_recipes()
+    width = max(map(len, found))
+    for name in sorted(found):
+        print(f"{name:<{width}}  {describe(found[name])}")
+
+
+def _plan(words: Sequence[str]) -> None:
+    from pipeline.plan import run_plan
+
+    run_plan(words)
+
+
+def _eval(words: Sequence[str]) -> None:
+    from pipeline.evals.command import run_eval
+
+    run_eval(words)
+
+
+def _bench(words: Sequence[str]) -> None:
+    from pipeline.bench import run_bench
+
+    run_bench(words)
+
+
+def _doctor(words: Sequence[str]) -> None:
+    from pipeline.doctor import collect, render
+
+    if words:
+        raise UserError(f"doctor takes no arguments, got {words[0]!r}")
+    print(render(collect()))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "recipes": _recipes,
+    "plan": _plan,
+    "eval": _eval,
+    "bench": _bench,
+    "doctor": _doctor,
+    "check": _check,
+}

@@ -1,0 +1,214 @@
+"""RunConfig and its sections: everything that decides a run, as frozen dataclasses.
+
+A recipe is a function that returns a `RunConfig`; `tyro` turns the fields below into flags and their docstrings into help.
+Nothing here touches a device, a file or a process group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a system is made of. Each system derives its own section from this one."""
+
+    system: tyro.conf.Suppress[str] = ""
+    """Name of the folder under pipeline/systems that implements this section."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks are laid out: data degree x sequence degree = ranks."""
+
+    sequence: int = 1
+    """Ulysses degree: how many ranks share one sequence. It divides the ranks, the sequence length and every head count."""
+    timeout_minutes: float = 30.0
+    """How long a collective may wait for a rank before the job ends instead of hanging."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from and how they are cut."""
+
+    path: tuple[str, ...] = ()
+    """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents. Empty: see `dataset`."""
+    dataset: str | None = None
+    """A Hugging Face data set to stream, or `stdlib`: the source files of this machine's Python standard library."""
+    dataset_config: str | None = None
+    """Configuration (subset) of the Hugging Face data set."""
+    split: str = "train"
+    """Split of the Hugging Face data set. Held-out documents are taken out of it."""
+    text_field: str = "text"
+    """Column or key that holds a document's text."""
+    tokenizer: str = "bytes"
+    """`bytes`, a sentencepiece .model file, or the folder or hub name of a Hugging Face tokenizer."""
+    min_tokens: int = 0
+    """Documents shorter than this many tokens are left out, so that a long-context run trains on long documents."""
+    holdout: float = 0.02
+    """Share of documents kept out of training for evaluation, chosen by a hash of the document's identity."""
+    shuffle: bool = True
+    """Visit documents in a new seeded order each epoch (a streamed data set: within a buffer)."""
+    shuffle_buffer: int = 1000
+    """How many documents of a streamed data set are shuffled together."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up, over `steps`."""
+    min_lr_ratio: float = 0.1
+    """A cosine or linear schedule ends at this share of the peak learning rate."""
+    max_skipped: int = 20
+    """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation during and after training."""
+
+    steps: int = 8
+    """Held-out sequences per row that one evaluation reads."""
+    batch_size: int = 0
+    """Rows per data rank; 0: as in training."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What a person sees."""
+
+    log_every: int = 1
+    """Steps between `train` rows of metrics.jsonl and plain progress lines."""
+    plots: bool = True
+    """Draw PNG plots at evaluations and at the end."""
+    tensorboard: bool = False
+    """Write TensorBoard events under OUT/tensorboard."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs the `wandb` extra)."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in TFLOP/s at the training precision, for MFU on a device the table does not know."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Flags are the field names: `--steps 100 --parallel.sequence 2`."""
+
+    recipe: tyro.conf.Suppress[str]
+    """Name of the recipe that made this config."""
+    model: ModelConfig
+    """The system and its sizes."""
+    steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override"])]
+    """Optimizer updates in the whole schedule; steps are counted from 1."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs"])]
+    """Sequences per data rank and micro-batch."""
+    sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]
+    """Tokens per sequence, over all ranks that share it."""
+    lr: float
+    """Peak learning rate."""
+    grad_accum: int = 1
+    """Micro-batches per step."""
+    stop_after: int | None = None
+    """Stop (and save) after this step, leaving the schedule as it is."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    output_dir: Path = Path("outputs")
+    """Run directory."""
+    resume: str = "auto"
+    """auto: from the newest complete checkpoint of the run directory if there is one; must: fail without one; never: start
+    afresh; or the path of a checkpoint."""
+    init_from: Path | None = None
+    """Checkpoint to take weights alone from."""
+    save_every: int = 500
+    """Steps between checkpoints; 0: at the end only."""
+    keep: int = 2
+    """Complete checkpoints to keep."""
+    eval_every: int = 500
+    """Steps between held-out evaluations; 0: at the end only."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """AdamW decay of matrices; vectors, norms and gates are never decayed."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    zero: str = "zero0"
+    """DeepSpeed configuration: a name in ds_configs/ or the path of a JSON file."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    profile: int = 0
+    """Record this many steps (after two of warm-up) with torch.profiler into OUT/profile."""
+    dry_run: bool = False
+    """Build everything, run one step without an update, and stop: nothing is saved."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        positive = {
+            "--steps": self.steps,
+            "--batch-size": self.batch_size,
+            "--sequence-length": self.sequence_length,
+            "--grad-accum": self.grad_accum,
+            "--lr": self.lr,
+            "--parallel.sequence": self.parallel.sequence,
+            "--keep": self.keep,
+            "--report.log-every": self.report.log_every,
+            "--evaluation.steps": self.evaluation.steps,
+        }
+        for flag, value in positive.items():
+            if not value > 0:
+                raise UserError(f"{flag} is {value}: give a value above 0")
+        at_least_zero = {
+            "--save-every": self.save_every,
+            "--eval-every": self.eval_every,
+            "--warmup-steps": self.warmup_steps,
+            "--weight-decay": self.weight_decay,
+            "--clip": self.clip,
+            "--profile": self.profile,
+            "--data.min-tokens": self.data.min_tokens,
+        }
+        for flag, value in at_least_zero.items():
+            if value < 0:
+                raise UserError(f"{flag} is {value}: give 0 or more")
+        if self.stop_after is not None and self.stop_after < 1:
+            raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")
+        if not 0 < self.data.holdout < 1:
+            raise UserError(f"--data.holdout is {self.data.holdout}: give a share between 0 and 1")
+        if self.data.path and self.data.dataset:
+            raise UserError("--data.path and --data.dataset are both given: name one source")
+        if self.sequence_length % self.parallel.sequence:
+            raise UserError(
+                f"--sequence-length {self.sequence_length} is not divisible by --parallel.sequence"
+                f" {self.parallel.sequence}: choose a multiple"
+            )
+
+
+def replace(config: RunConfig, **changes: object) -> RunConfig:
+    """`dataclasses.replace` with section fields spelled `section__field`, so that a recipe derives a variant in a few lines."""
+    plain: dict[str, object] = {}
+    sections: dict[str, dict[str, object]] = {}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            sections.setdefault(section, {})[key] = value
+        else:
+            plain[name] = value
+    for section, values in sections.items():
+        plain[section] = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **plain)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Documents to training batches: sources, tokenizers, packing, stateful loaders."""

@@ -1,0 +1,71 @@
+"""From a run's configuration to its loader."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.data.loader import PackedLoader
+from pipeline.data.sources.base import Source
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import DataConfig, RunConfig
+    from pipeline.parallel.topology import Topology
+
+
+def build_source(data: DataConfig) -> Source:
+    """The corpus that a configuration names; the Python standard library when it names none."""
+    if data.path:
+        from pipeline.data.sources.local import local_files
+
+        return local_files(data.path, data.text_field)
+    if data.dataset is None or data.dataset == "stdlib":
+        from pipeline.data.sources.local import standard_library
+
+        return standard_library()
+    from pipeline.data.sources.huggingface import HuggingFaceStream
+
+    if data.shuffle_buffer < 1:
+        raise UserError(f"--data.shuffle-buffer is {data.shuffle_buffer}: give 1 or more")
+    return HuggingFaceStream(
+        data.dataset,
+        config_name=data.dataset_config,
+        split=data.split,
+        text_field=data.text_field,
+        shuffle_buffer=data.shuffle_buffer,
+    )
+
+
+def build_loader(
+    config: RunConfig,
+    topology: Topology,
+    *,
+    vocab_size: int,
+    held_out: bool = False,
+    source: Source | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> PackedLoader:
+    """The loader of this data rank. `vocab_size` is the model's: a token id beyond it is refused.
+
+    The held-out loader reads in an order that no seed changes; `reset()` it before each evaluation. Unless
+    `--evaluation.batch-size` sets its rows, they are those of training, and a run that resumes on other ranks evaluates
+    the same text.
+    """
+    data, rows = config.data, config.evaluation.batch_size if held_out else 0
+    return PackedLoader(
+        source or build_source(data),
+        tokenizer or load_tokenizer(data.tokenizer),
+        sequence_length=config.sequence_length,
+        batch_size=rows or config.batch_size,
+        grad_accum=1 if rows else config.grad_accum,
+        data_rank=topology.data_rank,
+        data_degree=topology.data,
+        seed=0 if held_out else config.seed,
+        vocab_size=vocab_size,
+        held_out=held_out,
+        holdout=data.holdout,
+        shuffle=data.shuffle,
+        min_tokens=data.min_tokens,
+        prefetch=not held_out,
+    )

@@ -1,0 +1,129 @@
+"""Cuts the endless sequence of a stream's documents, each followed by EOS, into sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.sources.base import Document, Documents, Order
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import UserError
+from pipeline.system import IGNORED
+
+
+@dataclass
+class Cursor:
+    """Where a stream stands: `offset` tokens into the document at (epoch, position), its `segment`-th document."""
+
+    epoch: int
+    position: int
+    offset: int = 0
+    segment: int = 0
+
+
+class DocumentEncoder:
+    """A document to its ids with EOS, or None for one that is left out: an empty one, or one below `min_tokens`."""
+
+    def __init__(self, tokenizer: Tokenizer, *, min_tokens: int, vocab_size: int) -> None:
+        if tokenizer.eos_id >= vocab_size:
+            raise UserError(
+                f"--data.tokenizer {tokenizer.name} ends documents with id {tokenizer.eos_id}, beyond the model's"
+                f" vocabulary of {vocab_size}: choose the tokenizer that the model was made for"
+            )
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._least = max(min_tokens, 1)
+        # An id that stands for text stands for a byte at least (one more id may be the space put before a document).
+        self._least_bytes = self._least - 1 if tokenizer.byte_lengths() is not None else 0
+
+    def __call__(self, document: Document) -> np.ndarray | None:
+        """ids [tokens + 1] int32."""
+        if not document.text or (self._least_bytes and len(document.text.encode()) < self._least_bytes):
+            return None
+        ids = self._tokenizer.encode(document.text)
+        if len(ids) < self._least:
+            return None
+        if ids.max() >= self._vocab_size:
+            outside = np.unique(ids[ids >= self._vocab_size])
+            listed = ", ".join(map(str, outside[:5])) + (", ..." if len(outside) > 5 else "")
+            raise UserError(
+                f"{document.name} has token ids {listed} beyond the model's vocabulary of {self._vocab_size}: choose"
+                f" the tokenizer that the model was made for (--data.tokenizer is {self._tokenizer.name})"
+            )
+        return np.append(ids, self._tokenizer.eos_id).astype(np.int32)
+
+
+class StreamPacker:
+    """One stream. No document is cut short: one that does not fit goes on in the stream's next sequence."""
+
+    def __init__(
+        self,
+        stream: int,
+        documents: Documents,
+        order: Order,
+        encode: Callable[[Document], np.ndarray | None],
+        nothing_found: Callable[[], None],
+    ) -> None:
+        self._stream, self._documents, self._order, self._encode = stream, documents, order, encode
+        self._nothing_found = nothing_found
+        self._cursor = Cursor(0, order.first(stream, 0))
+        self._tokens: np.ndarray | None = None
+
+    def fill(self, input_ids: np.ndarray, labels: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> None:
+        """Writes the stream's next sequence into four arrays [T] int64."""
+        done, length = 0, len(input_ids)
+        while done < length:
+            tokens = self._document()
+            start = self._cursor.offset
+            stop = min(start + length - done, len(tokens))
+            here = slice(done, done + stop - start)
+            input_ids[here] = tokens[start:stop]
+            labels[here] = IGNORED
+            # EOS is the document's last label; what follows EOS starts another document.
+            following = tokens[start + 1 : stop + 1]
+            labels[done : done + len(following)] = following
+            segment_ids[here] = self._cursor.segment
+            positions[here] = np.arange(start, stop)
+            done += stop - start
+            if stop == len(tokens):
+                self._cursor = self._after_document(segment=self._cursor.segment + 1)
+                self._tokens = None
+            else:
+                self._cursor.offset = stop
+
+    def _document(self) -> np.ndarray:
+        """Tokens of the document at the cursor, which moves past documents that are left out."""
+        fruitless = 0
+        while self._tokens is None:
+            cursor = self._cursor
+            document = self._documents.read(cursor.epoch, cursor.position)
+            if document is None:
+                epoch = cursor.epoch + 1
+                self._cursor = Cursor(epoch, self._order.first(self._stream, epoch), 0, cursor.segment)
+                fruitless += 1
+                if fruitless > 1:
+                    self._nothing_found()
+                continue
+            self._tokens = self._encode(document)
+            if self._tokens is None:
+                self._cursor = self._after_document(segment=cursor.segment)
+            elif cursor.offset >= len(self._tokens):
+                raise UserError(
+                    f"{document.name} is shorter than the position that the checkpoint holds: restore the document, or"
+                    " start afresh with --resume never"
+                )
+        return self._tokens
+
+    def _after_document(self, *, segment: int) -> Cursor:
+        return Cursor(self._cursor.epoch, self._cursor.position + self._order.streams, 0, segment)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        hint = self._documents.hint(self._cursor.epoch, self._cursor.position)
+        return asdict(self._cursor) | ({"reader": hint} if hint is not None else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._cursor = Cursor(*(int(state[name]) for name in ("epoch", "position", "offset", "segment")))
+        self._tokens = None

@@ -1,0 +1,1 @@
+"""Where documents come from: local files by random access, Hugging Face data sets as streams."""

@@ -1,0 +1,150 @@
+"""Key-value recall: sequences whose answers lie a known number of tokens back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.loader import check_fingerprint, stream_layout
+from pipeline.data.sources.base import digest
+from pipeline.errors import UserError
+from pipeline.system import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """The recall task.
+
+    A sequence is one document: `pairs` x (key, value), a separator, then filler among which stand the queries, a key of
+    the start each, followed by its value. Ids: 0 separates, then come keys, values and fillers.
+    """
+
+    keys: int = 64
+    """Different keys; those of one sequence are distinct."""
+    values: int = 64
+    """Different values."""
+    fillers: int = 64
+    """Different filler tokens."""
+    pairs: int = 8
+    """Pairs stored in a sequence."""
+    queries: int = 8
+    """Pairs asked for in a sequence, each at most once."""
+    min_gap: int = 64
+    """Least distance, in tokens, from a value to the query for it; above the attention window only a memory answers."""
+    max_gap: int = 240
+    """Largest distance from a value to the query for it."""
+
+    def __post_init__(self) -> None:
+        for flag in ("keys", "values", "fillers", "pairs", "queries", "min_gap"):
+            if getattr(self, flag) < 1:
+                raise UserError(f"recall {flag} is {getattr(self, flag)}: give 1 or more")
+        if self.keys < self.pairs:
+            raise UserError(f"recall has {self.keys} keys for {self.pairs} pairs: give at least a key per pair")
+        if self.queries > self.pairs:
+            raise UserError(f"recall has {self.queries} queries for {self.pairs} pairs: give at most a query per pair")
+        if len(self._slots(0)) < self.queries:
+            raise UserError(
+                f"recall has no room for {self.queries} queries on {self.pairs} pairs from min_gap {self.min_gap} to"
+                f" max_gap {self.max_gap}: raise max_gap to {self._slots(0).start + 2 * self.queries - 3} or more"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + self.keys + self.values + self.fillers
+
+    @property
+    def least_length(self) -> int:
+        """Shortest sequence in which every query and its answer fit."""
+        return self.max_gap + 3
+
+    def _slots(self, shift: int) -> range:
+        """Positions at which any of the pairs may be asked for: the last value bounds them below, the first above."""
+        return range(max(2 * self.pairs - 1 + self.min_gap, 2 * self.pairs + 1) + shift, self.max_gap + 2, 2)
+
+    def example(self, length: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
+        """(input ids, labels), each [length] int64: a function of the config and `key` alone."""
+        draw = np.random.Generator(np.random.Philox(key=[digest("recall", 0, *key), digest("recall", 1, *key)]))
+        keys = 1 + draw.choice(self.keys, self.pairs, replace=False)
+        values = 1 + self.keys + draw.integers(self.values, size=self.pairs)
+        ids = 1 + self.keys + self.values + draw.integers(self.fillers, size=length)
+        ids[: 2 * self.pairs : 2], ids[1 : 2 * self.pairs : 2] = keys, values
+        ids[2 * self.pairs] = 0
+        asked = draw.choice(self.pairs, self.queries, replace=False)
+        slots = self._slots(int(draw.integers(2)))  # the shift makes gaps of both parities
+        if len(slots) < self.queries:
+            slots = self._slots(0)
+        places = draw.choice(np.array(slots), self.queries, replace=False)
+        ids[places], ids[places + 1] = keys[asked], values[asked]
+        labels = np.full(length, IGNORED)
+        labels[places] = values[asked]
+        return ids, labels
+
+
+def recall_gaps(input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Distance from a query to the value that answers it, [rows, T] int64; -1 where there is no query.
+
+    It takes whole sequences, and reads the gap off the first place where the query's key stands.
+    """
+    gaps = torch.full_like(input_ids, -1)
+    rows, queries = (labels != IGNORED).nonzero(as_tuple=True)
+    keys = input_ids[rows, queries]
+    first = (input_ids[rows] == keys[:, None]).long().argmax(1)
+    gaps[rows, queries] = queries - (first + 1)
+    return gaps
+
+
+class RecallLoader:
+    """Recall sequences with the contract of `StatefulLoader`: row i of step n depends on (seed, split, i, n) alone."""
+
+    def __init__(
+        self,
+        config: RecallConfig,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        grad_accum: int = 1,
+        data_rank: int = 0,
+        data_degree: int = 1,
+        seed: int = 0,
+        held_out: bool = False,
+    ) -> None:
+        if sequence_length < config.least_length:
+            raise UserError(
+                f"--sequence-length {sequence_length} is too short for recall over max_gap {config.max_gap}: give"
+                f" {config.least_length} or more, or lower max_gap"
+            )
+        self.config, self.sequence_length, self.batch_size = config, sequence_length, batch_size
+        self.streams, self.mine = stream_layout(batch_size, grad_accum, data_rank, data_degree)
+        self._key = (seed, "held out" if held_out else "training")
+        self._step = 0
+        self.fingerprint: dict[str, Any] = {
+            "streams": self.streams,
+            "source": {"task": "recall", "length": sequence_length, **asdict(config)},
+            "seed": seed,
+            "held_out": held_out,
+        }
+
+    def next_step(self) -> list[Batch]:
+        """The micro-batches of one optimizer step, on the CPU; the step's number is the segment id."""
+        examples = [self.config.example(self.sequence_length, *self._key, i, self._step) for i in self.mine]
+        input_ids, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*examples, strict=True))
+        segment_ids = torch.full_like(input_ids, self._step)
+        positions = torch.arange(self.sequence_length).repeat(len(self.mine), 1)
+        self._step += 1
+        tensors = (input_ids, labels, segment_ids, positions, torch.tensor(self.mine))
+        return [Batch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"streams": {str(i): {"step": self._step} for i in self.mine}, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._step = int(state["streams"][str(self.mine[0])]["step"])
+
+    def reset(self) -> None:
+        """Back to the first step, as an evaluation does before it starts."""
+        self._step = 0

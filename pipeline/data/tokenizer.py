@@ -1,0 +1,246 @@
+"""Tokenizers: raw bytes, Hugging Face, sentencepiece, behind one protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+_PROBE = (
+    "The  quick\tbrown\n\n    fox_jumps(over=13.37) l'été, Straße, 日本語, Ελληνικά, \U0001f9e0 <|endoftext|> </s>\r\n"
+)
+"""Text whose ids stand for a tokenizer's rules in its fingerprint; the vocabulary stands for itself."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. No method adds special tokens, and text that looks like one is ordinary text."""
+
+    name: str
+    vocab_size: int
+    """Ids are below this; a model may have more rows."""
+    eos_id: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """ids [tokens] int64."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str: ...
+
+    def byte_lengths(self) -> Tensor | None:
+        """UTF-8 bytes of text that each id stands for, [vocab_size] int64, specials 0; None where ids do not tell."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids."""
+        ...
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8 and 256 ends a document; 257 to 259 are spare and never produced."""
+
+    name = "bytes"
+    vocab_size = 260
+    eos_id = 256
+    fingerprint = "bytes/1"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
+        return bytes(i for i in _as_list(ids) if i < 256).decode(errors="replace")
+
+    def byte_lengths(self) -> Tensor:
+        return (torch.arange(self.vocab_size) < 256).long()
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of transformers, from a folder or the Hub. Code that comes with a model is never run."""
+
+    def __init__(self, name: str) -> None:
+        import transformers
+
+        self.name = name
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # every kind of broken folder, wrong name and dead network raises something else
+            raise UserError(
+                f"--data.tokenizer {name} cannot be loaded ({_first_line(error)}): give `bytes`, a .model file, or the"
+                " folder or Hub name of a tokenizer that needs no code of its own"
+            ) from error
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f"--data.tokenizer {name} has no end-of-document token: set eos_token in its configuration")
+        self.eos_id: int = self._tokenizer.eos_token_id
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self.vocab_size = max(self._vocabulary.values()) + 1
+        self._backend = _backend(self._tokenizer)
+
+    def encode(self, text: str) -> np.ndarray:
+        if self._backend is not None:
+            ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        else:
+            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return np.array(ids, np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
+        text = self._tokenizer.decode(_as_list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def byte_lengths(self) -> Tensor | None:
+        """Known for byte-level BPE and for pieces with byte fallback.
+
+        Where the tokenizer puts a space before a document, the first token counts it. Unicode normalisation to NFC is
+        taken as lossless; any other normalisation hides how long the text was.
+        """
+        return self._byte_lengths
+
+    @cached_property
+    def _byte_lengths(self) -> Tensor | None:
+        if self._backend is None:
+            return None
+        return _piece_bytes(json.loads(self._backend.to_str()), self._vocabulary, self.vocab_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        state = blake2b(digest_size=16)
+        state.update(json.dumps(sorted(self._vocabulary.items())).encode())
+        state.update(json.dumps([self.eos_id, self.encode(_PROBE).tolist()]).encode())
+        return f"huggingface/{state.hexdigest()}"
+
+
+def _backend(tokenizer: Any) -> Any:
+    """A private copy of the Rust tokenizer: its settings stay as they are here, so threads may share it."""
+    import tokenizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _piece_bytes(description: dict[str, Any], vocabulary: dict[str, int], size: int) -> Tensor | None:
+    """Bytes per id from a tokenizer.json, [size], or None where pieces do not tell."""
+    normalizers = list(_components(description["normalizer"], "normalizers"))
+    decoders = [part["type"] for part in _components(description["decoder"], "decoders")]
+    added = {token["id"]: token for token in description["added_tokens"]}
+    lengths = torch.zeros(size, dtype=torch.long)
+    for token in added.values():
+        if not token["special"]:
+            lengths[token["id"]] = len(token["content"].encode())
+    pieces = [(piece, i) for piece, i in vocabulary.items() if i not in added]
+    if "ByteLevel" in decoders and all(part["type"] in ("NFC", "ByteLevel") for part in normalizers):
+        alphabet = _byte_alphabet()
+        if not all(alphabet.issuperset(piece) for piece, _ in pieces):
+            return None
+        for piece, i in pieces:
+            lengths[i] = len(piece)
+        return lengths
+    if description["model"].get("byte_fallback") and all(_keeps_text(part) for part in normalizers):
+        for piece, i in pieces:
+            lengths[i] = 1 if _is_byte(piece) else len(piece.replace("▁", " ").encode())
+        return lengths
+    return None
+
+
+def _components(part: dict[str, Any] | None, field: str) -> Iterable[dict[str, Any]]:
+    """The members of a sequence, or the part itself."""
+    if part is None:
+        return []
+    return part[field] if part["type"] == "Sequence" else [part]
+
+
+def _keeps_text(normalizer: dict[str, Any]) -> bool:
+    """Whether a normalizer only spells spaces as U+2581."""
+    if normalizer["type"] == "Replace":
+        return normalizer["pattern"] == {"String": " "} and normalizer["content"] == "▁"
+    return normalizer["type"] == "Prepend" and normalizer["prepend"] == "▁"
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _byte_alphabet() -> set[str]:
+    """The characters that byte-level BPE writes bytes with: printable Latin-1 as itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return {chr(code) for code in printable} | {chr(256 + i) for i in range(256 - len(printable))}
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece .model file."""
+
+    def __init__(self, path: str) -> None:
+        import sentencepiece
+
+        self.name = path
+        if not Path(path).is_file():
+            raise UserError(f"--data.tokenizer {path} does not exist: give the path of a sentencepiece .model file")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"--data.tokenizer {path} is no sentencepiece model: {_first_line(error)}") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.eos_id: int = self._model.eos_id()
+        if self.eos_id < 0:
+            raise UserError(f"--data.tokenizer {path} has no </s> piece to end documents with: train it with an eos_id")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._model.encode(text), np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
+        return self._model.decode(_as_list(ids))
+
+    def byte_lengths(self) -> Tensor | None:
+        """Known for models with byte fallback that leave text as it is.
+
+        A space that the model puts before a document counts once, and U+2581 in a text counts as the space it becomes.
+        """
+        model, ids = self._model, range(self.vocab_size)
+        probe = (
+            "\uff21 \ufb01\t \xe9  \n z"  # a full-width letter, a ligature and white space: what normalisation alters
+        )
+        altered = model.normalize(probe).lstrip("▁") != probe.replace(" ", "▁")
+        if altered or not any(map(model.is_byte, ids)):
+            return None
+        lengths = torch.tensor([len(model.id_to_piece(i).replace("▁", " ").encode()) for i in ids])
+        lengths[[i for i in ids if model.is_byte(i)]] = 1
+        lengths[[i for i in ids if model.is_control(i) or model.is_unknown(i)]] = 0
+        return lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return f"sentencepiece/{blake2b(self._model.serialized_model_proto(), digest_size=16).hexdigest()}"
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`bytes`, the path of a sentencepiece .model file, or the folder or Hub name of a Hugging Face tokenizer."""
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name).expanduser()
+    if name.endswith(".model"):
+        return SentencePieceTokenizer(str(path))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.exists():
+        raise UserError(f"--data.tokenizer {name} does not exist: give `bytes`, a .model file, a folder or a Hub name")
+    return HuggingFaceTokenizer(str(path) if path.exists() else name)
+
+
+def _as_list(ids: Sequence[int] | np.ndarray | Tensor) -> list[int]:
+    return ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__

@@ -1,0 +1,298 @@
+"""What this machine has, as far as this project cares: devices, versions, backends, compilers, and what to mend.
+
+Nothing here may fail because something is missing: what cannot be found is None, and what that costs is a warning.
+DeepSpeed is looked at from outside (its version, its built operation), because importing it picks an accelerator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.machine import Machine
+
+PACKAGES = (
+    *("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "einops", "safetensors"),
+    *("sentencepiece", "tyro", "pydantic", "psutil", "matplotlib", "tensorboard", "ninja"),
+    *("flash-attn", "flash-attn-4", "lm-eval", "wandb"),
+)
+COMMUNICATION_OP = "deepspeed_shm_comm"
+LOW_DISK = 10 * 2**30
+SETUP = "run ./launch.sh --setup-only"
+
+Report = dict[str, Any]
+
+
+def collect() -> Report:
+    """Everything `render` shows, ready for JSON: one mapping per section, and a list of warnings."""
+    machine = Machine(os.environ)
+    report: Report = {
+        "python": {"version": platform.python_version(), "executable": sys.executable, "prefix": sys.prefix},
+        "machine": _machine(machine),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "torch": _torch(),
+        "gpus": _gpus(),
+        "tools": _tools(),
+    }
+    warnings: list[str] = []
+    report["deepspeed"] = _deepspeed(machine, warnings)
+    device = "cuda" if report["deepspeed"]["accelerator"] == "cuda" else "cpu"
+    report["attention"] = _attention(device)
+    report["kernels"] = _kernels(device)
+    report["warnings"] = warnings + list(_warnings(report, machine))
+    return report
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """A table for a person."""
+    machine, torch, deepspeed = report["machine"], report["torch"], report["deepspeed"]
+    rows: list[tuple[str, str]] = [
+        ("python", f"{report['python']['version']}  ({report['python']['executable']})"),
+        ("platform", machine["platform"]),
+        ("cpu", f"{machine['cpu'] or 'unknown'}, {machine['cores']} cores"),
+        ("memory", f"{_gib(machine['memory'])}, {_gib(machine['memory_free'])} free"),
+        ("disk", f"{_gib(machine['disk_free'])} free here"),
+        ("", ""),
+    ]
+    for index, gpu in enumerate(report["gpus"]):
+        rows.append((f"gpu {index}", f"{gpu['name']}, {_gib(gpu['memory'])}, compute capability {gpu['capability']}"))
+    rows += [
+        *([] if report["gpus"] else [("gpu", "none that torch can use")]),
+        ("driver", machine["driver"] or "none"),
+        ("torch build", f"CUDA {torch['cuda']}, NCCL {torch['nccl'] or 'not in use'}" if torch["cuda"] else "CPU"),
+        ("deepspeed", f"accelerator {deepspeed['accelerator']}, backend {deepspeed['backend']}"),
+        ("  communication op", deepspeed["communication_op"] or "not built"),
+        ("", ""),
+    ]
+    attention, kernels = report["attention"], report["kernels"]
+    rows += [(f"attention: {name}", state) for name, state in attention["backends"].items()]
+    rows += [(f"  auto, {kind}", name) for kind, name in attention["auto"].items()]
+    rows.append(("native kernels", ", ".join(kernels["built"]) or "none built"))
+    rows.append(("  miras_scan", f"runs on {kernels['miras_scan'][0]}" if kernels["miras_scan"] else "does not run"))
+    rows.append(("", ""))
+    rows += [(name, state or "none") for name, state in report["tools"].items()]
+    rows.append(("", ""))
+    rows += [(name, version or "-") for name, version in report["packages"].items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+    lines += ["", *(f"warning: {warning}" for warning in report["warnings"])]
+    return "\n".join(lines).rstrip()
+
+
+def _machine(machine: Machine) -> Report:
+    memory = memory_free = None
+    with contextlib.suppress(Exception):
+        import psutil
+
+        memory, memory_free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    disk_free = None
+    with contextlib.suppress(OSError):
+        disk_free = shutil.disk_usage(Path.cwd()).free
+    driver = None
+    with contextlib.suppress(OSError):
+        match = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+        driver = f"NVIDIA {match[0]}" if match else None
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": machine.cores(),
+        "memory": memory,
+        "memory_free": memory_free,
+        "disk_free": disk_free,
+        "driver": driver,
+    }
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> Report:
+    """What torch was built with; `error` when it does not load."""
+    try:
+        import torch
+
+        nccl = None
+        if torch.cuda.is_available():
+            nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        return {"cuda": torch.version.cuda, "nccl": nccl, "error": None}
+    except Exception as error:  # a broken install fails in many ways, and the report must come anyway
+        return {"cuda": None, "nccl": None, "error": f"{type(error).__name__}: {error}"}
+
+
+def _gpus() -> list[Report]:
+    found = []
+    with contextlib.suppress(Exception):
+        import torch
+
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            device = torch.cuda.get_device_properties(index)
+            capability = f"{device.major}.{device.minor}"
+            found.append({"name": device.name, "memory": device.total_memory, "capability": capability})
+    return found
+
+
+def _tools() -> dict[str, str | None]:
+    """The first line of every tool's `--version`."""
+    commands = {"c++ compiler": os.environ.get("CXX") or "c++", "nvcc": _nvcc(), "ninja": "ninja", "pdsh": "pdsh"}
+    return {name: _first_line(command, "-V" if name == "pdsh" else "--version") for name, command in commands.items()}
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return str(Path(home) / "bin" / "nvcc") if home else "nvcc"
+
+
+def _first_line(command: str, flag: str) -> str | None:
+    # ninja is installed next to Python, which need not be on the PATH.
+    path = shutil.which(command) or shutil.which(command, path=str(Path(sys.executable).parent))
+    if path is None:
+        return None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        answer = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, check=False)
+        lines = [line for line in answer.stdout.splitlines() if line.strip()]
+        # nvcc says its release in a later line.
+        release = [line for line in lines if "release" in line]
+        return (release or lines or [path])[0].strip()
+    return path
+
+
+def _deepspeed(machine: Machine, warnings: list[str]) -> Report:
+    accelerator = "cpu"
+    try:
+        accelerator = "cuda" if machine.gpus() else "cpu"
+    except UserError as error:
+        warnings.append(str(error))
+    return {
+        "accelerator": accelerator,
+        "backend": "nccl" if accelerator == "cuda" else "gloo",
+        "communication_op": _built_operation(),
+    }
+
+
+def _built_operation() -> str | None:
+    """Path of the operation that DeepSpeed compiles for a process group on a CPU, among what torch has compiled."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if named:
+        folders = [Path(named)]
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+        folders = sorted(cache.glob(f"py{sys.version_info.major}{sys.version_info.minor}*"))
+    for folder in folders:
+        for path in (folder / COMMUNICATION_OP).glob("*.so"):
+            return str(path)
+    return None
+
+
+def _attention(device: str) -> Report:
+    """Which attention backends load, and which one `auto` takes for bfloat16 heads of 128 (float32 on a CPU)."""
+    try:
+        import torch
+
+        from pipeline.ops.attention import choose_attention
+        from pipeline.ops.attention_flash import MODULES, varlen_function
+    except Exception as error:
+        return {"backends": {"sdpa": f"torch does not load ({type(error).__name__})"}, "auto": {}}
+    backends = {"sdpa": "yes"}
+    try:
+        importlib.import_module("torch.nn.attention.flex_attention")
+        backends["flex"] = "yes" if device == "cuda" else "yes (needs a GPU for the backward pass)"
+    except Exception as error:
+        backends["flex"] = f"no ({error})"
+    for name in sorted(MODULES):
+        backends[name] = "yes" if varlen_function(name) is not None else "not installed"
+    auto = {}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for kind, sinks in (("full", 0), ("window", 4)):
+        try:
+            auto[kind] = choose_attention("full" if kind == "full" else "window", sinks, device, dtype, 128)
+        except ValueError as error:
+            auto[kind] = str(error)
+    return {"backends": backends, "auto": auto}
+
+
+def _kernels(device: str) -> Report:
+    """Native libraries in the package, and the backends of `miras_scan` that run here, in the order `auto` prefers."""
+    built = sorted(path.name for path in Path(__file__).parent.rglob("*.so"))
+    running = []
+    with contextlib.suppress(Exception):
+        import torch
+
+        from pipeline.ops import miras_scan
+
+        for backend in ("cuda", "cpu", "torch"):
+            # A backend that is not built, or not for this device, refuses.
+            with contextlib.suppress(Exception):
+                where = "cpu" if backend == "cpu" else device
+                vector = torch.ones(1, 2, 1, 16, device=where)
+                gate = torch.full((1, 2, 1), 0.5, device=where)
+                miras_scan(vector, vector, vector, gate, gate, gate, backend=backend)
+                running.append(backend)
+    return {"built": built, "miras_scan": running}
+
+
+def _warnings(report: Mapping[str, Any], machine: Machine) -> Iterator[str]:
+    if report["torch"]["error"]:
+        yield f"torch does not load ({report['torch']['error'].splitlines()[0]}): {SETUP}"
+    if not report["gpus"] and machine.idle_gpus():
+        yield (
+            "there are NVIDIA GPUs, but torch cannot use them: install a torch built for this driver"
+            " (https://pytorch.org/get-started/locally), then " + SETUP
+        )
+    if report["tools"]["c++ compiler"] is None:
+        yield f"no C++ compiler, so nothing native is built: install g++ or clang++, then {SETUP}"
+    elif report["deepspeed"]["communication_op"] is None:
+        yield f"DeepSpeed's communication operation for a CPU is not built: {SETUP}"
+    if report["tools"]["ninja"] is None:
+        yield f"no ninja, which native builds need: {SETUP}"
+    if not report["kernels"]["miras_scan"]:
+        yield f"miras_scan runs on no backend here: {SETUP}"
+    disk = report["machine"]["disk_free"]
+    if disk is not None and disk < LOW_DISK:
+        yield f"{_gib(disk)} of disk left here: name a roomier --output-dir"
+    yield from _unmet_requirements()
+
+
+def _unmet_requirements() -> Iterator[str]:
+    try:
+        from packaging.requirements import Requirement
+
+        stated = importlib.metadata.requires("mnemos") or []
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        yield f"the package is not installed in this environment: {SETUP}"
+        return
+    for line in stated:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None:
+            yield f"{requirement.name} is missing: {SETUP}"
+        elif not requirement.specifier.contains(version, prereleases=True):
+            yield f"{requirement.name} {version} is not {requirement.specifier}: {SETUP}"
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,246 @@
+"""DeepSpeed: start the ranks, build a sharded model, and initialise, backward, step."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    # DeepSpeed picks its accelerator when it is imported; without this it probes for drivers that are not there.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.parallel.topology import Topology, create_topology
+from pipeline.system import Phase
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+def start(config: RunConfig) -> Topology:
+    """Joins the process group (one of a single rank without a launcher) and lays out the ranks."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {os.environ['RANK']}: no GPU {local_rank} here (there are {torch.cuda.device_count()}):"
+                " start fewer ranks"
+            )
+        get_accelerator().set_device(local_rank)
+    deepspeed_logger.setLevel("WARNING")
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name() if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=datetime.timedelta(minutes=config.parallel.timeout_minutes),
+        )
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    return create_topology(
+        config.parallel.sequence, local_rank=local_rank, nodes=max(1, world // local) if local else 1
+    )
+
+
+def stop() -> None:
+    """Leaves the process group; gloo's threads abort the interpreter when it ends without this."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device_of(topology: Topology) -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", topology.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def precision_of(config: RunConfig) -> torch.dtype:
+    """The dtype that the model computes in; master weights and optimizer state are float32 in any case."""
+    if config.precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def config_path(name: str) -> Path:
+    """The file that `--zero NAME` means."""
+    path = Path(name) if name.endswith(".json") else CONFIG_FOLDER / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONFIG_FOLDER.glob("*.json")))
+        raise UserError(f"--zero {name}: no such DeepSpeed configuration; known: {known}, or the path of a JSON file")
+    return path
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the named file with every "auto" decided. Raises UserError."""
+    path = config_path(config.zero)
+    try:
+        resolved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}): mend the file") from None
+    decided = {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.grad_accum,
+        "gradient_clipping": config.clip,
+    }
+    for key, value in decided.items():
+        if resolved.get(key, "auto") not in ("auto", value):
+            raise UserError(f"{path}: {key} is {resolved[key]} but the run says {value}: write \"auto\" there")
+        resolved[key] = value
+    resolved.pop("train_batch_size", None)
+    bf16 = resolved.setdefault("bf16", {})
+    if bf16.get("enabled", "auto") == "auto":
+        bf16["enabled"] = precision_of(config) == torch.bfloat16
+    resolved.setdefault("zero_allow_untested_optimizer", True)
+    resolved.setdefault("steps_per_print", 2**31)
+    return resolved
+
+
+@contextlib.contextmanager
+def building(ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Builds modules in `dtype`; with ZeRO-3 every parameter is sharded as soon as its module exists."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+            # Its dtype comes from the config: given as an argument, 0.19.8 ignores it where float16 is not supported.
+            # mem_efficient_linear would replace torch's linear in the whole process.
+            with deepspeed.zero.Init(config_dict_or_path=ds_config, mem_efficient_linear=False):
+                yield
+        else:
+            with torch.device(get_accelerator().current_device_name()):
+                yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did. `grad_norm` is over all parameters, before clipping; NaN or inf when skipped."""
+
+    grad_norm: float
+    skipped: bool
+    lr: float
+
+
+class Engine:
+    """One phase's DeepSpeed engine."""
+
+    def __init__(self, model: nn.Module, phase: Phase, config: RunConfig, ds_config: dict[str, Any]) -> None:
+        named = dict(model.named_parameters())
+        trainable = {name for group in phase.groups for name in group.parameters}
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in trainable)
+        groups = [
+            {
+                "params": [named[name] for name in group.parameters],
+                "lr": config.lr * group.lr_scale,
+                "weight_decay": group.weight_decay,
+                "name": group.name,
+            }
+            for group in phase.groups
+        ]
+        self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        optimizer = self._optimizer(groups, config, ds_config)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+        self._peak_lrs = [config.lr * group.lr_scale for group in phase.groups]
+
+    @staticmethod
+    def _optimizer(
+        groups: Sequence[dict[str, Any]], config: RunConfig, ds_config: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        betas, eps = config.optimizer.betas, config.optimizer.eps
+        if offload != "none" and torch.cuda.is_available():
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(list(groups), lr=config.lr, betas=betas, eps=eps, adamw_mode=True)
+        return torch.optim.AdamW(list(groups), lr=config.lr, betas=betas, eps=eps, fused=True)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradients of one micro-batch; `loss` is already divided (see parallel/loss.py)."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+
+    def step(self, lr_multiple: float) -> StepResult:
+        """Updates the weights after the last micro-batch, or skips the update on every rank when a gradient is not finite.
+
+        `lr_multiple` times each group's peak learning rate is the rate of this update: the schedule is a function of the
+        step alone, so a skipped update or a resume cannot shift it.
+        """
+        for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * lr_multiple
+        lr = self._peak_lrs[0] * lr_multiple
+        if self.stage == 0:
+            norm = self._full_norm()
+            if not math.isfinite(norm):
+                self._discard()
+                return StepResult(norm, True, lr)
+            self.deepspeed.step()
+            return StepResult(norm, False, lr)
+        self.deepspeed.step()
+        skipped = bool(self.optimizer.overflow)
+        norm = math.nan if skipped else float(self.optimizer._global_grad_norm)
+        return StepResult(norm, skipped, lr)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The full, averaged gradient of a parameter between `backward` and `step`, on every rank; None without one."""
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.stage == 0 and parameter.grad is not None:
+            return parameter.grad
+        return safe_get_full_grad(parameter)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Writes DeepSpeed's shards under folder/tag; frozen parameters are left out. Collective."""
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, checkpoint: Path) -> None:
+        """Reads DeepSpeed's shards of a checkpoint folder. Collective."""
+        path, _ = self.deepspeed.load_checkpoint(
+            str(checkpoint.parent),
+            tag=checkpoint.name,
+            load_module_strict=False,
+            load_lr_scheduler_states=False,
+        )
+        if path is None:
+            raise UserError(f"{checkpoint}: DeepSpeed found no shards there")
+
+    def _full_norm(self) -> float:
+        source = self.optimizer.get_grads_for_norm() if hasattr(self.optimizer, "get_grads_for_norm") else None
+        gradients = source or [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _discard(self) -> None:
+        if hasattr(self.optimizer, "clear_hp_grads"):
+            self.optimizer.clear_hp_grads()
+            self.optimizer.clear_lp_grads()
+        self.deepspeed.zero_grad()
+        self.deepspeed.micro_steps += 1

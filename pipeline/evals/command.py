@@ -1,0 +1,91 @@
+"""`eval CHECKPOINT`: held-out perplexity by position and recall by distance, with the memory on and off."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.archive import load_config
+from pipeline.callbacks.plots import draw_curve
+from pipeline.checkpoint.manifest import problems
+from pipeline.checkpoint.state import load_trainable
+from pipeline.cli import parse_flags
+from pipeline.engine import building, device_of, precision_of, start, stop
+from pipeline.errors import UserError
+from pipeline.recipes import all_recipes
+from pipeline.run import machine, versions
+from pipeline.system import Curve, Evaluation, create_system
+
+
+def run_eval(words: Sequence[str]) -> None:
+    """The command. Any flag of the recipe may follow the checkpoint; the result goes beside the checkpoint's run."""
+    if not words or words[0].startswith("-"):
+        raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
+    checkpoint = resolve(Path(words[0]))
+    wrong = problems(checkpoint, hashes=False)
+    if wrong:
+        raise UserError(wrong[0])
+    config = parse_flags(
+        load_config(checkpoint / "config.yaml", all_recipes()), words[1:], f"mnemos eval {words[0]}"
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % config.parallel.sequence:
+        # A checkpoint of two sequence ranks is evaluated on one laptop as well.
+        config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=1))
+    try:
+        topology = start(config)
+        system = create_system(config)
+        system.check(topology)
+        with building({}, precision_of(config)):
+            model = system.build()
+        system.initialise(model)
+        load_trainable(model, checkpoint)
+        (phase, *_) = system.phases(model)
+        evaluation = system.evaluate(model.to(device_of(topology)), phase, topology)
+        if topology.rank == 0:
+            folder = checkpoint.parent.parent / "evals" / checkpoint.name
+            write(evaluation, folder, {"versions": versions(), "machine": machine(topology), "checkpoint": checkpoint.name})
+            print(render(evaluation))
+            print(f"written to {folder}")
+    finally:
+        stop()
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint folder; a run folder means the one that its `latest` names."""
+    latest = path / "checkpoints" / "latest"
+    if latest.is_file():
+        return path / "checkpoints" / latest.read_text().strip()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint")
+    return path
+
+
+def write(evaluation: Evaluation, folder: Path, facts: dict[str, object]) -> None:
+    """evaluation.json and a PNG with its numbers per curve."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps({**facts, "scalars": evaluation.scalars}, indent=2) + "\n")
+    for name, curve in evaluation.curves.items():
+        draw_curve(curve, folder / f"{name}.png")
+
+
+def render(evaluation: Evaluation) -> str:
+    """Scalars, then each curve as a table."""
+    lines = [f"{name:<24} {value:.6g}" for name, value in evaluation.scalars.items()]
+    for curve in evaluation.curves.values():
+        lines += ["", *_table(curve)]
+    return "\n".join(lines)
+
+
+def _table(curve: Curve) -> list[str]:
+    labels = list(curve.series)
+    lines = [f"{curve.title}: {curve.y_label}", f"{curve.x_label:>48}  " + "  ".join(f"{label:>12}" for label in labels)]
+    for index, x in enumerate(curve.x):
+        values = [curve.series[label][index] for label in labels]
+        if any(math.isfinite(value) for value in values):
+            lines.append(f"{x:>48g}  " + "  ".join(f"{value:>12.4g}" for value in values))
+    return lines

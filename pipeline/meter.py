@@ -1,0 +1,89 @@
+"""Adds up a step's losses and metrics on the device and turns them into one record over all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.callbacks.base import StepRecord
+from pipeline.engine import StepResult
+from pipeline.hardware import peak_flops, peak_memory, utilisation
+from pipeline.parallel.loss import reduce_sums
+from pipeline.run import Run
+from pipeline.system import StepOutput
+
+
+class Meter:
+    """Everything since the last record. Nothing leaves the device, and no rank waits for another, between records."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.flops = run.system.flops(run.config.sequence_length).total
+        self.peak = peak_flops(run.config.report.peak_tflops)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.steps = 0
+        self.begun = time.perf_counter()
+
+    def add(self, output: StepOutput) -> None:
+        """One micro-batch."""
+        for term, value in output.sums.items():
+            self._plus(f"loss/{term}", value)
+        for name, (value, count) in output.metrics.items():
+            self._plus(f"metric/{name}", value)
+            self._plus(f"count/{name}", count)
+
+    def _plus(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def add_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """The global counts of one step."""
+        self.steps += 1
+        for term, count in counts.items():
+            self.counts[term] = self.counts[term] + count if term in self.counts else count
+
+    def seconds(self) -> float:
+        """Time since the last record."""
+        return time.perf_counter() - self.begun
+
+    def record(self, step: int, result: StepResult) -> StepRecord:
+        """Reduces over ranks and starts anew. Collective. Updates the run's tokens and elapsed time."""
+        run, elapsed = self.run, self.seconds()
+        totals = reduce_sums(self.sums, run.topology, run.device)
+        # `loss` is what is minimised: each term's mean, added up.
+        loss = sum(float(totals[f"loss/{term}"] / count.clamp_min(1)) for term, count in self.counts.items())
+        metrics = {}
+        for name, value in totals.items():
+            kind, _, metric = name.partition("/")
+            if kind == "metric":
+                metrics[metric] = float(value / totals[f"count/{metric}"].clamp_min(1))
+        if len(self.counts) > 1:
+            for term, count in self.counts.items():
+                metrics[f"loss/{term}"] = float(totals[f"loss/{term}"] / count.clamp_min(1))
+        memory = torch.tensor(peak_memory(), device=run.device)
+        if run.topology.world > 1:
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        run.progress.tokens += int(sum(float(count) for count in self.counts.values()))
+        run.progress.elapsed += elapsed
+        tok_s = self.steps * run.tokens_per_step / elapsed
+        self._clear()
+        return StepRecord(
+            step=step,
+            loss=loss,
+            lr=result.lr,
+            grad_norm=None if result.skipped else result.grad_norm,
+            tok_s=tok_s,
+            tokens=run.progress.tokens,
+            elapsed=run.progress.elapsed,
+            peak_memory=int(memory),
+            mfu=utilisation(tok_s, self.flops, run.topology.world, self.peak),
+            metrics=metrics,
+        )

@@ -1,0 +1,71 @@
+"""Cross-entropy of a linear head without the logits of a whole sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGIT_BYTES = 256 * 2**20
+"""Bytes of float32 logits that exist at a time."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Negative log-likelihood in nats of every label, 0 where the label is `ignored`.
+
+    hidden [tokens, width], weight [vocabulary, width], labels [tokens] int64 -> [tokens] float32 (float64 for float64).
+    The gradients are made with each tile of logits, which is then dropped: nothing is recomputed in the backward pass.
+    That pass takes ONE scale for all counted tokens (the sum is what a loss is made of); per-token weights are refused.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, ignored)
+
+
+@torch.no_grad()
+def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The likeliest id at every token [tokens] int64, tile by tile."""
+    tile = max(1, LOGIT_BYTES // (4 * weight.shape[0]))
+    return torch.cat([F.linear(piece, weight).argmax(dim=-1) for piece in hidden.split(tile)])
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        tile = max(1, LOGIT_BYTES // (4 * weight.shape[0]))
+        losses = torch.empty(hidden.shape[0], dtype=compute, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=compute) if need_weight else None
+        for start in range(0, hidden.shape[0], tile):
+            rows = slice(start, start + tile)
+            piece, target = hidden[rows], labels[rows]
+            logits = F.linear(piece, weight).to(compute)
+            losses[rows] = F.cross_entropy(logits, target, ignore_index=ignored, reduction="none")
+            if not (need_hidden or need_weight):
+                continue
+            counted = target != ignored
+            gradient = logits.softmax(dim=-1)
+            gradient.scatter_add_(
+                1, target.clamp_min(0).unsqueeze(1), torch.full_like(target, -1, dtype=compute).unsqueeze(1)
+            )
+            gradient *= counted.unsqueeze(1)
+            gradient = gradient.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = gradient @ weight
+            if grad_weight is not None:
+                grad_weight += (gradient.T @ piece).to(compute)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = upstream.flatten()[0] if upstream.numel() else upstream.new_zeros(())
+        if upstream.stride() != (0,) and not torch.equal(upstream, scale.expand_as(upstream)):
+            raise ValueError("linear_cross_entropy: the gradient differs between tokens: sum the losses before scaling")
+        hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+        weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        return hidden, weight, None, None

@@ -1,0 +1,1 @@
+"""Topology, the Ulysses exchange and the global-token loss."""

@@ -1,0 +1,88 @@
+"""Reading and filling weights that ZeRO-3 may have sharded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+    """Makes parameters whole on every rank; with `modify`, what rank 0 writes is kept and scattered again."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None, enabled=bool(sharded)):
+        yield
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, sharded or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and a parameter's name alone, never on ranks or the order of building."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def fill(model: nn.Module, value: Callable[[str, torch.Size], Tensor], names: Iterable[str] | None = None) -> None:
+    """Writes `value(name, shape)` into the named parameters (all of them by default), one at a time."""
+    wanted = None if names is None else set(names)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for name, parameter in model.named_parameters():
+        if wanted is not None and name not in wanted:
+            continue
+        with torch.no_grad(), gathered([parameter], modify=True):
+            if rank == 0 or not hasattr(parameter, "ds_id"):
+                parameter.data.copy_(value(name, parameter.shape))
+
+
+def full_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named parameters, whole, on the CPU of rank 0; an empty dict on the other ranks (which must call this too)."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    wanted = set(names)
+    state = {}
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            with gathered([parameter]):
+                if rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def load_safetensors(model: nn.Module, files: Iterable[Path], rename: Mapping[str, str], *, what: str) -> None:
+    """Fills parameters from safetensors files; `rename` maps every parameter to fill to its tensor's name.
+
+    Raises UserError when a tensor is missing or has another shape.
+    """
+    where: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            where.update(dict.fromkeys(handle.keys(), file))
+    missing = [tensor for tensor in rename.values() if tensor not in where]
+    if missing:
+        raise UserError(f"{what}: {len(missing)} tensors are missing, {missing[0]!r} first: is it a model of this kind?")
+
+    # Shapes are compared before any collective starts, so that every rank stops with the same reason.
+    parameters = dict(model.named_parameters())
+    for name, tensor in rename.items():
+        with safe_open(where[tensor], framework="pt") as handle:
+            shape = tuple(handle.get_slice(tensor).get_shape())
+        if shape != tuple(full_shape(parameters[name])):
+            raise UserError(f"{what}: {tensor!r} is {shape}, the model wants {tuple(full_shape(parameters[name]))}")
+
+    def read(name: str, _: torch.Size) -> Tensor:
+        with safe_open(where[rename[name]], framework="pt") as handle:
+            return handle.get_tensor(rename[name])
+
+    fill(model, read, rename)

@@ -1,0 +1,38 @@
+"""Checks that need no rank, made before any is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.engine import deepspeed_config
+from pipeline.errors import UserError
+from pipeline.parallel.topology import Topology, check_degrees
+from pipeline.system import Phase, create_system
+
+MIN_FREE = 64 * 2**20
+"""Bytes without which a run is not started."""
+
+
+def preflight(config: RunConfig, ranks: int) -> None:
+    """Raises UserError for whatever can be known to fail with `ranks` ranks: layout, files, data, space."""
+    check_degrees(ranks, config.parallel.sequence)
+    deepspeed_config(config)
+    topology = Topology(world=ranks, sequence=config.parallel.sequence)
+    system = create_system(config)
+    system.check(topology)
+    if config.init_from is not None and not (config.init_from / "trainable.safetensors").is_file():
+        raise UserError(f"--init-from {config.init_from}: no trainable.safetensors there: give a checkpoint folder")
+    if config.resume not in ("auto", "must", "never") and not Path(config.resume).is_dir():
+        raise UserError(f"--resume {config.resume}: no such folder: say auto, must, never or a checkpoint's path")
+    system.loader(Phase("check", 1, ()), topology)
+    parent = config.output_dir.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output-dir {config.output_dir}: {parent} is not a folder that can be written: name another")
+    free = shutil.disk_usage(parent).free
+    if free < MIN_FREE:
+        raise UserError(f"--output-dir {config.output_dir}: {free / 2**20:.0f} MiB free: no space left for a run; make room")

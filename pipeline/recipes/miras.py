@@ -1,0 +1,108 @@
+"""Recipes of the miras system: OLMo2 with neural long-term memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from pipeline.config import DataConfig, EvaluationConfig, OptimizerConfig, ParallelConfig, RunConfig, replace
+from pipeline.data.synthetic import RecallConfig
+from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+
+DOLMA = DataConfig(dataset="allenai/dolma3_mix-6T-1025", tokenizer="allenai/OLMo-2-0425-1B", min_tokens=8192)
+
+
+def miras_64k() -> RunConfig:
+    """OLMo2-1B, frozen, with memory on four layers: 64K tokens, 8 sequences per GPU, 50K steps."""
+    return RunConfig(
+        recipe="miras_64k",
+        model=MirasConfig(backbone=BackboneConfig(pretrained="allenai/OLMo-2-0425-1B")),
+        steps=50_000,
+        warmup_steps=500,
+        sequence_length=65_536,
+        batch_size=8,
+        lr=1e-4,
+        weight_decay=0.01,
+        clip=1.0,
+        zero="zero2",
+        activation_checkpointing=True,
+        save_every=500,
+        eval_every=500,
+        output_dir=Path("outputs/miras_64k"),
+        data=DOLMA,
+        evaluation=EvaluationConfig(steps=4, batch_size=1),
+    )
+
+
+def miras_32k() -> RunConfig:
+    """As miras_64k at 32K tokens, 16 sequences per GPU."""
+    return replace(
+        miras_64k(), recipe="miras_32k", sequence_length=32_768, batch_size=16, output_dir=Path("outputs/miras_32k")
+    )
+
+
+def miras_128k() -> RunConfig:
+    """As miras_64k at 128K tokens, 4 sequences per GPU."""
+    return replace(
+        miras_64k(), recipe="miras_128k", sequence_length=131_072, batch_size=4, output_dir=Path("outputs/miras_128k")
+    )
+
+
+def miras_tiny() -> RunConfig:
+    """A small OLMo2 with memory on this machine's Python library, ZeRO-3 and two sequence ranks: minutes on two cores."""
+    return RunConfig(
+        recipe="miras_tiny",
+        model=MirasConfig(
+            backbone=BackboneConfig(
+                trainable=True, layers=4, width=128, heads=4, kv_heads=4, ffn=512, vocabulary=260, rope_theta=10_000.0
+            ),
+            attention=AttentionConfig(window=64, sinks=4),
+            memory=MemoryConfig(layers=(1, 3), heads=4, head_dim=32, persistent=4, gate_rank=16),
+        ),
+        steps=150,
+        warmup_steps=10,
+        sequence_length=1024,
+        batch_size=4,
+        lr=3e-3,
+        weight_decay=0.1,
+        zero="zero3",
+        parallel=ParallelConfig(sequence=2),
+        save_every=100,
+        eval_every=50,
+        output_dir=Path("outputs/miras_tiny"),
+        evaluation=EvaluationConfig(steps=8),
+    )
+
+
+def miras_recall() -> RunConfig:
+    """Key-value pairs, a gap that attention cannot bridge, then queries: only a working memory can answer."""
+    return RunConfig(
+        recipe="miras_recall",
+        model=MirasConfig(
+            backbone=BackboneConfig(
+                trainable=True, layers=2, width=64, heads=2, kv_heads=2, ffn=128, vocabulary=193, rope_theta=10_000.0
+            ),
+            attention=AttentionConfig(window=32, sinks=0),
+            memory=MemoryConfig(layers=(0, 1), heads=2, head_dim=32, persistent=0, gate_rank=16, step_size=(0.5, 0.1)),
+            recall=RecallConfig(),
+        ),
+        steps=300,
+        warmup_steps=20,
+        sequence_length=320,
+        batch_size=32,
+        lr=3e-3,
+        zero="zero1",
+        save_every=0,
+        eval_every=100,
+        output_dir=Path("outputs/miras_recall"),
+        optimizer=OptimizerConfig(betas=(0.9, 0.98)),
+        evaluation=EvaluationConfig(steps=4),
+    )
+
+
+def miras_recall_delta() -> RunConfig:
+    """miras_recall with the delta rule (no momentum), the baseline."""
+    recipe = miras_recall()
+    assert isinstance(recipe.model, MirasConfig)
+    model = dataclasses.replace(recipe.model, memory=dataclasses.replace(recipe.model.memory, rule="delta"))
+    return replace(recipe, recipe="miras_recall_delta", model=model, output_dir=Path("outputs/miras_recall_delta"))

@@ -1,0 +1,134 @@
+"""A run: its folder, its state, and what callbacks see of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline import __version__
+from pipeline.config import RunConfig
+from pipeline.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+    from pipeline.system import Phase, System
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "flash-attn")
+
+
+@dataclass
+class Progress:
+    """Where the run stands; saved in trainer_state.json."""
+
+    step: int = 0
+    """Optimizer steps taken, skipped updates included."""
+    phase: str = ""
+    tokens: int = 0
+    """Counted labels so far, all ranks."""
+    skipped: int = 0
+    """Updates skipped because a gradient was not finite."""
+    skipped_in_a_row: int = 0
+    elapsed: float = 0.0
+    """Seconds of training, over all resumes."""
+
+
+@dataclass
+class Run:
+    """Everything the loop and the callbacks share."""
+
+    config: RunConfig
+    topology: Topology
+    device: torch.device
+    system: System
+    folder: Path
+    progress: Progress = field(default_factory=Progress)
+    engine: Engine | None = None
+    phase: Phase | None = None
+    last_checkpoint: str | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 alone writes files and talks to a person."""
+        return self.topology.rank == 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input tokens of one step, over all ranks."""
+        config = self.config
+        return config.batch_size * config.grad_accum * self.topology.data * config.sequence_length
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as handle:
+        json.dump(content, handle, indent=2, default=str)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the numbers; None where a package is not installed."""
+    found: dict[str, str | None] = {"mnemos": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    return found
+
+
+def machine(topology: Topology) -> dict[str, Any]:
+    """The devices of a run, for run.json and every figure that is published."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(topology.local_rank)
+        device = {"kind": "cuda", "name": properties.name, "memory": properties.total_memory}
+    else:
+        device = {"kind": "cpu", "name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return {"device": device, "ranks": topology.world, "data": topology.data, "sequence": topology.sequence,
+            "nodes": topology.nodes, "platform": platform.platform()}  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit of the checkout that runs, with `+` when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        state = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if state.stdout.strip() else "")
+
+
+def write_run_file(run: Run, status: str) -> None:
+    """run.json: versions, commit, devices, command, status, last checkpoint. Rank 0 only."""
+    write_json(
+        run.folder / "run.json",
+        {
+            "recipe": run.config.recipe,
+            "status": status,
+            "last_checkpoint": run.last_checkpoint,
+            "progress": dataclasses.asdict(run.progress),
+            "command": sys.argv,
+            "versions": versions(),
+            "commit": commit(),
+            "machine": machine(run.topology),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )

@@ -1,0 +1,201 @@
+"""The protocol that the systems implement, what passes between a system and the engine, and the registry."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.parallel.topology import Topology
+
+IGNORED = -100
+"""Label of a token that does not count in the loss."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one micro-batch, whole sequences (every sequence rank of a group holds the same ones).
+
+    input_ids, labels [rows, T] int64; labels are already shifted: labels[:, t] is the token after input_ids[:, t], or
+    `IGNORED` where that token starts a document. segment_ids [rows, T] int64: the stream's document ordinal, the same in
+    the next step when the document goes on there. positions [rows, T] int64: position within the document, going on
+    across steps. streams [rows] int64: global stream ids.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segment_ids: Tensor
+    positions: Tensor
+    streams: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            *(getattr(self, name).to(device, non_blocking=True) for name in Batch.__dataclass_fields__)
+        )
+
+
+Counts = Mapping[str, int]
+"""What each loss term averages over, e.g. {"cross_entropy": counted labels in the micro-batch}."""
+
+
+class StatefulLoader(Protocol):
+    """Yields one optimizer step at a time: the micro-batches of this data rank."""
+
+    def next_step(self) -> list[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"streams": {global stream id: cursor}, "fingerprint": ...}, JSON-ready; covers this data rank's streams."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the merged cursors of all streams and keeps its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class CarryEntry:
+    """One tensor of state that outlives a step, and where its stream and head dimensions are.
+
+    `heads` is None when the tensor is whole on every sequence rank.
+    """
+
+    tensor: Tensor
+    streams: int = 0
+    heads: int | None = None
+
+
+Carry = dict[str, CarryEntry]
+"""State of the rows of one micro-batch, by name."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a forward pass may know about where it is. Noise is a function of (seed, phase, step, global position)."""
+
+    topology: Topology
+    seed: int
+    phase: str
+    step: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Switches of an evaluation, e.g. {"memory": False}."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """A forward pass: this rank's *sum* per loss term, the new carry, and metrics left on the device.
+
+    A metric is (sum, count) of this rank; the engine adds both up over ranks and micro-batches and reports sum / count.
+    """
+
+    sums: dict[str, Tensor]
+    carry: Carry
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Detached per-token values of this rank's part [rows, T / degree], for evaluations."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One picture of an evaluation: named series over a common x axis. NaN where nothing was seen."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: tuple[float, ...]
+    series: dict[str, tuple[float, ...]]
+    log_x: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: scalars for the `val` row, curves for the plots. The same on every rank."""
+
+    scalars: dict[str, float]
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters (by name) that share a learning-rate multiple and a decay."""
+
+    name: str
+    parameters: tuple[str, ...]
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run with one data stream, one set of trainable parameters and one schedule."""
+
+    name: str
+    steps: int
+    groups: tuple[ParameterGroup, ...]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Model floating-point operations per token; recomputation is not counted."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+class System(Protocol):
+    """One research system. The engine owns devices, precision, sharding, time and files; a system owns its maths."""
+
+    name: str
+
+    def check(self, topology: Topology) -> None:
+        """Raises UserError when the sizes cannot be laid out so; called before anything is built."""
+        ...
+
+    def build(self) -> nn.Module:
+        """Everything, once, with uninitialised weights; phases freeze parts of it."""
+        ...
+
+    def initialise(self, model: nn.Module) -> None:
+        """Fills the weights (sharded or not): pretrained ones, or random ones that depend on the seed and names alone."""
+        ...
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]: ...
+
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader: ...
+
+    def count(self, batch: Batch) -> Counts: ...
+
+    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput: ...
+
+    def after_step(self, model: nn.Module, context: StepContext) -> None: ...
+
+    def evaluate(self, model: nn.Module, phase: Phase, topology: Topology) -> Evaluation: ...
+
+    def flops(self, sequence_length: int) -> Flops: ...
+
+    def activation_bytes(self, topology: Topology, element: int) -> int:
+        """Estimate of what one rank keeps for the backward pass of a micro-batch, at `element` bytes per number."""
+        ...
+
+
+def create_system(config: RunConfig) -> System:
+    """The system that `config.model.system` names; its package holds `create(config)`."""
+    name = config.model.system
+    try:
+        module = importlib.import_module(f"pipeline.systems.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"pipeline.systems.{name}":
+            raise
+        raise UserError(f"no system is called {name!r}: see pipeline/systems") from None
+    return module.create(config)

@@ -1,0 +1,155 @@
+"""Held-out evaluation: perplexity by position and recall by distance, with the memory on and off."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.data.synthetic import recall_gaps
+from pipeline.parallel.topology import Topology
+from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
+
+if TYPE_CHECKING:
+    from pipeline.systems.miras.system import MirasSystem
+
+FIRST_BIN = 16
+"""Positions below this share one bin; above, each bin doubles."""
+GAP_BIN = 20
+"""Tokens of distance that share one bin of the recall curve."""
+
+
+@dataclass
+class _Sums:
+    """Per bin, float64: nats, counted labels, right answers."""
+
+    nats: Tensor
+    labels: Tensor
+    right: Tensor
+
+    @classmethod
+    def zeros(cls, bins: int, device: torch.device) -> _Sums:
+        return cls(*(torch.zeros(bins, dtype=torch.float64, device=device) for _ in range(3)))
+
+    def add(self, bins: Tensor, losses: Tensor, counted: Tensor, right: Tensor) -> None:
+        index = bins.clamp(0, self.nats.numel() - 1)[counted]
+        self.nats.index_add_(0, index, losses[counted].double())
+        self.labels.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+        self.right.index_add_(0, index, right[counted].double())
+
+    def reduce(self) -> None:
+        for tensor in (self.nats, self.labels, self.right):
+            if dist.is_initialized():
+                dist.all_reduce(tensor)
+
+
+def position_bins(positions: Tensor) -> Tensor:
+    """Bin of each document position: 0 below FIRST_BIN, then one per doubling."""
+    return (positions.clamp_min(1).double() / FIRST_BIN).log2().floor().add(1).clamp_min(0).long()
+
+
+@torch.no_grad()
+def evaluate(system: MirasSystem, model: nn.Module, topology: Topology) -> Evaluation:
+    """Held-out loss and curves; the same held-out rows every time. Leaves the model's mode as it found it."""
+    was_training = model.training
+    model.eval()
+    try:
+        modes = {"memory on": True}
+        if system.sizes.memory.layers:
+            modes["memory off"] = False
+        if system.sizes.recall is not None:
+            return _recall(system, model, topology, modes)
+        return _perplexity(system, model, topology, modes)
+    finally:
+        model.train(was_training)
+
+
+def _run(
+    system: MirasSystem, model: nn.Module, topology: Topology, memory: bool, predict: bool
+) -> list[tuple[Batch, Tensor, Tensor | None]]:
+    """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]."""
+    device = next(model.parameters()).device
+    loader = system.open_loader(topology, held_out=True)
+    results = []
+    carries: dict[int, Carry] = {}
+    for step in range(1, system.config.evaluation.steps + 1):
+        context = StepContext(topology, system.config.seed, "evaluation", step, {"memory": memory, "predict": predict})
+        for micro, batch in enumerate(loader.next_step()):
+            batch = batch.to(device)
+            output = system.forward(model, batch, carries.get(micro, {}), context)
+            carries[micro] = output.carry
+            results.append((batch, output.tokens["losses"], output.tokens.get("predictions")))
+    return results
+
+
+def _perplexity(system: MirasSystem, model: nn.Module, topology: Topology, modes: dict[str, bool]) -> Evaluation:
+    byte_lengths = system.byte_lengths()
+    bins = position_bins(torch.tensor([system.config.sequence_length * system.config.evaluation.steps])).item() + 1
+    sums: dict[str, _Sums] = {}
+    length = 0.0
+    for mode, memory in modes.items():
+        results = _run(system, model, topology, memory, predict=False)
+        device = results[0][1].device
+        sums[mode] = _Sums.zeros(int(bins), device)
+        covered = torch.zeros((), dtype=torch.float64, device=device)
+        for batch, losses, _ in results:
+            mine = topology.shard(batch.labels.shape[1])
+            labels, positions = batch.labels[:, mine], batch.positions[:, mine]
+            counted = labels != IGNORED
+            sums[mode].add(position_bins(positions), losses, counted, torch.zeros_like(counted))
+            if byte_lengths is not None:
+                covered += byte_lengths.to(device)[labels[counted]].sum()
+        sums[mode].reduce()
+        if dist.is_initialized():
+            dist.all_reduce(covered)
+        length = float(covered)
+    edges = [float(FIRST_BIN * 2**index) for index in range(int(bins))]
+    scalars: dict[str, float] = {}
+    series = {}
+    for mode, total in sums.items():
+        nats, labels = float(total.nats.sum()), float(total.labels.sum())
+        prefix = "" if mode == "memory on" else "memory_off/"
+        loss = nats / max(1.0, labels)
+        scalars[f"{prefix}loss"] = loss
+        scalars[f"{prefix}ppl"] = math.exp(min(loss, 700.0))
+        if length:
+            scalars[f"{prefix}bpb"] = nats / math.log(2) / length
+        series[mode] = tuple((total.nats / total.labels).exp().tolist())
+    scalars["labels"] = float(sums["memory on"].labels.sum())
+    curve = Curve(
+        "Perplexity by position", "position in the document (tokens, upper edge)", "perplexity", tuple(edges), series,
+        log_x=True,
+    )  # fmt: skip
+    return Evaluation(scalars, {"perplexity_by_position": curve})
+
+
+def _recall(system: MirasSystem, model: nn.Module, topology: Topology, modes: dict[str, bool]) -> Evaluation:
+    assert system.sizes.recall is not None
+    bins = system.sizes.recall.max_gap // GAP_BIN + 1
+    scalars: dict[str, float] = {}
+    series = {}
+    for mode, memory in modes.items():
+        results = _run(system, model, topology, memory, predict=True)
+        total = _Sums.zeros(bins, results[0][1].device)
+        for batch, losses, predictions in results:
+            assert predictions is not None
+            mine = topology.shard(batch.labels.shape[1])
+            labels = batch.labels[:, mine]
+            gaps = recall_gaps(batch.input_ids, batch.labels)[:, mine]
+            total.add(gaps // GAP_BIN, losses, labels != IGNORED, predictions == labels)
+        total.reduce()
+        prefix = "" if mode == "memory on" else "memory_off/"
+        answers = float(total.labels.sum())
+        scalars[f"{prefix}loss"] = float(total.nats.sum()) / max(1.0, answers)
+        scalars[f"{prefix}ppl"] = math.exp(min(scalars[f"{prefix}loss"], 700.0))
+        scalars[f"{prefix}recall"] = float(total.right.sum()) / max(1.0, answers)
+        series[mode] = tuple((total.right / total.labels).tolist())
+    edges = tuple(float((index + 1) * GAP_BIN) for index in range(bins))
+    curve = Curve(
+        "Recall by distance", "tokens between a pair and its query (upper edge)", "share of right answers", edges, series
+    )
+    return Evaluation(scalars, {"recall_by_distance": curve})

@@ -1,0 +1,58 @@
+"""Gates of the memory in the region where it cannot grow.
+
+One learned momentum eta per head, step size theta_t = 0.9 beta_t (1 - eta)^2 with beta_t = sigmoid(.), forget rate
+alpha_t <= 0.01: for unit keys a fixed quadratic norm of (error, momentum) then never grows, whatever the keys.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_FORGET = 0.01
+"""Largest forget rate per token."""
+STEP_MARGIN = 0.9
+"""Largest step size, as a share of (1 - eta)^2."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Forget rate, momentum and step size, each [batch, sequence, heads] in float32 (float64 for float64 inputs)."""
+
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor
+
+
+def bounded_gates(alpha_logits: Tensor, beta_logits: Tensor, eta_logits: Tensor | None) -> Gates:
+    """Gates from logits; alpha and beta logits [batch, sequence, heads], eta logits [heads] (None: no momentum)."""
+    dtype = torch.float64 if beta_logits.dtype == torch.float64 else torch.float32
+    eta = beta_logits.new_zeros((), dtype=dtype) if eta_logits is None else torch.sigmoid(eta_logits.to(dtype))
+    theta = STEP_MARGIN * torch.sigmoid(beta_logits.to(dtype)) * (1 - eta) ** 2
+    alpha = MAX_FORGET * torch.sigmoid(alpha_logits.to(dtype))
+    return Gates(alpha, eta.expand_as(theta), theta)
+
+
+def logit(probability: float) -> float:
+    """Inverse of the sigmoid."""
+    return math.log(probability / (1 - probability))
+
+
+def initial_beta_logits(heads: int, momentum: float, step_size: tuple[float, float]) -> Tensor:
+    """Biases [heads] that give the heads step sizes spread on a log scale from the first to the second."""
+    thetas = _log_spread(step_size, heads)
+    return torch.tensor([logit(min(0.999, theta / (STEP_MARGIN * (1 - momentum) ** 2))) for theta in thetas])
+
+
+def initial_alpha_logits(heads: int, half_life: tuple[float, float]) -> Tensor:
+    """Biases [heads] that give the heads forget half-lives spread on a log scale, in tokens."""
+    rates = [-math.expm1(-math.log(2) / life) for life in _log_spread(half_life, heads)]
+    return torch.tensor([logit(min(0.999, rate / MAX_FORGET)) for rate in rates])
+
+
+def _log_spread(ends: tuple[float, float], count: int) -> list[float]:
+    first, last = map(math.log, ends)
+    return [math.exp(first + (last - first) * index / max(1, count - 1)) for index in range(count)]

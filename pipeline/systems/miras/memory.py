@@ -1,0 +1,159 @@
+"""The memory branch: what one layer adds to the residual stream from its neural long-term memory."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.ops import miras_scan
+from pipeline.parallel.exchange import to_heads, to_sequence
+from pipeline.parallel.topology import Topology
+from pipeline.systems.miras.config import MemoryConfig
+from pipeline.systems.miras.gates import bounded_gates
+
+
+class MemoryCarry(NamedTuple):
+    """State of one layer's memory for this rank's heads; `heads` below is this rank's part of them."""
+
+    memory: Tensor
+    """M [batch, heads, dim, dim], float32."""
+    momentum: Tensor
+    """S [batch, heads, dim, dim], float32."""
+    tail: Tensor
+    """The last conv - 1 tokens of (q, k, v) before the convolution [batch, conv - 1, heads, 3 dim]."""
+    tail_segments: Tensor
+    """Their segment ids [batch, conv - 1] int64; -1 where there is no token."""
+
+
+class MemoryHealth(NamedTuple):
+    """Sums over this rank's heads (and tokens), for the log; `count` is what each is averaged over."""
+
+    memory_norm: Tensor
+    momentum_norm: Tensor
+    states: Tensor
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor
+    half_life: Tensor
+    gates: Tensor
+
+
+class MemoryBranch(nn.Module):
+    """RMS norm, projections, short causal convolution, unit keys and queries, the scan, per-head norm, persistent pairs,
+    a low-rank output gate, and an output projection that starts at zero (Titans, arXiv 2501.00663, section 4).
+    """
+
+    def __init__(self, width: int, config: MemoryConfig, norm_eps: float) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.heads * config.head_dim
+        self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.alpha_proj = nn.Linear(width, config.heads)
+        self.beta_proj = nn.Linear(width, config.heads)
+        self.eta_logits = nn.Parameter(torch.empty(config.heads)) if config.rule == "titans" else None
+        self.conv = nn.Parameter(torch.empty(config.heads, config.conv, 3 * config.head_dim))
+        self.head_norm = nn.Parameter(torch.empty(config.heads, config.head_dim))
+        self.persistent_k = nn.Parameter(torch.empty(config.heads, config.persistent, config.head_dim))
+        self.persistent_v = nn.Parameter(torch.empty(config.heads, config.persistent, config.head_dim))
+        self.gate_down = nn.Linear(width, config.gate_rank, bias=False)
+        self.gate_up = nn.Linear(config.gate_rank, inner)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.norm_eps = norm_eps
+
+    def forward(
+        self, hidden: Tensor, segment_ids: Tensor, carry: MemoryCarry | None, topology: Topology
+    ) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
+        """hidden [batch, sequence / degree, width], segment_ids [batch, sequence] -> (addition like hidden, new carry, health)."""
+        config = self.config
+        mine = topology.heads(config.heads)
+        normed = self.norm(hidden)
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (config.heads, -1))
+
+        qkv = torch.cat([split(proj(normed)) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logits = torch.stack([self.alpha_proj(normed).to(wide), self.beta_proj(normed).to(wide)], dim=-1)
+        qkv, logits = to_heads([qkv, logits], topology)
+
+        if carry is None:
+            carry = self.empty_carry(qkv)
+        mixed, tail, tail_segments = self._convolve(qkv, segment_ids, carry, self.conv[mine])
+        q, k, v = F.silu(mixed).chunk(3, dim=-1)
+        q, k = (F.normalize(x.to(wide), dim=-1).to(x.dtype) for x in (q, k))
+        eta_logits = None if self.eta_logits is None else self.eta_logits[mine]
+        gates = bounded_gates(logits[..., 0], logits[..., 1], eta_logits)
+        # The state belongs to the document of the last token before this step; another document starts from zero.
+        goes_on = (carry.tail_segments[:, -1] == segment_ids[:, 0]).to(wide)[:, None, None, None]
+        read, (memory, momentum) = miras_scan(
+            q, k, v, gates.alpha, gates.eta, gates.theta,
+            state=(carry.memory * goes_on, carry.momentum * goes_on),
+            segment_ids=segment_ids, rule=config.rule, backend=config.backend, chunk=config.chunk,
+        )  # fmt: skip
+        read = self._head_norm(read, self.head_norm[mine]) + self._persistent(q, mine)
+
+        (read,) = to_sequence([read], topology)
+        gate = torch.sigmoid(self.gate_up(self.gate_down(normed)))
+        out = self.o_proj(read.flatten(-2).to(gate.dtype) * gate)
+        new = MemoryCarry(memory.detach(), momentum.detach(), tail.detach(), tail_segments)
+        with torch.no_grad():
+            health = self._health(new, gates.alpha, gates.eta, gates.theta)
+        return out, new, health
+
+    def empty_carry(self, qkv: Tensor) -> MemoryCarry:
+        """The carry before any token, for this rank's heads of `qkv` [batch, sequence, heads, 3 dim]."""
+        batch, _, heads, _ = qkv.shape
+        dim, tail = self.config.head_dim, self.config.conv - 1
+        wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        state = qkv.new_zeros(batch, heads, dim, dim, dtype=wide)
+        return MemoryCarry(
+            state,
+            state.clone(),
+            qkv.new_zeros(batch, tail, heads, 3 * dim),
+            torch.full((batch, tail), -1, dtype=torch.int64, device=qkv.device),
+        )
+
+    def _convolve(
+        self, qkv: Tensor, segment_ids: Tensor, carry: MemoryCarry, kernel: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Depthwise taps as shifted products: each tap is masked where it would reach into another document.
+        tail = self.config.conv - 1
+        tokens = torch.cat([carry.tail.to(qkv.dtype), qkv], dim=1)
+        segments = torch.cat([carry.tail_segments, segment_ids], dim=1)
+        length = qkv.shape[1]
+        mixed = qkv * kernel[:, tail]
+        for back in range(1, tail + 1):
+            start = tail - back
+            same = segments[:, start : start + length] == segment_ids
+            mixed = mixed + tokens[:, start : start + length] * kernel[:, start] * same[:, :, None, None]
+        return mixed, tokens[:, length:], segments[:, length:]
+
+    def _head_norm(self, read: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(read, (read.shape[-1],), eps=self.norm_eps) * weight
+
+    def _persistent(self, q: Tensor, mine: slice) -> Tensor:
+        if self.config.persistent == 0:
+            return torch.zeros_like(q)
+        scores = torch.einsum("bthd,hnd->bthn", q, self.persistent_k[mine])
+        return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[mine])
+
+    def _health(self, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:
+        # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random unit keys.
+        rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * self.config.head_dim)).clamp(max=0.999))
+        return MemoryHealth(
+            carry.memory.flatten(2).norm(dim=-1).sum(),
+            carry.momentum.flatten(2).norm(dim=-1).sum(),
+            torch.tensor(carry.memory.shape[0] * carry.memory.shape[1], device=alpha.device),
+            alpha.sum(),
+            eta.sum(),
+            theta.sum(),
+            (math.log(2) / rate).sum(),
+            torch.tensor(alpha.numel(), device=alpha.device),
+        )

@@ -1,0 +1,223 @@
+"""The miras system: what the engine asks of OLMo2 with memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.data.build import build_loader
+from pipeline.data.synthetic import RecallLoader
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.errors import UserError
+from pipeline.ops.attention import WindowCarry
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import full_shape
+from pipeline.system import (
+    IGNORED,
+    Batch,
+    Carry,
+    CarryEntry,
+    Counts,
+    Evaluation,
+    Flops,
+    ParameterGroup,
+    Phase,
+    StatefulLoader,
+    StepContext,
+    StepOutput,
+)
+from pipeline.systems.miras import weights
+from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth
+from pipeline.systems.miras.model import ATTENTION_NAME, LayerCarry, MirasModel
+
+TERM = "cross_entropy"
+
+
+class MirasSystem:
+    """OLMo2 with MIRAS neural long-term memory (see pipeline/system.py for the protocol)."""
+
+    name = "miras"
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.model, MirasConfig)
+        self.config = config
+        self.sizes = config.model
+        self.backbone = weights.backbone_config(config.model.backbone)
+        if self.sizes.memory.layers and max(self.sizes.memory.layers) >= self.backbone.num_hidden_layers:
+            raise UserError(
+                f"--model.memory.layers {' '.join(map(str, self.sizes.memory.layers))}: the backbone has layers 0 to"
+                f" {self.backbone.num_hidden_layers - 1}"
+            )
+        # Our attention stands in for every implementation that transformers would choose.
+        self.backbone._attn_implementation = ATTENTION_NAME
+
+    def check(self, topology: Topology) -> None:
+        """Raises UserError when heads or sequence cannot be divided over the sequence ranks."""
+        degree = topology.sequence
+        counts = {
+            "sequence length": self.config.sequence_length,
+            "attention heads": self.backbone.num_attention_heads,
+            "key-value heads": self.backbone.num_key_value_heads,
+        }
+        if self.sizes.memory.layers:
+            counts["memory heads"] = self.sizes.memory.heads
+        for what, count in counts.items():
+            if count % degree:
+                raise UserError(
+                    f"--parallel.sequence {degree} does not divide the {count} {what}: choose a degree that does"
+                )
+
+    def build(self) -> nn.Module:
+        return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
+
+    def initialise(self, model: nn.Module) -> None:
+        weights.initialise(model, self.sizes, self.config.seed)
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        groups: dict[tuple[str, bool], list[str]] = {}
+        for name, parameter in model.named_parameters():
+            part = name.partition(".")[0]
+            if part == "backbone" and not self.sizes.backbone.trainable:
+                continue
+            matrix = name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name
+            groups.setdefault((part, matrix), []).append(name)
+        return [
+            Phase(
+                "train",
+                self.config.steps,
+                tuple(
+                    ParameterGroup(
+                        f"{part}_{'matrices' if matrix else 'vectors'}",
+                        tuple(names),
+                        self.sizes.backbone.lr_scale if part == "backbone" else 1.0,
+                        self.config.weight_decay if matrix else 0.0,
+                    )
+                    for (part, matrix), names in groups.items()
+                ),
+            )
+        ]
+
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader:
+        return self.open_loader(topology, held_out=False)
+
+    def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader:
+        """Training or held-out data of this data rank."""
+        if self.sizes.recall is None:
+            return build_loader(self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out)
+        rows = (held_out and self.config.evaluation.batch_size) or self.config.batch_size
+        return RecallLoader(
+            self.sizes.recall,
+            sequence_length=self.config.sequence_length,
+            batch_size=rows,
+            grad_accum=1 if held_out else self.config.grad_accum,
+            data_rank=topology.data_rank,
+            data_degree=topology.data,
+            seed=self.config.seed,
+            held_out=held_out,
+        )
+
+    def count(self, batch: Batch) -> Counts:
+        return {TERM: int((batch.labels != IGNORED).sum())}
+
+    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput:
+        mine = context.topology.shard(batch.input_ids.shape[1])
+        output = model(
+            batch.input_ids[:, mine],
+            batch.labels[:, mine],
+            batch.segment_ids,
+            batch.positions,
+            unpack_carry(carry, self.backbone.num_hidden_layers),
+            context.topology,
+            use_memory=bool(context.options.get("memory", True)),
+            predict=bool(context.options.get("predict", False)),
+        )
+        metrics = self._health(output.health)
+        if self.sizes.attention.kind == "window":
+            reach = batch.positions[:, mine] >= self.sizes.attention.window
+            metrics["beyond_window"] = (reach.sum(), torch.tensor(reach.numel(), device=reach.device))
+        tokens = {"losses": output.losses.detach()}
+        if output.predictions is not None:
+            tokens["predictions"] = output.predictions
+        return StepOutput({TERM: output.losses.sum()}, pack_carry(output.carry), metrics, tokens)
+
+    def after_step(self, model: nn.Module, context: StepContext) -> None:
+        """Nothing here is kept outside the optimizer."""
+
+    def evaluate(self, model: nn.Module, phase: Phase, topology: Topology) -> Evaluation:
+        from pipeline.systems.miras.evaluation import evaluate
+
+        return evaluate(self, model, topology)
+
+    def flops(self, sequence_length: int) -> Flops:
+        from pipeline.systems.miras.flops import count_flops
+
+        return count_flops(self.sizes, self.backbone, sequence_length)
+
+    def activation_bytes(self, topology: Topology, element: int) -> int:
+        from pipeline.systems.miras.flops import activation_bytes
+
+        tokens = self.config.batch_size * self.config.sequence_length // topology.sequence
+        return tokens * activation_bytes(
+            self.sizes, self.backbone, element, recompute=self.config.activation_checkpointing
+        )
+
+    def byte_lengths(self) -> Tensor | None:
+        """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
+        if self.sizes.recall is not None:
+            return None
+        return load_tokenizer(self.config.data.tokenizer).byte_lengths()
+
+    @staticmethod
+    def _health(health: Sequence[MemoryHealth]) -> dict[str, tuple[Tensor, Tensor]]:
+        if not health:
+            return {}
+        total = MemoryHealth(*(torch.stack([getattr(state, name) for state in health]).sum() for name in MemoryHealth._fields))
+        return {
+            "norm_M": (total.memory_norm, total.states),
+            "norm_S": (total.momentum_norm, total.states),
+            "memory/alpha": (total.alpha, total.gates),
+            "memory/eta": (total.eta, total.gates),
+            "memory/theta": (total.theta, total.gates),
+            "memory/half_life": (total.half_life, total.gates),
+        }
+
+
+# Where the heads are in each carried tensor; the others are whole on every sequence rank.
+_HEADS = {
+    "attention.k": 2,
+    "attention.v": 2,
+    "attention.sink_k": 2,
+    "attention.sink_v": 2,
+    "memory.memory": 1,
+    "memory.momentum": 1,
+    "memory.tail": 2,
+}
+
+
+def pack_carry(layers: Sequence[LayerCarry]) -> Carry:
+    """A flat, named carry of the layers' states: `LAYER.attention.k` and so on."""
+    carry: Carry = {}
+    for index, layer in enumerate(layers):
+        for part, state in zip(LayerCarry._fields, layer, strict=True):
+            for field, tensor in zip(state._fields, state, strict=True) if state is not None else ():
+                carry[f"{index}.{part}.{field}"] = CarryEntry(tensor, heads=_HEADS.get(f"{part}.{field}"))
+    return carry
+
+
+def unpack_carry(carry: Mapping[str, CarryEntry], layers: int) -> list[LayerCarry] | None:
+    """The inverse of `pack_carry`; None when there is nothing yet."""
+    if not carry:
+        return None
+
+    def part(index: int, name: str, kind: Any) -> Any:
+        fields = [carry.get(f"{index}.{name}.{field}") for field in kind._fields]
+        return None if fields[0] is None else kind(*(entry.tensor for entry in fields if entry is not None))
+
+    return [
+        LayerCarry(part(index, "attention", WindowCarry), part(index, "memory", MemoryCarry)) for index in range(layers)
+    ]

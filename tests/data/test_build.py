@@ -1,0 +1,69 @@
+"""From a run's configuration to its loader."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
+from pipeline.data.build import build_loader, build_source
+from pipeline.parallel.topology import Topology
+
+
+def config(data: DataConfig | None = None, **changes: Any) -> RunConfig:
+    plain = {"steps": 1, "batch_size": 2, "sequence_length": 32, "lr": 1e-3, "grad_accum": 2}
+    return RunConfig("test", ModelConfig(), data=data or DataConfig(), **(plain | changes))
+
+
+def test_the_default_is_the_standard_library() -> None:
+    assert build_source(DataConfig()).name == build_source(DataConfig(dataset="stdlib")).name == "stdlib"
+    training = build_loader(config(), Topology(), vocab_size=260)
+    held_out = build_loader(config(), Topology(), vocab_size=260, held_out=True)
+    assert [b.input_ids.shape for b in training.next_step()] == [(2, 32), (2, 32)]
+    assert len(held_out.next_step()) == 2
+    assert "tokenizer bytes (260 ids)" in training.describe()
+
+
+def test_sequence_ranks_share_and_data_ranks_divide() -> None:
+    steps = {}
+    for rank in range(4):
+        topology = Topology(rank=rank, world=4, sequence=2)
+        steps[rank] = build_loader(config(), topology, vocab_size=260).next_step()
+    for first, second in ((0, 1), (2, 3)):
+        for a, b in zip(steps[first], steps[second], strict=True):
+            assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.streams, b.streams)
+    assert [b.streams.tolist() for b in steps[0] + steps[2]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_evaluation_rows() -> None:
+    for rows, micro_batches in ((0, [2, 2]), (5, [5])):
+        evaluated = config(evaluation=EvaluationConfig(batch_size=rows))
+        held_out = build_loader(evaluated, Topology(), vocab_size=260, held_out=True)
+        assert [len(b.streams) for b in held_out.next_step()] == micro_batches
+    seeds = [build_loader(config(seed=s), Topology(), vocab_size=260, held_out=True).next_step()[0] for s in (1, 2)]
+    assert torch.equal(seeds[0].input_ids, seeds[1].input_ids)
+
+
+def test_paths_and_data_sets(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"body": f"row {i}"}) + "\n" for i in range(50)))
+    local = DataConfig(path=(str(path),), text_field="body", holdout=0.2)
+    batch = build_loader(config(local), Topology(), vocab_size=260).next_step()[0]
+    assert bytes(batch.input_ids[0, :4].tolist()) == b"row "
+    streamed = DataConfig(dataset=str(tmp_path), text_field="body", holdout=0.2, shuffle_buffer=5)
+    batch = build_loader(config(streamed), Topology(), vocab_size=260).next_step()[0]
+    assert bytes(batch.input_ids[0, :4].tolist()) == b"row "
+
+
+def test_refusals(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    assert "does not exist" in refusal(build_source, DataConfig(path=(str(tmp_path / "absent"),)))
+    assert "--data.shuffle-buffer is 0" in refusal(build_source, DataConfig(dataset="x", shuffle_buffer=0))
+    wrong = dataclasses.replace(DataConfig(), tokenizer="./absent")
+    assert "--data.tokenizer ./absent does not exist" in refusal(
+        build_loader, config(wrong), Topology(), vocab_size=260
+    )

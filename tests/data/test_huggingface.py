@@ -1,0 +1,234 @@
+"""Streamed data sets, through the library's own local streaming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.loader import PackedLoader
+from pipeline.data.sources.base import Order
+from pipeline.data.sources.huggingface import HuggingFaceStream, StreamedDocuments
+from pipeline.data.tokenizer import ByteTokenizer
+from tests.data.test_loader import SPLITS, merged, step
+
+
+def source(files: list[str], **options: Any) -> HuggingFaceStream:
+    return HuggingFaceStream("json", data_files=files, **({"shuffle_buffer": 7} | options))
+
+
+def order(**changes: Any) -> Order:
+    plain = {"streams": 3, "mine": range(3), "held_out": False, "holdout": 0.2, "shuffle": True, "seed": 1}
+    return Order(**(plain | changes))
+
+
+def texts(files: list[str]) -> list[str]:
+    return [json.loads(line)["text"] for file in files for line in Path(file).read_text().splitlines()]
+
+
+def read_epoch(documents: Any, number: int) -> list[str]:
+    found = []
+    while (document := documents.read(number, len(found))) is not None:
+        found.append(document.text)
+    return found
+
+
+def ranks(split: tuple[int, int, int], files: list[str] | HuggingFaceStream, **options: Any) -> list[PackedLoader]:
+    degree, accum, size = split
+    plain = {"sequence_length": 16, "vocab_size": 257, "holdout": 0.2, "seed": 3}
+    shape = {"data_degree": degree, "grad_accum": accum, "batch_size": size}
+    data = source(files) if isinstance(files, list) else files
+    return [PackedLoader(data, ByteTokenizer(), data_rank=rank, **shape, **(plain | options)) for rank in range(degree)]
+
+
+def test_epochs_are_complete_disjoint_and_shuffled(json_shards: list[str]) -> None:
+    data = source(json_shards)
+    plain = StreamedDocuments(data, order(shuffle=False))
+    natural = read_epoch(plain, 0)
+    held = read_epoch(StreamedDocuments(data, order(shuffle=False, held_out=True)), 0)
+    assert sorted(natural + held) == sorted(texts(json_shards)) and held and natural
+    assert natural == [text for text in texts(json_shards) if text not in held], "natural order is that of the files"
+    shuffled = StreamedDocuments(data, order())
+    epochs = [read_epoch(shuffled, number) for number in range(3)]
+    assert all(sorted(epoch) == sorted(natural) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [natural, *epochs]}) == 4
+    assert len({text[1] for text in epochs[0][:7]}) > 1, "a block mixes shards"
+    assert shuffled.count() == len(natural)
+    assert sorted(document.text for document in shuffled.scan()) == sorted(natural)
+
+
+def test_what_is_held_out_depends_on_the_content_alone(json_shards: list[str], tmp_path: Path) -> None:
+    held = [
+        set(read_epoch(StreamedDocuments(source(files), order(held_out=True, seed=seed, streams=streams)), 0))
+        for files, seed, streams in ((json_shards, 1, 3), (json_shards[::-1], 2, 5))
+    ]
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("limit", [0, 100, 1 << 20])
+def test_streams_of_any_speed_read_their_documents(json_shards: list[str], shuffle: bool, limit: int) -> None:
+    """Whatever is buffered or read again, a stream sees what reading everything in order shows."""
+    data = source(json_shards)
+    expected = [read_epoch(StreamedDocuments(data, order(shuffle=shuffle)), number) for number in range(4)]
+    documents = StreamedDocuments(data, order(shuffle=shuffle), buffer_bytes=limit)
+    places = {stream: (0, documents._order.first(stream, 0)) for stream in range(3)}
+    for turn in range(150):
+        stream = 2 if turn % 50 == 49 else turn % 2 if turn < 100 else 2
+        number, position = places[stream]
+        if number == 4:
+            continue
+        document = documents.read(number, position)
+        if document is None:
+            assert position >= len(expected[number])
+            places[stream] = (number + 1, documents._order.first(stream, number + 1))
+        else:
+            assert document.text == expected[number][position]
+            places[stream] = (number, position + 3)
+        assert documents._buffered == sum(len(document.text) for document in documents._buffer.values())
+        assert documents._buffered <= limit + 3 * 40, "one document per stream may exceed the limit"
+
+
+def test_a_rank_keeps_its_own_documents_only(json_shards: list[str]) -> None:
+    documents = StreamedDocuments(source(json_shards), order(streams=6, mine=range(2, 4), shuffle=False))
+    documents.read(0, 32)
+    assert {position for _, position in documents._buffer} == {3, 9, 15, 21, 27}
+
+
+@lru_cache
+def shared_source(files: tuple[str, ...]) -> HuggingFaceStream:
+    return source(list(files))
+
+
+@pytest.fixture
+def _many_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.sources.huggingface._SNAPSHOT_EVERY", 5)
+
+
+@pytest.mark.usefixtures("_many_snapshots")
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 30),
+    st.sampled_from(SPLITS),
+    st.sampled_from(SPLITS),
+    st.booleans(),
+    st.integers(0, 14),
+    st.booleans(),
+)
+def test_resume_is_exact(json_shards, before, first, second, shuffle, min_tokens, prefetch) -> None:
+    options = {"shuffle": shuffle, "min_tokens": min_tokens, "prefetch": prefetch}
+    data = shared_source(tuple(json_shards))
+    saving = ranks(first, data, **options)
+    for _ in range(before):
+        step(saving)
+    loading = ranks(second, data, **options)
+    state = merged(saving)
+    for rank in loading:
+        rank.load_state_dict(state)
+    for _ in range(4):
+        assert torch.equal(step(saving), step(loading))
+    assert merged(saving)["streams"].keys() == merged(loading)["streams"].keys()
+
+
+@pytest.mark.usefixtures("_many_snapshots")
+def test_resume_does_not_read_from_the_start(json_shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = ranks((1, 1, 2), json_shards, sequence_length=64)
+    for _ in range(6):
+        step(saving)
+    state = merged(saving)
+    cursors = state["streams"].values()
+    assert all(0 < c["reader"]["position"] <= c["position"] and c["reader"]["epoch"] == c["epoch"] for c in cursors)
+    read = []
+    plain = HuggingFaceStream.text
+    monkeypatch.setattr(HuggingFaceStream, "text", lambda self, row: read.append(row) or plain(self, row))
+    loading = ranks((1, 1, 2), json_shards, sequence_length=64)
+    loading[0].load_state_dict(state)
+    loaded = step(loading)
+    assert len(read) < 30
+    assert torch.equal(step(saving), loaded)
+
+
+@pytest.mark.usefixtures("_many_snapshots")
+def test_parquet_streams_and_resumes(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    files = []
+    for shard in range(3):
+        rows = [f"{shard}-{row} " + "y" * (row % 11) for row in range(30)]
+        files.append(str(tmp_path / f"{shard}.parquet"))
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows, "n": range(30)}), files[-1], row_group_size=8)
+
+    stream = HuggingFaceStream("parquet", data_files=files, shuffle_buffer=5)
+
+    def build() -> PackedLoader:
+        return PackedLoader(stream, ByteTokenizer(), sequence_length=20, batch_size=3, vocab_size=257, holdout=0.2)
+
+    packed = build()
+    for _ in range(8):
+        resumed = build()
+        resumed.load_state_dict(json.loads(json.dumps(packed.state_dict())))
+        assert torch.equal(step([packed]), step([resumed]))
+
+
+def test_a_local_folder_is_a_data_set(json_shards: list[str]) -> None:
+    folder = Path(json_shards[0]).parent
+    documents = StreamedDocuments(HuggingFaceStream(str(folder)), order(shuffle=False))
+    assert len(read_epoch(documents, 0)) > 30
+
+
+def test_held_out_documents_are_read_once(json_shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = ranks((1, 1, 2), json_shards, held_out=True)[0]
+    first = [step([packed]) for _ in range(4)]
+    read = []
+    plain = HuggingFaceStream.text
+    monkeypatch.setattr(HuggingFaceStream, "text", lambda self, row: read.append(row) or plain(self, row))
+    packed.reset()
+    assert all(torch.equal(step([packed]), expected) for expected in first)
+    assert not read
+
+
+def test_fingerprint(json_shards: list[str]) -> None:
+    data = source(json_shards)
+    assert data.fingerprint() == source(json_shards).fingerprint()
+    for other in (source(json_shards[:-1]), source(json_shards, shuffle_buffer=8)):
+        assert other.fingerprint() != data.fingerprint()
+    assert "json, split 'train', streamed: 5 shards" in data.describe()
+
+
+def test_refusals(
+    json_shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    import huggingface_hub.constants
+
+    assert "has no column 'body' (it has 'text')" in refusal(source, json_shards, text_field="body")
+    assert "(split 'nothing') cannot be read" in refusal(source, json_shards, split="nothing")
+    assert "cannot be read: Unable to find" in refusal(source, [str(tmp_path / "absent.jsonl")])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refusal(HuggingFaceStream, "nobody/nothing")
+    assert "--data.dataset nobody/nothing" in message and "give local documents with --data.path" in message
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n' * 3 + '{"text": "bro\n')
+    packed = ranks((1, 1, 2), [str(broken)])[0]
+    assert "--data.dataset json broke off" in refusal(packed.next_step)
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"text": 1}\n')
+    assert "holds int values in 'text', not text" in refusal(ranks((1, 1, 2), [str(numbers)])[0].next_step)
+
+
+def test_an_empty_side_is_named(json_shards: list[str], refusal: Callable[..., str]) -> None:
+    for held_out, holdout, change in ((True, 1e-9, "raise"), (False, 1 - 1e-9, "lower")):
+        packed = ranks((1, 1, 2), json_shards, held_out=held_out, holdout=holdout)[0]
+        assert f"document: {change} --data.holdout" in refusal(packed.next_step)
+
+
+def test_no_document_is_long_enough(json_shards: list[str], refusal: Callable[..., str]) -> None:
+    packed = ranks((1, 1, 3), json_shards, min_tokens=1000)[0]
+    assert "no training document of json has --data.min-tokens 1000 tokens" in refusal(packed.next_step)

@@ -1,0 +1,191 @@
+"""Started by test_parity.py on every rank: gradients of one optimizer step, for every ZeRO stage and accumulation.
+
+Usage: parity_main OUT SEQUENCE_DEGREE. Rank 0 writes OUT/CASE.pt with the full gradients, their norm and the losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.cli import without_local_rank
+from pipeline.config import ParallelConfig, RunConfig
+from pipeline.engine import Engine, building, deepspeed_config, start, stop
+from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import fill, generator_for
+from pipeline.system import IGNORED, Batch, StepContext
+from pipeline.systems.miras import create
+from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+
+ROWS = 2
+LENGTH = 48
+VOCABULARY = 64
+ACCUMULATIONS = (1, 3)
+
+
+def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> RunConfig:
+    """A model with every part in it, small enough for a launch."""
+    return RunConfig(
+        recipe="parity",
+        model=MirasConfig(
+            backbone=BackboneConfig(
+                trainable=trainable, layers=layers, width=32, heads=4, kv_heads=4, ffn=48, vocabulary=VOCABULARY,
+                rope_theta=100.0,
+            ),
+            attention=AttentionConfig(kind=kind, window=10, sinks=2),
+            memory=MemoryConfig(layers=(1, 2), heads=4, head_dim=8, chunk=16, persistent=3, gate_rank=4),
+        ),
+        steps=1, batch_size=ROWS, sequence_length=LENGTH, lr=1e-3, clip=0.0,
+    )  # fmt: skip
+
+
+def randomise(name: str, shape: torch.Size) -> torch.Tensor:
+    """Nothing is zero: gates, output projections and norms included."""
+    noise = torch.randn(shape, generator=generator_for(7, name))
+    if name.endswith(("norm.weight", "layernorm.weight", "head_norm")):
+        return 1 + 0.3 * noise
+    return noise * (0.3 if len(shape) > 1 else 0.7)
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Packed rows whose counted labels differ a lot in number, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for index in range(count):
+        tokens = torch.randint(VOCABULARY, (LENGTH + 1,), generator=generator)
+        starts = torch.zeros(LENGTH, dtype=torch.int64)
+        starts[torch.randperm(LENGTH - 1, generator=generator)[: index % 4] + 1] = 1
+        segments = starts.cumsum(0)
+        positions = torch.arange(LENGTH)
+        positions = positions - torch.where(starts == 1, positions, 0).cummax(0).values
+        labels = tokens[1:].clone()
+        labels[:-1][segments[1:] != segments[:-1]] = IGNORED
+        # Row 0 keeps nearly all labels, later ones ever fewer, and the second half of the sequence fewest.
+        drop = torch.rand(LENGTH, generator=generator) < (index / count) * torch.linspace(0.5, 1.5, LENGTH)
+        labels[drop] = IGNORED
+        result.append({"input_ids": tokens[:-1], "labels": labels, "segment_ids": segments, "positions": positions})
+    return result
+
+
+def micro_batches(topology: Topology, accumulation: int) -> list[Batch]:
+    """This data rank's part of ROWS * accumulation rows, whatever the layout."""
+    per_rank = ROWS // topology.data
+    everything = rows(ROWS * accumulation)
+    batches = []
+    for micro in range(accumulation):
+        first = (topology.data_rank * accumulation + micro) * per_rank
+        part = everything[first : first + per_rank]
+        stacked = {key: torch.stack([row[key] for row in part]) for key in part[0]}
+        batches.append(Batch(**stacked, streams=torch.arange(first, first + per_rank)))
+    return batches
+
+
+def cases() -> list[tuple[str, RunConfig]]:
+    found = []
+    for accumulation in ACCUMULATIONS:
+        for stage in range(4):
+            config = dataclasses.replace(base(), grad_accum=accumulation, zero=f"zero{stage}")
+            found.append((f"zero{stage}-accum{accumulation}", config))
+    found.append(("full-zero1", dataclasses.replace(base("full"), zero="zero1")))
+    for stage in (0, 3):
+        frozen = dataclasses.replace(base(trainable=False), zero=f"zero{stage}", activation_checkpointing=True)
+        found.append((f"frozen-recomputed-zero{stage}", frozen))
+    found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
+    return found
+
+
+def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
+    system = create(config)
+    ds_config = deepspeed_config(dataclasses.replace(config, batch_size=ROWS // topology.data))
+    with building(ds_config, torch.float32):
+        model = system.build()
+    fill(model, randomise)
+    (phase,) = system.phases(model)
+    engine = Engine(model, phase, config, ds_config)
+    batches = micro_batches(topology, config.grad_accum)
+    counts = global_counts([system.count(batch) for batch in batches], topology, torch.device("cpu"))
+    context = StepContext(topology, 0, "train", 1)
+    losses = []
+    for batch in batches:
+        output = system.forward(engine.deepspeed, batch, {}, context)
+        losses.append(output.tokens["losses"])
+        engine.backward(scaled_loss(output.sums, counts, topology))
+    gradients = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            gradient = engine.gradient(parameter)
+            gradients[name] = None if gradient is None else gradient.detach().clone().float()
+    frozen = [name for name, p in engine.module.named_parameters() if not p.requires_grad and p.grad is not None]
+    result = engine.step(1.0)
+    return {"gradients": gradients, "norm": result.grad_norm, "losses": gather(losses, topology), "frozen": frozen}
+
+
+def gather(losses: list[torch.Tensor], topology: Topology) -> torch.Tensor:
+    """Per-token losses [rows, LENGTH] of the whole batch, in the order of the rows."""
+    mine = torch.stack(losses).flatten(0, 1)
+    if topology.world == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(topology.world)]
+    dist.all_gather(parts, mine.contiguous())
+    degree = topology.sequence
+    groups = [torch.cat(parts[start : start + degree], dim=1) for start in range(0, topology.world, degree)]
+    return torch.cat(groups)
+
+
+def causality(config: RunConfig, topology: Topology) -> dict[str, float]:
+    """Largest change of an allowed-to-be-unchanged loss when one input token changes."""
+    system = create(config)
+    with building({}, torch.float32):
+        model = system.build()
+    fill(model, randomise)
+    context = StepContext(topology, 0, "train", 1)
+    per_rank = ROWS // topology.data
+    row = rows(ROWS)[1]
+    boundary = int((row["segment_ids"] == 0).sum())
+
+    def losses(ids: torch.Tensor) -> torch.Tensor:
+        labels = torch.ones_like(row["labels"])
+        stacked = {**row, "input_ids": ids, "labels": labels}
+        batch = Batch(
+            **{key: value.expand(per_rank, -1) for key, value in stacked.items()}, streams=torch.arange(per_rank)
+        )
+        with torch.no_grad():
+            return gather([system.forward(model, batch, {}, context).tokens["losses"]], topology)[0]
+
+    before = losses(row["input_ids"])
+    earlier = other = 0.0
+    moved = []
+    for position in range(LENGTH):
+        ids = row["input_ids"].clone()
+        ids[position] = (ids[position] + 1) % VOCABULARY
+        change = (losses(ids) - before).abs()
+        earlier = max(earlier, float(change[:position].max()) if position else 0.0)
+        if position < boundary:
+            other = max(other, float(change[boundary:].max()))
+        moved.append(float(change[position]))
+    return {"earlier": earlier, "other_document": other, "least_own_change": min(moved)}
+
+
+def main() -> None:
+    folder, given = without_local_rank(sys.argv[1:])
+    out, degree = Path(folder), int(given)
+    topology = start(dataclasses.replace(base(), parallel=ParallelConfig(sequence=degree)))
+    for name, config in cases():
+        result = run_case(config, topology)
+        if topology.rank == 0:
+            torch.save(result, out / f"{name}.pt")
+    for kind in ("window", "full"):
+        found = causality(base(kind), topology)
+        if topology.rank == 0:
+            (out / f"causality-{kind}.json").write_text(json.dumps(found))
+    stop()
+
+
+if __name__ == "__main__":
+    main()

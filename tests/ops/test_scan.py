@@ -1,0 +1,389 @@
+"""The memory op is exact: values and gradients are those of a float64 token loop, however the sequence is cut."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.ops import miras_scan, scan_torch
+from tests.ops.reference import delta_loop, token_loop
+
+TIGHT = 1e-10
+NAMES = ("q", "k", "v", "alpha", "eta", "theta", "M0", "S0")
+
+
+def make(
+    batch: int = 2,
+    sequence: int = 65,
+    heads: int = 2,
+    key_dim: int = 8,
+    value_dim: int = 6,
+    *,
+    seed: int = 0,
+    gates: str = "any",
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """q, k, v, alpha, eta, theta, M, S as leaves. Gates: ``any`` in [0, 1], its ends included, or the ``model``'s."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    def uniform() -> Tensor:
+        return torch.rand(batch, sequence, heads, generator=rng, dtype=torch.float64)
+
+    q, k = (F.normalize(normal(batch, sequence, heads, key_dim), dim=-1) for _ in range(2))
+    v = normal(batch, sequence, heads, value_dim)
+    if gates == "any":
+        # One in eight is exactly 0, and one in eight exactly 1.
+        ends = [(uniform() * 8).floor() for _ in range(3)]
+        alpha, eta, theta = uniform() / 10, uniform(), uniform()
+        alpha, eta, theta = (
+            torch.where(end == 0, 0.0, torch.where(end == 1, 1.0, gate))
+            for end, gate in zip(ends, (alpha, eta, theta), strict=True)
+        )
+    else:
+        alpha, eta = uniform() * 0.01, uniform()[:, :1].expand(batch, sequence, heads) * 0.9
+        theta = 0.9 * uniform() * (1 - eta) ** 2
+    state = [normal(batch, heads, key_dim, value_dim) for _ in range(2)]
+    return [x.to(dtype).clone().requires_grad_() for x in (q, k, v, alpha, eta, theta, *state)]
+
+
+def run(x: Sequence[Tensor], **options) -> list[Tensor]:
+    y, state = miras_scan(*x[:6], state=(x[6], x[7]), **options)
+    return [y, *state]
+
+
+def truth(x: Sequence[Tensor], segment_ids: Tensor | None = None) -> list[Tensor]:
+    y, state = token_loop(*x[:6], state=(x[6], x[7]), segment_ids=segment_ids)
+    return [y, *state]
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Gradients under one random cotangent for y and the final state."""
+    rng = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(z.shape, generator=rng, dtype=torch.float64).to(z.dtype) for z in outputs]
+    return list(torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True))
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], tolerance: float) -> None:
+    for name, a, b in zip(names, actual, expected, strict=True):
+        assert a.shape == b.shape
+        if not b.any():
+            assert not a.any(), name
+        else:
+            assert error(a, b) <= tolerance, f"{name}: {error(a, b):.2e}"
+
+
+def assert_same_op(x: Sequence[Tensor], tolerance: float = TIGHT, segment_ids: Tensor | None = None, **options) -> None:
+    actual, expected = run(x, segment_ids=segment_ids, **options), truth(x, segment_ids)
+    assert_close(actual, expected, ("y", "M", "S"), tolerance)
+    assert_close(gradients(actual, x), gradients(expected, x), NAMES, tolerance)
+
+
+@pytest.mark.parametrize("gates", ["any", "model"])
+@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
+@pytest.mark.parametrize("sequence", [1, 15, 63, 64, 65, 100, 130])
+def test_values_and_gradients_equal_the_token_loop(sequence: int, chunk: int, gates: str) -> None:
+    """``any`` reaches every gate's ends but forgets within tens of tokens; in ``model`` all tokens reach the last."""
+    assert_same_op(make(sequence=sequence, seed=sequence, gates=gates), chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("gates", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 0.1), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0)])
+def test_gates_at_the_ends_of_their_range(gates: tuple[float, float, float], chunk: int) -> None:
+    x = make(sequence=70)
+    with torch.no_grad():
+        for gate, value in zip(x[3:6], gates, strict=True):
+            gate.fill_(value)
+    assert_same_op(x, chunk=chunk)
+
+
+def segments(batch: int, sequence: int, starts: Sequence[int]) -> Tensor:
+    """Ids that come back (0, 1, 0, ...): a segment is a run of equal ids, not an id."""
+    change = torch.zeros(batch, sequence, dtype=torch.int64)
+    change[:, list(starts)] = 1
+    return change.cumsum(dim=1) % 2
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [(7,), (16,), (15, 16, 17), (32, 64), (63, 64, 65), (1, 99), tuple(range(1, 100))],
+    ids=["inside", "border", "around", "borders", "two borders", "ends", "every token"],
+)
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_segments_restart_the_state(starts: tuple[int, ...], chunk: int) -> None:
+    assert_same_op(make(sequence=100, gates="model"), segment_ids=segments(2, 100, starts), chunk=chunk)
+
+
+def test_segments_at_random_places() -> None:
+    rng = torch.Generator().manual_seed(3)
+    for chunk in (16, 64):
+        ids = (torch.rand(2, 130, generator=rng) < 0.06).int().cumsum(dim=1)
+        assert_same_op(make(sequence=130, seed=chunk), segment_ids=ids, chunk=chunk)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    sequence=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    key_dim=st.integers(1, 9),
+    value_dim=st.integers(1, 9),
+    chunk=st.integers(1, 40),
+    change=st.sampled_from([None, 0.0, 0.05, 0.5]),
+    seed=st.integers(0, 10_000),
+)
+def test_any_shape(
+    batch: int, sequence: int, heads: int, key_dim: int, value_dim: int, chunk: int, change: float | None, seed: int
+) -> None:
+    ids = None
+    if change is not None:
+        rng = torch.Generator().manual_seed(seed)
+        ids = (torch.rand(batch, sequence, generator=rng) < change).long().cumsum(dim=1)
+    x = make(batch, sequence, heads, key_dim, value_dim, seed=seed)
+    assert_same_op(x, segment_ids=ids, chunk=chunk)
+
+
+def test_long_sequences_are_batched_in_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks of 8 tokens a span (a chunk has 4 heads of 8 x 16 elements); a segment starts at a border."""
+    monkeypatch.setattr(scan_torch, "_SPAN_CPU", 2 * 4 * 8 * 16)
+    x = make(2, 37, 2, gates="model")
+    assert_same_op(x, chunk=8)
+    assert_same_op(x, chunk=8, segment_ids=segments(2, 37, (16, 20)))
+    expected = delta_loop(*x[:4], x[5], state=(x[6], x[7]))
+    assert_close(run(x, rule="delta", chunk=8), [expected[0], *expected[1]], ("y", "M", "S"), TIGHT)
+
+
+def test_no_state_is_a_state_of_zeros() -> None:
+    x = make()
+    y, state = miras_scan(*x[:6])
+    zeros = [torch.zeros_like(x[6]), torch.zeros_like(x[7])]
+    assert_close([y, *state], run([*x[:6], *zeros]), ("y", "M", "S"), TIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_inputs(dtype: torch.dtype) -> None:
+    """float32 sums stay within 1e-5 of the float64 loop on the same inputs; y alone is rounded to v's dtype."""
+    x = [z.detach() for z in make(1, 512, 2, 32, 32, gates="model", dtype=torch.float32)]
+    x[:3] = [z.to(dtype) for z in x[:3]]
+    x = [z.requires_grad_() for z in x]
+    actual, expected = run(x), truth(x)
+    assert [z.dtype for z in actual] == [dtype, torch.float32, torch.float32]
+    assert_close(actual[1:], expected[1:], ("M", "S"), 1e-5)
+    rounded = dtype == torch.bfloat16
+    assert error(actual[0], expected[0]) <= (4e-3 if rounded else 1e-5)
+    got = gradients(actual, x)
+    assert [z.dtype for z in got] == [z.dtype for z in x]
+    assert_close(got, gradients(expected, x), NAMES, 1e-2 if rounded else 1e-5)
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    x = make(1, 100, 2, 16, 16, gates="model", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(x)
+    for a, b in zip(inside, run(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_result_does_not_depend_on_the_chunk_length() -> None:
+    x = make(sequence=150, gates="model")
+    expected = run(x, chunk=1)
+    expected_gradients = gradients(expected, x)
+    for chunk in (5, 16, 64, 150, 1000):
+        actual = run(x, chunk=chunk)
+        assert_close(actual, expected, ("y", "M", "S"), TIGHT)
+        assert_close(gradients(actual, x), expected_gradients, NAMES, TIGHT)
+
+
+@pytest.mark.parametrize("rule", ["titans", "delta"])
+@pytest.mark.parametrize("cut", [1, 48, 64, 99])  # no cut is a segment's start: a new call cannot see that one
+@pytest.mark.parametrize("segmented", [False, True])
+def test_a_sequence_in_two_pieces_with_carried_state(cut: int, rule: str, segmented: bool) -> None:
+    x = make(sequence=100, gates="model")
+    ids = segments(2, 100, (30, 70)) if segmented else None
+    state = (x[6], x[7])
+    pieces = []
+    for part in (slice(0, cut), slice(cut, 100)):
+        part_ids = ids[:, part] if segmented else None
+        y, state = miras_scan(*(z[:, part] for z in x[:6]), state=state, segment_ids=part_ids, rule=rule)
+        pieces.append(y)
+    split = [torch.cat(pieces, dim=1), *state]
+    whole = run(x, segment_ids=ids, rule=rule)
+    assert_close(split, whole, ("y", "M", "S"), TIGHT)
+    assert_close(gradients(split, x), gradients(whole, x), NAMES, TIGHT)
+
+
+def test_packed_segments_equal_separate_runs() -> None:
+    x = make(batch=1, sequence=130, gates="model")
+    lengths = (40, 24, 1, 65)
+    ids = torch.repeat_interleave(torch.tensor([5, 2, 9, 5]), torch.tensor(lengths))[None]
+    packed = run(x, segment_ids=ids)
+    outputs, start, state = [], 0, (x[6], x[7])
+    for length in lengths:
+        y, state = miras_scan(*(z[:, start : start + length] for z in x[:6]), state=state)
+        outputs.append(y)
+        start, last, state = start + length, state, None
+    separate = [torch.cat(outputs, dim=1), *last]
+    assert_close(packed, separate, ("y", "M", "S"), TIGHT)
+    assert_close(gradients(packed, x), gradients(separate, x), NAMES, TIGHT)
+
+
+def test_nothing_crosses_a_segment_border() -> None:
+    x = make(sequence=100)
+    y, _ = miras_scan(*x[:6], state=(x[6], x[7]), segment_ids=segments(2, 100, (50,)))
+    before = torch.autograd.grad(y[:, 50:].sum(), x)
+    for name, gradient in zip(NAMES[:6], before, strict=False):
+        assert not gradient[:, :50].any(), name
+    assert not before[6].any()
+    assert not before[7].any()
+    assert not before[3][:, 50].any(), "the first token of a segment has nothing to forget"
+    assert not before[4][:, 50].any(), "and no momentum"
+
+
+def test_the_past_does_not_see_the_future() -> None:
+    x = make(sequence=100)
+    y, _ = miras_scan(*x[:6], chunk=32)
+    for gradient in torch.autograd.grad(y[:, :41].sum(), x[:6]):
+        assert not gradient[:, 41:].any()
+
+
+@pytest.mark.parametrize("sequence", [1, 64, 100])
+def test_delta_equals_its_own_loop(sequence: int) -> None:
+    x = make(sequence=sequence)
+    actual = run(x, rule="delta", chunk=32)
+    y, state = delta_loop(*x[:4], x[5], state=(x[6], x[7]))
+    expected = [y, *state]
+    assert_close(actual, expected, ("y", "M", "S"), TIGHT)
+    assert_close(gradients(actual, x), gradients(expected, x), NAMES, TIGHT)
+
+
+def test_delta_is_titans_without_momentum() -> None:
+    x = make(sequence=100)
+    ids = segments(2, 100, (16, 30, 64, 99))
+    still = [*x[:4], torch.zeros_like(x[4]), *x[5:]]
+    actual, expected = run(x, rule="delta", segment_ids=ids), truth(still, ids)
+    assert_close(actual, expected, ("y", "M", "S"), TIGHT)
+    assert_close(gradients(actual, x), gradients(expected, x), NAMES, TIGHT)
+    y, _ = miras_scan(*x[:4], None, x[5], state=(x[6], x[7]), segment_ids=ids, rule="delta")
+    assert torch.equal(y, actual[0])
+
+
+def test_the_same_bits_twice() -> None:
+    x = make(1, 300, 2, 16, 16, dtype=torch.float32, gates="model")
+    results = [(outputs := run(x)) + gradients(outputs, x) for _ in range(2)]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rule", ["titans", "delta"])
+def test_gradcheck(rule: str) -> None:
+    x = make(1, 5, 1, 2, 2)
+    ids = torch.tensor([[0, 0, 0, 1, 1]])
+    for segment_ids in (None, ids):
+        assert torch.autograd.gradcheck(lambda *z, s=segment_ids: tuple(run(z, rule=rule, chunk=2, segment_ids=s)), x)
+
+
+def test_gradients_where_only_some_inputs_need_them() -> None:
+    x = [z.detach() for z in make()]
+    x[2].requires_grad_()
+    y, state = miras_scan(*x[:6])
+    (gradient,) = torch.autograd.grad(y.sum(), x[2])
+    assert gradient.any()
+    assert state[0].requires_grad
+    with torch.no_grad():
+        assert not run(x)[0].requires_grad
+
+
+@pytest.mark.parametrize("rule", ["titans", "delta"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_arguments_are_left_as_they_are_and_the_state_is_its_own(rows: int, rule: str) -> None:
+    x = make(rows, heads=rows)
+    before = [z.detach().clone() for z in x]
+    _, memory, momentum = run(x, rule=rule)
+    assert all(torch.equal(a, b) for a, b in zip(before, x, strict=True))
+    for part in (memory, momentum):
+        assert part.is_contiguous()
+        assert part.untyped_storage().nbytes() == part.nbytes, "a saved state would drag a larger tensor along"
+
+
+def test_strided_inputs() -> None:
+    x = make(sequence=70)
+    strided = [z.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for z in x]
+    assert_close(gradients(run(strided), strided), gradients(run(x), x), NAMES, TIGHT)
+
+
+def test_memory_for_the_backward_pass_grows_linearly() -> None:
+    def saved(sequence: int) -> int:
+        storages: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        x = make(1, sequence, 1, 4, 4, dtype=torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = run(x, chunk=16)
+        total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+        assert outputs[0].requires_grad
+        return total
+
+    short, long = saved(2048), saved(16_384)
+    assert long <= 8.1 * short
+
+
+def _replace(index: int, change) -> list:
+    x = [z.detach() for z in make(sequence=5)]
+    x[index] = change(x[index])
+    return x
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda z: z[0], r"q has shape \[5, 2, 8\]; expected \[batch, sequence, heads, key dim\]"),
+        (0, lambda z: z[:, :0], r"q has shape \[2, 0, 2, 8\]"),
+        (0, lambda z: z.half(), "q is float16; expected float64 or float32 or bfloat16"),
+        (1, lambda z: z[..., :4], r"k has shape \[2, 5, 2, 4\]; expected that of q, \[2, 5, 2, 8\]"),
+        (2, lambda z: z[:, :4], r"v has shape \[2, 4, 2, 6\]; expected \[2, 5, 2, value dim\]"),
+        (3, lambda z: z[..., None], r"alpha has shape \[2, 5, 2, 1\]; expected \[2, 5, 2\]"),
+        (4, lambda z: z[..., :1], r"eta has shape \[2, 5, 1\]; expected \[2, 5, 2\]"),
+        (4, lambda z: None, "eta is None; the rule 'titans' needs the momentum"),
+        (5, lambda z: z.bfloat16(), "theta is bfloat16; expected float64 or float32"),
+        (6, lambda z: z.mT, r"state\[0\] \(M\) has shape \[2, 2, 6, 8\]; expected \[2, 2, 8, 6\]"),
+        (7, lambda z: z.float(), r"state\[1\] \(S\) is float32; expected float64"),
+        (1, lambda z: z.to("meta"), "k is on meta; expected the device of q, cpu"),
+    ],
+)
+def test_wrong_tensors_are_named(index: int, change, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(_replace(index, change))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "hebb"}, "rule is 'hebb'; expected 'titans' or 'delta'"),
+        ({"backend": "cuda"}, "backend 'cuda' is not built"),
+        ({"backend": "cpu"}, "backend 'cpu' is not built"),
+        ({"backend": "fast"}, "backend is 'fast'; expected"),
+        ({"chunk": 0}, "chunk is 0; expected a positive integer"),
+        ({"chunk": 16.0}, "chunk is 16.0; expected a positive integer"),
+        ({"segment_ids": torch.zeros(2, 4, dtype=torch.int64)}, r"segment_ids has shape \[2, 4\]; expected \[2, 5\]"),
+        ({"segment_ids": torch.zeros(2, 5)}, "segment_ids is float32; expected an integer type"),
+        ({"state": (torch.zeros(1),)}, "state holds 1 tensors; expected two"),
+    ],
+)
+def test_wrong_options_are_named(options: dict, message: str) -> None:
+    x = [z.detach() for z in make(sequence=5)]
+    with pytest.raises(ValueError, match=message):
+        miras_scan(*x[:6], **options)

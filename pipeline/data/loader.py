@@ -50,7 +50,7 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
-        return ", ".join(_difference(old.get(key), new[key]) for key in new if old.get(key) != new[key])
+        return ", ".join(f"{key} {_difference(old.get(key), new[key])}" for key in new if old.get(key) != new[key])
     return f"{old}, now {new}"
 
 

@@ -123,7 +123,7 @@ class RecallLoader:
         self._step = 0
         self.fingerprint: dict[str, Any] = {
             "streams": self.streams,
-            "source": {"task": "recall", "length": sequence_length, **asdict(config)},
+            "recall": {"sequence_length": sequence_length, **asdict(config)},
             "seed": seed,
             "held_out": held_out,
         }

@@ -200,6 +200,9 @@ def test_fingerprint(json_shards: list[str]) -> None:
     assert data.fingerprint() == source(json_shards).fingerprint()
     for other in (source(json_shards[:-1]), source(json_shards, shuffle_buffer=8)):
         assert other.fingerprint() != data.fingerprint()
+    first = Path(json_shards[0])
+    first.write_text(first.read_text().replace("<0.0>", "<0.1>"))
+    assert source(json_shards).fingerprint() != data.fingerprint()
     assert "json, split 'train', streamed: 5 shards" in data.describe()
 
 

@@ -229,8 +229,8 @@ def test_fingerprint_is_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     content[30 * 29 + 11] ^= 1
     write(moved, bytes(content))
     assert local_files([str(moved)]).fingerprint() != plain
-    monkeypatch.setattr("pipeline.data.sources.local._HASHED_WHOLE", 10)
-    monkeypatch.setattr("pipeline.data.sources.local._SAMPLE_BLOCK", 10)
+    monkeypatch.setattr("pipeline.data.sources.content._HASHED_WHOLE", 10)
+    monkeypatch.setattr("pipeline.data.sources.content._SAMPLE_BLOCK", 10)
     sampled = local_files([str(path)]).fingerprint()
     assert sampled == local_files([str(path)]).fingerprint() != plain
     content[-3] ^= 1

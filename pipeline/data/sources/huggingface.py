@@ -5,9 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pipeline.data.sources.base import Document, Documents, Order, Permutation, Place, digest, hold_out_threshold
+from pipeline.data.sources.content import hash_files
 from pipeline.data.sources.readers import well_formed
 from pipeline.errors import UserError
 
@@ -33,16 +35,20 @@ class HuggingFaceStream:
         shuffle_buffer: int = 1000,
     ) -> None:
         self.name, self.split, self.text_field, self.shuffle_buffer = dataset, split, text_field, shuffle_buffer
-        self._arguments = {"name": config_name, "data_files": data_files, "revision": None}
-        self._path, _, revision = dataset.partition("@")
-        self._arguments["revision"] = revision or None
-        self.data = self._load()
+        folder = Path(dataset).expanduser()
+        self._local = folder.exists()
+        self._path, _, revision = (str(folder), "", "") if self._local else dataset.partition("@")
+        self._config_name = config_name
+        self._builder, self.data = self._load(data_files, revision or None)
 
-    def _load(self) -> Any:
+    def _load(self, data_files: str | list[str] | None, revision: str | None) -> tuple[Any, Any]:
         import datasets
 
         try:
-            data = datasets.load_dataset(self._path, **self._arguments, split=self.split, streaming=True)
+            builder = datasets.load_dataset_builder(
+                self._path, self._config_name, data_files=data_files, revision=revision
+            )
+            data = builder.as_streaming_dataset(split=self.split)
             columns = data.column_names
             if columns and self.text_field in columns:
                 data = data.select_columns([self.text_field])
@@ -53,32 +59,36 @@ class HuggingFaceStream:
             ) from error
         if columns and self.text_field not in columns:
             raise self._no_text(f"has no column {self.text_field!r} (it has {', '.join(map(repr, columns))})")
-        return data
+        return builder, data
 
     def open(self, order: Order) -> Documents:
         return StreamedDocuments(self, order)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name and revision; the library's hash of the data set covers its resolved files (a commit, for the Hub)."""
+        """Name, settings that decide the order, and files: by content where they are local, by commit on the Hub."""
         return {
-            "dataset": self.name,
-            "config": self._arguments["name"],
+            "dataset": Path(self._path).name if self._local else self._path,
+            "config": self._config_name,
             "split": self.split,
             "text_field": self.text_field,
             "shuffle_buffer": self.shuffle_buffer,
             "interleaved": INTERLEAVED_SHARDS,
             "shards": self.data.num_shards,
-            "hash": self._hash,
+            "files": self._files,
         }
 
     @cached_property
-    def _hash(self) -> str | None:
-        import datasets
-
-        try:
-            return datasets.load_dataset_builder(self._path, **self._arguments).hash
-        except Exception as error:
-            raise UserError(f"--data.dataset {self.name} cannot be identified: {_reason(error)}") from error
+    def _files(self) -> str:
+        listed = self._builder.config.data_files or {}
+        groups = [listed[self.split]] if self.split in listed else list(listed.values())
+        files = [str(file) for group in groups for file in group]
+        if files and all(Path(file).is_file() for file in files):
+            try:
+                return hash_files([(Path(file).name, Path(file)) for file in files])
+            except OSError as error:
+                raise UserError(f"--data.dataset {self.name} cannot be read: {_reason(error)}") from error
+        origins = [str(origin) for group in groups for origin in group.origin_metadata]
+        return f"{digest(self._builder.hash, *files, *origins):016x}"
 
     def describe(self) -> str:
         return f"{self.name}, split {self.split!r}, streamed: {self.data.num_shards:,} shards"

@@ -8,13 +8,13 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.sources.base import Document, Order
+from pipeline.data.sources.content import hash_files
 from pipeline.data.sources.indexed import IndexedDocuments
 from pipeline.data.sources.readers import (
     JSON_SUFFIXES,
@@ -31,8 +31,6 @@ from pipeline.data.sources.readers import (
 from pipeline.errors import UserError
 
 _EXCLUDED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
-_HASHED_WHOLE = 1 << 30
-_SAMPLE_BLOCK, _SAMPLES = 64 << 10, 16
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,6 @@ class LocalFiles:
         return f"{self.name}: {len(self):,} documents in {len(self._files):,} files, {self._bytes / 1e6:,.1f} MB"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Names, sizes and contents. Above 1 GiB in all, a file counts with its size and 16 evenly spaced blocks."""
         counts = {"documents": len(self), "files": len(self._files), "bytes": self._bytes}
         return {**counts, "text_field": self._text_field, "digest": self._digest}
 
@@ -92,14 +89,10 @@ class LocalFiles:
 
     @cached_property
     def _digest(self) -> str:
-        state = blake2b(digest_size=16)
-        for file in self._files:
-            state.update(f"{file.identity}\0{file.path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-            try:
-                _hash_content(file.path, state, whole=self._bytes <= _HASHED_WHOLE)
-            except OSError as error:
-                raise unreadable(file.path, error) from error
-        return state.hexdigest()
+        try:
+            return hash_files([(file.identity, file.path) for file in self._files])
+        except OSError as error:
+            raise unreadable(Path(error.filename or self.name), error) from error
 
 
 def _reader(path: Path, text_field: str, cache: RowGroupCache) -> FileReader:
@@ -130,18 +123,6 @@ def _group_boundaries(readers: Sequence[FileReader]) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
 
 
-def _hash_content(path: Path, state: Any, *, whole: bool) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if whole or size <= _SAMPLE_BLOCK * _SAMPLES:
-            while block := file.read(_SAMPLE_BLOCK * _SAMPLES):
-                state.update(block)
-            return
-        for sample in range(_SAMPLES):
-            file.seek((size - _SAMPLE_BLOCK) * sample // (_SAMPLES - 1))
-            state.update(file.read(_SAMPLE_BLOCK))
-
-
 def local_files(paths: Sequence[str], text_field: str = "text") -> LocalFiles:
     """The corpus that `--data.path` names: files, folders (searched to the bottom) and globs, each in sorted order."""
     found: dict[Path, LocalFile] = {}
@@ -170,9 +151,11 @@ def _expand(given: str) -> list[LocalFile]:
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         files = []
         for match in matches:
+            if "__pycache__" in match.parts:
+                continue
             if match.is_dir():
                 files.extend(_below(match, root))
-            elif match.suffix.lower() in SUFFIXES and "__pycache__" not in match.parts:
+            elif match.suffix.lower() in SUFFIXES:
                 files.append(LocalFile(match, match.relative_to(root).as_posix()))
         if files:
             return files

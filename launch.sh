@@ -96,8 +96,13 @@ print("" if torch.__file__.startswith(sys.prefix + "/") else torch.__version__)'
   # torch comes first and the rest is built without isolation: DeepSpeed and the kernels compile against this very torch.
   say "installing torch ${given:-$(sed -n 's/^torch==//p' "$constraints")} and build tools"
   "${pip[@]}" -c "$constraints" torch setuptools wheel ninja packaging
-  say "installing DeepSpeed, transformers and the rest"
+  say "installing DeepSpeed"
+  "${pip[@]}" --no-build-isolation -c "$constraints" deepspeed
+  # pip mostly waits for downloads: the compiler works meanwhile. It must not hold the lock if pip fails.
+  prebuild_operations 9>&- &
+  say "installing transformers and the rest"
   "${pip[@]}" --no-build-isolation -c "$constraints" -e "${ROOT}[dev]"
+  wait "$!"
 }
 
 # DeepSpeed compiles this operation when a process group starts on a CPU; here it costs no training run its first minute.
@@ -129,7 +134,6 @@ setup_environment() {
     say "setting up $VENV (some minutes the first time)"
     venv_works || make_venv
     install_packages
-    prebuild_operations
     fingerprint >"$VENV/.set-up"
     say "set-up is complete"
   ) 9>"$VENV/.lock"

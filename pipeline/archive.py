@@ -50,7 +50,7 @@ def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
         raise UserError(f"--config {path}: no such file")
     try:
         with path.open() as handle:
-            content = yaml.load(handle, Loader=_UniqueKeys)  # noqa: S506 - a subclass of SafeLoader
+            content = yaml.load(handle, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or content.get("recipe") not in recipes:

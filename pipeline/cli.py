@@ -132,7 +132,7 @@ def parse_flags(default: Any, words: Sequence[str], program: str) -> Any:
 
 
 def _first_paragraph(box: str) -> str:
-    lines = []
+    lines: list[str] = []
     for line in box.splitlines():
         text = line.strip("╭╮╰╯│─ \t")
         if line.startswith("╭"):

@@ -1,6 +1,6 @@
 """RunConfig and its sections: everything that decides a run, as frozen dataclasses.
 
-A recipe is a function that returns a `RunConfig`; `tyro` turns the fields below into flags and their docstrings into help.
+A recipe is a function that returns a `RunConfig`; `tyro` makes flags of the fields and help of their docstrings.
 Nothing here touches a device, a file or a process group.
 """
 
@@ -29,7 +29,7 @@ class ParallelConfig:
     """How ranks are laid out: data degree x sequence degree = ranks."""
 
     sequence: int = 1
-    """Ulysses degree: how many ranks share one sequence. It divides the ranks, the sequence length and every head count."""
+    """Ulysses degree: how many ranks share a sequence. It divides ranks, sequence length and all head counts."""
     timeout_minutes: float = 30.0
     """How long a collective may wait for a rank before the job ends instead of hanging."""
 
@@ -41,7 +41,8 @@ class DataConfig:
     path: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents. Empty: see `dataset`."""
     dataset: str | None = None
-    """A Hugging Face data set to stream, or `stdlib`: the source files of this machine's Python standard library."""
+    """A Hugging Face data set to stream (NAME or NAME@REVISION), or `stdlib`: the source files of this machine's Python
+    standard library."""
     dataset_config: str | None = None
     """Configuration (subset) of the Hugging Face data set."""
     split: str = "train"
@@ -127,8 +128,8 @@ class RunConfig:
     output_dir: Path = Path("outputs")
     """Run directory."""
     resume: str = "auto"
-    """auto: from the newest complete checkpoint of the run directory if there is one; must: fail without one; never: start
-    afresh; or the path of a checkpoint."""
+    """auto: from the newest complete checkpoint of the run directory if there is one; must: fail without one;
+    never: start afresh; or the path of a checkpoint."""
     init_from: Path | None = None
     """Checkpoint to take weights alone from."""
     save_every: int = 500
@@ -200,7 +201,7 @@ class RunConfig:
 
 
 def replace(config: RunConfig, **changes: object) -> RunConfig:
-    """`dataclasses.replace` with section fields spelled `section__field`, so that a recipe derives a variant in a few lines."""
+    """`dataclasses.replace` with section fields spelled `section__field`, for short variants of recipes."""
     plain: dict[str, object] = {}
     sections: dict[str, dict[str, object]] = {}
     for name, value in changes.items():

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():
+from pipeline.hardware import on_gpu
+
+if not on_gpu():
     # DeepSpeed picks its accelerator when it is imported; without this it probes for drivers that are not there.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -39,11 +41,9 @@ def start(config: RunConfig) -> Topology:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    if on_gpu():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"rank {os.environ['RANK']}: no GPU {local_rank} here (there are {torch.cuda.device_count()}):"
@@ -51,16 +51,20 @@ def start(config: RunConfig) -> Topology:
             )
         get_accelerator().set_device(local_rank)
     deepspeed_logger.setLevel("WARNING")
+    if not on_gpu():
+        # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name() if torch.cuda.is_available() else "gloo",
+            dist_backend=get_accelerator().communication_backend_name() if on_gpu() else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
             timeout=datetime.timedelta(minutes=config.parallel.timeout_minutes),
         )
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    # torchrun and DeepSpeed's launcher name the ranks of a node differently.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     return create_topology(
-        config.parallel.sequence, local_rank=local_rank, nodes=max(1, world // local) if local else 1
+        config.parallel.sequence, local_rank=local_rank, nodes=max(1, dist.get_world_size() // local)
     )
 
 
@@ -72,13 +76,13 @@ def stop() -> None:
 
 def device_of(topology: Topology) -> torch.device:
     """The device of this rank."""
-    return torch.device("cuda", topology.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", topology.local_rank) if on_gpu() else torch.device("cpu")
 
 
 def precision_of(config: RunConfig) -> torch.dtype:
     """The dtype that the model computes in; master weights and optimizer state are float32 in any case."""
     if config.precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return torch.bfloat16 if on_gpu() else torch.float32
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
@@ -105,7 +109,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     for key, value in decided.items():
         if resolved.get(key, "auto") not in ("auto", value):
-            raise UserError(f"{path}: {key} is {resolved[key]} but the run says {value}: write \"auto\" there")
+            raise UserError(f'{path}: {key} is {resolved[key]} but the run says {value}: write "auto" there')
         resolved[key] = value
     resolved.pop("train_batch_size", None)
     bf16 = resolved.setdefault("bf16", {})
@@ -173,7 +177,7 @@ class Engine:
     ) -> torch.optim.Optimizer:
         offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         betas, eps = config.optimizer.betas, config.optimizer.eps
-        if offload != "none" and torch.cuda.is_available():
+        if offload != "none" and on_gpu():
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(list(groups), lr=config.lr, betas=betas, eps=eps, adamw_mode=True)
@@ -190,10 +194,10 @@ class Engine:
             self.deepspeed.step()
 
     def step(self, lr_multiple: float) -> StepResult:
-        """Updates the weights after the last micro-batch, or skips the update on every rank when a gradient is not finite.
+        """Updates the weights after the last micro-batch, or on no rank when a gradient is not finite.
 
-        `lr_multiple` times each group's peak learning rate is the rate of this update: the schedule is a function of the
-        step alone, so a skipped update or a resume cannot shift it.
+        `lr_multiple` times each group's peak learning rate is the rate of this update: the schedule is a function of
+        the step alone, so a skipped update or a resume cannot shift it.
         """
         for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * lr_multiple

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 
@@ -25,11 +26,19 @@ PEAK_TFLOPS = {
 }
 
 
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU.
+
+    DeepSpeed's launcher makes GPUs visible to a run that was started for the CPU, so visibility alone does not tell.
+    """
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+
+
 def peak_flops(stated_tflops: float | None = None) -> float | None:
     """Peak FLOP/s of this device at bfloat16, or the stated one; None where it is not known."""
     if stated_tflops is not None:
         return stated_tflops * 1e12
-    if not torch.cuda.is_available():
+    if not on_gpu():
         return None
     name = torch.cuda.get_device_name()
     for key in sorted(PEAK_TFLOPS, key=len, reverse=True):
@@ -39,7 +48,7 @@ def peak_flops(stated_tflops: float | None = None) -> float | None:
 
 
 def utilisation(tok_s: float, flops_per_token: float, devices: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation; None where the peak is not known, or where the figure would be above 1 (a wrong peak)."""
+    """Model FLOPs utilisation; None where the peak is unknown, or wrong (a figure above 1)."""
     if peak is None:
         return None
     share = tok_s * flops_per_token / (devices * peak)
@@ -48,7 +57,7 @@ def utilisation(tok_s: float, flops_per_token: float, devices: int, peak: float 
 
 def peak_memory() -> int:
     """Most bytes this process has held: allocated on the GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -83,9 +83,17 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     tokens = config.batch_size * config.grad_accum * topology.data * config.sequence_length
     tok_s = options.utilisation * options.ranks * PEAK_TFLOPS[options.device] * 1e12 / flops
     return Plan(
-        total, trainable, weights, gradients, optimizer, system.activation_bytes(topology, element), flops, tokens, tok_s,
-        config.steps * tokens / tok_s / 3600,
-    )  # fmt: skip
+        parameters=total,
+        trainable=trainable,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=system.activation_bytes(topology, element),
+        flops_per_token=flops,
+        tokens_per_step=tokens,
+        tok_s=tok_s,
+        hours=config.steps * tokens / tok_s / 3600,
+    )
 
 
 def run_plan(words: Sequence[str]) -> None:
@@ -130,7 +138,9 @@ def render(config: RunConfig, options: PlanOptions, plan: Plan) -> str:
         ("hours", f"{plan.hours:,.1f} for {config.steps:,} steps"),
     ]
     width = max(len(name) for name, _ in rows)
-    lines = [f"{config.recipe} on {options.ranks} x {options.device}, {config.zero}, sequence {config.parallel.sequence}"]
+    lines = [
+        f"{config.recipe} on {options.ranks} x {options.device}, {config.zero}, sequence {config.parallel.sequence}"
+    ]
     lines += [f"  {name:<{width}}  {value}" for name, value in rows]
     room = MEMORY_GIB.get(options.device)
     if room is not None and plan.memory / gib > room:

@@ -35,4 +35,4 @@ def preflight(config: RunConfig, ranks: int) -> None:
         raise UserError(f"--output-dir {config.output_dir}: {parent} is not a folder that can be written: name another")
     free = shutil.disk_usage(parent).free
     if free < MIN_FREE:
-        raise UserError(f"--output-dir {config.output_dir}: {free / 2**20:.0f} MiB free: no space left for a run; make room")
+        raise UserError(f"--output-dir {config.output_dir}: {free / 2**20:.0f} MiB free, no space for a run: make room")

@@ -18,6 +18,7 @@ import torch
 
 from pipeline import __version__
 from pipeline.config import RunConfig
+from pipeline.hardware import on_gpu
 from pipeline.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def versions() -> dict[str, str | None]:
 
 def machine(topology: Topology) -> dict[str, Any]:
     """The devices of a run, for run.json and every figure that is published."""
-    if torch.cuda.is_available():
+    if on_gpu():
         properties = torch.cuda.get_device_properties(topology.local_rank)
         device = {"kind": "cuda", "name": properties.name, "memory": properties.total_memory}
     else:

@@ -24,10 +24,10 @@ IGNORED = -100
 class Batch:
     """Rows of one micro-batch, whole sequences (every sequence rank of a group holds the same ones).
 
-    input_ids, labels [rows, T] int64; labels are already shifted: labels[:, t] is the token after input_ids[:, t], or
-    `IGNORED` where that token starts a document. segment_ids [rows, T] int64: the stream's document ordinal, the same in
-    the next step when the document goes on there. positions [rows, T] int64: position within the document, going on
-    across steps. streams [rows] int64: global stream ids.
+    input_ids, labels [rows, T] int64; labels are already shifted: labels[:, t] is the token after input_ids[:, t],
+    or `IGNORED` where that token starts a document. segment_ids [rows, T] int64: the stream's document ordinal, the
+    same in the next step when the document goes on there. positions [rows, T] int64: position within the document,
+    going on across steps. streams [rows] int64: global stream ids.
     """
 
     input_ids: Tensor
@@ -37,9 +37,7 @@ class Batch:
     streams: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            *(getattr(self, name).to(device, non_blocking=True) for name in Batch.__dataclass_fields__)
-        )
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in Batch.__dataclass_fields__))
 
 
 Counts = Mapping[str, int]
@@ -167,7 +165,7 @@ class System(Protocol):
         ...
 
     def initialise(self, model: nn.Module) -> None:
-        """Fills the weights (sharded or not): pretrained ones, or random ones that depend on the seed and names alone."""
+        """Fills the weights (sharded or not): pretrained ones, or random ones that the seed and names decide."""
         ...
 
     def phases(self, model: nn.Module) -> Sequence[Phase]: ...

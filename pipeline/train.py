@@ -38,10 +38,10 @@ def train(config: RunConfig) -> None:
     if not config.dry_run:
         _open_folder(run, ds_config)
     for phase in system.phases(model):
-        _Phase(run, phase, model, ds_config).execute(checkpoint)
+        Trainer(run, phase, model, ds_config).execute(checkpoint)
 
 
-class _Phase:
+class Trainer:
     """One phase: its engine, data and carry."""
 
     def __init__(self, run: Run, phase: Phase, model: nn.Module, ds_config: dict[str, object]) -> None:
@@ -90,7 +90,7 @@ class _Phase:
         meter = Meter(run)
         while progress.step < last:
             step = progress.step + 1
-            result = self._step(step, meter)
+            result = self.step(step, meter)
             progress.step = step
             if step % config.report.log_every == 0 or step == last:
                 record = meter.record(step, result)
@@ -108,7 +108,8 @@ class _Phase:
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
 
-    def _step(self, step: int, meter: Meter) -> StepResult:
+    def step(self, step: int, meter: Meter) -> StepResult:
+        """One optimizer step: forward and backward of every micro-batch, then the update."""
         run, engine = self.run, self.engine
         context = StepContext(run.topology, run.config.seed, self.phase.name, step)
         batches = self._next_batches()

@@ -51,7 +51,9 @@ class MetricsFile(Callback):
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a reader in another language would stop at it.
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         with self.path.open("a") as handle:
             handle.write(json.dumps(clean) + "\n")
 

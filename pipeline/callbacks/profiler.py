@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from pipeline.callbacks.base import Callback
+from pipeline.hardware import on_gpu
 from pipeline.run import Run
 
 
@@ -14,7 +14,7 @@ class Profiler(Callback):
 
     def __init__(self, run: Run) -> None:
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        if on_gpu():
             activities.append(ProfilerActivity.CUDA)
         folder = run.folder / "profile"
         self.profiler = profile(

@@ -37,10 +37,8 @@ def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequenc
     save_file(tensors, folder / f"carry-{topology.rank:05d}.safetensors", metadata={"layout": json.dumps(layout)})
 
 
-def load_carry(
-    folder: Path, streams: Sequence[Sequence[int]], topology: Topology, device: torch.device
-) -> list[Carry]:
-    """The carry of this rank's streams and heads, one per micro-batch, whatever layout wrote it. [] when none was saved."""
+def load_carry(folder: Path, streams: Sequence[Sequence[int]], topology: Topology, device: torch.device) -> list[Carry]:
+    """The carry of this rank's streams and heads per micro-batch, whatever layout wrote it; [] when none was saved."""
     # (name, stream) -> [(sequence rank, degree, row)]
     rows: dict[tuple[str, int], list[tuple[int, int, Tensor]]] = {}
     dims: dict[str, tuple[int, int | None]] = {}

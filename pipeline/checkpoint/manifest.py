@@ -101,5 +101,7 @@ def newest(folder: Path) -> Path | None:
             return path
         reasons += wrong
     if reasons:
-        raise UserError(f"{reasons[0]}: no whole checkpoint is left in {folder}; restore the file or use --resume never")
+        raise UserError(
+            f"{reasons[0]}: no whole checkpoint is left in {folder}: restore the file, or use another --output-dir"
+        )
     return None

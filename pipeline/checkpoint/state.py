@@ -30,6 +30,7 @@ from pipeline.checkpoint.manifest import (
 )
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.hardware import on_gpu
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_state, load_safetensors
 from pipeline.run import Progress, Run, versions
@@ -59,7 +60,7 @@ def from_main(topology: Topology, value: Any) -> Any:
 
 
 def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
-    """The checkpoint that `--resume` means, decided by rank 0; None for a fresh start. Raises UserError on every rank."""
+    """The checkpoint that `--resume` means, decided by rank 0; None for a fresh start. UserError on every rank."""
     found: Path | None = None
     problem: str | None = None
     if topology.rank == 0:
@@ -77,9 +78,7 @@ def _find(config: RunConfig) -> Path | None:
     folder = config.output_dir / "checkpoints"
     if config.resume == "never":
         if complete_checkpoints(folder):
-            raise UserError(
-                f"{config.output_dir} holds a run with checkpoints: name another --output-dir, or --resume auto to go on"
-            )
+            raise UserError(f"{config.output_dir} holds a run: name another --output-dir, or --resume auto to go on")
         return None
     if config.resume in ("auto", "must"):
         found = newest(folder)
@@ -93,7 +92,9 @@ def _find(config: RunConfig) -> Path | None:
     return path
 
 
-def save_checkpoint(run: Run, loader: StatefulLoader, carries: Sequence[Carry], streams: Sequence[Sequence[int]]) -> str:
+def save_checkpoint(
+    run: Run, loader: StatefulLoader, carries: Sequence[Carry], streams: Sequence[Sequence[int]]
+) -> str:
     """Writes checkpoint-STEP and points `latest` at it; returns its name. Collective.
 
     Everything is written to a hidden folder first; the manifest is written last, then the folder gets its name, then
@@ -119,7 +120,9 @@ def save_checkpoint(run: Run, loader: StatefulLoader, carries: Sequence[Carry], 
         save_carry(partial, carries, streams, run.topology)
         torch.save(rng_state(), partial / f"rng-{run.topology.rank:05d}.pt")
     except OSError as error:
-        problem = f"{partial}: {error.strerror or error}: nothing was saved at step {run.progress.step}; make room and resume"
+        problem = (
+            f"{partial}: {error.strerror or error}: nothing was saved at step {run.progress.step}; make room and resume"
+        )
     # Before DeepSpeed's own collectives: a rank that could not write must not leave the others waiting in them.
     try:
         agree(run.topology, problem)
@@ -155,7 +158,9 @@ def save_checkpoint(run: Run, loader: StatefulLoader, carries: Sequence[Carry], 
                 (old / "manifest.json").unlink()
                 shutil.rmtree(old)
         except OSError as error:
-            problem = f"{partial}: {error.strerror or error}: step {run.progress.step} was not saved; make room and resume"
+            problem = (
+                f"{partial}: {error.strerror or error}: step {run.progress.step} was not saved; make room and resume"
+            )
     agree(run.topology, problem)
     run.last_checkpoint = name
     return name
@@ -216,7 +221,7 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if on_gpu() else None,
     }
 
 
@@ -226,7 +231,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and on_gpu():
         torch.cuda.set_rng_state(state["cuda"])
 
 

@@ -29,9 +29,7 @@ def run_eval(words: Sequence[str]) -> None:
     wrong = problems(checkpoint, hashes=False)
     if wrong:
         raise UserError(wrong[0])
-    config = parse_flags(
-        load_config(checkpoint / "config.yaml", all_recipes()), words[1:], f"mnemos eval {words[0]}"
-    )
+    config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), words[1:], f"mnemos eval {words[0]}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.parallel.sequence:
         # A checkpoint of two sequence ranks is evaluated on one laptop as well.
@@ -48,7 +46,11 @@ def run_eval(words: Sequence[str]) -> None:
         evaluation = system.evaluate(model.to(device_of(topology)), phase, topology)
         if topology.rank == 0:
             folder = checkpoint.parent.parent / "evals" / checkpoint.name
-            write(evaluation, folder, {"versions": versions(), "machine": machine(topology), "checkpoint": checkpoint.name})
+            write(
+                evaluation,
+                folder,
+                {"versions": versions(), "machine": machine(topology), "checkpoint": checkpoint.name},
+            )
             print(render(evaluation))
             print(f"written to {folder}")
     finally:
@@ -83,7 +85,10 @@ def render(evaluation: Evaluation) -> str:
 
 def _table(curve: Curve) -> list[str]:
     labels = list(curve.series)
-    lines = [f"{curve.title}: {curve.y_label}", f"{curve.x_label:>48}  " + "  ".join(f"{label:>12}" for label in labels)]
+    lines = [
+        f"{curve.title}: {curve.y_label}",
+        f"{curve.x_label:>48}  " + "  ".join(f"{label:>12}" for label in labels),
+    ]
     for index, x in enumerate(curve.x):
         values = [curve.series[label][index] for label in labels]
         if any(math.isfinite(value) for value in values):

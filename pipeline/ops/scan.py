@@ -109,7 +109,9 @@ def _check(
 
     if eta is None and rule == "titans":
         raise ValueError("eta is None; the rule 'titans' needs the momentum, [batch, sequence, heads]")
-    gates = {"alpha": alpha, "theta": theta} if rule == "delta" else {"alpha": alpha, "eta": eta, "theta": theta}
+    gates = {"alpha": alpha, "theta": theta}
+    if rule == "titans" and eta is not None:
+        gates["eta"] = eta
     for name, gate in gates.items():
         if gate.shape != q.shape[:3]:
             raise ValueError(f"{name} has shape {_shape(gate)}; expected [{batch}, {sequence}, {heads}]")

@@ -22,16 +22,17 @@ else is batched over chunks. In the code n is the number of chunks, N = batch x 
 carried: M and S (2), or M alone without momentum (1).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-# Elements of the largest temporary, which sets how many chunks are batched. On a CPU one of 16 MB is reused from the
+# Elements of the largest temporary, which sets how many chunks are batched. On a CPU one of 8 MB is reused from the
 # allocator's pool, while one over 32 MB faults in every page anew, at twice the total cost; a GPU wants to be filled.
-_SPAN_CPU = 2**22
+_SPAN_CPU = 2**21
 _SPAN_GPU = 2**27
 
 
@@ -75,17 +76,19 @@ def scan_torch(
     span = chunk * max(1, (_SPAN_CPU if q.device.type == "cpu" else _SPAN_GPU) // elements)
     # split, not slices: the gradient of a slice is as long as the whole sequence, and there is one per span.
     inputs = (q, k, v, 1 - alpha, eta, theta, keep)
-    columns = [[None] * -(-sequence // span) if x is None else x.split(span, dim=1) for x in inputs]
+    columns: list[Sequence[Any]] = [
+        [None] * -(-sequence // span) if x is None else x.split(span, dim=1) for x in inputs
+    ]
     outputs = []
     last_update = None
-    for piece in zip(*columns, strict=True):
-        y, carry, last_update = _span(*piece, carry, chunk=chunk)
+    for qs, ks, vs, retains, etas, thetas, keeps in zip(*columns, strict=True):
+        y, carry, last_update = _span(qs, ks, vs, retains, etas, thetas, keeps, carry, chunk)
         outputs.append(y)
     y = torch.cat(outputs, dim=1).to(v.dtype)
 
     # Copies: a carry that is kept or saved should not hold on to a larger tensor.
     final = [part.clone(memory_format=torch.contiguous_format) for part in carry.chunk(states, dim=-2)]
-    if eta is None:
+    if last_update is not None:
         final.append(last_update)
     memory, momentum = (part.unflatten(0, (batch, heads)) for part in final)
     return y, (memory, momentum)
@@ -100,7 +103,6 @@ def _span(
     theta: Tensor,
     keep: Tensor | None,
     carry: Tensor,
-    *,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scan tokens that are batched together, from the states ``carry`` [N, J key dim, value dim].
@@ -194,7 +196,7 @@ class _Decay(torch.autograd.Function):
     """L[t, j] = prod_{j < i <= t} gate_i from gates [..., C]; without divisions, so that a gate may be exactly 0."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor) -> Tensor:
         size = gate.shape[-1]
         below = torch.ones(size, size, dtype=torch.bool, device=gate.device).tril(-1)
         decay = torch.where(below, gate.unsqueeze(-1), 1.0).cumprod(dim=-2).tril_()
@@ -203,7 +205,7 @@ class _Decay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # dL[t, j] / dgate_i = L[t, i] L[i - 1, j] for j < i <= t, and L is zero elsewhere.
         (decay,) = ctx.saved_tensors
         later = decay.mT @ grad
@@ -214,7 +216,7 @@ class _UnitLowerInverse(torch.autograd.Function):
     """(I + T)^-1 of strictly lower T [..., C, C]. A product with it costs a tenth of a batched triangular solve."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, strictly_lower: Tensor) -> Tensor:
+    def forward(ctx: Any, strictly_lower: Tensor) -> Tensor:
         size = strictly_lower.shape[-1]
         eye = torch.eye(size, dtype=strictly_lower.dtype, device=strictly_lower.device).expand_as(strictly_lower)
         inverse = torch.linalg.solve_triangular(strictly_lower, eye, upper=False, unitriangular=True)
@@ -223,7 +225,7 @@ class _UnitLowerInverse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         return -(inverse.mT @ (grad @ inverse.mT))
 
@@ -237,7 +239,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, state_end: Tensor, from_state: Tensor, from_values: Tensor, update_keys: Tensor, carry: Tensor
+        ctx: Any, state_end: Tensor, from_state: Tensor, from_values: Tensor, update_keys: Tensor, carry: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, _, states, _ = state_end.shape
         x = carry.new_empty(n + 1, *carry.shape)
@@ -253,9 +255,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_starts: Tensor, grad_residuals: Tensor, grad_final: Tensor
-    ) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_starts: Tensor, grad_residuals: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
         state_end, from_state, update_keys, x, residuals = ctx.saved_tensors
         n, _, states, _ = state_end.shape
 

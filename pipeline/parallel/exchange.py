@@ -19,8 +19,9 @@ from pipeline.parallel.topology import Topology
 def to_heads(tensors: Sequence[Tensor], topology: Topology) -> list[Tensor]:
     """Gathers the sequence and scatters the heads, in one all-to-all, differentiably.
 
-    Each tensor is [batch, sequence / degree, heads, ...] and comes back as [batch, sequence, heads / degree, ...]; rank r
-    of the sequence group keeps heads r * heads / degree and on. Raises ValueError when the degree does not divide the heads.
+    Each tensor is [batch, sequence / degree, heads, ...] and comes back as [batch, sequence, heads / degree, ...];
+    rank r of the sequence group keeps heads r * heads / degree and on. Raises ValueError when the degree does not
+    divide the heads.
     """
     if topology.sequence == 1:
         return list(tensors)

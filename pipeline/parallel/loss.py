@@ -1,8 +1,8 @@
 """The global-token loss: gradients of one device that saw the whole batch, whatever the layout of ranks.
 
 DeepSpeed is told nothing of the sequence degree: it sees `world` data-parallel ranks and averages their gradients, for
-every ZeRO stage alike (told of it, stages 0 to 2 divide by world / degree and stage 3 by world). So a rank's loss is its
-sum times `world` over the count of all ranks, and the average of the gradients is the gradient of sum / count.
+every ZeRO stage alike (told of it, stages 0 to 2 divide by world / degree and stage 3 by world). So a rank's loss is
+its sum times `world` over the count of all ranks, and the average of the gradients is the gradient of sum / count.
 """
 
 from __future__ import annotations

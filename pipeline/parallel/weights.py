@@ -30,7 +30,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and a parameter's name alone, never on ranks or the order of building."""
+    """A CPU generator that depends on the seed and a parameter's name alone, not on ranks or order."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -48,7 +48,7 @@ def fill(model: nn.Module, value: Callable[[str, torch.Size], Tensor], names: It
 
 
 def full_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named parameters, whole, on the CPU of rank 0; an empty dict on the other ranks (which must call this too)."""
+    """The named parameters, whole, on the CPU of rank 0; empty on the other ranks, which must call this too."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     wanted = set(names)
     state = {}
@@ -71,7 +71,7 @@ def load_safetensors(model: nn.Module, files: Iterable[Path], rename: Mapping[st
             where.update(dict.fromkeys(handle.keys(), file))
     missing = [tensor for tensor in rename.values() if tensor not in where]
     if missing:
-        raise UserError(f"{what}: {len(missing)} tensors are missing, {missing[0]!r} first: is it a model of this kind?")
+        raise UserError(f"{what}: {len(missing)} tensors are missing, {missing[0]!r} first: another model?")
 
     # Shapes are compared before any collective starts, so that every rank stops with the same reason.
     parameters = dict(model.named_parameters())

@@ -12,7 +12,7 @@ from pipeline.config import RunConfig
 
 def all_recipes() -> dict[str, Callable[[], RunConfig]]:
     """Recipe functions by name: the public functions of these modules that are annotated to return a RunConfig."""
-    found = {}
+    found: dict[str, Callable[[], RunConfig]] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for name, function in vars(module).items():

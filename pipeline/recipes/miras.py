@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from pipeline.config import DataConfig, EvaluationConfig, OptimizerConfig, ParallelConfig, RunConfig, replace
+from pipeline.config import (
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReportConfig,
+    RunConfig,
+    replace,
+)
 from pipeline.data.synthetic import RecallConfig
 from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
 
@@ -49,7 +57,7 @@ def miras_128k() -> RunConfig:
 
 
 def miras_tiny() -> RunConfig:
-    """A small OLMo2 with memory on this machine's Python library, ZeRO-3 and two sequence ranks: minutes on two cores."""
+    """A small OLMo2 with memory on the Python library, ZeRO-3 and two sequence ranks: minutes on two cores."""
     return RunConfig(
         recipe="miras_tiny",
         model=MirasConfig(
@@ -80,23 +88,24 @@ def miras_recall() -> RunConfig:
         recipe="miras_recall",
         model=MirasConfig(
             backbone=BackboneConfig(
-                trainable=True, layers=2, width=64, heads=2, kv_heads=2, ffn=128, vocabulary=193, rope_theta=10_000.0
+                trainable=True, layers=2, width=64, heads=2, kv_heads=2, ffn=128, vocabulary=49, rope_theta=10_000.0
             ),
             attention=AttentionConfig(window=32, sinks=0),
             memory=MemoryConfig(layers=(0, 1), heads=2, head_dim=32, persistent=0, gate_rank=16, step_size=(0.5, 0.1)),
-            recall=RecallConfig(),
+            recall=RecallConfig(keys=16, values=16, fillers=16),
         ),
         steps=300,
         warmup_steps=20,
-        sequence_length=320,
-        batch_size=32,
+        sequence_length=256,
+        batch_size=16,
         lr=3e-3,
         zero="zero1",
         save_every=0,
         eval_every=100,
         output_dir=Path("outputs/miras_recall"),
         optimizer=OptimizerConfig(betas=(0.9, 0.98)),
-        evaluation=EvaluationConfig(steps=4),
+        report=ReportConfig(log_every=10),
+        evaluation=EvaluationConfig(steps=8),
     )
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pipeline.ops import miras_scan
 
-DIM = 16
+DIM, VALUE_DIM = 16, 4
 MAX_TAU, MAX_ALPHA, MAX_ETA = 0.9, 0.01, 0.99
 BETA_OFF = 1 / (1 + math.exp(20))
 CORNERS = list(product((0.0, 0.5, 0.9, MAX_ETA), (BETA_OFF, 1.0), (0.0, MAX_ALPHA)))  # eta, beta, alpha: one head each
@@ -107,9 +107,9 @@ def test_the_norm_of_a_state_never_grows_without_values() -> None:
     """The algebra of the module docstring, on the op itself: zero values, random state, every corner and pattern."""
     rng = torch.Generator().manual_seed(0)
     size, rows, heads = 16, len(PATTERNS), len(CORNERS)
-    state = tuple(torch.randn(rows, heads, DIM, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    state = tuple(torch.randn(rows, heads, DIM, VALUE_DIM, generator=rng, dtype=torch.float64) for _ in range(2))
     alpha, eta, theta = (gate.expand(rows, -1, -1) for gate in gates(size, torch.float64))
-    v = torch.zeros(rows, size, heads, 4, dtype=torch.float64)
+    v = torch.zeros(rows, size, heads, VALUE_DIM, dtype=torch.float64)
     before = weighted_norm(*state)
     for start in range(0, 1024, size):
         k = keys(start, size, rng).expand(-1, -1, heads, -1)
@@ -127,7 +127,7 @@ def test_bounded_over_128k_tokens_at_every_corner() -> None:
     """
     total, piece, heads = 131_072, 4096, len(CORNERS)
     rng = torch.Generator().manual_seed(1)
-    target = torch.randn(DIM, DIM, generator=rng, dtype=torch.float64)
+    target = torch.randn(DIM, VALUE_DIM, generator=rng, dtype=torch.float64)
     target = 4 * target / target.norm()
     rows = 2 * len(PATTERNS)
     alpha, eta, theta = (gate.expand(rows, -1, -1) for gate in gates(piece))
@@ -137,7 +137,7 @@ def test_bounded_over_128k_tokens_at_every_corner() -> None:
     with torch.no_grad():
         for start in range(0, total, piece):
             k = keys(start, piece, rng)
-            v = torch.cat([k @ target, unit(*k.shape, rng=rng)])
+            v = torch.cat([k @ target, unit(*k.shape[:-1], VALUE_DIM, rng=rng)])
             q = unit(1, piece, 1, DIM, rng=rng)
             q, k, v = (x.float().expand(rows, -1, heads, -1) for x in (q, torch.cat([k, k]), v))
             y, state = miras_scan(q, k, v, alpha, eta, theta, state=state, chunk=16)
@@ -152,7 +152,7 @@ def test_the_plain_rule_explodes_on_repeats_at_a_distance(pattern: str) -> None:
     """Momentum .9 with step size 1 is inside [0, 1], yet passes 1e20 within 1,024 tokens: why the model has a range."""
     rng = torch.Generator().manual_seed(2)
     k = keys(0, 1024, rng)[PATTERNS.index(pattern), None]
-    v = unit(*k.shape, rng=rng)
+    v = unit(*k.shape[:-1], VALUE_DIM, rng=rng)
     one = torch.ones(1, 1024, 1, dtype=torch.float64)
     _, (memory, _) = miras_scan(k, k, v, 0 * one, 0.9 * one, one)
     assert memory.norm() > 1e20

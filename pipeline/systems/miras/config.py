@@ -10,6 +10,7 @@ import tyro
 from pipeline.config import ModelConfig
 from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
+from pipeline.systems.miras.limits import MAX_MOMENTUM
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise UserError(f"--model.backbone.width {self.width} is not divisible by --model.backbone.heads {self.heads}")
+            raise UserError(
+                f"--model.backbone.width {self.width} is not divisible by --model.backbone.heads {self.heads}"
+            )
         if self.heads % self.kv_heads:
             raise UserError(
                 f"--model.backbone.heads {self.heads} is not divisible by --model.backbone.kv-heads {self.kv_heads}"
@@ -74,7 +77,7 @@ class MemoryConfig:
     """Layers that get a memory, counted from 0."""
     rule: Literal["titans", "delta"] = "titans"
     """titans: momentum and forgetting; delta: no momentum."""
-    backend: str = "auto"
+    backend: Literal["auto", "torch"] = "auto"
     """Backend of the memory scan."""
     heads: int = 16
     """Memories per layer."""
@@ -108,6 +111,8 @@ class MirasConfig(ModelConfig):
     """The synthetic recall task in place of documents."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.memory.momentum < MAX_MOMENTUM:
+            raise UserError(f"--model.memory.momentum {self.memory.momentum}: give a value from 0 to {MAX_MOMENTUM}")
         if not self.memory.layers:
             return
         if min(self.memory.layers) < 0 or (

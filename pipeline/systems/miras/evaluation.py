@@ -111,9 +111,9 @@ def _perplexity(system: MirasSystem, model: nn.Module, topology: Topology, modes
     scalars: dict[str, float] = {}
     series = {}
     for mode, total in sums.items():
-        nats, labels = float(total.nats.sum()), float(total.labels.sum())
+        nats, counted_labels = float(total.nats.sum()), float(total.labels.sum())
         prefix = "" if mode == "memory on" else "memory_off/"
-        loss = nats / max(1.0, labels)
+        loss = nats / max(1.0, counted_labels)
         scalars[f"{prefix}loss"] = loss
         scalars[f"{prefix}ppl"] = math.exp(min(loss, 700.0))
         if length:
@@ -150,6 +150,10 @@ def _recall(system: MirasSystem, model: nn.Module, topology: Topology, modes: di
         series[mode] = tuple((total.right / total.labels).tolist())
     edges = tuple(float((index + 1) * GAP_BIN) for index in range(bins))
     curve = Curve(
-        "Recall by distance", "tokens between a pair and its query (upper edge)", "share of right answers", edges, series
+        "Recall by distance",
+        "tokens from a pair to its query (upper edge)",
+        "share of right answers",
+        edges,
+        series,
     )
     return Evaluation(scalars, {"recall_by_distance": curve})

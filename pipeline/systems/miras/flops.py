@@ -19,23 +19,24 @@ def attention_reach(config: MirasConfig, sequence_length: int) -> float:
 def count_flops(config: MirasConfig, backbone: Olmo2Config, sequence_length: int) -> Flops:
     """Forward and backward model FLOPs per token.
 
-    A multiply-add is two FLOPs. A frozen matrix has an input gradient and no weight gradient, and blocks up to the first
-    memory layer have no backward pass at all. The scan follows the exact chunked rule: 12 d^2 + 8 C d + C^2 forward and
-    about twice that backward, per head.
+    A multiply-add is two FLOPs. A frozen matrix has an input gradient and no weight gradient, and blocks up to the
+    first memory layer have no backward pass at all. The scan follows the exact chunked rule: 12 d^2 + 8 C d + C^2
+    forward and about twice that backward, per head.
     """
     width, head_dim = backbone.hidden_size, backbone.hidden_size // backbone.num_attention_heads
-    kv_width = backbone.num_key_value_heads * head_dim
+    kv_width = (backbone.num_key_value_heads or backbone.num_attention_heads) * head_dim
     matrices = 2.0 * (2 * width * width + 2 * width * kv_width + 3 * width * backbone.intermediate_size)
     attention = 4.0 * width * attention_reach(config, sequence_length)
     head = 2.0 * width * backbone.vocab_size
     memory = config.memory
     inner = memory.heads * memory.head_dim
     branch = 2.0 * (
-        4 * width * inner + 2 * width * memory.heads + memory.gate_rank * (width + inner) + 2 * memory.persistent * inner
+        4 * width * inner
+        + 2 * width * memory.heads
+        + memory.gate_rank * (width + inner)
+        + 2 * memory.persistent * inner
     )
-    scan = memory.heads * (
-        12.0 * memory.head_dim**2 + 8 * memory.chunk * memory.head_dim + memory.chunk**2
-    )
+    scan = memory.heads * (12.0 * memory.head_dim**2 + 8 * memory.chunk * memory.head_dim + memory.chunk**2)
     count = len(memory.layers)
     forward = backbone.num_hidden_layers * (matrices + attention) + head + count * (branch + scan)
     if config.backbone.trainable:

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_FORGET = 0.01
-"""Largest forget rate per token."""
-STEP_MARGIN = 0.9
-"""Largest step size, as a share of (1 - eta)^2."""
+from pipeline.systems.miras.limits import MAX_FORGET, MAX_MOMENTUM, STEP_MARGIN
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,11 @@ class Gates:
 def bounded_gates(alpha_logits: Tensor, beta_logits: Tensor, eta_logits: Tensor | None) -> Gates:
     """Gates from logits; alpha and beta logits [batch, sequence, heads], eta logits [heads] (None: no momentum)."""
     dtype = torch.float64 if beta_logits.dtype == torch.float64 else torch.float32
-    eta = beta_logits.new_zeros((), dtype=dtype) if eta_logits is None else torch.sigmoid(eta_logits.to(dtype))
+    eta = (
+        beta_logits.new_zeros((), dtype=dtype)
+        if eta_logits is None
+        else MAX_MOMENTUM * torch.sigmoid(eta_logits.to(dtype))
+    )
     theta = STEP_MARGIN * torch.sigmoid(beta_logits.to(dtype)) * (1 - eta) ** 2
     alpha = MAX_FORGET * torch.sigmoid(alpha_logits.to(dtype))
     return Gates(alpha, eta.expand_as(theta), theta)
@@ -39,6 +40,11 @@ def bounded_gates(alpha_logits: Tensor, beta_logits: Tensor, eta_logits: Tensor 
 def logit(probability: float) -> float:
     """Inverse of the sigmoid."""
     return math.log(probability / (1 - probability))
+
+
+def initial_eta_logit(momentum: float) -> float:
+    """The logit of an initial momentum below MAX_MOMENTUM."""
+    return logit(momentum / MAX_MOMENTUM)
 
 
 def initial_beta_logits(heads: int, momentum: float, step_size: tuple[float, float]) -> Tensor:

@@ -43,8 +43,8 @@ class MemoryHealth(NamedTuple):
 
 
 class MemoryBranch(nn.Module):
-    """RMS norm, projections, short causal convolution, unit keys and queries, the scan, per-head norm, persistent pairs,
-    a low-rank output gate, and an output projection that starts at zero (Titans, arXiv 2501.00663, section 4).
+    """RMS norm, projections, short causal convolution, unit keys and queries, the scan, per-head norm, persistent
+    pairs, a low-rank output gate, and an output projection that starts at zero (Titans, arXiv 2501.00663, section 4).
     """
 
     def __init__(self, width: int, config: MemoryConfig, norm_eps: float) -> None:
@@ -70,7 +70,8 @@ class MemoryBranch(nn.Module):
     def forward(
         self, hidden: Tensor, segment_ids: Tensor, carry: MemoryCarry | None, topology: Topology
     ) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
-        """hidden [batch, sequence / degree, width], segment_ids [batch, sequence] -> (addition like hidden, new carry, health)."""
+        """hidden [batch, sequence / degree, width] and segment_ids [batch, sequence] give what is added to the residual
+        stream (like hidden), the new carry and the health."""
         config = self.config
         mine = topology.heads(config.heads)
         normed = self.norm(hidden)
@@ -145,7 +146,7 @@ class MemoryBranch(nn.Module):
         return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[mine])
 
     def _health(self, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:
-        # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random unit keys.
+        # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random keys.
         rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * self.config.head_dim)).clamp(max=0.999))
         return MemoryHealth(
             carry.memory.flatten(2).norm(dim=-1).sum(),

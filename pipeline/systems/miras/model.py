@@ -110,7 +110,9 @@ class MirasModel(nn.Module):
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
         call = _AttentionCall(
-            self._plan(segment_ids, positions, before[0].attention, hidden), topology, [entry.attention for entry in before]
+            self._plan(segment_ids, positions, before[0].attention, hidden),
+            topology,
+            [entry.attention for entry in before],
         )
         # transformers rotates before attention; here rotation comes after the exchange, where positions can be rebased.
         unrotated = (hidden.new_ones(1, 1, 1), hidden.new_zeros(1, 1, 1))
@@ -141,9 +143,7 @@ class MirasModel(nn.Module):
         # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
         return hidden.requires_grad or str(index) in self.memory
 
-    def _plan(
-        self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor
-    ) -> AttentionPlan:
+    def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
         if self._rope is None:
             rotary = Olmo2RotaryEmbedding(self.backbone.config)
             self._rope = Rope(rotary.inv_freq.double(), float(rotary.attention_scaling))
@@ -170,7 +170,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: q, k, v [batch, heads, sequence / degree, dim], unrotated."""
     q, k, v = to_heads([x.transpose(1, 2) for x in (query, key, value)], attention_call.topology)
-    index = module.layer_idx
+    index = int(module.layer_idx)  # type: ignore[arg-type]
     if attention_call.plan.kind == "full":
         out = full_attention(q, k, v, attention_call.plan, scale=scaling)
     else:

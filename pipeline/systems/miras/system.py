@@ -62,7 +62,7 @@ class MirasSystem:
         counts = {
             "sequence length": self.config.sequence_length,
             "attention heads": self.backbone.num_attention_heads,
-            "key-value heads": self.backbone.num_key_value_heads,
+            "key-value heads": self.backbone.num_key_value_heads or self.backbone.num_attention_heads,
         }
         if self.sizes.memory.layers:
             counts["memory heads"] = self.sizes.memory.heads
@@ -176,7 +176,9 @@ class MirasSystem:
     def _health(health: Sequence[MemoryHealth]) -> dict[str, tuple[Tensor, Tensor]]:
         if not health:
             return {}
-        total = MemoryHealth(*(torch.stack([getattr(state, name) for state in health]).sum() for name in MemoryHealth._fields))
+        total = MemoryHealth(
+            *(torch.stack([getattr(state, name) for state in health]).sum() for name in MemoryHealth._fields)
+        )
         return {
             "norm_M": (total.memory_norm, total.states),
             "norm_S": (total.momentum_norm, total.states),

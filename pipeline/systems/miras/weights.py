@@ -12,7 +12,7 @@ from transformers import AutoConfig, Olmo2Config
 from pipeline.errors import UserError
 from pipeline.parallel.weights import fill, generator_for, load_safetensors
 from pipeline.systems.miras.config import BackboneConfig, MirasConfig
-from pipeline.systems.miras.gates import initial_alpha_logits, initial_beta_logits, logit
+from pipeline.systems.miras.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
 
 
 def backbone_config(config: BackboneConfig) -> Olmo2Config:
@@ -42,7 +42,7 @@ def backbone_config(config: BackboneConfig) -> Olmo2Config:
             tie_word_embeddings=False,
         )
     if found.tie_word_embeddings:
-        raise UserError("the backbone ties its embeddings: OLMo2 weights with an output embedding of their own are needed")
+        raise UserError("the backbone ties its embeddings: OLMo2 weights with an untied output embedding are needed")
     return found
 
 
@@ -112,7 +112,7 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
         case ["o_proj", "weight"] | ["gate_up", "bias"]:
             return torch.zeros(shape)
         case [_, "eta_logits"]:
-            return torch.full(shape, logit(memory.momentum))
+            return torch.full(shape, initial_eta_logit(memory.momentum))
         case ["alpha_proj", "bias"]:
             return initial_alpha_logits(memory.heads, memory.half_life)
         case ["beta_proj", "bias"]:

@@ -1,0 +1,158 @@
+"""metrics.jsonl: strict JSON, one row per logged step or evaluation, and each step once however often a run resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.callbacks.metrics import MetricsFile, perplexity, read_rows
+from pipeline.system import Evaluation
+
+TRAIN = {"mode", "step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed", "peak_memory"}
+
+
+def strict_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows as a reader sees them that knows no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_train_row_holds_what_is_promised(make_run, record) -> None:
+    run = make_run()
+    MetricsFile(run).on_step(record(3, loss=1.2345678901234567, mfu=0.25, metrics={"norm_M": 1.5, "memory/alpha": 0.001}))
+    (row,) = strict_rows(run.folder)
+    assert set(row) == TRAIN | {"mfu", "norm_M", "memory/alpha"}
+    assert (row["mode"], row["step"], row["tokens"], row["elapsed"]) == ("train", 3, 300, 6.0)
+    assert row["loss"] == 1.2345678901234567
+    assert row["ppl"] == math.exp(row["loss"])
+    assert (row["lr"], row["grad_norm"], row["tok_s"]) == (3e-4, 0.75, 4096.0)
+    assert (row["peak_memory"], row["mfu"], row["norm_M"], row["memory/alpha"]) == (3 * 2**29, 0.25, 1.5, 0.001)
+
+
+def test_types_of_a_train_row(make_run, record) -> None:
+    run = make_run()
+    MetricsFile(run).on_step(record())
+    (row,) = strict_rows(run.folder)
+    for name in ("step", "tokens", "peak_memory"):
+        assert type(row[name]) is int
+    for name in ("loss", "ppl", "lr", "grad_norm", "tok_s", "elapsed"):
+        assert type(row[name]) is float
+    assert row["mfu"] is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null(make_run, record, value: float) -> None:
+    run = make_run()
+    file = MetricsFile(run)
+    file.on_step(record(loss=value, grad_norm=value, metrics={"norm_M": value}))
+    file.on_evaluation(1, Evaluation({"loss": value, "ppl": 3.0}))
+    train, val = strict_rows(run.folder)
+    assert (train["loss"], train["grad_norm"], train["norm_M"]) == (None, None, None)
+    assert (val["loss"], val["ppl"]) == (None, 3.0)
+
+
+def test_a_skipped_update_has_no_gradient_norm(make_run, record) -> None:
+    run = make_run()
+    MetricsFile(run).on_step(record(grad_norm=None))
+    assert strict_rows(run.folder)[0]["grad_norm"] is None
+
+
+def test_a_val_row_holds_the_scalars_and_where_the_run_stands(make_run) -> None:
+    run = make_run(step=4)
+    MetricsFile(run).on_evaluation(4, Evaluation({"loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25}))
+    (row,) = strict_rows(run.folder)
+    expected = {"mode": "val", "step": 4, "loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25}
+    assert row == {**expected, "tokens": 400, "elapsed": 8.0}
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_written(make_run, record) -> None:
+    run = make_run()
+    file = MetricsFile(run)
+    for step in range(1, 4):
+        file.on_step(record(step))
+        assert [row["step"] for row in read_rows(file.path)] == list(range(1, step + 1))
+
+
+def test_a_resume_drops_the_rows_of_steps_that_are_run_again(make_run, record) -> None:
+    file = MetricsFile(make_run())
+    for step in range(1, 6):
+        file.on_step(record(step))
+        file.on_evaluation(step, Evaluation({"loss": 2.0}))
+    run = make_run(step=3)
+    resumed = MetricsFile(run)
+    resumed.on_start()
+    resumed.on_step(record(4, loss=9.0))
+    rows = strict_rows(run.folder)
+    assert [(row["mode"], row["step"]) for row in rows] == [
+        ("train", 1), ("val", 1), ("train", 2), ("val", 2), ("train", 3), ("val", 3), ("train", 4),
+    ]  # fmt: skip
+    assert rows[-1]["loss"] == 9.0
+
+
+def test_a_resume_leaves_the_rows_before_it_as_they_were(make_run, record) -> None:
+    run = make_run(step=2)
+    file = MetricsFile(run)
+    file.on_step(record(1, loss=1.2345678901234567, grad_norm=None))
+    file.on_evaluation(2, Evaluation({"loss": math.nan}))
+    before = strict_rows(run.folder)
+    file.on_start()
+    assert strict_rows(run.folder) == before
+
+
+def test_a_start_without_a_checkpoint_drops_every_row(make_run, record) -> None:
+    """A run that stopped before its first checkpoint starts anew, its evaluation before the first step included."""
+    run = make_run(step=0)
+    file = MetricsFile(run)
+    file.on_evaluation(0, Evaluation({"loss": 5.0}))
+    file.on_step(record(1))
+    file.on_start()
+    file.on_evaluation(0, Evaluation({"loss": 5.0}))
+    assert [(row["mode"], row["step"]) for row in strict_rows(run.folder)] == [("val", 0)]
+
+
+@given(st.data())
+def test_a_file_cut_off_by_a_crash_reads_up_to_its_last_whole_row(tmp_path_factory, data: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
+    rows = [{"mode": "train", "step": step, "loss": 1 / step} for step in range(1, 4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    length = data.draw(st.integers(0, len(text)))
+    path.write_text(text[:length])
+    assert read_rows(path) == rows[: text[:length].count("\n")]
+
+
+def test_a_resume_after_a_crash_leaves_whole_rows_alone(make_run, record) -> None:
+    run = make_run(step=2)
+    file = MetricsFile(run)
+    for step in (1, 2):
+        file.on_step(record(step))
+    with file.path.open("a") as handle:
+        handle.write('{"mode": "train", "step": 3, "lo')
+    file.on_start()
+    file.on_step(record(3))
+    assert [row["step"] for row in strict_rows(run.folder)] == [1, 2, 3]
+
+
+def test_a_new_run_has_no_file_until_its_first_row(make_run, record) -> None:
+    run = make_run()
+    file = MetricsFile(run)
+    file.on_start()
+    assert not file.path.exists()
+    file.on_step(record())
+    assert len(strict_rows(run.folder)) == 1
+
+
+@pytest.mark.parametrize("loss, expected", [(0.0, 1.0), (2.0, math.exp(2)), (1e4, math.inf), (math.inf, math.inf)])
+def test_perplexity(loss: float, expected: float) -> None:
+    assert perplexity(loss) == expected
+    assert math.isnan(perplexity(math.nan))

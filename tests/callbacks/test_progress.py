@@ -1,0 +1,157 @@
+"""What a person sees holds what is promised, and nothing that is not known."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.callbacks.progress import ProgressLines, clock, human
+from pipeline.system import Evaluation
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+
+
+@pytest.fixture
+def line(make_run, record, capsys: pytest.CaptureFixture[str], no_terminal):
+    """The line that a step leaves; `done` steps and the config's `changes` come before."""
+
+    def make(record_changes: dict, done: int = 0, **changes) -> str:
+        lines = ProgressLines(make_run(step=done, **changes))
+        lines.on_start()
+        lines.on_step(record(**record_changes))
+        (text,) = capsys.readouterr().out.splitlines()
+        return text
+
+    return make
+
+
+def test_a_step_says_all_that_is_promised(line) -> None:
+    text = line({"step": 5}, steps=150)
+    for part in ("step 5/150", "loss 2.5000", "lr 3.00e-04", "grad 0.750", "4.1K tok/s", "1.50 GiB", "ETA 0:02:25"):
+        assert part in text
+
+
+def test_the_eta_is_the_steps_left_at_the_measured_speed(line) -> None:
+    # A step of 4 x 1024 tokens at 4096 tokens/s takes a second.
+    assert line({"step": 100}, steps=10_000).endswith("ETA 2:45:00")
+    assert line({"step": 100}, steps=10_000, stop_after=130).endswith("ETA 0:00:30")
+    assert line({"step": 100}, steps=10_000, grad_accum=4).endswith("ETA 11:00:00")
+    assert line({"step": 150}, steps=150).endswith("ETA 0:00:00")
+
+
+def test_the_eta_is_smoothed(make_run, record, capsys: pytest.CaptureFixture[str], no_terminal) -> None:
+    lines = ProgressLines(make_run(steps=102))
+    lines.on_step(record(1, tok_s=4096.0))
+    lines.on_step(record(2, tok_s=2048.0))
+    assert capsys.readouterr().out.splitlines()[-1].endswith("ETA 0:01:50")
+
+
+def test_the_last_step_is_where_the_run_stops(line) -> None:
+    assert "step 5/30" in line({"step": 5}, steps=150, stop_after=30)
+    assert "step 5/150" in line({"step": 5}, steps=150, stop_after=300)
+
+
+def test_mfu_is_said_only_where_it_is_known(line) -> None:
+    assert "MFU" not in line({"mfu": None})
+    assert "MFU 41.2%" in line({"mfu": 0.412})
+
+
+def test_a_skipped_update_is_said(line) -> None:
+    assert "grad skipped" in line({"grad_norm": None})
+
+
+def test_headline_metrics_are_shown_and_the_others_left_to_the_files(line) -> None:
+    text = line({"metrics": {"norm_M": 1.2345, "memory/alpha": 0.001}})
+    assert "norm_M 1.23" in text
+    assert "alpha" not in text
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_shown(line, loss: float) -> None:
+    assert f"loss {loss}" in line({"loss": loss})
+
+
+def test_evaluations_checkpoints_and_the_end_are_lines(
+    make_run, capsys: pytest.CaptureFixture[str], no_terminal
+) -> None:
+    run = make_run(step=50)
+    lines = ProgressLines(run)
+    lines.on_evaluation(50, Evaluation({"loss": 2.0, "memory_off/loss": 2.25, "labels": 4096.0}))
+    lines.on_checkpoint("checkpoint-50")
+    lines.on_end("stopped")
+    evaluation, checkpoint, end = capsys.readouterr().out.splitlines()
+    assert "step 50" in evaluation and "loss 2.0000" in evaluation and "memory_off/loss 2.2500" in evaluation
+    assert str(run.folder / "checkpoints" / "checkpoint-50") in checkpoint
+    assert "stopped" in end and "step 50" in end and str(run.folder) in end
+
+
+def test_the_log_has_every_line_with_its_time(
+    make_run, record, capsys: pytest.CaptureFixture[str], no_terminal
+) -> None:
+    run = make_run()
+    lines = ProgressLines(run)
+    lines.on_step(record(1))
+    lines.on_checkpoint("checkpoint-1")
+    lines.on_end("finished")
+    ProgressLines(run).on_end("finished")
+    logged = (run.folder / "training.log").read_text().splitlines()
+    assert [text[21:] for text in logged] == capsys.readouterr().out.splitlines()
+    assert all(len(text[:19].split("-")) == 3 and text[19:21] == "  " for text in logged)
+
+
+def test_a_terminal_gets_a_bar_and_the_log_the_lines(
+    make_run, record, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run = make_run(step=10, steps=150)
+    lines = ProgressLines(run)
+    lines.on_start()
+    for step in (11, 12):
+        lines.on_step(record(step))
+    lines.on_checkpoint("checkpoint-12")
+    assert lines.bar is not None and (lines.bar.n, lines.bar.total) == (12, 150)
+    lines.on_end("stopped")
+    assert capsys.readouterr().out == ""
+    assert "loss 2.5000" in terminal.getvalue() and "saved" in terminal.getvalue()
+    logged = (run.folder / "training.log").read_text().splitlines()
+    assert len(logged) == 4 and "step 12/150" in logged[1]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (12.34, "12.3"), (999, "999"), (1000, "1K"), (1234, "1.23K"), (45_600, "45.6K"), (1_234_567, "1.23M"),
+     (2.5e9, "2.5G"), (7e12, "7T")],
+)  # fmt: skip
+def test_human(value: float, text: str) -> None:
+    assert human(value) == text
+
+
+@given(st.floats(1, 1e15, exclude_max=True))
+def test_human_is_three_digits_and_a_unit_and_no_power_of_ten(value: float) -> None:
+    text = human(value)
+    number = text.rstrip("KMGT")
+    scale = 1000 ** " KMGT".index(text.removeprefix(number) or " ")
+    assert "e" not in text
+    assert float(number) * scale == pytest.approx(value, rel=0.006)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00:00"), (59.9, "0:00:59"), (60, "0:01:00"), (3661, "1:01:01"), (360_000, "100:00:00"),
+     (float("inf"), "?"), (float("nan"), "?")],
+)  # fmt: skip
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

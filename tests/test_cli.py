@@ -1,0 +1,291 @@
+"""The command line: quick help, and one line with exit code 2 for whatever a user can get wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import __version__, cli
+from pipeline.archive import save_config
+from pipeline.cli import main, parse_run, without_local_rank
+from pipeline.config import replace
+from pipeline.errors import RankError, UserError
+from pipeline.recipes import all_recipes
+from pipeline.recipes.miras import miras_tiny
+
+ROOT = Path(cli.__file__).parents[1]
+HEAVY = ("torch", "tyro", "deepspeed", "transformers", "numpy", "matplotlib", "pydantic", "yaml")
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]):
+    """Runs a command that must end with exit code 2, nothing on stdout and one readable line on stderr: returns it."""
+
+    def run(*words: str) -> str:
+        assert main(list(words)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        (line,) = err.splitlines()
+        assert line.startswith("mnemos: ")
+        # No box of the parser's, and nothing that one must scroll for.
+        assert "---" not in line and "│" not in line
+        assert len(line) < 400
+        return line
+
+    return run
+
+
+def process(*words: str) -> subprocess.CompletedProcess[str]:
+    # As a person starts it: importing the engine into this very process has set the accelerator for its children.
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_help_answers_in_less_than_a_second() -> None:
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        answer = process("-m", "pipeline", "--help")
+        times.append(time.perf_counter() - begun)
+        assert answer.returncode == 0 and answer.stdout.startswith("usage: ") and answer.stderr == ""
+    assert min(times) < 1
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = f"import sys; from pipeline.cli import main; main(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+    assert process("-c", script).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_help_names_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert set(cli.COMMANDS) <= set(lines)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mnemos {__version__}\n"
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_takes_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main([command, "--help"])
+    except SystemExit as end:
+        code = end.code or 0
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: ") and command in out
+
+
+def test_help_of_plan_names_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    out = capsys.readouterr().out
+    assert all(flag in out for flag in ("--ranks", "--device", "--utilisation"))
+
+
+def test_help_of_a_recipe_lists_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "miras_tiny", "--help"])
+    assert not end.value.code
+    out = capsys.readouterr().out
+    flags = """--steps --stop-after --seed --output-dir --resume --init-from --save-every --keep --eval-every --batch-size
+        --sequence-length --grad-accum --lr --warmup-steps --weight-decay --clip --profile --dry-run --zero
+        --parallel.sequence --data.path --data.dataset --data.tokenizer --model.memory.rule"""
+    assert [flag for flag in flags.split() if flag not in out] == []
+
+
+def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(all_recipes())
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("fly", ["'fly'", "train", "doctor"]),
+        ("train", ["recipe", "miras_tiny"]),
+        ("train --steps 3", ["recipe", "miras_tiny"]),
+        ("train miras_giant", ["'miras_giant'", "miras_tiny"]),
+        ("plan miras_giant", ["'miras_giant'"]),
+        ("check", ["recipe"]),
+        ("train miras_tiny --stepz 3", ["--stepz"]),
+        ("train miras_tiny --sequnce-length 64", ["--sequnce-length"]),
+        ("train miras_tiny stray", ["stray"]),
+        ("train miras_tiny --steps many", ["--steps", "'many'"]),
+        ("train miras_tiny --steps 1.5", ["--steps", "'1.5'"]),
+        ("train miras_tiny --lr fast", ["--lr", "'fast'"]),
+        ("train miras_tiny --model.memory.layers 1 two", ["--model.memory.layers", "'two'"]),
+        ("train miras_tiny --steps", ["--steps"]),
+        ("train miras_tiny --optimizer.betas 0.9", ["--optimizer.betas"]),
+        ("train miras_tiny --precision fp8", ["--precision", "'fp8'", "'bf16'"]),
+        ("train miras_tiny --optimizer.schedule wavy", ["--optimizer.schedule", "'wavy'", "'cosine'"]),
+        ("train miras_tiny --model.memory.rule hebb", ["--model.memory.rule", "'hebb'", "'delta'"]),
+        ("train miras_tiny --steps -1", ["--steps is -1"]),
+        ("train miras_tiny --model.backbone.heads 3", ["--model.backbone.heads 3"]),
+        ("train miras_recall --model.recall.pairs 0", ["pairs is 0"]),
+        ("train miras_tiny --config", ["--config needs a value"]),
+        ("train --config absent.yaml", ["absent.yaml", "no such file"]),
+        ("recipes tiny", ["'tiny'"]),
+        ("doctor now", ["'now'"]),
+        ("eval", ["checkpoint"]),
+        ("eval absent/checkpoint-3", ["absent/checkpoint-3"]),
+        ("plan miras_tiny --ranks many", ["--ranks", "'many'"]),
+        ("plan miras_tiny --ranks", ["--ranks"]),
+        ("plan miras_tiny --ranks 0", ["--ranks"]),
+        ("plan miras_tiny --ranks 2 --utilisation 0", ["--utilisation"]),
+        ("plan miras_tiny --ranks 3", ["--parallel.sequence 2", "3"]),
+        ("plan miras_tiny --ranks 2 --device Abacus", ["--device Abacus", "H200"]),
+        ("plan miras_tiny --ranks 2 --zero zero9", ["--zero zero9", "zero3"]),
+        ("check miras_tiny --launch-ranks many", ["--launch-ranks", "many"]),
+        ("check miras_tiny --launch-ranks 0", ["ranks"]),
+        ("check miras_tiny --launch-ranks 3", ["--parallel.sequence 2", "3"]),
+        ("check miras_tiny --parallel.sequence 8 --launch-ranks 8", ["--parallel.sequence 8", "heads"]),
+        ("check miras_recall --zero zero9", ["--zero zero9", "zero3"]),
+        ("check miras_recall --resume absent", ["--resume absent"]),
+        ("check miras_recall --init-from absent", ["--init-from absent"]),
+        ("check miras_recall --sequence-length 40", ["--sequence-length 40"]),
+        ("check miras_recall --model.backbone.vocabulary 40", ["--model.backbone.vocabulary 40"]),
+        ("check miras_recall --model.memory.backend abacus", ["--model.memory.backend abacus"]),
+        ("check miras_recall --model.attention.backend abacus", ["--model.attention.backend abacus"]),
+        ("check miras_recall --output-dir /dev/null/run", ["--output-dir /dev/null/run"]),
+        ("check miras_tiny --launch-ranks 2 --data.path absent.txt", ["absent.txt"]),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(words: str, named: list[str], refusal) -> None:
+    line = refusal(*words.split())
+    assert [name for name in named if name not in line] == []
+
+
+@pytest.mark.parametrize("words", ["train miras_tiny --stepz 3", "train miras_tiny --steps many", "eval absent"])
+def test_a_mistake_is_one_line_of_a_process_too(words: str) -> None:
+    answer = process("-m", "pipeline", *words.split())
+    assert answer.returncode == 2 and answer.stdout == ""
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("mnemos: ")
+
+
+def test_a_mistake_is_said_by_the_first_rank_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "miras_giant"]) == 2
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "miras_giant"]) == 2
+    assert "miras_giant" in capsys.readouterr().err
+
+
+def test_what_one_rank_alone_knows_is_said_with_its_rank(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: object) -> None:
+        raise RankError("document 7\nis empty")
+
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert refusal("train") == "mnemos: rank 5: document 7 is empty"
+
+
+def test_a_full_disk_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    line = refusal("train")
+    assert "no space left" in line and "run/metrics.jsonl" in line
+
+
+def test_an_error_that_no_user_caused_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    with pytest.raises(OSError, match="broken"):
+        main(["train"])
+
+
+@given(st.data())
+def test_a_local_rank_is_dropped_wherever_a_launcher_puts_it(data: st.DataObject) -> None:
+    words = ["train", "miras_tiny", "--steps", "3", "--data.path", "a", "b"]
+    inserted = data.draw(
+        st.sampled_from([["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"], ["--local-rank", "1"]])
+    )
+    place = data.draw(st.integers(0, len(words)))
+    assert without_local_rank([*words[:place], *inserted, *words[place:]]) == words
+
+
+def test_a_local_rank_before_the_command_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--local_rank=0", "recipes"]) == 0
+    assert "miras_tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, field, value",
+    [
+        ("--bs 2", "batch_size", 2),
+        ("--batch-size 2", "batch_size", 2),
+        ("--batch_size 2", "batch_size", 2),
+        ("--max-seq-length 2048", "sequence_length", 2048),
+        ("--max_seq_length 2048", "sequence_length", 2048),
+        ("--max-steps 7", "steps", 7),
+        ("--max_steps 7", "steps", 7),
+        ("--max-steps-override 7", "steps", 7),
+        ("--steps=7", "steps", 7),
+        ("--output_dir some/where", "output_dir", Path("some/where")),
+        ("--init-from old", "init_from", Path("old")),
+        ("--dry-run", "dry_run", True),
+        ("--lr 1e-5", "lr", 1e-5),
+        ("--stop-after 5", "stop_after", 5),
+    ],
+)
+def test_flags_and_their_aliases(words: str, field: str, value: object) -> None:
+    assert getattr(parse_run(["miras_tiny", *words.split()], "train"), field) == value
+
+
+def test_flags_of_sections() -> None:
+    words = """--parallel.sequence 4 --data.path a b --optimizer.betas 0.8 0.9 --report.no-plots --model.memory.layers 0 3
+        --model.memory.rule delta --no-activation-checkpointing"""
+    config = parse_run(["miras_tiny", *words.split()], "train")
+    assert (config.parallel.sequence, config.data.path, config.optimizer.betas) == (4, ("a", "b"), (0.8, 0.9))
+    assert (config.report.plots, config.model.memory.layers, config.model.memory.rule) == (False, (0, 3), "delta")
+    assert config.model.backbone == miras_tiny().model.backbone
+
+
+def test_no_flags_are_the_recipe() -> None:
+    assert parse_run(["miras_tiny"], "train") == miras_tiny()
+
+
+@pytest.mark.parametrize("form", ["--config {}", "--config={}", "miras_tiny --config {}", "--config {} --seed 0"])
+def test_a_config_file_is_run_again(form: str, tmp_path: Path) -> None:
+    config = replace(miras_tiny(), steps=9, data__path=("x",), output_dir=tmp_path / "run")
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_run(form.format(tmp_path / "config.yaml").split(), "train") == config
+
+
+def test_flags_stand_over_a_config_file(tmp_path: Path) -> None:
+    save_config(replace(miras_tiny(), steps=9), tmp_path / "config.yaml")
+    config = parse_run(["--config", str(tmp_path / "config.yaml"), "--steps", "11", "--seed", "4"], "train")
+    assert config == replace(miras_tiny(), steps=11, seed=4)
+
+
+def test_a_config_file_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    save_config(miras_tiny(), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="a run of miras_tiny, not of miras_64k"):
+        parse_run(["miras_64k", "--config", str(tmp_path / "config.yaml")], "train")

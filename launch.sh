@@ -96,30 +96,8 @@ print("" if torch.__file__.startswith(sys.prefix + "/") else torch.__version__)'
   # torch comes first and the rest is built without isolation: DeepSpeed and the kernels compile against this very torch.
   say "installing torch ${given:-$(sed -n 's/^torch==//p' "$constraints")} and build tools"
   "${pip[@]}" -c "$constraints" torch setuptools wheel ninja packaging
-  say "installing DeepSpeed"
-  "${pip[@]}" --no-build-isolation -c "$constraints" deepspeed
-  # pip mostly waits for downloads: the compiler works meanwhile. It must not hold the lock if pip fails.
-  prebuild_operations 9>&- &
-  say "installing transformers and the rest"
+  say "installing DeepSpeed, transformers and the rest"
   "${pip[@]}" --no-build-isolation -c "$constraints" -e "${ROOT}[dev]"
-  wait "$!"
-}
-
-# DeepSpeed compiles this operation when a process group starts on a CPU; here it costs no training run its first minute.
-prebuild_operations() {
-  if ! command -v "${CXX:-c++}" >/dev/null; then
-    say "warning: no C++ compiler (${CXX:-c++}): nothing native is built; install g++ or clang++ and run --setup-only again"
-    return
-  fi
-  say "building DeepSpeed's communication operation for the CPU"
-  DS_ACCELERATOR=cpu "$VENV/bin/python" - >"$VENV/build.log" 2>&1 <<'PY' ||
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-builder = ShareMemCommBuilder()
-if builder.is_compatible():
-    builder.load(verbose=True)
-PY
-    say "warning: DeepSpeed's communication operation did not build: see $VENV/build.log"
 }
 
 setup_environment() {

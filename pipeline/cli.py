@@ -154,8 +154,19 @@ def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, words
 
 
+def fit_ranks(config: RunConfig, words: Sequence[str], ranks: int) -> RunConfig:
+    """The recipe's sequence degree made to fit the ranks; a degree that the user gave is left alone, to be refused."""
+    import dataclasses
+    import math
+
+    if any(word.partition("=")[0] in ("--parallel.sequence", "--config") for word in words):
+        return config
+    degree = math.gcd(config.parallel.sequence, ranks)
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=degree))
+
+
 def _train(words: Sequence[str]) -> None:
-    config = parse_run(words, "train")
+    config = fit_ranks(parse_run(words, "train"), words, int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.engine import stop
     from pipeline.train import train
 
@@ -169,10 +180,11 @@ def _check(words: Sequence[str]) -> None:
     ranks, rest = _take(list(words), "--launch-ranks")
     for flag in ("--launch-nodes", "--launch-gpus-per-node"):
         _, rest = _take(rest, flag)
-    config = parse_run(rest, "check")
+    world = int(ranks) if ranks is not None else 1
+    config = fit_ranks(parse_run(rest, "check"), rest, world)
     from pipeline.preflight import preflight
 
-    preflight(config, ranks=int(ranks) if ranks is not None else 1)
+    preflight(config, ranks=world)
 
 
 def _recipes(words: Sequence[str]) -> None:

@@ -27,7 +27,6 @@ PACKAGES = (
     *("sentencepiece", "tyro", "pydantic", "psutil", "matplotlib", "tensorboard", "ninja"),
     *("flash-attn", "flash-attn-4", "lm-eval", "wandb"),
 )
-COMMUNICATION_OP = "deepspeed_shm_comm"
 LOW_DISK = 10 * 2**30
 SETUP = "run ./launch.sh --setup-only"
 
@@ -72,7 +71,6 @@ def render(report: Mapping[str, Any]) -> str:
         ("driver", machine["driver"] or "none"),
         ("torch build", f"CUDA {torch['cuda']}, NCCL {torch['nccl'] or 'not in use'}" if torch["cuda"] else "CPU"),
         ("deepspeed", f"accelerator {deepspeed['accelerator']}, backend {deepspeed['backend']}"),
-        ("  communication op", deepspeed["communication_op"] or "not built"),
         ("", ""),
     ]
     attention, kernels = report["attention"], report["kernels"]
@@ -188,22 +186,7 @@ def _deepspeed(machine: Machine, warnings: list[str]) -> Report:
     return {
         "accelerator": accelerator,
         "backend": "nccl" if accelerator == "cuda" else "gloo",
-        "communication_op": _built_operation(),
     }
-
-
-def _built_operation() -> str | None:
-    """Path of the operation that DeepSpeed compiles for a process group on a CPU, among what torch has compiled."""
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if named:
-        folders = [Path(named)]
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-        folders = sorted(cache.glob(f"py{sys.version_info.major}{sys.version_info.minor}*"))
-    for folder in folders:
-        for path in (folder / COMMUNICATION_OP).glob("*.so"):
-            return str(path)
-    return None
 
 
 def _attention(device: str) -> Report:
@@ -263,8 +246,6 @@ def _warnings(report: Mapping[str, Any], machine: Machine) -> Iterator[str]:
         )
     if report["tools"]["c++ compiler"] is None:
         yield f"no C++ compiler, so nothing native is built: install g++ or clang++, then {SETUP}"
-    elif report["deepspeed"]["communication_op"] is None:
-        yield f"DeepSpeed's communication operation for a CPU is not built: {SETUP}"
     if report["tools"]["ninja"] is None:
         yield f"no ninja, which native builds need: {SETUP}"
     if not report["kernels"]["miras_scan"]:

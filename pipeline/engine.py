@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ def start(config: RunConfig) -> Topology:
             )
         get_accelerator().set_device(local_rank)
     deepspeed_logger.setLevel("WARNING")
+    # DeepSpeed calls collectives by names that newer torch releases rename: noise on every rank, and not the user's doing.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     if not on_gpu():
         # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

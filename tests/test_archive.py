@@ -141,7 +141,7 @@ def test_a_value_that_the_config_refuses_keeps_its_own_reason(file: Path) -> Non
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="absent.yaml: no such file"):
+    with pytest.raises(UserError, match=r"absent\.yaml: no such file"):
         load_config(tmp_path / "absent.yaml", RECIPES)
 
 

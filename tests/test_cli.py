@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline import __version__, cli
 from pipeline.archive import save_config
-from pipeline.cli import main, parse_run, without_local_rank
+from pipeline.cli import fit_ranks, main, parse_run, without_local_rank
 from pipeline.config import replace
 from pipeline.errors import RankError, UserError
 from pipeline.recipes import all_recipes
@@ -66,7 +66,9 @@ def test_help_answers_in_less_than_a_second() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    script = f"import sys; from pipeline.cli import main; main(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+    script = (
+        f"import sys; from pipeline.cli import main; main(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+    )
     assert process("-c", script).stdout.splitlines()[-1] == "[]"
 
 
@@ -105,8 +107,8 @@ def test_help_of_a_recipe_lists_its_flags(capsys: pytest.CaptureFixture[str]) ->
         main(["train", "miras_tiny", "--help"])
     assert not end.value.code
     out = capsys.readouterr().out
-    flags = """--steps --stop-after --seed --output-dir --resume --init-from --save-every --keep --eval-every --batch-size
-        --sequence-length --grad-accum --lr --warmup-steps --weight-decay --clip --profile --dry-run --zero
+    flags = """--steps --stop-after --seed --output-dir --resume --init-from --save-every --keep --eval-every
+        --batch-size --sequence-length --grad-accum --lr --warmup-steps --weight-decay --clip --profile --dry-run --zero
         --parallel.sequence --data.path --data.dataset --data.tokenizer --model.memory.rule"""
     assert [flag for flag in flags.split() if flag not in out] == []
 
@@ -152,12 +154,12 @@ def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> N
         ("plan miras_tiny --ranks", ["--ranks"]),
         ("plan miras_tiny --ranks 0", ["--ranks"]),
         ("plan miras_tiny --ranks 2 --utilisation 0", ["--utilisation"]),
-        ("plan miras_tiny --ranks 3", ["--parallel.sequence 2", "3"]),
+        ("plan miras_tiny --parallel.sequence 2 --ranks 3", ["--parallel.sequence 2", "3"]),
         ("plan miras_tiny --ranks 2 --device Abacus", ["--device Abacus", "H200"]),
         ("plan miras_tiny --ranks 2 --zero zero9", ["--zero zero9", "zero3"]),
         ("check miras_tiny --launch-ranks many", ["--launch-ranks", "many"]),
         ("check miras_tiny --launch-ranks 0", ["ranks"]),
-        ("check miras_tiny --launch-ranks 3", ["--parallel.sequence 2", "3"]),
+        ("check miras_tiny --parallel.sequence 2 --launch-ranks 3", ["--parallel.sequence 2", "3"]),
         ("check miras_tiny --parallel.sequence 8 --launch-ranks 8", ["--parallel.sequence 8", "heads"]),
         ("check miras_recall --zero zero9", ["--zero zero9", "zero3"]),
         ("check miras_recall --resume absent", ["--resume absent"]),
@@ -260,12 +262,31 @@ def test_flags_and_their_aliases(words: str, field: str, value: object) -> None:
 
 
 def test_flags_of_sections() -> None:
-    words = """--parallel.sequence 4 --data.path a b --optimizer.betas 0.8 0.9 --report.no-plots --model.memory.layers 0 3
-        --model.memory.rule delta --no-activation-checkpointing"""
+    words = """--parallel.sequence 4 --data.path a b --optimizer.betas 0.8 0.9 --report.no-plots
+        --model.memory.layers 0 3 --model.memory.rule delta --no-activation-checkpointing"""
     config = parse_run(["miras_tiny", *words.split()], "train")
     assert (config.parallel.sequence, config.data.path, config.optimizer.betas) == (4, ("a", "b"), (0.8, 0.9))
     assert (config.report.plots, config.model.memory.layers, config.model.memory.rule) == (False, (0, 3), "delta")
     assert config.model.backbone == miras_tiny().model.backbone
+
+
+@pytest.mark.parametrize(
+    "words, ranks, degree",
+    [
+        ("", 1, 1),
+        ("", 2, 2),
+        ("", 3, 1),
+        ("", 8, 2),
+        ("--steps 3", 1, 1),
+        ("--parallel.sequence 2", 1, 2),
+        ("--parallel.sequence=2", 3, 2),
+        ("--config run.yaml", 1, 2),
+    ],
+)
+def test_a_recipes_sequence_degree_fits_the_ranks_and_a_stated_one_is_left_alone(
+    words: str, ranks: int, degree: int
+) -> None:
+    assert fit_ranks(miras_tiny(), words.split(), ranks).parallel.sequence == degree
 
 
 def test_no_flags_are_the_recipe() -> None:

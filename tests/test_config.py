@@ -97,7 +97,12 @@ def test_a_sequence_that_the_degree_does_not_divide_is_refused(config: RunConfig
 
 def test_replace_changes_fields_and_sections_and_leaves_the_rest(config: RunConfig) -> None:
     changed = replace(config, lr=2e-3, data__path=("a", "b"), data__min_tokens=5, report__plots=False)
-    assert (changed.lr, changed.data.path, changed.data.min_tokens, changed.report.plots) == (2e-3, ("a", "b"), 5, False)
+    assert (changed.lr, changed.data.path, changed.data.min_tokens, changed.report.plots) == (
+        2e-3,
+        ("a", "b"),
+        5,
+        False,
+    )
     undone = replace(changed, lr=config.lr, data=config.data, report=config.report)
     assert undone == config
     assert config.data == DataConfig()

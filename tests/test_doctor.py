@@ -59,7 +59,7 @@ def test_a_bare_machine_is_reported_with_what_to_mend(bare_machine: None) -> Non
     assert report["tools"]["c++ compiler"] is None
     assert report["packages"]["torch"] is None
     assert report["kernels"]["miras_scan"] == []
-    assert report["deepspeed"] == {"accelerator": "cpu", "backend": "gloo", "communication_op": None}
+    assert report["deepspeed"] == {"accelerator": "cpu", "backend": "gloo"}
     warnings = "\n".join(report["warnings"])
     for words in ("torch does not load", "no C++ compiler", "no ninja", "not installed in this environment"):
         assert words in warnings
@@ -79,15 +79,6 @@ def test_requirements_that_are_not_met_are_named(monkeypatch: pytest.MonkeyPatch
     assert len(warnings) == 2
     assert warnings[0].startswith("torch ") and "is not >=99" in warnings[0]
     assert warnings[1].startswith("no-such-package is missing")
-
-
-def test_the_built_operation_is_found_by_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert doctor._built_operation() is None
-    built = tmp_path / doctor.COMMUNICATION_OP / f"{doctor.COMMUNICATION_OP}.so"
-    built.parent.mkdir()
-    built.touch()
-    assert doctor._built_operation() == str(built)
 
 
 def test_deepspeed_is_not_imported() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.hardware import PEAK_TFLOPS, peak_flops, peak_memory, utilisation
+from pipeline.hardware import PEAK_TFLOPS, on_gpu, peak_flops, peak_memory, utilisation
 
 
 @pytest.fixture
@@ -15,10 +15,25 @@ def device(monkeypatch: pytest.MonkeyPatch):
     """Makes this machine have a GPU of some name."""
 
     def name_it(name: str) -> None:
+        monkeypatch.setenv("DS_ACCELERATOR", "cuda")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
 
     return name_it
+
+
+@pytest.mark.parametrize(
+    "visible, stated, expected",
+    [(True, None, True), (True, "cuda", True), (True, "cpu", False), (False, None, False), (False, "cuda", False)],
+)
+def test_a_gpu_that_is_visible_to_a_cpu_run_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, visible: bool, stated: str | None, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("DS_ACCELERATOR", stated)
+    assert on_gpu() is expected
 
 
 @pytest.mark.parametrize(

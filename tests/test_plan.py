@@ -120,7 +120,7 @@ def test_sequence_ranks_share_their_tokens() -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(UserError, match="--device Abacus: its peak is not known; known: .*H200"):
+    with pytest.raises(UserError, match=r"--device Abacus: its peak is not known; known: .*H200"):
         make_plan(miras_tiny(), PlanOptions(ranks=2, device="Abacus"))
 
 

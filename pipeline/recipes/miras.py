@@ -67,7 +67,7 @@ def miras_tiny() -> RunConfig:
             attention=AttentionConfig(window=64, sinks=4),
             memory=MemoryConfig(layers=(1, 3), heads=4, head_dim=32, persistent=4, gate_rank=16),
         ),
-        steps=150,
+        steps=200,
         warmup_steps=10,
         sequence_length=1024,
         batch_size=4,

@@ -30,7 +30,9 @@ def strict_rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_train_row_holds_what_is_promised(make_run, record) -> None:
     run = make_run()
-    MetricsFile(run).on_step(record(3, loss=1.2345678901234567, mfu=0.25, metrics={"norm_M": 1.5, "memory/alpha": 0.001}))
+    MetricsFile(run).on_step(
+        record(3, loss=1.2345678901234567, mfu=0.25, metrics={"norm_M": 1.5, "memory/alpha": 0.001})
+    )
     (row,) = strict_rows(run.folder)
     assert set(row) == TRAIN | {"mfu", "norm_M", "memory/alpha"}
     assert (row["mode"], row["step"], row["tokens"], row["elapsed"]) == ("train", 3, 300, 6.0)
@@ -70,7 +72,9 @@ def test_a_skipped_update_has_no_gradient_norm(make_run, record) -> None:
 
 def test_a_val_row_holds_the_scalars_and_where_the_run_stands(make_run) -> None:
     run = make_run(step=4)
-    MetricsFile(run).on_evaluation(4, Evaluation({"loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25}))
+    MetricsFile(run).on_evaluation(
+        4, Evaluation({"loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25})
+    )
     (row,) = strict_rows(run.folder)
     expected = {"mode": "val", "step": 4, "loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25}
     assert row == {**expected, "tokens": 400, "elapsed": 8.0}
@@ -155,4 +159,7 @@ def test_a_new_run_has_no_file_until_its_first_row(make_run, record) -> None:
 @pytest.mark.parametrize("loss, expected", [(0.0, 1.0), (2.0, math.exp(2)), (1e4, math.inf), (math.inf, math.inf)])
 def test_perplexity(loss: float, expected: float) -> None:
     assert perplexity(loss) == expected
+
+
+def test_the_perplexity_of_an_unknown_loss_is_unknown() -> None:
     assert math.isnan(perplexity(math.nan))

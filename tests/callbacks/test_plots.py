@@ -39,7 +39,9 @@ def strict(path: Path) -> Any:
 
 
 def test_a_curve_is_a_picture_and_its_numbers(tmp_path: Path) -> None:
-    draw_curve(curve(on=(9.0, math.nan, 3.0), off=(9.0, math.inf, 8.0)), tmp_path / "curve.png", subtitle="after step 3")
+    draw_curve(
+        curve(on=(9.0, math.nan, 3.0), off=(9.0, math.inf, 8.0)), tmp_path / "curve.png", subtitle="after step 3"
+    )
     assert is_picture(tmp_path / "curve.png")
     assert strict(tmp_path / "curve.json") == {
         "x": [16.0, 32.0, 64.0],
@@ -72,7 +74,7 @@ def test_the_picture_depends_on_the_numbers(tmp_path: Path) -> None:
         [{"mode": "val", "step": 0, "loss": 5.0, "memory_off/loss": 5.5}],
         [{"mode": "val", "step": 0, "loss": None}],
         [{"mode": "train", "step": 1, "loss": None, "grad_norm": None, "lr": 1e-3, "tok_s": 100.0}],
-        [{"mode": "train", "step": step, "loss": 5 - step, "grad_norm": 1.0, "lr": 1e-3, "tok_s": 100.0} for step in (1, 2)],
+        [{"mode": "train", "step": step, "loss": 5.0, "grad_norm": 1.0, "lr": 1e-3, "tok_s": 9.0} for step in (1, 2)],
     ],
     ids=["nothing yet", "evaluation alone", "a loss that was not finite", "a skipped update", "training"],
 )  # fmt: skip

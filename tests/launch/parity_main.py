@@ -126,6 +126,21 @@ def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
     return {"gradients": gradients, "norm": result.grad_norm, "losses": gather(losses, topology), "frozen": frozen}
 
 
+def plain_gradients(config: RunConfig) -> dict[str, object]:
+    """The same step in plain PyTorch, without DeepSpeed: the gradient of sum / count."""
+    system = create(config)
+    with building({}, torch.float32):
+        model = system.build()
+    fill(model, randomise)
+    batches = micro_batches(Topology(), config.grad_accum)
+    count = sum(system.count(batch)["cross_entropy"] for batch in batches)
+    for batch in batches:
+        output = system.forward(model, batch, {}, StepContext(Topology(), 0, "train", 1))
+        (output.sums["cross_entropy"] / count).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"gradients": gradients, "norm": float(torch.nn.utils.get_total_norm(gradients.values()))}
+
+
 def gather(losses: list[torch.Tensor], topology: Topology) -> torch.Tensor:
     """Per-token losses [rows, LENGTH] of the whole batch, in the order of the rows."""
     mine = torch.stack(losses).flatten(0, 1)
@@ -180,6 +195,10 @@ def main() -> None:
         result = run_case(config, topology)
         if topology.rank == 0:
             torch.save(result, out / f"{name}.pt")
+    if topology.world == 1:
+        for accumulation in ACCUMULATIONS:
+            config = dataclasses.replace(base(), grad_accum=accumulation)
+            torch.save(plain_gradients(config), out / f"plain-accum{accumulation}.pt")
     for kind in ("window", "full"):
         found = causality(base(kind), topology)
         if topology.rank == 0:

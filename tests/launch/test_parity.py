@@ -1,0 +1,80 @@
+"""Gradients do not depend on the layout of ranks: one launch per topology, every ZeRO stage inside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.launch.harness import launch, single
+
+TOLERANCE = 1e-5
+MAIN = "tests.launch.parity_main"
+TOPOLOGIES = {
+    "2 sequence ranks": (2, 2),
+    "4 sequence ranks": (4, 4),
+    "2 data ranks": (2, 1),
+    "2 x 2": (4, 2),
+}
+CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
+OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one_rank")
+    done = single(MAIN, str(folder), "1")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES.values(), ids=TOPOLOGIES.keys())
+def many_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ranks, degree = request.param
+    folder = tmp_path_factory.mktemp("many_ranks")
+    done = launch(ranks, MAIN, str(folder), str(degree))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        size = gradient.norm()
+        assert size > 0, f"{name} has no gradient to compare"
+        error = float((found["gradients"][name] - gradient).norm() / size)
+        assert error <= TOLERANCE, f"{name}: {error:.1e}"
+    assert found["norm"] == pytest.approx(expected["norm"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_equals_plain_pytorch(one_rank: Path, case: str) -> None:
+    expected = torch.load(one_rank / f"plain-{case.partition('-')[2]}.pt")
+    compare(torch.load(one_rank / f"{case}.pt"), expected)
+
+
+def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path) -> None:
+    for case in [*CASES, *OTHERS]:
+        expected = torch.load(one_rank / f"{case}.pt")
+        found = torch.load(many_ranks / f"{case}.pt")
+        compare(found, expected)
+        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_backbone_has_no_gradient_buffer(one_rank: Path) -> None:
+    for stage in (0, 3):
+        found = torch.load(one_rank / f"frozen-recomputed-zero{stage}.pt")
+        assert found["frozen"] == []
+        assert all(name.startswith("memory.") for name in found["gradients"])
+
+
+@pytest.mark.parametrize("kind", ["window", "full"])
+def test_no_token_changes_an_earlier_loss_or_another_document(one_rank: Path, many_ranks: Path, kind: str) -> None:
+    for folder in (one_rank, many_ranks):
+        found = json.loads((folder / f"causality-{kind}.json").read_text())
+        assert found["earlier"] == 0.0
+        assert found["other_document"] == 0.0
+        assert found["least_own_change"] > 1e-4

@@ -1,0 +1,141 @@
+"""FLOPs are those of a count by hand, and of the published table for OLMo2-1B."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import RunConfig, replace
+from pipeline.parallel.topology import Topology
+from pipeline.recipes.miras import miras_64k, miras_tiny
+from pipeline.system import Flops, create_system
+from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.flops import activation_bytes, attention_reach, count_flops
+from pipeline.systems.miras.weights import backbone_config
+
+TINY = {"trainable": True, "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 260}
+MEMORY = {"heads": 4, "head_dim": 32, "persistent": 4, "gate_rank": 16, "chunk": 64}
+
+
+def make(layers: tuple[int, ...] = (1, 3), kind: str = "window", **backbone: object) -> MirasConfig:
+    return MirasConfig(
+        backbone=BackboneConfig(**{**TINY, **backbone}),  # type: ignore[arg-type]
+        attention=AttentionConfig(kind=kind, window=64, sinks=4),  # type: ignore[arg-type]
+        memory=MemoryConfig(layers=layers, **MEMORY),  # type: ignore[arg-type]
+    )
+
+
+def flops(config: MirasConfig, length: int = 1024) -> Flops:
+    return count_flops(config, backbone_config(config.backbone), length)
+
+
+# By hand, for the sizes above: multiply-adds of the matrices of one block, of the head, and of one memory.
+BLOCK = 2 * (4 * 128 * 128 + 3 * 128 * 512)
+HEAD = 2 * 128 * 260
+ATTENTION = 4 * 128 * 68
+BRANCH = 2 * (4 * 128 * 128 + 2 * 128 * 4 + 16 * (128 + 128) + 2 * 4 * 128)
+SCAN = 4 * (12 * 32**2 + 8 * 64 * 32 + 64**2)
+
+
+def test_forward_by_hand() -> None:
+    assert flops(make()).forward == 4 * (BLOCK + ATTENTION) + HEAD + 2 * (BRANCH + SCAN) == 2_851_840
+
+
+def test_a_trained_model_goes_back_at_twice_the_cost() -> None:
+    count = flops(make())
+    assert count.backward == 2 * count.forward
+    assert count.total == 3 * count.forward
+
+
+def test_below_the_first_memory_of_a_frozen_backbone_nothing_goes_back() -> None:
+    """Memories on layers 1 and 3: blocks 2 and 3 and the head pass gradients on and have none of their own."""
+    expected = 2 * (BLOCK + 2 * ATTENTION) + HEAD + 2 * 2 * (BRANCH + SCAN)
+    assert flops(make(trainable=False)).backward == expected
+    assert flops(make(trainable=False)).forward == flops(make()).forward
+
+
+def test_a_memory_on_the_last_layer_leaves_the_head_alone_to_go_back_through() -> None:
+    assert flops(make(layers=(3,), trainable=False)).backward == HEAD + 2 * (BRANCH + SCAN)
+
+
+def test_a_frozen_model_without_memory_has_nothing_to_learn() -> None:
+    assert flops(make(layers=(), trainable=False)).backward == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [make(), make(kv_heads=2), make(layers=()), make(layers=(0, 1, 2))],
+    ids=["tiny", "grouped keys", "no memory", "three memories"],
+)
+def test_forward_is_two_per_weight_of_a_matrix_plus_attention_and_scan(config: MirasConfig) -> None:
+    """Weights as the model itself holds them."""
+    system = create_system(RunConfig("", config, steps=1, batch_size=1, sequence_length=1024, lr=1.0))
+    with torch.device("meta"):
+        model = system.build()
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    weights += sum(p.numel() for name, p in model.named_parameters() if "persistent" in name)
+    expected = 2 * weights + 4 * ATTENTION + len(config.memory.layers) * SCAN
+    assert system.flops(1024) == flops(config)
+    assert flops(config).forward == expected
+
+
+def test_windowed_attention_costs_the_same_at_any_length_and_full_grows_with_it() -> None:
+    assert flops(make(), 1024) == flops(make(), 2**20)
+    assert attention_reach(make(), 2**20) == 68
+    assert attention_reach(make(kind="full"), 1024) == 512.5
+    short, long = (flops(make(kind="full"), length).forward for length in (1024, 2048))
+    assert long - short == 4 * 4 * 128 * 512
+
+
+def olmo2_1b(trainable: bool) -> MirasConfig:
+    return MirasConfig(
+        backbone=BackboneConfig(trainable=trainable),
+        attention=AttentionConfig(kind="full"),
+        memory=MemoryConfig(layers=()),
+    )
+
+
+@pytest.mark.parametrize("length, forward, train", [(32_768, 4.71, 14.1), (65_536, 6.85, 20.6), (131_072, 11.15, 33.4)])
+def test_olmo2_1b_with_full_attention_is_the_published_table(length: int, forward: float, train: float) -> None:
+    count = flops(olmo2_1b(trainable=True), length)
+    assert count.forward / 1e9 == pytest.approx(forward, rel=0.003)
+    assert count.total / 1e9 == pytest.approx(train, rel=0.003)
+
+
+def test_a_frozen_olmo2_1b_that_goes_back_through_every_block_is_the_published_table() -> None:
+    """18.0 G per token at 64K: weight gradients are all that freezing saves. Here one block of 16 has no backward."""
+    config = dataclasses.replace(olmo2_1b(trainable=False), memory=MemoryConfig(layers=(0,)))
+    count, without = flops(config, 65_536), flops(olmo2_1b(trainable=False), 65_536)
+    memory = count.forward - without.forward
+    assert (count.total - 3 * memory) / 1e9 == pytest.approx(18.0 - 10.5 / 16, rel=0.01)
+
+
+def test_the_memory_is_a_small_part_of_the_guides_model() -> None:
+    config = miras_64k().model
+    without = dataclasses.replace(config, memory=dataclasses.replace(config.memory, layers=()))
+    share = flops(config, 65_536).forward / flops(without, 65_536).forward
+    assert 1 < share < 1.15
+
+
+def activations(config: RunConfig, sequence: int = 1) -> int:
+    topology = Topology(world=sequence, sequence=sequence)
+    return create_system(config).activation_bytes(topology, 2)
+
+
+def test_activations_follow_tokens_and_recomputation() -> None:
+    config = replace(miras_tiny(), parallel__sequence=1)
+    assert activations(replace(config, batch_size=8)) == 2 * activations(config)
+    assert 2 * activations(config, sequence=2) == activations(config)
+    assert activations(replace(config, activation_checkpointing=True)) < activations(config)
+
+
+def test_a_frozen_backbone_keeps_less() -> None:
+    def size(config: MirasConfig, recompute: bool) -> int:
+        return activation_bytes(config, backbone_config(config.backbone), 2, recompute=recompute)
+
+    for recompute in (False, True):
+        assert size(make(trainable=False), recompute) < size(make(), recompute)
+    assert size(make(layers=(3,), trainable=False), False) < size(make(trainable=False), False)

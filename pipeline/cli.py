@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.errors import RankError, UserError
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -49,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command {words[0]!r}: one of {', '.join(COMMANDS)}")
         command(words[1:])
         return 0
-    except RankError as error:
-        return _fail(f"rank {os.environ.get('RANK', '0')}: {error}", everywhere=True)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
@@ -60,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-def _fail(message: str, everywhere: bool = False) -> int:
-    # Errors of a whole job are the same on every rank: one line is enough.
-    if everywhere or os.environ.get("RANK", "0") == "0":
+def _fail(message: str) -> int:
+    # Every rank stops with the same reason: one line is enough.
+    if os.environ.get("RANK", "0") == "0":
         print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
 
@@ -128,19 +127,25 @@ def parse_flags(default: Any, words: Sequence[str], program: str) -> Any:
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        raise UserError(f"{_first_paragraph(captured.getvalue())} (see {program} --help)") from None
+        raise UserError(f"{_message(captured.getvalue())} (see {program} --help)") from None
 
 
-def _first_paragraph(box: str) -> str:
-    lines: list[str] = []
+def _message(box: str) -> str:
+    """What tyro's box says, in one line: its first paragraph, and the flags that may have been meant."""
+    paragraphs = [""]
     for line in box.splitlines():
-        text = line.strip("╭╮╰╯│─ \t")
-        if line.startswith("╭"):
-            continue
-        if not text and lines:
-            break
-        lines.append(text)
-    return " ".join(" ".join(lines).split()).rstrip(".")
+        text = line.strip("╭╮╰╯│─- \t") if not line.strip(" │").startswith("--") else line.strip(" │")
+        if line.startswith("╭") or not text.strip("─-"):
+            paragraphs.append("")
+        else:
+            paragraphs[-1] = f"{paragraphs[-1]} {text}".strip()
+    # A terminal's box has its title in the border; a plain one has it as a paragraph of its own.
+    found = [text for text in paragraphs if text]
+    message = found[min(1, len(found) - 1)] if not box.startswith("╭") else found[0]
+    meant = next((text for text in found if text.startswith("Perhaps you meant")), "")
+    flags = list(dict.fromkeys(re.findall(r"--[a-z][\w.-]*", meant)))
+    hint = f"; perhaps {', '.join(flags[:3])}" if flags else ""
+    return message.rstrip(".") + hint
 
 
 def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:

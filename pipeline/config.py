@@ -127,7 +127,7 @@ class RunConfig:
     """Seed of weights, data order and noise."""
     output_dir: Path = Path("outputs")
     """Run directory."""
-    resume: str = "auto"
+    resume: Annotated[str, tyro.conf.arg(aliases=["--resume-from"])] = "auto"
     """auto: from the newest complete checkpoint of the run directory if there is one; must: fail without one;
     never: start afresh; or the path of a checkpoint."""
     init_from: Path | None = None

@@ -52,7 +52,7 @@ def start(config: RunConfig) -> Topology:
             )
         get_accelerator().set_device(local_rank)
     deepspeed_logger.setLevel("WARNING")
-    # DeepSpeed calls collectives by names that newer torch releases rename: noise on every rank, and not the user's doing.
+    # DeepSpeed calls collectives by names that newer torch releases rename: not the user's doing.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     if not on_gpu():
         # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.

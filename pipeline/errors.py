@@ -3,7 +3,3 @@
 
 class UserError(Exception):
     """Something the user can mend: one line naming the thing and the mend, printed without a traceback, exit code 2."""
-
-
-class RankError(UserError):
-    """A UserError that one rank alone knows of, such as a bad document in its part of the data: that rank prints it."""

@@ -27,7 +27,8 @@ def preflight(config: RunConfig, ranks: int) -> None:
         raise UserError(f"--init-from {config.init_from}: no trainable.safetensors there: give a checkpoint folder")
     if config.resume not in ("auto", "must", "never") and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume}: no such folder: say auto, must, never or a checkpoint's path")
-    system.loader(Phase("check", 1, ()), topology)
+    # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
+    system.loader(Phase("check", 1, ()), topology).next_step()
     parent = config.output_dir.absolute()
     while not parent.exists():
         parent = parent.parent

@@ -11,11 +11,12 @@ from torch import nn
 
 from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
-from pipeline.checkpoint.state import agree, find_checkpoint, load_trainable, restore, save_checkpoint
+from pipeline.checkpoint.state import find_checkpoint, load_trainable, restore, save_checkpoint
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
-from pipeline.errors import RankError, UserError
+from pipeline.errors import UserError
 from pipeline.meter import Meter
+from pipeline.parallel.agreement import agree, next_step
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.run import Run, write_json, write_run_file
 from pipeline.schedule import lr_multiple
@@ -112,7 +113,7 @@ class Trainer:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
         run, engine = self.run, self.engine
         context = StepContext(run.topology, run.config.seed, self.phase.name, step)
-        batches = self._next_batches()
+        batches = next_step(self.loader, self.run.topology, self.run.device)
         counts = global_counts([run.system.count(batch) for batch in batches], run.topology, run.device)
         meter.add_counts(counts)
         carries = []
@@ -127,12 +128,6 @@ class Trainer:
             self.carries = carries
             run.system.after_step(engine.module, context)
         return result
-
-    def _next_batches(self) -> list[Batch]:
-        try:
-            return self.loader.next_step()
-        except UserError as error:
-            raise RankError(str(error)) from error
 
     def _count_skipped(self, result: StepResult) -> None:
         progress, limit = self.run.progress, self.run.config.optimizer.max_skipped
@@ -162,7 +157,7 @@ class Trainer:
     def _dry_run(self) -> None:
         meter = Meter(self.run)
         context = StepContext(self.run.topology, self.run.config.seed, self.phase.name, 1)
-        batches = self._next_batches()
+        batches = next_step(self.loader, self.run.topology, self.run.device)
         counts = global_counts([self.run.system.count(batch) for batch in batches], self.run.topology, self.run.device)
         meter.add_counts(counts)
         for batch, carry in zip(batches, self.carries, strict=True):

@@ -17,7 +17,7 @@ from pipeline import __version__, cli
 from pipeline.archive import save_config
 from pipeline.cli import fit_ranks, main, parse_run, without_local_rank
 from pipeline.config import replace
-from pipeline.errors import RankError, UserError
+from pipeline.errors import UserError
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_tiny
 
@@ -84,29 +84,35 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"mnemos {__version__}\n"
 
 
+@pytest.fixture
+def help_of(capsys: pytest.CaptureFixture[str]):
+    """What a command answers to --help."""
+
+    def run(*words: str) -> str:
+        try:
+            code = main([*words, "--help"])
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        assert (code, err) == (0, "")
+        return out
+
+    return run
+
+
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_every_command_takes_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = main([command, "--help"])
-    except SystemExit as end:
-        code = end.code or 0
-    out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
+def test_every_command_takes_help(command: str, help_of) -> None:
+    out = help_of(command)
     assert out.startswith("usage: ") and command in out
 
 
-def test_help_of_plan_names_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["plan", "--help"])
-    out = capsys.readouterr().out
-    assert all(flag in out for flag in ("--ranks", "--device", "--utilisation"))
+def test_help_of_plan_names_its_own_flags(help_of) -> None:
+    out = help_of("plan")
+    assert [flag for flag in ("--ranks", "--device", "--utilisation") if flag not in out] == []
 
 
-def test_help_of_a_recipe_lists_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["train", "miras_tiny", "--help"])
-    assert not end.value.code
-    out = capsys.readouterr().out
+def test_help_of_a_recipe_lists_its_flags(help_of) -> None:
+    out = help_of("train", "miras_tiny")
     flags = """--steps --stop-after --seed --output-dir --resume --init-from --save-every --keep --eval-every
         --batch-size --sequence-length --grad-accum --lr --warmup-steps --weight-decay --clip --profile --dry-run --zero
         --parallel.sequence --data.path --data.dataset --data.tokenizer --model.memory.rule"""
@@ -166,8 +172,8 @@ def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> N
         ("check miras_recall --init-from absent", ["--init-from absent"]),
         ("check miras_recall --sequence-length 40", ["--sequence-length 40"]),
         ("check miras_recall --model.backbone.vocabulary 40", ["--model.backbone.vocabulary 40"]),
-        ("check miras_recall --model.memory.backend abacus", ["--model.memory.backend abacus"]),
-        ("check miras_recall --model.attention.backend abacus", ["--model.attention.backend abacus"]),
+        ("check miras_recall --model.memory.backend abacus", ["--model.memory.backend", "abacus", "torch"]),
+        ("check miras_recall --model.attention.backend abacus", ["--model.attention.backend", "abacus", "sdpa"]),
         ("check miras_recall --output-dir /dev/null/run", ["--output-dir /dev/null/run"]),
         ("check miras_tiny --launch-ranks 2 --data.path absent.txt", ["absent.txt"]),
     ],
@@ -179,8 +185,9 @@ def test_a_mistake_is_named_in_one_line(words: str, named: list[str], refusal) -
 
 @pytest.mark.parametrize("words", ["train miras_tiny --stepz 3", "train miras_tiny --steps many", "eval absent"])
 def test_a_mistake_is_one_line_of_a_process_too(words: str) -> None:
+    """Nothing of a library's is said beside it either."""
     answer = process("-m", "pipeline", *words.split())
-    assert answer.returncode == 2 and answer.stdout == ""
+    assert (answer.returncode, answer.stdout) == (2, "")
     (line,) = answer.stderr.splitlines()
     assert line.startswith("mnemos: ")
 
@@ -196,15 +203,6 @@ def test_a_mistake_is_said_by_the_first_rank_alone(
     assert "miras_giant" in capsys.readouterr().err
 
 
-def test_what_one_rank_alone_knows_is_said_with_its_rank(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(words: object) -> None:
-        raise RankError("document 7\nis empty")
-
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.setitem(cli.COMMANDS, "train", fail)
-    assert refusal("train") == "mnemos: rank 5: document 7 is empty"
-
-
 def test_a_full_disk_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(words: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")
@@ -212,6 +210,28 @@ def test_a_full_disk_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
     line = refusal("train")
     assert "no space left" in line and "run/metrics.jsonl" in line
+
+
+def test_a_full_disk_of_one_rank_alone_is_said_by_that_rank(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank has other disks and goes on: if this one says nothing, nobody does."""
+
+    def fail(words: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/profile")
+
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    line = refusal("train")
+    assert "rank 5" in line and "no space left" in line
+
+
+def test_a_rank_that_alone_has_no_gpu_says_so(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts it, which counts no devices: two ranks on a machine of one GPU."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pipeline.engine.on_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    line = refusal("train", "miras_recall")
+    assert "rank 1" in line and "no GPU 1 here" in line
 
 
 def test_an_error_that_no_user_caused_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,10 @@ def problems(folder: Path, *, hashes: bool) -> list[str]:
 
 def commit(folder: Path, final: Path, latest: Path) -> None:
     """Gives a finished folder its name, then points `latest` at it; both replaced atomically, `latest` last."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        # A run that went back to an earlier step saves this one again.
+        os.replace(final, replaced)
     os.replace(folder, final)
     _sync(final.parent)
     partial = latest.with_name(f".{latest.name}.partial")
@@ -72,6 +78,15 @@ def commit(folder: Path, final: Path, latest: Path) -> None:
         os.fsync(handle.fileno())
     os.replace(partial, latest)
     _sync(latest.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Removes complete checkpoints beyond the `keep` newest. The manifest goes first, so that what is half removed is
+    never taken for complete."""
+    for old in complete_checkpoints(folder)[:-keep]:
+        (old / MANIFEST).unlink()
+        shutil.rmtree(old)
 
 
 def _sync(folder: Path) -> None:
@@ -84,7 +99,8 @@ def _sync(folder: Path) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a `checkpoints` folder, oldest step first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file()]
+    named = (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    found = [path for path in named if (path / MANIFEST).is_file()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 

@@ -8,13 +8,14 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline.archive import save_config
@@ -26,11 +27,13 @@ from pipeline.checkpoint.manifest import (
     newest,
     problems,
     read_manifest,
+    remove_old,
     write_manifest,
 )
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
+from pipeline.parallel.agreement import agree, from_main
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_state, load_safetensors
 from pipeline.run import Progress, Run, versions
@@ -38,25 +41,6 @@ from pipeline.system import Carry, StatefulLoader
 
 TRAINABLE = "trainable.safetensors"
 TRAINER_STATE = "trainer_state.json"
-
-
-def agree(topology: Topology, problem: str | None) -> None:
-    """Raises the first rank's problem as UserError on every rank, so that all stop with the same reason."""
-    if topology.world > 1:
-        everyone: list[str | None] = [None] * topology.world
-        dist.all_gather_object(everyone, problem)
-        problem = next((text for text in everyone if text is not None), None)
-    if problem is not None:
-        raise UserError(problem)
-
-
-def from_main(topology: Topology, value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    if topology.world == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
@@ -104,14 +88,16 @@ def save_checkpoint(
     checkpoints = run.folder / "checkpoints"
     name = f"checkpoint-{run.progress.step}"
     partial = checkpoints / f".{name}.partial"
-    if run.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    agree(run.topology, None)
-    problem = None
     trainable = full_state(run.engine.module, [n for group in run.phase.groups for n in group.parameters])
     cursors = _merged_cursors(loader, run.topology)
-    try:
+
+    def prepare() -> None:
+        if run.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _check_room(checkpoints, sum(tensor.numel() for tensor in trainable.values()))
+
+    def write_own() -> None:
         if run.is_main:
             save_file(trainable, partial / TRAINABLE)
             _write(partial / TRAINER_STATE, dataclasses.asdict(run.progress))
@@ -119,51 +105,60 @@ def save_checkpoint(
             save_config(run.config, partial / "config.yaml")
         save_carry(partial, carries, streams, run.topology)
         torch.save(rng_state(), partial / f"rng-{run.topology.rank:05d}.pt")
-    except OSError as error:
-        problem = (
-            f"{partial}: {error.strerror or error}: nothing was saved at step {run.progress.step}; make room and resume"
-        )
-    # Before DeepSpeed's own collectives: a rank that could not write must not leave the others waiting in them.
+
+    def write_shards() -> None:
+        assert run.engine is not None
+        run.engine.save(checkpoints, partial.name)
+
+    def finish() -> None:
+        if run.is_main:
+            write_manifest(partial, _facts(run, cursors))
+            commit(partial, checkpoints / name, checkpoints / LATEST)
+            remove_old(checkpoints, run.config.keep)
+
     try:
-        agree(run.topology, problem)
-        try:
-            run.engine.save(checkpoints, partial.name)
-        except (OSError, RuntimeError) as error:
-            problem = f"{partial}: {str(error).splitlines()[0]}: nothing was saved at step {run.progress.step}"
-        agree(run.topology, problem)
+        # Room and our own files come before DeepSpeed's collectives: a rank that cannot write must not leave the others
+        # waiting in them.
+        for part in (prepare, write_own, write_shards, finish):
+            _together(run, part)
     except UserError:
         if run.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if run.is_main:
-        facts = {
-            "step": run.progress.step,
-            "recipe": run.config.recipe,
-            "system": run.config.model.system,
-            "world": run.topology.world,
-            "data": run.topology.data,
-            "sequence": run.topology.sequence,
-            "zero_stage": run.engine.stage,
-            "versions": versions(),
-            "data_fingerprint": cursors.get("fingerprint"),
-        }
-        try:
-            write_manifest(partial, facts)
-            final = checkpoints / name
-            if final.exists():
-                shutil.rmtree(final)
-            commit(partial, final, checkpoints / LATEST)
-            for old in complete_checkpoints(checkpoints)[: -run.config.keep]:
-                # Without its manifest a half-deleted checkpoint is never taken for a complete one.
-                (old / "manifest.json").unlink()
-                shutil.rmtree(old)
-        except OSError as error:
-            problem = (
-                f"{partial}: {error.strerror or error}: step {run.progress.step} was not saved; make room and resume"
-            )
-    agree(run.topology, problem)
     run.last_checkpoint = name
     return name
+
+
+def _together(run: Run, part: Callable[[], None]) -> None:
+    problem = None
+    try:
+        part()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        problem = f"checkpoint-{run.progress.step} was not saved to {run.folder}: {reason}: make room there and resume"
+    agree(run.topology, problem)
+
+
+def _check_room(folder: Path, trainable: int) -> None:
+    # Weights, their float32 masters and two moments, each 4 bytes, and the weights once more for people.
+    needed, free = 20 * trainable, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed")
+
+
+def _facts(run: Run, cursors: dict[str, Any]) -> dict[str, Any]:
+    assert run.engine is not None
+    return {
+        "step": run.progress.step,
+        "recipe": run.config.recipe,
+        "system": run.config.model.system,
+        "world": run.topology.world,
+        "data": run.topology.data,
+        "sequence": run.topology.sequence,
+        "zero_stage": run.engine.stage,
+        "versions": versions(),
+        "data_fingerprint": cursors.get("fingerprint"),
+    }
 
 
 def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequence[Sequence[int]]) -> list[Carry]:

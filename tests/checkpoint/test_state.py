@@ -23,9 +23,7 @@ from pipeline.archive import load_config
 from pipeline.checkpoint import state
 from pipeline.checkpoint.manifest import LATEST, complete_checkpoints, newest, problems, read_manifest
 from pipeline.checkpoint.state import (
-    agree,
     find_checkpoint,
-    from_main,
     load_trainable,
     restore,
     rng_state,
@@ -383,23 +381,6 @@ class TestLoadTrainable:
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.raises(UserError, match=r"trainable\.safetensors"):
             load_trainable(nn.Linear(3, 2), folder)
-
-
-def test_one_rank_agrees_with_itself() -> None:
-    agree(Topology(), None)
-    with pytest.raises(UserError, match="broken"):
-        agree(Topology(), "broken")
-    assert from_main(Topology(), 3) == 3
-
-
-def test_all_ranks_stop_with_the_first_ranks_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(everyone: list[str | None], mine: str | None) -> None:
-        everyone[:] = [None, "rank 1 is full", mine]
-
-    monkeypatch.setattr(state, "dist", types.SimpleNamespace(all_gather_object=gather))
-    for problem in (None, "rank 2 is full"):
-        with pytest.raises(UserError, match="rank 1 is full"):
-            agree(Topology(rank=2, world=3), problem)
 
 
 def test_cursors_of_all_data_ranks_are_saved_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,18 +124,18 @@ def refusal(model: nn.Module, files: list[Path], rename: dict[str, str]) -> str:
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], equal_nan=True, rtol=0, atol=0)
     message = str(caught.value)
-    assert message.startswith("some/model: ") and "\n" not in message
+    assert "\n" not in message
     return message
 
 
 def test_missing_tensors_are_counted_and_the_first_is_named(files: list[Path]) -> None:
     message = refusal(Model(), files, {"second": "b", "first": "absent.weight"})
-    assert "'absent.weight'" in message and "1 " in message
+    assert message.startswith("some/model: 1 ") and "'absent.weight'" in message
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(files: list[Path]) -> None:
     message = refusal(Model(), files, {"first": "a", "second": "unused"})
-    assert "'unused'" in message and "(9,)" in message and "(4,)" in message
+    assert message.startswith("some/model: ") and "'unused'" in message and "(9,)" in message and "(4,)" in message
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.synthetic import recall_gaps
+from pipeline.parallel.agreement import next_step
 from pipeline.parallel.topology import Topology
 from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 FIRST_BIN = 16
 """Positions below this share one bin; above, each bin doubles."""
+PASSAGE = 64
+"""Tokens of a passage that is repeated in held-out text."""
+CUE = 8
+"""Tokens at the start of a repeated passage that are not counted."""
 GAP_BIN = 20
 """Tokens of distance that share one bin of the recall curve."""
 
@@ -78,7 +84,7 @@ def _run(
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):
         context = StepContext(topology, system.config.seed, "evaluation", step, {"memory": memory, "predict": predict})
-        for micro, batch in enumerate(loader.next_step()):
+        for micro, batch in enumerate(next_step(loader, topology, device)):
             batch = batch.to(device)
             output = system.forward(model, batch, carries.get(micro, {}), context)
             carries[micro] = output.carry
@@ -124,7 +130,57 @@ def _perplexity(system: MirasSystem, model: nn.Module, topology: Topology, modes
         "Perplexity by position", "position in the document (tokens, upper edge)", "perplexity", tuple(edges), series,
         log_x=True,
     )  # fmt: skip
-    return Evaluation(scalars, {"perplexity_by_position": curve})
+    curves = {"perplexity_by_position": curve}
+    repeated = _repeated_passages(system, model, topology, modes)
+    if repeated is not None:
+        curves["recall_by_distance"] = repeated
+    return Evaluation(scalars, curves)
+
+
+def _repeated_passages(
+    system: MirasSystem, model: nn.Module, topology: Topology, modes: dict[str, bool]
+) -> Curve | None:
+    """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
+
+    What a model that recalls nothing pays for the second copy, it paid for the first. None where a sequence is too
+    short to hold two passages.
+    """
+    device = next(model.parameters()).device
+    loader = system.open_loader(topology, held_out=True)
+    tokens = torch.cat([batch.input_ids for batch in next_step(loader, topology, device)])
+    rows, length = tokens.shape
+    gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
+    if not gaps:
+        return None
+    context = StepContext(topology, system.config.seed, "evaluation", 1)
+    series = {}
+    for mode, memory in modes.items():
+        values = []
+        for gap in gaps:
+            # The filler is the text that follows the passage, and the passage then comes again.
+            start = PASSAGE + gap
+            ids = torch.cat([tokens[:, :start], tokens[:, :PASSAGE], tokens[:, start : length - PASSAGE]], dim=1)
+            labels = torch.full_like(ids, IGNORED)
+            # The first few tokens of the copy only show that it is one.
+            labels[:, start + CUE : start + PASSAGE - 1] = ids[:, start + CUE + 1 : start + PASSAGE]
+            positions = torch.arange(length).expand(rows, -1)
+            batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
+            options = {"memory": memory}
+            output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
+            totals = torch.stack([output.sums["cross_entropy"].double(), torch.zeros((), device=device).double()])
+            totals[1] = (batch.labels[:, topology.shard(length)] != IGNORED).sum()
+            if dist.is_initialized():
+                dist.all_reduce(totals)
+            values.append(float(totals[0] / totals[1]))
+        series[mode] = tuple(values)
+    return Curve(
+        "Recall by distance",
+        "tokens between a passage and its copy",
+        "nats per token of the copy",
+        tuple(map(float, gaps)),
+        series,
+        log_x=True,
+    )
 
 
 def _recall(system: MirasSystem, model: nn.Module, topology: Topology, modes: dict[str, bool]) -> Evaluation:

@@ -1,0 +1,24 @@
+"""The throughput bench measures every length and says on what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.launch.harness import single
+
+
+def test_lengths_are_measured_and_written(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    done = single(
+        "pipeline", "bench", "throughput", "--lengths", "128", "512", "--bench-steps", "2", "--json", str(out),
+        "miras_tiny", "--batch-size", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [row["sequence_length"] for row in found["rows"]] == [128, 512]
+    for row in found["rows"]:
+        assert row["tok_s"] > 0 and row["peak_memory"] > 2**20 and row["mfu"] is None
+        assert row["seconds_per_token"] == row["seconds"] / row["tokens_per_step"]
+    assert found["versions"]["torch"] and found["machine"]["device"]["kind"] == "cpu"
+    assert "n/a" in done.stdout and "512" in done.stdout

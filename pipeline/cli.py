@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+
+LAST_WORDS = 3.0
+"""Seconds that the other ranks leave rank 0 to say why a job ends."""
 
 USAGE = """\
 usage: mnemos COMMAND [arguments]        (or: python -m pipeline COMMAND)
@@ -61,8 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(message: str) -> int:
     # Every rank stops with the same reason: one line is enough.
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("RANK", "0") == "0":
         print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    elif ranks > 1:
+        # The launcher kills every rank once one has ended: rank 0 must have said why by then.
+        time.sleep(LAST_WORDS)
+    if ranks > 1:
+        # Ranks that stop in the middle of a step hold collectives whose threads would abort an ordinary exit.
+        sys.stdout.flush()
+        os._exit(2)
     return 2
 
 

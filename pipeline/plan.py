@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.cli import parse_flags, parse_run
+from pipeline.cli import fit_ranks, parse_flags, parse_run
 from pipeline.config import RunConfig
 from pipeline.engine import deepspeed_config
 from pipeline.errors import UserError
@@ -100,7 +100,7 @@ def run_plan(words: Sequence[str]) -> None:
     """The command: `plan RECIPE [--ranks N] [--device NAME] [--utilisation X] [recipe flags]`."""
     own, rest = split_flags(words, ("ranks", "device", "utilisation"))
     options: PlanOptions = parse_flags(PlanOptions(), own, "mnemos plan")
-    config = parse_run(rest, "plan")
+    config = fit_ranks(parse_run(rest, "plan"), rest, options.ranks)
     print(render(config, options, make_plan(config, options)))
 
 

@@ -20,7 +20,7 @@ from pipeline.parallel.agreement import agree, next_step
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.run import Run, write_json, write_run_file
 from pipeline.schedule import lr_multiple
-from pipeline.system import Batch, Carry, CarryEntry, Phase, StatefulLoader, StepContext, create_system
+from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, create_system
 
 
 def train(config: RunConfig) -> None:

@@ -27,8 +27,25 @@ HEAVY = ("torch", "tyro", "deepspeed", "transformers", "numpy", "matplotlib", "p
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher started this process, and a rank that ends at once does not end the tests."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a command would have waited, one number each time."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+def code_of(*words: str) -> int:
+    try:
+        return main(list(words))
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 @pytest.fixture
@@ -36,7 +53,7 @@ def refusal(capsys: pytest.CaptureFixture[str]):
     """Runs a command that must end with exit code 2, nothing on stdout and one readable line on stderr: returns it."""
 
     def run(*words: str) -> str:
-        assert main(list(words)) == 2
+        assert code_of(*words) == 2
         out, err = capsys.readouterr()
         assert out == ""
         (line,) = err.splitlines()
@@ -192,15 +209,20 @@ def test_a_mistake_is_one_line_of_a_process_too(words: str) -> None:
     assert line.startswith("mnemos: ")
 
 
-def test_a_mistake_is_said_by_the_first_rank_alone(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ranks", [None, "2"], ids=["alone", "of two"])
+def test_a_mistake_is_said_by_the_first_rank_alone_and_the_others_wait_for_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, waits: list[float], ranks: str | None
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert main(["train", "miras_giant"]) == 2
-    assert capsys.readouterr() == ("", "")
+    if ranks is not None:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setenv("RANK", "0")
-    assert main(["train", "miras_giant"]) == 2
+    assert code_of("train", "miras_giant") == 2
     assert "miras_giant" in capsys.readouterr().err
+    assert waits == []
+    monkeypatch.setenv("RANK", "1")
+    assert code_of("train", "miras_giant") == 2
+    assert capsys.readouterr() == ("", "")
+    assert len(waits) == (ranks is not None)
 
 
 def test_a_full_disk_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch) -> None:

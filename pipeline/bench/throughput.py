@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import parse_flags, parse_run
+from pipeline.cli import fit_ranks, parse_flags, parse_run
 from pipeline.errors import UserError
 from pipeline.plan import split_flags
 
@@ -99,9 +99,9 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
 
 def run_case(words: Sequence[str]) -> None:
     """One length, on every rank: trains without saving or evaluating, and rank 0 prints the figures."""
-    config = parse_run(words, "bench throughput-case")
+    config = fit_ranks(parse_run(words, "bench throughput-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.engine import Engine, building, deepspeed_config, device_of, precision_of, start, stop
-    from pipeline.hardware import on_gpu, peak_flops, utilisation
+    from pipeline.hardware import peak_flops, utilisation
     from pipeline.meter import Meter
     from pipeline.run import Run, machine, versions
     from pipeline.system import create_system
@@ -124,10 +124,6 @@ def run_case(words: Sequence[str]) -> None:
             begun = time.perf_counter()
             result = trainer.step(step, meter)
             memory = meter.record(step, result).peak_memory
-            if on_gpu():
-                import torch
-
-                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
         median = statistics.median(seconds[1:])
         tok_s = run.tokens_per_step / median

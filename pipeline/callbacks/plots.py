@@ -31,6 +31,9 @@ class Plots(Callback):
         self._training()
 
     def on_end(self, status: str) -> None:
+        if status == "failed":
+            # The reason must reach the person first, and the curves up to the last evaluation are there.
+            return
         self.folder.mkdir(exist_ok=True)
         self._training()
 

@@ -215,6 +215,33 @@ def test_a_crash_within_commit_leaves_latest_at_a_complete_checkpoint(
     assert (tmp_path / LATEST).read_text() == "checkpoint-30\n"
 
 
+@pytest.mark.parametrize("replaced", [0, 1, 2])
+def test_a_crash_while_a_step_is_saved_again_does_not_stop_the_next_save(
+    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int
+) -> None:
+    """Saving a step again takes one replacement more, which puts the old folder aside."""
+    older = save(10)
+    save(20)
+    replace, calls = os.replace, []
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if len(calls) == replaced:
+            raise Died
+        calls.append(source)
+        replace(source, target)
+
+    partial = fill(tmp_path / ".checkpoint-20.partial", 20)
+    monkeypatch.setattr(manifest.os, "replace", replace_or_die)
+    with pytest.raises(Died):
+        commit(partial, tmp_path / "checkpoint-20", tmp_path / LATEST)
+    monkeypatch.undo()
+    assert newest(tmp_path) in (older, tmp_path / "checkpoint-20")
+    shutil.rmtree(partial, ignore_errors=True)
+    for _ in range(2):
+        assert save(20) == newest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20", LATEST]
+
+
 def test_latest_is_never_written_in_place(save, tmp_path: Path) -> None:
     """A hard link to the old file keeps the old text: the name was replaced, not the content."""
     save(10)

@@ -177,7 +177,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(make_run,
     run.engine.failure = failure
     with pytest.raises(UserError) as caught:
         save(run, 6)
-    assert "step 6" in str(caught.value) and "\n" not in str(caught.value)
+    assert "checkpoint-6 was not saved" in str(caught.value) and "\n" not in str(caught.value)
     assert latest(run) == older == newest(older.parent)
     assert {path.name for path in older.parent.iterdir()} == {LATEST, older.name}
     assert run.last_checkpoint == older.name
@@ -228,7 +228,7 @@ def test_a_full_disk_that_a_library_reports_in_its_own_way_is_a_user_error(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, fail)
-        with pytest.raises(UserError, match="step 6"):
+        with pytest.raises(UserError, match="checkpoint-6 was not saved"):
             save(run, 6)
     assert latest(run) == older == newest(older.parent)
 

@@ -160,6 +160,10 @@ class System(Protocol):
         """Raises UserError when the sizes cannot be laid out so; called before anything is built."""
         ...
 
+    def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+        """What was chosen on this machine, for the log: {"attention": "window of 4096 tokens, backend flex", ...}."""
+        ...
+
     def build(self) -> nn.Module:
         """Everything, once, with uninitialised weights; phases freeze parts of it."""
         ...

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.build import build_loader
+from pipeline.data.loader import PackedLoader
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
@@ -33,7 +34,7 @@ from pipeline.system import (
 from pipeline.systems.miras import weights
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth
-from pipeline.systems.miras.model import ATTENTION_NAME, LayerCarry, MirasModel
+from pipeline.systems.miras.model import ATTENTION_NAME, LayerCarry, MirasModel, attention_backend
 
 TERM = "cross_entropy"
 
@@ -71,6 +72,22 @@ class MirasSystem:
                 raise UserError(
                     f"--parallel.sequence {degree} does not divide the {count} {what}: choose a degree that does"
                 )
+
+    def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+        attention, memory = self.sizes.attention, self.sizes.memory
+        reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
+        backend = attention_backend(attention, self.backbone, device_type, dtype)
+        layers = ", ".join(map(str, memory.layers)) or "none"
+        loader = self.open_loader(Topology(), held_out=False)
+        return {
+            "backbone": f"{self.backbone.num_hidden_layers} layers of width {self.backbone.hidden_size},"
+            f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
+            f" {self.sizes.backbone.pretrained or 'random weights'}",
+            "attention": f"{attention.kind} of {reach}, backend {backend}",
+            "memory": f"{memory.rule} on layers {layers}, {memory.heads} heads of {memory.head_dim},"
+            f" backend {'torch' if memory.backend == 'auto' else memory.backend}",
+            "data": loader.describe() if isinstance(loader, PackedLoader) else "synthetic recall",
+        }
 
     def build(self) -> nn.Module:
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import yaml
@@ -51,17 +51,20 @@ def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
     try:
         with path.open() as handle:
             content = yaml.load(handle, Loader=_UniqueKeys)
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not a text file") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict) or content.get("recipe") not in recipes:
+    name = content.get("recipe") if isinstance(content, dict) else None
+    if not isinstance(name, str) or name not in recipes:
         raise UserError(f"--config {path}: `recipe` must name one of {', '.join(sorted(recipes))}")
-    return merge(recipes[content["recipe"]](), content, str(path))
+    return merge(recipes[name](), content, str(path))
 
 
 def merge(default: Any, changes: dict[str, Any], where: str) -> Any:
     """A dataclass with `changes` (nested plain values) over it; unknown keys and wrong types are UserErrors."""
     fields = {field.name: field for field in dataclasses.fields(default)}
-    unknown = sorted(set(changes) - set(fields))
+    unknown = [key for key in changes if key not in fields]
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
     hints = _hints(type(default))
@@ -71,11 +74,23 @@ def merge(default: Any, changes: dict[str, Any], where: str) -> Any:
         if dataclasses.is_dataclass(current) and isinstance(value, dict):
             values[key] = merge(current, value, f"{where}: {key}")
             continue
+        section = _section(hints[key])
+        if section is not None and isinstance(value, dict):
+            # A section that the recipe leaves out: pydantic would pass over keys that it does not know.
+            values[key] = merge(section(), value, f"{where}: {key}")
+            continue
+        if isinstance(value, bool) and not isinstance(current, bool):
+            raise UserError(f"{where}: {key}: {value!r} is true or false where {current!r} stands by default")
         try:
             values[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
         except pydantic.ValidationError as error:
             raise UserError(f"{where}: {key}: {error.errors()[0]['msg']} (it is {value!r})") from None
     return dataclasses.replace(default, **values)
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass in `Section | None`; None for any other hint."""
+    return next((kind for kind in get_args(hint) if dataclasses.is_dataclass(kind)), None)
 
 
 def _hints(kind: type) -> dict[str, Any]:

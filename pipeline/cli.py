@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.errors import UserError
+from pipeline.errors import RankError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -52,21 +52,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command is None:
             raise UserError(f"unknown command {words[0]!r}: one of {', '.join(COMMANDS)}")
+        if len(words) == 2 and words[1] in ("-h", "--help") and words[0] in HELP:
+            print(HELP[words[0]])
+            return 0
         command(words[1:])
         return 0
+    except RankError as error:
+        return _fail(str(error), everywhere=True)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" ({error.filename})" if error.filename else ""
-            return _fail(f"no space left on the device{where}: make room and start again; the run resumes where it was")
+            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            return _fail(
+                f"{rank}no space left on the device{where}: make room and start again; the run resumes where it was",
+                everywhere=True,
+            )
         raise
 
 
-def _fail(message: str) -> int:
-    # Every rank stops with the same reason: one line is enough.
+def _fail(message: str, everywhere: bool = False) -> int:
+    # Errors of a whole job are the same on every rank: one line is enough.
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("RANK", "0") == "0":
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
     elif ranks > 1:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
@@ -197,7 +206,9 @@ def _check(words: Sequence[str]) -> None:
     ranks, rest = _take(list(words), "--launch-ranks")
     for flag in ("--launch-nodes", "--launch-gpus-per-node"):
         _, rest = _take(rest, flag)
-    world = int(ranks) if ranks is not None else 1
+    world = int(ranks) if ranks is not None and ranks.isdigit() else 1 if ranks is None else 0
+    if world < 1:
+        raise UserError(f"--launch-ranks is {ranks}: give a number of ranks above 0")
     config = fit_ranks(parse_run(rest, "check"), rest, world)
     from pipeline.preflight import preflight
 
@@ -240,6 +251,23 @@ def _doctor(words: Sequence[str]) -> None:
         raise UserError(f"doctor takes no arguments, got {words[0]!r}")
     print(render(collect()))
 
+
+HELP = {
+    "recipes": "usage: mnemos recipes\n\nEvery recipe, one line each.",
+    "doctor": "usage: mnemos doctor\n\nWhat this machine has: devices, kernels, attention backends, versions.",
+    "eval": (
+        "usage: mnemos eval CHECKPOINT [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
+        " for its latest one.\nThe result goes to OUT/evals."
+    ),
+    "bench": "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]",
+    "plan": (
+        "usage: mnemos plan RECIPE [--ranks N] [--device NAME] [--utilisation SHARE] [flags of the recipe]\n\n"
+        "  --ranks N            devices in all (default 1)\n"
+        "  --device NAME        a device with a known peak (default H200)\n"
+        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)"
+    ),
+}
+"""Help of the commands whose flags are not a recipe's alone."""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,

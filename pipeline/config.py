@@ -171,7 +171,11 @@ class RunConfig:
             "--keep": self.keep,
             "--report.log-every": self.report.log_every,
             "--evaluation.steps": self.evaluation.steps,
+            "--parallel.timeout-minutes": self.parallel.timeout_minutes,
+            "--optimizer.max-skipped": self.optimizer.max_skipped,
         }
+        if self.report.peak_tflops is not None:
+            positive["--report.peak-tflops"] = self.report.peak_tflops
         for flag, value in positive.items():
             if not value > 0:
                 raise UserError(f"{flag} is {value}: give a value above 0")
@@ -183,12 +187,18 @@ class RunConfig:
             "--clip": self.clip,
             "--profile": self.profile,
             "--data.min-tokens": self.data.min_tokens,
+            "--optimizer.eps": self.optimizer.eps,
+            "--evaluation.batch-size": self.evaluation.batch_size,
         }
         for flag, value in at_least_zero.items():
-            if value < 0:
+            if not value >= 0:
                 raise UserError(f"{flag} is {value}: give 0 or more")
         if self.stop_after is not None and self.stop_after < 1:
             raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise UserError(f"--optimizer.betas are {self.optimizer.betas}: give two values from 0 to below 1")
+        if not 0 <= self.optimizer.min_lr_ratio <= 1:
+            raise UserError(f"--optimizer.min-lr-ratio is {self.optimizer.min_lr_ratio}: give a share from 0 to 1")
         if not 0 < self.data.holdout < 1:
             raise UserError(f"--data.holdout is {self.data.holdout}: give a share between 0 and 1")
         if self.data.path and self.data.dataset:

@@ -29,7 +29,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
+from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology, create_topology
 from pipeline.system import Phase
 
@@ -46,7 +46,7 @@ def start(config: RunConfig) -> Topology:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise RankError(
                 f"rank {os.environ['RANK']}: no GPU {local_rank} here (there are {torch.cuda.device_count()}):"
                 " start fewer ranks"
             )

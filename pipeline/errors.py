@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something the user can mend: one line naming the thing and the mend, printed without a traceback, exit code 2."""
+
+
+class RankError(UserError):
+    """A UserError that one rank alone knows of, before the ranks can agree: that rank prints it."""

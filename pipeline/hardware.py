@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 
@@ -15,12 +16,14 @@ PEAK_TFLOPS = {
     "H100 NVL": 835.0,
     "H100": 989.0,
     "H200": 989.0,
+    "H200 NVL": 835.0,
     "GH200": 989.0,
     "B200": 2250.0,
     "GB200": 2500.0,
     "B300": 2250.0,
     "GB300": 2500.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "RTX 4090": 165.0,
 }
@@ -41,8 +44,11 @@ def peak_flops(stated_tflops: float | None = None) -> float | None:
     if not on_gpu():
         return None
     name = torch.cuda.get_device_name()
+    if re.search(r"\b(MIG|Laptop|D)\b", name):
+        # A part of a device, or a slower one of the same name.
+        return None
     for key in sorted(PEAK_TFLOPS, key=len, reverse=True):
-        if key in name:
+        if re.search(rf"\b{key}\b", name):
             return PEAK_TFLOPS[key] * 1e12
     return None
 

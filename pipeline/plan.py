@@ -56,6 +56,10 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     """Counts parameters exactly (on the meta device) and estimates the rest. Raises UserError."""
     if options.device not in PEAK_TFLOPS:
         raise UserError(f"--device {options.device}: its peak is not known; known: {', '.join(sorted(PEAK_TFLOPS))}")
+    if options.ranks < 1:
+        raise UserError(f"--ranks is {options.ranks}: give a number of devices above 0")
+    if not 0 < options.utilisation <= 1:
+        raise UserError(f"--utilisation is {options.utilisation}: give a share above 0 and up to 1")
     check_degrees(options.ranks, config.parallel.sequence)
     topology = Topology(world=options.ranks, sequence=config.parallel.sequence)
     system = create_system(config)

@@ -57,6 +57,8 @@ class Run:
     engine: Engine | None = None
     phase: Phase | None = None
     last_checkpoint: str | None = None
+    chosen: dict[str, str] = field(default_factory=dict)
+    """What was chosen for this machine, for the log: layout, backends, data, parameters."""
 
     @property
     def is_main(self) -> bool:

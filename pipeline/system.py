@@ -49,6 +49,10 @@ class StatefulLoader(Protocol):
 
     def next_step(self) -> list[Batch]: ...
 
+    def describe(self) -> str:
+        """One line for the log: what is read, and how much of it."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """{"streams": {global stream id: cursor}, "fingerprint": ...}, JSON-ready; covers this data rank's streams."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.meter import Meter
 from pipeline.parallel.agreement import agree, next_step
 from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.weights import full_shape
 from pipeline.run import Run, write_json, write_run_file
 from pipeline.schedule import lr_multiple
 from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, create_system
@@ -50,6 +52,7 @@ class Trainer:
         self.loader = _open_loader(run, phase)
         run.phase, run.progress.phase = phase, phase.name
         run.engine = self.engine = Engine(model, phase, run.config, ds_config)
+        run.chosen = self._chosen(model)
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
         first = run.topology.data_rank * run.config.grad_accum
         rows = run.config.batch_size
@@ -57,6 +60,19 @@ class Trainer:
             range((first + micro) * rows, (first + micro + 1) * rows) for micro in range(run.config.grad_accum)
         ]
         self.callbacks: list[Callback] = []
+
+    def _chosen(self, model: nn.Module) -> dict[str, str]:
+        run, config, topology = self.run, self.run.config, self.run.topology
+        dtype = precision_of(config)
+        sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
+        trainable = sum(sizes[name] for group in self.phase.groups for name in group.parameters)
+        return {
+            config.recipe: f"{topology.world} ranks (data {topology.data} x sequence {topology.sequence}),"
+            f" {config.zero}, {str(dtype).removeprefix('torch.')} on {run.device.type}",
+            "parameters": f"{sum(sizes.values()):,}, of which {trainable:,} are trained",
+            **run.system.describe(run.device.type, dtype),
+            "data": self.loader.describe(),
+        }
 
     def execute(self, checkpoint: Path | None) -> None:
         """Trains from `checkpoint` (or the start) to the phase's end."""

@@ -20,7 +20,9 @@ class MetricsFile(Callback):
 
     def on_start(self) -> None:
         if self.path.exists():
-            kept = [row for row in read_rows(self.path) if row["step"] <= self.run.progress.step]
+            # A start from scratch evaluates before its first step again.
+            done = self.run.progress.step
+            kept = [row for row in read_rows(self.path) if row["step"] <= done] if done else []
             partial = self.path.with_name(".metrics.jsonl.partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(self.path)
@@ -60,7 +62,7 @@ class MetricsFile(Callback):
 
 def perplexity(loss: float) -> float:
     """exp(loss), inf where it would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def read_rows(path: Any) -> list[dict[str, Any]]:

@@ -65,7 +65,8 @@ def draw_curve(curve: Curve, path: Path, subtitle: str = "") -> None:
         axis.set_xscale("log", base=2)
     axis.set(xlabel=curve.x_label, ylabel=curve.y_label, title=f"{curve.title}\n{subtitle}".strip())
     axis.grid(alpha=0.3)
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     figure.savefig(path, dpi=120)
     clean = {
         label: [value if math.isfinite(value) else None for value in values] for label, values in curve.series.items()
@@ -92,7 +93,8 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
                     variant = name.removesuffix("loss").rstrip("/").replace("_", " ")
                     label = f"held out, {variant}" if variant else "held out"
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-            axis.legend()
+            if axis.lines:
+                axis.legend()
         axis.set(xlabel="step", ylabel=y_label)
         axis.grid(alpha=0.3)
     figure.suptitle(title)

@@ -23,6 +23,8 @@ class ProgressLines(Callback):
         self.seconds_per_step: float | None = None
 
     def on_start(self) -> None:
+        for what, text in self.run.chosen.items():
+            self._say(f"{what}: {text}")
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.last, initial=self.run.progress.step, unit="step", dynamic_ncols=True)
 
@@ -82,7 +84,7 @@ class ProgressLines(Callback):
 def human(value: float) -> str:
     """1234567 as 1.23M."""
     for unit in ("", "K", "M", "G"):
-        if abs(value) < 1000:
+        if abs(value) < 999.5:  # what rounds to 1000 belongs to the next unit
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}T"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,31 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_json(folder / MANIFEST, {**facts, "files": files})
+    write_json(folder / MANIFEST, {**facts, "written": time.time_ns(), "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a complete checkpoint; None when there is none."""
     path = folder / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:  # not JSON, or not text
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise UserError(f"{path}: damaged")
+    return content
 
 
 def problems(folder: Path, *, hashes: bool) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty when it is whole. `hashes` reads every byte."""
-    manifest = read_manifest(folder)
+    if not folder.is_dir():
+        return [f"{folder}: no such folder"]
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return [str(error)]
     if manifest is None:
         return [f"{folder}: no {MANIFEST}: the save did not finish"]
     found = []
@@ -67,7 +81,8 @@ def commit(folder: Path, final: Path, latest: Path) -> None:
     """Gives a finished folder its name, then points `latest` at it; both replaced atomically, `latest` last."""
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
-        # A run that went back to an earlier step saves this one again.
+        # A run that went back to an earlier step saves this one again; an earlier crash may have left a folder aside.
+        shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
     os.replace(folder, final)
     _sync(final.parent)
@@ -81,10 +96,12 @@ def commit(folder: Path, final: Path, latest: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Removes complete checkpoints beyond the `keep` newest. The manifest goes first, so that what is half removed is
-    never taken for complete."""
-    for old in complete_checkpoints(folder)[:-keep]:
+def remove_old(folder: Path, keep: int, saved: int) -> None:
+    """Removes complete checkpoints up to step `saved` beyond the `keep` newest; a run that went back to an earlier step
+    leaves later ones alone until it saves them anew. The manifest goes first, so that what is half removed is never
+    taken for complete."""
+    ours = [path for path in complete_checkpoints(folder) if _step(path) <= saved]
+    for old in ours[:-keep]:
         (old / MANIFEST).unlink()
         shutil.rmtree(old)
 
@@ -99,17 +116,33 @@ def _sync(folder: Path) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a `checkpoints` folder, oldest step first."""
+    return [path for path in _named(folder) if (path / MANIFEST).is_file()]
+
+
+def _named(folder: Path) -> list[Path]:
+    # A folder gets this name when it is complete: one without a manifest is damaged.
     named = (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
-    found = [path for path in named if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(named, key=_step)
+
+
+def _written(path: Path) -> int:
+    try:
+        return int((read_manifest(path) or {}).get("written", 0))
+    except UserError:
+        return 0
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete and undamaged checkpoint (by sizes); None when there is none.
+    """The undamaged (by sizes) checkpoint that was written last; None when there is none.
 
     Raises UserError when checkpoints exist and all are damaged: starting afresh would hide the loss.
     """
-    candidates = complete_checkpoints(folder)
+    # The last one written is not always the highest step: a run may have gone back to an earlier one.
+    candidates = sorted(_named(folder), key=lambda path: (_written(path), _step(path)))
     reasons = []
     for path in reversed(candidates):
         wrong = problems(path, hashes=False)

@@ -35,7 +35,7 @@ from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
 from pipeline.parallel.agreement import agree, from_main
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import full_state, load_safetensors
+from pipeline.parallel.weights import full_state, load_safetensors, open_safetensors
 from pipeline.run import Progress, Run, versions
 from pipeline.system import Carry, StatefulLoader
 
@@ -114,7 +114,7 @@ def save_checkpoint(
         if run.is_main:
             write_manifest(partial, _facts(run, cursors))
             commit(partial, checkpoints / name, checkpoints / LATEST)
-            remove_old(checkpoints, run.config.keep)
+            remove_old(checkpoints, run.config.keep, run.progress.step)
 
     try:
         # Room and our own files come before DeepSpeed's collectives: a rank that cannot write must not leave the others
@@ -198,9 +198,7 @@ def load_trainable(model: torch.nn.Module, checkpoint: Path) -> None:
     path = checkpoint / TRAINABLE
     if not path.is_file():
         raise UserError(f"{checkpoint}: no {TRAINABLE} there: give the folder of a checkpoint")
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as handle:
+    with open_safetensors(path) as handle:
         names = list(handle.keys())
     known = {name for name, _ in model.named_parameters()}
     unknown = [name for name in names if name not in known]

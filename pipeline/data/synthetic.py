@@ -145,6 +145,11 @@ class RecallLoader:
         check_fingerprint(state["fingerprint"], self.fingerprint)
         self._step = int(state["streams"][str(self.mine[0])]["step"])
 
+    def describe(self) -> str:
+        """One line for logs."""
+        task = self.config
+        return f"synthetic recall: {task.pairs} pairs, gaps of {task.min_gap} to {task.max_gap} tokens"
+
     def reset(self) -> None:
         """Back to the first step, as an evaluation does before it starts."""
         self._step = 0

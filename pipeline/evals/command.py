@@ -70,7 +70,8 @@ def resolve(path: Path) -> Path:
 def write(evaluation: Evaluation, folder: Path, facts: dict[str, object]) -> None:
     """evaluation.json and a PNG with its numbers per curve."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps({**facts, "scalars": evaluation.scalars}, indent=2) + "\n")
+    scalars = {name: value if math.isfinite(value) else None for name, value in evaluation.scalars.items()}
+    (folder / "evaluation.json").write_text(json.dumps({**facts, "scalars": scalars}, indent=2) + "\n")
     for name, curve in evaluation.curves.items():
         draw_curve(curve, folder / f"{name}.png")
 

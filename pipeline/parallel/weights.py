@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -60,6 +61,14 @@ def full_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return state
 
 
+def open_safetensors(path: Path) -> Any:
+    """`safe_open`; a UserError names a file that cannot be read."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): copy or save it again") from None
+
+
 def load_safetensors(model: nn.Module, files: Iterable[Path], rename: Mapping[str, str], *, what: str) -> None:
     """Fills parameters from safetensors files; `rename` maps every parameter to fill to its tensor's name.
 
@@ -67,7 +76,7 @@ def load_safetensors(model: nn.Module, files: Iterable[Path], rename: Mapping[st
     """
     where: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
+        with open_safetensors(file) as handle:
             where.update(dict.fromkeys(handle.keys(), file))
     missing = [tensor for tensor in rename.values() if tensor not in where]
     if missing:

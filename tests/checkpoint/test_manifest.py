@@ -123,9 +123,12 @@ def test_no_folder_or_an_empty_one_has_no_checkpoint(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
 
 
-def test_the_newest_is_the_one_of_the_highest_step(save, tmp_path: Path) -> None:
-    paths = [save(step) for step in (900, 1000, 20)]
+def test_the_newest_is_the_one_written_last(save, tmp_path: Path) -> None:
+    paths = [save(step) for step in (900, 1000)]
     assert newest(tmp_path) == paths[1]
+    # A run that went back to an earlier step goes on from there.
+    paths.append(save(20))
+    assert newest(tmp_path) == paths[2]
     assert complete_checkpoints(tmp_path) == [paths[2], paths[0], paths[1]]
 
 

@@ -45,6 +45,7 @@ class BackboneConfig:
     """Standard deviation of random matrices."""
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "backbone", "layers", "width", "heads", "kv_heads", "ffn", "vocabulary")
         if self.width % self.heads:
             raise UserError(
                 f"--model.backbone.width {self.width} is not divisible by --model.backbone.heads {self.heads}"
@@ -65,8 +66,12 @@ class AttentionConfig:
     """Tokens that a windowed query sees, itself included."""
     sinks: int = 4
     """First tokens of a document that every windowed query sees as well (attention sinks)."""
-    backend: str = "auto"
-    """auto, sdpa, flex, flash2, flash3 or flash4."""
+    backend: Literal["auto", "sdpa", "flex", "flash2", "flash3", "flash4"] = "auto"
+    """What computes it; auto takes the fastest that fits."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "attention", "window")
+        _at_least(0, self, "attention", "sinks")
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,18 @@ class MemoryConfig:
     half_life: tuple[float, float] = (1e3, 1e6)
     """Initial forget half-lives in tokens of the first and the last head."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "memory", "heads", "head_dim", "chunk", "gate_rank")
+        _at_least(2, self, "memory", "conv")
+        _at_least(0, self, "memory", "persistent")
+        if not 0 < self.momentum < MAX_MOMENTUM:
+            raise UserError(f"--model.memory.momentum {self.momentum}: give a value between 0 and {MAX_MOMENTUM}")
+        for flag, values in (("step-size", self.step_size), ("half-life", self.half_life)):
+            if not min(values) > 0:
+                raise UserError(f"--model.memory.{flag} {' '.join(map(str, values))}: give two values above 0")
+        if len(set(self.layers)) < len(self.layers):
+            raise UserError(f"--model.memory.layers {' '.join(map(str, self.layers))}: name each layer once")
+
 
 @dataclass(frozen=True)
 class MirasConfig(ModelConfig):
@@ -111,8 +128,6 @@ class MirasConfig(ModelConfig):
     """The synthetic recall task in place of documents."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.memory.momentum < MAX_MOMENTUM:
-            raise UserError(f"--model.memory.momentum {self.memory.momentum}: give a value from 0 to {MAX_MOMENTUM}")
         if not self.memory.layers:
             return
         if min(self.memory.layers) < 0 or (
@@ -122,3 +137,10 @@ class MirasConfig(ModelConfig):
                 f"--model.memory.layers {' '.join(map(str, self.memory.layers))}: the backbone has layers 0 to"
                 f" {self.backbone.layers - 1}"
             )
+
+
+def _at_least(least: int, section: object, name: str, *fields: str) -> None:
+    for key in fields:
+        if getattr(section, key) < least:
+            flag = f"--model.{name}.{key.replace('_', '-')}"
+            raise UserError(f"{flag} is {getattr(section, key)}: give {least} or more")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.build import build_loader
-from pipeline.data.loader import PackedLoader
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
@@ -67,6 +66,11 @@ class MirasSystem:
         }
         if self.sizes.memory.layers:
             counts["memory heads"] = self.sizes.memory.heads
+        if self.sizes.recall is not None and self.sizes.recall.vocab_size > self.backbone.vocab_size:
+            raise UserError(
+                f"--model.backbone.vocabulary {self.backbone.vocab_size}: the recall task has"
+                f" {self.sizes.recall.vocab_size} ids: give as many or more"
+            )
         for what, count in counts.items():
             if count % degree:
                 raise UserError(
@@ -78,7 +82,6 @@ class MirasSystem:
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
         layers = ", ".join(map(str, memory.layers)) or "none"
-        loader = self.open_loader(Topology(), held_out=False)
         return {
             "backbone": f"{self.backbone.num_hidden_layers} layers of width {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
@@ -86,7 +89,6 @@ class MirasSystem:
             "attention": f"{attention.kind} of {reach}, backend {backend}",
             "memory": f"{memory.rule} on layers {layers}, {memory.heads} heads of {memory.head_dim},"
             f" backend {'torch' if memory.backend == 'auto' else memory.backend}",
-            "data": loader.describe() if isinstance(loader, PackedLoader) else "synthetic recall",
         }
 
     def build(self) -> nn.Module:

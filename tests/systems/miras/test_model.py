@@ -22,7 +22,9 @@ from tests.launch.parity_main import LENGTH, VOCABULARY, base, randomise
 CONTEXT = StepContext(Topology(), 0, "train", 1)
 
 
-def built(config: RunConfig, *, noisy: bool = True, dtype: torch.dtype = torch.float64) -> tuple[MirasSystem, MirasModel]:
+def built(
+    config: RunConfig, *, noisy: bool = True, dtype: torch.dtype = torch.float64
+) -> tuple[MirasSystem, MirasModel]:
     system = create(config)
     assert isinstance(system, MirasSystem)
     model = system.build()
@@ -128,9 +130,7 @@ def test_a_frozen_backbone_has_no_backward_pass_below_the_first_memory(ids: Tens
         parameter.requires_grad_(name in trained)
     differentiated: dict[int, bool] = {}
     for index, layer in enumerate(model.backbone.model.layers):
-        layer.register_forward_hook(
-            lambda _, __, out, index=index: differentiated.update({index: out.requires_grad})
-        )
+        layer.register_forward_hook(lambda _, __, out, index=index: differentiated.update({index: out.requires_grad}))
     run(system, model, batch(ids, [LENGTH])).sums["cross_entropy"].backward()
     # The block beside the first memory has a constant input too: only what comes after it is differentiated.
     assert differentiated == {0: False, 1: False, 2: True}
@@ -175,8 +175,10 @@ def test_recomputation_changes_nothing(ids: Tensor) -> None:
 def test_weights_depend_on_seed_and_name_alone() -> None:
     first, second = (dict(built(base(), noisy=False)[1].named_parameters()) for _ in range(2))
     other = dict(built(dataclasses.replace(base(), seed=1), noisy=False)[1].named_parameters())
-    shallow = dict(built(dataclasses.replace(base(), model=dataclasses.replace(
-        base().model, memory=dataclasses.replace(base().model.memory, layers=(2,)))), noisy=False)[1].named_parameters())  # fmt: skip
+    config = base()
+    memory = dataclasses.replace(config.model.memory, layers=(2,))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+    shallow = dict(built(config, noisy=False)[1].named_parameters())
     for name, parameter in first.items():
         assert torch.equal(parameter, second[name])
         if name in shallow:

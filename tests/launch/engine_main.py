@@ -1,0 +1,102 @@
+"""Started by test_engine.py on every rank: values that are not finite, and weights of a folder.
+
+Usage: engine_main OUT. Rank 0 writes OUT/result.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Olmo2ForCausalLM
+
+from pipeline.cli import without_local_rank
+from pipeline.config import RunConfig
+from pipeline.engine import Engine, building, deepspeed_config, precision_of, start, stop
+from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import full_state
+from pipeline.system import StepContext
+from pipeline.systems.miras import create
+from tests.launch.parity_main import ROWS, base, micro_batches
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return full_state(engine.module, [name for name, _ in engine.module.named_parameters()])
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def skips(config: RunConfig, topology: Topology) -> dict[str, bool]:
+    """Three updates: a good one, one whose loss is infinite on the last rank alone, a good one."""
+    system = create(config)
+    config = dataclasses.replace(config, batch_size=ROWS // topology.data)
+    ds_config = deepspeed_config(config)
+    with building(ds_config, precision_of(config)):
+        model = system.build()
+    system.initialise(model)
+    (phase,) = system.phases(model)
+    engine = Engine(model, phase, config, ds_config)
+    batches = micro_batches(topology, config.grad_accum)
+    history = []
+    for step in range(1, 4):
+        before = weights(engine)
+        counts = global_counts([system.count(batch) for batch in batches], topology, torch.device("cpu"))
+        for batch in batches:
+            output = system.forward(engine.deepspeed, batch, {}, StepContext(topology, 0, "train", step))
+            sums = dict(output.sums)
+            if step == 2 and topology.rank == topology.world - 1:
+                sums["cross_entropy"] = sums["cross_entropy"] * torch.inf
+            engine.backward(scaled_loss(sums, counts, topology))
+        result = engine.step(1.0)
+        history.append((result.skipped, same(before, weights(engine))))
+    return {
+        "good updates are made": [history[0], history[2]] == [(False, False)] * 2 if topology.rank == 0 else True,
+        "the bad one is skipped on every rank": history[1][0],
+        "and changes no weight": history[1][1],
+    }
+
+
+def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
+    """Whether a sharded backbone holds the weights of a folder that transformers wrote."""
+    config = base(trainable=False)
+    backbone = dataclasses.replace(config.model.backbone, pretrained=str(folder))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, backbone=backbone), zero=f"zero{stage}"
+    )
+    system = create(config)
+    with building(deepspeed_config(config), torch.float32):
+        model = system.build()
+    system.initialise(model)
+    found = full_state(model, [name for name, _ in model.named_parameters()])
+    expected = Olmo2ForCausalLM.from_pretrained(folder).state_dict()
+    return all(torch.equal(found[f"backbone.{name}"], value) for name, value in expected.items()) if found else True
+
+
+def main() -> None:
+    (out,) = map(Path, without_local_rank(sys.argv[1:]))
+    topology = start(base())
+    found: dict[str, object] = {}
+    for precision in ("fp32", "bf16"):
+        for stage in range(4):
+            config = dataclasses.replace(base(), zero=f"zero{stage}", precision=precision, grad_accum=2, lr=0.1)
+            found[f"{precision} zero{stage}"] = skips(config, topology)
+    folder = out / "backbone"
+    if topology.rank == 0:
+        system = create(base())
+        with torch.random.fork_rng():
+            Olmo2ForCausalLM(system.backbone).save_pretrained(folder)  # type: ignore[attr-defined]
+    torch.distributed.barrier()
+    found["pretrained"] = {f"zero{stage}": pretrained(topology, folder, stage) for stage in (0, 3)}
+    if topology.rank == 0:
+        (out / "result.json").write_text(json.dumps(found))
+    stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -22,4 +22,3 @@ check: setup
 
 bench: setup
 	$(PYTHON) -m pipeline bench throughput
-	$(PYTHON) -m pipeline bench kernels

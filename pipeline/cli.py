@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
@@ -56,11 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(HELP[words[0]])
             return 0
         command(words[1:])
+        sys.stdout.flush()
         return 0
     except RankError as error:
         return _fail(str(error), everywhere=True)
     except UserError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; nothing more must be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
             where = f" ({error.filename})" if error.filename else ""
@@ -127,6 +133,12 @@ def parse_run(words: Sequence[str], command: str) -> RunConfig:
         raise UserError(f"unknown recipe {name!r}: one of {', '.join(sorted(recipes))}")
     else:
         config = recipes[name]()
+    given = {word.partition("=")[0] for word in rest}
+    if "--data.path" in given and "--data.dataset" not in given:
+        # What a person names replaces the recipe's own source.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=None))
+    elif "--data.dataset" in given and "--data.path" not in given:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=()))
     return parse_flags(config, rest, f"mnemos {command} {name}")
 
 
@@ -182,7 +194,6 @@ def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 def fit_ranks(config: RunConfig, words: Sequence[str], ranks: int) -> RunConfig:
     """The recipe's sequence degree made to fit the ranks; a degree that the user gave is left alone, to be refused."""
-    import dataclasses
     import math
 
     if any(word.partition("=")[0] in ("--parallel.sequence", "--config") for word in words):

@@ -6,9 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+from pipeline.checkpoint.manifest import newest
 from pipeline.config import RunConfig
-from pipeline.engine import deepspeed_config
+from pipeline.engine import deepspeed_config, precision_of
 from pipeline.errors import UserError
+from pipeline.hardware import on_gpu
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import Phase, create_system
 
@@ -23,6 +25,11 @@ def preflight(config: RunConfig, ranks: int) -> None:
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
     system = create_system(config)
     system.check(topology)
+    system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
+    if config.resume in ("auto", "must"):
+        found = newest(config.output_dir / "checkpoints")
+        if found is None and config.resume == "must":
+            raise UserError(f"--resume must: no complete checkpoint in {config.output_dir / 'checkpoints'}")
     if config.init_from is not None and not (config.init_from / "trainable.safetensors").is_file():
         raise UserError(f"--init-from {config.init_from}: no trainable.safetensors there: give a checkpoint folder")
     if config.resume not in ("auto", "must", "never") and not Path(config.resume).is_dir():

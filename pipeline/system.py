@@ -53,6 +53,10 @@ class StatefulLoader(Protocol):
         """One line for the log: what is read, and how much of it."""
         ...
 
+    def reset(self) -> None:
+        """Back to the first step."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """{"streams": {global stream id: cursor}, "fingerprint": ...}, JSON-ready; covers this data rank's streams."""
         ...

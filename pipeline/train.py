@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
-from pipeline.checkpoint.state import find_checkpoint, load_trainable, restore, save_checkpoint
+from pipeline.checkpoint.state import find_checkpoint, keep_global_batch, load_trainable, restore, save_checkpoint
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import UserError
@@ -28,9 +28,10 @@ from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContex
 def train(config: RunConfig) -> None:
     """Runs a recipe to its end, from wherever its newest checkpoint is. Raises UserError on every rank alike."""
     topology = start(config)
+    checkpoint = find_checkpoint(config, topology)
+    config = keep_global_batch(config, topology, checkpoint)
     system = create_system(config)
     system.check(topology)
-    checkpoint = find_checkpoint(config, topology)
     ds_config = deepspeed_config(config)
     run = Run(config, topology, device_of(topology), system, config.output_dir)
     with building(ds_config, precision_of(config)):
@@ -38,10 +39,10 @@ def train(config: RunConfig) -> None:
     system.initialise(model)
     if config.init_from is not None:
         load_trainable(model, config.init_from)
-    if not config.dry_run:
-        _open_folder(run, ds_config)
-    for phase in system.phases(model):
-        Trainer(run, phase, model, ds_config).execute(checkpoint)
+    phases = system.phases(model)
+    if len(phases) != 1:
+        raise ValueError(f"{system.name} has {len(phases)} phases: the loop runs one until moments carry over by name")
+    Trainer(run, phases[0], model, ds_config).execute(checkpoint)
 
 
 class Trainer:
@@ -51,6 +52,7 @@ class Trainer:
         self.run, self.phase = run, phase
         self.loader = _open_loader(run, phase)
         run.phase, run.progress.phase = phase, phase.name
+        self.ds_config = ds_config
         run.engine = self.engine = Engine(model, phase, run.config, ds_config)
         run.chosen = self._chosen(model)
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
@@ -84,6 +86,8 @@ class Trainer:
         if config.dry_run:
             self._dry_run()
             return
+        # Only now: a start that was refused leaves the folder as it is.
+        _open_folder(run, self.ds_config)
         self.callbacks = create_callbacks(run)
         status = "failed"
         try:
@@ -109,14 +113,15 @@ class Trainer:
             step = progress.step + 1
             result = self.step(step, meter)
             progress.step = step
-            if step % config.report.log_every == 0 or step == last:
+            due = step == last or (config.save_every and step % config.save_every == 0)
+            # A checkpoint holds the tokens and seconds up to its step.
+            if due or step % config.report.log_every == 0:
                 record = meter.record(step, result)
                 for callback in self.callbacks:
                     callback.on_step(record)
             for callback in self.callbacks:
                 callback.after_step(step)
             self._count_skipped(result)
-            due = step == last or (config.save_every and step % config.save_every == 0)
             paused = time.perf_counter()
             if due:
                 self._save()

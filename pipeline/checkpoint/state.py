@@ -76,6 +76,20 @@ def _find(config: RunConfig) -> Path | None:
     return path
 
 
+def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path | None) -> RunConfig:
+    """The config with as many micro-batches as keep the checkpoint's global batch on this layout. Raises UserError."""
+    manifest = None if checkpoint is None else read_manifest(checkpoint)
+    if manifest is None:
+        return config
+    rows, whole = config.batch_size * topology.data, int(manifest["global_batch"])
+    if whole % rows:
+        raise UserError(
+            f"{checkpoint} was trained with {whole} sequences per step, and --batch-size {config.batch_size} on"
+            f" {topology.data} data ranks makes steps of {rows}: choose a batch size that divides it"
+        )
+    return dataclasses.replace(config, grad_accum=whole // rows)
+
+
 def save_checkpoint(
     run: Run, loader: StatefulLoader, carries: Sequence[Carry], streams: Sequence[Sequence[int]]
 ) -> str:
@@ -95,7 +109,8 @@ def save_checkpoint(
         if run.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _check_room(checkpoints, sum(tensor.numel() for tensor in trainable.values()))
+            carried = sum(e.tensor.numel() * e.tensor.element_size() for carry in carries for e in carry.values())
+            _check_room(checkpoints, sum(t.numel() for t in trainable.values()), carried * run.topology.world)
 
     def write_own() -> None:
         if run.is_main:
@@ -139,9 +154,9 @@ def _together(run: Run, part: Callable[[], None]) -> None:
     agree(run.topology, problem)
 
 
-def _check_room(folder: Path, trainable: int) -> None:
+def _check_room(folder: Path, trainable: int, carried: int) -> None:
     # Weights, their float32 masters and two moments, each 4 bytes, and the weights once more for people.
-    needed, free = 20 * trainable, shutil.disk_usage(folder).free
+    needed, free = 20 * trainable + carried, shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed")
 
@@ -156,6 +171,7 @@ def _facts(run: Run, cursors: dict[str, Any]) -> dict[str, Any]:
         "data": run.topology.data,
         "sequence": run.topology.sequence,
         "zero_stage": run.engine.stage,
+        "global_batch": run.config.batch_size * run.config.grad_accum * run.topology.data,
         "versions": versions(),
         "data_fingerprint": cursors.get("fingerprint"),
     }

@@ -106,6 +106,26 @@ def test_stopping_and_resuming_changes_no_bit(straight: Path, resumed: Path) -> 
     assert newest[0].read_bytes() == newest[1].read_bytes()
 
 
+def test_another_split_of_the_same_ranks_goes_on_with_the_same_streams(
+    straight: Path, resumed: Path, tmp_path: Path
+) -> None:
+    # From two sequence ranks to two data ranks: heads and streams of the carry change places, mid-document.
+    words = ["pipeline", "train", "miras_tiny", *SMALL, "--batch-size", "1", "--parallel.sequence", "1"]
+    words += ["--steps", str(LAST), "--resume", str(resumed / "checkpoints" / "checkpoint-5"), "--output-dir"]
+    done = launch(2, *words, str(tmp_path / "split"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "split") == pytest.approx(losses(straight)[5:], rel=1e-5)
+
+
+def test_a_refused_resume_leaves_the_run_as_it_is(straight: Path) -> None:
+    before = {path: path.read_bytes() for path in straight.glob("*.*")}
+    words = ["pipeline", "train", "miras_tiny", *SMALL, "--output-dir", str(straight), "--steps", str(LAST + 1)]
+    for more, reason in ((["--batch-size", "3"], "2 sequences per step"), (["--zero", "zero1"], "ranks 2")):
+        done = single(*words, *more)
+        assert done.returncode == 2 and reason in done.stderr, done.stderr
+    assert before == {path: path.read_bytes() for path in straight.glob("*.*")}
+
+
 def test_a_finished_run_has_nothing_left_to_do(straight: Path) -> None:
     before = (straight / "metrics.jsonl").read_bytes()
     words = ["train", "miras_tiny", *SMALL, "--steps", str(LAST), "--output-dir", str(straight)]

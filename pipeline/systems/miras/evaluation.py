@@ -79,7 +79,7 @@ def _run(
 ) -> list[tuple[Batch, Tensor, Tensor | None]]:
     """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]."""
     device = next(model.parameters()).device
-    loader = system.open_loader(topology, held_out=True)
+    loader = system.held_out(topology)
     results = []
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):
@@ -146,7 +146,7 @@ def _repeated_passages(
     short to hold two passages.
     """
     device = next(model.parameters()).device
-    loader = system.open_loader(topology, held_out=True)
+    loader = system.held_out(topology)
     tokens = torch.cat([batch.input_ids for batch in next_step(loader, topology, device)])
     rows, length = tokens.shape
     gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]

@@ -49,6 +49,16 @@ def count_flops(config: MirasConfig, backbone: Olmo2Config, sequence_length: int
     return Flops(forward, backward)
 
 
+def carry_bytes(config: MirasConfig, backbone: Olmo2Config, element: int) -> int:
+    """What one stream carries from step to step: keys and values of the window, and float32 states."""
+    head_dim = backbone.hidden_size // backbone.num_attention_heads
+    kv_width = (backbone.num_key_value_heads or backbone.num_attention_heads) * head_dim
+    attention, memory = config.attention, config.memory
+    window = 0 if attention.kind == "full" else 2 * element * kv_width * (attention.window + attention.sinks)
+    states = 8 * memory.heads * memory.head_dim**2
+    return backbone.num_hidden_layers * window + len(memory.layers) * states
+
+
 def activation_bytes(config: MirasConfig, backbone: Olmo2Config, element: int, *, recompute: bool) -> int:
     """Estimate of what one token leaves for the backward pass.
 

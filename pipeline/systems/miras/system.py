@@ -53,6 +53,7 @@ class MirasSystem:
                 f"--model.memory.layers {' '.join(map(str, self.sizes.memory.layers))}: the backbone has layers 0 to"
                 f" {self.backbone.num_hidden_layers - 1}"
             )
+        self._held_out: StatefulLoader | None = None
         # Our attention stands in for every implementation that transformers would choose.
         self.backbone._attn_implementation = ATTENTION_NAME
 
@@ -140,6 +141,14 @@ class MirasSystem:
             held_out=held_out,
         )
 
+    def held_out(self, topology: Topology) -> StatefulLoader:
+        """The held-out loader at its start: opened once, so that what it has read stays read."""
+        if self._held_out is None:
+            self._held_out = self.open_loader(topology, held_out=True)
+        else:
+            self._held_out.reset()
+        return self._held_out
+
     def count(self, batch: Batch) -> Counts:
         return {TERM: int((batch.labels != IGNORED).sum())}
 
@@ -178,12 +187,14 @@ class MirasSystem:
         return count_flops(self.sizes, self.backbone, sequence_length)
 
     def activation_bytes(self, topology: Topology, element: int) -> int:
-        from pipeline.systems.miras.flops import activation_bytes
+        from pipeline.systems.miras.flops import activation_bytes, carry_bytes
 
-        tokens = self.config.batch_size * self.config.sequence_length // topology.sequence
-        return tokens * activation_bytes(
-            self.sizes, self.backbone, element, recompute=self.config.activation_checkpointing
-        )
+        rows = self.config.batch_size
+        recompute = self.config.activation_checkpointing
+        token = activation_bytes(self.sizes, self.backbone, element, recompute=recompute)
+        # The carry of a micro-batch exists twice while its step runs: as it was, and as it will be.
+        carried = (self.config.grad_accum + 1) * rows * carry_bytes(self.sizes, self.backbone, element)
+        return (rows * self.config.sequence_length * token + carried) // topology.sequence
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""

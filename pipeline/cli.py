@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import RankError, UserError
+from pipeline.flags import fit_ranks, parse_run, take
 
-if TYPE_CHECKING:
-    from pipeline.config import RunConfig
-
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What a collective says on the ranks that are left when one has ended."""
 LAST_WORDS = 3.0
 """Seconds that the other ranks leave rank 0 to say why a job ends."""
 
@@ -63,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), everywhere=True)
     except UserError as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("mnemos: interrupted; the newest complete checkpoint is kept", file=sys.stderr, flush=True)
+        return 130
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(sign in str(error) for sign in LOST_PEER):
+            # Another rank has ended, and has said why; a traceback of the wait for it would only hide that.
+            return _fail("another rank ended first: its own line, above or below, says why")
+        raise
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; nothing more must be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,100 +114,6 @@ def without_local_rank(words: list[str]) -> list[str]:
     return kept
 
 
-def parse_run(words: Sequence[str], command: str) -> RunConfig:
-    """The config that `RECIPE [--config FILE] [flags]` means. Raises UserError; exits for --help."""
-    from pathlib import Path
-
-    from pipeline.archive import load_config
-    from pipeline.recipes import all_recipes
-
-    recipes = all_recipes()
-    rest = list(words)
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    file, rest = _take(rest, "--config")
-    if file is not None:
-        config = load_config(Path(file), recipes)
-        if name is not None and name != config.recipe:
-            raise UserError(f"--config {file} is a run of {config.recipe}, not of {name}: name one of them")
-        name = config.recipe
-    elif name is None:
-        if {"-h", "--help"} & set(rest):
-            print(f"usage: mnemos {command} RECIPE [--config FILE] [flags]\n\nrecipes: {', '.join(sorted(recipes))}")
-            raise SystemExit(0)
-        raise UserError(f"{command} needs a recipe: one of {', '.join(sorted(recipes))}")
-    elif name not in recipes:
-        raise UserError(f"unknown recipe {name!r}: one of {', '.join(sorted(recipes))}")
-    else:
-        config = recipes[name]()
-    given = {word.partition("=")[0] for word in rest}
-    if "--data.path" in given and "--data.dataset" not in given:
-        # What a person names replaces the recipe's own source.
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=None))
-    elif "--data.dataset" in given and "--data.path" not in given:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=()))
-    return parse_flags(config, rest, f"mnemos {command} {name}")
-
-
-def parse_flags(default: Any, words: Sequence[str], program: str) -> Any:
-    """A dataclass with flags over it. Raises UserError in one line instead of tyro's box; exits for --help."""
-    import contextlib
-    import io
-
-    import tyro
-
-    if {"-h", "--help"} & set(words):
-        return tyro.cli(type(default), default=default, args=words, prog=program, config=(tyro.conf.AvoidSubcommands,))
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured):
-            return tyro.cli(
-                type(default), default=default, args=words, prog=program, config=(tyro.conf.AvoidSubcommands,)
-            )
-    except SystemExit as error:
-        if error.code in (0, None):
-            raise
-        raise UserError(f"{_message(captured.getvalue())} (see {program} --help)") from None
-
-
-def _message(box: str) -> str:
-    """What tyro's box says, in one line: its first paragraph, and the flags that may have been meant."""
-    paragraphs = [""]
-    for line in box.splitlines():
-        text = line.strip("╭╮╰╯│─- \t") if not line.strip(" │").startswith("--") else line.strip(" │")
-        if line.startswith("╭") or not text.strip("─-"):
-            paragraphs.append("")
-        else:
-            paragraphs[-1] = f"{paragraphs[-1]} {text}".strip()
-    # A terminal's box has its title in the border; a plain one has it as a paragraph of its own.
-    found = [text for text in paragraphs if text]
-    message = found[min(1, len(found) - 1)] if not box.startswith("╭") else found[0]
-    meant = next((text for text in found if text.startswith("Perhaps you meant")), "")
-    flags = list(dict.fromkeys(re.findall(r"--[a-z][\w.-]*", meant)))
-    hint = f"; perhaps {', '.join(flags[:3])}" if flags else ""
-    return message.rstrip(".") + hint
-
-
-def _take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
-    for index, word in enumerate(words):
-        if word == flag:
-            if index + 1 == len(words):
-                raise UserError(f"{flag} needs a value")
-            return words[index + 1], words[:index] + words[index + 2 :]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2], words[:index] + words[index + 1 :]
-    return None, words
-
-
-def fit_ranks(config: RunConfig, words: Sequence[str], ranks: int) -> RunConfig:
-    """The recipe's sequence degree made to fit the ranks; a degree that the user gave is left alone, to be refused."""
-    import math
-
-    if any(word.partition("=")[0] in ("--parallel.sequence", "--config") for word in words):
-        return config
-    degree = math.gcd(config.parallel.sequence, ranks)
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=degree))
-
-
 def _train(words: Sequence[str]) -> None:
     config = fit_ranks(parse_run(words, "train"), words, int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.engine import stop
@@ -214,9 +126,9 @@ def _train(words: Sequence[str]) -> None:
 
 
 def _check(words: Sequence[str]) -> None:
-    ranks, rest = _take(list(words), "--launch-ranks")
+    ranks, rest = take(list(words), "--launch-ranks")
     for flag in ("--launch-nodes", "--launch-gpus-per-node"):
-        _, rest = _take(rest, flag)
+        _, rest = take(rest, flag)
     world = int(ranks) if ranks is not None and ranks.isdigit() else 1 if ranks is None else 0
     if world < 1:
         raise UserError(f"--launch-ranks is {ranks}: give a number of ranks above 0")

@@ -7,6 +7,7 @@ Nothing here touches a device, a file or a process group.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -177,7 +178,7 @@ class RunConfig:
         if self.report.peak_tflops is not None:
             positive["--report.peak-tflops"] = self.report.peak_tflops
         for flag, value in positive.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise UserError(f"{flag} is {value}: give a value above 0")
         at_least_zero = {
             "--save-every": self.save_every,
@@ -191,7 +192,7 @@ class RunConfig:
             "--evaluation.batch-size": self.evaluation.batch_size,
         }
         for flag, value in at_least_zero.items():
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise UserError(f"{flag} is {value}: give 0 or more")
         if self.stop_after is not None and self.stop_after < 1:
             raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")

@@ -58,12 +58,19 @@ def start(config: RunConfig) -> Topology:
         # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name() if on_gpu() else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=datetime.timedelta(minutes=config.parallel.timeout_minutes),
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend=get_accelerator().communication_backend_name() if on_gpu() else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=datetime.timedelta(minutes=config.parallel.timeout_minutes),
+            )
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).strip().splitlines()[0]
+            raise RankError(
+                f"rank {os.environ['RANK']}: the ranks do not meet at {where} ({reason}): give another --master_port"
+            ) from error
     # torchrun and DeepSpeed's launcher name the ranks of a node differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     return create_topology(
@@ -105,6 +112,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         resolved = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}): mend the file") from None
+    _check_sections(path, resolved)
     decided = {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.grad_accum,
@@ -121,6 +129,18 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     resolved.setdefault("zero_allow_untested_optimizer", True)
     resolved.setdefault("steps_per_print", 2**31)
     return resolved
+
+
+def _check_sections(path: Path, content: Any) -> None:
+    sections = content if isinstance(content, dict) else {}
+    zero = sections.get("zero_optimization", {})
+    if not isinstance(content, dict) or not isinstance(zero, dict) or not isinstance(sections.get("bf16", {}), dict):
+        raise UserError(f"{path}: not a DeepSpeed configuration: see the files of {CONFIG_FOLDER.name}")
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {zero['stage']!r}: give 0, 1, 2 or 3")
+    for section in ("optimizer", "scheduler", "fp16"):
+        if sections.get(section):
+            raise UserError(f"{path}: {section!r} is decided by the recipe: leave it out")
 
 
 @contextlib.contextmanager

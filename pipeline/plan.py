@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pipeline.cli import fit_ranks, parse_flags, parse_run
 from pipeline.config import RunConfig
 from pipeline.engine import deepspeed_config
 from pipeline.errors import UserError
+from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
 from pipeline.hardware import PEAK_TFLOPS
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
@@ -106,22 +106,6 @@ def run_plan(words: Sequence[str]) -> None:
     options: PlanOptions = parse_flags(PlanOptions(), own, "mnemos plan")
     config = fit_ranks(parse_run(rest, "plan"), rest, options.ranks)
     print(render(config, options, make_plan(config, options)))
-
-
-def split_flags(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words of the flags in `names` (with their values), and the others."""
-    own: list[str] = []
-    rest: list[str] = []
-    pending = list(words)
-    while pending:
-        word = pending.pop(0)
-        if word.lstrip("-").partition("=")[0] in names and word.startswith("--"):
-            own.append(word)
-            if "=" not in word and pending:
-                own.append(pending.pop(0))
-        else:
-            rest.append(word)
-    return own, rest
 
 
 def render(config: RunConfig, options: PlanOptions, plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -36,6 +37,9 @@ def preflight(config: RunConfig, ranks: int) -> None:
         raise UserError(f"--resume {config.resume}: no such folder: say auto, must, never or a checkpoint's path")
     # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
     system.loader(Phase("check", 1, ()), topology).next_step()
+    system.held_out(topology).next_step()
+    if config.report.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("--report.wandb needs the wandb package: pip install -e '.[wandb]'")
     parent = config.output_dir.absolute()
     while not parent.exists():
         parent = parent.parent

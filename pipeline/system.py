@@ -176,13 +176,17 @@ class System(Protocol):
         """Everything, once, with uninitialised weights; phases freeze parts of it."""
         ...
 
-    def initialise(self, model: nn.Module) -> None:
-        """Fills the weights (sharded or not): pretrained ones, or random ones that the seed and names decide."""
+    def initialise(self, model: nn.Module, topology: Topology) -> None:
+        """Fills the weights, sharded or not: pretrained ones, or random ones that seed and names decide. Collective."""
         ...
 
     def phases(self, model: nn.Module) -> Sequence[Phase]: ...
 
     def loader(self, phase: Phase, topology: Topology) -> StatefulLoader: ...
+
+    def held_out(self, topology: Topology) -> StatefulLoader:
+        """The held-out data, at its start."""
+        ...
 
     def count(self, batch: Batch) -> Counts: ...
 

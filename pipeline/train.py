@@ -12,37 +12,53 @@ from torch import nn
 
 from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
-from pipeline.checkpoint.state import find_checkpoint, keep_global_batch, load_trainable, restore, save_checkpoint
+from pipeline.checkpoint.state import (
+    check_same_model,
+    find_checkpoint,
+    keep_global_batch,
+    load_trainable,
+    restore,
+    save_checkpoint,
+)
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import UserError
 from pipeline.meter import Meter
-from pipeline.parallel.agreement import agree, next_step
+from pipeline.parallel.agreement import agree, next_step, together
 from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run, write_json, write_run_file
 from pipeline.schedule import lr_multiple
-from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, create_system
+from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, System, create_system
 
 
 def train(config: RunConfig) -> None:
     """Runs a recipe to its end, from wherever its newest checkpoint is. Raises UserError on every rank alike."""
     topology = start(config)
     checkpoint = find_checkpoint(config, topology)
-    config = keep_global_batch(config, topology, checkpoint)
-    system = create_system(config)
-    system.check(topology)
-    ds_config = deepspeed_config(config)
+    config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
     run = Run(config, topology, device_of(topology), system, config.output_dir)
     with building(ds_config, precision_of(config)):
         model = system.build()
-    system.initialise(model)
+    system.initialise(model, topology)
     if config.init_from is not None:
-        load_trainable(model, config.init_from)
+        load_trainable(model, config.init_from, topology)
     phases = system.phases(model)
     if len(phases) != 1:
         raise ValueError(f"{system.name} has {len(phases)} phases: the loop runs one until moments carry over by name")
     Trainer(run, phases[0], model, ds_config).execute(checkpoint)
+
+
+def _prepare(
+    config: RunConfig, topology: Topology, checkpoint: Path | None
+) -> tuple[RunConfig, System, dict[str, object]]:
+    config = keep_global_batch(config, topology, checkpoint)
+    if checkpoint is not None:
+        check_same_model(config, checkpoint)
+    system = create_system(config)
+    system.check(topology)
+    return config, system, deepspeed_config(config)
 
 
 class Trainer:
@@ -88,7 +104,7 @@ class Trainer:
             return
         # Only now: a start that was refused leaves the folder as it is.
         _open_folder(run, self.ds_config)
-        self.callbacks = create_callbacks(run)
+        self.callbacks = together(run.topology, lambda: create_callbacks(run))
         status = "failed"
         try:
             for callback in self.callbacks:
@@ -198,14 +214,7 @@ def _detached(carry: Carry) -> Carry:
 
 
 def _open_loader(run: Run, phase: Phase) -> StatefulLoader:
-    problem, loader = None, None
-    try:
-        loader = run.system.loader(phase, run.topology)
-    except UserError as error:
-        problem = str(error)
-    agree(run.topology, problem)
-    assert loader is not None
-    return loader
+    return together(run.topology, lambda: run.system.loader(phase, run.topology))
 
 
 def _open_folder(run: Run, ds_config: dict[str, object]) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from pipeline import __version__, cli
 from pipeline.archive import save_config
-from pipeline.cli import fit_ranks, main, parse_run, without_local_rank
+from pipeline.cli import main, without_local_rank
 from pipeline.config import replace
 from pipeline.errors import UserError
+from pipeline.flags import fit_ranks, parse_run
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_tiny
 

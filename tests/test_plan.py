@@ -14,7 +14,8 @@ from pipeline import plan as planning
 from pipeline.cli import main
 from pipeline.config import RunConfig, replace
 from pipeline.errors import UserError
-from pipeline.plan import Plan, PlanOptions, make_plan, render, split_flags
+from pipeline.flags import split_flags
+from pipeline.plan import Plan, PlanOptions, make_plan, render
 from pipeline.recipes.miras import miras_32k, miras_64k, miras_128k, miras_tiny
 
 WIDTH, FFN, LAYERS, VOCABULARY = 2048, 8192, 16, 100_352
@@ -99,7 +100,8 @@ def test_activations_follow_what_a_rank_holds() -> None:
     assert activations(replace(miras_64k(), batch_size=4)) == whole // 2
     assert activations(replace(miras_64k(), parallel__sequence=4)) == whole // 4
     assert activations(replace(miras_64k(), activation_checkpointing=False)) > whole
-    assert activations(replace(miras_64k(), grad_accum=8)) == whole
+    # Every micro-batch has streams of its own, and what they carry.
+    assert whole < activations(replace(miras_64k(), grad_accum=8)) < 1.5 * whole
 
 
 @pytest.mark.parametrize("recipe", [miras_32k, miras_64k, miras_128k])

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import fit_ranks, parse_flags, parse_run
 from pipeline.errors import UserError
-from pipeline.plan import split_flags
+from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
+from pipeline.machine import Machine
 
 MARK = "bench-result "
 """Starts the line that a case prints for its parent."""
@@ -88,7 +88,10 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
         command = [sys.executable, "-m", *words]
     else:
         launcher = Path(sys.executable).parent / "deepspeed"
-        command = [str(launcher), "--hostfile", os.devnull, "--num_gpus", str(options.ranks), "--module", *words]
+        command = [
+            *(str(launcher), "--hostfile", os.devnull, "--num_gpus", str(options.ranks)),
+            *("--master_port", str(Machine(os.environ).free_port()), "--module", *words),
+        ]
     done = subprocess.run(command, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
     if line is None:
@@ -115,7 +118,7 @@ def run_case(words: Sequence[str]) -> None:
         ds_config = deepspeed_config(config)
         with building(ds_config, precision_of(config)):
             model = system.build()
-        system.initialise(model)
+        system.initialise(model, topology)
         (phase, *_) = system.phases(model)
         trainer = Trainer(run, phase, model, ds_config)
         assert isinstance(trainer.engine, Engine)

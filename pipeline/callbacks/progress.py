@@ -21,6 +21,7 @@ class ProgressLines(Callback):
         self.last = min(run.config.steps, run.config.stop_after or run.config.steps)
         self.bar: tqdm | None = None
         self.seconds_per_step: float | None = None
+        self.details: dict[str, float] = {}
 
     def on_start(self) -> None:
         for what, text in self.run.chosen.items():
@@ -46,6 +47,7 @@ class ProgressLines(Callback):
             parts.append(f"MFU {record.mfu:.1%}")
         # A system's headline metrics have plain names; the rest (a/b) go to the files and dashboards.
         parts += [f"{key} {value:.3g}" for key, value in record.metrics.items() if "/" not in key]
+        self.details = {key: value for key, value in record.metrics.items() if "/" in key}
         self._log(f"step {record.step}/{self.last}  " + "  ".join(parts) + f"  ETA {clock(eta)}", bar=parts)
         if self.bar is not None:
             self.bar.update(record.step - self.bar.n)
@@ -53,6 +55,8 @@ class ProgressLines(Callback):
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         parts = [f"{name} {value:.4f}" for name, value in evaluation.scalars.items() if name != "labels"]
         self._say(f"held-out after step {step}:  " + "  ".join(parts))
+        if self.details:
+            self._say("  ".join(f"{name} {value:.4g}" for name, value in self.details.items()))
 
     def on_checkpoint(self, name: str) -> None:
         self._say(f"saved {self.run.folder / 'checkpoints' / name}")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline.archive import save_config
+from pipeline.archive import save_config, to_plain
 from pipeline.checkpoint.carry import load_carry, save_carry
 from pipeline.checkpoint.manifest import (
     LATEST,
@@ -33,7 +33,7 @@ from pipeline.checkpoint.manifest import (
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
-from pipeline.parallel.agreement import agree, from_main
+from pipeline.parallel.agreement import agree, from_main, together
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_state, load_safetensors, open_safetensors
 from pipeline.run import Progress, Run, versions
@@ -209,18 +209,50 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     return load_carry(checkpoint, streams, run.topology, run.device)
 
 
-def load_trainable(model: torch.nn.Module, checkpoint: Path) -> None:
+def check_same_model(config: RunConfig, checkpoint: Path) -> None:
+    """Raises UserError when the model of a checkpoint had other sizes than the config's."""
+    import yaml
+
+    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
+    different = _first_difference(saved, to_plain(config)["model"], "--model")
+    if different is not None:
+        flag, before, now = different
+        raise UserError(
+            f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take what fits with"
+            " --init-from"
+        )
+
+
+def _first_difference(saved: Any, current: Any, flag: str) -> tuple[str, Any, Any] | None:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in current:
+            # Which backend computes a thing, and in what pieces, leaves the model the same.
+            if key in ("backend", "chunk", "lr_scale"):
+                continue
+            found = _first_difference(saved.get(key), current[key], f"{flag}.{key.replace('_', '-')}")
+            if found is not None:
+                return found
+        return None
+    return None if saved == current else (flag, saved, current)
+
+
+def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology) -> None:
     """Fills the parameters that a checkpoint trained. Collective; raises UserError."""
     path = checkpoint / TRAINABLE
-    if not path.is_file():
-        raise UserError(f"{checkpoint}: no {TRAINABLE} there: give the folder of a checkpoint")
-    with open_safetensors(path) as handle:
-        names = list(handle.keys())
     known = {name for name, _ in model.named_parameters()}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"{path}: {unknown[0]!r} is no parameter of this model: is it a checkpoint of another one?")
-    load_safetensors(model, [path], {name: name for name in names}, what=str(path))
+
+    def read_names() -> list[str]:
+        if not path.is_file():
+            raise UserError(f"{checkpoint}: no {TRAINABLE} there: give the folder of a checkpoint")
+        with open_safetensors(path) as handle:
+            names = list(handle.keys())
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"{path}: {unknown[0]!r} is no parameter of this model: is it a checkpoint of another one?")
+        return names
+
+    names = together(topology, read_names)
+    load_safetensors(model, [path], {name: name for name in names}, topology, what=str(path))
 
 
 def rng_state() -> dict[str, Any]:

@@ -13,9 +13,9 @@ from pipeline.archive import load_config
 from pipeline.callbacks.plots import draw_curve
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.state import load_trainable
-from pipeline.cli import parse_flags
 from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
+from pipeline.flags import parse_flags
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
 from pipeline.system import Curve, Evaluation, create_system
@@ -25,7 +25,7 @@ def run_eval(words: Sequence[str]) -> None:
     """The command. Any flag of the recipe may follow the checkpoint; the result goes beside the checkpoint's run."""
     if not words or words[0].startswith("-"):
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
-    checkpoint = resolve(Path(words[0]))
+    checkpoint = resolve(Path(words[0])).absolute()
     wrong = problems(checkpoint, hashes=False)
     if wrong:
         raise UserError(wrong[0])
@@ -40,12 +40,14 @@ def run_eval(words: Sequence[str]) -> None:
         system.check(topology)
         with building({}, precision_of(config)):
             model = system.build()
-        system.initialise(model)
-        load_trainable(model, checkpoint)
+        system.initialise(model, topology)
+        load_trainable(model, checkpoint, topology)
         (phase, *_) = system.phases(model)
         evaluation = system.evaluate(model.to(device_of(topology)), phase, topology)
         if topology.rank == 0:
-            folder = checkpoint.parent.parent / "evals" / checkpoint.name
+            # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
+            run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+            folder = run_folder / "evals" / checkpoint.name
             write(
                 evaluation,
                 folder,

@@ -66,6 +66,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = upstream.flatten()[0] if upstream.numel() else upstream.new_zeros(())
         if upstream.stride() != (0,) and not torch.equal(upstream, scale.expand_as(upstream)):
             raise ValueError("linear_cross_entropy: the gradient differs between tokens: sum the losses before scaling")
-        hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+        hidden = None if grad_hidden is None else grad_hidden * scale
         weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         return hidden, weight, None, None

@@ -29,11 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # Elements of the largest temporary, which sets how many chunks are batched. On a CPU one of 8 MB is reused from the
 # allocator's pool, while one over 32 MB faults in every page anew, at twice the total cost; a GPU wants to be filled.
 _SPAN_CPU = 2**21
 _SPAN_GPU = 2**27
+
+# Bytes that a call may keep for the backward pass. Beyond them every span is recomputed there: one more forward pass of
+# the scan, for a hundredth of the memory. What fits a laptop stays below and is as fast as it can be.
+_KEEP = 2**30
 
 
 class Coefficients(NamedTuple):
@@ -45,6 +50,33 @@ class Coefficients(NamedTuple):
     state_before: Tensor  # [n, N, C, J]  beta^-, f^-
     update_end: Tensor  # [n, N, C, J]  G_C, E_C: of update j in the states after the chunk
     state_end: Tensor  # [n, N, J, J]  of the carried states in the states after the chunk
+
+
+def kept_bytes(
+    rows: int, sequence: int, key_dim: int, value_dim: int, *, states: int, chunk: int, element: int = 4
+) -> int:
+    """What a scan without recomputation keeps for the backward pass; ``rows`` is batch x heads, ``element`` of its sums.
+
+    Per row and token: q, k, v and the residuals, four times J rows of a key, the states at the chunk's start, and
+    the chunk's square matrices: five and two for every state.
+    """
+    chunk = min(chunk, sequence)
+    square = states * key_dim * value_dim // chunk + (5 + 2 * states) * chunk
+    return element * rows * sequence * ((2 + 4 * states) * key_dim + 2 * value_dim + square + 8 * states)
+
+
+def span_tokens(rows: int, key_dim: int, value_dim: int, *, states: int, chunk: int, device_type: str) -> int:
+    """Tokens that are batched together, a multiple of the chunk; ``rows`` is batch x heads."""
+    elements = rows * max(chunk * chunk, chunk * states * key_dim, states * key_dim * value_dim)
+    return chunk * max(1, (_SPAN_CPU if device_type == "cpu" else _SPAN_GPU) // elements)
+
+
+def recomputes(
+    rows: int, sequence: int, key_dim: int, value_dim: int, *, states: int, chunk: int, span: int, element: int = 4
+) -> bool:
+    """Whether the spans of a call are recomputed in the backward pass, rather than kept."""
+    size = kept_bytes(rows, sequence, key_dim, value_dim, states=states, chunk=chunk, element=element)
+    return sequence > span and size > _KEEP
 
 
 def scan_torch(
@@ -72,25 +104,35 @@ def scan_torch(
 
     shape = (batch * heads, states * key_dim, v.shape[-1])
     carry = k.new_zeros(shape, dtype=dtype) if state is None else torch.cat(state[:states], dim=-2).reshape(shape)
-    elements = batch * heads * max(chunk * chunk, chunk * shape[1], shape[1] * shape[2])
-    span = chunk * max(1, (_SPAN_CPU if q.device.type == "cpu" else _SPAN_GPU) // elements)
+    rows, value_dim = batch * heads, v.shape[-1]
+    span = span_tokens(rows, key_dim, value_dim, states=states, chunk=chunk, device_type=q.device.type)
     # split, not slices: the gradient of a slice is as long as the whole sequence, and there is one per span.
     inputs = (q, k, v, 1 - alpha, eta, theta, keep)
     columns: list[Sequence[Any]] = [
         [None] * -(-sequence // span) if x is None else x.split(span, dim=1) for x in inputs
     ]
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, carry))
+    again = learns and recomputes(
+        rows, sequence, key_dim, value_dim, states=states, chunk=chunk, span=span, element=dtype.itemsize
+    )
     outputs = []
     last_update = None
-    for qs, ks, vs, retains, etas, thetas, keeps in zip(*columns, strict=True):
-        y, carry, last_update = _span(qs, ks, vs, retains, etas, thetas, keeps, carry, chunk)
+    for part in zip(*columns, strict=True):
+        if again:
+            # What survives is the arguments: parts of q, k, v and the gates, and the states at the span's start.
+            y, carry, last_update = checkpoint(
+                _span, *part, carry, chunk, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, carry, last_update = _span(*part, carry, chunk)
         outputs.append(y)
     y = torch.cat(outputs, dim=1).to(v.dtype)
 
     # Copies: a carry that is kept or saved should not hold on to a larger tensor.
-    final = [part.clone(memory_format=torch.contiguous_format) for part in carry.chunk(states, dim=-2)]
+    final = [x.clone(memory_format=torch.contiguous_format) for x in carry.chunk(states, dim=-2)]
     if last_update is not None:
         final.append(last_update)
-    memory, momentum = (part.unflatten(0, (batch, heads)) for part in final)
+    memory, momentum = (x.unflatten(0, (batch, heads)) for x in final)
     return y, (memory, momentum)
 
 
@@ -138,7 +180,8 @@ def _chunks(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype)
     if ragged:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, ragged))
-    return x.unflatten(1, (-1, chunk)).movedim(3, 2).movedim(1, 0).flatten(1, 2)
+    # Contiguous: of a view, which a batch of one stays, every product would make and keep a copy of its own.
+    return x.unflatten(1, (-1, chunk)).movedim(3, 2).movedim(1, 0).flatten(1, 2).contiguous()
 
 
 def _outer(weights: Tensor, rows: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.system import Batch, StatefulLoader
+
+T = TypeVar("T")
 
 
 def agree(topology: Topology, problem: str | None) -> None:
@@ -20,6 +23,18 @@ def agree(topology: Topology, problem: str | None) -> None:
         problem = next((text for text in everyone if text is not None), None)
     if problem is not None:
         raise UserError(problem)
+
+
+def together(topology: Topology, part: Callable[[], T]) -> T:
+    """Runs what a rank may fail at by itself (a file, a package); one rank's UserError is raised on all. Collective."""
+    problem: str | None = None
+    result: T | None = None
+    try:
+        result = part()
+    except UserError as error:
+        problem = str(error)
+    agree(topology, problem)
+    return cast(T, result)
 
 
 def agree_quickly(topology: Topology, problem: str | None, device: torch.device) -> None:

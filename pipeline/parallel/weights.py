@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.parallel.agreement import together
+from pipeline.parallel.topology import Topology
 
 
 @contextmanager
@@ -69,11 +71,24 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error}): copy or save it again") from None
 
 
-def load_safetensors(model: nn.Module, files: Iterable[Path], rename: Mapping[str, str], *, what: str) -> None:
-    """Fills parameters from safetensors files; `rename` maps every parameter to fill to its tensor's name.
+def load_safetensors(
+    model: nn.Module, files: Iterable[Path], rename: Mapping[str, str], topology: Topology, *, what: str
+) -> None:
+    """Fills parameters from safetensors files; `rename` maps every parameter to fill to its tensor's name. Collective.
 
-    Raises UserError when a tensor is missing or has another shape.
+    Raises UserError on every rank when a tensor is missing or has another shape on one.
     """
+    # Each node reads its own files, and all must be found before the first parameter is gathered.
+    where = together(topology, lambda: _locate(model, files, rename, what))
+
+    def read(name: str, _: torch.Size) -> Tensor:
+        with safe_open(where[rename[name]], framework="pt") as handle:
+            return handle.get_tensor(rename[name])
+
+    fill(model, read, rename)
+
+
+def _locate(model: nn.Module, files: Iterable[Path], rename: Mapping[str, str], what: str) -> dict[str, Path]:
     where: dict[str, Path] = {}
     for file in files:
         with open_safetensors(file) as handle:
@@ -82,16 +97,10 @@ def load_safetensors(model: nn.Module, files: Iterable[Path], rename: Mapping[st
     if missing:
         raise UserError(f"{what}: {len(missing)} tensors are missing, {missing[0]!r} first: another model?")
 
-    # Shapes are compared before any collective starts, so that every rank stops with the same reason.
     parameters = dict(model.named_parameters())
     for name, tensor in rename.items():
         with safe_open(where[tensor], framework="pt") as handle:
             shape = tuple(handle.get_slice(tensor).get_shape())
         if shape != tuple(full_shape(parameters[name])):
             raise UserError(f"{what}: {tensor!r} is {shape}, the model wants {tuple(full_shape(parameters[name]))}")
-
-    def read(name: str, _: torch.Size) -> Tensor:
-        with safe_open(where[rename[name]], framework="pt") as handle:
-            return handle.get_tensor(rename[name])
-
-    fill(model, read, rename)
+    return where

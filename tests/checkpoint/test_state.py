@@ -357,30 +357,30 @@ class TestLoadTrainable:
         folder = save(run, 5)
         model = nn.Linear(3, 2)
         bias = model.bias.clone()
-        load_trainable(model, folder)
+        load_trainable(model, folder, Topology())
         assert torch.equal(model.weight, run.engine.module.weight)
         assert torch.equal(model.bias, bias)
 
     def test_a_folder_without_weights_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no trainable\.safetensors there"):
-            load_trainable(nn.Linear(3, 2), tmp_path)
+            load_trainable(nn.Linear(3, 2), tmp_path, Topology())
 
     def test_a_parameter_of_another_model_is_named(self, tmp_path: Path) -> None:
         save_file({"gate": torch.zeros(2)}, tmp_path / "trainable.safetensors")
         with pytest.raises(UserError, match="'gate' is no parameter of this model"):
-            load_trainable(nn.Linear(3, 2), tmp_path)
+            load_trainable(nn.Linear(3, 2), tmp_path, Topology())
 
     def test_another_shape_is_named(self, make_run) -> None:
         folder = save(make_run(), 5)
         with pytest.raises(UserError, match=r"'weight' is \(2, 3\), the model wants \(2, 4\)"):
-            load_trainable(nn.Linear(4, 2), folder)
+            load_trainable(nn.Linear(4, 2), folder, Topology())
 
     def test_a_truncated_file_is_named(self, make_run) -> None:
         folder = save(make_run(), 5)
         path = folder / "trainable.safetensors"
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.raises(UserError, match=r"trainable\.safetensors"):
-            load_trainable(nn.Linear(3, 2), folder)
+            load_trainable(nn.Linear(3, 2), folder, Topology())
 
 
 def test_cursors_of_all_data_ranks_are_saved_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def skips(config: RunConfig, topology: Topology) -> dict[str, bool]:
     ds_config = deepspeed_config(config)
     with building(ds_config, precision_of(config)):
         model = system.build()
-    system.initialise(model)
+    system.initialise(model, topology)
     (phase,) = system.phases(model)
     engine = Engine(model, phase, config, ds_config)
     batches = micro_batches(topology, config.grad_accum)
@@ -72,7 +72,7 @@ def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
     system = create(config)
     with building(deepspeed_config(config), torch.float32):
         model = system.build()
-    system.initialise(model)
+    system.initialise(model, topology)
     found = full_state(model, [name for name, _ in model.named_parameters()])
     expected = Olmo2ForCausalLM.from_pretrained(folder).state_dict()
     return all(torch.equal(found[f"backbone.{name}"], value) for name, value in expected.items()) if found else True

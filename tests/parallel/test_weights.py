@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, full_shape, full_state, gathered, generator_for, load_safetensors
 
 
@@ -98,28 +99,28 @@ def files(tmp_path: Path) -> list[Path]:
 
 def test_parameters_are_read_from_whatever_file_has_them(files: list[Path]) -> None:
     model = Model()
-    load_safetensors(model, files, {"first": "a", "second": "b"}, what="model")
+    load_safetensors(model, files, {"first": "a", "second": "b"}, Topology(), what="model")
     assert model.first.flatten().tolist() == list(range(6))
     assert model.second.tolist() == list(range(4))
 
 
 def test_what_is_not_asked_for_is_left_alone(files: list[Path]) -> None:
     model = Model()
-    load_safetensors(model, files, {"second": "b"}, what="model")
+    load_safetensors(model, files, {"second": "b"}, Topology(), what="model")
     assert model.first.isnan().all()
 
 
 def test_a_file_of_another_precision_is_converted(tmp_path: Path) -> None:
     save_file({"b": torch.arange(4.0).bfloat16()}, tmp_path / "half.safetensors")
     model = Model()
-    load_safetensors(model, tmp_path.iterdir(), {"second": "b"}, what="model")
+    load_safetensors(model, tmp_path.iterdir(), {"second": "b"}, Topology(), what="model")
     assert model.second.dtype == torch.float32 and model.second.tolist() == list(range(4))
 
 
 def refusal(model: nn.Module, files: list[Path], rename: dict[str, str]) -> str:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with pytest.raises(UserError) as caught:
-        load_safetensors(model, files, rename, what="some/model")
+        load_safetensors(model, files, rename, Topology(), what="some/model")
     # Nothing is written before everything fits.
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], equal_nan=True, rtol=0, atol=0)

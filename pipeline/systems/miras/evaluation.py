@@ -147,7 +147,7 @@ def _repeated_passages(
     """
     device = next(model.parameters()).device
     loader = system.held_out(topology)
-    tokens = torch.cat([batch.input_ids for batch in next_step(loader, topology, device)])
+    tokens = next_step(loader, topology, device)[0].input_ids
     rows, length = tokens.shape
     gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
     if not gaps:

@@ -95,8 +95,8 @@ class MirasSystem:
     def build(self) -> nn.Module:
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
 
-    def initialise(self, model: nn.Module) -> None:
-        weights.initialise(model, self.sizes, self.config.seed)
+    def initialise(self, model: nn.Module, topology: Topology) -> None:
+        weights.initialise(model, self.sizes, self.config.seed, topology)
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         groups: dict[tuple[str, bool], list[str]] = {}
@@ -104,8 +104,14 @@ class MirasSystem:
             part = name.partition(".")[0]
             if part == "backbone" and not self.sizes.backbone.trainable:
                 continue
-            matrix = name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name
+            # Gates decide how long a memory lasts: decay would pull them to one half of their range.
+            gate = "alpha_proj" in name or "beta_proj" in name
+            matrix = (
+                name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name and not gate
+            )
             groups.setdefault((part, matrix), []).append(name)
+        if not groups:
+            raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
         return [
             Phase(
                 "train",

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Olmo2Config
 
 from pipeline.errors import UserError
+from pipeline.parallel.agreement import together
+from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for, load_safetensors
 from pipeline.systems.miras.config import BackboneConfig, MirasConfig
 from pipeline.systems.miras.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
@@ -40,6 +42,11 @@ def backbone_config(config: BackboneConfig) -> Olmo2Config:
             bos_token_id=None,
             eos_token_id=None,
             tie_word_embeddings=False,
+        )
+    if (found.hidden_size // found.num_attention_heads) % 2:
+        raise UserError(
+            f"--model.backbone.width {found.hidden_size} over --model.backbone.heads {found.num_attention_heads} makes"
+            " heads of an odd size, which rotary embeddings cannot turn"
         )
     if found.tie_word_embeddings:
         raise UserError("the backbone ties its embeddings: OLMo2 weights with an untied output embedding are needed")
@@ -88,13 +95,14 @@ def weight_files(config: BackboneConfig) -> list[Path]:
     return files
 
 
-def initialise(model: nn.Module, config: MirasConfig, seed: int) -> None:
+def initialise(model: nn.Module, config: MirasConfig, seed: int, topology: Topology) -> None:
     """Fills every parameter of a `MirasModel`, sharded or not."""
     names = [name for name, _ in model.named_parameters()]
     random = names
     if config.backbone.pretrained is not None:
         rename = {name: name.removeprefix("backbone.") for name in names if name.startswith("backbone.")}
-        load_safetensors(model, weight_files(config.backbone), rename, what=config.backbone.pretrained)
+        files = together(topology, lambda: weight_files(config.backbone))
+        load_safetensors(model, files, rename, topology, what=config.backbone.pretrained)
         random = [name for name in names if name not in rename]
     fill(model, lambda name, shape: _random(name, shape, config, seed), random)
 

@@ -29,7 +29,7 @@ def built(
     assert isinstance(system, MirasSystem)
     model = system.build()
     assert isinstance(model, MirasModel)
-    system.initialise(model)
+    system.initialise(model, Topology())
     if noisy:
         fill(model, randomise)
     return system, model.to(dtype)

@@ -97,8 +97,9 @@ def test_activations_follow_what_a_rank_holds() -> None:
         return make_plan(config, PlanOptions(ranks=ranks)).activations
 
     whole = activations(miras_64k())
-    assert activations(replace(miras_64k(), batch_size=4)) == whole // 2
-    assert activations(replace(miras_64k(), parallel__sequence=4)) == whole // 4
+    # But for the working set of a span, which is there once.
+    assert activations(replace(miras_64k(), batch_size=4)) == pytest.approx(whole / 2, rel=0.05)
+    assert activations(replace(miras_64k(), parallel__sequence=4)) == pytest.approx(whole / 4, rel=0.1)
     assert activations(replace(miras_64k(), activation_checkpointing=False)) > whole
     # Every micro-batch has streams of its own, and what they carry.
     assert whole < activations(replace(miras_64k(), grad_accum=8)) < 1.5 * whole

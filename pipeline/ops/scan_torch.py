@@ -37,7 +37,7 @@ _SPAN_CPU = 2**21
 _SPAN_GPU = 2**27
 
 # Bytes that a call may keep for the backward pass. Beyond them every span is recomputed there: one more forward pass of
-# the scan, for a hundredth of the memory. What fits a laptop stays below and is as fast as it can be.
+# the scan, for a few per cent of the memory. What fits a laptop stays below and is as fast as it can be.
 _KEEP = 2**30
 
 
@@ -55,7 +55,7 @@ class Coefficients(NamedTuple):
 def kept_bytes(
     rows: int, sequence: int, key_dim: int, value_dim: int, *, states: int, chunk: int, element: int = 4
 ) -> int:
-    """What a scan without recomputation keeps for the backward pass; ``rows`` is batch x heads, ``element`` of its sums.
+    """What a scan whose spans are not recomputed keeps; ``rows`` is batch x heads, ``element`` the bytes of its sums.
 
     Per row and token: q, k, v and the residuals, four times J rows of a key, the states at the chunk's start, and
     the chunk's square matrices: five and two for every state.
@@ -118,13 +118,12 @@ def scan_torch(
     outputs = []
     last_update = None
     for part in zip(*columns, strict=True):
+        arguments = (*part, carry, chunk)
         if again:
             # What survives is the arguments: parts of q, k, v and the gates, and the states at the span's start.
-            y, carry, last_update = checkpoint(
-                _span, *part, carry, chunk, use_reentrant=False, preserve_rng_state=False
-            )
+            y, carry, last_update = checkpoint(_span, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, carry, last_update = _span(*part, carry, chunk)
+            y, carry, last_update = _span(*arguments)
         outputs.append(y)
     y = torch.cat(outputs, dim=1).to(v.dtype)
 

@@ -16,6 +16,8 @@ from transformers import Olmo2ForCausalLM
 from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, building, deepspeed_config, precision_of, start, stop
+from pipeline.errors import UserError
+from pipeline.parallel.agreement import together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_state
@@ -78,6 +80,21 @@ def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
     return all(torch.equal(found[f"backbone.{name}"], value) for name, value in expected.items()) if found else True
 
 
+def agreement(topology: Topology) -> dict[str, bool]:
+    """Whether a problem that the last rank alone has is raised on this one with its text."""
+
+    def part() -> int:
+        if topology.rank == topology.world - 1:
+            raise UserError("this node has no such folder")
+        return 1
+
+    try:
+        together(topology, part)
+    except UserError as error:
+        return {"all stop with the same reason": str(error) == "this node has no such folder"}
+    return {"all stop": False}
+
+
 def main() -> None:
     (out,) = map(Path, without_local_rank(sys.argv[1:]))
     topology = start(base())
@@ -86,6 +103,7 @@ def main() -> None:
         for stage in range(4):
             config = dataclasses.replace(base(), zero=f"zero{stage}", precision=precision, grad_accum=2, lr=0.1)
             found[f"{precision} zero{stage}"] = skips(config, topology)
+    found["agreement"] = agreement(topology)
     folder = out / "backbone"
     if topology.rank == 0:
         system = create(base())

@@ -120,7 +120,12 @@ def test_another_split_of_the_same_ranks_goes_on_with_the_same_streams(
 def test_a_refused_resume_leaves_the_run_as_it_is(straight: Path) -> None:
     before = {path: path.read_bytes() for path in straight.glob("*.*")}
     words = ["pipeline", "train", "miras_tiny", *SMALL, "--output-dir", str(straight), "--steps", str(LAST + 1)]
-    for more, reason in ((["--batch-size", "3"], "2 sequences per step"), (["--zero", "zero1"], "ranks 2")):
+    refusals = (
+        (["--batch-size", "3"], "2 sequences per step"),
+        (["--zero", "zero1"], "ranks 2"),
+        (["--model.attention.window", "32"], "--model.attention.window 64, this run has 32"),
+    )
+    for more, reason in refusals:
         done = single(*words, *more)
         assert done.returncode == 2 and reason in done.stderr, done.stderr
     assert before == {path: path.read_bytes() for path in straight.glob("*.*")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import Olmo2Config
 
+from pipeline.ops.scan_torch import kept_bytes, recomputes, span_tokens
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MirasConfig
 
@@ -59,22 +60,68 @@ def carry_bytes(config: MirasConfig, backbone: Olmo2Config, element: int) -> int
     return backbone.num_hidden_layers * window + len(memory.layers) * states
 
 
-def activation_bytes(config: MirasConfig, backbone: Olmo2Config, element: int, *, recompute: bool) -> int:
-    """Estimate of what one token leaves for the backward pass.
+def activation_bytes(
+    config: MirasConfig,
+    backbone: Olmo2Config,
+    element: int,
+    *,
+    recompute: bool,
+    rows: int = 1,
+    sequence: int = 4096,
+    degree: int = 1,
+) -> int:
+    """Estimate of what one token leaves for the backward pass, on all `degree` sequence ranks together.
 
-    A block keeps about 10 widths and 3 feed-forward widths when its weights are trained and 6 and 2 when they are
-    frozen; a memory keeps its projections, the chunk-start states (2 d^2 per chunk) and the coefficients (6 C) in
-    float32. With recomputation every block keeps its input alone, and one block at a time is whole.
+    The scan keeps less per token once a call of `rows` x `sequence` tokens is large; see `scan_bytes`. Norms keep their
+    float32 inputs, and their outputs too when the backbone is trained. With recomputation every block keeps its input
+    alone, a memory its own input too, and one block or memory at a time is whole.
+    """
+    width, ffn = backbone.hidden_size, backbone.intermediate_size
+    trainable = config.backbone.trainable
+    block = (
+        (6 * element + 32) * width + 4 * element * ffn if trainable else (4 * element + 16) * width + 3 * element * ffn
+    )
+    kept, working = scan_bytes(config, element, rows=rows, sequence=sequence, degree=degree)
+    scan, span = (-(-size * degree // (rows * sequence)) for size in (kept, working))
+    memory = branch_bytes(config, width, element) + scan
+    first = 0 if trainable else min(config.memory.layers, default=backbone.num_hidden_layers)
+    learning = backbone.num_hidden_layers - first
+    if not config.memory.layers:
+        memory = span = 0
+    if recompute:
+        inputs = (learning + len(config.memory.layers)) * element * width
+        return inputs + max(block, memory + span)
+    return learning * block + len(config.memory.layers) * memory + span
+
+
+def branch_bytes(config: MirasConfig, width: int, element: int) -> int:
+    """What one token leaves in a memory branch, its scan left out.
+
+    Per head and element of it: q, k, v behind the convolution's tail, and convolved (6), q as it is read (1), the head
+    norm (2), the gate, what it multiplies and the product (3); in float32, normalisation keeps q and k (a wider type
+    than the model's) or the SiLU's whole output (the model's own).
     """
     memory = config.memory
-    trainable = config.backbone.trainable
-    block = element * (
-        (10 if trainable else 6) * backbone.hidden_size + (3 if trainable else 2) * backbone.intermediate_size
-    )
-    inner = memory.heads * memory.head_dim
-    branch = 8 * element * inner + 4 * memory.heads * (2 * memory.head_dim**2 // memory.chunk + 6 * memory.chunk)
-    first = 0 if trainable else min(memory.layers, default=backbone.num_hidden_layers)
-    learning = backbone.num_hidden_layers - first
-    if recompute:
-        return learning * element * backbone.hidden_size + block + branch
-    return learning * block + len(memory.layers) * branch
+    normalised = 8 if element < 4 else 3 * element
+    head = (12 * element + normalised) * memory.head_dim + element * memory.persistent + 40
+    # The normed input, and its float32 copy for the gates.
+    shared = (element + (4 if element < 4 else 0)) * width
+    return memory.heads * head + element * memory.gate_rank + shared
+
+
+def scan_bytes(config: MirasConfig, element: int, *, rows: int, sequence: int, degree: int) -> tuple[int, int]:
+    """What the scan of one layer keeps on one rank of a GPU, and the working set of the span that is recomputed.
+
+    A call whose spans are recomputed keeps k, the SiLU's output that v is a part of, three gates, and the states at
+    every span's start; q is the branch's own.
+    """
+    memory = config.memory
+    dim, states = memory.head_dim, 1 if memory.rule == "delta" else 2
+    sizes = {"key_dim": dim, "value_dim": dim, "states": states, "chunk": min(memory.chunk, sequence)}
+    heads = max(1, rows * memory.heads // degree)
+    span = span_tokens(heads, **sizes, device_type="cuda")
+    if not recomputes(heads, sequence, **sizes, span=span):
+        return kept_bytes(heads, sequence, **sizes), 0
+    inputs = (element + (3 * element if element < 4 else 0)) * dim + 12
+    starts = -(-sequence // span) * 4 * states * dim**2
+    return heads * (sequence * inputs + starts), kept_bytes(heads, span, **sizes)

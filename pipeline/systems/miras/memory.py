@@ -90,7 +90,8 @@ class MemoryBranch(nn.Module):
 
         qkv = torch.cat([split(proj(normed)) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logits = torch.stack([self.alpha_proj(normed), self.beta_proj(normed)], dim=-1)
+        precise = normed.to(wide)
+        logits = torch.stack([self.alpha_proj(precise), self.beta_proj(precise)], dim=-1)
         qkv, logits = to_heads([qkv, logits], topology)
 
         if carry is None:
@@ -138,7 +139,7 @@ class MemoryBranch(nn.Module):
         tokens = torch.cat([carry.tail.to(qkv.dtype), qkv], dim=1)
         segments = torch.cat([carry.tail_segments, segment_ids], dim=1)
         length = qkv.shape[1]
-        mixed = qkv * kernel[:, tail]
+        mixed = tokens[:, tail:] * kernel[:, tail]
         for back in range(1, tail + 1):
             start = tail - back
             same = segments[:, start : start + length] == segment_ids

@@ -119,29 +119,34 @@ class MirasModel(nn.Module):
         memories: list[MemoryCarry | None] = []
         health: list[MemoryHealth] = []
 
-        def run(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry | None, MemoryHealth | None]:
-            out = layers[index](hidden, position_embeddings=unrotated, attention_call=call)
-            if not use_memory or str(index) not in self.memory:
-                return out, None, None
-            added, memory, state = self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
-            return out + added, memory, state
+        def block(index: int, hidden: Tensor) -> Tensor:
+            return layers[index](hidden, position_embeddings=unrotated, attention_call=call)
 
+        def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
+            return self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
+
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index in range(len(layers)):
-            if self.activation_checkpointing and torch.is_grad_enabled() and self._learns(index, hidden):
-                hidden, memory, state = checkpoint(run, index, hidden, use_reentrant=False)
+            # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
+            if recompute and hidden.requires_grad:
+                out = checkpoint(block, index, hidden, use_reentrant=False)
             else:
-                hidden, memory, state = run(index, hidden)
-            memories.append(memory)
-            if state is not None:
+                out = block(index, hidden)
+            memory: MemoryCarry | None = None
+            if use_memory and str(index) in self.memory:
+                # Apart from the block, so that the two are never whole at the same time.
+                if recompute:
+                    added, memory, state = checkpoint(remember, index, hidden, use_reentrant=False)
+                else:
+                    added, memory, state = remember(index, hidden)
+                out = out + added
                 health.append(state)
+            memories.append(memory)
+            hidden = out
         hidden = self.backbone.model.norm(hidden)
         losses, predictions = self.backbone.lm_head(hidden, labels, predict)
         after = [LayerCarry(call.new.get(index), memory) for index, memory in enumerate(memories)]
         return ModelOutput(losses, predictions, after, health)
-
-    def _learns(self, index: int, hidden: Tensor) -> bool:
-        # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
-        return hidden.requires_grad or str(index) in self.memory
 
     def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
         if self._rope is None:

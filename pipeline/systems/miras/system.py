@@ -58,7 +58,9 @@ class MirasSystem:
         self.backbone._attn_implementation = ATTENTION_NAME
 
     def check(self, topology: Topology) -> None:
-        """Raises UserError when heads or sequence cannot be divided over the sequence ranks."""
+        """Raises UserError when heads or sequence cannot be divided over the ranks, or nothing would be trained."""
+        if not self.sizes.memory.layers and not self.sizes.backbone.trainable:
+            raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
         degree = topology.sequence
         counts = {
             "sequence length": self.config.sequence_length,
@@ -110,8 +112,6 @@ class MirasSystem:
                 name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name and not gate
             )
             groups.setdefault((part, matrix), []).append(name)
-        if not groups:
-            raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
         return [
             Phase(
                 "train",
@@ -197,7 +197,15 @@ class MirasSystem:
 
         rows = self.config.batch_size
         recompute = self.config.activation_checkpointing
-        token = activation_bytes(self.sizes, self.backbone, element, recompute=recompute)
+        token = activation_bytes(
+            self.sizes,
+            self.backbone,
+            element,
+            recompute=recompute,
+            rows=rows,
+            sequence=self.config.sequence_length,
+            degree=topology.sequence,
+        )
         # The carry of a micro-batch exists twice while its step runs: as it was, and as it will be.
         carried = (self.config.grad_accum + 1) * rows * carry_bytes(self.sizes, self.backbone, element)
         return (rows * self.config.sequence_length * token + carried) // topology.sequence

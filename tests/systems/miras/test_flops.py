@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import RunConfig, replace
+from pipeline.ops import scan_torch
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_64k, miras_tiny
 from pipeline.system import Flops, create_system
 from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
-from pipeline.systems.miras.flops import activation_bytes, attention_reach, count_flops
+from pipeline.systems.miras.flops import activation_bytes, attention_reach, branch_bytes, count_flops, scan_bytes
+from pipeline.systems.miras.memory import MemoryBranch
+from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.weights import backbone_config
 
 TINY = {"trainable": True, "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 260}
@@ -139,3 +143,79 @@ def test_a_frozen_backbone_keeps_less() -> None:
     for recompute in (False, True):
         assert size(make(trainable=False), recompute) < size(make(), recompute)
     assert size(make(layers=(3,), trainable=False), False) < size(make(trainable=False), False)
+
+
+def kept(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the storages that `run` leaves for the backward pass, parameters and inputs left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    storages: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    assert out is not None
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_memory_keeps_what_the_estimate_says(
+    recomputed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one span needs while it is recomputed is not kept, and so not in the sum."""
+    config = dataclasses.replace(make(), memory=MemoryConfig(layers=(0,), heads=4, head_dim=128))
+    if recomputed:
+        monkeypatch.setattr(scan_torch, "_KEEP", 0)
+        for name in ("_SPAN_CPU", "_SPAN_GPU"):
+            monkeypatch.setattr(scan_torch, name, 2**20)
+    branch = MemoryBranch(512, config.memory, 1e-6)
+    for parameter in branch.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    branch.to(dtype)
+    hidden = torch.randn(2, 512, 512).to(dtype).requires_grad_()
+    segments = torch.zeros(2, 512, dtype=torch.int64)
+    actual = kept(lambda: branch(hidden, segments, None, Topology()), [hidden, *branch.parameters()])
+    scan, working = scan_bytes(config, dtype.itemsize, rows=2, sequence=512, degree=1)
+    assert bool(working) == recomputed
+    assert 2 * 512 * branch_bytes(config, 512, dtype.itemsize) + scan == pytest.approx(actual, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_block_keeps_what_the_estimate_says(trainable: bool, dtype: torch.dtype) -> None:
+    """Of three blocks more than of two."""
+
+    def size(layers: int) -> tuple[float, int]:
+        config = make(layers=(0,), trainable=trainable)
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, layers=layers))
+        backbone = backbone_config(config.backbone)
+        model = MirasModel(config, backbone)
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, std=0.02)
+            parameter.requires_grad_(trainable or name.startswith("memory"))
+        model.to(dtype)
+        tokens = torch.zeros(2, 256, dtype=torch.int64)
+        actual = kept(
+            lambda: model(tokens, tokens, tokens, torch.arange(256).expand(2, -1), None, Topology()), model.parameters()
+        )
+        return actual / 512, activation_bytes(config, backbone, dtype.itemsize, recompute=False)
+
+    (actual, estimate), (less, lower) = size(3), size(2)
+    assert estimate - lower == pytest.approx(actual - less, rel=0.1)
+
+
+def test_a_large_scan_keeps_its_inputs_alone() -> None:
+    """8 sequences of 64K tokens; two sequence ranks keep half each, and the working set stays that of one span."""
+    config = miras_64k().model
+    assert isinstance(config, MirasConfig)
+    small, none = scan_bytes(config, 2, rows=1, sequence=1024, degree=1)
+    large, working = scan_bytes(config, 2, rows=8, sequence=65_536, degree=1)
+    assert none == 0
+    assert large < 512 * small / 8
+    assert 2**30 < working < 4 * 2**30
+    half, same = scan_bytes(config, 2, rows=8, sequence=65_536, degree=2)
+    assert half < 0.51 * large
+    assert same == working

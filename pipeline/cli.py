@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from pipeline import __version__
 from pipeline.errors import RankError, UserError
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         command(words[1:])
         sys.stdout.flush()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave(0)
         return 0
     except RankError as error:
         return _fail(str(error), everywhere=True)
@@ -93,10 +96,19 @@ def _fail(message: str, everywhere: bool = False) -> int:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
         time.sleep(LAST_WORDS)
     if ranks > 1:
-        # Ranks that stop in the middle of a step hold collectives whose threads would abort an ordinary exit.
-        sys.stdout.flush()
-        os._exit(2)
+        leave(2)
     return 2
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a rank of a launched job.
+
+    Not by the interpreter's own exit: the threads of the collectives can abort that, and then a run that finished is
+    reported as one that failed, or one that failed loses its exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def without_local_rank(words: list[str]) -> list[str]:

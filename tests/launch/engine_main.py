@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import Olmo2ForCausalLM
 
-from pipeline.cli import without_local_rank
+from pipeline.cli import leave, without_local_rank
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, building, deepspeed_config, precision_of, start, stop
 from pipeline.errors import UserError
@@ -114,6 +114,7 @@ def main() -> None:
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))
     stop()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.cli import without_local_rank
+from pipeline.cli import leave, without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
 from pipeline.engine import Engine, building, deepspeed_config, start, stop
 from pipeline.parallel.loss import global_counts, scaled_loss
@@ -204,6 +204,7 @@ def main() -> None:
         if topology.rank == 0:
             (out / f"causality-{kind}.json").write_text(json.dumps(found))
     stop()
+    leave(0)
 
 
 if __name__ == "__main__":

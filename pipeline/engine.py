@@ -7,7 +7,6 @@ import datetime
 import json
 import math
 import os
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.hardware import on_gpu
+# First: it decides the accelerator that DeepSpeed picks when it is imported.
+import pipeline.parallel  # noqa: F401
 
-if not on_gpu():
-    # DeepSpeed picks its accelerator when it is imported; without this it probes for drivers that are not there.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
+# isort: split
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
 from pipeline.config import RunConfig
 from pipeline.errors import RankError, UserError
+from pipeline.hardware import on_gpu
+from pipeline.machine import Machine
 from pipeline.parallel.topology import Topology, create_topology
 from pipeline.system import Phase
 
@@ -39,9 +38,7 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 def start(config: RunConfig) -> Topology:
     """Joins the process group (one of a single rank without a launcher) and lays out the ranks."""
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = Machine(os.environ).free_port()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu():
@@ -131,6 +128,11 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return resolved
 
 
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
 def _check_sections(path: Path, content: Any) -> None:
     sections = content if isinstance(content, dict) else {}
     zero = sections.get("zero_optimization", {})
@@ -149,7 +151,7 @@ def building(ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        if zero_stage(ds_config) == 3:
             # Its dtype comes from the config: given as an argument, 0.19.8 ignores it where float16 is not supported.
             # mem_efficient_linear would replace torch's linear in the whole process.
             with deepspeed.zero.Init(config_dict_or_path=ds_config, mem_efficient_linear=False):
@@ -187,7 +189,7 @@ class Engine:
             }
             for group in phase.groups
         ]
-        self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.stage = zero_stage(ds_config)
         optimizer = self._optimizer(groups, config, ds_config)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from pathlib import Path
 
-from pipeline.checkpoint.manifest import newest
+from pipeline.checkpoint.state import check_resumable, keep_global_batch, locate_checkpoint
 from pipeline.config import RunConfig
-from pipeline.engine import deepspeed_config, precision_of
+from pipeline.engine import deepspeed_config, precision_of, zero_stage
 from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
 from pipeline.parallel.topology import Topology, check_degrees
@@ -22,19 +21,17 @@ MIN_FREE = 64 * 2**20
 def preflight(config: RunConfig, ranks: int) -> None:
     """Raises UserError for whatever can be known to fail with `ranks` ranks: layout, files, data, space."""
     check_degrees(ranks, config.parallel.sequence)
-    deepspeed_config(config)
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
+    create_system(config).check(topology)
+    checkpoint = locate_checkpoint(config)
+    config = keep_global_batch(config, topology, checkpoint)
+    ds_config = deepspeed_config(config)
+    if checkpoint is not None:
+        check_resumable(config, ranks, zero_stage(ds_config), checkpoint)
     system = create_system(config)
-    system.check(topology)
     system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
-    if config.resume in ("auto", "must"):
-        found = newest(config.output_dir / "checkpoints")
-        if found is None and config.resume == "must":
-            raise UserError(f"--resume must: no complete checkpoint in {config.output_dir / 'checkpoints'}")
     if config.init_from is not None and not (config.init_from / "trainable.safetensors").is_file():
         raise UserError(f"--init-from {config.init_from}: no trainable.safetensors there: give a checkpoint folder")
-    if config.resume not in ("auto", "must", "never") and not Path(config.resume).is_dir():
-        raise UserError(f"--resume {config.resume}: no such folder: say auto, must, never or a checkpoint's path")
     # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
     system.loader(Phase("check", 1, ()), topology).next_step()
     system.held_out(topology).next_step()

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
 from pipeline.checkpoint.state import (
-    check_same_model,
+    check_resumable,
     find_checkpoint,
     keep_global_batch,
     load_trainable,
@@ -21,7 +21,7 @@ from pipeline.checkpoint.state import (
     save_checkpoint,
 )
 from pipeline.config import RunConfig
-from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
+from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start, zero_stage
 from pipeline.errors import UserError
 from pipeline.meter import Meter
 from pipeline.parallel.agreement import agree, next_step, together
@@ -53,12 +53,13 @@ def train(config: RunConfig) -> None:
 def _prepare(
     config: RunConfig, topology: Topology, checkpoint: Path | None
 ) -> tuple[RunConfig, System, dict[str, object]]:
+    # The layout first: what cannot run at all is no matter of resuming.
+    create_system(config).check(topology)
     config = keep_global_batch(config, topology, checkpoint)
+    ds_config = deepspeed_config(config)
     if checkpoint is not None:
-        check_same_model(config, checkpoint)
-    system = create_system(config)
-    system.check(topology)
-    return config, system, deepspeed_config(config)
+        check_resumable(config, topology.world, zero_stage(ds_config), checkpoint)
+    return config, create_system(config), ds_config
 
 
 class Trainer:
@@ -66,7 +67,7 @@ class Trainer:
 
     def __init__(self, run: Run, phase: Phase, model: nn.Module, ds_config: dict[str, object]) -> None:
         self.run, self.phase = run, phase
-        self.loader = _open_loader(run, phase)
+        self.loader: StatefulLoader = together(run.topology, lambda: run.system.loader(phase, run.topology))
         run.phase, run.progress.phase = phase, phase.name
         self.ds_config = ds_config
         run.engine = self.engine = Engine(model, phase, run.config, ds_config)
@@ -148,23 +149,28 @@ class Trainer:
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
-        run, engine = self.run, self.engine
-        context = StepContext(run.topology, run.config.seed, self.phase.name, step)
-        batches = next_step(self.loader, self.run.topology, self.run.device)
+        context = StepContext(self.run.topology, self.run.config.seed, self.phase.name, step)
+        carries = self._accumulate(context, meter)
+        result = self.engine.step(lr_multiple(self.run.config, step))
+        if not result.skipped:
+            # The state that a skipped step left behind may be what made it non-finite: the streams go on without it.
+            self.carries = carries
+            self.run.system.after_step(self.engine.module, context)
+        return result
+
+    def _accumulate(self, context: StepContext, meter: Meter) -> list[Carry]:
+        """Gradients of one step's micro-batches; returns what each carries on."""
+        run = self.run
+        batches = next_step(self.loader, run.topology, run.device)
         counts = global_counts([run.system.count(batch) for batch in batches], run.topology, run.device)
         meter.add_counts(counts)
         carries = []
         for batch, carry in zip(batches, self.carries, strict=True):
-            output = run.system.forward(engine.deepspeed, batch.to(run.device), carry, context)
-            engine.backward(scaled_loss(output.sums, counts, run.topology))
+            output = run.system.forward(self.engine.deepspeed, batch.to(run.device), carry, context)
+            self.engine.backward(scaled_loss(output.sums, counts, run.topology))
             meter.add(output)
             carries.append(_detached(output.carry))
-        result = engine.step(lr_multiple(run.config, step))
-        if not result.skipped:
-            # The state that a skipped step left behind may be what made it non-finite: the streams go on without it.
-            self.carries = carries
-            run.system.after_step(engine.module, context)
-        return result
+        return carries
 
     def _count_skipped(self, result: StepResult) -> None:
         progress, limit = self.run.progress, self.run.config.optimizer.max_skipped
@@ -193,14 +199,7 @@ class Trainer:
 
     def _dry_run(self) -> None:
         meter = Meter(self.run)
-        context = StepContext(self.run.topology, self.run.config.seed, self.phase.name, 1)
-        batches = next_step(self.loader, self.run.topology, self.run.device)
-        counts = global_counts([self.run.system.count(batch) for batch in batches], self.run.topology, self.run.device)
-        meter.add_counts(counts)
-        for batch, carry in zip(batches, self.carries, strict=True):
-            output = self.run.system.forward(self.engine.deepspeed, batch.to(self.run.device), carry, context)
-            self.engine.backward(scaled_loss(output.sums, counts, self.run.topology))
-            meter.add(output)
+        self._accumulate(StepContext(self.run.topology, self.run.config.seed, self.phase.name, 1), meter)
         record = meter.record(1, StepResult(0.0, False, 0.0))
         if self.run.is_main:
             print(
@@ -211,10 +210,6 @@ class Trainer:
 
 def _detached(carry: Carry) -> Carry:
     return {name: CarryEntry(entry.tensor.detach(), entry.streams, entry.heads) for name, entry in carry.items()}
-
-
-def _open_loader(run: Run, phase: Phase) -> StatefulLoader:
-    return together(run.topology, lambda: run.system.loader(phase, run.topology))
 
 
 def _open_folder(run: Run, ds_config: dict[str, object]) -> None:

@@ -27,7 +27,9 @@ HEAVY = ("torch", "tyro", "deepspeed", "transformers", "numpy", "matplotlib", "p
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Apart from the runs that a checkout may hold under outputs/.
+    monkeypatch.chdir(tmp_path)
     """No launcher started this process, and a rank that ends at once does not end the tests."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -49,7 +49,7 @@ def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
     problem: str | None = None
     if topology.rank == 0:
         try:
-            found = _find(config)
+            found = locate_checkpoint(config)
         except UserError as error:
             problem = str(error)
     found, problem = from_main(topology, (found, problem))
@@ -58,7 +58,8 @@ def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
     return found
 
 
-def _find(config: RunConfig) -> Path | None:
+def locate_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that `--resume` means on this machine; None for a fresh start. Raises UserError."""
     folder = config.output_dir / "checkpoints"
     if config.resume == "never":
         if complete_checkpoints(folder):
@@ -180,20 +181,6 @@ def _facts(run: Run, cursors: dict[str, Any]) -> dict[str, Any]:
 def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequence[Sequence[int]]) -> list[Carry]:
     """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective."""
     assert run.engine is not None
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
-    mine = {
-        "system": run.config.model.system,
-        "ranks": run.topology.world,
-        "zero_stage": run.engine.stage,
-    }
-    saved = {"system": manifest["system"], "ranks": manifest["world"], "zero_stage": manifest["zero_stage"]}
-    for what, value in mine.items():
-        if saved[what] != value:
-            raise UserError(
-                f"{checkpoint} was saved with {what.replace('_', ' ')} {saved[what]}, this run has {value}:"
-                " start with the same, or take the weights alone with --init-from"
-            )
     state = json.loads((checkpoint / TRAINER_STATE).read_text())
     run.progress = Progress(**state)
     problem = None
@@ -209,8 +196,11 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     return load_carry(checkpoint, streams, run.topology, run.device)
 
 
-def check_same_model(config: RunConfig, checkpoint: Path) -> None:
-    """Raises UserError when the model of a checkpoint had other sizes than the config's."""
+def check_resumable(config: RunConfig, ranks: int, zero_stage: int, checkpoint: Path) -> None:
+    """Raises UserError when a run cannot go on from a checkpoint: another system, layout of shards or size of model.
+
+    It reads the manifest and the archived config alone, so it can be asked before anything is built.
+    """
     import yaml
 
     saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
@@ -221,6 +211,16 @@ def check_same_model(config: RunConfig, checkpoint: Path) -> None:
             f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take what fits with"
             " --init-from"
         )
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    mine = {"system": config.model.system, "ranks": ranks, "ZeRO stage": zero_stage}
+    before = {"system": manifest["system"], "ranks": manifest["world"], "ZeRO stage": manifest["zero_stage"]}
+    for what, value in mine.items():
+        if before[what] != value:
+            raise UserError(
+                f"{checkpoint} was saved with {what} {before[what]}, this run has {value}:"
+                " start with the same, or take the weights alone with --init-from"
+            )
 
 
 def _first_difference(saved: Any, current: Any, flag: str) -> tuple[str, Any, Any] | None:

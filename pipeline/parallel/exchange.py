@@ -51,7 +51,6 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, gather: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.gather = group, gather
-        ctx.shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         return tuple(_all_to_all(list(tensors), group, gather))
 
     @staticmethod

@@ -23,6 +23,7 @@ from pipeline.archive import load_config
 from pipeline.checkpoint import state
 from pipeline.checkpoint.manifest import LATEST, complete_checkpoints, newest, problems, read_manifest
 from pipeline.checkpoint.state import (
+    check_resumable,
     find_checkpoint,
     load_trainable,
     restore,
@@ -272,7 +273,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(make_run, changes: dict[
     damaged_facts(folder, **changes)
     (value,) = changes.values()
     with pytest.raises(UserError, match=rf"{folder} was saved with .* {value}, this run has .*--init-from"):
-        restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        check_resumable(make_run().config, ranks=1, zero_stage=FakeEngine.stage, checkpoint=folder)
 
 
 def test_other_data_is_refused_in_the_loaders_words(make_run) -> None:

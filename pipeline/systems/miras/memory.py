@@ -161,10 +161,10 @@ class MemoryBranch(nn.Module):
         return MemoryHealth(
             carry.memory.flatten(2).norm(dim=-1).sum(),
             carry.momentum.flatten(2).norm(dim=-1).sum(),
-            torch.tensor(carry.memory.shape[0] * carry.memory.shape[1], device=alpha.device),
+            alpha.new_full((), carry.memory.shape[0] * carry.memory.shape[1], dtype=torch.float64),
             alpha.sum(),
             eta.sum(),
             theta.sum(),
             (math.log(2) / rate).sum(),
-            torch.tensor(alpha.numel(), device=alpha.device),
+            alpha.new_full((), alpha.numel(), dtype=torch.float64),
         )

@@ -173,7 +173,7 @@ class MirasSystem:
         metrics = self._health(output.health)
         if self.sizes.attention.kind == "window":
             reach = batch.positions[:, mine] >= self.sizes.attention.window
-            metrics["beyond_window"] = (reach.sum(), torch.tensor(reach.numel(), device=reach.device))
+            metrics["beyond_window"] = (reach.sum(), reach.new_full((), reach.numel(), dtype=torch.float64))
         tokens = {"losses": output.losses.detach()}
         if output.predictions is not None:
             tokens["predictions"] = output.predictions

@@ -11,10 +11,12 @@
 #
 # The first word that is neither a launcher flag nor its value is RECIPE; `.venv/bin/mnemos recipes` lists them.
 # The launcher flags are those of `deepspeed --help`. The environment is in .venv, made from $PYTHON (python3).
+# MNEMOS_BUILD=auto|require|off and TORCH_CUDA_ARCH_LIST decide which native kernels set-up builds (docs/kernels.md).
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
 VENV="$ROOT/.venv"
+NATIVE_REPORT="$ROOT/pipeline/_native_build.json"
 PYTHON="${PYTHON:-python3}"
 
 say() { printf 'launch.sh: %s\n' "$*" >&2; }
@@ -29,14 +31,24 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 # the commands in .venv/bin hold its path.
 fingerprint() {
   "$VENV/bin/python" - "$ROOT" <<'PY'
-import hashlib, importlib.metadata, pathlib, sys
+import hashlib, importlib.metadata, os, pathlib, shutil, sys
 
 root = pathlib.Path(sys.argv[1])
 try:
     torch = importlib.metadata.version("torch")
 except importlib.metadata.PackageNotFoundError:
     torch = "none"
-digest = hashlib.sha256(f"{root}\n{sys.version}\n{torch}\n".encode())
+switches = [os.environ.get("MNEMOS_BUILD") or "auto", os.environ.get("TORCH_CUDA_ARCH_LIST", "")]
+home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+nvcc = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+for kind, names in {"cpu": [os.environ.get("CXX") or "c++", "g++", "clang++"], "cuda": nvcc}.items():
+    # A compiler that appears or changes is a reason to try again. Once there is a library, one that is gone is none.
+    if any((root / "pipeline").glob(f"_native_{kind}*.so")):
+        switches.append(f"{kind} built")
+    else:
+        found = next(filter(None, map(shutil.which, names)), None)
+        switches.append(f"{kind} {found} {found and os.stat(found).st_mtime_ns}")
+digest = hashlib.sha256("\n".join([str(root), sys.version, torch, *switches]).encode())
 sources = sorted(path for path in (root / "kernels").rglob("*") if path.is_file() and path.suffix != ".md")
 for path in [root / "setup.py", root / "pyproject.toml", root / "constraints.txt", *sources]:
     digest.update(str(path).encode() + b"\0" + path.read_bytes())
@@ -97,10 +109,29 @@ print("" if torch.__file__.startswith(sys.prefix + "/") else torch.__version__)'
   say "installing torch ${given:-$(sed -n 's/^torch==//p' "$constraints")} and build tools"
   "${pip[@]}" -c "$constraints" torch setuptools wheel ninja packaging
   say "installing DeepSpeed, transformers and the rest"
-  "${pip[@]}" --no-build-isolation -c "$constraints" -e "${ROOT}[dev]"
+  local warning failed="" started="$VENV/.installing"
+  : >"$started"
+  "${pip[@]}" --no-build-isolation -c "$constraints" -e "${ROOT}[dev]" || failed=yes
+  warning="$(native_warning)"
+  if [[ -n "$failed" ]]; then
+    # Only a report that is newer than the start of pip is of this build.
+    [[ "${MNEMOS_BUILD:-}" == require && -n "$warning" && "$NATIVE_REPORT" -nt "$started" ]] && fail "MNEMOS_BUILD=require: $warning"
+    fail "pip failed: its error is above"
+  fi
+  [[ -z "$warning" ]] || say "warning: $warning"
+}
+
+# What the native build has to say: pip shows nothing of a build that succeeds.
+native_warning() {
+  "$VENV/bin/python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["warning"] or "")' \
+    "$NATIVE_REPORT" 2>/dev/null || true
 }
 
 setup_environment() {
+  case "${MNEMOS_BUILD:-auto}" in
+    auto | require | off) ;;
+    *) fail "MNEMOS_BUILD is '$MNEMOS_BUILD': give auto, require or off" ;;
+  esac
   is_set_up && return
   mkdir -p "$VENV"
   (

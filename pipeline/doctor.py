@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -27,6 +28,8 @@ PACKAGES = (
     *("sentencepiece", "tyro", "pydantic", "psutil", "matplotlib", "tensorboard", "ninja"),
     *("flash-attn", "flash-attn-4", "lm-eval", "wandb"),
 )
+# Where set-up puts what it builds.
+PACKAGE = Path(__file__).parent
 LOW_DISK = 10 * 2**30
 SETUP = "run ./launch.sh --setup-only"
 
@@ -76,8 +79,9 @@ def render(report: Mapping[str, Any]) -> str:
     attention, kernels = report["attention"], report["kernels"]
     rows += [(f"attention: {name}", state) for name, state in attention["backends"].items()]
     rows += [(f"  auto, {kind}", name) for kind, name in attention["auto"].items()]
-    rows.append(("native kernels", ", ".join(kernels["built"]) or "none built"))
-    rows.append(("  miras_scan", f"runs on {kernels['miras_scan'][0]}" if kernels["miras_scan"] else "does not run"))
+    rows += [(f"kernels: {kind}", library["state"]) for kind, library in kernels["libraries"].items()]
+    rows += list(_checks(kernels["checks"]))
+    rows.append(("  auto, miras_scan", kernels["miras_scan"][0] if kernels["miras_scan"] else "does not run"))
     rows.append(("", ""))
     rows += [(name, state or "none") for name, state in report["tools"].items()]
     rows.append(("", ""))
@@ -217,23 +221,89 @@ def _attention(device: str) -> Report:
 
 
 def _kernels(device: str) -> Report:
-    """Native libraries in the package, and the backends of `miras_scan` that run here, in the order `auto` prefers."""
-    built = sorted(path.name for path in Path(__file__).parent.rglob("*.so"))
-    running = []
-    with contextlib.suppress(Exception):
+    """The native libraries, the checks of their kernels on every device here, and what set-up said when it built them.
+
+    ``miras_scan`` holds the backends that run here, in the order `auto` prefers.
+    """
+    built = _build_report()
+    libraries: dict[str, Report] = {kind: _library(kind, built) for kind in ("cpu", "cuda")}
+    report: Report = {"libraries": libraries, "checks": [], "miras_scan": [], "warning": built.get("warning")}
+    try:
         import torch
 
-        from pipeline.ops import miras_scan
+        from pipeline.ops import affine_scan_native, miras_scan, native, scan_native
+    except Exception as error:
+        for library in libraries.values():
+            library["state"] = f"not loaded: torch does not load ({type(error).__name__})"
+        return report
 
-        for backend in ("cuda", "cpu", "torch"):
-            # A backend that is not built, or not for this device, refuses.
-            with contextlib.suppress(Exception):
-                where = "cpu" if backend == "cpu" else device
-                vector = torch.ones(1, 2, 1, 16, device=where)
-                gate = torch.full((1, 2, 1), 0.5, device=where)
-                miras_scan(vector, vector, vector, gate, gate, gate, backend=backend)
-                running.append(backend)
-    return {"built": built, "miras_scan": running}
+    for kind in native.KINDS:
+        reason = native.why_not(kind)
+        libraries[kind]["loaded"] = reason is None
+        libraries[kind]["state"] = _library_state(libraries[kind], reason)
+        devices = ["cpu"] if kind == "cpu" else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        for where in devices if reason is None else []:
+            for dtype in scan_native.DTYPES:
+                for key_dim in scan_native.KEY_DIMS:
+                    scan_native.why_not(where, dtype, key_dim)
+                affine_scan_native.why_not(where, dtype, dtype)
+    report["checks"] = [verdict._asdict() for verdict in native.verdicts()]
+    for backend in ("cuda", "cpu", "torch"):
+        # A backend that is not built, or not for this device, refuses.
+        with contextlib.suppress(Exception):
+            where = "cpu" if backend == "cpu" else device
+            vector = torch.ones(1, 2, 1, 32, device=where)
+            gate = torch.full((1, 2, 1), 0.5, device=where)
+            miras_scan(vector, vector, vector, gate, gate, gate, backend=backend)
+            report["miras_scan"].append(backend)
+    return report
+
+
+# `pipeline.ops.native` has the like, but it imports torch, and this is asked for where torch does not load.
+def _build_report() -> Report:
+    """What setup.py wrote."""
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads((PACKAGE / "_native_build.json").read_text())
+        if isinstance(report, dict):
+            return report
+    return {}
+
+
+def _library(kind: str, built: Report) -> Report:
+    files = sorted(path.name for path in PACKAGE.glob(f"_native_{kind}*.so"))
+    facts = built.get("libraries", {}).get(kind, {})
+    return {
+        "file": files[0] if files else None,
+        "compiler": facts.get("compiler"),
+        "architectures": facts.get("architectures"),
+        "loaded": False,
+        "state": "not built",
+    }
+
+
+def _library_state(library: Report, reason: str | None) -> str:
+    """A library in words; ``reason`` is why it is not loaded."""
+    words = [f"for {', '.join(library['architectures'])}"] if library["architectures"] else []
+    words += [f"by {library['compiler']}"] if library["compiler"] else []
+    how = " ".join(["built", *words])
+    if reason is None:
+        return how
+    if library["file"] is None:
+        return reason.removeprefix("it is ")
+    # Kernels for a GPU are built where there is none, too.
+    return f"{how}; not yet run on a device: {reason}" if library["architectures"] else f"{how}; not loaded: {reason}"
+
+
+def _checks(checks: list[Report]) -> Iterator[tuple[str, str]]:
+    """A line per op and device, from what was checked case by case."""
+    for op, device in dict.fromkeys((check["op"], check["device"]) for check in checks):
+        cases = [check for check in checks if (check["op"], check["device"]) == (op, device)]
+        failed = [check for check in cases if check["failure"]]
+        if failed:
+            state = f"failed: {failed[0]['case']}: {failed[0]['failure']}"
+        else:
+            state = f"checked, largest error {max(check['error'] for check in cases):.1e} in {len(cases)} cases"
+        yield f"  {op}, {device}", state
 
 
 def _warnings(report: Mapping[str, Any], machine: Machine) -> Iterator[str]:
@@ -244,8 +314,7 @@ def _warnings(report: Mapping[str, Any], machine: Machine) -> Iterator[str]:
             "there are NVIDIA GPUs, but torch cannot use them: install a torch built for this driver"
             " (https://pytorch.org/get-started/locally), then " + SETUP
         )
-    if report["tools"]["c++ compiler"] is None:
-        yield f"no C++ compiler, so nothing native is built: install g++ or clang++, then {SETUP}"
+    yield from _kernel_warnings(report)
     if report["tools"]["ninja"] is None:
         yield f"no ninja, which native builds need: {SETUP}"
     if not report["kernels"]["miras_scan"]:
@@ -254,6 +323,25 @@ def _warnings(report: Mapping[str, Any], machine: Machine) -> Iterator[str]:
     if disk is not None and disk < LOW_DISK:
         yield f"{_gib(disk)} of disk left here: name a roomier --output-dir"
     yield from _unmet_requirements()
+
+
+def _kernel_warnings(report: Mapping[str, Any]) -> Iterator[str]:
+    kernels = report["kernels"]
+    cpu, cuda = kernels["libraries"]["cpu"], kernels["libraries"]["cuda"]
+    if kernels["warning"]:
+        yield kernels["warning"]
+    elif report["tools"]["c++ compiler"] is None and cpu["file"] is None:
+        yield f"no C++ compiler, so nothing native is built: install g++ or clang++, then {SETUP}"
+    elif cpu["file"] is None:
+        yield f"no native kernels are built, and miras_scan is slow without: {SETUP}"
+    elif report["gpus"] and cuda["file"] is None:
+        yield f"no native kernels are built for the GPU: install the CUDA toolkit (nvcc), then {SETUP}"
+    for kind, library in kernels["libraries"].items():
+        if library["file"] and not library["loaded"] and (kind == "cpu" or report["gpus"]):
+            yield f"the native kernels for the {kind} do not run: {library['state']}"
+    for check in kernels["checks"]:
+        if check["failure"]:
+            yield f"{check['op']} is not native on {check['device']} ({check['case']}): {check['failure']}"
 
 
 def _unmet_requirements() -> Iterator[str]:

@@ -7,16 +7,20 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline import doctor
+from pipeline.ops import native
 
 
 @pytest.fixture
 def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No tools, no packages, no built operation, and imports that fail."""
+    """No tools, no packages, nothing built, and imports that fail."""
 
     def no_package(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -28,6 +32,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             raise ImportError(f"no {name} here")
         return real_import(name, *arguments, **options)
 
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -86,3 +91,90 @@ def test_deepspeed_is_not_imported() -> None:
     root = Path(doctor.__file__).parents[1]
     answer = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A package without libraries, in a process that has loaded and checked none."""
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "_verdicts", {})
+    native.why_not.cache_clear()
+    yield tmp_path
+    native.why_not.cache_clear()
+
+
+def rows(report: dict) -> dict[str, str]:
+    lines = (line.split("  ", 1) for line in doctor.render(report).splitlines() if not line.startswith(" "))
+    return {name: rest[0].strip() for name, *rest in lines if rest}
+
+
+def test_built_kernels_are_checked() -> None:
+    report = doctor.collect()
+    cpu = report["kernels"]["libraries"]["cpu"]
+    assert cpu["loaded"] == (native.why_not("cpu") is None)
+    if cpu["loaded"]:
+        assert report["kernels"]["miras_scan"][-2:] == ["cpu", "torch"]
+        assert rows(report)["kernels: cpu"].startswith("built by ")
+        assert "miras_scan, cpu" in doctor.render(report) and "checked, largest error" in doctor.render(report)
+    checked = [check for check in report["kernels"]["checks"] if check["op"] == "miras_scan"]
+    assert len(checked) == 6 * len([kind for kind in native.KINDS if native.load(kind)])
+
+
+def test_what_the_build_had_to_say_is_said_again(package: Path) -> None:
+    warning = "native kernels are not built for the CPU (no C++ compiler: install g++): miras_scan will be slow there"
+    built = {"mode": "auto", "warning": warning, "libraries": {"cpu": {"built": False, "reason": "no C++ compiler"}}}
+    (package / "_native_build.json").write_text(json.dumps(built))
+    report = doctor.collect()
+    assert report["warnings"].count(warning) == 1
+    assert f"warning: {warning}" in doctor.render(report)
+    assert rows(report)["kernels: cpu"] == "not built (no C++ compiler)"
+    assert report["kernels"]["miras_scan"] == ["torch"]
+
+
+def test_kernels_that_were_never_built_are_missed(package: Path) -> None:
+    report = doctor.collect()
+    assert any(warning.startswith("no native kernels are built") for warning in report["warnings"])
+    assert report["kernels"]["checks"] == []
+
+
+def test_a_kernel_for_gpus_is_called_not_yet_run_where_there_is_none(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (package / "_native_cuda.abi3.so").write_bytes(b"")
+    facts = {"built": True, "compiler": "nvcc 13.0", "architectures": ["8.0", "9.0a", "10.0"]}
+    (package / "_native_build.json").write_text(json.dumps({"warning": None, "libraries": {"cuda": facts}}))
+    report = doctor.collect()
+    cuda = report["kernels"]["libraries"]["cuda"]
+    assert cuda["architectures"] == ["8.0", "9.0a", "10.0"]
+    assert not cuda["loaded"]
+    assert rows(report)["kernels: cuda"].startswith("built for 8.0, 9.0a, 10.0 by nvcc 13.0; not yet run on a device: ")
+    assert not any("for the cuda do not run" in warning for warning in report["warnings"])
+
+
+def test_a_kernel_that_fails_its_check_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_verdicts", {})
+    native.verify("miras_scan", "cpu", "float32, key dim 64", lambda: 0.5, 1e-4)
+    report = doctor.collect()
+    assert "failed: float32, key dim 64: its results differ" in doctor.render(report)
+    (warning,) = (text for text in report["warnings"] if "miras_scan is not native" in text)
+    assert warning.startswith(
+        "miras_scan is not native on cpu (float32, key dim 64): its results differ from PyTorch's"
+    )
+
+
+def test_a_library_from_before_there_was_an_op_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.load("cpu")
+    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(torch.ops, "mnemos", SimpleNamespace())
+    report = doctor.collect()
+    for op in ("miras_scan", "affine_scan"):
+        assert any(text.startswith(f"{op} is not native on cpu") for text in report["warnings"])
+    assert "failed: float32: the library is older than affine_scan: run" in doctor.render(report)
+
+
+def test_a_library_that_does_not_load_is_named(package: Path) -> None:
+    (package / "_native_cpu.abi3.so").write_bytes(b"not a library")
+    report = doctor.collect()
+    assert any("the native kernels for the cpu do not run: built; not loaded: " in text for text in report["warnings"])

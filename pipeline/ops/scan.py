@@ -1,10 +1,12 @@
 """The memory op: a linear associative memory, written at every token by gradient descent with momentum and decay."""
 
+import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pipeline.ops import native, scan_native
 from pipeline.ops.scan_torch import scan_torch
 
 Rule = Literal["titans", "delta"]
@@ -42,20 +44,31 @@ def miras_scan(
     Everything is differentiable once, the given and the returned state included. The op computes what it is given:
     gates that make the rule diverge (momentum .9 with step size 1, say) give large numbers, not an error.
 
+    Tokens are worked on in chunks, where a segment's border is a product with 0, which a number that is not finite
+    survives. So a NaN or an infinity in q, k, v, the gates or the given state, and a memory that overflows, may spread
+    to all tokens of its batch row and head, and to all gradients: to other segments, and to earlier tokens of its
+    chunk, where the loop above would keep it to what comes after, and restart at a border. ``affine_scan`` does not
+    have this.
+
     Args:
         q, k: queries and keys, ``[batch, sequence, heads, key dim]``; float64, float32 or bfloat16.
         v: values, ``[batch, sequence, heads, value dim]``; float64, float32 or bfloat16.
         alpha: forget rate per token, ``[batch, sequence, heads]``, in [0, 1]; float32 or float64, because 1 - alpha
             is 1 in bfloat16 for every useful rate.
         eta: momentum, as alpha. The rule ``delta`` ignores it, and it may be None there.
-        theta: step size per token, as alpha. The gates' range is not checked: that would wait for the device.
+        theta: step size per token, as alpha. The gates' range is checked where the environment says MNEMOS_DEBUG=1
+            and the call is not being compiled: it waits for the device.
         state: (M, S), the memory and its momentum before the first token, each ``[batch, heads, key dim, value dim]``;
             float32, or float64 when q is. Zeros when None.
         segment_ids: ``[batch, sequence]``, any integer type. The state restarts at zero where the id differs from the
             token before; ``state`` belongs to the first token's segment.
-        rule: ``titans`` as above; ``delta`` without momentum (eta = 0), at about half the cost.
-        backend: ``auto`` takes the fastest that fits; ``torch`` runs on any device.
-        chunk: tokens solved together. It changes speed and memory only; 64 suits head dimensions from 64 to 128.
+        rule: ``titans`` as above; ``delta`` without momentum (eta = 0), on the PyTorch path at about half the cost.
+        backend: ``auto`` takes the native kernel of q's device where it is built, passes its check at first use, and
+            takes the arguments: key dim 32, 64 or 128, value dim a multiple of 16, q, k and v all float32 or all
+            bfloat16, gates and state float32. Else it takes the PyTorch path, as ``torch`` always does. ``cpu`` and
+            ``cuda`` name a native kernel, refuse what it does not take, and copy nothing: every tensor is contiguous.
+        chunk: tokens that the PyTorch path solves together. It changes speed and memory only; 64 suits head dimensions
+            from 64 to 128.
 
     Returns:
         y, ``[batch, sequence, heads, value dim]`` in v's dtype, and the state (M, S) after the last token, in the
@@ -63,24 +76,76 @@ def miras_scan(
         under autocast.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
+        ValueError: an argument has the wrong shape, dtype, device or value, or one that a backend asked for by name
+            does not take, and the message names it; or that backend is not built, or fails its check.
 
     Source: Titans (arXiv 2501.00663), equations 8-18, with the linear memory and the loss halved. The chunked solve is
     that of the delta rule (arXiv 2406.06484), extended to momentum; ``scan_torch`` derives it.
     """
-    _check(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
-    if backend in ("cpu", "cuda"):
-        raise ValueError(f"backend {backend!r} is not built; use 'auto' or 'torch'")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend is {backend!r}; expected 'auto', 'torch', 'cpu' or 'cuda'")
+    check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
+    momentum = None if rule == "delta" else eta
+    tensors = check_backend(backend, q, k, v, alpha, momentum, theta, state)
     # Autocast would turn the sums to bfloat16 behind the float32 state.
     with torch.autocast(device_type=q.device.type, enabled=False):
-        return scan_torch(
-            q, k, v, alpha, None if rule == "delta" else eta, theta, state=state, segment_ids=segment_ids, chunk=chunk
-        )
+        if _runs_natively(tensors, backend):
+            return scan_native.scan_native(q, k, v, alpha, momentum, theta, state=state, segment_ids=segment_ids)
+        return scan_torch(q, k, v, alpha, momentum, theta, state=state, segment_ids=segment_ids, chunk=chunk)
 
 
-def _check(
+def check_backend(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    eta: Tensor | None,
+    theta: Tensor,
+    state: State | None,
+) -> dict[str, Tensor]:
+    """The tensors by name, which a backend that is asked for by name takes as they are; ``eta`` is None for ``delta``.
+
+    Raises:
+        ValueError: there is no such backend, or it does not take one of them; the message names it.
+    """
+    if backend not in ("auto", "torch", "cpu", "cuda"):
+        raise ValueError(f"backend is {backend!r}; expected 'auto', 'torch', 'cpu' or 'cuda'")
+    tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "theta": theta}
+    if eta is not None:
+        tensors["eta"] = eta
+    if state is not None:
+        tensors |= {"state[0] (M)": state[0], "state[1] (S)": state[1]}
+    if backend in ("auto", "torch"):
+        return tensors
+    wrong = scan_native.unsupported(backend, tensors)
+    if wrong is None:
+        strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
+        wrong = (strided[0], "a contiguous tensor, and makes no copy") if strided else None
+    if wrong is not None:
+        name, expected = wrong
+        x = tensors[name]
+        found = f"{name} is {_name(x.dtype)} {_shape(x)} with strides {list(x.stride())} on {x.device}"
+        raise ValueError(f"{found}; backend {backend!r} expects {expected}: use 'auto' or 'torch'")
+    return tensors
+
+
+def _runs_natively(tensors: dict[str, Tensor], backend: str) -> bool:
+    """Whether a native kernel takes a call that `check_backend` let pass; that one named does not run is an error."""
+    q = tensors["q"]
+    kind = q.device.type
+    if backend == "torch" or (backend == "auto" and kind not in native.KINDS):
+        return False
+    if backend == "auto" and scan_native.unsupported(kind, tensors) is not None:
+        return False
+    device = kind if q.device.index is None else f"{kind}:{q.device.index}"
+    key_dim = next(size for size in scan_native.KEY_DIMS if size == q.shape[-1])
+    if backend == "auto":
+        return scan_native.fits(device, q.dtype, key_dim)
+    if (failure := scan_native.why_not(device, q.dtype, key_dim)) is not None:
+        raise ValueError(f"backend {backend!r} cannot run: {failure}: use 'auto' or 'torch'")
+    return True
+
+
+def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,12 +157,13 @@ def _check(
     rule: str,
     chunk: int,
 ) -> None:
+    """Raise the ValueError of `miras_scan` for arguments that fit no backend: it names the argument and its shape."""
     if rule not in ("titans", "delta"):
         raise ValueError(f"rule is {rule!r}; expected 'titans' or 'delta'")
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk is {chunk!r}; expected a positive integer")
-    if q.dim() != 4 or q.shape[1] == 0:
-        raise ValueError(f"q has shape {_shape(q)}; expected [batch, sequence, heads, key dim] with a token at least")
+    if q.dim() != 4 or 0 in q.shape:
+        raise ValueError(f"q has shape {_shape(q)}; expected [batch, sequence, heads, key dim] without a 0")
     batch, sequence, heads, key_dim = q.shape
     if k.shape != q.shape:
         raise ValueError(f"k has shape {_shape(k)}; expected that of q, {_shape(q)}")
@@ -117,12 +183,18 @@ def _check(
             raise ValueError(f"{name} has shape {_shape(gate)}; expected [{batch}, {sequence}, {heads}]")
         _check_dtype(name, gate, _GATE_DTYPES)
         _check_device(name, gate, q)
+        if not torch.compiler.is_compiling() and os.environ.get("MNEMOS_DEBUG") == "1":
+            _check_range(name, gate)
 
     if state is not None:
+        if not isinstance(state, (tuple, list)):
+            raise ValueError(f"state is of type {type(state).__name__}; expected a pair of tensors, (M, S)")
         if len(state) != 2:
             raise ValueError(f"state holds {len(state)} tensors; expected two, (M, S)")
         expected = (batch, heads, key_dim, v.shape[-1])
         for name, part in zip(("state[0] (M)", "state[1] (S)"), state, strict=True):
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{name} is of type {type(part).__name__}; expected a tensor of {list(expected)}")
             if part.shape != expected:
                 raise ValueError(f"{name} has shape {_shape(part)}; expected {list(expected)}")
             _check_dtype(name, part, (torch.float64 if q.dtype == torch.float64 else torch.float32,))
@@ -144,6 +216,14 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
 def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}; expected the device of q, {q.device}")
+
+
+def _check_range(name: str, gate: Tensor) -> None:
+    outside = ~((gate >= 0) & (gate <= 1))  # so that a NaN is outside
+    if bool(outside.any()):
+        values = gate[outside]
+        worst = values[(values - 0.5).abs().nan_to_num(nan=torch.inf).argmax()]
+        raise ValueError(f"{name} of shape {_shape(gate)} holds {float(worst)}; expected values in [0, 1]")
 
 
 def _shape(tensor: Tensor) -> list[int]:

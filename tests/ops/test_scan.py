@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.ops import miras_scan, scan_torch
+from pipeline.ops import miras_scan, native, scan_native, scan_torch
 from tests.ops.reference import delta_loop, token_loop
 
 TIGHT = 1e-10
 NAMES = ("q", "k", "v", "alpha", "eta", "theta", "M0", "S0")
+BACKENDS = ["torch", *filter(native.load, native.KINDS)]
 
 
 def make(
@@ -400,7 +401,7 @@ def test_recomputed_spans_keep_their_inputs_alone(monkeypatch: pytest.MonkeyPatc
 
         x = make(2, 4096, 2, 32, 32, dtype=torch.float32)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = run(x)
+            outputs = run(x, backend="torch")
         assert outputs[0].requires_grad
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
@@ -431,6 +432,7 @@ def _replace(index: int, change) -> list:
     [
         (0, lambda z: z[0], r"q has shape \[5, 2, 8\]; expected \[batch, sequence, heads, key dim\]"),
         (0, lambda z: z[:, :0], r"q has shape \[2, 0, 2, 8\]"),
+        (0, lambda z: z[:0], r"q has shape \[0, 5, 2, 8\]; expected .* without a 0"),
         (0, lambda z: z.half(), "q is float16; expected float64 or float32 or bfloat16"),
         (1, lambda z: z[..., :4], r"k has shape \[2, 5, 2, 4\]; expected that of q, \[2, 5, 2, 8\]"),
         (2, lambda z: z[:, :4], r"v has shape \[2, 4, 2, 6\]; expected \[2, 5, 2, value dim\]"),
@@ -452,17 +454,231 @@ def test_wrong_tensors_are_named(index: int, change, message: str) -> None:
     ("options", "message"),
     [
         ({"rule": "hebb"}, "rule is 'hebb'; expected 'titans' or 'delta'"),
-        ({"backend": "cuda"}, "backend 'cuda' is not built"),
-        ({"backend": "cpu"}, "backend 'cpu' is not built"),
+        ({"backend": "cuda"}, r"q is float64 \[2, 5, 2, 8\] .* on cpu; backend 'cuda' expects a cuda tensor"),
+        ({"backend": "cpu"}, "q is float64 .*; backend 'cpu' expects float32 or bfloat16"),
         ({"backend": "fast"}, "backend is 'fast'; expected"),
         ({"chunk": 0}, "chunk is 0; expected a positive integer"),
         ({"chunk": 16.0}, "chunk is 16.0; expected a positive integer"),
         ({"segment_ids": torch.zeros(2, 4, dtype=torch.int64)}, r"segment_ids has shape \[2, 4\]; expected \[2, 5\]"),
         ({"segment_ids": torch.zeros(2, 5)}, "segment_ids is float32; expected an integer type"),
         ({"state": (torch.zeros(1),)}, "state holds 1 tensors; expected two"),
+        ({"state": 5}, r"state is of type int; expected a pair of tensors, \(M, S\)"),
+        ({"state": (None, None)}, r"state\[0\] \(M\) is of type NoneType; expected a tensor of \[2, 2, 8, 6\]"),
     ],
 )
 def test_wrong_options_are_named(options: dict, message: str) -> None:
     x = [z.detach() for z in make(sequence=5)]
     with pytest.raises(ValueError, match=message):
         miras_scan(*x[:6], **options)
+
+
+def place(x: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Inputs on the backend's device as leaves: tokens in a dtype, gates and state in float32."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    moved = [z.detach().to(device, dtype if i < 3 else torch.float32) for i, z in enumerate(x)]
+    return [z.requires_grad_() for z in moved]
+
+
+def assert_backend_is_the_loop(
+    x: Sequence[Tensor], backend: str, tolerance: float, segment_ids: Tensor | None = None
+) -> None:
+    ids = None if segment_ids is None else segment_ids.to(x[0].device)
+    actual, expected = run(x, segment_ids=ids, backend=backend), truth(x, ids)
+    assert [z.dtype for z in actual] == [x[0].dtype, torch.float32, torch.float32]
+    assert_close(actual, expected, ("y", "M", "S"), tolerance)
+    # The same cotangents for both, as they are rounded.
+    rng = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(z.shape, generator=rng).to(z) for z in actual]
+    got = torch.autograd.grad(actual, x, cotangents)
+    assert [(z.dtype, z.shape) for z in got] == [(z.dtype, z.shape) for z in x]
+    wanted = torch.autograd.grad(expected, x, [z.double() for z in cotangents], materialize_grads=True)
+    assert_close(got, wanted, NAMES, tolerance)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("sequence", [1, 63, 65, 1000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_equals_the_token_loop(backend: str, sequence: int, segmented: bool) -> None:
+    x = place(make(2, sequence, 2, 32, 48, seed=sequence, gates="model"), backend)
+    starts = [i for i in (31, 64, 130, 131, 900) if i < sequence]
+    assert_backend_is_the_loop(x, backend, 1e-5, segments(2, sequence, starts) if segmented else None)
+
+
+@pytest.mark.parametrize("value_dim", [16, 128])
+@pytest.mark.parametrize("key_dim", scan_native.KEY_DIMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_at_every_head_size(backend: str, key_dim: int, value_dim: int) -> None:
+    x = place(make(1, 130, 2, key_dim, value_dim, gates="model"), backend)
+    assert_backend_is_the_loop(x, backend, 1e-5, segments(1, 130, (100,)))
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["random keys", "repeated keys"])
+@pytest.mark.parametrize("key_dim", scan_native.KEY_DIMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_in_bfloat16(backend: str, key_dim: int, repeated: bool) -> None:
+    """Errors of rounding the operands grow where a few keys come again and again."""
+    x = make(1, 500, 2, key_dim, 32, gates="model")
+    if repeated:
+        x[1] = x[1][:, torch.arange(500) % 5]
+    assert_backend_is_the_loop(place(x, backend, torch.bfloat16), backend, 3e-2 if repeated else 1e-2)
+
+
+@pytest.mark.parametrize("gates", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_with_gates_at_the_ends(backend: str, gates: tuple[float, float, float]) -> None:
+    x = place(make(sequence=70, key_dim=32, value_dim=32), backend)
+    with torch.no_grad():
+        for gate, value in zip(x[3:6], gates, strict=True):
+            gate.fill_(value)
+    assert_backend_is_the_loop(x, backend, 1e-5, segments(2, 70, (40,)))
+
+
+@pytest.mark.parametrize("starts", [(32,), (31, 32, 33), (64,), (1, 69), tuple(range(1, 70))])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_restarts_the_state(backend: str, starts: tuple[int, ...]) -> None:
+    x = place(make(sequence=70, key_dim=32, value_dim=16, gates="model"), backend)
+    ids = segments(2, 70, starts)
+    assert_backend_is_the_loop(x, backend, 1e-5, ids)
+    y = run(x, backend=backend, segment_ids=ids.to(x[0].device))[0]
+    before = torch.autograd.grad(y[:, starts[-1] :].sum(), x)
+    for name, gradient in zip(NAMES[:6], before, strict=False):
+        assert not gradient[:, : starts[-1]].any(), name
+    assert not before[6].any() and not before[7].any()
+
+
+@pytest.mark.parametrize("rule", ["titans", "delta"])
+@pytest.mark.parametrize("cut", [1, 64, 99])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_in_two_pieces_with_carried_state(backend: str, cut: int, rule: str) -> None:
+    x = place(make(sequence=100, key_dim=32, value_dim=32, gates="model"), backend)
+    state: tuple[Tensor, Tensor] = (x[6], x[7])
+    pieces = []
+    for part in (slice(0, cut), slice(cut, 100)):
+        tokens = [z[:, part].contiguous() for z in x[:6]]
+        y, state = miras_scan(*tokens, state=state, rule=rule, backend=backend)
+        pieces.append(y)
+    split, whole = [torch.cat(pieces, dim=1), *state], run(x, rule=rule, backend=backend)
+    assert_close(split, whole, ("y", "M", "S"), 1e-5)
+    assert_close(gradients(split, x), gradients(whole, x), NAMES, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_delta_on_every_backend_equals_its_own_loop(backend: str) -> None:
+    x = place(make(sequence=100, key_dim=32, value_dim=32), backend)
+    exact = [z.detach().double().requires_grad_() for z in x]
+    y, state = delta_loop(*exact[:4], exact[5], state=(exact[6], exact[7]))
+    with torch.no_grad():
+        x[7].fill_(torch.inf)  # no part of the rule
+    actual, expected = run(x, rule="delta", backend=backend), [y, *state]
+    assert_close(actual, expected, ("y", "M", "S"), 1e-5)
+    assert_close(gradients(actual, x), gradients(expected, exact), NAMES, 1e-5)
+    without = miras_scan(*x[:4], None, x[5], state=(x[6], x[7]), rule="delta", backend=backend)
+    assert torch.equal(without[0], actual[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_gives_the_same_bits_twice(backend: str, dtype: torch.dtype) -> None:
+    x = place(make(2, 300, 3, 64, 64, gates="model"), backend, dtype)
+    results = [(outputs := run(x, backend=backend)) + gradients(outputs, x) for _ in range(2)]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rule", ["titans", "delta"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_leaves_its_arguments_and_owns_its_state(backend: str, rule: str) -> None:
+    x = place(make(key_dim=32, value_dim=32), backend)
+    before = [z.detach().clone() for z in x]
+    _, memory, momentum = run(x, rule=rule, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(before, x, strict=True))
+    for part in (memory, momentum):
+        assert part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+    empty = [torch.zeros_like(z) for z in x[6:]]
+    for a, b in zip(run([*x[:6], *empty], rule=rule, backend=backend), _flat(x, rule, backend), strict=True):
+        assert torch.equal(a, b)
+
+
+def _flat(x: Sequence[Tensor], rule: str, backend: str) -> list[Tensor]:
+    y, state = miras_scan(*x[:6], rule=rule, backend=backend)
+    return [y, *state]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_lower_the_precision_of_any_backend(backend: str) -> None:
+    x = place(make(1, 100, 2, 32, 32, gates="model"), backend)
+    with torch.autocast(x[0].device.type, dtype=torch.bfloat16):
+        inside = run(x, backend=backend)
+    for a, b in zip(inside, run(x, backend=backend), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_auto_copies_what_is_not_contiguous_and_a_named_backend_refuses_it() -> None:
+    x = place(make(sequence=70, key_dim=32, value_dim=32, gates="model"), "cpu")
+    strided = [z.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for z in x]
+    for a, b in zip(gradients(run(strided), strided), gradients(run(x), x), strict=True):
+        assert torch.equal(a, b)
+    for index, name in enumerate(("q", "k", "v", "alpha", "eta", "theta", r"state\[0\] \(M\)", r"state\[1\] \(S\)")):
+        mixed = [*x[:index], strided[index], *x[index + 1 :]]
+        with pytest.raises(ValueError, match=rf"^{name} is float32 \[2, .*strides .*'cpu' expects a contiguous tensor"):
+            run(mixed, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda z: z.double(), r"q is float64 \[2, 5, 2, 32\] .*; backend 'cpu' expects float32 or bfloat16"),
+        (2, lambda z: z.bfloat16(), "v is bfloat16 .*; backend 'cpu' expects the dtype of q, float32"),
+        (3, lambda z: z.double(), r"alpha is float64 \[2, 5, 2\] .*; backend 'cpu' expects float32"),
+        (4, lambda z: z.double(), "eta is float64 .*; backend 'cpu' expects float32"),
+        (5, lambda z: z.double(), "theta is float64 .*; backend 'cpu' expects float32"),
+    ],
+)
+def test_what_a_named_backend_does_not_take_is_named(index: int, change, message: str) -> None:
+    x = [z.detach() for z in place(make(sequence=5, key_dim=32, value_dim=32), "cpu")]
+    x[index] = change(x[index])
+    state = None if index == 0 else (x[6], x[7])
+    with pytest.raises(ValueError, match=message):
+        miras_scan(*x[:6], state=state, backend="cpu")
+    y, _ = miras_scan(*x[:6], state=state)
+    assert y.dtype == x[2].dtype
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((48, 32), r"q is float32 \[2, 5, 2, 48\] .*; backend 'cpu' expects a key dim of 32, 64 or 128"),
+        ((32, 24), r"v is float32 \[2, 5, 2, 24\] .*; backend 'cpu' expects a value dim that is a multiple of 16"),
+        ((32, 0), r"v is float32 \[2, 5, 2, 0\] .*; backend 'cpu' expects no dimension of 0"),
+    ],
+)
+def test_head_sizes_that_a_named_backend_does_not_take(sizes: tuple[int, int], message: str) -> None:
+    x = place(make(2, 5, 2, *sizes), "cpu")
+    with pytest.raises(ValueError, match=message):
+        run(x, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "worst"),
+    [
+        ("alpha", 3, -0.5, "-0.5"),
+        ("eta", 4, 1.5, "1.5"),
+        ("theta", 5, torch.nan, "nan"),
+        ("theta", 5, torch.inf, "inf"),
+    ],
+)
+def test_gates_outside_their_range_are_named_in_debug_mode(
+    monkeypatch: pytest.MonkeyPatch, name: str, index: int, value: float, worst: str
+) -> None:
+    x = [z.detach() for z in make(sequence=5)]
+    run(x)
+    x[index][0, 0, 0] = 1.25
+    x[index][1, 3, 1] = value
+    run(x)
+    monkeypatch.setenv("MNEMOS_DEBUG", "1")
+    with pytest.raises(ValueError, match=rf"{name} of shape \[2, 5, 2\] holds {worst}; expected values in \[0, 1\]"):
+        run(x)
+    if name == "eta":
+        run(x, rule="delta")  # which ignores it
+    x[index].clamp_(0, 1).nan_to_num_()
+    run(x)

@@ -1,0 +1,168 @@
+"""The native libraries that setup.py builds from kernels/: loading them, and checking them before they are trusted.
+
+Nothing happens at import. `load` opens a library at its first use; `verify` runs a kernel once against its PyTorch
+path, because compilers have shipped wrong binaries for new devices. Both remember their answer for the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Kind = Literal["cpu", "cuda"]
+KINDS: tuple[Kind, ...] = ("cpu", "cuda")
+
+PACKAGE = Path(__file__).resolve().parent.parent
+MEND = "run ./launch.sh --setup-only"
+
+
+class Verdict(NamedTuple):
+    """What the check of one kernel found."""
+
+    op: str
+    device: str
+    case: str  # what else a binary depends on: "float32, head size 64"
+    error: float | None  # the largest relative RMSE of a result; None where it did not run
+    failure: str | None  # why the kernel is not used; None where it is
+
+
+# Threads may use a kernel first at the same time: held while torch is told of its op, and while it is checked.
+LOCK = threading.RLock()
+
+# Filled by `verify` and `lacks`; a process's own, never saved.
+_verdicts: dict[tuple[str, str, str], Verdict] = {}
+
+
+def library(kind: Kind) -> Path | None:
+    """The built library, loaded or not."""
+    return next(iter(sorted(PACKAGE.glob(f"_native_{kind}*.so"))), None)
+
+
+def build_report() -> dict[str, Any]:
+    """What setup.py wrote about its build: ``mode``, ``libraries`` by kind, ``warning``. Empty where there is none."""
+    try:
+        report = json.loads((PACKAGE / "_native_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def load(kind: Kind) -> bool:
+    """Open the library of a kind, once; False where that cannot be, and `why_not` says why."""
+    return why_not(kind) is None
+
+
+@functools.cache
+def why_not(kind: Kind) -> str | None:
+    """None once the library of a kind is loaded (which this does), else the reason why it is not."""
+    path = library(kind)
+    if path is None:
+        facts = build_report().get("libraries", {}).get(kind, {})
+        reason = facts.get("reason") or ("no nvcc was found" if facts.get("no_tool") else None)
+        return f"it is not built ({reason})" if reason else f"it is not built: {MEND}"
+    if kind == "cuda":
+        if torch.version.cuda is None:
+            return "this torch is built for the CPU alone"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU here"
+        # The schemas of all ops are in the library for the CPU.
+        if (reason := why_not("cpu")) is not None:
+            return f"it needs the library for the CPU, and that one does not load: {reason}"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} does not load ({_line(error)}): {MEND}"
+    return None
+
+
+def lacks(op: str, device: str, case: str) -> str | None:
+    """None where a loaded library has the op, else that it has not: it was built before there was one."""
+    if hasattr(torch.ops.mnemos, op):
+        return None
+    failure = f"the library is older than {op}: {MEND}"
+    _verdicts[op, device, case] = Verdict(op, device, case, None, failure)
+    return failure
+
+
+def verify(op: str, device: str, case: str, run: Callable[[], float], tolerance: float) -> str | None:
+    """Check a kernel at its first use on a device: None where it may be used, else what is wrong with it.
+
+    Args:
+        op: its public name.
+        device: ``cpu`` or ``cuda:INDEX``, where it runs.
+        case: what else decides which binary runs: the dtype, the head size.
+        run: computes a small input forward and backward by the kernel and by PyTorch, and returns the largest relative
+            RMSE of any result. It is called once per op, device and case in a process, in a thread of its own, and
+            may raise. It must not ask for another check.
+        tolerance: the largest error that passes; an error that is not a number does not.
+    """
+    key = (op, device, case)
+    if key not in _verdicts:
+        with LOCK:
+            if key not in _verdicts:
+                _verdicts[key] = _check(*key, run, tolerance)
+    return _verdicts[key].failure
+
+
+def _check(op: str, device: str, case: str, run: Callable[[], float], tolerance: float) -> Verdict:
+    error, failure = None, None
+    try:
+        error = _apart(run)
+        if not error <= tolerance:
+            failure = f"its results differ from PyTorch's by {error:.1e}, more than {tolerance:.0e}"
+    except Exception as exception:  # whatever a broken binary raises, there is another path
+        failure = f"it fails with {type(exception).__name__}: {_line(exception)}"
+    return Verdict(op, device, case, error if error is None or math.isfinite(error) else None, failure)
+
+
+def verdicts() -> Iterator[Verdict]:
+    """What has been checked so far in this process."""
+    return iter(tuple(_verdicts.values()))
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning that a process gives once, whatever calls it and from where."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def fall_back(op: str, device: str, case: str, failure: str) -> None:
+    """Say, once, that PyTorch takes the place of a kernel that failed its check."""
+    what = f"the native kernel of {op} is not used on {device} ({case})"
+    with LOCK:
+        warn_once(f"{what}: {failure}. {op} runs on PyTorch, slower")
+
+
+def _apart(run: Callable[[], float]) -> float:
+    """Call in a thread of its own.
+
+    The first use of an op may come under activation checkpointing, autocast, inference mode or a tracer. All of them
+    are a thread's own, and would see, count or change the operations of the check.
+    """
+    result: list[float] = []
+    failure: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            result.append(run())
+        except BaseException as exception:  # handed to the caller below
+            failure.append(exception)
+
+    thread = threading.Thread(target=target, name="kernel check")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -28,6 +28,7 @@ Mnemos trains language models that remember.
   plan RECIPE [flags]                        memory per device, tokens/s and hours, before anything is spent
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
+  bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline
   doctor                                     what this machine has: devices, kernels, attention backends, versions
   check RECIPE [flags]                       the checks that `train` makes before any rank starts
 
@@ -194,7 +195,11 @@ HELP = {
         "usage: mnemos eval CHECKPOINT [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
         " for its latest one.\nThe result goes to OUT/evals."
     ),
-    "bench": "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]",
+    "bench": (
+        "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
+        "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n\n"
+        "Both take --json FILE, --repeats N and --help."
+    ),
     "plan": (
         "usage: mnemos plan RECIPE [--ranks N] [--device NAME] [--utilisation SHARE] [flags of the recipe]\n\n"
         "  --ranks N            devices in all (default 1)\n"

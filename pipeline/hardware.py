@@ -6,6 +6,9 @@ import os
 import re
 import resource
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +31,52 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
 }
 
+PEAK_BANDWIDTH = {
+    # GB/s of device memory, from the vendors' data sheets; matched as PEAK_TFLOPS.
+    "A100 80GB PCIe": 1935.0,
+    "A100-PCIE-40GB": 1555.0,
+    "A100-SXM4-40GB": 1555.0,
+    "A100": 2039.0,
+    "H100 PCIe": 2000.0,
+    "H100 NVL": 3900.0,
+    "H100": 3350.0,
+    "H200": 4800.0,
+    "H200 NVL": 4800.0,
+    "GH200 480GB": 4000.0,
+    "GH200": 4900.0,
+    "B200": 8000.0,
+    "GB200": 8000.0,
+    "B300": 8000.0,
+    "GB300": 8000.0,
+    "L40S": 864.0,
+    "L40": 864.0,
+    "L4": 300.0,
+    "RTX 4090": 1008.0,
+}
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The most that a device can do, and where the figures come from."""
+
+    flops: float | None
+    """FLOP/s of matrix products in the dtype that is measured; None where it is not known."""
+    bandwidth: float | None
+    """Bytes/s of memory."""
+    source: str
+
+    def seconds(self, flops: float, moved: float) -> float | None:
+        """The least time that so many FLOPs and bytes can take (Williams et al., the roofline model, 2009)."""
+        if self.flops is None or self.bandwidth is None:
+            return None
+        return max(flops / self.flops, moved / self.bandwidth)
+
+    def higher(self, other: Roof) -> Roof:
+        """The higher of two that were measured on the same device."""
+        if self.flops is None or other.flops is None or self.bandwidth is None or other.bandwidth is None:
+            return self
+        return Roof(max(self.flops, other.flops), max(self.bandwidth, other.bandwidth), self.source)
+
 
 def on_gpu() -> bool:
     """Whether this process computes on a GPU.
@@ -41,16 +90,64 @@ def peak_flops(stated_tflops: float | None = None) -> float | None:
     """Peak FLOP/s of this device at bfloat16, or the stated one; None where it is not known."""
     if stated_tflops is not None:
         return stated_tflops * 1e12
+    tflops = _of_device(PEAK_TFLOPS)
+    return None if tflops is None else tflops * 1e12
+
+
+def peak_bandwidth() -> float | None:
+    """Peak bytes/s of this GPU's memory; None where it is not known."""
+    gigabytes = _of_device(PEAK_BANDWIDTH)
+    return None if gigabytes is None else gigabytes * 1e9
+
+
+def _of_device(table: dict[str, float]) -> float | None:
+    """The entry of this GPU; None on a CPU and for an unknown device."""
     if not on_gpu():
         return None
     name = torch.cuda.get_device_name()
     if re.search(r"\b(MIG|Laptop|D)\b", name):
         # A part of a device, or a slower one of the same name.
         return None
-    for key in sorted(PEAK_TFLOPS, key=len, reverse=True):
+    for key in sorted(table, key=len, reverse=True):
         if re.search(rf"\b{key}\b", name):
-            return PEAK_TFLOPS[key] * 1e12
+            return table[key]
     return None
+
+
+def roof(dtype: torch.dtype) -> Roof:
+    """The roof over matrix products in a dtype: data sheets for a GPU, measured now on a CPU.
+
+    On a GPU float32 counts as TF32, half the rate of bfloat16: what its matrix units do with such numbers at most.
+    """
+    if on_gpu():
+        peak = peak_flops()
+        if peak is not None and dtype != torch.bfloat16:
+            peak = peak / 2
+        return Roof(peak, peak_bandwidth(), "data sheet")
+    return Roof(measured_flops(dtype), measured_bandwidth(), "measured: matrix product, triad")
+
+
+def measured_flops(dtype: torch.dtype, size: int = 1536) -> float:
+    """FLOP/s of a square matrix product on this CPU, with as many threads as torch uses now; the best of a few."""
+    a, b = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out))
+
+
+def measured_bandwidth(size: int = 2**24) -> float:
+    """Bytes/s of a triad a = b + s c over 64 MiB vectors on this CPU (McCalpin, STREAM); the best of a few."""
+    b, c = torch.rand(size), torch.rand(size)
+    out = torch.empty_like(b)
+    return 3 * b.nbytes / _best(lambda: torch.add(b, c, alpha=3.0, out=out))
+
+
+def _best(work: Callable[[], object], repeats: int = 7) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds[1:])
 
 
 def utilisation(tok_s: float, flops_per_token: float, devices: int, peak: float | None) -> float | None:

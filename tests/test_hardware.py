@@ -7,7 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.hardware import PEAK_TFLOPS, on_gpu, peak_flops, peak_memory, utilisation
+from pipeline import hardware
+from pipeline.hardware import (
+    PEAK_BANDWIDTH,
+    PEAK_TFLOPS,
+    Roof,
+    measured_bandwidth,
+    measured_flops,
+    on_gpu,
+    peak_bandwidth,
+    peak_flops,
+    peak_memory,
+    roof,
+    utilisation,
+)
 
 
 @pytest.fixture
@@ -117,3 +130,69 @@ def test_peak_memory_is_the_resident_set_on_a_cpu(monkeypatch: pytest.MonkeyPatc
     held[::4096] = b"x" * len(held[::4096])
     # Torch alone is more than this; a unit mistaken by 1024 would not fit.
     assert 100 * 2**20 < before <= peak_memory() < 64 * 2**30
+
+
+@pytest.mark.parametrize(
+    "name, gigabytes",
+    [
+        ("NVIDIA H200", 4800),
+        ("NVIDIA H100 80GB HBM3", 3350),
+        ("NVIDIA H100 PCIe", 2000),
+        ("NVIDIA GH200 480GB", 4000),
+        ("NVIDIA A100-SXM4-80GB", 2039),
+        ("NVIDIA A100-SXM4-40GB", 1555),
+        ("NVIDIA A100 80GB PCIe", 1935),
+        ("NVIDIA A100-PCIE-40GB", 1555),
+        ("NVIDIA L4", 300),
+        ("NVIDIA L40", 864),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)
+def test_bandwidth_is_of_the_longest_name_that_fits(device, name: str, gigabytes: float | None) -> None:
+    device(name)
+    assert peak_bandwidth() == (None if gigabytes is None else gigabytes * 1e9)
+
+
+def test_every_device_with_a_peak_has_a_bandwidth() -> None:
+    assert PEAK_TFLOPS.keys() <= PEAK_BANDWIDTH.keys()
+
+
+def test_the_roof_of_a_gpu_is_its_data_sheet(device) -> None:
+    device("NVIDIA H200")
+    assert roof(torch.bfloat16) == Roof(989e12, 4800e9, "data sheet")
+    assert roof(torch.float32) == Roof(494.5e12, 4800e9, "data sheet")
+    device("NVIDIA A10")
+    assert roof(torch.bfloat16).seconds(1.0, 1.0) is None
+
+
+def test_the_roof_is_the_slower_of_two() -> None:
+    found = Roof(100.0, 10.0, "")
+    assert found.seconds(200.0, 1.0) == 2.0
+    assert found.seconds(200.0, 50.0) == 5.0
+
+
+def test_the_higher_of_two_roofs() -> None:
+    found = Roof(100.0, 10.0, "measured").higher(Roof(90.0, 12.0, "measured"))
+    assert found == Roof(100.0, 12.0, "measured")
+    unknown = Roof(None, None, "data sheet")
+    assert unknown.higher(unknown) == unknown
+
+
+def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "measured_flops", lambda dtype: 2e11 if dtype == torch.float32 else 3e11)
+    monkeypatch.setattr(hardware, "measured_bandwidth", lambda: 2e10)
+    assert roof(torch.bfloat16) == Roof(3e11, 2e10, "measured: matrix product, triad")
+
+
+def test_what_is_measured_counts_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_best", lambda work: work() is None or 0.5)
+    assert measured_flops(torch.float32, size=8) == 2 * 8**3 / 0.5
+    assert measured_bandwidth(size=100) == 3 * 400 / 0.5
+
+
+def test_the_first_run_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 0.001, 1.0, 1.4, 2.0, 2.3, 3.0, 3.5])
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(ticks))
+    assert hardware._best(lambda: None, repeats=3) == pytest.approx(0.3)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
 
+BENCHES = {
+    "throughput": ("pipeline.bench.throughput", "run_throughput"),
+    "throughput-case": ("pipeline.bench.throughput", "run_case"),
+    "kernels": ("pipeline.bench.kernels", "run_kernels"),
+    "kernels-case": ("pipeline.bench.kernel_memory", "run_case"),
+}
+"""Where each bench is; a case is a part of one, in a process of its own."""
+
 
 def run_bench(words: Sequence[str]) -> None:
-    """The command: `bench throughput`."""
-    from pipeline.bench.throughput import run_case, run_throughput
-
-    benches = {"throughput": run_throughput, "throughput-case": run_case}
-    if not words or words[0] not in benches:
-        raise UserError(f"bench needs the name of a bench: throughput (got {words[0] if words else 'none'!r})")
-    benches[words[0]](words[1:])
+    """The command: `bench throughput` or `bench kernels`."""
+    if not words or words[0] not in BENCHES:
+        names = ", ".join(name for name in BENCHES if not name.endswith("-case"))
+        raise UserError(f"bench needs the name of a bench, one of {names} (got {words[0] if words else 'none'!r})")
+    module, function = BENCHES[words[0]]
+    getattr(importlib.import_module(module), function)(words[1:])

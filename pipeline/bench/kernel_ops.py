@@ -1,0 +1,223 @@
+"""What `bench kernels` measures: each op with its inputs, its backends, and the work that its definition asks for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.ops import miras_scan
+from pipeline.ops.affine_scan import affine_scan
+from pipeline.ops.dual_maps import HuberError, PNormError, QNormLink, SoftmaxLink
+from pipeline.ops.dual_scan import dual_scan
+from pipeline.ops.mlp_scan import mlp_scan
+from pipeline.ops.scan_split import miras_scan_split
+from pipeline.ops.swiglu_scan import swiglu_scan
+
+CHUNK = 64
+"""Tokens solved together in the count of the exact rule, whatever a backend takes."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batch x tokens x heads x dimension of a head."""
+
+    batch: int
+    tokens: int
+    heads: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}x{self.heads}x{self.dim}"
+
+    @property
+    def vectors(self) -> int:
+        """Tokens of all rows and heads."""
+        return self.batch * self.tokens * self.heads
+
+
+def parse_shape(text: str) -> Shape:
+    """A shape as 1x8192x4x64; K is 1,024 (1x64Kx16x128). Raises UserError."""
+    words = text.split("x")
+    if len(words) != 4 or not all(re.fullmatch(r"[1-9]\d*K?", word) for word in words):
+        raise UserError(f"--shapes has {text!r}: write batch x tokens x heads x head dimension, as in 1x8192x4x64")
+    batch, tokens, heads, dim = (int(word.removesuffix("K")) * (1024 if word.endswith("K") else 1) for word in words)
+    return Shape(batch, tokens, heads, dim)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: how to make its inputs, to call it, and to count it."""
+
+    name: str
+    backends: tuple[str, ...]
+    inputs: Callable[[Shape, torch.dtype, torch.device], list[Tensor]]
+    """Leaves that all need gradients, from a fixed seed."""
+    call: Callable[[Sequence[Tensor], str], Tensor]
+    """The output, by one of `contenders`. Raises ValueError where the backend does not take the inputs."""
+    flops: Callable[[Shape], tuple[float, float]] | None
+    """Of the forward and of the backward pass; None where the count depends on how it is done."""
+    check_tokens: int = 256
+    """Length at which a backend is compared with float64."""
+    splits: bool = False
+    """Whether every backend also runs with the sequence in pieces, as in cpu/4."""
+
+    def contenders(self, backends: Sequence[str], pieces: Sequence[int] = ()) -> list[str]:
+        """What is timed: those of ``backends`` that the op has, each plain and, if the op splits, in pieces."""
+        ends = ["", *(f"/{count}" for count in pieces)] if self.splits else [""]
+        return [name + end for name in backends if name in self.backends for end in ends]
+
+    def has(self, contender: str) -> bool:
+        """Whether it is the op's own, and not a peer."""
+        return contender.partition("/")[0] in self.backends
+
+    def moved(self, shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
+        """Bytes of the forward and the backward pass, each tensor moved once.
+
+        Forward: the inputs and the output. Backward: the inputs, the output's gradient, and the inputs' gradients.
+        """
+        one = self.inputs(Shape(1, 1, 1, shape.dim), dtype, torch.device("cpu"))
+        # Weights have no token.
+        inputs = float(sum(x.nbytes for x in one if x.shape[:3] == (1, 1, 1)))
+        output = float(self.call(one, "torch").nbytes)
+        return shape.vectors * (inputs + output), shape.vectors * (2 * inputs + output)
+
+
+def memory_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """q, k, v, alpha, eta, theta: unit keys and queries, and gates where the memory cannot grow."""
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.batch, shape.tokens, shape.heads)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = (torch.randn(*size, shape.dim, generator=generator) for _ in range(3))
+    alpha, beta = (torch.rand(size, generator=generator) for _ in range(2))
+    eta = torch.full(size, 0.5)
+    tokens = [x.to(device, dtype) for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)]
+    gates = [x.to(device, wide) for x in (0.01 * alpha, eta, 0.9 * beta * (1 - eta) ** 2)]
+    return [x.requires_grad_() for x in (*tokens, *gates)]
+
+
+def exact_flops(shape: Shape, states: int = 2) -> tuple[float, float]:
+    """Multiplications and additions of the exact chunked rule, forward and backward, with nothing recomputed twice.
+
+    Per token and head, with J states (2; 1 without momentum), d = key and value dimension and chunks of C tokens:
+    forward, 6 J d^2 for what states give to residuals and read-outs and take from a chunk, 8 C d for four products of
+    squares with rows, C^2 for the inverse. Backward, twice the products with states, from residuals and states that
+    were kept, and 18 C d + C^2 for the squares, K K^T, Q K^T and the inverse made anew.
+    """
+    square, rows = 6.0 * states * shape.dim**2, float(CHUNK * shape.dim)
+    forward = square + 8 * rows + CHUNK**2
+    backward = 2 * square + 18 * rows + CHUNK**2
+    return shape.vectors * forward, shape.vectors * backward
+
+
+def _miras(rule: str) -> Callable[[Sequence[Tensor], str], Tensor]:
+    def call(x: Sequence[Tensor], backend: str) -> Tensor:
+        return miras_scan(*x, rule=rule, backend=backend)[0]  # type: ignore[arg-type]
+
+    return call
+
+
+def _split(x: Sequence[Tensor], contender: str) -> Tensor:
+    backend, _, pieces = contender.partition("/")
+    return miras_scan_split(*x, backend=backend, pieces=int(pieces or 1))[0]  # type: ignore[arg-type]
+
+
+def affine_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """a in [0.9, 1) and b, each [batch, tokens, heads, dim]; a in float32 at least, where 1 - 1e-3 is not 1."""
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.batch, shape.tokens, shape.heads, shape.dim)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    a = 1 - 0.1 * torch.rand(size, generator=generator)
+    b = torch.randn(size, generator=generator)
+    return [a.to(device, wide).requires_grad_(), b.to(device, dtype).requires_grad_()]
+
+
+def affine_flops(shape: Shape) -> tuple[float, float]:
+    """Forward a h + b. Backward the same recurrence in reverse, and its product with h for a's gradient."""
+    elements = float(shape.vectors * shape.dim)
+    return 2 * elements, 3 * elements
+
+
+def _affine(x: Sequence[Tensor], backend: str) -> Tensor:
+    return affine_scan(x[0], x[1], backend=backend)[0]  # type: ignore[arg-type]
+
+
+def deep_inputs(matrices: int, hidden: int) -> Callable[[Shape, torch.dtype, torch.device], list[Tensor]]:
+    """As `memory_inputs`, and the initial weights of a deep memory, each [heads, hidden x dim, dim]."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        tokens = memory_inputs(shape, dtype, device)
+        generator = torch.Generator().manual_seed(2)
+        size = (matrices, shape.heads, hidden * shape.dim, shape.dim)
+        weights = torch.randn(size, generator=generator) / math.sqrt(shape.dim)
+        return tokens + [w.to(device, tokens[3].dtype).requires_grad_() for w in weights]
+
+    return inputs
+
+
+def _moneta(x: Sequence[Tensor], backend: str) -> Tensor:
+    q, k, v, alpha, _, theta = x
+    return dual_scan(q, k, v, alpha, None, theta, error=PNormError(), link=QNormLink())[0]
+
+
+def _yaad(x: Sequence[Tensor], backend: str) -> Tensor:
+    q, k, v, alpha, _, theta = x
+    return dual_scan(q, k, v, alpha, None, theta, error=HuberError(), threshold=torch.ones_like(theta))[0]
+
+
+def _memora(x: Sequence[Tensor], backend: str) -> Tensor:
+    q, k, v, alpha, _, theta = x
+    return dual_scan(q, k, v, alpha, None, theta, link=SoftmaxLink())[0]
+
+
+def _mlp(x: Sequence[Tensor], backend: str) -> Tensor:
+    q, k, v, alpha, eta, theta, w_in, w_out = x
+    return mlp_scan(q, k, v, alpha, eta, theta, (w_in, w_out), clip=1.0)[0]
+
+
+def _swiglu(x: Sequence[Tensor], backend: str) -> Tensor:
+    q, k, v, alpha, eta, theta, gate, up, down = x
+    return swiglu_scan(q, k, v, alpha, eta, theta, (gate, up, down))[0]
+
+
+def ops() -> dict[str, Op]:
+    """Every op by name. The family has PyTorch paths alone; its rules are called with what their recipes default to."""
+    native = ("torch", "cpu", "cuda")
+    found = [
+        Op("miras_scan", native, memory_inputs, _miras("titans"), exact_flops),
+        Op("miras_scan_delta", native, memory_inputs, _miras("delta"), lambda shape: exact_flops(shape, states=1)),
+        Op("miras_scan_split", native, memory_inputs, _split, exact_flops, splits=True),
+        Op("affine_scan", native, affine_inputs, _affine, affine_flops),
+        Op("moneta", ("torch",), memory_inputs, _moneta, None),
+        Op("yaad", ("torch",), memory_inputs, _yaad, None),
+        Op("memora", ("torch",), memory_inputs, _memora, None),
+        Op("mlp", ("torch",), deep_inputs(2, 4), _mlp, None),
+        Op("swiglu", ("torch",), deep_inputs(3, 2), _swiglu, None),
+    ]
+    return {op.name: op for op in found}
+
+
+def relative_error(op: Op, backend: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative RMSE of the output and the gradients against PyTorch in float64, at a short length."""
+    short = Shape(1, min(shape.tokens, op.check_tokens), min(shape.heads, 2), shape.dim)
+    inputs = op.inputs(short, dtype, device)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    results = []
+    for leaves, name in ((inputs, backend), (exact, "torch")):
+        y = op.call(leaves, name)
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+        results.append([y, *torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)])
+    worst = 0.0
+    for a, b in zip(*results, strict=True):
+        size = float(b.detach().norm())
+        difference = float((a.detach().double() - b.detach()).norm())
+        error = difference / size if size else difference
+        worst = error if math.isnan(error) else max(worst, error)
+    return worst

@@ -1,0 +1,375 @@
+"""`bench kernels`: every backend of the native ops, and their peers, at several shapes, in one run.
+
+All contenders of a shape are warmed up and then timed in turn, `repeats` times over, so that a machine whose speed
+drifts favours none of them. Figures are medians, with the span of the middle 60 %. FLOPs are those that the op's
+definition asks for (docs/benchmarks.md), so that a backend which recomputes is not credited for it, and bytes are those
+of the inputs, outputs and gradients, each moved once. `roof` is the least time that both can take on the device over
+the time that was taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.bench.kernel_memory import both_passes, empty_cache, leaves_out, peak_ratios, prepare
+from pipeline.bench.kernel_ops import Op, Shape, ops, parse_shape, relative_error
+from pipeline.bench.peers import PEERS, Run
+from pipeline.errors import UserError
+from pipeline.flags import parse_flags
+from pipeline.hardware import Roof, on_gpu, roof
+from pipeline.parallel.topology import Topology
+from pipeline.run import machine, versions
+
+PASSES = ("forward", "forward+backward")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_SHAPES = {"cpu": ("1x2048x4x64", "1x8192x4x64", "1x32Kx4x64"), "cuda": ("1x8Kx16x128", "1x64Kx16x128")}
+SAMPLE = 0.005
+"""Seconds of a sample at least; a shorter pass is run several times in a row."""
+BUDGET = 4.0
+"""Seconds that the samples of one contender may take; a slow one gets fewer of them, but three."""
+
+WIDTH = 100
+HEAD = (
+    f"{'backend':<18} {'pass':<7} {'ms':>9} {'20-80 %':>15} {'us/tok':>7} {'GFLOP/s':>8} {'GB/s':>6} {'roof':>5}"
+    f" {'memory':>6} {'error':>8}"
+)
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """What is measured."""
+
+    shapes: tuple[str, ...] = ()
+    """Batch x tokens x heads x head dimension, as in 1x8192x4x64 or 1x64Kx16x128; none: three lengths."""
+    ops: tuple[str, ...] = ("miras_scan",)
+    """Ops; see docs/benchmarks.md."""
+    backends: tuple[str, ...] = ()
+    """Backends: torch, cpu, cuda; none: torch and the native one of this device."""
+    pieces: tuple[int, ...] = (2, 4)
+    """Parts of the sequence for miras_scan_split, which is also measured whole."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    repeats: int = 7
+    """Samples of every backend and shape, taken in turn."""
+    threads: int = 0
+    """CPU threads; 0: as many as torch takes."""
+    peers: tuple[str, ...] = ("titans-pytorch", "fla-gated-delta")
+    """Other packages, measured where they are installed: these, titans-pytorch/64, or none."""
+    memory: bool = True
+    """Measure peak memory, on a CPU in processes of their own."""
+    json: Path | None = None
+    """File for the results."""
+
+
+@dataclass
+class Contender:
+    """A backend or a peer at one shape."""
+
+    name: str
+    run: Run
+    samples: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
+
+    def work(self, name: str) -> Callable[[], object]:
+        if name == PASSES[1]:
+            return both_passes(self.run)
+
+        def forward() -> None:
+            with torch.no_grad():
+                self.run[0]()
+
+        return forward
+
+
+def run_kernels(words: Sequence[str]) -> None:
+    """The command: `bench kernels [flags]`."""
+    options: KernelOptions = parse_flags(KernelOptions(), words, "mnemos bench kernels")
+    device = torch.device("cuda" if on_gpu() else "cpu")
+    shapes, chosen, backends = check(options, device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.dtype]
+    ceiling = roof(dtype)
+    found: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for op in chosen:
+        timed_rows = [row for shape in shapes for row in measure(op, shape, backends, dtype, device, options, notes)]
+        if options.memory:
+            _add_memory(timed_rows, op.name, shapes, dtype, device, notes)
+        found += timed_rows
+    # Before and after: other work on the machine only ever lowers what is measured.
+    ceiling = ceiling.higher(roof(dtype))
+    rows = [_with_rates(row, dtype, ceiling) for row in found]
+    result = {
+        "options": dataclasses.asdict(options),
+        "machine": machine(Topology()) | {"threads": torch.get_num_threads(), "vectors": _vectors()},
+        "versions": versions() | {peer.package: peer.version for peer in PEERS},
+        "roof": dataclasses.asdict(ceiling),
+        "notes": list(dict.fromkeys(notes)),
+        "rows": rows,
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    print(render(result))
+
+
+def check(options: KernelOptions, device: torch.device) -> tuple[list[Shape], list[Op], list[str]]:
+    """The shapes, ops and backends that the flags mean. Raises UserError."""
+    known = ops()
+    for name in options.ops:
+        if name not in known:
+            raise UserError(f"--ops has {name!r}: one of {', '.join(known)}")
+    for name in options.backends:
+        if name not in ("torch", "cpu", "cuda"):
+            raise UserError(f"--backends has {name!r}: one of torch, cpu, cuda")
+        if name not in ("torch", device.type):
+            raise UserError(f"--backends has {name!r}: this run computes on {'a GPU' if on_gpu() else 'the CPU'}")
+    for name in options.peers:
+        if name not in (allowed := [*(peer.name for peer in PEERS), "none"]):
+            raise UserError(f"--peers has {name!r}: one of {', '.join(allowed)}")
+    for count in options.pieces:
+        if count < 2:
+            raise UserError(f"--pieces has {count}: give numbers above 1")
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype is {options.dtype!r}: one of {', '.join(DTYPES)}")
+    if options.repeats < 1:
+        raise UserError(f"--repeats is {options.repeats}: give a number above 0")
+    if options.threads < 0:
+        raise UserError(f"--threads is {options.threads}: give a number of threads, or 0 for torch's own choice")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    shapes = [parse_shape(text) for text in options.shapes or DEFAULT_SHAPES[device.type]]
+    backends = list(dict.fromkeys(options.backends or ("torch", device.type)))
+    for op in (known[name] for name in dict.fromkeys(options.ops)):
+        for backend in options.backends:
+            for dim in dict.fromkeys(shape.dim for shape in shapes):
+                _refuse(op, backend, dim, DTYPES[options.dtype], device)
+    return shapes, [known[name] for name in dict.fromkeys(options.ops)], backends
+
+
+def _refuse(op: Op, backend: str, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises UserError for a backend that was asked for by name and cannot run."""
+    if backend not in op.backends:
+        raise UserError(f"--backends has {backend!r}: {op.name} has {', '.join(op.backends)}")
+    try:
+        op.call(op.inputs(Shape(1, 1, 1, dim), dtype, device), backend)
+    except ValueError as error:
+        raise UserError(f"--backends has {backend!r}: {op.name}: {error}") from None
+
+
+def measure(
+    op: Op,
+    shape: Shape,
+    backends: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    options: KernelOptions,
+    notes: list[str],
+) -> list[dict[str, Any]]:
+    """Times of every backend and peer at a shape; appends to ``notes`` why one is left out."""
+    contenders: list[Contender] = []
+    errors: dict[str, float | None] = {}
+    names = op.contenders(backends, options.pieces)
+    for peer in PEERS:
+        if peer.name not in options.peers or peer.op != op.name or device.type not in peer.devices:
+            continue
+        if peer.version is None:
+            notes.append(f"{peer.package} is not installed")
+        else:
+            names.append(peer.name)
+
+    def drop(name: str, error: Exception) -> bool:
+        out = leaves_out(op.name, name, error)
+        if out:
+            notes.append(f"{name} at {shape}: {_reason(error)}")
+        return out
+
+    for name in names:
+        try:
+            errors[name] = relative_error(op, name, shape, dtype, device) if op.has(name) else None
+            contenders.append(_warmed_up(name, prepare(op.name, name, shape, dtype, device)))
+            continue
+        except Exception as error:
+            if not drop(name, error):
+                raise
+        empty_cache(device)
+    samples = {contender.name: contender.samples for contender in contenders}
+    for each in PASSES:
+        works = {contender.name: (contender.work(each), contender.samples[each]) for contender in contenders}
+        failed = sample(works, options.repeats, device, drop)
+        del works
+        contenders = [contender for contender in contenders if contender.name not in failed]
+    return [
+        {
+            "op": op.name, "shape": str(shape), "dtype": options.dtype, "backend": name, "pass": each,
+            **spread(taken[each]), "error": errors[name], "memory": None,
+        }
+        for name, taken in samples.items() for each in PASSES if taken[each]
+    ]  # fmt: skip
+
+
+def _warmed_up(name: str, run: Run) -> Contender:
+    contender = Contender(name, run)
+    contender.work(PASSES[1])()
+    return contender
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line; its kind where it is no refusal of ours."""
+    said = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return said if isinstance(error, ValueError) and said else f"{type(error).__name__}{said and ': '}{said}"
+
+
+def sample(
+    contenders: Mapping[str, tuple[Callable[[], object], list[float]]],
+    repeats: int,
+    device: torch.device,
+    drop: Callable[[str, Exception], bool],
+) -> set[str]:
+    """Appends seconds per call to each contender's list: `repeats` rounds, all contenders in turn.
+
+    Returns the names of those that failed and that ``drop``, asked with the name and the error, left out of the rest.
+    """
+    plans: dict[str, tuple[int, float]] = {}
+    failed: set[str] = set()
+
+    def attempt(name: str, calls: int) -> float | None:
+        try:
+            return timed(contenders[name][0], calls, device)
+        except Exception as error:
+            if not drop(name, error):
+                raise
+        failed.add(name)
+        empty_cache(device)
+        return None
+
+    for name in contenders:
+        if attempt(name, 1) is not None and (seconds := attempt(name, 1)) is not None:
+            plans[name] = (max(1, math.ceil(SAMPLE / max(seconds, 1e-7))), max(3, BUDGET / max(seconds, SAMPLE)))
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(repeats):
+            for name, (calls, most) in plans.items():
+                if index < most and name not in failed and (seconds := attempt(name, calls)) is not None:
+                    contenders[name][1].append(seconds)
+    finally:
+        if enabled:
+            gc.enable()
+    return failed
+
+
+def timed(work: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds per call."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3 / calls
+    begun = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - begun) / calls
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """The median, the 20 % and 80 % quantiles and the best of samples."""
+    ordered = sorted(samples)
+
+    def quantile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = ordered[math.floor(place)]
+        return low + (ordered[math.ceil(place)] - low) * (place - math.floor(place))
+
+    return {
+        "seconds": statistics.median(ordered), "low": quantile(0.2), "high": quantile(0.8), "best": ordered[0],
+        "samples": len(ordered),
+    }  # fmt: skip
+
+
+def _add_memory(
+    rows: Sequence[dict[str, Any]],
+    op: str,
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    device: torch.device,
+    notes: list[str],
+) -> None:
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    try:
+        ratios = peak_ratios(op, names, shapes, dtype, device, torch.get_num_threads())
+    except UserError as error:  # what was timed stays
+        notes.append(str(error))
+        return
+    for row in rows:
+        if row["pass"] == PASSES[1]:
+            row["memory"] = ratios[row["backend"], parse_shape(row["shape"])]
+
+
+def _with_rates(row: dict[str, Any], dtype: torch.dtype, ceiling: Roof) -> dict[str, Any]:
+    """Adds time per token, FLOP/s, bytes/s and the share of the roof; a peer does other work, which is not counted."""
+    op, shape, seconds = ops()[row["op"]], parse_shape(row["shape"]), row["seconds"]
+    own, passes = op.has(row["backend"]), 1 if row["pass"] == PASSES[0] else 2
+    flops = sum(op.flops(shape)[:passes]) if own and op.flops is not None else None
+    moved = sum(op.moved(shape, dtype)[:passes]) if own else None
+    least = None if flops is None or moved is None else ceiling.seconds(flops, moved)
+    return row | {
+        "us_per_token": 1e6 * seconds / (shape.batch * shape.tokens),
+        "flops": flops,
+        "bytes": moved,
+        "flop_s": None if flops is None else flops / seconds,
+        "byte_s": None if moved is None else moved / seconds,
+        "roof": None if least is None else least / seconds,
+    }
+
+
+def _vectors() -> str | None:
+    """The widest vector instructions that torch uses on this CPU."""
+    return None if on_gpu() else torch.backends.cpu.get_cpu_capability()
+
+
+def render(result: dict[str, Any]) -> str:
+    """The results as tables under the machine and the versions."""
+    device = result["machine"]["device"]
+    used = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    where = device["name"] if device["kind"] == "cuda" else f"{device['name']}, {result['machine']['threads']} threads"
+    lines = textwrap.wrap(f"{where}; {used}", WIDTH)
+    ceiling = result["roof"]
+    if ceiling["flops"] is not None and ceiling["bandwidth"] is not None:
+        lines.append(
+            f"roof: {ceiling['flops'] / 1e9:.0f} GFLOP/s, {ceiling['bandwidth'] / 1e9:.1f} GB/s ({ceiling['source']})"
+        )
+    previous = None
+    for row in result["rows"]:
+        group = (row["op"], row["shape"], row["dtype"])
+        if group != previous:
+            lines += ["", f"{row['op']} {row['shape']} {row['dtype']}", HEAD]
+            previous = group
+        cells = [
+            f"{row['backend']:<18} {'fwd' if row['pass'] == PASSES[0] else 'fwd+bwd':<7} {1e3 * row['seconds']:>9.2f}",
+            f"{1e3 * row['low']:.2f}-{1e3 * row['high']:.2f}".rjust(15),
+            f"{row['us_per_token']:>7.2f}",
+            "-".rjust(8) if row["flop_s"] is None else f"{row['flop_s'] / 1e9:>8.1f}",
+            "-".rjust(6) if row["byte_s"] is None else f"{row['byte_s'] / 1e9:>6.1f}",
+            "-".rjust(5) if row["roof"] is None else f"{row['roof']:>5.0%}",
+            "-".rjust(6) if row["memory"] is None else f"{row['memory']:>5.2f}x",
+            "-".rjust(8) if row["error"] is None else f"{row['error']:>8.1e}",
+        ]
+        lines.append(" ".join(cells))
+    lines += [""] * bool(result["notes"]) + [f"left out: {note}" for note in result["notes"]]
+    return "\n".join(lines)

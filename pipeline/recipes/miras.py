@@ -15,7 +15,15 @@ from pipeline.config import (
     replace,
 )
 from pipeline.data.synthetic import RecallConfig
-from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import (
+    AttentionConfig,
+    BackboneConfig,
+    MemoryConfig,
+    MirasConfig,
+    MlpConfig,
+    Rule,
+    SwigluConfig,
+)
 
 DOLMA = DataConfig(dataset="allenai/dolma3_mix-6T-1025", tokenizer="allenai/OLMo-2-0425-1B", min_tokens=8192)
 
@@ -65,7 +73,7 @@ def miras_tiny() -> RunConfig:
                 trainable=True, layers=4, width=128, heads=4, kv_heads=4, ffn=512, vocabulary=260, rope_theta=10_000.0
             ),
             attention=AttentionConfig(window=64, sinks=4),
-            memory=MemoryConfig(layers=(1, 3), heads=4, head_dim=32, persistent=4, gate_rank=16),
+            memory=MemoryConfig(layers=(1, 3), heads=4, head_dim=32, persistent=4, gate_rank=16, context=64),
         ),
         steps=200,
         warmup_steps=10,
@@ -91,7 +99,18 @@ def miras_recall() -> RunConfig:
                 trainable=True, layers=2, width=64, heads=2, kv_heads=2, ffn=128, vocabulary=49, rope_theta=10_000.0
             ),
             attention=AttentionConfig(window=32, sinks=0),
-            memory=MemoryConfig(layers=(0, 1), heads=2, head_dim=32, persistent=0, gate_rank=16, step_size=(0.5, 0.1)),
+            memory=MemoryConfig(
+                layers=(0, 1),
+                heads=2,
+                head_dim=32,
+                persistent=0,
+                gate_rank=16,
+                step_size=(0.5, 0.1),
+                # Pairs and queries lie in different chunks.
+                context=32,
+                mlp=MlpConfig(hidden=2),
+                swiglu=SwigluConfig(gradient_chunk=32),
+            ),
             recall=RecallConfig(keys=16, values=16, fillers=16),
         ),
         steps=300,
@@ -111,7 +130,41 @@ def miras_recall() -> RunConfig:
 
 def miras_recall_delta() -> RunConfig:
     """miras_recall with the delta rule (no momentum), the baseline."""
+    return _recall("delta")
+
+
+def miras_recall_moneta() -> RunConfig:
+    """A smaller recall task, half as long, for p-norm bias and q-norm retention (MONETA), which is slower to learn."""
+    recipe = _recall("moneta")
+    assert isinstance(recipe.model, MirasConfig)
+    task = RecallConfig(keys=8, values=8, fillers=8, pairs=4, queries=4, max_gap=110)
+    model = dataclasses.replace(recipe.model, recall=task)
+    return replace(recipe, model=model, sequence_length=128, batch_size=32)
+
+
+def miras_recall_yaad() -> RunConfig:
+    """miras_recall with Huber bias (YAAD)."""
+    return _recall("yaad")
+
+
+def miras_recall_memora() -> RunConfig:
+    """miras_recall with softmax retention (MEMORA)."""
+    return _recall("memora")
+
+
+def miras_recall_mlp() -> RunConfig:
+    """miras_recall with a two-layer memory, and twice the steps."""
+    return replace(_recall("mlp"), steps=600)
+
+
+def miras_recall_swiglu() -> RunConfig:
+    """miras_recall with a SwiGLU memory, in chunks that fit the task."""
+    return _recall("swiglu")
+
+
+def _recall(rule: Rule) -> RunConfig:
     recipe = miras_recall()
     assert isinstance(recipe.model, MirasConfig)
-    model = dataclasses.replace(recipe.model, memory=dataclasses.replace(recipe.model.memory, rule="delta"))
-    return replace(recipe, recipe="miras_recall_delta", model=model, output_dir=Path("outputs/miras_recall_delta"))
+    model = dataclasses.replace(recipe.model, memory=dataclasses.replace(recipe.model.memory, rule=rule))
+    name = f"miras_recall_{rule}"
+    return replace(recipe, recipe=name, model=model, output_dir=Path("outputs") / name)

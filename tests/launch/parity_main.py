@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,16 @@ from pipeline.parallel.weights import fill, generator_for
 from pipeline.system import IGNORED, Batch, StepContext
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+from tests.launch.harness import ROOT
 
 ROWS = 2
 LENGTH = 48
 VOCABULARY = 64
 ACCUMULATIONS = (1, 3)
+CONTEXT = 7
+"""Tokens of a segment of mac: not a divisor of the sequence."""
+ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
+"""Attachments and ZeRO stages; stage 3 with recomputation, and with every parameter sharded, however small."""
 
 
 def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> RunConfig:
@@ -45,10 +51,18 @@ def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> Ru
     )  # fmt: skip
 
 
+def attached(attachment: str, kind: str = "window", **options: Any) -> RunConfig:
+    """`base` with the memory attached in another way."""
+    config = base(kind, **options)
+    assert isinstance(config.model, MirasConfig)
+    memory = dataclasses.replace(config.model.memory, attachment=attachment, context=CONTEXT)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+
+
 def randomise(name: str, shape: torch.Size) -> torch.Tensor:
     """Nothing is zero: gates, output projections and norms included."""
     noise = torch.randn(shape, generator=generator_for(7, name))
-    if name.endswith(("norm.weight", "layernorm.weight", "head_norm")):
+    if name.endswith(("norm.weight", "layernorm.weight", "head_norm", "context_norm")):
         return 1 + 0.3 * noise
     return noise * (0.3 if len(shape) > 1 else 0.7)
 
@@ -86,7 +100,17 @@ def micro_batches(topology: Topology, accumulation: int) -> list[Batch]:
     return batches
 
 
-def cases() -> list[tuple[str, RunConfig]]:
+def everything_sharded(folder: Path, rank: int) -> str:
+    """The path of zero3 without its exception for small parameters, which here would be all of them."""
+    settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / f"zero3-everything-{rank}.json"
+    path.write_text(json.dumps(settings))
+    return str(path)
+
+
+def cases(sharded: str) -> list[tuple[str, RunConfig]]:
+    """Names and configs; `sharded` is a ZeRO-3 file that shards everything."""
     found = []
     for accumulation in ACCUMULATIONS:
         for stage in range(4):
@@ -96,6 +120,10 @@ def cases() -> list[tuple[str, RunConfig]]:
     for stage in (0, 3):
         frozen = dataclasses.replace(base(trainable=False), zero=f"zero{stage}", activation_checkpointing=True)
         found.append((f"frozen-recomputed-zero{stage}", frozen))
+    for attachment, stage in ATTACHED:
+        zero = sharded if stage == 3 else f"zero{stage}"
+        config = dataclasses.replace(attached(attachment), zero=zero, activation_checkpointing=stage == 3)
+        found.append((f"{attachment}-zero{stage}", config))
     found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
     return found
 
@@ -191,7 +219,7 @@ def main() -> None:
     folder, given = without_local_rank(sys.argv[1:])
     out, degree = Path(folder), int(given)
     topology = start(dataclasses.replace(base(), parallel=ParallelConfig(sequence=degree)))
-    for name, config in cases():
+    for name, config in cases(everything_sharded(out, topology.rank)):
         result = run_case(config, topology)
         if topology.rank == 0:
             torch.save(result, out / f"{name}.pt")
@@ -199,10 +227,11 @@ def main() -> None:
         for accumulation in ACCUMULATIONS:
             config = dataclasses.replace(base(), grad_accum=accumulation)
             torch.save(plain_gradients(config), out / f"plain-accum{accumulation}.pt")
-    for kind in ("window", "full"):
-        found = causality(base(kind), topology)
+    kinds = {kind: base(kind) for kind in ("window", "full")}
+    for name, config in {**kinds, **{attachment: attached(attachment) for attachment, _ in ATTACHED}}.items():
+        found = causality(config, topology)
         if topology.rank == 0:
-            (out / f"causality-{kind}.json").write_text(json.dumps(found))
+            (out / f"causality-{name}.json").write_text(json.dumps(found))
     stop()
     leave(0)
 

@@ -21,6 +21,7 @@ TOPOLOGIES = {
 }
 CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
+ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_one_rank_equals_plain_pytorch(one_rank: Path, case: str) -> None:
 
 
 def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path) -> None:
-    for case in [*CASES, *OTHERS]:
+    for case in [*CASES, *OTHERS, *ATTACHED]:
         expected = torch.load(one_rank / f"{case}.pt")
         found = torch.load(many_ranks / f"{case}.pt")
         print(f"{case}: largest difference of a tensor {compare(found, expected):.1e}")
@@ -75,7 +76,7 @@ def test_a_frozen_backbone_has_no_gradient_buffer(one_rank: Path) -> None:
         assert all(name.startswith("memory.") for name in found["gradients"])
 
 
-@pytest.mark.parametrize("kind", ["window", "full"])
+@pytest.mark.parametrize("kind", ["window", "full", "mal", "mag", "mac"])
 def test_no_token_changes_an_earlier_loss_or_another_document(one_rank: Path, many_ranks: Path, kind: str) -> None:
     for folder in (one_rank, many_ranks):
         found = json.loads((folder / f"causality-{kind}.json").read_text())

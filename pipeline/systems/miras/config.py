@@ -12,6 +12,8 @@ from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
 from pipeline.systems.miras.limits import MAX_MOMENTUM
 
+Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -75,21 +77,125 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class MonetaConfig:
+    """The rule moneta: p-norm bias, q-norm retention (MIRAS, arXiv 2504.13173)."""
+
+    p: float = 3.0
+    """Exponent of the loss |e|_p^p on the error e; its error signal is p sign(e) |e|^(p - 1)."""
+    q: float = 4.0
+    """Exponent of the norm that links the dual state to the memory; 2 is the identity."""
+    link: Literal["mirror", "printed"] = "mirror"
+    """mirror: the mirror map |A|_q^(2 - q) |A|^(q - 1) sign(A), of degree 1; printed: the paper's A / |A|_q^(q - 2),
+    which grows without bound near an empty memory when q is above 3."""
+    smooth: Literal["none", "sqrt", "tanh"] = "none"
+    """Error signal near 0. none: as it is (p of 2 or more); sqrt: |e| as sqrt(e^2 + eps); tanh: sign(e) as well."""
+    clip: float = 10.0
+    """Largest norm of a token's gradient: the memory then grows linearly at most."""
+    momentum: bool = False
+    """Add momentum as titans has it; the paper has none."""
+
+    def __post_init__(self) -> None:
+        if self.p < 1 or (self.p < 2 and self.smooth == "none"):
+            raise UserError(f"--model.memory.moneta.p {self.p}: give 2 or more, or 1 or more with a --...moneta.smooth")
+        if self.q < 2:
+            raise UserError(f"--model.memory.moneta.q {self.q}: give 2 or more")
+        if not self.clip > 0:
+            raise UserError(f"--model.memory.moneta.clip {self.clip}: give a value above 0")
+
+
+@dataclass(frozen=True)
+class YaadConfig:
+    """The rule yaad: Huber bias, local and global L2 retention (MIRAS, arXiv 2504.13173)."""
+
+    form: Literal["elementwise", "norm"] = "elementwise"
+    """Where the error is cut: each component at delta, or its norm."""
+    threshold: Literal["head", "token"] = "token"
+    """head: delta is one learned number per head; token: a learned function of the token's key."""
+    delta: float = 0.5
+    """Initial delta of every head."""
+    momentum: bool = False
+    """Add momentum as titans has it; the paper has none."""
+
+    def __post_init__(self) -> None:
+        if not self.delta > 0:
+            raise UserError(f"--model.memory.yaad.delta {self.delta}: give a value above 0")
+
+
+@dataclass(frozen=True)
+class MemoraConfig:
+    """The rule memora: rows of the memory are scaled distributions (MIRAS, arXiv 2504.13173)."""
+
+    scale: float = 8.0
+    """What the entries of a row add up to."""
+    momentum: bool = False
+    """Add momentum as titans has it; the paper has none."""
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise UserError(f"--model.memory.memora.scale {self.scale}: give a value above 0")
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """The rule mlp: the memory is a perceptron with one hidden layer (Titans, arXiv 2501.00663)."""
+
+    hidden: int = 4
+    """Width of the hidden layer, as a multiple of head_dim."""
+    clip: float = 10.0
+    """Largest norm of a token's gradient: the memory then grows linearly at most."""
+    momentum: bool = True
+    """Momentum as titans has it."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "memory.mlp", "hidden")
+        if not self.clip > 0:
+            raise UserError(f"--model.memory.mlp.clip {self.clip}: give a value above 0")
+
+
+@dataclass(frozen=True)
+class SwigluConfig:
+    """The rule swiglu: SwiGLU fast weights, updated once per large chunk (LaCT, arXiv 2505.23884)."""
+
+    gradient_chunk: int = 2048
+    """Tokens that make one update, read by the chunks after it: attention has to cover what lies in a token's own.
+    It is part of the result."""
+    hidden: int = 2
+    """Width of the hidden layer, as a multiple of head_dim."""
+    muon: bool = False
+    """Orthogonalise each update by five Newton-Schulz steps."""
+    momentum: bool = True
+    """Add each update, damped by the momentum, to the next."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "memory.swiglu", "gradient_chunk", "hidden")
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """The memory branch on each chosen layer."""
 
     layers: tuple[int, ...] = (8, 10, 12, 14)
     """Layers that get a memory, counted from 0."""
-    rule: Literal["titans", "delta"] = "titans"
-    """titans: momentum and forgetting; delta: no momentum."""
-    backend: Literal["auto", "torch"] = "auto"
-    """Backend of the memory scan."""
+    rule: Rule = "titans"
+    """titans: momentum and forgetting; delta: no momentum. These are exact. The others take their gradients at the
+    start of a chunk (docs/memory.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
+    retention; mlp: a two-layer memory; swiglu: a SwiGLU memory in large chunks."""
+    backend: Literal["auto", "torch", "cpu", "cuda"] = "auto"
+    """Backend of the memory scan; auto takes the fastest that fits. cpu and cuda: native, titans and delta alone."""
+    attachment: Literal["residual", "mac", "mag", "mal"] = "residual"
+    """How the memory meets its layer. residual: beside it; mac: read as context of its attention, written with what
+    attention gave; mag: gates the attention's output; mal: before it (Titans, arXiv 2501.00663, section 4)."""
+    context: int = 512
+    """Tokens of a segment of mac: attention reads the memory as it was before the segment (docs/attachments.md)."""
     heads: int = 16
     """Memories per layer."""
     head_dim: int = 128
     """Size of a key, and of a value: each memory is head_dim x head_dim."""
     chunk: int = 64
-    """Tokens that one step of the scan takes at a time; the result does not depend on it."""
+    """Tokens that one step of the scan of titans and delta takes at a time; the result does not depend on it."""
+    gradient_chunk: int = 16
+    """Tokens whose gradients moneta, yaad, memora and mlp take at the memory that the first of them finds. It is part
+    of the result: a smaller one corrects itself sooner and runs slower. 16 to 64 is usual."""
     conv: int = 4
     """Width of the causal depthwise convolution on queries, keys and values."""
     persistent: int = 16
@@ -97,14 +203,44 @@ class MemoryConfig:
     gate_rank: int = 64
     """Rank of the output gate."""
     momentum: float = 0.1
-    """Initial momentum of every head."""
+    """Initial momentum of every head, where the rule has one."""
     step_size: tuple[float, float] = (0.5, 0.002)
-    """Initial step sizes of the first and the last head; the others lie between on a log scale."""
+    """Initial step sizes of the first and the last head; the others lie between on a log scale. Rules with another
+    range of step sizes scale them by it."""
     half_life: tuple[float, float] = (1e3, 1e6)
     """Initial forget half-lives in tokens of the first and the last head."""
+    moneta: MonetaConfig = field(default_factory=MonetaConfig)
+    yaad: YaadConfig = field(default_factory=YaadConfig)
+    memora: MemoraConfig = field(default_factory=MemoraConfig)
+    mlp: MlpConfig = field(default_factory=MlpConfig)
+    swiglu: SwigluConfig = field(default_factory=SwigluConfig)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the rule carries a momentum, one learned number per head."""
+        if self.rule in ("titans", "delta"):
+            return self.rule == "titans"
+        return bool(getattr(self, self.rule).momentum)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of a deep memory; 0 for a matrix."""
+        return self.head_dim * getattr(self, self.rule).hidden if self.rule in ("mlp", "swiglu") else 0
+
+    @property
+    def state_rows(self) -> int:
+        """Rows of each part of a memory's state, whose columns are head_dim."""
+        return {"mlp": 2 * self.hidden, "swiglu": 3 * self.hidden}.get(self.rule, self.head_dim)
+
+    @property
+    def chunk_start(self) -> int | None:
+        """Tokens of a chunk whose gradients are taken at its start; None for the exact rules."""
+        if self.rule in ("titans", "delta"):
+            return None
+        return self.swiglu.gradient_chunk if self.rule == "swiglu" else self.gradient_chunk
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "memory", "heads", "head_dim", "chunk", "gate_rank")
+        _at_least(1, self, "memory", "heads", "head_dim", "chunk", "gradient_chunk", "gate_rank", "context")
         _at_least(2, self, "memory", "conv")
         _at_least(0, self, "memory", "persistent")
         if not 0 < self.momentum < MAX_MOMENTUM:
@@ -114,6 +250,10 @@ class MemoryConfig:
                 raise UserError(f"--model.memory.{flag} {' '.join(map(str, values))}: give two values above 0")
         if len(set(self.layers)) < len(self.layers):
             raise UserError(f"--model.memory.layers {' '.join(map(str, self.layers))}: name each layer once")
+        if self.backend in ("cpu", "cuda") and self.chunk_start is not None:
+            raise UserError(
+                f"--model.memory.backend {self.backend}: the rule {self.rule} has no native kernel; give auto or torch"
+            )
 
 
 @dataclass(frozen=True)

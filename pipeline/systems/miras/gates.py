@@ -1,7 +1,8 @@
 """Gates of the memory in the region where it cannot grow.
 
-One learned momentum eta per head, step size theta_t = 0.9 beta_t (1 - eta)^2 with beta_t = sigmoid(.), forget rate
-alpha_t <= 0.01: for unit keys a fixed quadratic norm of (error, momentum) then never grows, whatever the keys.
+One learned momentum eta per head, step size theta_t = step beta_t (1 - eta)^2 with beta_t = sigmoid(.), forget rate
+alpha_t <= 0.01. For the exact rules step is 0.9: for unit keys a fixed quadratic norm of (error, momentum) then never
+grows, whatever the keys. The others have ranges of their own (limits.py).
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ class Gates:
     theta: Tensor
 
 
-def bounded_gates(alpha_logits: Tensor, beta_logits: Tensor, eta_logits: Tensor | None) -> Gates:
-    """Gates from logits; alpha and beta logits [batch, sequence, heads], eta logits [heads] (None: no momentum)."""
+def bounded_gates(
+    alpha_logits: Tensor, beta_logits: Tensor, eta_logits: Tensor | None, step: float = STEP_MARGIN
+) -> Gates:
+    """Gates from logits; alpha and beta logits [batch, sequence, heads], eta logits [heads] (None: no momentum).
+
+    step is the largest step size without momentum.
+    """
     dtype = torch.float64 if beta_logits.dtype == torch.float64 else torch.float32
     eta = (
         beta_logits.new_zeros((), dtype=dtype)
         if eta_logits is None
         else MAX_MOMENTUM * torch.sigmoid(eta_logits.to(dtype))
     )
-    theta = STEP_MARGIN * torch.sigmoid(beta_logits.to(dtype)) * (1 - eta) ** 2
+    theta = step * torch.sigmoid(beta_logits.to(dtype)) * (1 - eta) ** 2
     alpha = MAX_FORGET * torch.sigmoid(alpha_logits.to(dtype))
     return Gates(alpha, eta.expand_as(theta), theta)
 
@@ -48,7 +54,10 @@ def initial_eta_logit(momentum: float) -> float:
 
 
 def initial_beta_logits(heads: int, momentum: float, step_size: tuple[float, float]) -> Tensor:
-    """Biases [heads] that give the heads step sizes spread on a log scale from the first to the second."""
+    """Biases [heads] that give the heads step sizes spread on a log scale from the first to the second.
+
+    With another largest step than STEP_MARGIN they are that much larger or smaller: the logits stay the same.
+    """
     thetas = _log_spread(step_size, heads)
     return torch.tensor([logit(min(0.999, theta / (STEP_MARGIN * (1 - momentum) ** 2))) for theta in thetas])
 

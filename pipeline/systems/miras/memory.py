@@ -9,20 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.ops import miras_scan
 from pipeline.parallel.exchange import to_heads, to_sequence
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
-from pipeline.systems.miras.gates import bounded_gates
+from pipeline.systems.miras.rules import memory_rule
 
 
 class MemoryCarry(NamedTuple):
     """State of one layer's memory for this rank's heads; `heads` below is this rank's part of them."""
 
     memory: Tensor
-    """M [batch, heads, dim, dim], float32."""
+    """M [batch, heads, rows, dim], float32; rows is dim for a matrix memory."""
     momentum: Tensor
-    """S [batch, heads, dim, dim], float32."""
+    """S [batch, heads, rows, dim], float32."""
     tail: Tensor
     """The last conv - 1 tokens of (q, k, v) before the convolution [batch, conv - 1, heads, 3 dim]."""
     tail_segments: Tensor
@@ -66,7 +65,9 @@ class MemoryBranch(nn.Module):
         self.v_proj = nn.Linear(width, inner, bias=False)
         self.alpha_proj = GateLinear(width, config.heads)
         self.beta_proj = GateLinear(width, config.heads)
-        self.eta_logits = nn.Parameter(torch.empty(config.heads)) if config.rule == "titans" else None
+        # Not the rule's own: a checkpoint knows it by this name.
+        self.eta_logits = nn.Parameter(torch.empty(config.heads)) if config.has_momentum else None
+        self.rule = memory_rule(config)
         self.conv = nn.Parameter(torch.empty(config.heads, config.conv, 3 * config.head_dim))
         self.head_norm = nn.Parameter(torch.empty(config.heads, config.head_dim))
         self.persistent_k = nn.Parameter(torch.empty(config.heads, config.persistent, config.head_dim))
@@ -99,15 +100,12 @@ class MemoryBranch(nn.Module):
         mixed, tail, tail_segments = self._convolve(qkv, segment_ids, carry, self.conv[mine])
         q, k, v = F.silu(mixed).chunk(3, dim=-1)
         q, k = (F.normalize(x.to(wide), dim=-1).to(x.dtype) for x in (q, k))
-        eta_logits = None if self.eta_logits is None else self.eta_logits[mine]
-        gates = bounded_gates(logits[..., 0], logits[..., 1], eta_logits)
         # The state belongs to the document of the last token before this step; another document starts from zero.
         goes_on = (carry.tail_segments[:, -1] == segment_ids[:, 0])[:, None, None, None]
-        read, (memory, momentum) = miras_scan(
-            q, k, v, gates.alpha, gates.eta, gates.theta,
-            state=(carry.memory.where(goes_on, 0), carry.momentum.where(goes_on, 0)),
-            segment_ids=segment_ids, rule=config.rule, backend=config.backend, chunk=config.chunk,
-        )  # fmt: skip
+        state = (carry.memory.where(goes_on, 0), carry.momentum.where(goes_on, 0))
+        read, (memory, momentum), gates = self.rule(
+            q, k, v, logits[..., 0], logits[..., 1], self.eta_logits, state, segment_ids, mine
+        )
         read = self._head_norm(read, self.head_norm[mine]) + self._persistent(q, mine)
 
         (read,) = to_sequence([read], topology)
@@ -122,11 +120,8 @@ class MemoryBranch(nn.Module):
         """The carry before any token, for this rank's heads of `qkv` [batch, sequence, heads, 3 dim]."""
         batch, _, heads, _ = qkv.shape
         dim, tail = self.config.head_dim, self.config.conv - 1
-        wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        state = qkv.new_zeros(batch, heads, dim, dim, dtype=wide)
         return MemoryCarry(
-            state,
-            state.clone(),
+            *self.rule.empty_state(batch, slice(0, heads), qkv),
             qkv.new_zeros(batch, tail, heads, 3 * dim),
             torch.full((batch, tail), -1, dtype=torch.int64, device=qkv.device),
         )

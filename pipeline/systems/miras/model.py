@@ -25,8 +25,16 @@ from pipeline.ops.attention import (
 from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
 from pipeline.parallel.exchange import to_heads, to_sequence
 from pipeline.parallel.topology import Topology
+from pipeline.systems.miras.attachments import (
+    ContextBranch,
+    ContextMemory,
+    ContextTokens,
+    check_attachment,
+    output_gate,
+)
 from pipeline.systems.miras.config import AttentionConfig, MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
+from pipeline.systems.miras.segments import SegmentPlan, plan_segments
 
 ATTENTION_NAME = "mnemos"
 """The name under which transformers knows our attention."""
@@ -54,8 +62,20 @@ class _AttentionCall:
 
     plan: AttentionPlan
     topology: Topology
-    carry: list[WindowCarry | None]
-    new: dict[int, WindowCarry] = field(default_factory=dict)
+    segment_ids: Tensor
+    before: list[LayerCarry]
+    segments: SegmentPlan | None
+    """For memories that are context of attention."""
+    attention: dict[int, WindowCarry] = field(default_factory=dict)
+    memory: dict[int, tuple[MemoryCarry, MemoryHealth]] = field(default_factory=dict)
+
+
+class _LayerMemory(NamedTuple):
+    """What attention of one layer meets of its memory: a gate of its output, or the memory itself with its tokens."""
+
+    gate: Tensor | None = None
+    """[batch, sequence / degree, width]."""
+    context: tuple[ContextMemory, ContextTokens] | None = None
 
 
 class LossHead(nn.Linear):
@@ -80,12 +100,9 @@ class MirasModel(nn.Module):
         self.config = config
         self.backbone = Olmo2ForCausalLM(backbone)
         self.backbone.lm_head = LossHead(backbone.hidden_size, backbone.vocab_size, bias=False)
-        self.memory = nn.ModuleDict(
-            {
-                str(layer): MemoryBranch(backbone.hidden_size, config.memory, backbone.rms_norm_eps)
-                for layer in config.memory.layers
-            }
-        )
+        check_attachment(config.memory, backbone)
+        branches = {str(layer): self._branch(activation_checkpointing) for layer in config.memory.layers}
+        self.memory = nn.ModuleDict(branches)
         self.activation_checkpointing = activation_checkpointing
         self._rope: Rope | None = None
 
@@ -109,44 +126,74 @@ class MirasModel(nn.Module):
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
+        attachment = self.config.memory.attachment
         call = _AttentionCall(
             self._plan(segment_ids, positions, before[0].attention, hidden),
             topology,
-            [entry.attention for entry in before],
+            segment_ids,
+            before,
+            self._segments(segment_ids, positions, before) if use_memory and attachment == "mac" else None,
         )
         # transformers rotates before attention; here rotation comes after the exchange, where positions can be rebased.
         unrotated = (hidden.new_ones(1, 1, 1), hidden.new_zeros(1, 1, 1))
-        memories: list[MemoryCarry | None] = []
-        health: list[MemoryHealth] = []
 
-        def block(index: int, hidden: Tensor) -> Tensor:
-            return layers[index](hidden, position_embeddings=unrotated, attention_call=call)
+        def block(index: int, hidden: Tensor, gate: Tensor | None) -> Tensor:
+            memory = _LayerMemory(gate)
+            if call.segments is not None and str(index) in self.memory:
+                branch = self.memory[str(index)]
+                assert isinstance(branch, ContextBranch)
+                memory = _LayerMemory(context=(branch.core, branch.inputs(hidden)))
+            return layers[index](hidden, position_embeddings=unrotated, attention_call=call, layer_memory=memory)
 
         def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
             return self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index in range(len(layers)):
-            # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
-            if recompute and hidden.requires_grad:
-                out = checkpoint(block, index, hidden, use_reentrant=False)
-            else:
-                out = block(index, hidden)
-            memory: MemoryCarry | None = None
-            if use_memory and str(index) in self.memory:
+            attached = use_memory and str(index) in self.memory
+            added = gate = None
+            if attached and attachment != "mac":
                 # Apart from the block, so that the two are never whole at the same time.
                 if recompute:
-                    added, memory, state = checkpoint(remember, index, hidden, use_reentrant=False)
+                    added, *rest = checkpoint(remember, index, hidden, use_reentrant=False)
                 else:
-                    added, memory, state = remember(index, hidden)
-                out = out + added
-                health.append(state)
-            memories.append(memory)
-            hidden = out
+                    added, *rest = remember(index, hidden)
+                call.memory[index] = (rest[0], rest[1])
+                if attachment == "mal":
+                    hidden, added = hidden + added, None
+                elif attachment == "mag":
+                    gate, added = output_gate(added), None
+            # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
+            learns = hidden.requires_grad or (attached and attachment != "residual")
+            if recompute and learns:
+                hidden = checkpoint(block, index, hidden, gate, use_reentrant=False)
+            else:
+                hidden = block(index, hidden, gate)
+            if added is not None:
+                hidden = hidden + added
         hidden = self.backbone.model.norm(hidden)
         losses, predictions = self.backbone.lm_head(hidden, labels, predict)
-        after = [LayerCarry(call.new.get(index), memory) for index, memory in enumerate(memories)]
-        return ModelOutput(losses, predictions, after, health)
+        memories = [call.memory.get(index, (None, None)) for index in range(len(layers))]
+        after = [LayerCarry(call.attention.get(index), memory) for index, (memory, _) in enumerate(memories)]
+        return ModelOutput(losses, predictions, after, [health for _, health in memories if health is not None])
+
+    def _branch(self, recompute: bool) -> nn.Module:
+        """A memory as one layer has it."""
+        backbone, memory = self.backbone.config, self.config.memory
+        width, eps = backbone.hidden_size, backbone.rms_norm_eps
+        if memory.attachment == "mac":
+            return ContextBranch(width, width // backbone.num_attention_heads, memory, eps, recompute=recompute)
+        return MemoryBranch(width, memory, eps)
+
+    def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
+        memory = self.config.memory
+        if not memory.layers:
+            return None
+        carry = before[memory.layers[0]].memory
+        ids = None if carry is None else carry.tail_segments
+        return plan_segments(
+            segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1
+        )
 
     def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
         if self._rope is None:
@@ -171,17 +218,39 @@ def attend(
     *,
     scaling: float,
     attention_call: _AttentionCall,
+    layer_memory: _LayerMemory,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: q, k, v [batch, heads, sequence / degree, dim], unrotated."""
-    q, k, v = to_heads([x.transpose(1, 2) for x in (query, key, value)], attention_call.topology)
+    """Attention as transformers calls it: q, k, v [batch, heads, sequence / degree, dim], unrotated.
+
+    What it gives goes to the layer's output projection, [batch, sequence / degree, heads, dim].
+    """
+    call, topology = attention_call, attention_call.topology
+    core, tokens = layer_memory.context or (None, ())
+    q, k, v, *rest = to_heads([*(x.transpose(1, 2) for x in (query, key, value)), *tokens], topology)
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    if attention_call.plan.kind == "full":
-        out = full_attention(q, k, v, attention_call.plan, scale=scaling)
+    if call.plan.kind == "full":
+        out = full_attention(q, k, v, call.plan, scale=scaling)
     else:
-        out, carry = window_attention(q, k, v, attention_call.plan, attention_call.carry[index], scale=scaling)
-        attention_call.new[index] = carry
-    (out,) = to_sequence([out], attention_call.topology)
+        out, carry = window_attention(q, k, v, call.plan, call.before[index].attention, scale=scaling)
+        call.attention[index] = carry
+    if core is not None:
+        assert call.segments is not None
+        out, memory, health = core(
+            ContextTokens(*rest),
+            q,
+            v,
+            out,
+            call.segment_ids,
+            call.segments,
+            call.before[index].memory,
+            topology,
+            scaling,
+        )
+        call.memory[index] = (memory, health)
+    (out,) = to_sequence([out], topology)
+    if layer_memory.gate is not None:
+        out = out * layer_memory.gate.view_as(out)
     return out, None
 
 

@@ -31,9 +31,11 @@ from pipeline.system import (
     StepOutput,
 )
 from pipeline.systems.miras import weights
+from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth
 from pipeline.systems.miras.model import ATTENTION_NAME, LayerCarry, MirasModel, attention_backend
+from pipeline.systems.miras.rules import memory_backend
 
 TERM = "cross_entropy"
 
@@ -53,6 +55,7 @@ class MirasSystem:
                 f"--model.memory.layers {' '.join(map(str, self.sizes.memory.layers))}: the backbone has layers 0 to"
                 f" {self.backbone.num_hidden_layers - 1}"
             )
+        check_attachment(self.sizes.memory, self.backbone)
         self._held_out: StatefulLoader | None = None
         # Our attention stands in for every implementation that transformers would choose.
         self.backbone._attn_implementation = ATTENTION_NAME
@@ -74,6 +77,12 @@ class MirasSystem:
                 f"--model.backbone.vocabulary {self.backbone.vocab_size}: the recall task has"
                 f" {self.sizes.recall.vocab_size} ids: give as many or more"
             )
+        memory = self.sizes.memory
+        if memory.layers and memory.rule == "swiglu" and memory.swiglu.gradient_chunk >= self.config.sequence_length:
+            raise UserError(
+                f"--model.memory.swiglu.gradient-chunk {memory.swiglu.gradient_chunk}: a chunk reads what those before"
+                f" it wrote, and the --sequence-length {self.config.sequence_length} holds no two of them: lower it"
+            )
         for what, count in counts.items():
             if count % degree:
                 raise UserError(
@@ -84,14 +93,16 @@ class MirasSystem:
         attention, memory = self.sizes.attention, self.sizes.memory
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
-        layers = ", ".join(map(str, memory.layers)) or "none"
+        where = "layers " + (", ".join(map(str, memory.layers)) or "none")
+        chunk = "" if memory.chunk_start is None else f" with gradients by chunks of {memory.chunk_start},"
+        attached = memory.attachment + (f" in segments of {memory.context}" if memory.attachment == "mac" else "")
         return {
             "backbone": f"{self.backbone.num_hidden_layers} layers of width {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
             f" {self.sizes.backbone.pretrained or 'random weights'}",
             "attention": f"{attention.kind} of {reach}, backend {backend}",
-            "memory": f"{memory.rule} on layers {layers}, {memory.heads} heads of {memory.head_dim},"
-            f" backend {'torch' if memory.backend == 'auto' else memory.backend}",
+            "memory": f"{memory.rule}{chunk} {attached} on {where},"
+            f" {memory.heads} heads of {memory.head_dim}, backend {memory_backend(memory, device_type, dtype)}",
         }
 
     def build(self) -> nn.Module:

@@ -115,16 +115,16 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
             return torch.ones(shape)
         return torch.randn(shape, generator=generator) * config.backbone.initializer_range
     match leaf:
-        case [_, "head_norm"] | ["norm", "weight"]:
+        case [_, "head_norm" | "context_norm"] | ["norm", "weight"]:
             return torch.ones(shape)
-        case ["o_proj", "weight"] | ["gate_up", "bias"]:
+        case ["o_proj", "weight"] | ["gate_up", "bias"] | [_, "out_gate"] | ["context_gate", _]:
             return torch.zeros(shape)
         case [_, "eta_logits"]:
             return torch.full(shape, initial_eta_logit(memory.momentum))
         case ["alpha_proj", "bias"]:
             return initial_alpha_logits(memory.heads, memory.half_life)
         case ["beta_proj", "bias"]:
-            momentum = memory.momentum if memory.rule == "titans" else 0.0
+            momentum = memory.momentum if memory.has_momentum else 0.0
             return initial_beta_logits(memory.heads, momentum, memory.step_size)
         case [_, "conv"]:
             return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(memory.conv)
@@ -132,6 +132,20 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
             return torch.randn(shape, generator=generator)
         case [_, "persistent_v"]:
             return torch.randn(shape, generator=generator) * config.backbone.initializer_range
+        case ["rule", "delta_bias"]:
+            # The inverse of the softplus.
+            return torch.full(shape, math.log(math.expm1(memory.yaad.delta)))
+        case ["rule", "delta_weight"]:
+            return torch.zeros(shape)
+        case ["rule", "w_in"]:
+            return torch.randn(shape, generator=generator) / math.sqrt(memory.head_dim)
+        case ["rule", "w_gate" | "w_up"]:
+            # Keys have unit length: preactivations start at unit size.
+            return torch.randn(shape, generator=generator)
+        case ["rule", "w_out" | "w_down"]:
+            return torch.randn(shape, generator=generator) / math.sqrt(shape[-2])
+        case [_, "context_kv" | "write"]:
+            return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
         case ["alpha_proj" | "beta_proj", "weight"]:
             return torch.randn(shape, generator=generator) * config.backbone.initializer_range
         case [_, "weight"]:

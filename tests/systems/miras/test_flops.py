@@ -10,14 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig, replace
-from pipeline.ops import scan_torch
+from pipeline.ops import dual_chunks, scan_torch
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_64k, miras_tiny
 from pipeline.system import Flops, create_system
-from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
-from pipeline.systems.miras.flops import activation_bytes, attention_reach, branch_bytes, count_flops, scan_bytes
+from pipeline.systems.miras.config import (
+    AttentionConfig,
+    BackboneConfig,
+    MemoryConfig,
+    MirasConfig,
+    MlpConfig,
+    SwigluConfig,
+    YaadConfig,
+)
+from pipeline.systems.miras.flops import (
+    activation_bytes,
+    attention_reach,
+    branch_bytes,
+    carry_bytes,
+    count_flops,
+    scan_bytes,
+    scan_flops,
+)
 from pipeline.systems.miras.memory import MemoryBranch
 from pipeline.systems.miras.model import MirasModel
+from pipeline.systems.miras.rules import memory_backend
 from pipeline.systems.miras.weights import backbone_config
 
 TINY = {"trainable": True, "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 260}
@@ -84,6 +101,40 @@ def test_forward_is_two_per_weight_of_a_matrix_plus_attention_and_scan(config: M
     expected = 2 * weights + 4 * ATTENTION + len(config.memory.layers) * SCAN
     assert system.flops(1024) == flops(config)
     assert flops(config).forward == expected
+
+
+def attached(attachment: str, **backbone: object) -> MirasConfig:
+    config = make(**backbone)  # type: ignore[arg-type]
+    memory = dataclasses.replace(config.memory, attachment=attachment, context=48)  # type: ignore[arg-type]
+    return dataclasses.replace(config, memory=memory)
+
+
+def test_memory_as_context_costs_two_per_weight_its_reads_its_attention_and_the_scan_of_a_segment() -> None:
+    config = attached("mac")
+    system = create_system(RunConfig("", config, steps=1, batch_size=1, sequence_length=1024, lr=1.0))
+    with torch.device("meta"):
+        model = system.build()
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    products = ("persistent", "context_kv", "write", "out_gate")
+    weights += sum(p.numel() for name, p in model.named_parameters() if any(word in name for word in products))
+    heads, dim = 4, 32
+    reads, attention = 2 * dim**2, 4 * dim * 24.5
+    scan = 12 * dim**2 + 8 * 48 * dim + 48**2
+    expected = 2 * weights + 4 * ATTENTION + 2 * heads * (reads + attention + scan)
+    assert flops(config).forward == expected
+
+
+def test_what_goes_back_in_the_first_memorys_own_block_depends_on_the_attachment() -> None:
+    residual = flops(attached("residual", trainable=False)).backward
+    after_attention = 2 * (128 * 128 + 3 * 128 * 512)
+    assert flops(attached("mal", trainable=False)).backward == residual + BLOCK + 2 * ATTENTION
+    assert flops(attached("mag", trainable=False)).backward == residual + after_attention
+
+
+def test_memory_as_context_carries_the_segment_that_it_does_again() -> None:
+    backbone = backbone_config(make().backbone)
+    more = carry_bytes(attached("mac"), backbone, 4) - carry_bytes(attached("residual"), backbone, 4)
+    assert more == 2 * (48 + 4 - 2) * (4 * 4 * (4 * 32 + 2) + 8)
 
 
 def test_windowed_attention_costs_the_same_at_any_length_and_full_grows_with_it() -> None:
@@ -160,27 +211,99 @@ def kept(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in known)
 
 
+def a_memory_keeps(memory: MemoryConfig, dtype: torch.dtype, sequence: int = 512) -> int:
+    """Bytes that a branch of two rows leaves for the backward pass."""
+    branch = MemoryBranch(512, memory, 1e-6)
+    for parameter in branch.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    branch.to(dtype)
+    hidden = torch.randn(2, sequence, 512).to(dtype).requires_grad_()
+    segments = torch.zeros(2, sequence, dtype=torch.int64)
+    return kept(lambda: branch(hidden, segments, None, Topology()), [hidden, *branch.parameters()])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_memory_keeps_what_the_estimate_says(
     recomputed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one span needs while it is recomputed is not kept, and so not in the sum."""
-    config = dataclasses.replace(make(), memory=MemoryConfig(layers=(0,), heads=4, head_dim=128))
+    memory = MemoryConfig(layers=(0,), heads=4, head_dim=128, backend="torch")
+    config = dataclasses.replace(make(), memory=memory)
     if recomputed:
         monkeypatch.setattr(scan_torch, "_KEEP", 0)
         for name in ("_SPAN_CPU", "_SPAN_GPU"):
             monkeypatch.setattr(scan_torch, name, 2**20)
-    branch = MemoryBranch(512, config.memory, 1e-6)
-    for parameter in branch.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    branch.to(dtype)
-    hidden = torch.randn(2, 512, 512).to(dtype).requires_grad_()
-    segments = torch.zeros(2, 512, dtype=torch.int64)
-    actual = kept(lambda: branch(hidden, segments, None, Topology()), [hidden, *branch.parameters()])
+    actual = a_memory_keeps(memory, dtype)
     scan, working = scan_bytes(config, dtype.itemsize, rows=2, sequence=512, degree=1)
     assert bool(working) == recomputed
-    assert 2 * 512 * branch_bytes(config, 512, dtype.itemsize) + scan == pytest.approx(actual, rel=0.25)
+    assert 2 * 512 * branch_bytes(config, 512, dtype.itemsize, 128) + scan == pytest.approx(actual, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_memory_keeps_what_the_estimate_says_on_the_backend_that_auto_takes(dtype: torch.dtype) -> None:
+    config = dataclasses.replace(make(), memory=MemoryConfig(layers=(0,), heads=4, head_dim=128))
+    natively = memory_backend(config.memory, "cpu", dtype) == "cpu"
+    scan, _ = scan_bytes(config, dtype.itemsize, rows=2, sequence=512, degree=1, natively=natively)
+    estimate = 2 * 512 * branch_bytes(config, 512, dtype.itemsize, 128) + scan
+    assert estimate == pytest.approx(a_memory_keeps(config.memory, dtype), rel=0.25)
+
+
+FAMILY = [
+    pytest.param({"rule": "moneta"}, id="moneta"),
+    pytest.param({"rule": "yaad", "gradient_chunk": 32}, id="yaad"),
+    pytest.param({"rule": "yaad", "yaad": YaadConfig(momentum=True)}, id="yaad with momentum"),
+    pytest.param({"rule": "memora"}, id="memora"),
+    pytest.param({"rule": "mlp"}, id="mlp"),
+    pytest.param({"rule": "mlp", "mlp": MlpConfig(hidden=2, momentum=False)}, id="mlp without momentum"),
+    pytest.param({"rule": "swiglu", "swiglu": SwigluConfig(gradient_chunk=64)}, id="swiglu"),
+    pytest.param({"rule": "swiglu", "swiglu": SwigluConfig(gradient_chunk=64, muon=True)}, id="muon"),
+]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("changes", FAMILY)
+def test_a_chunk_start_memory_keeps_what_the_estimate_says(
+    changes: dict, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = MemoryConfig(layers=(0,), heads=4, head_dim=32, **changes)
+    config = dataclasses.replace(make(), memory=memory)
+    monkeypatch.setattr(dual_chunks, "KEEP", 0 if recomputed else 2**40)
+    for name in ("_SPAN_CPU", "_SPAN_GPU"):
+        monkeypatch.setattr(scan_torch, name, 2**15)
+    scan, working = scan_bytes(config, 4, rows=2, sequence=256, degree=1)
+    assert bool(working) == recomputed
+    actual = a_memory_keeps(memory, torch.float32, 256)
+    assert 2 * 256 * branch_bytes(config, 512, 4, 128) + scan == pytest.approx(actual, rel=0.3)
+
+
+def test_flops_of_the_familys_scans_by_hand() -> None:
+    def scan(**changes: object) -> float:
+        return scan_flops(MemoryConfig(layers=(0,), heads=1, head_dim=32, **changes))  # type: ignore[arg-type]
+
+    square, chunk = 32 * 32, 16
+    assert scan() == scan(rule="delta") == 12 * square + 8 * 64 * 32 + 64**2
+    # Chunk-start gradients: 10 d^2 + 4 C d with momentum; one product less to read and one less to write without.
+    assert scan(rule="yaad", yaad=YaadConfig(momentum=True)) == 10 * square + 4 * chunk * 32
+    assert scan(rule="yaad") == 6 * square + 4 * chunk * 32
+    assert scan(rule="moneta") == scan(rule="memora") == (2 + 2 + 2 + 2 + 2 * 16) * square
+    # Two layers of four times the width: three products for the gradients, and two of either layer per state.
+    assert scan(rule="mlp", mlp=MlpConfig(momentum=False)) == (6 + 8 + 4 + 4) * 4 * square + 4 * chunk * 5 * 32
+    # LaCT's 18 d F, and a read of the empty memory; Muon's 30 d^3 for each of three matrices, once per chunk.
+    assert scan(rule="swiglu", swiglu=SwigluConfig(hidden=1)) == (18 + 6) * square
+    muon = scan(rule="swiglu", swiglu=SwigluConfig(hidden=1, muon=True, gradient_chunk=512))
+    assert muon == (18 + 6) * square + 90 * 32**3 / 512
+
+
+def test_a_deep_memory_carries_its_weights() -> None:
+    def carried(**changes: object) -> int:
+        memory = MemoryConfig(layers=(1,), heads=4, head_dim=32, **changes)  # type: ignore[arg-type]
+        config = dataclasses.replace(make(), memory=memory)
+        return carry_bytes(config, backbone_config(config.backbone), 2)
+
+    window = carried() - 8 * 4 * 32 * 32
+    assert carried(rule="mlp") == window + 8 * 4 * 2 * 128 * 32
+    assert carried(rule="swiglu") == window + 8 * 4 * 3 * 64 * 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -211,6 +334,7 @@ def test_a_large_scan_keeps_its_inputs_alone() -> None:
     """8 sequences of 64K tokens; two sequence ranks keep half each, and the working set stays that of one span."""
     config = miras_64k().model
     assert isinstance(config, MirasConfig)
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, backend="torch"))
     small, none = scan_bytes(config, 2, rows=1, sequence=1024, degree=1)
     large, working = scan_bytes(config, 2, rows=8, sequence=65_536, degree=1)
     assert none == 0

@@ -12,17 +12,22 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
-from pipeline.systems.miras.config import MemoryConfig
+from pipeline.systems.miras.config import MemoryConfig, SwigluConfig
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 
 WIDTH, HEADS, DIM = 12, 2, 4
 ALONE = Topology()
 RULES = ("titans", "delta")
+"""The exact rules, whose result does not depend on where chunks begin."""
+FAMILY = (*RULES, "moneta", "yaad", "memora", "mlp", "swiglu")
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object) -> MemoryBranch:
     """A branch whose every parameter is random, the output projection included."""
-    options = {"heads": HEADS, "head_dim": DIM, "persistent": 3, "gate_rank": 5, "chunk": 8, **changes}
+    options = {
+        "heads": HEADS, "head_dim": DIM, "persistent": 3, "gate_rank": 5, "chunk": 8, "gradient_chunk": 8,
+        "swiglu": SwigluConfig(gradient_chunk=8), **changes,
+    }  # fmt: skip
     branch = MemoryBranch(WIDTH, MemoryConfig(layers=(0,), **options), norm_eps=1e-6)  # type: ignore[arg-type]
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,7 +56,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", FAMILY)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_an_output_projection_of_zeros_adds_exactly_nothing(rule: str, dtype: torch.dtype) -> None:
     branch, hidden = make(rule=rule, dtype=dtype), tokens(20, dtype=dtype)
@@ -63,7 +68,7 @@ def test_an_output_projection_of_zeros_adds_exactly_nothing(rule: str, dtype: to
     assert torch.equal(added, torch.zeros_like(hidden))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", FAMILY)
 def test_all_parameters_learn(rule: str) -> None:
     branch = make(rule=rule)
     added, _, _ = run(branch, tokens(30), ids([17, 13]))
@@ -75,6 +80,15 @@ def test_all_parameters_learn(rule: str) -> None:
 def test_momentum_is_a_parameter_of_the_momentum_rule_alone() -> None:
     names = {rule: {name for name, _ in make(rule=rule).named_parameters()} for rule in RULES}
     assert names["titans"] - names["delta"] == {"eta_logits"}
+
+
+def test_names_of_the_exact_rules_are_those_of_earlier_checkpoints() -> None:
+    """A checkpoint of before the family existed loads, and its optimizer state finds its parameters."""
+    assert [name for name, _ in make().named_parameters()] == [
+        "eta_logits", "conv", "head_norm", "persistent_k", "persistent_v", "norm.weight", "q_proj.weight",
+        "k_proj.weight", "v_proj.weight", "alpha_proj.weight", "alpha_proj.bias", "beta_proj.weight", "beta_proj.bias",
+        "gate_down.weight", "gate_up.weight", "gate_up.bias", "o_proj.weight",
+    ]  # fmt: skip
 
 
 class TestConvolution:
@@ -158,7 +172,7 @@ def test_streams_are_strangers_to_each_other() -> None:
         assert_same(carry.memory[row : row + 1], own.memory)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", FAMILY)
 def test_the_future_changes_nothing(rule: str) -> None:
     branch, hidden, segments = make(rule=rule), tokens(30), ids([12, 18])
     before, _, _ = run(branch, hidden, segments)
@@ -248,7 +262,7 @@ def test_without_persistent_pairs_there_is_the_memory_alone() -> None:
     assert not added.any()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", FAMILY)
 @pytest.mark.parametrize("push", [0.0, 30.0, -30.0])
 def test_health_is_finite_and_averages_are_in_range(rule: str, push: float) -> None:
     branch = make(rule=rule, dtype=torch.float32)

@@ -204,7 +204,7 @@ def check_resumable(config: RunConfig, ranks: int, zero_stage: int, checkpoint: 
     import yaml
 
     saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
-    different = _first_difference(saved, to_plain(config)["model"], "--model")
+    different = _first_difference(saved, config.model, to_plain(config)["model"], "--model")
     if different is not None:
         flag, before, now = different
         raise UserError(
@@ -223,17 +223,25 @@ def check_resumable(config: RunConfig, ranks: int, zero_stage: int, checkpoint: 
             )
 
 
-def _first_difference(saved: Any, current: Any, flag: str) -> tuple[str, Any, Any] | None:
-    if isinstance(saved, dict) and isinstance(current, dict):
-        for key in current:
-            # Which backend computes a thing, and in what pieces, leaves the model the same.
-            if key in ("backend", "chunk", "lr_scale"):
-                continue
-            found = _first_difference(saved.get(key), current[key], f"{flag}.{key.replace('_', '-')}")
-            if found is not None:
-                return found
-        return None
-    return None if saved == current else (flag, saved, current)
+def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[str, Any, Any] | None:
+    """The first field in which a saved section, as plain values, is another model than `section`, whose are `plain`."""
+    if not (isinstance(saved, dict) and dataclasses.is_dataclass(section)):
+        return None if saved == plain else (flag, saved, plain)
+    # Which backend computes a thing, and in what pieces, leaves the model the same; so does what the section does
+    # not use, as it says itself.
+    idle = {"backend", "chunk", "lr_scale", *getattr(section, "idle", ())}
+    for field in dataclasses.fields(section):
+        if field.name in idle:
+            continue
+        value = getattr(section, field.name)
+        # A run of before the field existed did what its default does.
+        if field.name not in saved and value == field.default:
+            continue
+        words = f"{flag}.{field.name.replace('_', '-')}"
+        found = _first_difference(saved.get(field.name), value, plain[field.name], words)
+        if found is not None:
+            return found
+    return None
 
 
 def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -15,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.archive import load_config
+from pipeline.archive import load_config, to_plain
 from pipeline.checkpoint import state
 from pipeline.checkpoint.manifest import LATEST, complete_checkpoints, newest, problems, read_manifest
 from pipeline.checkpoint.state import (
@@ -38,6 +41,7 @@ from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Progress, Run
 from pipeline.system import CarryEntry, ParameterGroup, Phase
+from pipeline.systems.miras.config import MirasConfig
 
 STREAMS = [range(2)]
 
@@ -274,6 +278,33 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(make_run, changes: dict[
     (value,) = changes.values()
     with pytest.raises(UserError, match=rf"{folder} was saved with .* {value}, this run has .*--init-from"):
         check_resumable(make_run().config, ranks=1, zero_stage=FakeEngine.stage, checkpoint=folder)
+
+
+@pytest.mark.parametrize(
+    "flags, refused",
+    [
+        ({}, None),
+        ({"context": 7, "gradient_chunk": 5}, None),
+        ({"attachment": "mag"}, "--model.memory.attachment None, this run has mag"),
+        ({"rule": "delta"}, "--model.memory.rule titans, this run has delta"),
+    ],
+)
+def test_a_run_of_before_a_field_existed_did_what_its_default_does(
+    tmp_path: Path, flags: dict[str, Any], refused: str | None
+) -> None:
+    """Fields that the rule and the attachment do not use are no difference either."""
+    config = miras_tiny()
+    saved = to_plain(config)
+    for new in ("attachment", "context", "gradient_chunk", "moneta", "yaad", "memora", "mlp", "swiglu"):
+        del saved["model"]["memory"][new]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    facts = {"format": 1, "system": "miras", "world": 2, "zero_stage": 3, "files": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    assert isinstance(config.model, MirasConfig)
+    memory = dataclasses.replace(config.model.memory, **flags)
+    now = replace(config, model=dataclasses.replace(config.model, memory=memory))
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        check_resumable(now, ranks=2, zero_stage=3, checkpoint=tmp_path)
 
 
 def test_other_data_is_refused_in_the_loaders_words(make_run) -> None:

@@ -15,7 +15,7 @@ from pipeline.systems.miras.config import MirasConfig
 from tests.launch.harness import single
 
 FAMILY = {
-    "miras_recall_moneta": 0.9,
+    "miras_recall_moneta": 0.8,
     "miras_recall_yaad": 0.9,
     "miras_recall_memora": 0.95,
     "miras_recall_mlp": 0.9,

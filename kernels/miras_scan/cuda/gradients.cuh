@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(Gradients<In, KeyDim>::kThreads, Gradients<In,
   load_gates(gates, x.gates, s, row, chunk);
   __syncthreads();
   update_columns<false>(update, nullptr, coefficients, gates, last);
+  // Read after the barriers of read_state.
   if (thread == kThreads - 1) state_weights(coefficients, gates, last);
-  __syncthreads();
 
   const auto starts = [&] {
     return x.starts + (static_cast<int64_t>(forget(row)) * x.start_chunks + chunk - x.start_first) * (2 * state_size);

@@ -7,7 +7,6 @@ so it works inside of attention, segment after segment. docs/attachments.md has 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from transformers import Olmo2Config
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
-from pipeline.systems.miras.memory import GateLinear, MemoryCarry, MemoryHealth
+from pipeline.systems.miras.memory import GateLinear, MemoryCarry, MemoryHealth, causal_convolution, memory_health
 from pipeline.systems.miras.rules import State, memory_rule
 from pipeline.systems.miras.segments import SegmentPlan, rows_at
 
@@ -146,7 +145,7 @@ class ContextMemory(nn.Module):
             args = (read, logit, query, value, base, replayed if index == 0 else None, past, past_ids)
             if self.recompute and torch.is_grad_enabled():
                 out, written, state, gate = checkpoint(
-                    self._stage, index, plan, *args, state, mine, scale, use_reentrant=False
+                    self._stage, index, plan, *args, state, mine, scale, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 out, written, state, gate = self._stage(index, plan, *args, state, mine, scale)
@@ -254,30 +253,3 @@ def _where(rows: Tensor, yes: State, no: State | None = None) -> State:
     if no is None:
         return yes[0].where(rows, 0), yes[1].where(rows, 0)
     return yes[0].where(rows, no[0]), yes[1].where(rows, no[1])
-
-
-def causal_convolution(tokens: Tensor, segments: Tensor, kernel: Tensor) -> Tensor:
-    """tokens [batch, taps - 1 + length, heads, channels], segments [batch, taps - 1 + length], kernel [heads, taps,
-    channels] give [batch, length, heads, channels]; no tap reaches into another document."""
-    tail = kernel.shape[1] - 1
-    length = tokens.shape[1] - tail
-    mixed = tokens[:, tail:] * kernel[:, tail]
-    for start in range(tail):
-        same = segments[:, start : start + length] == segments[:, tail:]
-        mixed = mixed + tokens[:, start : start + length] * kernel[:, start] * same[:, :, None, None]
-    return mixed
-
-
-def memory_health(head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:
-    """As `MemoryBranch` has it, of gates [batch, sequence, heads]."""
-    rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * head_dim)).clamp(max=0.999))
-    return MemoryHealth(
-        carry.memory.flatten(2).norm(dim=-1).sum(),
-        carry.momentum.flatten(2).norm(dim=-1).sum(),
-        alpha.new_full((), carry.memory.shape[0] * carry.memory.shape[1], dtype=torch.float64),
-        alpha.sum(),
-        eta.sum(),
-        theta.sum(),
-        (math.log(2) / rate).sum(),
-        alpha.new_full((), alpha.numel(), dtype=torch.float64),
-    )

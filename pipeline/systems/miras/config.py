@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,9 +96,9 @@ class MonetaConfig:
     """Add momentum as titans has it; the paper has none."""
 
     def __post_init__(self) -> None:
-        if self.p < 1 or (self.p < 2 and self.smooth == "none"):
+        if not 1 <= self.p < math.inf or (self.p < 2 and self.smooth == "none"):
             raise UserError(f"--model.memory.moneta.p {self.p}: give 2 or more, or 1 or more with a --...moneta.smooth")
-        if self.q < 2:
+        if not 2 <= self.q < math.inf:
             raise UserError(f"--model.memory.moneta.q {self.q}: give 2 or more")
         if not self.clip > 0:
             raise UserError(f"--model.memory.moneta.clip {self.clip}: give a value above 0")
@@ -117,7 +118,7 @@ class YaadConfig:
     """Add momentum as titans has it; the paper has none."""
 
     def __post_init__(self) -> None:
-        if not self.delta > 0:
+        if not 0 < self.delta < math.inf:
             raise UserError(f"--model.memory.yaad.delta {self.delta}: give a value above 0")
 
 
@@ -131,7 +132,7 @@ class MemoraConfig:
     """Add momentum as titans has it; the paper has none."""
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
+        if not 0 < self.scale < math.inf:
             raise UserError(f"--model.memory.memora.scale {self.scale}: give a value above 0")
 
 
@@ -238,6 +239,16 @@ class MemoryConfig:
         if self.rule in ("titans", "delta"):
             return None
         return self.swiglu.gradient_chunk if self.rule == "swiglu" else self.gradient_chunk
+
+    @property
+    def idle(self) -> set[str]:
+        """Fields that this rule and attachment do not use: two runs that differ in them alone train the same model."""
+        unused = {"moneta", "yaad", "memora", "mlp", "swiglu"} - {self.rule}
+        if self.rule in ("titans", "delta", "swiglu"):
+            unused.add("gradient_chunk")
+        if self.attachment != "mac":
+            unused.add("context")
+        return unused
 
     def __post_init__(self) -> None:
         _at_least(1, self, "memory", "heads", "head_dim", "chunk", "gradient_chunk", "gate_rank", "context")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import Olmo2Config
 
@@ -10,6 +12,7 @@ from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
 from pipeline.ops.scan_torch import kept_bytes, recomputes, span_tokens
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.rules import empty_read_bytes
 
 
 def attention_reach(config: MirasConfig, sequence_length: int) -> float:
@@ -63,7 +66,9 @@ def branch_flops(memory: MemoryConfig, width: int, attention_dim: int) -> float:
         return 2.0 * (
             4 * width * inner + 2 * width * heads + memory.gate_rank * (width + inner) + 2 * memory.persistent * inner
         )
-    read = 2.0 * memory.state_rows * dim
+    # A memory that reads something when empty is read twice, to take that off.
+    reads = 2 if memory.rule in ("memora", "mlp", "swiglu") else 1
+    read = 2.0 * reads * memory.state_rows * dim
     context = 4 * dim * attention_dim + 4 * attention_dim * (memory.persistent + (memory.context + 1) / 2)
     return 2.0 * width * heads * (dim + 3) + heads * (read + context + 14.0 * attention_dim * dim)
 
@@ -76,10 +81,12 @@ def scan_flops(memory: MemoryConfig) -> float:
     them. Deep memories likewise with d F for d^2 per layer; they read once more, as an empty memory.
     """
     dim, hidden, states = memory.head_dim, memory.hidden, 2 if memory.has_momentum else 1
-    chunk = memory.chunk_start
-    if chunk is None:
-        solved = min(memory.chunk, memory.context) if memory.attachment == "mac" else memory.chunk
-        return 12.0 * dim**2 + 8 * solved * dim + solved**2
+    # mac scans a segment at a time.
+    longest = memory.context if memory.attachment == "mac" else math.inf
+    if memory.chunk_start is None:
+        chunk = min(memory.chunk, longest)
+        return 12.0 * dim**2 + 8 * chunk * dim + chunk**2
+    chunk = int(min(memory.chunk_start, longest))
     if memory.rule == "yaad":
         return (2.0 + 4 * states) * dim**2 + 4 * chunk * dim
     if memory.rule in ("moneta", "memora"):
@@ -205,8 +212,10 @@ def _chunk_start_bytes(memory: MemoryConfig, element: int, *, rows: int, sequenc
         copies = {"moneta": QNormLink.copies, "memora": SoftmaxLink.copies}.get(memory.rule, 0)
         return dual_scan.kept_bytes(rows, length, dim, dim, states=states, chunk=chunk, copies=copies)
 
-    # The read of the empty memory keeps its hidden units, outside of what is recomputed.
-    empty = 4 * rows * sequence * 8 * hidden
+    # The read of the empty memory keeps its hidden units, or is recomputed by itself.
+    empty = empty_read_bytes(rows * sequence, hidden)
+    if empty > dual_chunks.KEEP:
+        empty = 0
     whole = kept(sequence)
     if whole <= dual_chunks.KEEP or sequence <= chunk:
         return whole + empty, 0

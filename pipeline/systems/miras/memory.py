@@ -23,7 +23,8 @@ class MemoryCarry(NamedTuple):
     momentum: Tensor
     """S [batch, heads, rows, dim], float32."""
     tail: Tensor
-    """The last conv - 1 tokens of (q, k, v) before the convolution [batch, conv - 1, heads, 3 dim]."""
+    """The last conv - 1 tokens of (q, k, v) before the convolution [batch, conv - 1, heads, 3 dim]; the attachment mac
+    keeps more of them, and more of each (attachments.py)."""
     tail_segments: Tensor
     """Their segment ids [batch, conv - 1] int64; -1 where there is no token."""
 
@@ -113,7 +114,7 @@ class MemoryBranch(nn.Module):
         out = self.o_proj(read.flatten(-2).to(gate.dtype) * gate)
         new = MemoryCarry(memory.detach(), momentum.detach(), tail.detach(), tail_segments)
         with torch.no_grad():
-            health = self._health(new, gates.alpha, gates.eta, gates.theta)
+            health = memory_health(config.head_dim, new, gates.alpha, gates.eta, gates.theta)
         return out, new, health
 
     def empty_carry(self, qkv: Tensor) -> MemoryCarry:
@@ -129,17 +130,10 @@ class MemoryBranch(nn.Module):
     def _convolve(
         self, qkv: Tensor, segment_ids: Tensor, carry: MemoryCarry, kernel: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Depthwise taps as shifted products: each tap is masked where it would reach into another document.
-        tail = self.config.conv - 1
         tokens = torch.cat([carry.tail.to(qkv.dtype), qkv], dim=1)
         segments = torch.cat([carry.tail_segments, segment_ids], dim=1)
         length = qkv.shape[1]
-        mixed = tokens[:, tail:] * kernel[:, tail]
-        for back in range(1, tail + 1):
-            start = tail - back
-            same = segments[:, start : start + length] == segment_ids
-            mixed = mixed + tokens[:, start : start + length] * kernel[:, start] * same[:, :, None, None]
-        return mixed, tokens[:, length:], segments[:, length:]
+        return causal_convolution(tokens, segments, kernel), tokens[:, length:], segments[:, length:]
 
     def _head_norm(self, read: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(read, (read.shape[-1],), eps=self.norm_eps) * weight
@@ -150,16 +144,31 @@ class MemoryBranch(nn.Module):
         scores = torch.einsum("bthd,hnd->bthn", q, self.persistent_k[mine])
         return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[mine])
 
-    def _health(self, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:
-        # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random keys.
-        rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * self.config.head_dim)).clamp(max=0.999))
-        return MemoryHealth(
-            carry.memory.flatten(2).norm(dim=-1).sum(),
-            carry.momentum.flatten(2).norm(dim=-1).sum(),
-            alpha.new_full((), carry.memory.shape[0] * carry.memory.shape[1], dtype=torch.float64),
-            alpha.sum(),
-            eta.sum(),
-            theta.sum(),
-            (math.log(2) / rate).sum(),
-            alpha.new_full((), alpha.numel(), dtype=torch.float64),
-        )
+
+def causal_convolution(tokens: Tensor, segments: Tensor, kernel: Tensor) -> Tensor:
+    """tokens [batch, taps - 1 + length, heads, channels], segments [batch, taps - 1 + length], kernel [heads, taps,
+    channels] give [batch, length, heads, channels]; no tap reaches into another document."""
+    # Depthwise taps as shifted products: each is masked where it would reach into another document.
+    tail = kernel.shape[1] - 1
+    length = tokens.shape[1] - tail
+    mixed = tokens[:, tail:] * kernel[:, tail]
+    for start in range(tail):
+        same = segments[:, start : start + length] == segments[:, tail:]
+        mixed = mixed + tokens[:, start : start + length] * kernel[:, start] * same[:, :, None, None]
+    return mixed
+
+
+def memory_health(head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:
+    """Sums over the states of a carry and over gates [batch, sequence, heads]."""
+    # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random keys.
+    rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * head_dim)).clamp(max=0.999))
+    return MemoryHealth(
+        carry.memory.flatten(2).norm(dim=-1).sum(),
+        carry.momentum.flatten(2).norm(dim=-1).sum(),
+        alpha.new_full((), carry.memory.shape[0] * carry.memory.shape[1], dtype=torch.float64),
+        alpha.sum(),
+        eta.sum(),
+        theta.sum(),
+        (math.log(2) / rate).sum(),
+        alpha.new_full((), alpha.numel(), dtype=torch.float64),
+    )

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
-from pipeline.ops import miras_scan, scan_native
+from pipeline.ops import dual_chunks, miras_scan, scan_native
 from pipeline.ops.dual_maps import ErrorMap, HuberError, Link, PNormError, QNormLink, SoftmaxLink, squared_error
 from pipeline.ops.dual_scan import dual_scan
 from pipeline.ops.mlp_scan import gelu, mlp_scan
@@ -23,6 +24,11 @@ from pipeline.systems.miras.gates import Gates, bounded_gates
 from pipeline.systems.miras.limits import largest_step
 
 State = tuple[Tensor, Tensor]
+
+
+def empty_read_bytes(tokens: int, hidden: int) -> int:
+    """What the read of an empty deep memory keeps; tokens is those of all rows and heads."""
+    return 4 * tokens * 8 * hidden
 
 
 class MemoryRule(nn.Module):
@@ -64,8 +70,14 @@ class MemoryRule(nn.Module):
         # In bfloat16 the difference of the two reads would be mostly rounding.
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         y, after = self.scan(q, k, v.to(wide), gates, state, segment_ids, heads)
-        empty = self.recall(q, self.empty_state(q.shape[0], heads, q), heads)
-        return (y - empty).to(v.dtype), after, gates
+        return (y - self._empty_read(q, heads)).to(v.dtype), after, gates
+
+    def _empty_read(self, q: Tensor, heads: slice) -> Tensor:
+        state = self.empty_state(q.shape[0], heads, q)
+        # What a deep memory's hidden layer keeps would be most of what the branch keeps.
+        if torch.is_grad_enabled() and empty_read_bytes(q.shape[:-1].numel(), self.config.hidden) > dual_chunks.KEEP:
+            return checkpoint(self.recall, q, state, heads, use_reentrant=False, preserve_rng_state=False)
+        return self.recall(q, state, heads)
 
     def scan(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, segment_ids: Tensor | None, heads: slice

@@ -78,7 +78,13 @@ class MirasSystem:
                 f" {self.sizes.recall.vocab_size} ids: give as many or more"
             )
         memory = self.sizes.memory
-        if memory.layers and memory.rule == "swiglu" and memory.swiglu.gradient_chunk >= self.config.sequence_length:
+        # A segment of mac is a chunk at the longest.
+        if (
+            memory.layers
+            and memory.rule == "swiglu"
+            and memory.attachment != "mac"
+            and memory.swiglu.gradient_chunk >= self.config.sequence_length
+        ):
             raise UserError(
                 f"--model.memory.swiglu.gradient-chunk {memory.swiglu.gradient_chunk}: a chunk reads what those before"
                 f" it wrote, and the --sequence-length {self.config.sequence_length} holds no two of them: lower it"

@@ -134,7 +134,8 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
             return torch.randn(shape, generator=generator) * config.backbone.initializer_range
         case ["rule", "delta_bias"]:
             # The inverse of the softplus.
-            return torch.full(shape, math.log(math.expm1(memory.yaad.delta)))
+            delta = memory.yaad.delta
+            return torch.full(shape, delta + math.log(-math.expm1(-delta)))
         case ["rule", "delta_weight"]:
             return torch.zeros(shape)
         case ["rule", "w_in"]:

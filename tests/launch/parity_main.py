@@ -9,7 +9,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,8 @@ CONTEXT = 7
 """Tokens of a segment of mac: not a divisor of the sequence."""
 ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
 """Attachments and ZeRO stages; stage 3 with recomputation, and with every parameter sharded, however small."""
+RULES = [("mac", "mlp"), ("residual", "yaad")]
+"""Attachments of rules that have parameters of their own, as stage 3 above."""
 
 
 def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> RunConfig:
@@ -51,11 +52,13 @@ def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> Ru
     )  # fmt: skip
 
 
-def attached(attachment: str, kind: str = "window", **options: Any) -> RunConfig:
-    """`base` with the memory attached in another way."""
-    config = base(kind, **options)
+def attached(attachment: str, rule: str = "titans") -> RunConfig:
+    """`base` with the memory attached in another way, or another rule."""
+    config = base()
     assert isinstance(config.model, MirasConfig)
-    memory = dataclasses.replace(config.model.memory, attachment=attachment, context=CONTEXT)
+    memory = dataclasses.replace(
+        config.model.memory, attachment=attachment, context=CONTEXT, rule=rule, gradient_chunk=5
+    )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 
 
@@ -124,6 +127,9 @@ def cases(sharded: str) -> list[tuple[str, RunConfig]]:
         zero = sharded if stage == 3 else f"zero{stage}"
         config = dataclasses.replace(attached(attachment), zero=zero, activation_checkpointing=stage == 3)
         found.append((f"{attachment}-zero{stage}", config))
+    for attachment, rule in RULES:
+        config = dataclasses.replace(attached(attachment, rule), zero=sharded, activation_checkpointing=True)
+        found.append((f"{attachment}-{rule}-zero3", config))
     found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
     return found
 

@@ -22,6 +22,7 @@ TOPOLOGIES = {
 CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
 ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
+ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3"]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.ops.scan import Backend, Rule, State, check_arguments, check_backend, miras_scan
 
 # Time of the split scan over that of the plain one at equal use of the device, forward and backward: 1.95 by the count
-# above, 2.1 to 2.4 measured with the native kernel of the CPU (docs/benchmarks.md).
+# above, 2.1 to 2.6 measured with the native kernel of the CPU (docs/benchmarks.md has the command).
 COST = 2.3
 # Columns of values that a native kernel gives to one thread or multiprocessor at least.
 SLICE = 16

@@ -163,7 +163,7 @@ def test_a_model_that_cannot_be_built_is_refused_by_the_flag_that_says_so(sectio
 
 def test_a_model_without_memory_is_allowed() -> None:
     assert with_model("memory", layers=()).model.memory == MemoryConfig(
-        layers=(), heads=4, head_dim=32, persistent=4, gate_rank=16
+        layers=(), heads=4, head_dim=32, persistent=4, gate_rank=16, context=64
     )
 
 

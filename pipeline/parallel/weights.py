@@ -22,9 +22,14 @@ from pipeline.parallel.topology import Topology
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
     """Makes parameters whole on every rank; with `modify`, what rank 0 writes is kept and scattered again."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None, enabled=bool(sharded)):
         yield
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds it in parts."""
+    return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
@@ -46,7 +51,7 @@ def fill(model: nn.Module, value: Callable[[str, torch.Size], Tensor], names: It
         if wanted is not None and name not in wanted:
             continue
         with torch.no_grad(), gathered([parameter], modify=True):
-            if rank == 0 or not hasattr(parameter, "ds_id"):
+            if rank == 0 or not is_sharded(parameter):
                 parameter.data.copy_(value(name, parameter.shape))
 
 

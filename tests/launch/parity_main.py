@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from pipeline.cli import leave, without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
 from pipeline.engine import Engine, building, deepspeed_config, start, stop
+from pipeline.errors import UserError
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
@@ -52,9 +54,9 @@ def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> Ru
     )  # fmt: skip
 
 
-def attached(attachment: str, rule: str = "titans") -> RunConfig:
+def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **options: Any) -> RunConfig:
     """`base` with the memory attached in another way, or another rule."""
-    config = base()
+    config = base(kind, **options)
     assert isinstance(config.model, MirasConfig)
     memory = dataclasses.replace(
         config.model.memory, attachment=attachment, context=CONTEXT, rule=rule, gradient_chunk=5
@@ -128,7 +130,7 @@ def cases(sharded: str) -> list[tuple[str, RunConfig]]:
         config = dataclasses.replace(attached(attachment), zero=zero, activation_checkpointing=stage == 3)
         found.append((f"{attachment}-zero{stage}", config))
     for attachment, rule in RULES:
-        config = dataclasses.replace(attached(attachment, rule), zero=sharded, activation_checkpointing=True)
+        config = dataclasses.replace(attached(attachment, rule=rule), zero=sharded, activation_checkpointing=True)
         found.append((f"{attachment}-{rule}-zero3", config))
     found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
     return found
@@ -139,6 +141,10 @@ def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
     ds_config = deepspeed_config(dataclasses.replace(config, batch_size=ROWS // topology.data))
     with building(ds_config, torch.float32):
         model = system.build()
+    try:
+        system.initialise(model, topology)
+    except UserError as error:
+        return {"refused": str(error)}
     fill(model, randomise)
     (phase,) = system.phases(model)
     engine = Engine(model, phase, config, ds_config)

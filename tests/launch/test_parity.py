@@ -62,10 +62,15 @@ def test_one_rank_equals_plain_pytorch(one_rank: Path, case: str) -> None:
     compare(torch.load(one_rank / f"{case}.pt"), expected)
 
 
-def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path) -> None:
+def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path, request: pytest.FixtureRequest) -> None:
+    ranks, degree = request.node.callspec.params["many_ranks"]
     for case in [*CASES, *OTHERS, *ATTACHED]:
         expected = torch.load(one_rank / f"{case}.pt")
         found = torch.load(many_ranks / f"{case}.pt")
+        if case == "mac-mlp-zero3" and ranks > degree:
+            # Data ranks would gather the rule's weights at other moments, and hang.
+            assert "ZeRO-3 would gather its weights" in found["refused"]
+            continue
         print(f"{case}: largest difference of a tensor {compare(found, expected):.1e}")
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=1e-5)
 

@@ -31,7 +31,7 @@ from pipeline.system import (
     StepOutput,
 )
 from pipeline.systems.miras import weights
-from pipeline.systems.miras.attachments import check_attachment
+from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth
 from pipeline.systems.miras.model import ATTENTION_NAME, LayerCarry, MirasModel, attention_backend
@@ -115,6 +115,7 @@ class MirasSystem:
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
+        check_gathering(model, self.sizes.memory, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:

@@ -51,7 +51,11 @@ class DataConfig:
     text_field: str = "text"
     """Column or key that holds a document's text."""
     tokenizer: str = "bytes"
-    """`bytes`, a sentencepiece .model file, or the folder or hub name of a Hugging Face tokenizer."""
+    """`bytes`, a sentencepiece .model file, or the folder or hub name of a Hugging Face tokenizer (NAME or
+    NAME@REVISION)."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a hub tokenizer. It needs NAME@REVISION with a full commit hash: what was
+    read is what runs."""
     min_tokens: int = 0
     """Documents shorter than this many tokens are left out, so that a long-context run trains on long documents."""
     holdout: float = 0.02
@@ -137,6 +141,10 @@ class RunConfig:
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Complete checkpoints to keep."""
+    async_save: bool = False
+    """Copy what a checkpoint holds to host memory and write it while training goes on; the last one is waited for."""
+    max_hours: float | None = None
+    """Stop and save when this start has run so many hours: a job's time limit, less the time that a save takes."""
     eval_every: int = 500
     """Steps between held-out evaluations; 0: at the end only."""
     warmup_steps: int = 0
@@ -175,6 +183,8 @@ class RunConfig:
             "--parallel.timeout-minutes": self.parallel.timeout_minutes,
             "--optimizer.max-skipped": self.optimizer.max_skipped,
         }
+        if self.max_hours is not None:
+            positive["--max-hours"] = self.max_hours
         if self.report.peak_tflops is not None:
             positive["--report.peak-tflops"] = self.report.peak_tflops
         for flag, value in positive.items():

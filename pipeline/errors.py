@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A UserError that one rank alone knows of, before the ranks can agree: that rank prints it."""
+
+
+class LostRankError(Exception):
+    """A rank died, stalled or cannot be reached: nothing to mend in the command; the job is started again. Exit code 3."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from pipeline import __version__
-from pipeline.errors import RankError, UserError
+from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.flags import fit_ranks, parse_run, take
+from pipeline.leave import LOST_RANK, USER_ERROR, leave, lost_peer
+from pipeline.stop import Stopped
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""What a collective says on the ranks that are left when one has ended."""
 LAST_WORDS = 3.0
 """Seconds that the other ranks leave rank 0 to say why a job ends."""
 
@@ -40,7 +40,7 @@ Every command takes --help. Ranks are started by the deepspeed launcher:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 for an error that the user can mend."""
+    """Runs one command; returns the exit code (docs/failures.md)."""
     words = without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -64,12 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), everywhere=True)
     except UserError as error:
         return _fail(str(error))
+    except Stopped as stop:
+        return _end(f"stopped ({stop}); the same command goes on from the last checkpoint", stop.exit_code)
+    except LostRankError as error:
+        return _end(f"{error}; the same command goes on from the last checkpoint", LOST_RANK, everywhere=True)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("mnemos: interrupted; the newest complete checkpoint is kept", file=sys.stderr, flush=True)
         return 130
     except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(sign in str(error) for sign in LOST_PEER):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and lost_peer(error):
             # Another rank has ended, and has said why; a traceback of the wait for it would only hide that.
             return _fail("another rank ended first: its own line, above or below, says why")
         raise
@@ -89,27 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, everywhere: bool = False) -> int:
-    # Errors of a whole job are the same on every rank: one line is enough.
+    return _end(message, USER_ERROR, everywhere)
+
+
+def _end(message: str, code: int, everywhere: bool = False) -> int:
+    # What is the same on every rank needs one line only.
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
     elif ranks > 1:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
         time.sleep(LAST_WORDS)
     if ranks > 1:
-        leave(2)
-    return 2
-
-
-def leave(code: int) -> NoReturn:
-    """Ends a rank of a launched job.
-
-    Not by the interpreter's own exit: the threads of the collectives can abort that, and then a run that finished is
-    reported as one that failed, or one that failed loses its exit code.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        leave(code)
+    return code
 
 
 def without_local_rank(words: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
+from pipeline.checkpoint.shards import ShardFiles
 from pipeline.config import RunConfig
 from pipeline.errors import RankError, UserError
 from pipeline.hardware import on_gpu
@@ -32,6 +33,7 @@ from pipeline.machine import Machine
 from pipeline.parallel.topology import Topology, create_topology
 from pipeline.system import Phase
 
+AFTER_THE_WATCH = datetime.timedelta(seconds=30)
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -54,13 +56,15 @@ def start(config: RunConfig) -> Topology:
     if not on_gpu():
         # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The watch speaks first and names the rank; a collective that gives up only knows that it waited.
+    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
     if not dist.is_initialized():
         try:
             deepspeed.init_distributed(
                 dist_backend=get_accelerator().communication_backend_name() if on_gpu() else "gloo",
                 auto_mpi_discovery=False,
                 verbose=False,
-                timeout=datetime.timedelta(minutes=config.parallel.timeout_minutes),
+                timeout=timeout,
             )
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -71,7 +75,10 @@ def start(config: RunConfig) -> Topology:
     # torchrun and DeepSpeed's launcher name the ranks of a node differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     return create_topology(
-        config.parallel.sequence, local_rank=local_rank, nodes=max(1, dist.get_world_size() // local)
+        config.parallel.sequence,
+        local_rank=local_rank,
+        nodes=max(1, dist.get_world_size() // local),
+        timeout=timeout,
     )
 
 
@@ -194,6 +201,9 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        self.deepspeed.checkpoint_engine = self._shards = ShardFiles()
+        # Scripts that unpickle whatever they are given; `checkpoint convert` and `export` do their work.
+        self.deepspeed._copy_recovery_script = lambda save_path: None
         self._peak_lrs = [config.lr * group.lr_scale for group in phase.groups]
 
     @staticmethod
@@ -247,9 +257,13 @@ class Engine:
             return parameter.grad
         return safe_get_full_grad(parameter)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes DeepSpeed's shards under folder/tag; frozen parameters are left out. Collective."""
+    def collect(self, folder: Path, tag: str) -> dict[Path, Any]:
+        """What DeepSpeed would write on this rank, by path under folder/tag, without frozen parameters. Collective.
+
+        The tensors are those that training goes on to change.
+        """
         self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        return self._shards.take()
 
     def load(self, checkpoint: Path) -> None:
         """Reads DeepSpeed's shards of a checkpoint folder. Collective."""

@@ -10,4 +10,4 @@ class RankError(UserError):
 
 
 class LostRankError(Exception):
-    """A rank died, stalled or cannot be reached: nothing to mend in the command; the job is started again. Exit code 3."""
+    """A rank died, stalled or cannot be reached: the job is started again as it was. Exit code 3."""

@@ -8,7 +8,7 @@ import shutil
 
 from pipeline.checkpoint.state import check_resumable, keep_global_batch, locate_checkpoint
 from pipeline.config import RunConfig
-from pipeline.engine import deepspeed_config, precision_of, zero_stage
+from pipeline.engine import deepspeed_config, precision_of
 from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
 from pipeline.parallel.topology import Topology, check_degrees
@@ -24,10 +24,10 @@ def preflight(config: RunConfig, ranks: int) -> None:
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
     create_system(config).check(topology)
     checkpoint = locate_checkpoint(config)
-    config = keep_global_batch(config, topology, checkpoint)
-    ds_config = deepspeed_config(config)
     if checkpoint is not None:
-        check_resumable(config, ranks, zero_stage(ds_config), checkpoint)
+        check_resumable(config, checkpoint)
+        config = keep_global_batch(config, topology, checkpoint)
+    deepspeed_config(config)
     system = create_system(config)
     system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
     if config.init_from is not None and not (config.init_from / "trainable.safetensors").is_file():

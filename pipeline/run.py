@@ -57,6 +57,8 @@ class Run:
     engine: Engine | None = None
     phase: Phase | None = None
     last_checkpoint: str | None = None
+    frozen: dict[str, Any] | None = None
+    """What the weights that are not trained are, for checkpoints to name; None when all are trained."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What was chosen for this machine, for the log: layout, backends, data, parameters."""
 

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.parallel.pulse import Pulse
     from pipeline.parallel.topology import Topology
 
 IGNORED = -100
@@ -194,7 +195,9 @@ class System(Protocol):
 
     def after_step(self, model: nn.Module, context: StepContext) -> None: ...
 
-    def evaluate(self, model: nn.Module, phase: Phase, topology: Topology) -> Evaluation: ...
+    def evaluate(self, model: nn.Module, phase: Phase, pulse: Pulse) -> Evaluation:
+        """Held-out numbers. Calls `pulse` before each batch (`next_step` does), so that a stop need not wait for it."""
+        ...
 
     def flops(self, sequence_length: int) -> Flops: ...
 

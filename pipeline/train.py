@@ -2,43 +2,79 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
+from pipeline.checkpoint.frozen import frozen_weights
+from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import (
     check_resumable,
     find_checkpoint,
     keep_global_batch,
     load_trainable,
     restore,
-    save_checkpoint,
+    rng_state,
+    seed_all,
 )
 from pipeline.config import RunConfig
-from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start, zero_stage
-from pipeline.errors import UserError
+from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
+from pipeline.errors import LostRankError, UserError
+from pipeline.leave import LOST_RANK, leave, lost_peer
 from pipeline.meter import Meter
-from pipeline.parallel.agreement import agree, next_step, together
+from pipeline.parallel.agreement import agree, from_all, together
 from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.watch import Watch
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run, write_json, write_run_file
 from pipeline.schedule import lr_multiple
-from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, System, create_system
+from pipeline.stop import Stopped, StopRequests
+from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput, System, create_system
+
+LAST_LOOK = 15.0
+"""Seconds in which the watch may find out which rank a failed collective waited for."""
 
 
 def train(config: RunConfig) -> None:
-    """Runs a recipe to its end, from wherever its newest checkpoint is. Raises UserError on every rank alike."""
-    topology = start(config)
+    """Runs a recipe to its end, from wherever its newest checkpoint is.
+
+    Raises UserError or Stopped on every rank alike, and LostRankError on those that are left when one is gone.
+    """
+    with StopRequests(config.max_hours) as requests:
+        topology = start(config)
+        with Watch(topology, timeout=60 * config.parallel.timeout_minutes, on_failure=_end_the_job) as watch:
+            try:
+                _train(config, topology, Pulse(topology, requests, watch))
+            except RuntimeError as error:
+                if not lost_peer(error):
+                    raise
+                reason = watch.verdict(LAST_LOOK) or f"another rank is gone ({str(error).splitlines()[0]})"
+                raise LostRankError(f"rank {topology.rank}: {reason}") from error
+
+
+def _end_the_job(reason: str) -> None:
+    # From the thread of the watch: the main thread may wait in a collective for ever.
+    print(f"mnemos: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    leave(LOST_RANK)
+
+
+def _train(config: RunConfig, topology: Topology, pulse: Pulse) -> None:
     checkpoint = find_checkpoint(config, topology)
     config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
     run = Run(config, topology, device_of(topology), system, config.output_dir)
+    # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
+    seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
     with building(ds_config, precision_of(config)):
         model = system.build()
     system.initialise(model, topology)
@@ -47,7 +83,7 @@ def train(config: RunConfig) -> None:
     phases = system.phases(model)
     if len(phases) != 1:
         raise ValueError(f"{system.name} has {len(phases)} phases: the loop runs one until moments carry over by name")
-    Trainer(run, phases[0], model, ds_config).execute(checkpoint)
+    Trainer(run, phases[0], model, ds_config, pulse).execute(checkpoint)
 
 
 def _prepare(
@@ -55,21 +91,24 @@ def _prepare(
 ) -> tuple[RunConfig, System, dict[str, object]]:
     # The layout first: what cannot run at all is no matter of resuming.
     create_system(config).check(topology)
-    config = keep_global_batch(config, topology, checkpoint)
-    ds_config = deepspeed_config(config)
     if checkpoint is not None:
-        check_resumable(config, topology.world, zero_stage(ds_config), checkpoint)
-    return config, create_system(config), ds_config
+        check_resumable(config, checkpoint)
+        config = keep_global_batch(config, topology, checkpoint)
+    return config, create_system(config), deepspeed_config(config)
 
 
 class Trainer:
     """One phase: its engine, data and carry."""
 
-    def __init__(self, run: Run, phase: Phase, model: nn.Module, ds_config: dict[str, object]) -> None:
-        self.run, self.phase = run, phase
+    def __init__(
+        self, run: Run, phase: Phase, model: nn.Module, ds_config: dict[str, object], pulse: Pulse | None = None
+    ) -> None:
+        self.run, self.phase, self.pulse = run, phase, pulse or Pulse(run.topology)
         self.loader: StatefulLoader = together(run.topology, lambda: run.system.loader(phase, run.topology))
         run.phase, run.progress.phase = phase, phase.name
         self.ds_config = ds_config
+        trained = {name for group in phase.groups for name in group.parameters}
+        run.frozen = frozen_weights(model, trained, run.topology)
         run.engine = self.engine = Engine(model, phase, run.config, ds_config)
         run.chosen = self._chosen(model)
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
@@ -79,6 +118,17 @@ class Trainer:
             range((first + micro) * rows, (first + micro + 1) * rows) for micro in range(run.config.grad_accum)
         ]
         self.callbacks: list[Callback] = []
+        self.saver = Saver(run, self.streams)
+        self.outputs: list[StepOutput] = []
+        """What the last step's micro-batches measured."""
+        self.saved: int | None = None
+        """The step of the newest checkpoint that was begun."""
+        self._remember()
+
+    def _remember(self) -> None:
+        """Where the data and the generators are after a completed step, for a checkpoint of it at any later moment."""
+        self.position: dict[str, Any] = self.loader.state_dict()
+        self.rng = rng_state()
 
     def _chosen(self, model: nn.Module) -> dict[str, str]:
         run, config, topology = self.run, self.run.config, self.run.topology
@@ -99,6 +149,8 @@ class Trainer:
         if checkpoint is not None:
             carries = restore(run, checkpoint, self.loader, self.streams)
             self.carries = carries or self.carries
+            self._remember()
+            self.saved = run.progress.step
         last = min(self.phase.steps, config.stop_after or self.phase.steps)
         if config.dry_run:
             self._dry_run()
@@ -110,42 +162,52 @@ class Trainer:
         try:
             for callback in self.callbacks:
                 callback.on_start()
-            if run.progress.step == 0:
-                self._evaluate(0)
-            self._steps(last)
+            meter = Meter(run)
+            try:
+                self._steps(last, meter)
+            except Stopped:
+                self._save_what_is_done(meter)
+                raise
             status = "finished" if run.progress.step >= self.phase.steps else "stopped"
+        except Stopped as stop:
+            status = "stopped" if stop.signal is None else "interrupted"
+            raise
         except KeyboardInterrupt:
             status = "interrupted"
             raise
         finally:
+            self.saver.close()
             for callback in self.callbacks:
                 callback.on_end(status)
             if run.is_main:
                 write_run_file(run, status)
 
-    def _steps(self, last: int) -> None:
-        run, config, progress = self.run, self.run.config, self.run.progress
-        meter = Meter(run)
+    def _steps(self, last: int, meter: Meter) -> None:
+        config, progress = self.run.config, self.run.progress
+        if progress.step == 0:
+            self._evaluate(0)
+            meter.begun = time.perf_counter()
         while progress.step < last:
             step = progress.step + 1
             result = self.step(step, meter)
-            progress.step = step
+            progress.step, self.result = step, result
             due = step == last or (config.save_every and step % config.save_every == 0)
             # A checkpoint holds the tokens and seconds up to its step.
             if due or step % config.report.log_every == 0:
-                record = meter.record(step, result)
-                for callback in self.callbacks:
-                    callback.on_step(record)
+                self._record(meter)
             for callback in self.callbacks:
                 callback.after_step(step)
             self._count_skipped(result)
+            self._remember()
             paused = time.perf_counter()
+            self._committed(self.saver.poll())
             if due:
-                self._save()
+                self._save(background=config.async_save and step != last)
             if step == last or (config.eval_every and step % config.eval_every == 0):
                 self._evaluate(step)
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
+        self._committed(self.saver.finish())
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
@@ -161,16 +223,27 @@ class Trainer:
     def _accumulate(self, context: StepContext, meter: Meter) -> list[Carry]:
         """Gradients of one step's micro-batches; returns what each carries on."""
         run = self.run
-        batches = next_step(self.loader, run.topology, run.device)
+        batches = next_step(self.loader, self.pulse, f"step {context.step}, micro-batch 1")
         counts = global_counts([run.system.count(batch) for batch in batches], run.topology, run.device)
-        meter.add_counts(counts)
-        carries = []
-        for batch, carry in zip(batches, self.carries, strict=True):
+        carries, outputs = [], []
+        for micro, (batch, carry) in enumerate(zip(batches, self.carries, strict=True), start=1):
+            if micro > 1:
+                self.pulse(f"step {context.step}, micro-batch {micro}")
             output = run.system.forward(self.engine.deepspeed, batch.to(run.device), carry, context)
             self.engine.backward(scaled_loss(output.sums, counts, run.topology))
-            meter.add(output)
+            outputs.append(_measured(output))
             carries.append(_detached(output.carry))
+        # Not before: a step that is abandoned half-way counts for nothing.
+        meter.add_counts(counts)
+        for output in outputs:
+            meter.add(output)
+        self.outputs = outputs
         return carries
+
+    def _record(self, meter: Meter) -> None:
+        record = meter.record(self.run.progress.step, self.result)
+        for callback in self.callbacks:
+            callback.on_step(record)
 
     def _count_skipped(self, result: StepResult) -> None:
         progress, limit = self.run.progress, self.run.config.optimizer.max_skipped
@@ -179,21 +252,53 @@ class Trainer:
             return
         progress.skipped += 1
         progress.skipped_in_a_row += 1
+        blamed = self._blamed()
+        for callback in self.callbacks:
+            callback.on_skip(progress.step, progress.skipped_in_a_row, blamed)
         if progress.skipped_in_a_row >= limit:
             raise UserError(
-                f"step {progress.step}: {limit} updates in a row had a non-finite loss or gradient and were skipped:"
-                " lower --lr, or resume from an earlier checkpoint"
+                f"step {progress.step}: {limit} updates in a row had a non-finite loss or gradient and were skipped"
+                f" (training.log names their batches): lower --lr, or resume from an earlier checkpoint"
             )
 
-    def _save(self) -> None:
-        name = save_checkpoint(self.run, self.loader, self.carries, self.streams)
-        if self.run.is_main:
-            write_run_file(self.run, "running")
-        for callback in self.callbacks:
-            callback.on_checkpoint(name)
+    def _blamed(self) -> dict[str, Any]:
+        """Where the batch of a skipped step began, by stream: those with a non-finite loss, or else all. Collective."""
+        bad = {
+            str(int(stream))
+            for output, streams in zip(self.outputs, self.streams, strict=True)
+            if not all(bool(value.isfinite()) for value in output.sums.values())
+            for stream in streams
+        }
+        mine = {stream: place for stream, place in self.position["streams"].items() if stream in bad}
+        everyone = from_all(self.run.topology, (mine, self.position["streams"]))
+        found = {stream: place for blamed, _ in everyone for stream, place in blamed.items()}
+        return found or {stream: place for _, streams in everyone for stream, place in streams.items()}
+
+    def _save(self, *, background: bool = False) -> None:
+        progress = self.run.progress
+        self.pulse.beat(f"saving checkpoint-{progress.step}")
+        self.saved = progress.step
+        moment = Moment(dataclasses.replace(progress), self.position, self.rng, self.carries)
+        self._committed(self.saver.save(moment, background=background))
+
+    def _committed(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self.run.is_main:
+                write_run_file(self.run, "running")
+            for callback in self.callbacks:
+                callback.on_checkpoint(name)
+
+    def _save_what_is_done(self, meter: Meter) -> None:
+        """A checkpoint of the last completed step; what was begun of the next one is forgotten."""
+        self._committed(self.saver.finish())
+        if self.saved == self.run.progress.step or self.run.progress.step == 0:
+            return
+        if meter.steps:
+            self._record(meter)
+        self._save()
 
     def _evaluate(self, step: int) -> None:
-        evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.run.topology)
+        evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.pulse)
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
 
@@ -206,6 +311,12 @@ class Trainer:
                 f"dry run: loss {record.loss:.4f}, {record.tok_s:.0f} tok/s, peak memory"
                 f" {record.peak_memory / 2**30:.2f} GiB; no weight was changed and nothing was saved"
             )
+
+
+def _measured(output: StepOutput) -> StepOutput:
+    """The numbers of a micro-batch without the graph and the state behind them."""
+    sums = {term: value.detach() for term, value in output.sums.items()}
+    return dataclasses.replace(output, sums=sums, carry={}, tokens={})
 
 
 def _detached(carry: Carry) -> Carry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.system import Evaluation
 
@@ -40,6 +41,10 @@ class Callback:
 
     def after_step(self, step: int) -> None:
         """After every step."""
+
+    def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
+        """After a step whose update was skipped. `batch` says by stream where in the data the step began: the streams
+        whose loss was not finite, or all when only a gradient was not."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ class ProgressLines(Callback):
         self.bar: tqdm | None = None
         self.seconds_per_step: float | None = None
         self.details: dict[str, float] = {}
+        self.watched = True
 
     def on_start(self) -> None:
         for what, text in self.run.chosen.items():
@@ -52,6 +55,10 @@ class ProgressLines(Callback):
         if self.bar is not None:
             self.bar.update(record.step - self.bar.n)
 
+    def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
+        where = json.dumps(batch, sort_keys=True)
+        self._say(f"step {step}: non-finite loss or gradient, update skipped ({in_a_row} in a row); batch: {where}")
+
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         parts = [f"{name} {value:.4f}" for name, value in evaluation.scalars.items() if name != "labels"]
         self._say(f"held-out after step {step}:  " + "  ".join(parts))
@@ -68,17 +75,25 @@ class ProgressLines(Callback):
 
     def _log(self, line: str, bar: list[str]) -> None:
         if self.bar is None:
-            print(line, flush=True)
+            self._print(line)
         else:
             self.bar.set_postfix_str("  ".join(bar))
         self._write(line)
 
     def _say(self, line: str) -> None:
         if self.bar is None:
-            print(line, flush=True)
+            self._print(line)
         else:
             self.bar.write(line, file=sys.stderr)
         self._write(line)
+
+    def _print(self, line: str) -> None:
+        if self.watched:
+            try:
+                print(line, flush=True)
+            except OSError:
+                # A launcher that is ending takes the terminal with it; the checkpoint that is due matters more.
+                self.watched = False
 
     def _write(self, line: str) -> None:
         with (self.run.folder / "training.log").open("a") as handle:

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, CarryEntry
 
 
-def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequence[int]], topology: Topology) -> None:
-    """Writes carry-RANK.safetensors: the rows of every micro-batch, with the global streams they belong to.
+def carry_content(
+    carries: Sequence[Carry], streams: Sequence[Sequence[int]], topology: Topology
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of carry-RANK.safetensors: the rows of every micro-batch, with the global streams they
+    belong to.
 
     `carries` and `streams` have one entry per micro-batch of a step.
     """
@@ -26,6 +28,7 @@ def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequenc
         for name, entry in carry.items():
             if entry.heads is None and topology.sequence_rank != 0:
                 continue
+            # A file of its own bytes: views would share theirs, or hold those of a larger tensor.
             tensors[f"{index}/{name}"] = entry.tensor.detach().cpu().clone().contiguous()
             entries.append({"micro": index, "name": name, "streams_dim": entry.streams, "heads_dim": entry.heads})
     layout = {
@@ -34,7 +37,7 @@ def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequenc
         "sequence": topology.sequence,
         "sequence_rank": topology.sequence_rank,
     }
-    save_file(tensors, folder / f"carry-{topology.rank:05d}.safetensors", metadata={"layout": json.dumps(layout)})
+    return tensors, {"layout": json.dumps(layout)}
 
 
 def load_carry(folder: Path, streams: Sequence[Sequence[int]], topology: Topology, device: torch.device) -> list[Carry]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.files import Entry, seal, sha256, sync_folder
 from pipeline.errors import UserError
 from pipeline.run import write_json
 
@@ -18,27 +19,26 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entry] | None = None) -> None:
+    """Lists every file of `folder` with size and hash; written last and synced.
 
-
-def _digest(handle: Any) -> str:
-    digest = hashlib.sha256()
-    while block := handle.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Lists every file of `folder` with size and hash; written last and synced."""
-    files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    write_json(folder / MANIFEST, {**facts, "written": time.time_ns(), "files": files})
+    `files` is what the ranks say they wrote, by name; without it every file is read. Raises UserError when a file that
+    another rank wrote is not seen from here.
+    """
+    if files is None:
+        present = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+        files = {str(path.relative_to(folder)): seal(path) for path in present}
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise UserError(
+                f"{path}: another rank wrote it and rank 0 does not see it: --output-dir must be on a file system that"
+                " all nodes share"
+            )
+    for inner in {(folder / name).parent for name in files} | {folder}:
+        sync_folder(inner)
+    write_json(folder / MANIFEST, {**facts, "written": time.time_ns(), "files": dict(sorted(files.items()))})
+    sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -55,8 +55,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def problems(folder: Path, *, hashes: bool) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty when it is whole. `hashes` reads every byte."""
+def problems(folder: Path, *, hashes: bool, part: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with a checkpoint, a line each; empty when it is whole. `hashes` reads every byte.
+
+    `part` (i, n) looks at every n-th file from the i-th on, largest files first, for n that share the work.
+    """
     if not folder.is_dir():
         return [f"{folder}: no such folder"]
     try:
@@ -66,7 +69,8 @@ def problems(folder: Path, *, hashes: bool) -> list[str]:
     if manifest is None:
         return [f"{folder}: no {MANIFEST}: the save did not finish"]
     found = []
-    for name, facts in manifest["files"].items():
+    files = sorted(manifest["files"].items(), key=lambda item: -item[1]["size"])
+    for name, facts in files[part[0] :: part[1]]:
         path = folder / name
         if not path.is_file():
             found.append(f"{path}: missing")
@@ -79,39 +83,52 @@ def problems(folder: Path, *, hashes: bool) -> list[str]:
 
 def commit(folder: Path, final: Path, latest: Path) -> None:
     """Gives a finished folder its name, then points `latest` at it; both replaced atomically, `latest` last."""
-    replaced = final.with_name(f".{final.name}.replaced")
+    replaced = _hidden(final, "replaced")
     if final.exists():
         # A run that went back to an earlier step saves this one again; an earlier crash may have left a folder aside.
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
     os.replace(folder, final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     partial = latest.with_name(f".{latest.name}.partial")
     with partial.open("w") as handle:
         handle.write(final.name + "\n")
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(partial, latest)
-    _sync(latest.parent)
+    sync_folder(latest.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_old(folder: Path, keep: int, saved: int) -> None:
     """Removes complete checkpoints up to step `saved` beyond the `keep` newest; a run that went back to an earlier step
-    leaves later ones alone until it saves them anew. The manifest goes first, so that what is half removed is never
-    taken for complete."""
-    ours = [path for path in complete_checkpoints(folder) if _step(path) <= saved]
+    leaves later ones alone until it saves them anew. A folder loses its name first, so that what is half removed is
+    never taken for a checkpoint."""
+    ours = [path for path in complete_checkpoints(folder) if step_of(path) <= saved]
     for old in ours[:-keep]:
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old)
+        removed = _hidden(old, "removed")
+        os.replace(old, removed)
+        shutil.rmtree(removed)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def recover(folder: Path) -> None:
+    """Gives a checkpoint that was set aside for another of its step, which never came, its name back."""
+    for path in folder.glob(".checkpoint-*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if not final.exists():
+            os.replace(path, final)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what saves that were cut off left in a `checkpoints` folder; for where no other save is under way."""
+    recover(folder)
+    for path in folder.glob(".checkpoint-*"):
+        if path.suffix in (".partial", ".removed", ".replaced", ".universal"):
+            shutil.rmtree(path)
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -122,35 +139,37 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def _named(folder: Path) -> list[Path]:
     # A folder gets this name when it is complete: one without a manifest is damaged.
     named = (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
-    return sorted(named, key=_step)
+    return sorted(named, key=step_of)
 
 
 def _written(path: Path) -> int:
     try:
-        return int((read_manifest(path) or {}).get("written", 0))
+        manifest = read_manifest(path)
     except UserError:
-        return 0
+        manifest = None
+    # The files of a folder without a manifest that can be read were written, too.
+    return path.stat().st_mtime_ns if manifest is None else int(manifest.get("written", 0))
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(path.name.rpartition("-")[2])
 
 
 def newest(folder: Path) -> Path | None:
-    """The undamaged (by sizes) checkpoint that was written last; None when there is none.
+    """The checkpoint that was written last; None when there is none.
 
-    Raises UserError when checkpoints exist and all are damaged: starting afresh would hide the loss.
+    Raises UserError when it is damaged (by sizes): to go on from an older one would, in time, write over it, and to
+    start afresh would hide the loss.
     """
     # The last one written is not always the highest step: a run may have gone back to an earlier one.
-    candidates = sorted(_named(folder), key=lambda path: (_written(path), _step(path)))
-    reasons = []
-    for path in reversed(candidates):
-        wrong = problems(path, hashes=False)
-        if not wrong:
-            return path
-        reasons += wrong
-    if reasons:
-        raise UserError(
-            f"{reasons[0]}: no whole checkpoint is left in {folder}: restore the file, or use another --output-dir"
-        )
-    return None
+    candidates = sorted(_named(folder), key=lambda path: (_written(path), step_of(path)))
+    if not candidates:
+        return None
+    last = candidates[-1]
+    wrong = problems(last, hashes=False)
+    if not wrong:
+        return last
+    whole = [path for path in candidates if not problems(path, hashes=False)]
+    mend = f"go on from {whole[-1].name} with --resume {whole[-1]}" if whole else "use another --output-dir"
+    raise UserError(f"{wrong[0]}: restore the file, or {mend}")

@@ -1,42 +1,30 @@
-"""Saving and restoring a run."""
+"""Finding the checkpoint to go on from, and going on from it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from pipeline.archive import save_config, to_plain
-from pipeline.checkpoint.carry import load_carry, save_carry
-from pipeline.checkpoint.manifest import (
-    LATEST,
-    commit,
-    complete_checkpoints,
-    newest,
-    problems,
-    read_manifest,
-    remove_old,
-    write_manifest,
-)
+from pipeline.archive import to_plain
+from pipeline.checkpoint.carry import load_carry
+from pipeline.checkpoint.manifest import complete_checkpoints, newest, problems, read_manifest, recover
+from pipeline.checkpoint.safe import load_pickle
+from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
-from pipeline.parallel.agreement import agree, from_main, together
+from pipeline.parallel.agreement import from_main, together
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import full_state, load_safetensors, open_safetensors
-from pipeline.run import Progress, Run, versions
+from pipeline.parallel.weights import generator_for, load_safetensors, open_safetensors
+from pipeline.run import Progress, Run
 from pipeline.system import Carry, StatefulLoader
 
 TRAINABLE = "trainable.safetensors"
@@ -45,22 +33,19 @@ TRAINER_STATE = "trainer_state.json"
 
 def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
     """The checkpoint that `--resume` means, decided by rank 0; None for a fresh start. UserError on every rank."""
-    found: Path | None = None
-    problem: str | None = None
-    if topology.rank == 0:
-        try:
-            found = locate_checkpoint(config)
-        except UserError as error:
-            problem = str(error)
-    found, problem = from_main(topology, (found, problem))
-    if problem is not None:
-        raise UserError(problem)
-    return found
+
+    def locate() -> Path | None:
+        if topology.rank != 0:
+            return None
+        return locate_checkpoint(config)
+
+    return from_main(topology, together(topology, locate))
 
 
 def locate_checkpoint(config: RunConfig) -> Path | None:
     """The checkpoint that `--resume` means on this machine; None for a fresh start. Raises UserError."""
     folder = config.output_dir / "checkpoints"
+    recover(folder)
     if config.resume == "never":
         if complete_checkpoints(folder):
             raise UserError(f"{config.output_dir} holds a run: name another --output-dir, or --resume auto to go on")
@@ -77,11 +62,10 @@ def locate_checkpoint(config: RunConfig) -> Path | None:
     return path
 
 
-def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path | None) -> RunConfig:
+def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path) -> RunConfig:
     """The config with as many micro-batches as keep the checkpoint's global batch on this layout. Raises UserError."""
-    manifest = None if checkpoint is None else read_manifest(checkpoint)
-    if manifest is None:
-        return config
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
     rows, whole = config.batch_size * topology.data, int(manifest["global_batch"])
     if whole % rows:
         raise UserError(
@@ -91,118 +75,85 @@ def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path | 
     return dataclasses.replace(config, grad_accum=whole // rows)
 
 
-def save_checkpoint(
-    run: Run, loader: StatefulLoader, carries: Sequence[Carry], streams: Sequence[Sequence[int]]
-) -> str:
-    """Writes checkpoint-STEP and points `latest` at it; returns its name. Collective.
-
-    Everything is written to a hidden folder first; the manifest is written last, then the folder gets its name, then
-    `latest` is replaced. A save that fails leaves neither. Raises UserError on every rank when a rank cannot write.
-    """
-    assert run.engine is not None and run.phase is not None
-    checkpoints = run.folder / "checkpoints"
-    name = f"checkpoint-{run.progress.step}"
-    partial = checkpoints / f".{name}.partial"
-    trainable = full_state(run.engine.module, [n for group in run.phase.groups for n in group.parameters])
-    cursors = _merged_cursors(loader, run.topology)
-
-    def prepare() -> None:
-        if run.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            carried = sum(e.tensor.numel() * e.tensor.element_size() for carry in carries for e in carry.values())
-            _check_room(checkpoints, sum(t.numel() for t in trainable.values()), carried * run.topology.world)
-
-    def write_own() -> None:
-        if run.is_main:
-            save_file(trainable, partial / TRAINABLE)
-            _write(partial / TRAINER_STATE, dataclasses.asdict(run.progress))
-            _write(partial / "loader.json", cursors)
-            save_config(run.config, partial / "config.yaml")
-        save_carry(partial, carries, streams, run.topology)
-        torch.save(rng_state(), partial / f"rng-{run.topology.rank:05d}.pt")
-
-    def write_shards() -> None:
-        assert run.engine is not None
-        run.engine.save(checkpoints, partial.name)
-
-    def finish() -> None:
-        if run.is_main:
-            write_manifest(partial, _facts(run, cursors))
-            commit(partial, checkpoints / name, checkpoints / LATEST)
-            remove_old(checkpoints, run.config.keep, run.progress.step)
-
-    try:
-        # Room and our own files come before DeepSpeed's collectives: a rank that cannot write must not leave the others
-        # waiting in them.
-        for part in (prepare, write_own, write_shards, finish):
-            _together(run, part)
-    except UserError:
-        if run.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    run.last_checkpoint = name
-    return name
-
-
-def _together(run: Run, part: Callable[[], None]) -> None:
-    problem = None
-    try:
-        part()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        problem = f"checkpoint-{run.progress.step} was not saved to {run.folder}: {reason}: make room there and resume"
-    agree(run.topology, problem)
-
-
-def _check_room(folder: Path, trainable: int, carried: int) -> None:
-    # Weights, their float32 masters and two moments, each 4 bytes, and the weights once more for people.
-    needed, free = 20 * trainable + carried, shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed")
-
-
-def _facts(run: Run, cursors: dict[str, Any]) -> dict[str, Any]:
-    assert run.engine is not None
-    return {
-        "step": run.progress.step,
-        "recipe": run.config.recipe,
-        "system": run.config.model.system,
-        "world": run.topology.world,
-        "data": run.topology.data,
-        "sequence": run.topology.sequence,
-        "zero_stage": run.engine.stage,
-        "global_batch": run.config.batch_size * run.config.grad_accum * run.topology.data,
-        "versions": versions(),
-        "data_fingerprint": cursors.get("fingerprint"),
-    }
-
-
 def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequence[Sequence[int]]) -> list[Carry]:
-    """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective."""
+    """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective.
+
+    A checkpoint of other ranks or another ZeRO stage goes through DeepSpeed's universal format. Raises UserError on
+    every rank, before anything is changed, when a byte of the checkpoint, the data or a frozen weight differs.
+    """
     assert run.engine is not None
-    state = json.loads((checkpoint / TRAINER_STATE).read_text())
-    run.progress = Progress(**state)
-    problem = None
-    try:
-        loader.load_state_dict(json.loads((checkpoint / "loader.json").read_text()))
-    except UserError as error:
-        problem = str(error)
-    agree(run.topology, problem)
-    run.engine.load(checkpoint)
-    rng = checkpoint / f"rng-{run.topology.rank:05d}.pt"
-    set_rng_state(torch.load(rng, weights_only=True))
+    verify_together(checkpoint, run.topology)
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    if manifest.get("frozen", run.frozen) != run.frozen:
+        raise UserError(
+            f"{checkpoint} was trained on other frozen weights than this run has: give the pretrained weights it was"
+            " trained on, or take what it trained alone with --init-from"
+        )
+    cursors = json.loads((checkpoint / "loader.json").read_text())
+    together(run.topology, lambda: loader.load_state_dict(cursors))
+    same_layout = manifest["world"] == run.topology.world and not is_universal(checkpoint)
+    if same_layout and manifest["zero_stage"] == run.engine.stage:
+        run.engine.load(checkpoint)
+    else:
+        _load_elsewhere(run, checkpoint)
+    if manifest["world"] == run.topology.world:
+        set_rng_state(load_pickle(checkpoint / f"rng-{run.topology.rank:05d}.pt"))
+    else:
+        # Ranks have no successor among more or fewer of them; nothing that is trained may depend on their states.
+        seed_all(run.config.seed, f"step {manifest['step']}, rank {run.topology.rank} of {run.topology.world}")
+    run.progress = Progress(**json.loads((checkpoint / TRAINER_STATE).read_text()))
     run.last_checkpoint = checkpoint.name
     return load_carry(checkpoint, streams, run.topology, run.device)
 
 
-def check_resumable(config: RunConfig, ranks: int, zero_stage: int, checkpoint: Path) -> None:
-    """Raises UserError when a run cannot go on from a checkpoint: another system, layout of shards or size of model.
+def _load_elsewhere(run: Run, checkpoint: Path) -> None:
+    """Fills the engine from a checkpoint of another layout, through a universal one that is removed again."""
+    assert run.engine is not None
+    if is_universal(checkpoint):
+        load_universal(run.engine, checkpoint, run.topology)
+        return
+    temporary = run.folder / "checkpoints" / f".{checkpoint.name}.universal"
+
+    def convert_it() -> None:
+        if run.is_main:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            convert(checkpoint, temporary)
+
+    together(run.topology, convert_it)
+    try:
+        load_universal(run.engine, temporary, run.topology)
+    finally:
+        if run.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify_together(checkpoint: Path, topology: Topology) -> None:
+    """Every byte against the manifest, each rank a share of the files. Collective; raises UserError."""
+
+    def verify_mine() -> None:
+        wrong = problems(checkpoint, hashes=True, part=(topology.rank, topology.world))
+        if wrong:
+            raise UserError(f"{wrong[0]}: restore the file, or resume from another checkpoint with --resume PATH")
+
+    together(topology, verify_mine)
+
+
+def check_resumable(config: RunConfig, checkpoint: Path) -> None:
+    """Raises UserError when a run cannot go on from a checkpoint: another system, or another model.
 
     It reads the manifest and the archived config alone, so it can be asked before anything is built.
     """
     import yaml
 
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    if manifest["system"] != config.model.system:
+        raise UserError(
+            f"{checkpoint} was saved with system {manifest['system']}, this run has {config.model.system}: resume with"
+            " its recipe"
+        )
     saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
     different = _first_difference(saved, config.model, to_plain(config)["model"], "--model")
     if different is not None:
@@ -211,16 +162,6 @@ def check_resumable(config: RunConfig, ranks: int, zero_stage: int, checkpoint: 
             f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take what fits with"
             " --init-from"
         )
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
-    mine = {"system": config.model.system, "ranks": ranks, "ZeRO stage": zero_stage}
-    before = {"system": manifest["system"], "ranks": manifest["world"], "ZeRO stage": manifest["zero_stage"]}
-    for what, value in mine.items():
-        if before[what] != value:
-            raise UserError(
-                f"{checkpoint} was saved with {what} {before[what]}, this run has {value}:"
-                " start with the same, or take the weights alone with --init-from"
-            )
 
 
 def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[str, Any, Any] | None:
@@ -284,18 +225,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _merged_cursors(loader: StatefulLoader, topology: Topology) -> dict[str, Any]:
-    mine = loader.state_dict()
-    if topology.world == 1:
-        return mine
-    everyone: list[dict[str, Any]] = [{}] * topology.world
-    dist.all_gather_object(everyone, mine)
-    return {**mine, "streams": {key: value for state in everyone for key, value in state.get("streams", {}).items()}}
-
-
-def _write(path: Path, content: Any) -> None:
-    with contextlib.closing(path.open("w")) as handle:
-        json.dump(content, handle, indent=1)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+def seed_all(seed: int, name: str) -> None:
+    """Seeds this process's global generators by a run's seed and a name."""
+    value = generator_for(seed, name).initial_seed()
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)

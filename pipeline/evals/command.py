@@ -16,6 +16,7 @@ from pipeline.checkpoint.state import load_trainable
 from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.flags import parse_flags
+from pipeline.parallel.pulse import Pulse
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
 from pipeline.system import Curve, Evaluation, create_system
@@ -43,7 +44,7 @@ def run_eval(words: Sequence[str]) -> None:
         system.initialise(model, topology)
         load_trainable(model, checkpoint, topology)
         (phase, *_) = system.phases(model)
-        evaluation = system.evaluate(model.to(device_of(topology)), phase, topology)
+        evaluation = system.evaluate(model.to(device_of(topology)), phase, Pulse(topology))
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

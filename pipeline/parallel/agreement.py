@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
-from pipeline.system import Batch, StatefulLoader
 
 T = TypeVar("T")
 
 
 def agree(topology: Topology, problem: str | None) -> None:
     """Raises the first rank's problem as UserError on every rank. Collective."""
-    if topology.world > 1:
-        everyone: list[str | None] = [None] * topology.world
-        dist.all_gather_object(everyone, problem)
-        problem = next((text for text in everyone if text is not None), None)
+    problem = next((text for text in from_all(topology, problem) if text is not None), None)
     if problem is not None:
         raise UserError(problem)
 
@@ -37,26 +32,13 @@ def together(topology: Topology, part: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def agree_quickly(topology: Topology, problem: str | None, device: torch.device) -> None:
-    """As `agree`, for every step: one number is reduced, and the texts travel only when there is one."""
-    if topology.world > 1:
-        failed = torch.tensor(float(problem is not None), device=device)
-        dist.all_reduce(failed)
-        if not failed.item():
-            return
-    agree(topology, problem)
-
-
-def next_step(loader: StatefulLoader, topology: Topology, device: torch.device) -> list[Batch]:
-    """A loader's next micro-batches; a document that one rank cannot use stops all of them. Collective."""
-    problem: str | None = None
-    batches: list[Batch] = []
-    try:
-        batches = loader.next_step()
-    except UserError as error:
-        problem = str(error)
-    agree_quickly(topology, problem, device)
-    return batches
+def from_all(topology: Topology, value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank. Collective."""
+    if topology.world == 1:
+        return [value]
+    everyone: list[Any] = [None] * topology.world
+    dist.all_gather_object(everyone, value, group=topology.control)
+    return everyone
 
 
 def from_main(topology: Topology, value: Any) -> Any:
@@ -64,5 +46,5 @@ def from_main(topology: Topology, value: Any) -> Any:
     if topology.world == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=topology.control)
     return box[0]

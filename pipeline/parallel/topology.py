@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -20,6 +21,8 @@ class Topology:
     """Ranks that share this rank's sequences; None when the sequence degree is 1."""
     local_rank: int = 0
     nodes: int = 1
+    control: dist.ProcessGroup | None = None
+    """All ranks, over the host's network, for what is not tensors of a device; None: the default group is that."""
 
     @property
     def data(self) -> int:
@@ -53,7 +56,9 @@ def check_degrees(world: int, sequence: int) -> None:
         )
 
 
-def create_topology(sequence: int, *, local_rank: int = 0, nodes: int = 1) -> Topology:
+def create_topology(
+    sequence: int, *, local_rank: int = 0, nodes: int = 1, timeout: timedelta | None = None
+) -> Topology:
     """Lays the ranks of the initialised process group out; every rank calls this with the same degree."""
     world, rank = dist.get_world_size(), dist.get_rank()
     check_degrees(world, sequence)
@@ -63,4 +68,6 @@ def create_topology(sequence: int, *, local_rank: int = 0, nodes: int = 1) -> To
             candidate = dist.new_group(list(range(first, first + sequence)))
             if first <= rank < first + sequence:
                 group = candidate
-    return Topology(rank, world, sequence, group, local_rank, nodes)
+    on_host = dist.get_backend() == dist.Backend.GLOO
+    control = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
+    return Topology(rank, world, sequence, group, local_rank, nodes, control)

@@ -55,8 +55,13 @@ def fill(model: nn.Module, value: Callable[[str, torch.Size], Tensor], names: It
                 parameter.data.copy_(value(name, parameter.shape))
 
 
-def full_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named parameters, whole, on the CPU of rank 0; empty on the other ranks, which must call this too."""
+def full_state(
+    model: nn.Module, names: Iterable[str], copy: Callable[[str, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The named parameters, whole, on the CPU of rank 0; empty on the other ranks, which must call this too.
+
+    `copy(name, value)` is what moves a value to the CPU; by default into new memory.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
     wanted = set(names)
     state = {}
@@ -64,7 +69,8 @@ def full_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         if name in wanted:
             with gathered([parameter]):
                 if rank == 0:
-                    state[name] = parameter.detach().cpu().clone()
+                    value = parameter.detach()
+                    state[name] = value.cpu().clone() if copy is None else copy(name, value)
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from pipeline.checkpoint.carry import load_carry, save_carry
+from pipeline.checkpoint.carry import carry_content, load_carry
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, CarryEntry
 
 STREAMS, HEADS = 24, 4
+
+
+def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequence[int]], topology: Topology) -> None:
+    tensors, metadata = carry_content(carries, streams, topology)
+    save_file(tensors, folder / f"carry-{topology.rank:05d}.safetensors", metadata=metadata)
+
+
 CPU = torch.device("cpu")
 
 # name: (shape, stream dimension, head dimension, dtype); sizes at stream and head dimensions are the global ones.

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-import types
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.archive import load_config, to_plain
-from pipeline.checkpoint import state
+from pipeline.checkpoint import files, manifest
+from pipeline.checkpoint import save as saving
 from pipeline.checkpoint.manifest import LATEST, complete_checkpoints, newest, problems, read_manifest
+from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import (
     check_resumable,
     find_checkpoint,
     load_trainable,
     restore,
     rng_state,
-    save_checkpoint,
+    seed_all,
     set_rng_state,
 )
 from pipeline.config import replace
@@ -46,8 +48,18 @@ from pipeline.systems.miras.config import MirasConfig
 STREAMS = [range(2)]
 
 
+class Unwritable:
+    """Raises `failure` when it is written."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+
+    def __reduce__(self) -> Any:
+        raise self.failure
+
+
 class FakeEngine:
-    """DeepSpeed's part of a checkpoint: one file. `failure` is raised in its place."""
+    """DeepSpeed's part of a checkpoint: one file. Writing it raises `failure`."""
 
     stage = 3
 
@@ -55,10 +67,9 @@ class FakeEngine:
         self.module = nn.Linear(3, 2)
         self.failure: Exception | None = None
 
-    def save(self, folder: Path, tag: str) -> None:
-        if self.failure is not None:
-            raise self.failure
-        torch.save(self.module.state_dict(), folder / tag / "shard.pt")
+    def collect(self, folder: Path, tag: str) -> dict[Path, Any]:
+        content = self.module.state_dict() if self.failure is None else Unwritable(self.failure)
+        return {folder / tag / "shard.pt": content}
 
     def load(self, checkpoint: Path) -> None:
         self.module.load_state_dict(torch.load(checkpoint / "shard.pt", weights_only=True))
@@ -90,9 +101,14 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     return make
 
 
-def save(run: Run, step: int) -> Path:
+def moment(run: Run, step: int) -> Moment:
     run.progress.step = step
-    name = save_checkpoint(run, FakeLoader(), [{"x": CarryEntry(torch.tensor([step, -step]))}], STREAMS)  # type: ignore[arg-type]
+    carries = [{"x": CarryEntry(torch.tensor([step, -step]))}]
+    return Moment(dataclasses.replace(run.progress), FakeLoader().state_dict(), rng_state(), carries)
+
+
+def save(run: Run, step: int) -> Path:
+    (name,) = Saver(run, STREAMS).save(moment(run, step))
     return run.folder / "checkpoints" / name
 
 
@@ -191,9 +207,13 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(make_run,
     assert steps(run) == [5, 7]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write", "save_carry", "write_manifest", "commit"])
+@pytest.mark.parametrize(
+    "owner, step",
+    [(saving, "save_file"), (saving, "_write_json"), (saving, "save_config"), (files.os, "fsync"),
+     (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace")],
+)  # fmt: skip
 def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
-    make_run, monkeypatch: pytest.MonkeyPatch, step: str
+    make_run, monkeypatch: pytest.MonkeyPatch, owner: Any, step: str
 ) -> None:
     run = make_run()
     older = save(run, 5)
@@ -201,11 +221,11 @@ def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(state, step, fail)
+    monkeypatch.setattr(owner, step, fail)
     with pytest.raises(UserError, match="No space left on device"):
         save(run, 6)
-    assert latest(run) == older == newest(older.parent)
     monkeypatch.undo()
+    assert latest(run) == older == newest(older.parent)
     assert problems(save(run, 6), hashes=True) == []
 
 
@@ -213,7 +233,7 @@ def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
     "owner, function, failure",
     [
         (
-            state,
+            saving,
             "save_file",
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         ),
@@ -271,13 +291,43 @@ def damaged_facts(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("changes", [{"system": "olmo"}, {"zero_stage": 1}, {"world": 4}])
-def test_a_checkpoint_of_another_kind_of_run_is_refused(make_run, changes: dict[str, Any]) -> None:
+def test_a_checkpoint_of_another_system_is_refused(make_run) -> None:
     folder = save(make_run(), 7)
-    damaged_facts(folder, **changes)
-    (value,) = changes.values()
-    with pytest.raises(UserError, match=rf"{folder} was saved with .* {value}, this run has .*--init-from"):
-        check_resumable(make_run().config, ranks=1, zero_stage=FakeEngine.stage, checkpoint=folder)
+    damaged_facts(folder, system="olmo")
+    with pytest.raises(UserError, match=rf"{folder} was saved with system olmo, this run has miras"):
+        check_resumable(make_run().config, folder)
+
+
+def test_other_frozen_weights_are_refused_before_anything_changes(make_run) -> None:
+    folder = save(make_run(), 7)
+    damaged_facts(folder, frozen={"parameters": 2, "sha256": "0" * 64})
+    run = make_run()
+    before = run.engine.module.weight.clone()
+    with pytest.raises(UserError, match="other frozen weights"):
+        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    assert torch.equal(run.engine.module.weight, before) and run.progress.step == 0
+
+
+def test_a_flipped_byte_is_refused_before_anything_changes(make_run) -> None:
+    folder = save(make_run(), 7)
+    content = bytearray((folder / "shard.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "shard.pt").write_bytes(content)
+    run = make_run()
+    with pytest.raises(UserError, match=r"shard\.pt: content differs from its hash: restore the file"):
+        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    assert run.progress.step == 0
+
+
+def test_ranks_that_had_no_predecessor_draw_numbers_of_their_own(make_run) -> None:
+    folder = save(make_run(), 7)
+    damaged_facts(folder, world=2)
+    seed_all(0, "step 7, rank 0 of 1")
+    expected = (random.random(), np.random.rand(), torch.rand(2).tolist())
+    seed_all(0, "step 7, rank 1 of 2")
+    assert random.random() != expected[0]
+    seed_all(0, "step 7, rank 0 of 1")
+    assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == expected
 
 
 @pytest.mark.parametrize(
@@ -304,12 +354,13 @@ def test_a_run_of_before_a_field_existed_did_what_its_default_does(
     memory = dataclasses.replace(config.model.memory, **flags)
     now = replace(config, model=dataclasses.replace(config.model, memory=memory))
     with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
-        check_resumable(now, ranks=2, zero_stage=3, checkpoint=tmp_path)
+        check_resumable(now, tmp_path)
 
 
 def test_other_data_is_refused_in_the_loaders_words(make_run) -> None:
     folder = save(make_run(), 7)
     (folder / "loader.json").write_text('{"streams": {}, "fingerprint": {"texts": 4}}')
+    manifest.write_manifest(folder, {**json.loads((folder / "manifest.json").read_text()), "frozen": None})
     with pytest.raises(UserError, match="the data differs"):
         restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
 
@@ -379,7 +430,7 @@ class TestFindCheckpoint:
     def test_damage_everywhere_stops_the_run(self, make_run) -> None:
         run = make_run()
         (save(run, 5) / "shard.pt").unlink()
-        with pytest.raises(UserError, match="no whole checkpoint is left"):
+        with pytest.raises(UserError, match="missing: restore the file, or use another --output-dir"):
             find_checkpoint(self.config(run, "auto"), Topology())
 
 
@@ -415,16 +466,54 @@ class TestLoadTrainable:
             load_trainable(nn.Linear(3, 2), folder, Topology())
 
 
-def test_cursors_of_all_data_ranks_are_saved_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cursors_of_all_data_ranks_are_saved_together() -> None:
     other = {"streams": {"2": {"offset": 1}}, "fingerprint": {"texts": 3}}
-
-    def gather(everyone: list[Any], mine: Any) -> None:
-        everyone[:] = [mine, other]
-
-    monkeypatch.setattr(state, "dist", types.SimpleNamespace(all_gather_object=gather))
-    merged = state._merged_cursors(FakeLoader(), Topology(world=2))  # type: ignore[arg-type]
+    merged = saving._merged([FakeLoader().state_dict(), other])
     assert merged["streams"] == {"0": {"offset": 5}, "1": {"offset": 9}, "2": {"offset": 1}}
     assert merged["fingerprint"] == {"texts": 3}
+
+
+class TestInTheBackground:
+    def test_it_holds_what_the_weights_were_when_it_began(self, make_run) -> None:
+        run = make_run()
+        saver = Saver(run, STREAMS)
+        for step in (5, 6):
+            weight = run.engine.module.weight.clone()
+            assert saver.save(moment(run, step), background=True) == ([] if step == 5 else ["checkpoint-5"])
+            with torch.no_grad():
+                run.engine.module.weight.add_(1)
+        (name,) = saver.finish()
+        saver.close()
+        folder = run.folder / "checkpoints" / name
+        assert torch.equal(load_file(folder / "trainable.safetensors")["weight"], weight)
+        assert torch.equal(torch.load(folder / "shard.pt", weights_only=True)["weight"], weight)
+        assert problems(folder, hashes=True) == [] and latest(run) == folder
+        assert saver.finish() == saver.poll() == []
+
+    def test_nothing_is_committed_before_it_is_on_disk(self, make_run, monkeypatch: pytest.MonkeyPatch) -> None:
+        run, go = make_run(), threading.Event()
+        older = save(run, 5)
+        write = saving._write
+        monkeypatch.setattr(saving, "_write", lambda *arguments: go.wait() and write(*arguments))
+        saver = Saver(run, STREAMS)
+        saver.save(moment(run, 6), background=True)
+        assert saver.poll() == [] and latest(run) == older and steps(run) == [5]
+        go.set()
+        assert saver.finish() == ["checkpoint-6"]
+        saver.close()
+
+    def test_its_failure_is_seen(self, make_run) -> None:
+        run = make_run()
+        older = save(run, 5)
+        run.engine.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saver = Saver(run, STREAMS)
+        staging = saver._staging.copy
+        saver._staging.copy = lambda value, *place: value if isinstance(value, Unwritable) else staging(value, *place)
+        saver.save(moment(run, 6), background=True)
+        with pytest.raises(UserError, match=r"checkpoint-6 was not saved .*No space left"):
+            saver.finish()
+        saver.close()
+        assert latest(run) == older and {path.name for path in older.parent.iterdir()} == {LATEST, older.name}
 
 
 def test_a_run_directory_can_be_moved(make_run, tmp_path: Path) -> None:

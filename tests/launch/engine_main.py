@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from transformers import Olmo2ForCausalLM
 
-from pipeline.cli import leave, without_local_rank
+from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, building, deepspeed_config, precision_of, start, stop
 from pipeline.errors import UserError
+from pipeline.leave import leave
 from pipeline.parallel.agreement import together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology

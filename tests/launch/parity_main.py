@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.cli import leave, without_local_rank
+from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
 from pipeline.engine import Engine, building, deepspeed_config, start, stop
 from pipeline.errors import UserError
+from pipeline.leave import leave
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.cli import leave, without_local_rank
+from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig
 from pipeline.engine import start, stop
+from pipeline.leave import leave
 from pipeline.ops import miras_scan
 from pipeline.parallel.halo import tokens_before
 from pipeline.parallel.scan import sequence_scan

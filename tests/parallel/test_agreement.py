@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.errors import UserError
-from pipeline.parallel import agreement
-from pipeline.parallel.agreement import agree, agree_quickly, from_main
+from pipeline.parallel import agreement, pulse
+from pipeline.parallel.agreement import agree, from_all, from_main
+from pipeline.parallel.pulse import Pulse
 from pipeline.parallel.topology import Topology
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -23,16 +23,20 @@ def world(monkeypatch: pytest.MonkeyPatch):
     def make(*others: str | None) -> list[str]:
         calls: list[str] = []
 
-        def all_gather_object(everyone: list[Any], mine: Any) -> None:
+        def all_gather_object(everyone: list[Any], mine: Any, group: Any) -> None:
             calls.append("texts")
             everyone[:] = [*others, mine]
 
-        def all_reduce(tensor: torch.Tensor) -> None:
-            calls.append("number")
-            tensor += sum(problem is not None for problem in others)
+        def all_reduce(tensor: torch.Tensor, op: Any, group: Any) -> None:
+            calls.append("numbers")
+            assert op == dist.ReduceOp.MAX
+            tensor[0] = max(int(tensor[0]), *(int(problem is not None) for problem in others))
 
-        stand_in = types.SimpleNamespace(all_gather_object=all_gather_object, all_reduce=all_reduce)
+        stand_in = types.SimpleNamespace(
+            all_gather_object=all_gather_object, all_reduce=all_reduce, ReduceOp=dist.ReduceOp
+        )
         monkeypatch.setattr(agreement, "dist", stand_in)
+        monkeypatch.setattr(pulse, "dist", stand_in)
         return calls
 
     return make
@@ -43,17 +47,18 @@ PLACE = Topology(rank=2, world=3)
 
 def test_one_rank_agrees_with_itself() -> None:
     agree(Topology(), None)
-    agree_quickly(Topology(), None, CPU)
-    for call in (lambda: agree(Topology(), "broken"), lambda: agree_quickly(Topology(), "broken", CPU)):
+    Pulse(Topology())("here")
+    for call in (lambda: agree(Topology(), "broken"), lambda: Pulse(Topology())("here", "broken")):
         with pytest.raises(UserError, match=r"^broken$"):
             call()
     assert from_main(Topology(), 3) == 3
+    assert from_all(Topology(), 3) == [3]
 
 
 @pytest.mark.parametrize("mine", [None, "rank 2 is full"])
 def test_the_first_ranks_problem_is_everyones(world, mine: str | None) -> None:
     world(None, "rank 1 is full")
-    for call in (lambda: agree(PLACE, mine), lambda: agree_quickly(PLACE, mine, CPU)):
+    for call in (lambda: agree(PLACE, mine), lambda: Pulse(PLACE)("here", mine)):
         with pytest.raises(UserError, match=r"^rank 1 is full$"):
             call()
 
@@ -61,19 +66,19 @@ def test_the_first_ranks_problem_is_everyones(world, mine: str | None) -> None:
 def test_ones_own_problem_is_enough(world) -> None:
     world(None, None)
     with pytest.raises(UserError, match=r"^rank 2 is full$"):
-        agree_quickly(PLACE, "rank 2 is full", CPU)
+        Pulse(PLACE)("here", "rank 2 is full")
 
 
 def test_where_all_is_well_no_texts_travel(world) -> None:
     calls = world(None, None)
-    agree_quickly(PLACE, None, CPU)
-    assert calls == ["number"]
+    Pulse(PLACE)("here")
+    assert calls == ["numbers"]
     agree(PLACE, None)
-    assert calls == ["number", "texts"]
+    assert calls == ["numbers", "texts"]
 
 
 def test_everyone_takes_the_first_ranks_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broadcast(box: list[Any], src: int) -> None:
+    def broadcast(box: list[Any], src: int, group: Any) -> None:
         assert src == 0
         box[0] = "from rank 0"
 

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.synthetic import recall_gaps
-from pipeline.parallel.agreement import next_step
-from pipeline.parallel.topology import Topology
+from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def position_bins(positions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(system: MirasSystem, model: nn.Module, topology: Topology) -> Evaluation:
+def evaluate(system: MirasSystem, model: nn.Module, pulse: Pulse) -> Evaluation:
     """Held-out loss and curves; the same held-out rows every time. Leaves the model's mode as it found it."""
     was_training = model.training
     model.eval()
@@ -68,23 +67,25 @@ def evaluate(system: MirasSystem, model: nn.Module, topology: Topology) -> Evalu
         if system.sizes.memory.layers:
             modes["memory off"] = False
         if system.sizes.recall is not None:
-            return _recall(system, model, topology, modes)
-        return _perplexity(system, model, topology, modes)
+            return _recall(system, model, pulse, modes)
+        return _perplexity(system, model, pulse, modes)
     finally:
         model.train(was_training)
 
 
 def _run(
-    system: MirasSystem, model: nn.Module, topology: Topology, memory: bool, predict: bool
+    system: MirasSystem, model: nn.Module, pulse: Pulse, memory: bool, predict: bool
 ) -> list[tuple[Batch, Tensor, Tensor | None]]:
     """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]."""
     device = next(model.parameters()).device
-    loader = system.held_out(topology)
+    loader = system.held_out(pulse.topology)
     results = []
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):
-        context = StepContext(topology, system.config.seed, "evaluation", step, {"memory": memory, "predict": predict})
-        for micro, batch in enumerate(next_step(loader, topology, device)):
+        context = StepContext(
+            pulse.topology, system.config.seed, "evaluation", step, {"memory": memory, "predict": predict}
+        )
+        for micro, batch in enumerate(next_step(loader, pulse, "evaluation")):
             batch = batch.to(device)
             output = system.forward(model, batch, carries.get(micro, {}), context)
             carries[micro] = output.carry
@@ -92,18 +93,18 @@ def _run(
     return results
 
 
-def _perplexity(system: MirasSystem, model: nn.Module, topology: Topology, modes: dict[str, bool]) -> Evaluation:
+def _perplexity(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
     byte_lengths = system.byte_lengths()
     bins = position_bins(torch.tensor([system.config.sequence_length * system.config.evaluation.steps])).item() + 1
     sums: dict[str, _Sums] = {}
     length = 0.0
     for mode, memory in modes.items():
-        results = _run(system, model, topology, memory, predict=False)
+        results = _run(system, model, pulse, memory, predict=False)
         device = results[0][1].device
         sums[mode] = _Sums.zeros(int(bins), device)
         covered = torch.zeros((), dtype=torch.float64, device=device)
         for batch, losses, _ in results:
-            mine = topology.shard(batch.labels.shape[1])
+            mine = pulse.topology.shard(batch.labels.shape[1])
             labels, positions = batch.labels[:, mine], batch.positions[:, mine]
             counted = labels != IGNORED
             sums[mode].add(position_bins(positions), losses, counted, torch.zeros_like(counted))
@@ -131,28 +132,26 @@ def _perplexity(system: MirasSystem, model: nn.Module, topology: Topology, modes
         log_x=True,
     )  # fmt: skip
     curves = {"perplexity_by_position": curve}
-    repeated = _repeated_passages(system, model, topology, modes)
+    repeated = _repeated_passages(system, model, pulse, modes)
     if repeated is not None:
         curves["recall_by_distance"] = repeated
     return Evaluation(scalars, curves)
 
 
-def _repeated_passages(
-    system: MirasSystem, model: nn.Module, topology: Topology, modes: dict[str, bool]
-) -> Curve | None:
+def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Curve | None:
     """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
 
     What a model that recalls nothing pays for the second copy, it paid for the first. None where a sequence is too
     short to hold two passages.
     """
     device = next(model.parameters()).device
-    loader = system.held_out(topology)
-    tokens = next_step(loader, topology, device)[0].input_ids
+    loader = system.held_out(pulse.topology)
+    tokens = next_step(loader, pulse, "evaluation")[0].input_ids
     rows, length = tokens.shape
     gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
     if not gaps:
         return None
-    context = StepContext(topology, system.config.seed, "evaluation", 1)
+    context = StepContext(pulse.topology, system.config.seed, "evaluation", 1)
     series = {}
     for mode, memory in modes.items():
         values = []
@@ -168,7 +167,7 @@ def _repeated_passages(
             options = {"memory": memory}
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
             totals = torch.stack([output.sums["cross_entropy"].double(), torch.zeros((), device=device).double()])
-            totals[1] = (batch.labels[:, topology.shard(length)] != IGNORED).sum()
+            totals[1] = (batch.labels[:, pulse.topology.shard(length)] != IGNORED).sum()
             if dist.is_initialized():
                 dist.all_reduce(totals)
             values.append(float(totals[0] / totals[1]))
@@ -183,17 +182,17 @@ def _repeated_passages(
     )
 
 
-def _recall(system: MirasSystem, model: nn.Module, topology: Topology, modes: dict[str, bool]) -> Evaluation:
+def _recall(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
     assert system.sizes.recall is not None
     bins = system.sizes.recall.max_gap // GAP_BIN + 1
     scalars: dict[str, float] = {}
     series = {}
     for mode, memory in modes.items():
-        results = _run(system, model, topology, memory, predict=True)
+        results = _run(system, model, pulse, memory, predict=True)
         total = _Sums.zeros(bins, results[0][1].device)
         for batch, losses, predictions in results:
             assert predictions is not None
-            mine = topology.shard(batch.labels.shape[1])
+            mine = pulse.topology.shard(batch.labels.shape[1])
             labels = batch.labels[:, mine]
             gaps = recall_gaps(batch.input_ids, batch.labels)[:, mine]
             total.add(gaps // GAP_BIN, losses, labels != IGNORED, predictions == labels)

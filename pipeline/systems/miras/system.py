@@ -14,6 +14,7 @@ from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.ops.attention import WindowCarry
+from pipeline.parallel.pulse import Pulse
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.system import (
@@ -200,10 +201,10 @@ class MirasSystem:
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         """Nothing here is kept outside the optimizer."""
 
-    def evaluate(self, model: nn.Module, phase: Phase, topology: Topology) -> Evaluation:
+    def evaluate(self, model: nn.Module, phase: Phase, pulse: Pulse) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate
 
-        return evaluate(self, model, topology)
+        return evaluate(self, model, pulse)
 
     def flops(self, sequence_length: int) -> Flops:
         from pipeline.systems.miras.flops import count_flops

@@ -1,0 +1,60 @@
+"""Reading what torch.save wrote without running what a pickle says: tensors, plain values and a few named types."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from pipeline.errors import UserError
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def trusted_types() -> list[Any]:
+    """The types besides torch's own that DeepSpeed's shards hold; building one runs no code of the file's choice."""
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def load_pickle(path: Path, *, mmap: bool = False) -> Any:
+    """What torch.save wrote to `path`, on the CPU; with `mmap` tensors are read when they are used.
+
+    Raises UserError when it is damaged or holds anything but tensors, plain values and `trusted_types`.
+    """
+    try:
+        with torch.serialization.safe_globals(trusted_types()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL \S+", str(error))
+        what = "" if found is None else f" ({found[0].removeprefix('GLOBAL ')})"
+        raise UserError(
+            f"{path}: holds something else than tensors and plain values{what}: nothing of it was run; take a"
+            " checkpoint of this program"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(f"{path}: cannot be read ({reason}): copy it again, or take another checkpoint") from error
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Within it every torch.load, however it is called, refuses what `load_pickle` refuses."""
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(trusted_types()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = before

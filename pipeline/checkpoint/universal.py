@@ -1,0 +1,217 @@
+"""Resuming on other ranks or another ZeRO stage: `convert` one checkpoint, then `load_universal` it anywhere.
+
+The tensors go in by DeepSpeed's tensor-fragment functions. Its own universal loader gives every group of ZeRO-3 the
+learning rate and decay of the first, and refuses what was saved with ZeRO-3 at other stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from pipeline.checkpoint.safe import load_pickle
+from pipeline.checkpoint.universal_convert import (
+    COUNTERS,
+    MASTER,
+    MODEL_STATES,
+    MOMENTS,
+    PARAMETERS,
+    STEP,
+    TENSORS,
+    convert,
+    is_universal,
+)
+from pipeline.errors import UserError
+from pipeline.parallel.agreement import together
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import fill, full_shape
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+__all__ = ["convert", "is_universal", "load_universal"]
+
+
+def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None:
+    """Fills weights, master weights, moments, steps, buffers and counters of a fresh engine. Collective.
+
+    Hyper-parameters of the groups stay those of the engine. Raises UserError on every rank before anything is changed.
+    """
+    saved = _Saved(checkpoint)
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    names = {parameter: name for name, parameter in named.items()}
+
+    def check() -> tuple[list[_Flat], list[float]]:
+        saved.check(engine.module, named)
+        flats = list(_flats(engine.optimizer))
+        return flats, [saved.step_of([names[parameter] for parameter in flat.parameters]) for flat in flats]
+
+    flats, steps = together(topology, check)
+    partitions = hasattr(engine.optimizer, "checkpoint_event_prologue")
+    if partitions:
+        engine.optimizer.checkpoint_event_prologue()
+    with torch.no_grad():
+        for flat, step in zip(flats, steps, strict=True):
+            _create_state(flat, step)
+            for parameter in flat.parameters:
+                _set(engine.optimizer, flat, parameter, saved, names[parameter])
+        # The model computes with a rounded copy of the masters, as after an update.
+        fill(engine.module, lambda name, shape: saved.read(name, MASTER), named)
+        saved.fill_buffers(engine.module)
+    if partitions:
+        engine.optimizer.checkpoint_event_epilogue()
+    for counter in COUNTERS:
+        setattr(engine.deepspeed, counter, saved.states[counter])
+
+
+class _Saved:
+    """A universal checkpoint, read a tensor at a time."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.states: dict[str, Any] = {}
+
+    def read(self, name: str, kind: str) -> Tensor:
+        """One of TENSORS, or the step, of a parameter."""
+        content = load_pickle(self.checkpoint / PARAMETERS / name / f"{kind}.pt", mmap=kind != STEP)
+        return content if kind == STEP else content["param"]
+
+    def check(self, module: nn.Module, named: dict[str, nn.Parameter]) -> None:
+        """Raises UserError unless exactly the trained parameters of the model are here, in their shapes."""
+        if not is_universal(self.checkpoint):
+            raise UserError(f"{self.checkpoint}: is not in the universal format: convert it first")
+        found = {path.name for path in (self.checkpoint / PARAMETERS).iterdir() if path.is_dir()}
+        for name in sorted(found - named.keys()):
+            known = name in dict(module.named_parameters())
+            what = "is frozen in this run" if known else "is no parameter of this model"
+            raise UserError(
+                f"{self.checkpoint}: {name!r} was trained there and {what}: resume the same model and phase"
+            )
+        for name in sorted(named.keys() - found):
+            raise UserError(
+                f"{self.checkpoint}: has no state of {name!r}, which this run trains: resume the same model and phase"
+            )
+        for name, parameter in named.items():
+            for kind in TENSORS:
+                shape = tuple(self.read(name, kind).shape)
+                if shape != tuple(full_shape(parameter)):
+                    raise UserError(
+                        f"{self.checkpoint}: {kind} of {name!r} is {shape}, the model wants"
+                        f" {tuple(full_shape(parameter))}: resume the same model"
+                    )
+        self.states = load_pickle(self.checkpoint / MODEL_STATES)
+
+    def step_of(self, names: Sequence[str]) -> float:
+        """The updates that the moments of a group have seen. Raises UserError where they differ."""
+        # 0: never updated, which stage 0 counts by parameter. Its moments are zero, with which any step does nothing.
+        steps = {step: name for name in reversed(names) if (step := float(self.read(name, STEP))) > 0}
+        if len(steps) > 1:
+            (a, one), (b, other) = sorted(steps.items())[:2]
+            raise UserError(
+                f"{self.checkpoint}: {one!r} was updated {a:.0f} times and {other!r} {b:.0f} times, but ZeRO counts"
+                " once for their group: resume with --zero zero0"
+            )
+        return next(iter(steps), 0.0)
+
+    def fill_buffers(self, module: nn.Module) -> None:
+        """As DeepSpeed does: those that the model has too."""
+        buffers = dict(module.named_buffers())
+        for name in self.states["buffer_names"]:
+            if name in buffers:
+                buffers[name].copy_(self.states["module"][name])
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A tensor that torch's optimizer updates, and the parameters whose float32 values it holds (a part of)."""
+
+    parameters: Sequence[nn.Parameter]
+    master: Tensor
+    optimizer: torch.optim.Optimizer
+
+
+def _flats(optimizer: Any) -> Iterator[_Flat]:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield _Flat([parameter], parameter, optimizer)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):  # bfloat16 without ZeRO
+        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(parameters, masters, strict=True):
+                yield _Flat([parameter], master, optimizer.optimizer)
+    elif isinstance(optimizer, BF16_Optimizer):  # ZeRO-1 that adds gradients up in float32
+        for parameters, master in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
+            yield _Flat(parameters, master, optimizer.optimizer)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        for parameters, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            yield _Flat(parameters, master, optimizer.optimizer)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+            raise UserError("a universal checkpoint cannot be loaded into an NVMe offload: choose --zero zero3_offload")
+        if optimizer.offload_optimizer and set(optimizer.subgroup_to_device.values()) != {"cpu"}:
+            raise UserError("a universal checkpoint cannot be loaded with offload_optimizer.ratio below 1: set it to 1")
+        for parameters, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            yield _Flat(parameters, master, optimizer.optimizer)
+    else:
+        raise UserError(
+            f"a universal checkpoint cannot be loaded into {type(optimizer).__name__}: choose another --zero"
+        )
+
+
+def _create_state(flat: _Flat, step: float) -> None:
+    """Zero moments, as the optimizer makes them at its first update, and the step that replaces any it has counted."""
+    state = flat.optimizer.state[flat.master]
+    if isinstance(flat.optimizer, torch.optim.AdamW):
+        group = flat.optimizer.param_groups[0]
+        on_device = group["fused"] or group["capturable"]
+        state[STEP] = torch.tensor(step, dtype=torch.float32, device=flat.master.device if on_device else "cpu")
+    else:
+        state[STEP] = int(step)  # DeepSpeed's optimizers count in Python
+    for kind in MOMENTS:
+        state[kind] = torch.zeros_like(flat.master, dtype=torch.float32, requires_grad=False)
+
+
+def _set(optimizer: Any, flat: _Flat, parameter: nn.Parameter, saved: _Saved, name: str) -> None:
+    """Master and moments of one parameter: the part that this rank keeps."""
+    values = {kind: saved.read(name, kind) for kind in TENSORS}
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # The `full` functions take no parameter whose size the ranks do not divide.
+        parts = {kind: _part(value, parameter) for kind, value in values.items()}
+        safe_set_local_fp32_param(parameter, parts[MASTER])
+        for kind in MOMENTS:
+            safe_set_local_optimizer_state(parameter, parts[kind], kind)
+    elif len(flat.parameters) == 1 and flat.master.shape == parameter.shape and not hasattr(parameter, "_hp_mapping"):
+        flat.master.copy_(values[MASTER])
+        for kind in MOMENTS:
+            flat.optimizer.state[flat.master][kind].copy_(values[kind])
+    else:
+        lazy_init_hp_params_optimizer_state([parameter], flat.master, flat.optimizer.state)
+        safe_set_full_fp32_param(parameter, values[MASTER])
+        for kind in MOMENTS:
+            safe_set_full_optimizer_state(parameter, values[kind], kind)
+
+
+def _part(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a value, padded with zeros as ZeRO-3 pads."""
+    holder: Any = parameter
+    size, rank = holder.partition_numel(), holder.ds_zero_partition_rank
+    part = torch.zeros(size, dtype=torch.float32)
+    mine = value.reshape(-1)[rank * size : (rank + 1) * size]
+    part[: mine.numel()] = mine
+    return part

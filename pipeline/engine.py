@@ -193,6 +193,8 @@ class Engine:
                 "lr": config.lr * group.lr_scale,
                 "weight_decay": group.weight_decay,
                 "name": group.name,
+                # Saved with the optimizer's state, which counts parameters and knows no names.
+                "parameters": list(group.parameters),
             }
             for group in phase.groups
         ]

@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from pipeline.checkpoint.manifest import complete_checkpoints, problems
-from pipeline.checkpoint.safe import load_pickle
+from tests.launch.comparing import differences
 from tests.launch.harness import Started, launch
 from tests.launch.test_stop import latest, losses, steps
 
@@ -30,31 +27,6 @@ STAGES = (1, 2, 3)
 
 def words(stage: int, last: int, folder: Path, *more: str) -> list[str]:
     return [*RECIPE, "--zero", f"zero{stage}", "--steps", str(last), "--output-dir", str(folder), *more]
-
-
-def content(checkpoint: Path) -> dict[str, Any]:
-    """Everything in a checkpoint that training decides, by file and place within it."""
-    found: dict[str, Any] = {}
-    for path in checkpoint.iterdir():
-        if path.suffix == ".pt":
-            # The same values may be pickled in other words.
-            found.update(leaves(load_pickle(path), path.name))
-        elif path.name not in ("config.yaml", "manifest.json", "trainer_state.json"):
-            found[path.name] = path.read_bytes()
-    return found
-
-
-def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, torch.Tensor):
-        yield place, (tuple(value.shape), value.dtype, value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{place}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from leaves(item, f"{place}/{index}")
-    else:
-        yield place, repr(value)
 
 
 def kill(folder: Path, stage: int, last: int, draw: random.Random, more: list[str]) -> str:
@@ -98,8 +70,7 @@ def survive(kills: int, folder: Path, seed: int) -> None:
         done = launch(2, *words(stage, last, killed, "--resume", "must"))
         assert done.returncode == 0, done.stdout + done.stderr
         assert losses(killed) == losses(straight)
-        one, other = content(latest(killed)), content(latest(straight))
-        assert [place for place in one.keys() | other.keys() if one.get(place) != other.get(place)][:9] == []
+        assert differences(latest(killed), latest(straight)) == []
         state = [json.loads((latest(run) / "trainer_state.json").read_text()) for run in (killed, straight)]
         assert {**state[0], "elapsed": 0} == {**state[1], "elapsed": 0}
 

@@ -1,0 +1,80 @@
+"""Started by test_resume.py on every rank: N steps straight against k steps, a stop, a resume and N - k steps.
+
+Usage: resume_main OUT DATA. Rank 0 writes OUT/result.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipeline.callbacks.metrics import read_rows
+from pipeline.cli import without_local_rank
+from pipeline.config import RunConfig, replace
+from pipeline.engine import stop
+from pipeline.leave import leave
+from pipeline.recipes.miras import miras_tiny
+from pipeline.train import train
+from tests.launch.comparing import differences
+
+LAST, MIDDLE = 6, 3
+
+
+def base(folder: Path, data: Path, **changes: object) -> RunConfig:
+    settings: dict[str, object] = {
+        "output_dir": folder, "steps": LAST, "sequence_length": 128, "batch_size": 1, "grad_accum": 2, "eval_every": 0,
+        "evaluation__steps": 1, "report__plots": False, "parallel__sequence": 1, "data__path": (str(data),),
+        "warmup_steps": 2, "data__holdout": 0.2,
+    }  # fmt: skip
+    return replace(miras_tiny(), **{**settings, **changes})
+
+
+def cases() -> dict[str, dict[str, object]]:
+    """Every stage, the sequence shared by the ranks, a frozen backbone, bfloat16, saving in the background."""
+    found: dict[str, dict[str, object]] = {f"zero{stage}": {"zero": f"zero{stage}"} for stage in range(4)}
+    found["zero3 bf16"] = {"zero": "zero3", "precision": "bf16"}
+    found["zero0 bf16"] = {"zero": "zero0", "precision": "bf16"}
+    found["zero3 sequence"] = {"zero": "zero3", "parallel__sequence": 2}
+    model = miras_tiny().model
+    frozen = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, trainable=False))  # type: ignore[attr-defined, call-arg]
+    found["zero2 frozen"] = {"zero": "zero2", "model": frozen}
+    found["zero3 frozen background"] = {"zero": "zero3", "model": frozen, "async_save": True, "save_every": 1}
+    return found
+
+
+def main() -> None:
+    out, data = map(Path, without_local_rank(sys.argv[1:]))
+    result = {}
+    for number, (case, changes) in enumerate(cases().items()):
+        straight, stopped = out / f"straight{number}", out / f"stopped{number}"
+        train(base(straight, data, **changes))
+        train(base(stopped, data, **changes, stop_after=MIDDLE))
+        train(base(stopped, data, **changes, resume="must"))
+        if dist.get_rank() == 0:
+            rows = [list(read_rows(run / "metrics.jsonl")) for run in (straight, stopped)]
+            losses = [[row["loss"] for row in run if row["mode"] == "train"] for run in rows]
+            middle = LAST - 1 if changes.get("save_every") else MIDDLE  # of several, the two newest are kept
+            cursors = json.loads((stopped / "checkpoints" / f"checkpoint-{middle}" / "loader.json").read_text())
+            manifest = json.loads((stopped / "checkpoints" / f"checkpoint-{LAST}" / "manifest.json").read_text())
+            result[case] = {
+                "losses": losses,
+                "differences": differences(
+                    *(run / "checkpoints" / f"checkpoint-{LAST}" for run in (straight, stopped))
+                ),
+                "epochs": [cursor["epoch"] for cursor in cursors["streams"].values()],
+                "offsets": [cursor["offset"] for cursor in cursors["streams"].values()],
+                "frozen": manifest["frozen"],
+                "kept": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
+            }
+            (out / "result.json").write_text(json.dumps(result))
+        dist.barrier()
+    stop()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A stop and a resume cost no bit, for every stage, mid-epoch and mid-document, with accumulation and the carry."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from tests.launch.harness import launch
+from tests.launch.resume_main import LAST, cases
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("resume")
+    draw = random.Random(3)
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randrange(60, 300))) for _ in range(9)]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    done = launch(2, "tests.launch.resume_main", str(folder), str(data), timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", cases())
+def test_a_resumed_run_ends_with_the_same_bits(found: dict[str, dict], case: str) -> None:
+    straight, stopped = found[case]["losses"]
+    assert len(straight) == LAST and stopped == straight
+    assert found[case]["differences"] == []
+    assert found[case]["kept"][-1] == "latest" and len(found[case]["kept"]) <= 3
+
+
+def test_the_stop_lies_within_documents_and_epochs(found: dict[str, dict]) -> None:
+    for case, facts in found.items():
+        assert any(facts["epochs"]) and any(facts["offsets"]), case
+
+
+def test_frozen_weights_are_named_by_their_hash(found: dict[str, dict]) -> None:
+    hashes = {case: facts["frozen"] for case, facts in found.items()}
+    frozen = [value for case, value in hashes.items() if "frozen" in case]
+    assert frozen[0] == frozen[1] and len(frozen[0]["sha256"]) == 64 and frozen[0]["parameters"] > 500_000
+    assert all(value is None for case, value in hashes.items() if "frozen" not in case)

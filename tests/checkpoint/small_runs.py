@@ -1,0 +1,92 @@
+"""A run whose DeepSpeed is one linear layer, and what tests ask of its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.checkpoint.manifest import LATEST, complete_checkpoints
+from pipeline.checkpoint.save import Moment, Saver
+from pipeline.checkpoint.state import rng_state
+from pipeline.config import replace
+from pipeline.errors import UserError
+from pipeline.parallel.topology import Topology
+from pipeline.recipes.miras import miras_tiny
+from pipeline.run import Progress, Run
+from pipeline.system import CarryEntry, ParameterGroup, Phase
+
+STREAMS = [range(2)]
+
+
+class Unwritable:
+    """Raises `failure` when it is written."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+
+    def __reduce__(self) -> Any:
+        raise self.failure
+
+
+class FakeEngine:
+    """DeepSpeed's part of a checkpoint: one file. Writing it raises `failure`."""
+
+    stage = 3
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(3, 2)
+        self.failure: Exception | None = None
+
+    def collect(self, folder: Path, tag: str) -> dict[Path, Any]:
+        content = self.module.state_dict() if self.failure is None else Unwritable(self.failure)
+        return {folder / tag / "shard.pt": content}
+
+    def load(self, checkpoint: Path) -> None:
+        self.module.load_state_dict(torch.load(checkpoint / "shard.pt", weights_only=True))
+
+
+class FakeLoader:
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"streams": {"0": {"offset": 5}, "1": {"offset": 9}}, "fingerprint": {"texts": 3}}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, value: dict[str, Any]) -> None:
+        if value["fingerprint"] != {"texts": 3}:
+            raise UserError("the data differs")
+        self.state = value
+
+
+def a_run(folder: Path, step: int = 0, keep: int = 2, topology: Topology | None = None) -> Run:
+    """A run at `step` of two streams, whose model is one linear layer."""
+    config = replace(miras_tiny(), output_dir=folder, keep=keep, parallel__sequence=1)
+    run = Run(config, topology or Topology(), torch.device("cpu"), None, folder)  # type: ignore[arg-type]
+    run.engine = FakeEngine()  # type: ignore[assignment]
+    run.phase = Phase("train", 150, (ParameterGroup("all", ("weight",)),))
+    run.progress = Progress(step=step, phase="train", tokens=10 * step, elapsed=0.5 * step)
+    return run
+
+
+def moment(run: Run, step: int) -> Moment:
+    run.progress.step = step
+    carries = [{"x": CarryEntry(torch.tensor([step, -step]))}]
+    return Moment(dataclasses.replace(run.progress), FakeLoader().state_dict(), rng_state(), carries)
+
+
+def save(run: Run, step: int) -> Path:
+    (name,) = Saver(run, STREAMS).save(moment(run, step))
+    return run.folder / "checkpoints" / name
+
+
+def steps(run: Run) -> list[int]:
+    return [int(path.name.split("-")[1]) for path in complete_checkpoints(run.folder / "checkpoints")]
+
+
+def latest(run: Run) -> Path:
+    folder = run.folder / "checkpoints"
+    return folder / (folder / LATEST).read_text().strip()

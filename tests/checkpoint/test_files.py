@@ -1,0 +1,64 @@
+"""What is on disk is what was meant, and its hash is known without reading it again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.checkpoint.files import BLOCK, Staging, digest_of, seal, sha256, shard, small, tensor_bytes
+
+
+@pytest.mark.parametrize("numbers", [3, BLOCK // 4 - 1, BLOCK // 4, 3 * BLOCK // 4 + 5])
+def test_a_shard_is_what_torch_saves_and_its_entry_is_of_the_file(tmp_path: Path, numbers: int) -> None:
+    content = {"a": torch.randn(numbers), "b": [torch.arange(7), "text", 3]}
+    entry = shard(content)(tmp_path / "shard.pt")
+    found = torch.load(tmp_path / "shard.pt", weights_only=True)
+    assert torch.equal(found["a"], content["a"]) and found["b"][1:] == ["text", 3]
+    data = (tmp_path / "shard.pt").read_bytes()
+    assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} == seal(tmp_path / "shard.pt")
+
+
+def test_other_files_are_read_back_for_their_hash(tmp_path: Path) -> None:
+    entry = small(lambda path: path.write_text("text") and None)(tmp_path / "file")
+    assert entry == {"size": 4, "sha256": hashlib.sha256(b"text").hexdigest()}
+    assert sha256(tmp_path / "file") == entry["sha256"]
+
+
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_a_digest_is_of_what_is_left_of_a_file(data: bytes, skipped: int) -> None:
+    handle = io.BytesIO(data)
+    handle.read(skipped)
+    assert digest_of(handle) == hashlib.sha256(data[skipped:]).hexdigest()
+
+
+def state() -> dict[str, object]:
+    return {"a": torch.arange(6.0).view(2, 3).t(), "b": [torch.ones(2), (torch.zeros(1), "x")], "c": {"d": {1, 2}}}
+
+
+def test_staged_tensors_do_not_follow_training() -> None:
+    staging, content = Staging(), state()
+    copied = staging.copy(content, "file")
+    content["a"].add_(1)  # type: ignore[attr-defined]
+    content["b"][1][0].add_(1)  # type: ignore[index]
+    content["c"]["d"].add(3)  # type: ignore[index]
+    expected = state()
+    assert torch.equal(copied["a"], expected["a"]) and copied["c"] == expected["c"]
+    assert torch.equal(copied["b"][1][0], torch.zeros(1)) and copied["b"][1][1] == "x"
+    assert type(copied["b"][1]) is tuple
+
+
+def test_staging_uses_its_memory_again_and_follows_changes_of_shape() -> None:
+    staging = Staging()
+    first = staging.copy(state(), "file")
+    assert staging.bytes == tensor_bytes(state()) == 4 * (6 + 2 + 1)
+    again = staging.copy(state(), "file")
+    assert again["a"].data_ptr() == first["a"].data_ptr()
+    assert staging.copy(state(), "other")["a"].data_ptr() != first["a"].data_ptr()
+    longer = staging.copy({"a": torch.arange(9, dtype=torch.int64)}, "file")
+    assert torch.equal(longer["a"], torch.arange(9))

@@ -6,12 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops import affine_scan_native
+from pipeline.ops import affine_scan_native, native
 from pipeline.ops.affine_scan_torch import affine_scan_torch
+from pipeline.ops.checks import (
+    TOKENS,
+    cannot_run,
+    check_backend_name,
+    check_device,
+    check_dtype,
+    check_segment_ids,
+    check_tensor,
+    not_taken,
+    sum_dtype,
+)
 
 Backend = Literal["auto", "torch", "cpu", "cuda"]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def affine_scan(
@@ -69,41 +78,30 @@ def affine_scan(
 def _check(a: Tensor, b: Tensor, state: Tensor | None, segment_ids: Tensor | None) -> torch.dtype:
     """The dtype of the sums, for arguments that agree."""
     if b.dim() < 2 or b.shape[1] == 0:
-        raise ValueError(f"b has shape {_shape(b)}; expected [batch, sequence, *features] with a token at least")
+        raise ValueError(f"b has shape {list(b.shape)}; expected [batch, sequence, *features] with a token at least")
     shared = tuple(1 if i > 1 and n == 1 else m for i, (n, m) in enumerate(zip(a.shape, b.shape, strict=False)))
     if a.dim() != b.dim() or a.shape != shared:
         ones = ", or 1 in place of a feature dimension" if b.dim() > 2 else ""
-        raise ValueError(f"a has shape {_shape(a)}; expected that of b, {_shape(b)}{ones}")
+        raise ValueError(f"a has shape {list(a.shape)}; expected that of b, {list(b.shape)}{ones}")
     for name, tokens in (("a", a), ("b", b)):
-        _check_dtype(name, tokens, _DTYPES)
-    _check_device("a", a, b)
-    wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+        check_dtype(name, tokens, TOKENS)
+    check_device("a", a, b, "b")
+    wide = sum_dtype(a, b)
     if state is not None:
-        expected = [b.shape[0], *b.shape[2:]]
-        if list(state.shape) != expected:
-            raise ValueError(f"state has shape {_shape(state)}; expected {expected}")
-        _check_dtype("state", state, (wide,))
-        _check_device("state", state, b)
-    if segment_ids is not None:
-        if segment_ids.shape != b.shape[:2]:
-            raise ValueError(f"segment_ids has shape {_shape(segment_ids)}; expected {list(b.shape[:2])}")
-        if segment_ids.is_floating_point() or segment_ids.is_complex() or segment_ids.dtype == torch.bool:
-            raise ValueError(f"segment_ids is {_name(segment_ids.dtype)}; expected an integer type")
-        _check_device("segment_ids", segment_ids, b)
+        check_tensor("state", state, (b.shape[0], *b.shape[2:]), (wide,), b, "b")
+    check_segment_ids(segment_ids, b, "b")
     return wide
 
 
 def _choose(a: Tensor, b: Tensor, state: Tensor | None, backend: str) -> str:
     """``torch`` or ``native``."""
-    kind = b.device.type
-    device = f"cuda:{b.device.index}" if kind == "cuda" else kind
+    check_backend_name(backend)
     if backend == "torch":
         return backend
+    device = native.place(b.device)
     if backend == "auto":
-        fits = kind in ("cpu", "cuda") and affine_scan_native.fits(device, a.dtype, b.dtype)
+        fits = b.device.type in native.KINDS and affine_scan_native.fits(device, a.dtype, b.dtype)
         return "native" if fits else "torch"
-    if backend not in ("cpu", "cuda"):
-        raise ValueError(f"backend is {backend!r}; expected 'auto', 'torch', 'cpu' or 'cuda'")
     for name, x in (("a", a), ("b", b), ("state", state)):
         if x is None:
             continue
@@ -115,26 +113,7 @@ def _choose(a: Tensor, b: Tensor, state: Tensor | None, backend: str) -> str:
         elif not x.is_contiguous():
             wrong = "a contiguous tensor, and makes no copy"
         if wrong is not None:
-            found = f"{name} is {_name(x.dtype)} {_shape(x)} with strides {list(x.stride())} on {x.device}"
-            raise ValueError(f"{found}; backend {backend!r} expects {wrong}: use 'auto' or 'torch'")
+            raise not_taken(backend, name, x, wrong)
     if (failure := affine_scan_native.why_not(device, a.dtype, b.dtype)) is not None:
-        raise ValueError(f"backend {backend!r} cannot run: {failure}: use 'auto' or 'torch'")
+        raise cannot_run(backend, failure)
     return "native"
-
-
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in allowed:
-        raise ValueError(f"{name} is {_name(tensor.dtype)}; expected {' or '.join(map(_name, allowed))}")
-
-
-def _check_device(name: str, tensor: Tensor, b: Tensor) -> None:
-    if tensor.device != b.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected the device of b, {b.device}")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.ops import native
 from pipeline.ops.affine_scan_torch import affine_scan_torch
+from pipeline.ops.checks import dtype_name
 
 # Tokens between the states that the forward pass saves. The backward pass recomputes those in between, on a GPU in
 # registers: h itself, when it is bfloat16, is too coarse for the gradient of a.
@@ -28,35 +29,20 @@ def fits(device: str, a: torch.dtype, b: torch.dtype) -> bool:
 
     One that is built but fails its check is not, and that is said once.
     """
-    if not {a, b} <= set(DTYPES) or not native.load(_kind(device)):
-        return False
-    failure = why_not(device, a, b)
-    if failure is not None:
-        native.fall_back(OP, device, _case(a, b), failure)
-    return failure is None
+    return {a, b} <= set(DTYPES) and native.fits(_kernel(device, a, b))
 
 
 @torch.compiler.assume_constant_result
 def why_not(device: str, a: torch.dtype, b: torch.dtype) -> str | None:
     """None where the kernel can be used. Loads the library and checks the kernel against PyTorch, each once."""
-    if (reason := native.why_not(_kind(device))) is not None:
-        return reason
-    case = _case(a, b)
-    if (reason := native.lacks(OP, device, case)) is not None:
-        return reason
-    with native.LOCK:
-        _register()
+    return native.refusal(_kernel(device, a, b))
+
+
+def _kernel(device: str, a: torch.dtype, b: torch.dtype) -> native.Kernel:
+    names = [dtype_name(x) for x in (a, b)]
+    case = names[0] if a == b else f"a {names[0]}, b {names[1]}"
     tolerance = 1e-2 if torch.bfloat16 in (a, b) else 1e-5
-    return native.verify(OP, device, case, lambda: _largest_error(device, a, b), tolerance)
-
-
-def _kind(device: str) -> native.Kind:
-    return "cuda" if device.startswith("cuda") else "cpu"
-
-
-def _case(a: torch.dtype, b: torch.dtype) -> str:
-    names = [str(x).removeprefix("torch.") for x in (a, b)]
-    return names[0] if a == b else f"a {names[0]}, b {names[1]}"
+    return native.Kernel(OP, device, case, _register, lambda: _largest_error(device, a, b), tolerance)
 
 
 def affine_scan_native(a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.ops import dual_chunks
-from pipeline.ops.dual_check import check_scan, sum_dtype
-from pipeline.ops.dual_chunks import advance, boundaries, scan_spans, stack_state, unchunk, unstack_state
+from pipeline.ops import chunks
+from pipeline.ops.checks import check_chunk_start, check_clip, sum_dtype
+from pipeline.ops.chunks import (
+    advance,
+    boundaries,
+    coefficients,
+    from_chunks,
+    learns,
+    outer,
+    scan_spans,
+    span_tokens,
+    stack_state,
+    to_chunks,
+    unstack_state,
+)
 from pipeline.ops.dual_maps import ErrorMap, Link, shrink, squared_error
-from pipeline.ops.scan_torch import _chunks, _coefficients, _outer, span_tokens
 
 # Elements of a block's memories (its tokens x batch x heads x key dim x value dim), and its most tokens.
 _BLOCK_CPU = 2**20
@@ -96,9 +107,8 @@ def dual_scan(
     Source: MIRAS (arXiv 2504.13173), the variants' chunked training; Titans (arXiv 2501.00663) for the momentum.
     """
     gates = {"alpha": alpha, "eta": eta, "theta": theta, "threshold": threshold}
-    check_scan(q, k, v, gates, state, segment_ids, chunk, state_shape=(q.shape[-1], v.shape[-1]))
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip is {clip}; expected a value above 0, or None")
+    check_chunk_start(q, k, v, gates, state, segment_ids, chunk, state_shape=(q.shape[-1], v.shape[-1]))
+    check_clip(clip)
     # Autocast would turn the sums to bfloat16 behind the float32 state.
     with torch.autocast(device_type=q.device.type, enabled=False):
         maps = _Maps(error, link, clip)
@@ -150,10 +160,9 @@ def _dual_scan(
     sizes = {"key_dim": key_dim, "value_dim": value_dim}
     carry = stack_state(state, states, (batch, heads, key_dim, value_dim), q.new_empty(0, dtype=dtype))
     inputs = (q, k, v, 1 - alpha, eta, theta, keep, inside, threshold)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, carry))
     copies = 0 if maps.link is None else maps.link.copies
     kept = kept_bytes(rows, sequence, **sizes, states=states, chunk=chunk, copies=copies, element=dtype.itemsize)
-    recompute = learns and kept > dual_chunks.KEEP
+    recompute = learns((*inputs, carry)) and kept > chunks.KEEP
     span = span_tokens(rows, **sizes, states=states, chunk=chunk, device_type=device)
     if maps.link is None:
         block = min(chunk, sequence)
@@ -186,12 +195,12 @@ def _span(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, length, heads, key_dim = q.shape
     last = (length - 1) % block
-    q, k, v, theta, retain = (_chunks(x, block, carry.dtype) for x in (q, k, v, theta, retain))
+    q, k, v, theta, retain = (to_chunks(x, block, carry.dtype) for x in (q, k, v, theta, retain))
     eta, keep, inside, threshold = (
-        None if x is None else _chunks(x, block, carry.dtype) for x in (eta, keep, inside, threshold)
+        None if x is None else to_chunks(x, block, carry.dtype) for x in (eta, keep, inside, threshold)
     )
-    c = _coefficients(retain, eta, theta, keep, last)
-    update_keys = _outer(c.update_end, k)
+    c = coefficients(retain, eta, theta, keep, last)
+    update_keys = outer(c.update_end, k)
     # Unbound, not indexed: the gradient of an index is as large as what it is taken from.
     ends, writes = c.state_end.unbind(0), update_keys.unbind(0)
     per_chunk = 1 if maps.link is None else chunk // block
@@ -217,14 +226,14 @@ def _span(
             signals.append(part)
             place += 1
     if maps.link is None:
-        y = _outer(c.state, q) @ torch.stack(starts) - ((q @ k.mT) * c.update) @ torch.stack(signals)
+        y = outer(c.state, q) @ torch.stack(starts) - ((q @ k.mT) * c.update) @ torch.stack(signals)
     else:
         y = torch.stack(reads)
     update = None
     if eta is None:
         key = theta[-1, :, last, None] * k[-1, :, last]
         update = -key.unsqueeze(-1) * signals[-1][:, last].unsqueeze(-2)
-    return unchunk(y, batch, heads, length), carry, update
+    return from_chunks(y, batch, heads, length), carry, update
 
 
 def _signal(

@@ -20,11 +20,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pipeline.ops import dual_chunks
-from pipeline.ops.dual_check import check_scan, check_weights, sum_dtype
-from pipeline.ops.dual_chunks import advance, boundaries, scan_spans, stack_state, unchunk, unstack_state
+from pipeline.ops import chunks
+from pipeline.ops.checks import check_chunk_start, check_clip, check_initial, sum_dtype
+from pipeline.ops.chunks import (
+    advance,
+    boundaries,
+    coefficients,
+    from_chunks,
+    learns,
+    outer,
+    scan_spans,
+    span_tokens,
+    stack_state,
+    to_chunks,
+    unstack_state,
+)
 from pipeline.ops.dual_maps import shrink
-from pipeline.ops.scan_torch import _chunks, _coefficients, _outer, span_tokens
 
 
 def mlp_scan(
@@ -77,13 +88,10 @@ def mlp_scan(
     """
     (_, _, heads, dim), hidden = q.shape, initial[0].shape[1] if initial[0].dim() == 3 else 0
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
-    check_scan(q, k, v, gates, state, segment_ids, chunk, state_shape=(2 * hidden, dim))
-    if v.shape != q.shape:
-        raise ValueError(f"v has shape {list(v.shape)}; expected that of q, {list(q.shape)}")
-    shape = (heads, hidden, dim)
-    check_weights(q, **{"initial[0] (W1)": (initial[0], shape), "initial[1] (W2)": (initial[1], shape)})
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip is {clip}; expected a value above 0, or None")
+    check_chunk_start(q, k, v, gates, state, segment_ids, chunk, state_shape=(2 * hidden, dim))
+    names = ("initial[0] (W1)", "initial[1] (W2)")
+    check_initial(q, v, dict(zip(names, initial, strict=True)), (heads, hidden, dim))
+    check_clip(clip)
     # Autocast would turn the sums to bfloat16 behind the float32 state.
     with torch.autocast(device_type=q.device.type, enabled=False):
         return _mlp_scan(q, k, v, alpha, eta, theta, initial, clip, state, segment_ids, chunk)
@@ -127,11 +135,10 @@ def _mlp_scan(
     carry = torch.cat([stack_state(part, states, shape, like) for part in parts], dim=-1)
     first, second = (w.to(dtype).expand(batch, *w.shape).flatten(0, 1) for w in initial)
     inputs = (q, k, v, 1 - alpha, eta, theta, keep, inside)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *initial, carry))
     kept = kept_bytes(rows, sequence, dim, hidden, states=states, chunk=chunk, element=dtype.itemsize)
     sizes = {"key_dim": dim, "value_dim": 2 * hidden, "states": states, "chunk": chunk}
     span = span_tokens(rows, **sizes, device_type=q.device.type)
-    recompute = learns and kept > dual_chunks.KEEP and sequence > span
+    recompute = learns((*inputs, *initial, carry)) and kept > chunks.KEEP and sequence > span
     body = partial(_span, first=first, second=second, clip=clip, chunk=min(chunk, sequence))
     y, carry, update = scan_spans(body, inputs, carry, span=span, recompute=recompute)
     after = [
@@ -162,9 +169,9 @@ def _span(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     (batch, length, heads, dim), hidden = q.shape, first.shape[-2]
     last = (length - 1) % chunk
-    q, k, v, theta, retain = (_chunks(x, chunk, carry.dtype) for x in (q, k, v, theta, retain))
-    eta, keep, inside = (None if x is None else _chunks(x, chunk, carry.dtype) for x in (eta, keep, inside))
-    c = _coefficients(retain, eta, theta, keep, last)
+    q, k, v, theta, retain = (to_chunks(x, chunk, carry.dtype) for x in (q, k, v, theta, retain))
+    eta, keep, inside = (None if x is None else to_chunks(x, chunk, carry.dtype) for x in (eta, keep, inside))
+    c = coefficients(retain, eta, theta, keep, last)
     own = [None] * len(k) if inside is None else (inside.unsqueeze(-1) > 0).unbind(0)
     starts, units, backs, errors = [], [], [], []
     # Unbound, not indexed: the gradient of an index is as large as what it is taken from.
@@ -175,21 +182,21 @@ def _span(
         units.append(x)
         backs.append(back)
         errors.append(error)
-        written = torch.cat([_outer(weights, back).mT @ keys, _outer(weights, x).mT @ error], dim=-1)
+        written = torch.cat([outer(weights, back).mT @ keys, outer(weights, x).mT @ error], dim=-1)
         carry = advance(end, carry) - written
     x, back, error = torch.stack(units), torch.stack(backs), torch.stack(errors)
     below, above = torch.stack(starts).split(dim, dim=-1)
     states = c.state.shape[-1]
     through = (q @ below.mT).unflatten(-1, (states, hidden))
     h, _ = gelu(q @ first.mT + (c.state.unsqueeze(-1) * through).sum(dim=-2) - ((q @ k.mT) * c.update) @ back)
-    y = h @ second + _outer(c.state, h) @ above - ((h @ x.mT) * c.update) @ error
+    y = h @ second + outer(c.state, h) @ above - ((h @ x.mT) * c.update) @ error
     update = None
     if eta is None:
         step = -theta[-1, :, last, None, None]
         first_update = back[-1, :, last].unsqueeze(-1) * k[-1, :, last].unsqueeze(-2)
         second_update = x[-1, :, last].unsqueeze(-1) * error[-1, :, last].unsqueeze(-2)
         update = step * torch.cat([first_update, second_update], dim=-1)
-    return unchunk(y, batch, heads, length), carry, update
+    return from_chunks(y, batch, heads, length), carry, update
 
 
 def _gradients(

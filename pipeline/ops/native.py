@@ -123,6 +123,48 @@ def _check(op: str, device: str, case: str, run: Callable[[], float], tolerance:
     return Verdict(op, device, case, error if error is None or math.isfinite(error) else None, failure)
 
 
+class Kernel(NamedTuple):
+    """One binary of an op, as a call would use it."""
+
+    op: str
+    device: str  # ``cpu`` or ``cuda:INDEX``
+    case: str  # what else the binary depends on: "float32, head size 64"
+    register: Callable[[], object]  # tells torch of the op's shapes and gradient, once; needs the library loaded
+    error: Callable[[], float]  # the ``run`` of `verify`
+    tolerance: float
+
+    @property
+    def kind(self) -> Kind:
+        """The library that it is in."""
+        return "cuda" if self.device.startswith("cuda") else "cpu"
+
+
+def place(device: torch.device) -> str:
+    """``cpu`` or ``cuda:INDEX``."""
+    return device.type if device.index is None else f"{device.type}:{device.index}"
+
+
+def fits(kernel: Kernel) -> bool:
+    """Whether a kernel is the path to take. One that is built but fails its check is not, and that is said once."""
+    if not load(kernel.kind):
+        return False
+    failure = refusal(kernel)
+    if failure is not None:
+        fall_back(kernel.op, kernel.device, kernel.case, failure)
+    return failure is None
+
+
+def refusal(kernel: Kernel) -> str | None:
+    """None where a kernel can be used. Loads the library and checks the kernel against PyTorch, each once."""
+    if (reason := why_not(kernel.kind)) is not None:
+        return reason
+    if (reason := lacks(kernel.op, kernel.device, kernel.case)) is not None:
+        return reason
+    with LOCK:
+        kernel.register()
+    return verify(kernel.op, kernel.device, kernel.case, kernel.error, kernel.tolerance)
+
+
 def verdicts() -> Iterator[Verdict]:
     """What has been checked so far in this process."""
     return iter(tuple(_verdicts.values()))

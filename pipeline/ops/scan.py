@@ -7,14 +7,24 @@ import torch
 from torch import Tensor
 
 from pipeline.ops import native, scan_native
+from pipeline.ops.checks import (
+    TOKENS,
+    cannot_run,
+    check_backend_name,
+    check_chunk,
+    check_device,
+    check_dtype,
+    check_gates,
+    check_segment_ids,
+    check_state,
+    check_value_shape,
+    not_taken,
+)
 from pipeline.ops.scan_torch import scan_torch
 
 Rule = Literal["titans", "delta"]
 Backend = Literal["auto", "torch", "cpu", "cuda"]
 State = tuple[Tensor, Tensor]
-
-_TOKEN_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-_GATE_DTYPES = (torch.float64, torch.float32)
 
 
 def miras_scan(
@@ -107,8 +117,7 @@ def check_backend(
     Raises:
         ValueError: there is no such backend, or it does not take one of them; the message names it.
     """
-    if backend not in ("auto", "torch", "cpu", "cuda"):
-        raise ValueError(f"backend is {backend!r}; expected 'auto', 'torch', 'cpu' or 'cuda'")
+    check_backend_name(backend)
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "theta": theta}
     if eta is not None:
         tensors["eta"] = eta
@@ -122,9 +131,7 @@ def check_backend(
         wrong = (strided[0], "a contiguous tensor, and makes no copy") if strided else None
     if wrong is not None:
         name, expected = wrong
-        x = tensors[name]
-        found = f"{name} is {_name(x.dtype)} {_shape(x)} with strides {list(x.stride())} on {x.device}"
-        raise ValueError(f"{found}; backend {backend!r} expects {expected}: use 'auto' or 'torch'")
+        raise not_taken(backend, name, tensors[name], expected)
     return tensors
 
 
@@ -136,12 +143,12 @@ def _runs_natively(tensors: dict[str, Tensor], backend: str) -> bool:
         return False
     if backend == "auto" and scan_native.unsupported(kind, tensors) is not None:
         return False
-    device = kind if q.device.index is None else f"{kind}:{q.device.index}"
+    device = native.place(q.device)
     key_dim = next(size for size in scan_native.KEY_DIMS if size == q.shape[-1])
     if backend == "auto":
         return scan_native.fits(device, q.dtype, key_dim)
     if (failure := scan_native.why_not(device, q.dtype, key_dim)) is not None:
-        raise ValueError(f"backend {backend!r} cannot run: {failure}: use 'auto' or 'torch'")
+        raise cannot_run(backend, failure)
     return True
 
 
@@ -160,62 +167,28 @@ def check_arguments(
     """Raise the ValueError of `miras_scan` for arguments that fit no backend: it names the argument and its shape."""
     if rule not in ("titans", "delta"):
         raise ValueError(f"rule is {rule!r}; expected 'titans' or 'delta'")
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ValueError(f"chunk is {chunk!r}; expected a positive integer")
+    check_chunk(chunk)
     if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q has shape {_shape(q)}; expected [batch, sequence, heads, key dim] without a 0")
-    batch, sequence, heads, key_dim = q.shape
+        raise ValueError(f"q has shape {list(q.shape)}; expected [batch, sequence, heads, key dim] without a 0")
     if k.shape != q.shape:
-        raise ValueError(f"k has shape {_shape(k)}; expected that of q, {_shape(q)}")
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v has shape {_shape(v)}; expected [{batch}, {sequence}, {heads}, value dim]")
+        raise ValueError(f"k has shape {list(k.shape)}; expected that of q, {list(q.shape)}")
+    check_value_shape(v, q)
     for name, tokens in (("q", q), ("k", k), ("v", v)):
-        _check_dtype(name, tokens, _TOKEN_DTYPES)
-        _check_device(name, tokens, q)
+        check_dtype(name, tokens, TOKENS)
+        check_device(name, tokens, q)
 
     if eta is None and rule == "titans":
         raise ValueError("eta is None; the rule 'titans' needs the momentum, [batch, sequence, heads]")
     gates = {"alpha": alpha, "theta": theta}
     if rule == "titans" and eta is not None:
         gates["eta"] = eta
-    for name, gate in gates.items():
-        if gate.shape != q.shape[:3]:
-            raise ValueError(f"{name} has shape {_shape(gate)}; expected [{batch}, {sequence}, {heads}]")
-        _check_dtype(name, gate, _GATE_DTYPES)
-        _check_device(name, gate, q)
-        if not torch.compiler.is_compiling() and os.environ.get("MNEMOS_DEBUG") == "1":
+    check_gates(gates, q)
+    if not torch.compiler.is_compiling() and os.environ.get("MNEMOS_DEBUG") == "1":
+        for name, gate in gates.items():
             _check_range(name, gate)
-
-    if state is not None:
-        if not isinstance(state, (tuple, list)):
-            raise ValueError(f"state is of type {type(state).__name__}; expected a pair of tensors, (M, S)")
-        if len(state) != 2:
-            raise ValueError(f"state holds {len(state)} tensors; expected two, (M, S)")
-        expected = (batch, heads, key_dim, v.shape[-1])
-        for name, part in zip(("state[0] (M)", "state[1] (S)"), state, strict=True):
-            if not isinstance(part, Tensor):
-                raise ValueError(f"{name} is of type {type(part).__name__}; expected a tensor of {list(expected)}")
-            if part.shape != expected:
-                raise ValueError(f"{name} has shape {_shape(part)}; expected {list(expected)}")
-            _check_dtype(name, part, (torch.float64 if q.dtype == torch.float64 else torch.float32,))
-            _check_device(name, part, q)
-
-    if segment_ids is not None:
-        if segment_ids.shape != q.shape[:2]:
-            raise ValueError(f"segment_ids has shape {_shape(segment_ids)}; expected [{batch}, {sequence}]")
-        if segment_ids.is_floating_point() or segment_ids.is_complex() or segment_ids.dtype == torch.bool:
-            raise ValueError(f"segment_ids is {_name(segment_ids.dtype)}; expected an integer type")
-        _check_device("segment_ids", segment_ids, q)
-
-
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in allowed:
-        raise ValueError(f"{name} is {_name(tensor.dtype)}; expected {' or '.join(map(_name, allowed))}")
-
-
-def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.device != q.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected the device of q, {q.device}")
+    batch, _, heads, key_dim = q.shape
+    check_state(state, (batch, heads, key_dim, v.shape[-1]), q)
+    check_segment_ids(segment_ids, q)
 
 
 def _check_range(name: str, gate: Tensor) -> None:
@@ -223,12 +196,4 @@ def _check_range(name: str, gate: Tensor) -> None:
     if bool(outside.any()):
         values = gate[outside]
         worst = values[(values - 0.5).abs().nan_to_num(nan=torch.inf).argmax()]
-        raise ValueError(f"{name} of shape {_shape(gate)} holds {float(worst)}; expected values in [0, 1]")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} of shape {list(gate.shape)} holds {float(worst)}; expected values in [0, 1]")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops import native
+from pipeline.ops.checks import dtype_name
 from pipeline.ops.scan_torch import scan_torch
 
 OP = "miras_scan"
@@ -41,7 +42,7 @@ def unsupported(backend: str, tensors: dict[str, Tensor]) -> tuple[str, str] | N
         elif tensor.dtype not in DTYPES:
             return name, "float32 or bfloat16"
         elif tensor.dtype != q.dtype:
-            return name, f"the dtype of q, {_name(q.dtype)}"
+            return name, f"the dtype of q, {dtype_name(q.dtype)}"
     if q.shape[-1] not in KEY_DIMS:
         return "q", "a key dim of 32, 64 or 128"
     if v.shape[-1] % VALUE_MULTIPLE:
@@ -58,33 +59,18 @@ def fits(device: str, dtype: torch.dtype, key_dim: int) -> bool:
 
     One that is built but fails its check is not, and that is said once.
     """
-    if not native.load(_kind(device)):
-        return False
-    failure = why_not(device, dtype, key_dim)
-    if failure is not None:
-        native.fall_back(OP, device, _case(dtype, key_dim), failure)
-    return failure is None
+    return native.fits(_kernel(device, dtype, key_dim))
 
 
 @torch.compiler.assume_constant_result
 def why_not(device: str, dtype: torch.dtype, key_dim: int) -> str | None:
     """None where the kernel can be used. Loads the library and checks the kernel against PyTorch, each once."""
-    if (reason := native.why_not(_kind(device))) is not None:
-        return reason
-    case = _case(dtype, key_dim)
-    if (reason := native.lacks(OP, device, case)) is not None:
-        return reason
-    with native.LOCK:
-        _register()
-    return native.verify(OP, device, case, lambda: self_check(device, dtype, key_dim), TOLERANCE[dtype])
+    return native.refusal(_kernel(device, dtype, key_dim))
 
 
-def _kind(device: str) -> native.Kind:
-    return "cuda" if device.startswith("cuda") else "cpu"
-
-
-def _case(dtype: torch.dtype, key_dim: int) -> str:
-    return f"{_name(dtype)}, key dim {key_dim}"
+def _kernel(device: str, dtype: torch.dtype, key_dim: int) -> native.Kernel:
+    case = f"{dtype_name(dtype)}, key dim {key_dim}"
+    return native.Kernel(OP, device, case, _register, lambda: self_check(device, dtype, key_dim), TOLERANCE[dtype])
 
 
 def scan_native(
@@ -259,7 +245,3 @@ def self_check(device: str, dtype: torch.dtype, key_dim: int) -> float:
 
 def _error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.detach().cpu().double() - expected.detach()).norm() / expected.detach().norm())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

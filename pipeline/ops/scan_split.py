@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.ops.checks import sum_dtype
 from pipeline.ops.scan import Backend, Rule, State, check_arguments, check_backend, miras_scan
 
 # Time of the split scan over that of the plain one at equal use of the device, forward and backward: 1.95 by the count
@@ -162,8 +163,7 @@ def pieces_for(rows: int, sequence: int, *, device: torch.device, units: int | N
 def empty_state(q: Tensor, v: Tensor) -> Tensor:
     """A memory of zeros [batch, heads, Dk, Dv], in the dtype of the op's state."""
     batch, _, heads, key_dim = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype)
+    return q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=sum_dtype(q))
 
 
 def scan_piece(scan: Scan, tokens: Sequence[Tensor | None], segment_ids: Tensor | None) -> Piece:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops import dual_chunks
-from pipeline.ops.dual_check import check_scan, check_weights, sum_dtype
-from pipeline.ops.dual_chunks import boundaries, scan_spans
+from pipeline.ops import chunks
+from pipeline.ops.checks import check_chunk_start, check_initial, sum_dtype
+from pipeline.ops.chunks import boundaries, learns, scan_spans
 from pipeline.ops.muon import newton_schulz
 
 _NORM_FLOOR = 1e-6
@@ -82,11 +82,9 @@ def swiglu_scan(
     """
     (_, _, heads, dim), hidden = q.shape, initial[0].shape[1] if initial[0].dim() == 3 else 0
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
-    check_scan(q, k, v, gates, state, segment_ids, chunk, state_shape=(3 * hidden, dim))
-    if v.shape != q.shape:
-        raise ValueError(f"v has shape {list(v.shape)}; expected that of q, {list(q.shape)}")
+    check_chunk_start(q, k, v, gates, state, segment_ids, chunk, state_shape=(3 * hidden, dim))
     names = ("initial[0] (gate)", "initial[1] (up)", "initial[2] (down)")
-    check_weights(q, **{name: (w, (heads, hidden, dim)) for name, w in zip(names, initial, strict=True)})
+    check_initial(q, v, dict(zip(names, initial, strict=True)), (heads, hidden, dim))
     # Autocast would turn the sums to bfloat16 behind the float32 state.
     with torch.autocast(device_type=q.device.type, enabled=False):
         return _swiglu_scan(q, k, v, alpha, eta, theta, initial, muon, state, segment_ids, chunk)
@@ -126,9 +124,8 @@ def _swiglu_scan(
         carry = torch.cat([part.reshape(shape) for part in state], dim=-1)
     w0 = Weights(*(w.to(dtype).expand(batch, *w.shape).flatten(0, 1) for w in initial))
     inputs = (q, k, v, 1 - alpha, eta, theta, inside, writes)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *initial, carry))
     kept = kept_bytes(batch * heads, sequence, dim, hidden, chunk=chunk, muon=muon, element=dtype.itemsize)
-    recompute = learns and kept > dual_chunks.KEEP
+    recompute = learns((*inputs, *initial, carry)) and kept > chunks.KEEP
     body = partial(_chunk, initial=w0, muon=muon)
     y, carry, _ = scan_spans(body, inputs, carry, span=chunk, recompute=recompute)
     memory, momentum = (part.unflatten(0, (batch, heads)).contiguous() for part in carry.chunk(2, dim=-1))

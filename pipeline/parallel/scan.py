@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.ops.scan import Backend, Rule, State, check_arguments
+from pipeline.ops.scan import Backend, Rule, State, check_arguments, check_backend
 from pipeline.ops.scan_split import (
     Scan,
     add_reads,
@@ -76,9 +76,11 @@ def sequence_scan(
     Raises:
         ValueError: as ``miras_scan``.
     """
+    check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
+    # Before the parts are made contiguous, for a backend that copies nothing.
+    check_backend(backend, q, k, v, alpha, None if rule == "delta" else eta, theta, state)
     if topology.sequence == 1:
         return Scan(rule, backend, chunk)((q, k, v, alpha, eta, theta), state, segment_ids)
-    check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
     assert topology.sequence_group is not None
     place = Place(topology.sequence_group, topology.sequence_rank, topology.sequence)
     if state is None:

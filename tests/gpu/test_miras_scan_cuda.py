@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops import miras_scan, scan_native
-from tests.ops.test_scan import NAMES, assert_close, make, segments, truth
+from tests.ops.scan_cases import NAMES, assert_close, make, segments, truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

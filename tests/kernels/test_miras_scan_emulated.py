@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.kernels.emulated import Emulated, build, compiler
 from tests.kernels.miras_scan_tiles import Tiles
-from tests.ops.test_scan import NAMES, assert_close, gradients, make, segments, truth
+from tests.ops.scan_cases import NAMES, assert_close, gradients, make, segments, truth
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to compile the CUDA sources for the emulator")
 

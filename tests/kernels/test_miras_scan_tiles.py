@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.miras_scan_tiles import Tiles, round_tf32, split, unit_lower_inverse
-from tests.ops.test_scan import NAMES, assert_close, gradients, make, segments, truth
+from tests.ops.scan_cases import NAMES, assert_close, gradients, make, segments, truth
 
 ALL = ("y", "M", "S", *NAMES)
 

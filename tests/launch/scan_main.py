@@ -22,11 +22,10 @@ from pipeline.config import ParallelConfig
 from pipeline.engine import start, stop
 from pipeline.leave import leave
 from pipeline.ops import miras_scan
-from pipeline.parallel.halo import tokens_before
 from pipeline.parallel.scan import sequence_scan
 from pipeline.parallel.topology import Topology
 from tests.launch.parity_main import base
-from tests.ops.test_scan import NAMES, make
+from tests.ops.scan_cases import NAMES, make
 
 OUTPUTS = ("y", "M", "S")
 
@@ -119,23 +118,6 @@ def run_case(topology: Topology, **case: Any) -> dict[str, float | bool]:
     return result
 
 
-def run_halo(topology: Topology) -> dict[str, float | bool]:
-    """The tokens before each part, and the gradients of those of the part before."""
-    generator = torch.Generator().manual_seed(2)
-    x, cotangent = (torch.randn(2, 5 * topology.sequence, 4, generator=generator) for _ in range(2))
-    mine = topology.shard(x.shape[1])
-    own = x[:, mine].clone().requires_grad_()
-    first = torch.zeros(2, 3, 4)
-    before, last = tokens_before(own, first, topology)
-    expected = torch.cat([first, x], dim=1)[:, mine.start : mine.start + 3]
-    (gradient,) = torch.autograd.grad(before, own, cotangent[:, mine][:, :3])
-    asked = torch.zeros_like(own)
-    if topology.sequence_rank + 1 < topology.sequence:
-        asked[:, 2:] = cotangent[:, mine.stop : mine.stop + 3]
-    holds = [torch.equal(before, expected), torch.equal(last, x[:, -3:]), torch.equal(gradient, asked)]
-    return {"on every rank": all(bool(part.all()) for part in each(torch.tensor(holds), topology))}
-
-
 def each(x: Tensor, topology: Topology) -> list[Tensor]:
     """A tensor from every sequence rank."""
     received = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(topology.sequence)]
@@ -161,7 +143,6 @@ def main() -> None:
     ranks = int(os.environ["WORLD_SIZE"])
     topology = start(dataclasses.replace(base(), parallel=ParallelConfig(sequence=ranks)))
     found = {name: run_case(topology, **case) for name, case in cases(ranks).items()}
-    found["tokens before a part"] = run_halo(topology)
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))
     stop()

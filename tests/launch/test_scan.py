@@ -18,7 +18,7 @@ def test_parts_on_sequence_ranks_are_the_whole_scan(ranks: int, tmp_path: Path) 
     done = launch(ranks, "tests.launch.scan_main", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "result.json").read_text())
-    assert len(found) == 16
+    assert len(found) == 15
     for case, facts in found.items():
         errors = [value for value in facts.values() if not isinstance(value, bool)]
         print(f"{case}: largest error {max(errors, default=0.0):.1e}")

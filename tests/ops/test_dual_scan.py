@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.ops import dual_chunks, miras_scan
+from pipeline.ops import chunks, miras_scan
 from pipeline.ops import dual_scan as module
 from pipeline.ops.dual_maps import HuberError, PNormError, QNormLink, SoftmaxLink, squared_error
 from pipeline.ops.dual_scan import dual_scan
 from tests.ops.family_reference import dual_loop
-from tests.ops.test_scan import assert_close, error, gradients
+from tests.ops.saved import saved_by
+from tests.ops.scan_cases import assert_close, error, gradients
 
 NAMES = ("q", "k", "v", "alpha", "eta", "theta", "threshold", "A0", "S0")
 OUTPUTS = ("y", "A", "S")
@@ -239,9 +240,9 @@ def test_blocks_and_recomputation_change_nothing(link: str, monkeypatch: pytest.
         outputs = run(x, **options)
         return [*outputs, *gradients(outputs, x)]
 
-    monkeypatch.setattr("pipeline.ops.scan_torch._SPAN_CPU", 1)
+    monkeypatch.setattr(chunks, "SPAN_CPU", 1)
     expected, before = both(), len(calls)
-    monkeypatch.setattr(dual_chunks, "KEEP", 0)
+    monkeypatch.setattr(chunks, "KEEP", 0)
     actual, after = both(), len(calls)
     assert (before, after) == (7, 14)
     for name, a, b in zip((*OUTPUTS, *NAMES), actual, expected, strict=True):
@@ -263,23 +264,16 @@ def test_a_large_call_keeps_little(link: QNormLink | None, monkeypatch: pytest.M
     """A state is kept at spans' starts alone, and its memories nowhere."""
 
     def kept() -> int:
-        storages: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
         x = make(1, 1024, 2, 16, 16, dtype=torch.float32)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = run(x, link=link, chunk=16)
+        outputs, total = saved_by(lambda: run(x, link=link, chunk=16))
         assert outputs[0].requires_grad
-        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+        return total
 
-    monkeypatch.setattr("pipeline.ops.scan_torch._SPAN_CPU", 16 * 2 * 2 * 16 * 16)
+    monkeypatch.setattr(chunks, "SPAN_CPU", 16 * 2 * 2 * 16 * 16)
     sizes = {"states": 2, "chunk": 16, "copies": link.copies if link else 0}
     whole = kept()
     assert whole == pytest.approx(module.kept_bytes(2, 1024, 16, 16, **sizes), rel=0.25)
-    monkeypatch.setattr(dual_chunks, "KEEP", 0)
+    monkeypatch.setattr(chunks, "KEEP", 0)
     assert kept() < whole / (20 if link else 2)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.ops.muon import newton_schulz
-from tests.ops.test_scan import error
+from tests.ops.scan_cases import error
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3), (2, 5, 8)])

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.ops import affine_scan_native, native, scan, scan_native
 from pipeline.ops.affine_scan import affine_scan
-from tests.ops.test_scan import NAMES, assert_close, gradients, make, run, segments
+from tests.ops.saved import saved_by
+from tests.ops.scan_cases import NAMES, assert_close, gradients, make, run, segments
 
 OPS = torch.ops.mnemos
 HERE = [kind for kind in native.KINDS if native.load(kind)]
@@ -366,16 +367,9 @@ def test_what_a_call_keeps_is_what_it_says() -> None:
     for dtype in scan_native.DTYPES:
         for key_dim in (32, 128):
             x = floats(2, 300, key_dim, dtype)
-            storages: dict[int, int] = {}
-
-            def pack(z: Tensor, storages: dict[int, int] = storages) -> Tensor:
-                storages[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
-                return z
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda z: z):
-                outputs = run(x)
+            outputs, total = saved_by(lambda x=x: run(x))
             assert outputs[0].requires_grad
-            assert sum(storages.values()) == scan_native.kept_bytes(4, 300, key_dim, key_dim, dtype)
+            assert total == scan_native.kept_bytes(4, 300, key_dim, key_dim, dtype)
 
 
 def test_nothing_is_kept_where_nothing_learns(monkeypatch: pytest.MonkeyPatch) -> None:

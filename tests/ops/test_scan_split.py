@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.ops import miras_scan, scan_split
 from pipeline.ops.scan_split import miras_scan_split, pieces_for
 from tests.ops.reference import token_loop
-from tests.ops.test_scan import NAMES, TIGHT, assert_close, error, gradients, make, segments, truth
+from tests.ops.saved import saved_by
+from tests.ops.scan_cases import NAMES, OUTPUTS, TIGHT, assert_close, error, gradients, make, segments, truth
 
-OUTPUTS = ("y", "M", "S")
 CPU = torch.device("cpu")
 
 
@@ -196,17 +196,9 @@ def test_autocast_leaves_the_sums_wide() -> None:
 
 
 def test_what_is_kept_is_the_inputs_and_one_more_row_a_token() -> None:
-    storages: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     x = make(2, 4096, 2, 16, 16, dtype=torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = run(miras_scan_split, x, pieces=4)
+    outputs, total = saved_by(lambda: run(miras_scan_split, x, pieces=4))
     assert outputs[0].requires_grad
-    total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     inputs = sum(z.nbytes for z in x[:6])
     reads, states = 2 * 4096 * 2 * 32 * 4, 4 * 4 * (32 * 16 + 32 * 32) * 4
     assert total == inputs + reads + states

@@ -15,7 +15,7 @@ from pipeline.ops import miras_scan
 from pipeline.parallel import scan as module
 from pipeline.parallel.scan import sequence_scan
 from pipeline.parallel.topology import Topology
-from tests.ops.test_scan import NAMES, TIGHT, assert_close, gradients, make, segments
+from tests.ops.scan_cases import NAMES, TIGHT, assert_close, gradients, make, segments
 
 
 class Ranks:

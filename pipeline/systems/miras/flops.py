@@ -7,9 +7,10 @@ import math
 import torch
 from transformers import Olmo2Config
 
-from pipeline.ops import dual_chunks, dual_scan, mlp_scan, native, scan_native, swiglu_scan
+from pipeline.ops import chunks, dual_scan, mlp_scan, native, scan_native, swiglu_scan
+from pipeline.ops.chunks import span_tokens
 from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
-from pipeline.ops.scan_torch import kept_bytes, recomputes, span_tokens
+from pipeline.ops.scan_torch import kept_bytes, recomputes
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.rules import empty_read_bytes
@@ -214,10 +215,10 @@ def _chunk_start_bytes(memory: MemoryConfig, element: int, *, rows: int, sequenc
 
     # The read of the empty memory keeps its hidden units, or is recomputed by itself.
     empty = empty_read_bytes(rows * sequence, hidden)
-    if empty > dual_chunks.KEEP:
+    if empty > chunks.KEEP:
         empty = 0
     whole = kept(sequence)
-    if whole <= dual_chunks.KEEP or sequence <= chunk:
+    if whole <= chunks.KEEP or sequence <= chunk:
         return whole + empty, 0
     state = 4 * rows * states * memory.state_rows * dim
     if memory.rule == "swiglu":

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
-from pipeline.ops import dual_chunks, miras_scan, scan_native
+from pipeline.ops import chunks, miras_scan, scan_native
+from pipeline.ops.checks import dtype_name, sum_dtype
 from pipeline.ops.dual_maps import ErrorMap, HuberError, Link, PNormError, QNormLink, SoftmaxLink, squared_error
 from pipeline.ops.dual_scan import dual_scan
 from pipeline.ops.mlp_scan import gelu, mlp_scan
@@ -68,14 +69,13 @@ class MemoryRule(nn.Module):
         if not self.empty_read:
             return *self.scan(q, k, v, gates, state, segment_ids, heads), gates
         # In bfloat16 the difference of the two reads would be mostly rounding.
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        y, after = self.scan(q, k, v.to(wide), gates, state, segment_ids, heads)
+        y, after = self.scan(q, k, v.to(sum_dtype(q)), gates, state, segment_ids, heads)
         return (y - self._empty_read(q, heads)).to(v.dtype), after, gates
 
     def _empty_read(self, q: Tensor, heads: slice) -> Tensor:
         state = self.empty_state(q.shape[0], heads, q)
         # What a deep memory's hidden layer keeps would be most of what the branch keeps.
-        if torch.is_grad_enabled() and empty_read_bytes(q.shape[:-1].numel(), self.config.hidden) > dual_chunks.KEEP:
+        if torch.is_grad_enabled() and empty_read_bytes(q.shape[:-1].numel(), self.config.hidden) > chunks.KEEP:
             return checkpoint(self.recall, q, state, heads, use_reentrant=False, preserve_rng_state=False)
         return self.recall(q, state, heads)
 
@@ -101,7 +101,7 @@ class MemoryRule(nn.Module):
 
     def empty_state(self, batch: int, heads: slice, like: Tensor) -> State:
         """(M, S) before any token, on the device of `like`; float64 when it is, else float32."""
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        wide = sum_dtype(like)
         shape = (batch, heads.stop - heads.start, self.config.state_rows, self.config.head_dim)
         return like.new_zeros(shape, dtype=wide), like.new_zeros(shape, dtype=wide)
 
@@ -171,7 +171,7 @@ class YaadRule(DualRule):
         self.delta_weight = nn.Parameter(torch.empty(config.heads, config.head_dim)) if per_token else None
 
     def threshold(self, k: Tensor, heads: slice) -> Tensor | None:
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        wide = sum_dtype(k)
         logits = self.delta_bias[heads].to(wide).expand(k.shape[:3])
         if self.delta_weight is not None:
             logits = logits + torch.einsum("bthd,hd->bth", k.to(wide), self.delta_weight[heads].to(wide))
@@ -276,7 +276,7 @@ def memory_backend(config: MemoryConfig, device_type: str, dtype: torch.dtype) -
     if not taken:
         raise UserError(
             f"{flag} takes heads of {', '.join(map(str, scan_native.KEY_DIMS))} in float32 or bfloat16, not"
-            f" --model.memory.head-dim {config.head_dim} in {str(dtype).removeprefix('torch.')}: give auto or torch"
+            f" --model.memory.head-dim {config.head_dim} in {dtype_name(dtype)}: give auto or torch"
         )
     reason = scan_native.why_not(device, dtype, config.head_dim)
     if reason is not None:

@@ -233,7 +233,7 @@ class MirasSystem:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
         if self.sizes.recall is not None:
             return None
-        return load_tokenizer(self.config.data.tokenizer).byte_lengths()
+        return load_tokenizer(self.config.data.tokenizer, self.config.data.trust_remote_code).byte_lengths()
 
     @staticmethod
     def _health(health: Sequence[MemoryHealth]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -56,7 +56,9 @@ def backbone_config(config: BackboneConfig) -> Olmo2Config:
 def _local_config(config: BackboneConfig) -> Olmo2Config | None:
     assert config.pretrained is not None
     try:
-        found = AutoConfig.from_pretrained(config.pretrained, revision=config.revision, local_files_only=True)
+        found = AutoConfig.from_pretrained(
+            config.pretrained, revision=config.revision, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         if Path(config.pretrained).is_dir():
             reason = str(error).strip().splitlines()[0]

@@ -14,7 +14,7 @@ from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
-from pipeline.system import IGNORED, Carry
+from pipeline.system import IGNORED
 from pipeline.systems.miras import create
 from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.config import BackboneConfig, MemoryConfig, MirasConfig, SwigluConfig
@@ -23,7 +23,20 @@ from pipeline.systems.miras.system import MirasSystem
 from pipeline.systems.miras.weights import backbone_config
 from tests.launch.parity_main import CONTEXT as SEGMENT
 from tests.launch.parity_main import LENGTH, VOCABULARY, attached
-from tests.systems.miras.test_model import CONTEXT, batch, built, cut, run
+from tests.systems.miras.harness import (
+    CONTEXT,
+    assert_memory_adds_nothing,
+    assert_packed_equals_apart,
+    assert_recomputation_changes_nothing,
+    assert_steps_equal_one,
+    batch,
+    built,
+    differentiated_blocks,
+    learning_in_two_steps,
+    run,
+    run_in_steps,
+    tokens,
+)
 
 ATTACHMENTS = ("residual", "mal", "mag", "mac")
 NEW = ATTACHMENTS[1:]
@@ -32,7 +45,7 @@ RULES = ("titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu")
 
 @pytest.fixture
 def ids() -> Tensor:
-    return torch.randint(VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(3))
+    return tokens()
 
 
 def losses(config: RunConfig, ids: Tensor, lengths: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -44,9 +57,7 @@ def losses(config: RunConfig, ids: Tensor, lengths: list[int], dtype: torch.dtyp
 @pytest.mark.parametrize("attachment", NEW)
 def test_at_step_zero_the_model_is_its_backbone(ids: Tensor, attachment: str, dtype: torch.dtype) -> None:
     system, model = built(attached(attachment), noisy=False, dtype=dtype)
-    part = batch(ids, [30, LENGTH - 30])
-    on, off = (run(system, model, part, memory=memory).tokens["losses"] for memory in (True, False))
-    assert torch.equal(on, off)
+    assert_memory_adds_nothing(system, model, batch(ids, [30, LENGTH - 30]))
 
 
 @pytest.mark.parametrize("attachment", ATTACHMENTS)
@@ -68,20 +79,7 @@ def test_with_the_memory_off_the_model_is_its_backbone(ids: Tensor, attachment: 
 @pytest.mark.parametrize("kind", ["full", "window"])
 @pytest.mark.parametrize("attachment", NEW)
 def test_packed_documents_equal_the_same_documents_apart(ids: Tensor, attachment: str, kind: str) -> None:
-    lengths = [3, 24, 1, 20]
-    system, model = built(attached(attachment, kind))
-    run(system, model, batch(ids, lengths)).sums["cross_entropy"].backward()
-    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    together = run(system, model, batch(ids, lengths)).tokens["losses"][0]
-    model.zero_grad()
-    apart = []
-    for piece in ids.split(lengths):
-        output = run(system, model, batch(piece, [len(piece)]))
-        output.sums["cross_entropy"].backward()
-        apart.append(output.tokens["losses"][0])
-    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-9, atol=1e-9)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-6, atol=1e-8, msg=name)
+    assert_packed_equals_apart(attached(attachment, kind), ids, [3, 24, 1, 20])
 
 
 @pytest.mark.parametrize("cuts", [(16, 32), (5, 6), (10, 21), (1, 47)])
@@ -89,18 +87,7 @@ def test_packed_documents_equal_the_same_documents_apart(ids: Tensor, attachment
 def test_a_document_split_over_three_steps_equals_one(ids: Tensor, attachment: str, cuts: tuple[int, int]) -> None:
     system, model = built(attached(attachment))
     for lengths in ([LENGTH], [7, LENGTH - 7], [5, 3, 40]):
-        whole = batch(ids, lengths)
-        expected = run(system, model, whole)
-        carry: Carry = {}
-        found = []
-        for start, end in zip((0, *cuts), (*cuts, LENGTH), strict=True):
-            output = run(system, model, cut(whole, start, end), carry)
-            carry = output.carry
-            found.append(output.tokens["losses"][0])
-        torch.testing.assert_close(torch.cat(found), expected.tokens["losses"][0], rtol=1e-9, atol=1e-9)
-        assert carry.keys() == expected.carry.keys()
-        for name, entry in expected.carry.items():
-            torch.testing.assert_close(carry[name].tensor, entry.tensor, rtol=1e-9, atol=1e-9, msg=name)
+        assert_steps_equal_one(system, model, batch(ids, lengths), cuts)
 
 
 @pytest.mark.parametrize("attachment", NEW)
@@ -108,13 +95,8 @@ def test_token_by_token_equals_one_go(ids: Tensor, attachment: str) -> None:
     system, model = built(attached(attachment))
     whole = batch(ids, [4, LENGTH - 4])
     expected = run(system, model, whole).tokens["losses"][0]
-    carry: Carry = {}
-    found = []
-    for place in range(LENGTH):
-        output = run(system, model, cut(whole, place, place + 1), carry)
-        carry = output.carry
-        found.append(output.tokens["losses"][0])
-    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-9, atol=1e-9)
+    found, _ = run_in_steps(system, model, whole, range(1, LENGTH))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -140,16 +122,7 @@ def test_no_token_changes_an_earlier_loss_or_another_document(ids: Tensor, attac
 @pytest.mark.parametrize("attachment", NEW)
 def test_recomputation_changes_nothing(ids: Tensor, attachment: str) -> None:
     for trainable in (True, False):
-        gradients = []
-        for recompute in (False, True):
-            config = dataclasses.replace(attached(attachment), activation_checkpointing=recompute)
-            system, model = built(config)
-            model.backbone.requires_grad_(trainable)
-            run(system, model, batch(ids, [20, LENGTH - 20])).sums["cross_entropy"].backward()
-            gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-        for name, gradient in gradients[0].items():
-            assert (gradient is None) == (name.startswith("backbone.") and not trainable)
-            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+        assert_recomputation_changes_nothing(attached(attachment), ids, trainable=trainable)
 
 
 FIRST = {"mal": {"o_proj"}, "mag": {"o_proj"}, "mac": {"context_gate", "core"}}
@@ -158,30 +131,18 @@ FIRST = {"mal": {"o_proj"}, "mag": {"o_proj"}, "mac": {"context_gate", "core"}}
 
 @pytest.mark.parametrize("attachment", NEW)
 def test_from_the_second_step_every_memory_parameter_learns(ids: Tensor, attachment: str) -> None:
-    system, model = built(attached(attachment), noisy=False)
-    optimizer = torch.optim.SGD(model.memory.parameters(), lr=0.1)
-    learning = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        run(system, model, batch(ids, [20, LENGTH - 20])).sums["cross_entropy"].backward()
-        learning.append({name for name, p in model.memory.named_parameters() if p.grad.abs().max() > 0})
-        optimizer.step()
-    first, second = learning
+    first, second, everything = learning_in_two_steps(attached(attachment), ids)
     assert {name.split(".")[-2] for name in first} == FIRST[attachment]
     assert {name for name in first if ".core." in name} <= {"1.core.out_gate", "2.core.out_gate"}
-    assert second == {name for name, _ in model.memory.named_parameters()}
+    assert second == everything
 
 
 @pytest.mark.parametrize("attachment", NEW)
 def test_a_frozen_backbone_has_no_backward_pass_below_the_first_memory(ids: Tensor, attachment: str) -> None:
     system, model = built(attached(attachment))
     model.backbone.requires_grad_(False)
-    differentiated: dict[int, bool] = {}
-    for index, layer in enumerate(model.backbone.model.layers):
-        layer.register_forward_hook(lambda _, __, out, index=index: differentiated.update({index: out.requires_grad}))
-    run(system, model, batch(ids, [LENGTH])).sums["cross_entropy"].backward()
     # Unlike a memory beside it, one in front of or inside the block makes the block differentiable.
-    assert differentiated == {0: False, 1: True, 2: True}
+    assert differentiated_blocks(system, model, ids) == {0: False, 1: True, 2: True}
     assert all(parameter.grad.any() for parameter in model.memory.parameters())
 
 
@@ -221,8 +182,7 @@ class TestEveryRule:
     def test_it_starts_as_the_backbone_and_all_of_it_learns(self, ids: Tensor, attachment: str, rule: str) -> None:
         system, model = built(ruled(attachment, rule), noisy=False)
         part = batch(ids, [LENGTH])
-        on, off = (run(system, model, part, memory=memory).tokens["losses"] for memory in (True, False))
-        assert torch.equal(on, off)
+        assert_memory_adds_nothing(system, model, part)
         system, model = built(ruled(attachment, rule))
         run(system, model, part).sums["cross_entropy"].backward()
         assert all(parameter.grad.any() for parameter in model.memory.parameters())
@@ -234,13 +194,8 @@ class TestEveryRule:
         whole = run(system, model, batch(ids, lengths)).tokens["losses"][0]
         apart = [run(system, model, batch(piece, [len(piece)])).tokens["losses"][0] for piece in ids.split(lengths)]
         torch.testing.assert_close(whole, torch.cat(apart), rtol=1e-9, atol=1e-9)
-        carry: Carry = {}
-        found = []
-        for start, end in ((0, 9), (9, 10), (10, 26), (26, 36), (36, LENGTH)):
-            output = run(system, model, cut(batch(ids, lengths), start, end), carry)
-            carry = output.carry
-            found.append(output.tokens["losses"][0])
-        torch.testing.assert_close(torch.cat(found), whole, rtol=1e-9, atol=1e-9)
+        found, _ = run_in_steps(system, model, batch(ids, lengths), (9, 10, 26, 36))
+        torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize("attachment", NEW)
     def test_the_future_changes_exactly_nothing(self, ids: Tensor, attachment: str, rule: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config import RunConfig, replace
-from pipeline.ops import dual_chunks, scan_torch
+from pipeline.ops import chunks
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_64k, miras_tiny
 from pipeline.system import Flops, create_system
@@ -36,6 +35,7 @@ from pipeline.systems.miras.memory import MemoryBranch
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rules import memory_backend
 from pipeline.systems.miras.weights import backbone_config
+from tests.ops.saved import saved_by
 
 TINY = {"trainable": True, "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 260}
 MEMORY = {"heads": 4, "head_dim": 32, "persistent": 4, "gate_rank": 16, "chunk": 64}
@@ -196,21 +196,6 @@ def test_a_frozen_backbone_keeps_less() -> None:
     assert size(make(layers=(3,), trainable=False), False) < size(make(trainable=False), False)
 
 
-def kept(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the storages that `run` leaves for the backward pass, parameters and inputs left out."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    storages: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()
-    assert out is not None
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in known)
-
-
 def a_memory_keeps(memory: MemoryConfig, dtype: torch.dtype, sequence: int = 512) -> int:
     """Bytes that a branch of two rows leaves for the backward pass."""
     branch = MemoryBranch(512, memory, 1e-6)
@@ -219,7 +204,8 @@ def a_memory_keeps(memory: MemoryConfig, dtype: torch.dtype, sequence: int = 512
     branch.to(dtype)
     hidden = torch.randn(2, sequence, 512).to(dtype).requires_grad_()
     segments = torch.zeros(2, sequence, dtype=torch.int64)
-    return kept(lambda: branch(hidden, segments, None, Topology()), [hidden, *branch.parameters()])
+    _, total = saved_by(lambda: branch(hidden, segments, None, Topology()), known=[hidden, *branch.parameters()])
+    return total
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -231,9 +217,9 @@ def test_a_memory_keeps_what_the_estimate_says(
     memory = MemoryConfig(layers=(0,), heads=4, head_dim=128, backend="torch")
     config = dataclasses.replace(make(), memory=memory)
     if recomputed:
-        monkeypatch.setattr(scan_torch, "_KEEP", 0)
-        for name in ("_SPAN_CPU", "_SPAN_GPU"):
-            monkeypatch.setattr(scan_torch, name, 2**20)
+        monkeypatch.setattr(chunks, "KEEP", 0)
+        for name in ("SPAN_CPU", "SPAN_GPU"):
+            monkeypatch.setattr(chunks, name, 2**20)
     actual = a_memory_keeps(memory, dtype)
     scan, working = scan_bytes(config, dtype.itemsize, rows=2, sequence=512, degree=1)
     assert bool(working) == recomputed
@@ -268,9 +254,9 @@ def test_a_chunk_start_memory_keeps_what_the_estimate_says(
 ) -> None:
     memory = MemoryConfig(layers=(0,), heads=4, head_dim=32, **changes)
     config = dataclasses.replace(make(), memory=memory)
-    monkeypatch.setattr(dual_chunks, "KEEP", 0 if recomputed else 2**40)
-    for name in ("_SPAN_CPU", "_SPAN_GPU"):
-        monkeypatch.setattr(scan_torch, name, 2**15)
+    monkeypatch.setattr(chunks, "KEEP", 0 if recomputed else 2**40)
+    for name in ("SPAN_CPU", "SPAN_GPU"):
+        monkeypatch.setattr(chunks, name, 2**15)
     scan, working = scan_bytes(config, 4, rows=2, sequence=256, degree=1)
     assert bool(working) == recomputed
     actual = a_memory_keeps(memory, torch.float32, 256)
@@ -321,8 +307,9 @@ def test_a_block_keeps_what_the_estimate_says(trainable: bool, dtype: torch.dtyp
             parameter.requires_grad_(trainable or name.startswith("memory"))
         model.to(dtype)
         tokens = torch.zeros(2, 256, dtype=torch.int64)
-        actual = kept(
-            lambda: model(tokens, tokens, tokens, torch.arange(256).expand(2, -1), None, Topology()), model.parameters()
+        positions = torch.arange(256).expand(2, -1)
+        _, actual = saved_by(
+            lambda: model(tokens, tokens, tokens, positions, None, Topology()), known=model.parameters()
         )
         return actual / 512, activation_bytes(config, backbone, dtype.itemsize, recompute=False)
 

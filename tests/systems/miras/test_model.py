@@ -10,52 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from pipeline.config import RunConfig
-from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import fill
-from pipeline.system import IGNORED, Batch, Carry, StepContext, StepOutput
-from pipeline.systems.miras import create
-from pipeline.systems.miras.model import MirasModel
-from pipeline.systems.miras.system import MirasSystem
-from tests.launch.parity_main import LENGTH, VOCABULARY, base, randomise
-
-CONTEXT = StepContext(Topology(), 0, "train", 1)
-
-
-def built(
-    config: RunConfig, *, noisy: bool = True, dtype: torch.dtype = torch.float64
-) -> tuple[MirasSystem, MirasModel]:
-    system = create(config)
-    assert isinstance(system, MirasSystem)
-    model = system.build()
-    assert isinstance(model, MirasModel)
-    system.initialise(model, Topology())
-    if noisy:
-        fill(model, randomise)
-    return system, model.to(dtype)
-
-
-def batch(ids: Tensor, lengths: list[int]) -> Batch:
-    """One row of documents of the given lengths, every token but a document's first counted."""
-    segments = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    labels = torch.cat([ids[1:], torch.tensor([IGNORED])])
-    labels[:-1][segments[1:] != segments[:-1]] = IGNORED
-    return Batch(*(x.unsqueeze(0) for x in (ids, labels, segments, positions)), torch.tensor([0]))
-
-
-def cut(whole: Batch, start: int, end: int) -> Batch:
-    parts = (getattr(whole, name)[:, start:end] for name in ("input_ids", "labels", "segment_ids", "positions"))
-    return Batch(*parts, whole.streams)
-
-
-def run(system: MirasSystem, model: MirasModel, part: Batch, carry: Carry | None = None, **options: bool) -> StepOutput:
-    return system.forward(model, part, carry or {}, dataclasses.replace(CONTEXT, options=options))
+from tests.launch.parity_main import LENGTH, VOCABULARY, base
+from tests.systems.miras.harness import (
+    assert_memory_adds_nothing,
+    assert_packed_equals_apart,
+    assert_recomputation_changes_nothing,
+    assert_steps_equal_one,
+    batch,
+    built,
+    differentiated_blocks,
+    learning_in_two_steps,
+    run,
+    tokens,
+)
 
 
 @pytest.fixture
 def ids() -> Tensor:
-    return torch.randint(VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(3))
+    return tokens()
 
 
 @pytest.mark.parametrize("kind", ["full", "window"])
@@ -77,42 +49,19 @@ def test_without_memory_it_is_the_transformers_model(ids: Tensor, kind: str) -> 
 
 def test_at_step_zero_the_memory_adds_nothing(ids: Tensor) -> None:
     system, model = built(base(), noisy=False)
-    part = batch(ids, [30, LENGTH - 30])
-    on, off = (run(system, model, part, memory=memory).tokens["losses"] for memory in (True, False))
-    assert torch.equal(on, off)
+    assert_memory_adds_nothing(system, model, batch(ids, [30, LENGTH - 30]))
 
 
 @pytest.mark.parametrize("kind", ["full", "window"])
 def test_packed_documents_equal_the_same_documents_apart(ids: Tensor, kind: str) -> None:
-    lengths = [3, 25, 1, 19]
-    system, model = built(base(kind))
-    run(system, model, batch(ids, lengths)).sums["cross_entropy"].backward()
-    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    losses = run(system, model, batch(ids, lengths)).tokens["losses"][0]
-    model.zero_grad()
-    apart = []
-    for piece in ids.split(lengths):
-        output = run(system, model, batch(piece, [len(piece)]))
-        output.sums["cross_entropy"].backward()
-        apart.append(output.tokens["losses"][0])
-    torch.testing.assert_close(losses, torch.cat(apart), rtol=1e-9, atol=1e-9)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-6, atol=1e-8, msg=name)
+    assert_packed_equals_apart(base(kind), ids, [3, 25, 1, 19])
 
 
 @pytest.mark.parametrize("cuts", [(16, 32), (5, 6), (10, 20), (1, 47)])
 def test_a_document_split_over_three_steps_equals_one(ids: Tensor, cuts: tuple[int, int]) -> None:
     system, model = built(base())
     for lengths in ([LENGTH], [7, LENGTH - 7]):
-        whole = batch(ids, lengths)
-        expected = run(system, model, whole).tokens["losses"][0]
-        carry: Carry = {}
-        found = []
-        for start, end in zip((0, *cuts), (*cuts, LENGTH), strict=True):
-            output = run(system, model, cut(whole, start, end), carry)
-            carry = output.carry
-            found.append(output.tokens["losses"][0])
-        torch.testing.assert_close(torch.cat(found), expected, rtol=1e-9, atol=1e-9)
+        assert_steps_equal_one(system, model, batch(ids, lengths), cuts)
 
 
 def test_the_carry_is_constant(ids: Tensor) -> None:
@@ -128,27 +77,15 @@ def test_a_frozen_backbone_has_no_backward_pass_below_the_first_memory(ids: Tens
     trained = {name for group in phase.groups for name in group.parameters}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    differentiated: dict[int, bool] = {}
-    for index, layer in enumerate(model.backbone.model.layers):
-        layer.register_forward_hook(lambda _, __, out, index=index: differentiated.update({index: out.requires_grad}))
-    run(system, model, batch(ids, [LENGTH])).sums["cross_entropy"].backward()
     # The block beside the first memory has a constant input too: only what comes after it is differentiated.
-    assert differentiated == {0: False, 1: False, 2: True}
+    assert differentiated_blocks(system, model, ids) == {0: False, 1: False, 2: True}
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in trained)
 
 
 def test_from_the_second_step_every_memory_parameter_learns(ids: Tensor) -> None:
-    system, model = built(base(), noisy=False)
-    optimizer = torch.optim.SGD(model.memory.parameters(), lr=0.1)
-    learning = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        run(system, model, batch(ids, [20, LENGTH - 20])).sums["cross_entropy"].backward()
-        learning.append({name for name, p in model.memory.named_parameters() if p.grad.abs().max() > 0})
-        optimizer.step()
-    first, second = learning
+    first, second, everything = learning_in_two_steps(base(), ids)
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in first} == {"o_proj"}
-    assert second == {name for name, _ in model.memory.named_parameters()}
+    assert second == everything
 
 
 def test_logits_of_a_sequence_never_exist(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,13 +100,7 @@ def test_logits_of_a_sequence_never_exist(ids: Tensor, monkeypatch: pytest.Monke
 
 
 def test_recomputation_changes_nothing(ids: Tensor) -> None:
-    gradients = []
-    for recompute in (False, True):
-        system, model = built(dataclasses.replace(base(), activation_checkpointing=recompute))
-        run(system, model, batch(ids, [20, LENGTH - 20])).sums["cross_entropy"].backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+    assert_recomputation_changes_nothing(base(), ids)
 
 
 def test_weights_depend_on_seed_and_name_alone() -> None:

@@ -27,8 +27,10 @@ Mnemos trains language models that remember.
   recipes                                    every recipe, one line each
   plan RECIPE [flags]                        memory per device, tokens/s and hours, before anything is spent
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
+  checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
   bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline
+  bench resume [flags]                       seconds to save and load a checkpoint, against plain files of that size
   doctor                                     what this machine has: devices, kernels, attention backends, versions
   check RECIPE [flags]                       the checks that `train` makes before any rank starts
 
@@ -172,6 +174,12 @@ def _eval(words: Sequence[str]) -> None:
     run_eval(words)
 
 
+def _checkpoint(words: Sequence[str]) -> None:
+    from pipeline.checkpoint.command import run_checkpoint
+
+    run_checkpoint(words)
+
+
 def _bench(words: Sequence[str]) -> None:
     from pipeline.bench import run_bench
 
@@ -195,8 +203,9 @@ HELP = {
     ),
     "bench": (
         "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
-        "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n\n"
-        "Both take --json FILE, --repeats N and --help."
+        "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n"
+        "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n\n"
+        "All take --json FILE, --repeats N and --help."
     ),
     "plan": (
         "usage: mnemos plan RECIPE [--ranks N] [--device NAME] [--utilisation SHARE] [flags of the recipe]\n\n"
@@ -212,6 +221,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": _recipes,
     "plan": _plan,
     "eval": _eval,
+    "checkpoint": _checkpoint,
     "bench": _bench,
     "doctor": _doctor,
     "check": _check,

@@ -54,8 +54,8 @@ class DataConfig:
     """`bytes`, a sentencepiece .model file, or the folder or hub name of a Hugging Face tokenizer (NAME or
     NAME@REVISION)."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with a hub tokenizer. It needs NAME@REVISION with a full commit hash: what was
-    read is what runs."""
+    """Run the Python code that comes with a tokenizer: that of NAME@ and a full commit hash, or of a local folder,
+    whose content counts at a resume."""
     min_tokens: int = 0
     """Documents shorter than this many tokens are left out, so that a long-context run trains on long documents."""
     holdout: float = 0.02

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
 from pipeline.checkpoint.shards import ShardFiles
+from pipeline.checkpoint.universal_convert import Shards
 from pipeline.config import RunConfig
 from pipeline.errors import RankError, UserError
 from pipeline.hardware import on_gpu
 from pipeline.machine import Machine
 from pipeline.parallel.topology import Topology, create_topology
+from pipeline.parallel.weights import full_shape
 from pipeline.system import Phase
 
 AFTER_THE_WATCH = datetime.timedelta(seconds=30)
@@ -266,6 +268,18 @@ class Engine:
         """
         self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         return self._shards.take()
+
+    def trained_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of the named parameters in the precision that the model computes in."""
+        parameters = dict(self.module.named_parameters())
+        return sum(math.prod(full_shape(parameters[name])) * parameters[name].element_size() for name in names)
+
+    def trained_weights(self, folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+        """The named parameters, whole, out of the shards in `folder`, rounded as the model rounds them."""
+        dtypes = {name: parameter.dtype for name, parameter in self.module.named_parameters()}
+        shards = Shards(folder, manifest, moments=False)
+        masters = {saved.name: saved.tensors["fp32"] for saved in shards.parameters()}
+        return {name: masters[name].to(dtypes[name]) for name in names}
 
     def load(self, checkpoint: Path) -> None:
         """Reads DeepSpeed's shards of a checkpoint folder. Collective."""

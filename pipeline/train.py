@@ -123,7 +123,8 @@ class Trainer:
         """What the last step's micro-batches measured."""
         self.saved: int | None = None
         """The step of the newest checkpoint that was begun."""
-        self._remember()
+        # The first look at the data's fingerprint reads the data, which one rank may fail at.
+        together(run.topology, self._remember)
 
     def _remember(self) -> None:
         """Where the data and the generators are after a completed step, for a checkpoint of it at any later moment."""

@@ -11,13 +11,15 @@ BENCHES = {
     "throughput": ("pipeline.bench.throughput", "run_throughput"),
     "throughput-case": ("pipeline.bench.throughput", "run_case"),
     "kernels": ("pipeline.bench.kernels", "run_kernels"),
+    "resume": ("pipeline.bench.resume", "run_resume"),
+    "resume-case": ("pipeline.bench.resume", "run_case"),
     "kernels-case": ("pipeline.bench.kernel_memory", "run_case"),
 }
 """Where each bench is; a case is a part of one, in a process of its own."""
 
 
 def run_bench(words: Sequence[str]) -> None:
-    """The command: `bench throughput` or `bench kernels`."""
+    """The command: `bench throughput`, `bench kernels` or `bench resume`."""
     if not words or words[0] not in BENCHES:
         names = ", ".join(name for name in BENCHES if not name.endswith("-case"))
         raise UserError(f"bench needs the name of a bench, one of {names} (got {words[0] if words else 'none'!r})")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 BLOCK = 2**22
@@ -23,21 +24,26 @@ Jobs = dict[str, Callable[[Path], Entry]]
 
 
 def shard(content: Any) -> Callable[[Path], Entry]:
-    """A job that writes `content` as torch.save does, hashed on the way: a second reading would cost as much again."""
+    """A job that writes `content` as torch.save does."""
+    return lambda path: _write(path, lambda out: torch.save(content, out))  # type: ignore[arg-type]
 
-    def write(path: Path) -> Entry:
-        with path.open("wb") as handle, ThreadPoolExecutor(1) as pool:
-            out = _Hashed(handle, pool)
-            torch.save(content, out)  # type: ignore[arg-type]
-            handle.flush()
-            os.fsync(handle.fileno())
-            return {"size": handle.tell(), "sha256": out.digest.hexdigest()}
 
-    return write
+def tensors(content: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Callable[[Path], Entry]:
+    """A job that writes a safetensors file."""
+    return lambda path: _write(path, lambda out: out.write(save(content, metadata)))
+
+
+def _write(path: Path, write: Callable[[_Hashed], Any]) -> Entry:
+    with path.open("wb") as handle, ThreadPoolExecutor(1) as pool:
+        out = _Hashed(handle, pool)
+        write(out)
+        handle.flush()
+        os.fsync(handle.fileno())
+        return {"size": handle.tell(), "sha256": out.digest.hexdigest()}
 
 
 class _Hashed:
-    """What torch.save writes to: the disk and the hash take a block at the same time."""
+    """A file that is hashed on the way, at the same time: to read it again would cost as much again."""
 
     def __init__(self, handle: BinaryIO, pool: ThreadPoolExecutor) -> None:
         self.handle, self.pool, self.digest = handle, pool, hashlib.sha256()

@@ -100,15 +100,19 @@ def commit(folder: Path, final: Path, latest: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove_old(folder: Path, keep: int, saved: int) -> None:
-    """Removes complete checkpoints up to step `saved` beyond the `keep` newest; a run that went back to an earlier step
-    leaves later ones alone until it saves them anew. A folder loses its name first, so that what is half removed is
-    never taken for a checkpoint."""
+def retire_old(folder: Path, keep: int, saved: int) -> list[Path]:
+    """Takes their names from complete checkpoints up to step `saved` beyond the `keep` newest; returns what may be
+    removed. A run that went back to an earlier step leaves later ones alone until it saves them anew.
+
+    What is half removed is never taken for a checkpoint, and removing, which takes time, can wait.
+    """
     ours = [path for path in complete_checkpoints(folder) if step_of(path) <= saved]
+    retired = []
     for old in ours[:-keep]:
-        removed = _hidden(old, "removed")
-        os.replace(old, removed)
-        shutil.rmtree(removed)
+        hidden = _hidden(old, "removed")
+        os.replace(old, hidden)
+        retired.append(hidden)
+    return retired
 
 
 def recover(folder: Path) -> None:

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from pipeline.archive import save_config
 from pipeline.checkpoint.carry import carry_content
-from pipeline.checkpoint.files import Entry, Jobs, Staging, shard, small, tensor_bytes
-from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, remove_old, write_manifest
+from pipeline.checkpoint.files import Entry, Jobs, Staging, shard, small, tensor_bytes, tensors
+from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
 from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
 from pipeline.errors import UserError
 from pipeline.parallel.agreement import agree, from_all
-from pipeline.parallel.weights import full_state
 from pipeline.run import Progress, Run, versions
 from pipeline.system import Carry
 
 SMALL_FILES = 2**20
 """Bytes set aside for files that hold no tensors of the model."""
+FAILURES = (OSError, RuntimeError, SafetensorError)
+"""What the libraries raise when a file cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,20 @@ class Moment:
     carries: Sequence[Carry]
 
 
-@dataclass(frozen=True)
+Entries = dict[str, Entry]
+
+
+@dataclass
 class _Pending:
+    """A save under way: first every rank writes its files, then rank 0 the trained weights out of all of them."""
+
     step: int
     facts: dict[str, Any]
-    entries: Future[dict[str, Entry]]
+    work: Future[Entries]
+    """What this rank has to do now."""
+    background: bool
+    files: Entries | None = None
+    """What all ranks wrote; None until all have."""
 
 
 class Saver:
@@ -60,8 +69,9 @@ class Saver:
         self.run, self.streams = run, streams
         self.folder = run.folder / "checkpoints"
         self._staging = Staging()
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+        self._removal: Future[None] | None = None
 
     def save(self, moment: Moment, *, background: bool = False) -> list[str]:
         """Saves `moment`, whose weights the engine still has; returns the checkpoints that became complete by it.
@@ -71,91 +81,125 @@ class Saver:
         """
         done = self.finish()
         step = moment.progress.step
-        partial = self.folder / f".checkpoint-{step}.partial"
         # Collectives first, files after: a rank that cannot write must not leave the others waiting in DeepSpeed.
         facts = _facts(self.run, moment)
-        jobs, size = self._collect(moment, facts, partial.name, copied=background)
+        jobs, size = self._collect(moment, self._partial(step).name, copied=background)
         needed = sum(from_all(self.run.topology, size))
-        self._attempt(step, lambda: self._make_room(partial, needed))
-        if background:
-            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            entries = self._thread.submit(_write, jobs, partial)
-        else:
-            entries = Future()
-            try:
-                entries.set_result(_write(jobs, partial))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                entries.set_exception(error)
-        self._pending = _Pending(step, facts, entries)
+        self._on_main(step, lambda: self._make_room(self._partial(step), needed))
+        work = self._begin(lambda: _write(jobs, self._partial(step)), background)
+        self._pending = _Pending(step, facts, work, background)
         return done if background else [*done, *self.finish()]
 
     def poll(self) -> list[str]:
-        """Commits a save whose files are on disk on all ranks. Collective; costs nothing while none is under way."""
-        if self._pending is None:
+        """Takes a save in the background further. Collective; costs nothing while none is under way."""
+        pending = self._pending
+        if pending is None or not self._all(pending.work.done()):
             return []
-        if self.run.topology.world > 1:
-            ready = torch.tensor(int(self._pending.entries.done()))
-            dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=self.run.topology.control)
-            if not int(ready):
-                return []
-        elif not self._pending.entries.done():
+        if pending.files is None:
+            self._gather(pending)
             return []
         return self.finish()
 
     def finish(self) -> list[str]:
         """Waits for the save that is under way, if any, and commits it. Collective; raises UserError."""
-        if self._pending is None:
+        pending = self._pending
+        if pending is None:
             return []
-        pending, self._pending = self._pending, None
+        if pending.files is None:
+            self._gather(pending)
+        self._pending = None
         step, name = pending.step, f"checkpoint-{pending.step}"
-        partial = self.folder / f".{name}.partial"
-        problem, mine = None, {}
-        try:
-            mine = pending.entries.result()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            problem = self._sentence(step, error)
-        everyone = from_all(self.run.topology, (problem, mine))
-        problem = next((text for text, _ in everyone if text is not None), None)
-        files = {file: entry for _, entries in everyone for file, entry in entries.items()}
+        files = {**(pending.files or {}), **self._result(pending)}
 
-        def give_it_its_name() -> None:
-            if problem is not None:
-                raise UserError(problem)
-            write_manifest(partial, pending.facts, files)
-            commit(partial, self.folder / name, self.folder / LATEST)
-            remove_old(self.folder, self.run.config.keep, step)
+        def commit_it() -> None:
+            write_manifest(self._partial(step), pending.facts, files)
+            commit(self._partial(step), self.folder / name, self.folder / LATEST)
+            retired = retire_old(self.folder, self.run.config.keep, step)
+            self._removal = self._thread.submit(_remove, retired)
 
-        self._attempt(step, give_it_its_name)
+        self._on_main(step, commit_it)
         self.run.last_checkpoint = name
         return [name]
 
     def close(self) -> None:
         """Ends the thread; a save that is under way is waited for and not committed."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        self._thread.shutdown()
 
-    def _collect(self, moment: Moment, facts: dict[str, Any], tag: str, *, copied: bool) -> tuple[Jobs, int]:
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".checkpoint-{step}.partial"
+
+    def _begin(self, work: Callable[[], Entries], background: bool) -> Future[Entries]:
+        if background:
+            return self._thread.submit(work)
+        done: Future[Entries] = Future()
+        try:
+            done.set_result(work())
+        except FAILURES as error:
+            done.set_exception(error)
+        return done
+
+    def _all(self, ready: bool) -> bool:
+        """Whether all ranks are ready. Collective."""
+        if self.run.topology.world == 1:
+            return ready
+        flag = torch.tensor(int(ready))
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.run.topology.control)
+        return bool(flag)
+
+    def _gather(self, pending: _Pending) -> None:
+        """Waits for the files of all ranks; then rank 0 begins with the trained weights. Collective."""
+        files = self._result(pending)
+        pending.files = files
+        step, engine, phase = pending.step, self.run.engine, self.run.phase
+        assert engine is not None and phase is not None
+        names = [name for group in phase.groups for name in group.parameters]
+
+        def write_weights() -> Entries:
+            if not self.run.is_main:
+                return {}
+            # Of the shards that are on disk: gathering them again would hold up training.
+            content = engine.trained_weights(self._partial(step), {**pending.facts, "files": files}, names)
+            return {TRAINABLE: tensors(content)(self._partial(step) / TRAINABLE)}
+
+        pending.work = self._begin(write_weights, pending.background)
+
+    def _result(self, pending: _Pending) -> Entries:
+        """What all ranks have written by now; UserError on all when one could not. Collective."""
+        problem, mine = None, {}
+        try:
+            mine = pending.work.result()
+        except UserError as error:
+            problem = str(error)
+        except FAILURES as error:
+            problem = self._sentence(pending.step, error)
+        everyone = from_all(self.run.topology, (problem, mine))
+        problem = next((text for text, _ in everyone if text is not None), None)
+        if problem is not None:
+            self._pending = None
+            if self.run.is_main:
+                shutil.rmtree(self._partial(pending.step), ignore_errors=True)
+            raise UserError(problem)
+        return {file: entry for _, entries in everyone for file, entry in entries.items()}
+
+    def _collect(self, moment: Moment, tag: str, *, copied: bool) -> tuple[Jobs, int]:
         """What this rank writes, by file name, and its bytes. Collective."""
         run = self.run
         assert run.engine is not None and run.phase is not None
         keep: Callable[..., Any] = self._staging.copy if copied else lambda value, *_: value
         jobs: Jobs = {}
         size = SMALL_FILES
-        names = [name for group in run.phase.groups for name in group.parameters]
-        trainable = full_state(run.engine.module, names, lambda name, value: self._staging.copy(value, TRAINABLE, name))
         cursors = _merged(from_all(run.topology, moment.cursors))
         if run.is_main:
             progress, config = dataclasses.asdict(moment.progress), run.config
-            jobs[TRAINABLE] = small(lambda path: save_file(trainable, path))
             jobs[TRAINER_STATE] = small(lambda path: _write_json(path, progress))
             jobs["loader.json"] = small(lambda path: _write_json(path, cursors))
             jobs["config.yaml"] = small(lambda path: save_config(config, path))
-            size += tensor_bytes(trainable)
+            size += run.engine.trained_bytes(name for group in run.phase.groups for name in group.parameters)
         rank = f"{run.topology.rank:05d}"
         carried, layout = carry_content(moment.carries, self.streams, run.topology)
         carried = keep(carried, "carry")
-        jobs[f"carry-{rank}.safetensors"] = small(lambda path: save_file(carried, path, metadata=layout))
-        jobs[f"rng-{rank}.pt"] = small(lambda path: torch.save(moment.rng, path))
+        jobs[f"carry-{rank}.safetensors"] = tensors(carried, layout)
+        jobs[f"rng-{rank}.pt"] = shard(moment.rng)
         size += tensor_bytes(carried)
         for path, content in run.engine.collect(self.folder, tag).items():
             jobs[path.name] = shard(keep(content, path.name))
@@ -166,13 +210,15 @@ class Saver:
 
     def _make_room(self, partial: Path, needed: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._removal is not None:
+            self._removal.result()
         clear_leftovers(self.folder)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed")
         partial.mkdir()
 
-    def _attempt(self, step: int, part: Callable[[], None]) -> None:
+    def _on_main(self, step: int, part: Callable[[], None]) -> None:
         """Rank 0 does `part`; when it fails nothing half-written stays, and all ranks stop with its reason."""
         problem = None
         if self.run.is_main:
@@ -183,16 +229,21 @@ class Saver:
             except OSError as error:
                 problem = self._sentence(step, error)
             if problem is not None:
-                shutil.rmtree(self.folder / f".checkpoint-{step}.partial", ignore_errors=True)
+                shutil.rmtree(self._partial(step), ignore_errors=True)
         agree(self.run.topology, problem)
 
-    def _sentence(self, step: int, error: Exception) -> str:
+    def _sentence(self, step: int, error: BaseException) -> str:
         reason = " ".join(str(error).split())
         return f"checkpoint-{step} was not saved to {self.run.folder}: {reason}: make room there and resume"
 
 
-def _write(jobs: Jobs, folder: Path) -> dict[str, Entry]:
+def _write(jobs: Jobs, folder: Path) -> Entries:
     return {name: job(folder / name) for name, job in jobs.items()}
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def _facts(run: Run, moment: Moment) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def build_loader(
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
     return PackedLoader(
         source or build_source(data),
-        tokenizer or load_tokenizer(data.tokenizer),
+        tokenizer or load_tokenizer(data.tokenizer, data.trust_remote_code),
         sequence_length=config.sequence_length,
         batch_size=rows or config.batch_size,
         grad_accum=1 if rows else config.grad_accum,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data import own_code
+from pipeline.data.sources.content import hash_files
 from pipeline.errors import UserError
 
 _PROBE = (
@@ -64,25 +68,43 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of transformers, from a folder or the Hub. Code that comes with a model is never run."""
+    """A tokenizer of transformers, from a folder or the Hub (NAME or NAME@REVISION).
 
-    def __init__(self, name: str) -> None:
+    Code that comes with it is run only where `trust_remote_code` says so, and then its own encoding is used.
+    """
+
+    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
         import transformers
 
-        self.name = name
+        self.name = f"{name}@{revision}" if revision else name
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            code = own_code.references(name, revision)
         except Exception as error:  # every kind of broken folder, wrong name and dead network raises something else
-            raise UserError(
-                f"--data.tokenizer {name} cannot be loaded ({_first_line(error)}): give `bytes`, a .model file, or the"
-                " folder or Hub name of a tokenizer that needs no code of its own"
-            ) from error
+            raise self._unusable(error) from error
+        if code is not None:
+            own_code.check(name, self.name, code, trust_remote_code)
+        # Before the code runs: what it leaves in its folder is not what was read.
+        self._code = None if code is None else own_code.identity(name, revision)
+        try:
+            with contextlib.nullcontext() if code is None else own_code.one_at_a_time():
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    name, revision=revision, code_revision=revision, trust_remote_code=code is not None
+                )
+        except Exception as error:  # as above
+            raise self._unusable(error) from error
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"--data.tokenizer {name} has no end-of-document token: set eos_token in its configuration")
         self.eos_id: int = self._tokenizer.eos_token_id
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size = max(self._vocabulary.values()) + 1
-        self._backend = _backend(self._tokenizer)
+        # Code of its own may split text before the Rust tokenizer, or after it.
+        self._backend = None if code is not None else _backend(self._tokenizer)
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            f"--data.tokenizer {self.name} cannot be loaded ({_first_line(error)}): give `bytes`, a .model file, or the"
+            " folder or Hub name of a tokenizer"
+        )
 
     def encode(self, text: str) -> np.ndarray:
         if self._backend is not None:
@@ -114,7 +136,25 @@ class HuggingFaceTokenizer:
         state = blake2b(digest_size=16)
         state.update(json.dumps(sorted(self._vocabulary.items())).encode())
         state.update(json.dumps([self.eos_id, self.encode(_PROBE).tolist()]).encode())
+        # The probe cannot try every rule: merges, normalizers and files that Python code reads count by themselves.
+        state.update(json.dumps([self._rules(), self._code], sort_keys=True).encode())
         return f"huggingface/{state.hexdigest()}"
+
+    def _rules(self) -> Any:
+        if self._backend is None:
+            given = self._tokenizer.init_kwargs
+            named = {key: given.get(key) for key in sorted(self._tokenizer.vocab_files_names)}
+            files = [(key, Path(path)) for key, path in named.items() if isinstance(path, str) and Path(path).is_file()]
+            return hash_files(files)
+        description = json.loads(self._backend.to_str())
+        return _given({key: description.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+
+
+def _given(part: Any) -> Any:
+    """Without what is empty or off: a newer library that writes out one more default changes no rule."""
+    if isinstance(part, dict):
+        return {key: _given(value) for key, value in part.items() if value or type(value) in (int, float)}
+    return [_given(value) for value in part] if isinstance(part, list) else part
 
 
 def _backend(tokenizer: Any) -> Any:
@@ -225,17 +265,30 @@ class SentencePieceTokenizer:
         return f"sentencepiece/{blake2b(self._model.serialized_model_proto(), digest_size=16).hexdigest()}"
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, the path of a sentencepiece .model file, or the folder or Hub name of a Hugging Face tokenizer."""
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
+    """`bytes`, the path of a sentencepiece .model file, or a Hugging Face tokenizer: a folder, NAME or NAME@REVISION.
+
+    With `trust_remote_code`, Python code that comes with a Hugging Face tokenizer is run: that of a folder, which
+    counts in the fingerprint, or of a commit of the Hub.
+    """
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name).expanduser()
     if name.endswith(".model"):
         return SentencePieceTokenizer(str(path))
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not path.exists():
+    if path.exists():
+        return HuggingFaceTokenizer(str(path), trust_remote_code=trust_remote_code)
+    repository, at, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or repository.count("/") > 1:
         raise UserError(f"--data.tokenizer {name} does not exist: give `bytes`, a .model file, a folder or a Hub name")
-    return HuggingFaceTokenizer(str(path) if path.exists() else name)
+    if at and not revision:
+        raise UserError(f"--data.tokenizer {name} names no revision: give a commit, tag or branch after the @")
+    if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision):
+        raise UserError(
+            f"--data.trust-remote-code runs code of --data.tokenizer {name}, which may change at any time: pin the"
+            f" commit that you have read, as {repository}@ and its 40 hex digits"
+        )
+    return HuggingFaceTokenizer(repository, revision or None, trust_remote_code)
 
 
 def _as_list(ids: Sequence[int] | np.ndarray | Tensor) -> list[int]:

@@ -55,13 +55,8 @@ def fill(model: nn.Module, value: Callable[[str, torch.Size], Tensor], names: It
                 parameter.data.copy_(value(name, parameter.shape))
 
 
-def full_state(
-    model: nn.Module, names: Iterable[str], copy: Callable[[str, Tensor], Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The named parameters, whole, on the CPU of rank 0; empty on the other ranks, which must call this too.
-
-    `copy(name, value)` is what moves a value to the CPU; by default into new memory.
-    """
+def full_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named parameters, whole, on the CPU of rank 0; empty on the other ranks, which must call this too."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     wanted = set(names)
     state = {}
@@ -69,8 +64,7 @@ def full_state(
         if name in wanted:
             with gathered([parameter]):
                 if rank == 0:
-                    value = parameter.detach()
-                    state[name] = value.cpu().clone() if copy is None else copy(name, value)
+                    state[name] = parameter.detach().cpu().clone()
     return state
 
 

@@ -113,7 +113,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(make_run,
 
 @pytest.mark.parametrize(
     "owner, step",
-    [(saving, "save_file"), (saving, "_write_json"), (saving, "save_config"), (files.os, "fsync"),
+    [(files, "save"), (saving, "_write_json"), (saving, "save_config"), (files.os, "fsync"),
      (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace")],
 )  # fmt: skip
 def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
@@ -137,8 +137,8 @@ def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
     "owner, function, failure",
     [
         (
-            saving,
-            "save_file",
+            files,
+            "save",
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         ),
         (torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,3 +143,13 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that keeps text exactly as it is."""
     folder = tmp_path_factory.mktemp("spm")
     return train_sentencepiece(folder, "exact", add_dummy_prefix=False, remove_extra_whitespaces=False, **EXACT)
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> None:
+    """Changes a file's content and neither its size nor its time."""
+    before, content = path.stat(), path.read_bytes()
+    assert content.count(old) >= 1 and len(old) == len(new)
+    path.write_bytes(content.replace(old, new, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,10 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.loader import PackedLoader
+from pipeline.data.loader import PackedLoader, check_fingerprint
 from pipeline.data.sources.base import Order
 from pipeline.data.sources.huggingface import HuggingFaceStream, StreamedDocuments
 from pipeline.data.tokenizer import ByteTokenizer
+from pipeline.errors import UserError
+from tests.data.conftest import rewrite
 from tests.data.test_loader import SPLITS, merged, step
 
 
@@ -235,3 +238,46 @@ def test_an_empty_side_is_named(json_shards: list[str], refusal: Callable[..., s
 def test_no_document_is_long_enough(json_shards: list[str], refusal: Callable[..., str]) -> None:
     packed = ranks((1, 1, 3), json_shards, min_tokens=1000)[0]
     assert "no training document of json has --data.min-tokens 1000 tokens" in refusal(packed.next_step)
+
+
+def test_a_data_set_of_the_hub_counts_with_its_commit(
+    json_shards: list[str], monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    data, prints = source(json_shards), []
+    for commit in ("a" * 40, "b" * 40):
+        group = type("Group", (list,), {"origin_metadata": [commit]})([f"hf://datasets/some/body@{commit}/x.jsonl"])
+        monkeypatch.setattr(data._builder.config, "data_files", {"train": group})
+        for name in ("_files", "_commit"):
+            data.__dict__.pop(name, None)
+        prints.append(data.fingerprint())
+    assert [found["revision"] for found in prints] == ["a" * 40, "b" * 40]
+    assert prints[0]["files"] != prints[1]["files"]
+    message = refusal(check_fingerprint, {"streams": 1, "source": prints[0]}, {"streams": 1, "source": prints[1]})
+    assert f"revision {'a' * 40}, now {'b' * 40}" in message
+
+
+def test_a_script_in_a_folder_of_data_is_not_run(tmp_path: Path) -> None:
+    folder, marker = tmp_path / "corpus", tmp_path / "marker"
+    folder.mkdir()
+    (folder / "corpus.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    (folder / "rows.jsonl").write_text('{"text": "a row"}\n' * 20)
+    # Whether the library reads the rows or refuses the folder, the script stays text.
+    with contextlib.suppress(UserError):
+        HuggingFaceStream(str(folder)).fingerprint()
+    assert not marker.exists()
+
+
+def test_a_changed_byte_is_noticed_at_a_resume(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    """Of a folder that the library streams: same size, same time."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "train-0.jsonl").write_text("".join(json.dumps({"text": f"row {row:02}"}) + "\n" for row in range(60)))
+    (loader,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
+    step([loader])
+    state = loader.state_dict()
+    rewrite(folder / "train-0.jsonl", b"row 31", b"raw 31")
+    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
+    assert "--data.path or --data.dataset does not give the data" in refusal(resumed.load_state_dict, state)
+    rewrite(folder / "train-0.jsonl", b"raw 31", b"row 31")
+    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
+    resumed.load_state_dict(state)

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.base import Order, Permutation, digest, held_out_rows, row_hashes
 from pipeline.data.sources.indexed import IndexedDocuments
 from pipeline.data.sources.local import LocalFiles, local_files, standard_library
-from tests.data.conftest import MemorySource
+from pipeline.data.tokenizer import ByteTokenizer
+from tests.data.conftest import MemorySource, rewrite
 
 
 def order(**changes: object) -> Order:
@@ -236,6 +238,38 @@ def test_fingerprint_is_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     content[-3] ^= 1
     write(moved, bytes(content))
     assert local_files([str(moved)]).fingerprint() != sampled, "the last block is one of the samples"
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "glob", "text", "parquet"])
+def test_a_changed_byte_is_noticed_at_a_resume(tmp_path: Path, refusal: Callable[..., str], form: str) -> None:
+    """Same size, same time, in a document that no stream has reached."""
+    rows = [f"document {row:03}" for row in range(100)]
+    folder = tmp_path / "corpus"
+    target = write(folder / "below" / "rows.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
+    if form == "text":
+        target.unlink()
+        for row in rows:
+            target = write(folder / f"{row}.txt", f"{row}: document 071")
+    elif form == "parquet":
+        target.unlink()
+        table = pyarrow.table({"text": rows})
+        target = folder / "rows.parquet"
+        pyarrow.parquet.write_table(table, target, compression="none", use_dictionary=False, write_statistics=False)
+    given = {"file": str(target), "glob": str(folder / "*" / "*.jsonl")}.get(form, str(folder))
+
+    def loader() -> PackedLoader:
+        return PackedLoader(
+            local_files([given]), ByteTokenizer(), sequence_length=16, batch_size=1, vocab_size=257, holdout=0.2
+        )
+
+    running = loader()
+    running.next_step()
+    state = running.state_dict()
+    rewrite(target, b"document 071", b"document 07l")
+    message = refusal(loader().load_state_dict, state)
+    assert "--data.path or --data.dataset does not give the data of the checkpoint" in message
+    rewrite(target, b"document 07l", b"document 071")
+    loader().load_state_dict(state)
 
 
 def test_describe(tmp_path: Path) -> None:

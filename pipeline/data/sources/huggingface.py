@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,6 +18,7 @@ INTERLEAVED_SHARDS = 8
 """Shards that a shuffled epoch reads in turn, so that a batch does not come from one file."""
 BUFFER_BYTES = 256 << 20
 """Text that is kept for streams that are behind; beyond it the furthest documents are read again when they are due."""
+_COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 _SNAPSHOT_EVERY = 100
 _MAX_SNAPSHOTS = 2048
 
@@ -65,8 +67,12 @@ class HuggingFaceStream:
         return StreamedDocuments(self, order)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name, settings that decide the order, and files: by content where they are local, by commit on the Hub."""
+        """Name, settings that decide the order, and files: by content where they are local, by commit on the Hub.
+
+        The commit stands by itself: it is the @REVISION that gives a moved data set back.
+        """
         return {
+            **({"revision": self._commit} if self._commit else {}),
             "dataset": Path(self._path).name if self._local else self._path,
             "config": self._config_name,
             "split": self.split,
@@ -77,10 +83,21 @@ class HuggingFaceStream:
             "files": self._files,
         }
 
+    @property
+    def _groups(self) -> list[Any]:
+        """The data files of the split, as the library resolved them; of all splits where it does not tell."""
+        listed = self._builder.config.data_files or {}
+        return [listed[self.split]] if self.split in listed else list(listed.values())
+
+    @cached_property
+    def _commit(self) -> str:
+        """The commits of the Hub that the files are read at; they stay the same for as long as this run lasts."""
+        files = (str(file) for group in self._groups for file in group)
+        return ", ".join(sorted({found[1] for file in files if (found := _COMMIT.match(file))}))
+
     @cached_property
     def _files(self) -> str:
-        listed = self._builder.config.data_files or {}
-        groups = [listed[self.split]] if self.split in listed else list(listed.values())
+        groups = self._groups
         files = [str(file) for group in groups for file in group]
         if files and all(Path(file).is_file() for file in files):
             try:

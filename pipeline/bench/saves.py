@@ -1,0 +1,167 @@
+"""What `bench resume` times: steps, saves and loads of a run, and plain files of the same size. All collective."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.checkpoint.manifest import newest, read_manifest
+from pipeline.checkpoint.save import Moment, Saver
+from pipeline.checkpoint.state import TRAINABLE, restore, rng_state
+from pipeline.config import RunConfig
+from pipeline.engine import building, deepspeed_config, device_of, precision_of
+from pipeline.meter import Meter
+from pipeline.parallel.agreement import from_all
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import full_shape
+from pipeline.run import Run
+from pipeline.system import create_system
+from pipeline.train import Trainer
+
+
+class Saves:
+    """A run that can be stepped, saved and restored by hand. Seconds are those of the slowest rank."""
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        system = create_system(config)
+        system.check(topology)
+        self.run = Run(config, topology, device_of(topology), system, config.output_dir)
+        ds_config = deepspeed_config(config)
+        with building(ds_config, precision_of(config)):
+            model = system.build()
+        system.initialise(model, topology)
+        (phase, *_) = system.phases(model)
+        self.trainer = Trainer(self.run, phase, model, ds_config)
+        self.meter = Meter(self.run)
+        self.saver: Saver = self.trainer.saver
+        self._plain: torch.Tensor | None = None
+
+    def __enter__(self) -> Saves:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.saver.close()
+
+    def _timed(self, part: Callable[[], object]) -> float:
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        if self.run.topology.world > 1:
+            dist.barrier(group=self.run.topology.control)
+        begun = time.perf_counter()
+        part()
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        return max(from_all(self.run.topology, time.perf_counter() - begun))
+
+    def step(self) -> float:
+        """One step of training."""
+
+        def part() -> None:
+            step = self.run.progress.step + 1
+            self.meter.record(step, self.trainer.step(step, self.meter))
+            self.run.progress.step = step
+
+        return self._timed(part)
+
+    def _moment(self) -> Moment:
+        trainer = self.trainer
+        progress = dataclasses.replace(self.run.progress)
+        return Moment(progress, trainer.loader.state_dict(), rng_state(), trainer.carries)
+
+    def save(self) -> float:
+        """A synchronous save, from its start to the replaced `latest`."""
+        return self._timed(lambda: self.saver.save(self._moment()))
+
+    def begin(self) -> float:
+        """Starts an asynchronous save; returns how long training waits for the copy."""
+        return self._timed(lambda: self.saver.save(self._moment(), background=True))
+
+    def poll(self) -> tuple[float, bool]:
+        """What the loop asks after every step: how long it waits, and whether the save is committed."""
+        done: list[str] = []
+        waited = self._timed(lambda: done.extend(self.saver.poll()))
+        return waited, bool(done)
+
+    def finish(self) -> float:
+        """Waits for the save that is under way."""
+        return self._timed(self.saver.finish)
+
+    @property
+    def newest(self) -> Path:
+        found = newest(self.run.folder / "checkpoints")
+        assert found is not None
+        return found
+
+    def load(self) -> float:
+        """Goes back to the newest checkpoint, read from the disk where the system lets go of pages on request."""
+        path = self.newest
+        if self.run.is_main:
+            for file in path.rglob("*"):
+                if file.is_file():
+                    forget(file)
+
+        def part() -> None:
+            self.trainer.carries = restore(self.run, path, self.trainer.loader, self.trainer.streams) or [
+                {} for _ in self.trainer.streams
+            ]
+
+        return self._timed(part)
+
+    def plain(self) -> tuple[float, float]:
+        """Every rank writes as many bytes as a checkpoint has per rank with torch.save, syncs them, and loads them."""
+        if self._plain is None:
+            elements = self.bytes_by_kind()["total"] // self.run.topology.world // 4
+            self._plain = torch.rand(elements)
+        path, content = self.run.folder / f"plain-{self.run.topology.rank:05d}.pt", {"x": self._plain}
+
+        def write() -> None:
+            with path.open("wb") as handle:
+                torch.save(content, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+        saved = self._timed(write)
+        forget(path)
+        loaded = self._timed(lambda: torch.load(path, weights_only=True))
+        path.unlink()
+        return saved, loaded
+
+    def parameters(self) -> dict[str, int]:
+        """How many are trained, and how many in all."""
+        assert self.run.engine is not None and self.run.phase is not None
+        sizes = {name: full_shape(p).numel() for name, p in self.run.engine.module.named_parameters()}
+        trained = sum(sizes[name] for group in self.run.phase.groups for name in group.parameters)
+        return {"trained": trained, "all": sum(sizes.values())}
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of the newest checkpoint, and of the frozen weights that are not in it."""
+        manifest = read_manifest(self.newest)
+        assert manifest is not None
+        found = dict.fromkeys(("shards", "trainable", "carry", "other"), 0)
+        for name, entry in manifest["files"].items():
+            kind = "shards" if name.endswith("_states.pt") else "carry" if name.startswith("carry-") else "other"
+            found["trainable" if name == TRAINABLE else kind] += entry["size"]
+        counts = self.parameters()
+        element = precision_of(self.run.config).itemsize
+        return {**found, "total": sum(found.values()), "frozen": element * (counts["all"] - counts["trained"])}
+
+
+def forget(path: Path) -> None:
+    """Drops a synced file from the page cache, where the system can: a resume after a crash finds it on the disk."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

@@ -23,6 +23,7 @@ import pipeline.parallel  # noqa: F401
 # isort: split
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import logger as deepspeed_logger
 
 from pipeline.checkpoint.shards import ShardFiles
@@ -205,6 +206,9 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        if isinstance(self.optimizer, FP16_UnfusedOptimizer):
+            _undo_first_update(self.optimizer)
+        self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.deepspeed.checkpoint_engine = self._shards = ShardFiles()
         # Scripts that unpickle whatever they are given; `checkpoint convert` and `export` do their work.
         self.deepspeed._copy_recovery_script = lambda save_path: None
@@ -291,6 +295,9 @@ class Engine:
         )
         if path is None:
             raise UserError(f"{checkpoint}: DeepSpeed found no shards there")
+        # What a group is called and how it decays is said by this run, as it is on other ranks.
+        for group, given in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group.update(given)
 
     def _full_norm(self) -> float:
         source = self.optimizer.get_grads_for_norm() if hasattr(self.optimizer, "get_grads_for_norm") else None
@@ -303,3 +310,14 @@ class Engine:
             self.optimizer.clear_lp_grads()
         self.deepspeed.zero_grad()
         self.deepspeed.micro_steps += 1
+
+
+def _undo_first_update(optimizer: FP16_UnfusedOptimizer) -> None:
+    """DeepSpeed's wrapper for bfloat16 without ZeRO makes an update with gradients of zero when it is made: it decays the
+    masters and counts as a step."""
+    with torch.no_grad():
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master in zip(weights, masters, strict=True):
+                master.copy_(weight)
+    for state in optimizer.optimizer.state.values():
+        state["step"].zero_()

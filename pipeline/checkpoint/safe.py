@@ -18,6 +18,17 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from pipeline.errors import UserError
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    pickle.UnpicklingError,
+)
+"""What torch.load raises at files that it did not write, or not to their end."""
 
 
 def trusted_types() -> list[Any]:
@@ -33,14 +44,13 @@ def load_pickle(path: Path, *, mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals(trusted_types()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL \S+", str(error))
-        what = "" if found is None else f" ({found[0].removeprefix('GLOBAL ')})"
-        raise UserError(
-            f"{path}: holds something else than tensors and plain values{what}: nothing of it was run; take a"
-            " checkpoint of this program"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
+        found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if found is not None:
+            raise UserError(
+                f"{path}: holds something else than tensors and plain values ({found[1]}): nothing of it was run; take"
+                " a checkpoint of this program"
+            ) from error
         reason = getattr(error, "strerror", None) or "it is damaged"
         raise UserError(f"{path}: cannot be read ({reason}): copy it again, or take another checkpoint") from error
 

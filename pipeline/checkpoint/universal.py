@@ -38,7 +38,7 @@ from pipeline.checkpoint.universal_convert import (
     is_universal,
 )
 from pipeline.errors import UserError
-from pipeline.parallel.agreement import together
+from pipeline.parallel.agreement import agree, together
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, full_shape
 
@@ -78,6 +78,8 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
         engine.optimizer.checkpoint_event_epilogue()
     for counter in COUNTERS:
         setattr(engine.deepspeed, counter, saved.states[counter])
+    # Who called may remove the files as soon as this returns: no rank leaves before all have read.
+    agree(topology, None)
 
 
 class _Saved:

@@ -74,6 +74,13 @@ def convert(checkpoint: Path, out: Path) -> None:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{out}: not written ({error.strerror or error}): make room there") from error
+    except KeyError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        version = manifest.get("versions", {}).get("deepspeed")
+        raise UserError(
+            f"{checkpoint}: cannot be converted: its shards, of DeepSpeed {version}, have no {error}: use this"
+            " program's version of DeepSpeed"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -112,8 +119,8 @@ def _copy(source: Path, path: Path) -> None:
 class Shards:
     """DeepSpeed's shards of one checkpoint, whatever its ZeRO stage; tensors are read when they are used."""
 
-    def __init__(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, manifest: Mapping[str, Any], *, moments: bool = True) -> None:
+        self.checkpoint, self._moments = checkpoint, MOMENTS if moments else ()
         self.stage, self.world = int(manifest["zero_stage"]), int(manifest["world"])
         if any(name.startswith("offloaded_tensors/") for name in manifest["files"]):
             self._refuse("its optimizer state is in the files of an NVMe offload: resume it as it was saved")
@@ -215,8 +222,8 @@ class Shards:
             names = group.get("parameters")
             if names is None or len(names) != len(group["params"]):
                 self._refuse(
-                    "it was saved without ZeRO before parameters were named there: resume it with"
-                    f" {self.world} ranks and --zero zero0, save, and take that checkpoint"
+                    "it was saved without ZeRO before parameters were named there: resume it on"
+                    f" {self.world} ranks with --zero zero0"
                 )
             for place, (name, number) in enumerate(zip(names, group["params"], strict=True)):
                 weight = self._model["module"][name]
@@ -231,7 +238,7 @@ class Shards:
         flat = {MASTER: list(masters)}
         if not any(states):
             # No update has been made: every one was skipped, or none of the gradients exists.
-            return {**flat, **{key: [torch.zeros_like(part) for part in flat[MASTER]] for key in MOMENTS}}, 0.0
+            return {**flat, **{key: [torch.zeros_like(part) for part in flat[MASTER]] for key in self._moments}}, 0.0
         for rank, state in enumerate(states):
             keys = set(state or ())
             if keys != {*MOMENTS, STEP}:
@@ -242,7 +249,7 @@ class Shards:
         steps = {float(state[STEP]) for state in known}
         if len(steps) != 1:
             self._refuse(f"its ranks have made different numbers of updates of {what}: {sorted(steps)}")
-        for key in MOMENTS:
+        for key in self._moments:
             flat[key] = [state[key] for state in known]
         return flat, steps.pop()
 

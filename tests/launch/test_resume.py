@@ -15,7 +15,7 @@ from tests.launch.resume_main import LAST, cases
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("resume")
     draw = random.Random(3)
-    texts = ["".join(draw.choices("abcdefgh ", k=draw.randrange(60, 300))) for _ in range(9)]
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randrange(40, 140))) for _ in range(9)]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     done = launch(2, "tests.launch.resume_main", str(folder), str(data), timeout=500)

@@ -162,6 +162,7 @@ for word in "$@"; do
   fi
 done
 
-# Splits launcher flags from recipe flags, checks both, and ends as
-# `exec deepspeed LAUNCHER-FLAGS --module pipeline train RECIPE RECIPE-FLAGS`.
-exec "$VENV/bin/python" -m pipeline.launch_check "$@"
+# Splits launcher flags from recipe flags, checks both, and stays beside
+# `deepspeed LAUNCHER-FLAGS --module pipeline train RECIPE RECIPE-FLAGS`: signals reach the ranks, and its exit code the
+# caller.
+exec "$VENV/bin/python" -m pipeline.launch "$@"

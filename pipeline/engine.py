@@ -43,6 +43,12 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 def start(config: RunConfig) -> Topology:
     """Joins the process group (one of a single rank without a launcher) and lays out the ranks."""
     if "RANK" not in os.environ:
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if int(os.environ.get(name) or 1) > 1:
+                raise UserError(
+                    f"{name} is {os.environ[name]}, but RANK is not set: start the ranks with launch.sh or torchrun"
+                    " (docs/multi_node.md)"
+                )
         port = Machine(os.environ).free_port()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -313,8 +319,8 @@ class Engine:
 
 
 def _undo_first_update(optimizer: FP16_UnfusedOptimizer) -> None:
-    """DeepSpeed's wrapper for bfloat16 without ZeRO makes an update with gradients of zero when it is made: it decays the
-    masters and counts as a step."""
+    """DeepSpeed's wrapper for bfloat16 without ZeRO makes an update with gradients of zero when it is made, which
+    decays the masters and counts as a step."""
     with torch.no_grad():
         for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for weight, master in zip(weights, masters, strict=True):

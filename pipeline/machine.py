@@ -109,9 +109,10 @@ class Machine:
     def unreachable(self, hosts: Sequence[str], ssh_port: int | None) -> list[str]:
         """The hosts that ssh cannot log in to without a password."""
         port = ["-p", str(ssh_port)] if ssh_port else []
+        own = self.environment.get("PDSH_SSH_ARGS_APPEND", "").split()
 
         def fails(host: str) -> bool:
-            command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *port, host, "hostname"]
+            command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *own, *port, host, "hostname"]
             try:
                 return (
                     subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode != 0

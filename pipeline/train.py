@@ -53,7 +53,8 @@ def train(config: RunConfig) -> None:
     """
     with StopRequests(config.max_hours) as requests:
         topology = start(config)
-        with Watch(topology, timeout=60 * config.parallel.timeout_minutes, on_failure=_end_the_job) as watch:
+        timeout = 60 * config.parallel.timeout_minutes
+        with Watch(topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, watch.speaks)) as watch:
             try:
                 _train(config, topology, Pulse(topology, requests, watch))
             except RuntimeError as error:
@@ -63,9 +64,10 @@ def train(config: RunConfig) -> None:
                 raise LostRankError(f"rank {topology.rank}: {reason}") from error
 
 
-def _end_the_job(reason: str) -> None:
+def _end_the_job(reason: str, speaks: bool) -> None:
     # From the thread of the watch: the main thread may wait in a collective for ever.
-    print(f"mnemos: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    if speaks:
+        print(f"mnemos: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
     leave(LOST_RANK)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import launch_check
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.launch_check import Launch, Request, parse_filter, plan, read_hostfile, split
+from pipeline.launch import request as request_module
+from pipeline.launch.hosts import parse_filter, read_hostfile
+from pipeline.launch.plan import Launch, plan
+from pipeline.launch.remote import environment_file
+from pipeline.launch.request import Request, split
 from pipeline.machine import Machine
 
 
@@ -63,7 +68,16 @@ def flags(words: str, machine: Machine | None = None) -> set[str]:
 
 
 @pytest.fixture
-def hostfile(tmp_path: Path) -> str:
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder and home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path, in_folder: Path) -> str:
     path = tmp_path / "hosts"
     path.write_text("# two nodes\nworker-1 slots=4\n\nworker-2 slots=2  # the small one\n")
     return str(path)
@@ -137,10 +151,10 @@ def test_flags_are_those_of_the_installed_launcher() -> None:
             (switches if is_switch else valued).update(name for name in names if name.startswith("-"))
 
     def known(flags: frozenset[str]) -> set[str]:
-        return set(flags) | {alias for alias, flag in launch_check.ALIASES.items() if flag in flags}
+        return set(flags) | {alias for alias, flag in request_module.ALIASES.items() if flag in flags}
 
-    assert known(launch_check.VALUE_FLAGS) == valued
-    assert known(launch_check.SWITCHES) == switches
+    assert known(request_module.VALUE_FLAGS) == valued
+    assert known(request_module.SWITCHES) == switches
 
 
 def test_cpu_starts_two_ranks_or_as_many_as_are_asked_for() -> None:
@@ -363,11 +377,11 @@ def test_core_binding_needs_numactl() -> None:
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     result = subprocess.run(
-        [sys.executable, "-m", "pipeline.launch_check", "--hostfile", "absent", "x"],
+        [sys.executable, "-m", "pipeline.launch", "--hostfile", "absent", "x"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(launch_check.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(request_module.__file__).parents[2])},
         check=False,
     )
     assert result.returncode == 2
@@ -378,8 +392,9 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 def test_launching_loads_nothing_heavy() -> None:
     heavy = ("torch", "deepspeed", "numpy", "tyro")
-    script = f"import sys, pipeline.launch_check; print([name for name in {heavy} if name in sys.modules])"
-    root = str(Path(launch_check.__file__).parents[1])
+    loaded = "import sys, pipeline.launch.supervise, pipeline.launch.__main__"
+    script = f"{loaded}; print([name for name in {heavy} if name in sys.modules])"
+    root = str(Path(request_module.__file__).parents[2])
     result = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -388,3 +403,100 @@ def test_launching_loads_nothing_heavy() -> None:
         env={**os.environ, "PYTHONPATH": root},
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_the_nodes_get_what_their_ranks_need(hostfile: str, in_folder: Path) -> None:
+    settings = {
+        "PATH": "/venv/bin:/usr/bin", "GLOO_SOCKET_IFNAME": "eth0", "HF_TOKEN": "secret", "EDITOR": "vi",
+        "NCCL_DEBUG_FILE": "/tmp/%h.log", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4",
+    }  # fmt: skip
+    (in_folder / "home" / ".deepspeed_env").write_text("# mine\n\nHF_HOME=/shared/hf\nOMP_NUM_THREADS=2\n")
+    (in_folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=8\nNOTE=two words; and more\n")
+    made = launch(f"--hostfile {hostfile} x", FakeMachine(environment=settings))
+    assert made.launcher == "pdsh"
+    assert made.exports == {
+        "PATH": "/venv/bin:/usr/bin", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_DEBUG_FILE": "/tmp/%h.log",
+        "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "8", "HF_HOME": "/shared/hf", "NOTE": "two words; and more",
+    }  # fmt: skip
+    assert "NCCL_DEBUG_FILE=/tmp/%%h.log\n" in environment_file(made.exports, "pdsh")
+    # One's own devices say nothing about those of the nodes.
+    assert "DS_ACCELERATOR" not in made.exports
+    assert launch(f"--hostfile {hostfile} x", FakeMachine(own_names={"worker-2"})).exports["DS_ACCELERATOR"] == "cpu"
+    assert launch("x", FakeMachine(environment=settings)).exports == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("export A=1", "line 1: not NAME=VALUE"),
+        ("A", "line 1: not NAME=VALUE"),
+        ("A B=1", "line 1: not NAME=VALUE"),
+        ("A;touch x=1", "line 1: not NAME=VALUE"),
+        ("A=$(touch x)", "line 1: A has '$'"),
+        ("A=`touch x`", "line 1: A has '`'"),
+        ('A="two words"', "line 1: A has '\"'"),
+        ("A=a\\", "line 1: A has '\\\\'"),
+    ],
+)
+def test_an_environment_file_is_no_shell_script(hostfile: str, in_folder: Path, line: str, message: str) -> None:
+    (in_folder / ".deepspeed_env").write_text(line + "\n")
+    with pytest.raises(UserError) as error:
+        launch(f"--hostfile {hostfile} x")
+    assert ".deepspeed_env" in str(error.value) and message in str(error.value)
+    assert launch("x").ranks == 2  # one node: DeepSpeed does not read it
+
+
+def test_variables_that_deepspeed_passes_on_are_checked(hostfile: str, in_folder: Path) -> None:
+    with pytest.raises(UserError, match="environment variable NCCL_X has '`'"):
+        launch(f"--hostfile {hostfile} x", FakeMachine(environment={"NCCL_X": "`touch x`"}))
+
+
+def test_secrets_on_command_lines_are_warned_of(hostfile: str, in_folder: Path) -> None:
+    (in_folder / ".deepspeed_env").write_text("HF_TOKEN=hf_x\n")
+    (warning,) = launch(f"--hostfile {hostfile} x").warnings()
+    assert "HF_TOKEN" in warning and "hf_x" not in warning
+    assert launch("x").warnings() == []
+
+
+def test_a_silent_node_ends_its_ssh_session(hostfile: str, in_folder: Path) -> None:
+    mine = FakeMachine(environment={"PDSH_SSH_ARGS_APPEND": "-i key -o ServerAliveInterval=3"})
+    options = str(launch(f"--hostfile {hostfile} x", mine).environment["PDSH_SSH_ARGS_APPEND"])
+    assert options.startswith("-i key -o ServerAliveInterval=3 ") and "ServerAliveCountMax" in options
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "openmpi", "mvapich"])
+def test_launchers_whose_ranks_do_not_know_their_number(hostfile: str, launcher: str) -> None:
+    with pytest.raises(UserError, match="tells its ranks no numbers"):
+        launch(f"--hostfile {hostfile} --launcher {launcher} x")
+
+
+def test_words_pass_through_the_shell_of_a_node(hostfile: str, in_folder: Path) -> None:
+    words = [
+        "x",
+        "--data.path",
+        "a;b",
+        "$HOME/*",
+        "two `words` $HOME \\ \"quoted\" 'so'",
+        "",
+        "%h 100%",
+        "%n",
+        "a'b",
+        "~",
+    ]
+    made = plan(split(["--hostfile", hostfile, *words]), FakeMachine())
+    sent = made.command()[made.command().index("train") + 1 :]
+    # What DeepSpeed's PDSHRunner.parse_user_args and pdsh itself make of them.
+    told = [f'"{word.replace(chr(34), chr(92) + chr(34))}"' if " " in word else word for word in sent]
+    line = re.sub("%([hnu%])", lambda match: "%" if match[1] == "%" else "EXPANDED", " ".join(told))
+    script = f"{sys.executable} -c 'import sys, json; print(json.dumps(sys.argv[1:]))' {line}"
+    got = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert json.loads(got) == words
+
+
+def test_folders_that_a_node_would_take_apart(hostfile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="the current folder is"):
+        launch(f"--hostfile {hostfile} x")
+    assert launch("x").ranks == 2

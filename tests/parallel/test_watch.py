@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 import time
@@ -14,9 +15,10 @@ from pipeline.parallel.watch import Watch
 from pipeline.parallel.watch.heartbeat import ENDED, RUNS, Heartbeat, look
 from pipeline.parallel.watch.verdict import Limits, Peer, judge
 from pipeline.parallel.watch.wire import Meeting, connect, listen
+from pipeline.stop import Stopped
 
 NOW = 1000.0
-LIMITS = Limits(stall=300, silence=60, last_words=10, broken=1)
+LIMITS = Limits(stall=300, start=600, silence=60, last_words=10, broken=1)
 SLACK = 10.0
 
 
@@ -75,6 +77,9 @@ def test_who_is_lost(peers: list[Peer], sentence: str | None) -> None:
         ([peer(0, age=301, waits=False), peer(1, age=280, waits=False)], None),
         # What it said last is too old to go by.
         ([peer(0, age=301), peer(1, age=301, waits=False, heard=11)], None),
+        # Before the first beat there is more time.
+        ([peer(0, age=301, beats=0), peer(1, age=301, beats=0, waits=False)], None),
+        ([peer(0, age=601, beats=0), peer(1, age=601, beats=0, waits=False)], "rank 1 (node-0): no progress for 602 s"),
         # Collectives that do not fit together.
         (
             [peer(0, age=301, beats=9, line="a.py:1"), peer(1, age=301, line="b.py:2")],
@@ -172,6 +177,13 @@ def test_a_stall_is_told_to_all_and_printed_by_one(job: Job) -> None:
 def test_a_closed_watch_is_not_missed(job: Job) -> None:
     job.beat(0.3, 0, 1, 2)
     job.watches[2].close()
+    job.beat(1.5, 0, 1)
+    assert job.failures == {}
+
+
+def test_a_stop_that_all_agreed_to_is_a_clean_end(job: Job) -> None:
+    job.beat(0.3, 0, 1, 2)
+    job.watches[2].close(Stopped(signal.SIGTERM))
     job.beat(1.5, 0, 1)
     assert job.failures == {}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from pipeline.parallel.watch.heartbeat import ENDED, RUNS, Heartbeat
 
+STARTING = 300.0
+"""Seconds that a rank is given at least for all that comes before its first beat: imports, weights, compilation."""
 LONGEST_LIST = 8
 """Ranks that a sentence names one by one."""
 
@@ -17,6 +19,8 @@ class Limits:
 
     stall: float
     """Without a beat, while it could go on."""
+    start: float
+    """The same before the first beat."""
     silence: float
     """Without a word."""
     last_words: float
@@ -26,12 +30,14 @@ class Limits:
 
     @staticmethod
     def of(timeout: float, interval: float) -> Limits:
-        return Limits(timeout, min(timeout, 60.0), min(10.0, 8 * interval), min(1.0, interval))
+        return Limits(
+            timeout, max(timeout, STARTING), min(timeout, 60.0), min(10.0, 8 * interval), min(1.0, 4 * interval)
+        )
 
     def hurried(self, interval: float) -> Limits:
         """For the moment after a collective has failed: somebody is gone, or stalls since about the time-out."""
         short = min(0.3, self.broken)
-        return Limits(self.stall / 2, min(self.silence, 3 * interval + 1), short, short)
+        return Limits(self.stall / 2, self.stall / 2, min(self.silence, 2 * interval + 2), short, short)
 
 
 @dataclass
@@ -81,12 +87,15 @@ def judge(peers: Mapping[int, Peer], now: float, limits: Limits, slack: float) -
 def _stalled(peers: Mapping[int, Peer], now: float, limits: Limits) -> str | None:
     said = {rank: peer.said for rank, peer in peers.items() if peer.said is not None}
     ages = {rank: peer.age(now) for rank, peer in peers.items()}
+    late = {rank: limits.stall if last.beats else limits.start for rank, last in said.items()}
     free = [rank for rank, last in said.items() if not last.waits and not last.asks]
-    stuck = [rank for rank in free if ages[rank] >= limits.stall]
-    if free and (not stuck or any(limits.stall / 2 <= ages[rank] < limits.stall for rank in free)):
+    stuck = [rank for rank in free if ages[rank] >= late[rank]]
+    if free and (not stuck or any(late[rank] / 2 <= ages[rank] < late[rank] for rank in free)):
         # Somebody moves, and the others wait for it; or it has stopped a little later than they: it is heard out.
         return None
-    if not free and (not said or min(ages.values()) < limits.stall or all(last.asks for last in said.values())):
+    if not free and (
+        not said or any(ages[rank] < late[rank] for rank in said) or all(last.asks for last in said.values())
+    ):
         return None
     if stuck and len(stuck) < len(said):
         return f"{names(stuck, peers)}: no progress for {max(ages[r] for r in stuck):.0f} s {_where(peers[stuck[0]])}"

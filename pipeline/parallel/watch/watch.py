@@ -11,6 +11,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.parallel.watch.heartbeat import ENDED, Whereabouts
 from pipeline.parallel.watch.verdict import Limits
 from pipeline.parallel.watch.wire import Hub, Link, Meeting, Post, meet
+from pipeline.stop import Stopped
 
 GOODBYE = 2.0
 """Seconds in which this rank's last word must be out."""
@@ -85,6 +86,8 @@ class Watch:
         """This rank ends, by an exception or, without one, cleanly; rank 0 then waits for the others to end."""
         if self._post is None:
             return
+        if isinstance(error, Stopped):
+            error = None  # all ranks agreed to it
         self._own.state = ENDED if error is None else type(error).__name__
         self._post.wake()
         self._post.join(self._timeout if error is None and self._rank == 0 else GOODBYE)

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.parallel.agreement import from_main
+from pipeline.parallel.agreement import from_all, from_main
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.watch.heartbeat import ENDED, RUNS, Heartbeat, Whereabouts, packed
 from pipeline.parallel.watch.verdict import Limits, Peer, died, ended, judge, last_seen, names
@@ -28,6 +28,10 @@ LONGEST_LINE = 1 << 16
 CONNECT = 10.0
 """Seconds in which a rank must have reached rank 0 at the start."""
 HURRIED_TICK = 0.2
+FAREWELL = 1.0
+"""Seconds in which the other side must have heard the last words."""
+QUICK_TICK = 0.5
+"""Seconds between two looks once a connection is gone."""
 
 
 @dataclass
@@ -52,23 +56,15 @@ def meet(topology: Topology) -> Meeting | None:
             meeting.client = connect(meeting, topology.rank, CONNECT)
         except OSError as error:
             problem = f"rank {topology.rank} does not reach {meeting.address[0]}:{port} ({error})"
-    problem = _first(topology, problem)
-    if problem is None:
+    problems = [text for text in from_all(topology, problem) if text is not None]
+    if not problems:
         return meeting
     for connection in (meeting.server, meeting.client):
         if connection is not None:
             connection.close()
     if topology.rank == 0:
-        warnings.warn(f"{problem}: a lost rank will be seen only when a collective times out", stacklevel=3)
+        warnings.warn(f"{problems[0]}: a lost rank will be seen only when a collective times out", stacklevel=3)
     return None
-
-
-def _first(topology: Topology, problem: str | None) -> str | None:
-    import torch.distributed as dist
-
-    everyone: list[str | None] = [None] * topology.world
-    dist.all_gather_object(everyone, problem)
-    return next((text for text in everyone if text is not None), None)
 
 
 def listen() -> socket.socket:
@@ -98,7 +94,8 @@ class Post(threading.Thread):
         for end in (self.waker, woken):
             end.setblocking(False)
         self.selector.register(woken, selectors.EVENT_READ, None)
-        self.hurried = False
+        self.hurried = self.alarmed = False
+        """Whether a collective has failed somewhere, and whether a connection is gone."""
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):  # it has been woken often enough, or has ended
@@ -118,7 +115,8 @@ class Post(threading.Thread):
         due = woke
         while True:
             now = time.monotonic()
-            tick = min(self.interval, HURRIED_TICK) if self.hurried else self.interval
+            pause = HURRIED_TICK if self.hurried else QUICK_TICK if self.alarmed else self.interval
+            tick = min(self.interval, pause)
             due = min(due, now + tick)
             events = self.selector.select(max(0.0, due - now))
             now = time.monotonic()
@@ -174,6 +172,16 @@ class Line:
             return False
         return bool(arrived) and len(self.buffer) < LONGEST_LINE
 
+    def finish(self, seconds: float) -> None:
+        """Closes once the other side has: a connection that is closed with something unread is reset, and then the
+        last words may be lost."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(seconds)
+            while self.connection.recv(LONGEST_LINE):
+                pass
+        self.connection.close()
+
     def send(self, data: bytes) -> None:
         # A full buffer or a broken connection: the other side's silence will be judged, not ours.
         with contextlib.suppress(OSError):
@@ -225,6 +233,7 @@ class Hub(Post):
                     break
                 line.rank = rank
                 self.lines[rank] = line
+                self.alarmed = False
                 self.peers[line.rank].broken = None
             else:
                 peer = self.peers[line.rank]
@@ -238,6 +247,7 @@ class Hub(Post):
             if line.rank is not None and self.lines.get(line.rank) is line:
                 del self.lines[line.rank]
                 self.peers[line.rank].broken = now
+                self.alarmed = self.alarmed or self.peers[line.rank].state == RUNS
 
     def _answer(self, now: float, fresh: bool = False) -> bytes:
         # Not looked at anew for every one of a thousand ranks.
@@ -256,11 +266,13 @@ class Hub(Post):
             if self.verdict is not None:
                 self._tell(now)
                 self.decide(self.verdict, True)
-        if self.own.state != RUNS:
+        if own.said.state != RUNS:
             others = [peer for rank, peer in self.peers.items() if rank]
             # The others lose their hub with this process: at a clean end it is the last to leave.
-            if self.own.state != ENDED or self.verdict is not None or all(peer.done for peer in others):
+            if own.said.state != ENDED or self.verdict is not None or all(peer.done for peer in others):
                 self._tell(now)
+                for line in self.lines.values():
+                    line.finish(0.0)
                 return False
         return True
 
@@ -297,7 +309,7 @@ class Link(Post):
     def _open(self, connection: socket.socket) -> None:
         self.line = Line(connection)
         self.selector.register(connection, selectors.EVENT_READ, self._read)
-        self.hub.broken = None
+        self.hub.broken, self.alarmed = None, False
 
     def _read(self, now: float) -> None:
         if self.line is None:
@@ -314,14 +326,19 @@ class Link(Post):
         if not is_open:
             self.selector.unregister(self.line.connection)
             self.line.connection.close()
-            self.line, self.hub.broken = None, now
+            self.line, self.hub.broken, self.alarmed = None, now, True
+            if self.hub.state == RUNS:
+                self._reconnect()
 
     def tick(self, now: float) -> bool:
         if self.line is None and self.hub.state == RUNS:
             self._reconnect()
+        said = self.own.read()
         if self.line is not None:
-            self.line.send(packed(self.own.read().encode()))
-        if self.own.state != RUNS:
+            self.line.send(packed(said.encode()))
+        if said.state != RUNS:
+            if self.line is not None:
+                self.line.finish(FAREWELL)
             return False
         sentence = self._judge(now)
         if sentence is not None:

@@ -428,6 +428,7 @@ REQUIREMENTS = [
     "pydantic>=2.10",
     "pyyaml>=6.0",
     "safetensors>=0.8",
+    "xxhash>=3.0",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
     # Older releases have known ways around `weights_only`. A vendor's build of 2.10 calls itself 2.10.0a0+something.

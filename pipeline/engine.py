@@ -37,6 +37,7 @@ from pipeline.parallel.weights import full_shape
 from pipeline.system import Phase
 
 AFTER_THE_WATCH = datetime.timedelta(seconds=30)
+SAVE_EVENTS = ("_optimizer_has_ckpt_event_prologue", "_optimizer_has_ckpt_event_epilogue")
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -276,8 +277,27 @@ class Engine:
 
         The tensors are those that training goes on to change.
         """
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-        return self._shards.take()
+        with self._as_they_are():
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        collected = self._shards.take()
+        if self.stage == 3:
+            for content in collected.values():
+                if "module" in content:
+                    content["module"] = {name: content["module"][name] for name in content["buffer_names"]}
+        return collected
+
+    @contextlib.contextmanager
+    def _as_they_are(self) -> Iterator[None]:
+        """ZeRO-3 would part with the parameters that it keeps whole, to save empty placeholders for all of them, and
+        gather them again. No shard needs a placeholder."""
+        before = {name: getattr(self.deepspeed, name) for name in SAVE_EVENTS}
+        try:
+            for name in SAVE_EVENTS:
+                setattr(self.deepspeed, name, lambda: False)
+            yield
+        finally:
+            for name, method in before.items():
+                setattr(self.deepspeed, name, method)
 
     def trained_bytes(self, names: Iterable[str]) -> int:
         """Bytes of the named parameters in the precision that the model computes in."""

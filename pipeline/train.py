@@ -216,6 +216,7 @@ class Trainer:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
         context = StepContext(self.run.topology, self.run.config.seed, self.phase.name, step)
         carries = self._accumulate(context, meter)
+        self.saver.release()
         result = self.engine.step(lr_multiple(self.run.config, step))
         if not result.skipped:
             # The state that a skipped step left behind may be what made it non-finite: the streams go on without it.

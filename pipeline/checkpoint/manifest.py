@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.files import Entry, seal, sha256, sync_folder
+from pipeline.checkpoint.files import Entry, hash_of, seal, sync_folder
 from pipeline.errors import UserError
 from pipeline.run import write_json
 
@@ -76,7 +76,7 @@ def problems(folder: Path, *, hashes: bool, part: tuple[int, int] = (0, 1)) -> l
             found.append(f"{path}: missing")
         elif path.stat().st_size != facts["size"]:
             found.append(f"{path}: {path.stat().st_size} bytes instead of {facts['size']}")
-        elif hashes and sha256(path) != facts["sha256"]:
+        elif hashes and hash_of(path) != facts["xxh128"]:
             found.append(f"{path}: content differs from its hash")
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 
 from pipeline.archive import save_config
 from pipeline.checkpoint.carry import carry_content
-from pipeline.checkpoint.files import Entry, Jobs, Staging, shard, small, tensor_bytes, tensors
+from pipeline.checkpoint.files import Entry, Staging, shard, small, tensor_bytes, tensors
 from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
 from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
 from pipeline.errors import UserError
@@ -45,6 +46,22 @@ class Moment:
 Entries = dict[str, Entry]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One file of this rank: what is in it, and how it is written."""
+
+    name: str
+    content: Any
+    writer: Callable[[Any], Callable[[Path], Entry]]
+
+    @property
+    def bytes(self) -> int:
+        return tensor_bytes(self.content)
+
+    def job(self) -> Callable[[Path], Entry]:
+        return self.writer(self.content)
+
+
 @dataclass
 class _Pending:
     """A save under way: first every rank writes its files, then rank 0 the trained weights out of all of them."""
@@ -54,8 +71,10 @@ class _Pending:
     work: Future[Entries]
     """What this rank has to do now."""
     background: bool
-    files: Entries | None = None
-    """What all ranks wrote; None until all have."""
+    copied: Future[None]
+    """Done when training may change what is being saved."""
+    written: bool = False
+    """Whether all ranks have written their files."""
 
 
 class Saver:
@@ -69,6 +88,7 @@ class Saver:
         self.run, self.streams = run, streams
         self.folder = run.folder / "checkpoints"
         self._staging = Staging()
+        self._versions = versions()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._removal: Future[None] | None = None
@@ -76,54 +96,63 @@ class Saver:
     def save(self, moment: Moment, *, background: bool = False) -> list[str]:
         """Saves `moment`, whose weights the engine still has; returns the checkpoints that became complete by it.
 
-        With `background` it returns when everything is copied to host memory; `poll` and `finish` commit. Collective;
-        raises UserError on every rank when one cannot write.
+        With `background` it returns at once, `release` must come before the next change of the weights, and `poll` and
+        `finish` commit. Collective; raises UserError on every rank when one cannot write.
         """
         done = self.finish()
         step = moment.progress.step
         # Collectives first, files after: a rank that cannot write must not leave the others waiting in DeepSpeed.
-        facts = _facts(self.run, moment)
-        jobs, size = self._collect(moment, self._partial(step).name, copied=background)
-        needed = sum(from_all(self.run.topology, size))
-        self._on_main(step, lambda: self._make_room(self._partial(step), needed))
-        work = self._begin(lambda: _write(jobs, self._partial(step)), background)
-        self._pending = _Pending(step, facts, work, background)
+        facts = _facts(self.run, moment, self._versions)
+        collected = self._collect(moment, self._partial(step).name)
+        everyone = from_all(self.run.topology, (moment.cursors, sum(part.bytes for part in collected)))
+        if self.run.is_main:
+            collected += self._of_all(moment, [cursors for cursors, _ in everyone])
+        self._on_main(step, lambda: self._make_room(self._partial(step), sum(size for _, size in everyone)))
+        copied: Future[None] = Future()
+        ready = torch.cuda.current_stream().record_event() if self.run.device.type == "cuda" else None
+
+        def work() -> Entries:
+            try:
+                parts = self._stage(collected, ready) if background else collected
+            finally:
+                copied.set_result(None)
+            return {part.name: part.job()(self._partial(step) / part.name) for part in parts}
+
+        self._pending = _Pending(step, facts, self._begin(work, background), background, copied)
         return done if background else [*done, *self.finish()]
+
+    def release(self) -> None:
+        """Waits until what is being saved is copied to host memory: from then on the weights may change."""
+        if self._pending is not None:
+            self._pending.copied.result()
 
     def poll(self) -> list[str]:
         """Takes a save in the background further. Collective; costs nothing while none is under way."""
         pending = self._pending
         if pending is None or not self._all(pending.work.done()):
             return []
-        if pending.files is None:
-            self._gather(pending)
+        if not pending.written:
+            self._complete(pending)
             return []
         return self.finish()
 
     def finish(self) -> list[str]:
-        """Waits for the save that is under way, if any, and commits it. Collective; raises UserError."""
+        """Waits for the save that is under way, if any, to be complete. Collective; raises UserError."""
         pending = self._pending
         if pending is None:
             return []
-        if pending.files is None:
-            self._gather(pending)
+        if not pending.written:
+            self._complete(pending)
+        self._result(pending)
         self._pending = None
-        step, name = pending.step, f"checkpoint-{pending.step}"
-        files = {**(pending.files or {}), **self._result(pending)}
-
-        def commit_it() -> None:
-            write_manifest(self._partial(step), pending.facts, files)
-            commit(self._partial(step), self.folder / name, self.folder / LATEST)
-            retired = retire_old(self.folder, self.run.config.keep, step)
-            self._removal = self._thread.submit(_remove, retired)
-
-        self._on_main(step, commit_it)
-        self.run.last_checkpoint = name
-        return [name]
+        self.run.last_checkpoint = f"checkpoint-{pending.step}"
+        return [self.run.last_checkpoint]
 
     def close(self) -> None:
         """Ends the thread; a save that is under way is waited for and not committed."""
         self._thread.shutdown()
+        if self._removal is not None and self._removal.exception() is not None:
+            warnings.warn(f"an old checkpoint was not removed: {self._removal.exception()}", stacklevel=2)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".checkpoint-{step}.partial"
@@ -134,7 +163,7 @@ class Saver:
         done: Future[Entries] = Future()
         try:
             done.set_result(work())
-        except FAILURES as error:
+        except (UserError, *FAILURES) as error:
             done.set_exception(error)
         return done
 
@@ -146,22 +175,26 @@ class Saver:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.run.topology.control)
         return bool(flag)
 
-    def _gather(self, pending: _Pending) -> None:
-        """Waits for the files of all ranks; then rank 0 begins with the trained weights. Collective."""
+    def _complete(self, pending: _Pending) -> None:
+        """Waits for the files of all ranks; then rank 0 begins with the rest. Collective; raises UserError."""
         files = self._result(pending)
-        pending.files = files
-        step, engine, phase = pending.step, self.run.engine, self.run.phase
+        pending.written = True
+        engine, phase, step = self.run.engine, self.run.phase, pending.step
         assert engine is not None and phase is not None
         names = [name for group in phase.groups for name in group.parameters]
+        partial = self._partial(step)
 
-        def write_weights() -> Entries:
-            if not self.run.is_main:
-                return {}
-            # Of the shards that are on disk: gathering them again would hold up training.
-            content = engine.trained_weights(self._partial(step), {**pending.facts, "files": files}, names)
-            return {TRAINABLE: tensors(content)(self._partial(step) / TRAINABLE)}
+        def write_weights_and_commit() -> Entries:
+            # Of the shards that are on disk: gathering them from the ranks would hold up training.
+            weights = engine.trained_weights(partial, {**pending.facts, "files": files}, names)
+            files[TRAINABLE] = tensors(weights)(partial / TRAINABLE)
+            write_manifest(partial, pending.facts, files)
+            commit(partial, self.folder / f"checkpoint-{step}", self.folder / LATEST)
+            retired = retire_old(self.folder, self.run.config.keep, step)
+            self._removal = self._thread.submit(_remove, retired)
+            return {}
 
-        pending.work = self._begin(write_weights, pending.background)
+        pending.work = self._begin(write_weights_and_commit if self.run.is_main else dict, pending.background)
 
     def _result(self, pending: _Pending) -> Entries:
         """What all ranks have written by now; UserError on all when one could not. Collective."""
@@ -181,34 +214,43 @@ class Saver:
             raise UserError(problem)
         return {file: entry for _, entries in everyone for file, entry in entries.items()}
 
-    def _collect(self, moment: Moment, tag: str, *, copied: bool) -> tuple[Jobs, int]:
-        """What this rank writes, by file name, and its bytes. Collective."""
+    def _collect(self, moment: Moment, tag: str) -> list[_Part]:
+        """What this rank writes. Collective. The tensors are those that training goes on to change."""
         run = self.run
         assert run.engine is not None and run.phase is not None
-        keep: Callable[..., Any] = self._staging.copy if copied else lambda value, *_: value
-        jobs: Jobs = {}
-        size = SMALL_FILES
-        cursors = _merged(from_all(run.topology, moment.cursors))
-        if run.is_main:
-            progress, config = dataclasses.asdict(moment.progress), run.config
-            jobs[TRAINER_STATE] = small(lambda path: _write_json(path, progress))
-            jobs["loader.json"] = small(lambda path: _write_json(path, cursors))
-            jobs["config.yaml"] = small(lambda path: save_config(config, path))
-            size += run.engine.trained_bytes(name for group in run.phase.groups for name in group.parameters)
         rank = f"{run.topology.rank:05d}"
         carried, layout = carry_content(moment.carries, self.streams, run.topology)
-        carried = keep(carried, "carry")
-        jobs[f"carry-{rank}.safetensors"] = tensors(carried, layout)
-        jobs[f"rng-{rank}.pt"] = shard(moment.rng)
-        size += tensor_bytes(carried)
-        for path, content in run.engine.collect(self.folder, tag).items():
-            jobs[path.name] = shard(keep(content, path.name))
-            size += tensor_bytes(content)
-        if copied and run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        return jobs, size
+        return [
+            _Part(f"carry-{rank}.safetensors", carried, lambda content: tensors(content, layout)),
+            _Part(f"rng-{rank}.pt", moment.rng, shard),
+            *(_Part(path.name, content, shard) for path, content in run.engine.collect(self.folder, tag).items()),
+        ]
+
+    def _of_all(self, moment: Moment, cursors: Sequence[dict[str, Any]]) -> list[_Part]:
+        """What rank 0 writes for all ranks."""
+        config = self.run.config
+        plain = {TRAINER_STATE: dataclasses.asdict(moment.progress), "loader.json": _merged(cursors)}
+        return [
+            *(_Part(name, content, _json) for name, content in plain.items()),
+            _Part("config.yaml", None, lambda _: small(lambda path: save_config(config, path))),
+        ]
+
+    def _stage(self, parts: Sequence[_Part], ready: Any) -> list[_Part]:
+        """Copies of what training changes, in host memory; `ready` is when the weights on a GPU are what is meant."""
+        if ready is None:
+            return [dataclasses.replace(part, content=self._staging.copy(part.content, part.name)) for part in parts]
+        with torch.cuda.stream(torch.cuda.Stream(self.run.device)) as _:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(ready)
+            copies = [dataclasses.replace(part, content=self._staging.copy(part.content, part.name)) for part in parts]
+            stream.synchronize()
+        return copies
 
     def _make_room(self, partial: Path, needed: int) -> None:
+        assert self.run.engine is not None and self.run.phase is not None
+        needed += SMALL_FILES + self.run.engine.trained_bytes(
+            name for group in self.run.phase.groups for name in group.parameters
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._removal is not None:
             self._removal.result()
@@ -237,16 +279,12 @@ class Saver:
         return f"checkpoint-{step} was not saved to {self.run.folder}: {reason}: make room there and resume"
 
 
-def _write(jobs: Jobs, folder: Path) -> Entries:
-    return {name: job(folder / name) for name, job in jobs.items()}
-
-
 def _remove(folders: Sequence[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder)
 
 
-def _facts(run: Run, moment: Moment) -> dict[str, Any]:
+def _facts(run: Run, moment: Moment, packages: dict[str, str | None]) -> dict[str, Any]:
     assert run.engine is not None
     return {
         "step": moment.progress.step,
@@ -258,7 +296,7 @@ def _facts(run: Run, moment: Moment) -> dict[str, Any]:
         "zero_stage": run.engine.stage,
         "global_batch": run.config.batch_size * run.config.grad_accum * run.topology.data,
         "frozen": run.frozen,
-        "versions": versions(),
+        "versions": packages,
         "data_fingerprint": moment.cursors.get("fingerprint"),
     }
 
@@ -266,6 +304,10 @@ def _facts(run: Run, moment: Moment) -> dict[str, Any]:
 def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     streams = {key: value for state in states for key, value in state.get("streams", {}).items()}
     return {**states[0], "streams": streams}
+
+
+def _json(content: Any) -> Callable[[Path], Entry]:
+    return small(lambda path: _write_json(path, content))
 
 
 def _write_json(path: Path, content: Any) -> None:

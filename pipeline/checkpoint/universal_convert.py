@@ -268,8 +268,9 @@ class Shards:
             whole = torch.cat([part.reshape(-1) for part in parts]).float() if parts else torch.empty(0)
             if whole.numel() != numel and not (padded and numel <= whole.numel() < numel + self.world):
                 self._refuse(f"its shards hold {whole.numel()} of the {numel} values of {key} of {name}")
-            # A copy: torch.save writes all of the memory that a view belongs to.
-            tensors[key] = whole[:numel].reshape(tuple(shape)).clone()
+            if whole.numel() > numel:
+                whole = whole[:numel].clone()  # torch.save writes all of the memory that a view belongs to
+            tensors[key] = whole.reshape(tuple(shape))
         return Saved(name, tensors, step)
 
     def _refuse(self, reason: str) -> NoReturn:

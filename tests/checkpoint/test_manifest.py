@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import manifest
+from pipeline.checkpoint.files import hash_of
 from pipeline.checkpoint.manifest import (
     LATEST,
     MANIFEST,
@@ -19,7 +20,6 @@ from pipeline.checkpoint.manifest import (
     newest,
     problems,
     read_manifest,
-    sha256,
     write_manifest,
 )
 from pipeline.errors import UserError
@@ -66,13 +66,7 @@ def test_the_manifest_lists_every_file_and_the_facts(checkpoint: Path) -> None:
     content = read_manifest(checkpoint)
     assert content is not None and content["step"] == 1
     assert set(content["files"]) == set(FILES)
-    assert content["files"]["weights.bin"] == {"size": 5000, "sha256": sha256(checkpoint / "weights.bin")}
-
-
-def test_the_hash_is_sha256(checkpoint: Path) -> None:
-    import hashlib
-
-    assert sha256(checkpoint / "state.json") == hashlib.sha256(b"{}").hexdigest()
+    assert content["files"]["weights.bin"] == {"size": 5000, "xxh128": hash_of(checkpoint / "weights.bin")}
 
 
 @pytest.mark.parametrize("hashes", [False, True])
@@ -170,9 +164,9 @@ def test_a_damaged_older_one_does_not_matter(save, tmp_path: Path) -> None:
 
 def test_files_of_other_ranks_that_are_not_seen_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"123")
-    here = {"mine": {"size": 3, "sha256": sha256(tmp_path / "mine")}}
-    for theirs in ({"size": 3, "sha256": "0"}, None):
-        files = here | ({"theirs": theirs} if theirs else {"mine": {"size": 4, "sha256": "0"}})
+    here = {"mine": {"size": 3, "xxh128": hash_of(tmp_path / "mine")}}
+    for theirs in ({"size": 3, "xxh128": "0"}, None):
+        files = here | ({"theirs": theirs} if theirs else {"mine": {"size": 4, "xxh128": "0"}})
         with pytest.raises(UserError, match="must be on a file system that all nodes share"):
             write_manifest(tmp_path, {}, files)
         assert not (tmp_path / MANIFEST).exists()

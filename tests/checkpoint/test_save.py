@@ -113,7 +113,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(make_run,
 
 @pytest.mark.parametrize(
     "owner, step",
-    [(files, "save"), (saving, "_write_json"), (saving, "save_config"), (files.os, "fsync"),
+    [(files, "save_file"), (saving, "_write_json"), (saving, "save_config"), (files.os, "fsync"),
      (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace")],
 )  # fmt: skip
 def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
@@ -138,7 +138,7 @@ def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
     [
         (
             files,
-            "save",
+            "save_file",
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         ),
         (torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")),
@@ -185,6 +185,7 @@ class TestInTheBackground:
         for step in (5, 6):
             weight = run.engine.module.weight.clone()
             assert saver.save(moment(run, step), background=True) == ([] if step == 5 else ["checkpoint-5"])
+            saver.release()
             with torch.no_grad():
                 run.engine.module.weight.add_(1)
         (name,) = saver.finish()
@@ -198,8 +199,8 @@ class TestInTheBackground:
     def test_nothing_is_committed_before_it_is_on_disk(self, make_run, monkeypatch: pytest.MonkeyPatch) -> None:
         run, go = make_run(), threading.Event()
         older = save(run, 5)
-        write = saving._write
-        monkeypatch.setattr(saving, "_write", lambda *arguments: go.wait() and write(*arguments))
+        write = saving._write_json
+        monkeypatch.setattr(saving, "_write_json", lambda *arguments: go.wait() and write(*arguments))
         saver = Saver(run, STREAMS)
         saver.save(moment(run, 6), background=True)
         assert saver.poll() == [] and latest(run) == older and steps(run) == [5]

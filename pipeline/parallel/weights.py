@@ -55,19 +55,6 @@ def fill(model: nn.Module, value: Callable[[str, torch.Size], Tensor], names: It
                 parameter.data.copy_(value(name, parameter.shape))
 
 
-def full_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named parameters, whole, on the CPU of rank 0; empty on the other ranks, which must call this too."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    wanted = set(names)
-    state = {}
-    for name, parameter in model.named_parameters():
-        if name in wanted:
-            with gathered([parameter]):
-                if rank == 0:
-                    state[name] = parameter.detach().cpu().clone()
-    return state
-
-
 def open_safetensors(path: Path) -> Any:
     """`safe_open`; a UserError names a file that cannot be read."""
     try:

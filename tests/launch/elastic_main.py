@@ -26,10 +26,10 @@ from pipeline.config import RunConfig
 from pipeline.engine import Engine, building, deepspeed_config, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import full_state
 from pipeline.system import ParameterGroup, Phase
 from tests.launch.harness import ROOT
 from tests.launch.parity_main import base
+from tests.launch.whole import full_state
 
 STEPS = 3
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from transformers import Olmo2ForCausalLM
 
 from pipeline.cli import without_local_rank
@@ -21,10 +22,10 @@ from pipeline.leave import leave
 from pipeline.parallel.agreement import together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import full_state
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from tests.launch.parity_main import ROWS, base, micro_batches
+from tests.launch.whole import full_state
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -45,6 +46,7 @@ def skips(config: RunConfig, topology: Topology) -> dict[str, bool]:
     system.initialise(model, topology)
     (phase,) = system.phases(model)
     engine = Engine(model, phase, config, ds_config)
+    untouched = starts_untouched(engine)
     batches = micro_batches(topology, config.grad_accum)
     history = []
     for step in range(1, 4):
@@ -62,7 +64,17 @@ def skips(config: RunConfig, topology: Topology) -> dict[str, bool]:
         "good updates are made": [history[0], history[2]] == [(False, False)] * 2 if topology.rank == 0 else True,
         "the bad one is skipped on every rank": history[1][0],
         "and changes no weight": history[1][1],
+        "no update was made before the first": untouched,
     }
+
+
+def starts_untouched(engine: Engine) -> bool:
+    """Whether the float32 masters, where they are apart from the weights, equal them, and no update is counted."""
+    if not isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        return True
+    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    equal = all(torch.equal(w.float(), m) for weights, masters in pairs for w, m in zip(weights, masters, strict=True))
+    return equal and not any(float(state["step"]) for state in engine.optimizer.optimizer.state.values())
 
 
 def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
@@ -102,7 +114,9 @@ def main() -> None:
     found: dict[str, object] = {}
     for precision in ("fp32", "bf16"):
         for stage in range(4):
-            config = dataclasses.replace(base(), zero=f"zero{stage}", precision=precision, grad_accum=2, lr=0.1)
+            config = dataclasses.replace(
+                base(), zero=f"zero{stage}", precision=precision, grad_accum=2, lr=0.1, weight_decay=0.1
+            )
             found[f"{precision} zero{stage}"] = skips(config, topology)
     found["agreement"] = agreement(topology)
     folder = out / "backbone"

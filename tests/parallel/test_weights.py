@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import fill, full_shape, full_state, gathered, generator_for, load_safetensors
+from pipeline.parallel.weights import fill, full_shape, gathered, generator_for, load_safetensors
 
 
 class Model(nn.Module):
@@ -70,17 +70,6 @@ def test_filling_keeps_dtype_and_leaf() -> None:
 def test_a_value_of_another_shape_is_an_error() -> None:
     with pytest.raises(RuntimeError):
         fill(Model(), lambda name, shape: torch.ones(7))
-
-
-def test_full_state_is_a_copy_of_the_named() -> None:
-    model = Model()
-    fill(model, random_value)
-    state = full_state(model, ["first"])
-    assert set(state) == {"first"}
-    before = state["first"].clone()
-    with torch.no_grad():
-        model.first.zero_()
-    assert torch.equal(state["first"], before) and not state["first"].requires_grad
 
 
 def test_unsharded_parameters_are_whole_already() -> None:

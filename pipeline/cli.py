@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and lost_peer(error):
             # Another rank has ended, and has said why; a traceback of the wait for it would only hide that.
-            return _fail("another rank ended first: its own line, above or below, says why")
+            return _end("another rank ended first: its own line, above or below, says why", LOST_RANK)
         raise
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; nothing more must be written, not even at exit.

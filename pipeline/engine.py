@@ -157,6 +157,8 @@ def _check_sections(path: Path, content: Any) -> None:
         raise UserError(f"{path}: not a DeepSpeed configuration: see the files of {CONFIG_FOLDER.name}")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {zero['stage']!r}: give 0, 1, 2 or 3")
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme" or zero.get("elastic_checkpoint"):
+        raise UserError(f"{path}: NVMe offload and elastic_checkpoint have no checkpoints here: leave them out")
     for section in ("optimizer", "scheduler", "fp16"):
         if sections.get(section):
             raise UserError(f"{path}: {section!r} is decided by the recipe: leave it out")
@@ -234,6 +236,13 @@ class Engine:
         return torch.optim.AdamW(list(groups), lr=config.lr, betas=betas, eps=eps, fused=True)
 
     @property
+    def optimizer_kind(self) -> str:
+        """What decides, besides ranks and stage, how DeepSpeed's shards look."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        precision = "bf16" if self.deepspeed.bfloat16_enabled() else "fp32"
+        return f"{type(self.optimizer).__name__} of {type(inner).__name__}, {precision}"
+
+    @property
     def module(self) -> nn.Module:
         return self.deepspeed.module
 
@@ -308,8 +317,8 @@ class Engine:
         """The named parameters, whole, out of the shards in `folder`, rounded as the model rounds them."""
         dtypes = {name: parameter.dtype for name, parameter in self.module.named_parameters()}
         shards = Shards(folder, manifest, moments=False)
-        masters = {saved.name: saved.tensors["fp32"] for saved in shards.parameters()}
-        return {name: masters[name].to(dtypes[name]) for name in names}
+        found = {saved.name: saved.tensors["fp32"].to(dtypes[saved.name]) for saved in shards.parameters()}
+        return {name: found[name] for name in names}
 
     def load(self, checkpoint: Path) -> None:
         """Reads DeepSpeed's shards of a checkpoint folder. Collective."""

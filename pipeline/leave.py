@@ -13,13 +13,10 @@ LOST_RANK = 3
 """A rank died, stalled or cannot be reached: the same command starts again from the last checkpoint."""
 
 LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "Socket Timeout",
-)
-"""What a collective says on the ranks that are left when another has gone."""
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout",
+    "remote process exited or there was a network error", "NCCL error",
+)  # fmt: skip
+"""What gloo and NCCL say on the ranks that are left when another has gone."""
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 
+from pipeline.checkpoint.lock import FolderLock
 from pipeline.checkpoint.state import check_resumable, keep_global_batch, locate_checkpoint
 from pipeline.config import RunConfig
 from pipeline.engine import deepspeed_config, precision_of
@@ -23,7 +24,9 @@ def preflight(config: RunConfig, ranks: int) -> None:
     check_degrees(ranks, config.parallel.sequence)
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
     create_system(config).check(topology)
-    checkpoint = locate_checkpoint(config)
+    with FolderLock() as lock:
+        lock.take(config.output_dir)
+        checkpoint = locate_checkpoint(config)
     if checkpoint is not None:
         check_resumable(config, checkpoint)
         config = keep_global_batch(config, topology, checkpoint)

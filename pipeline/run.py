@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline import __version__
+from pipeline.checkpoint.lock import FolderLock
 from pipeline.config import RunConfig
 from pipeline.hardware import on_gpu
 from pipeline.parallel.topology import Topology
@@ -59,6 +60,8 @@ class Run:
     last_checkpoint: str | None = None
     frozen: dict[str, Any] | None = None
     """What the weights that are not trained are, for checkpoints to name; None when all are trained."""
+    lock: FolderLock = field(default_factory=FolderLock)
+    """Held by rank 0, so that no other run writes to the folder."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What was chosen for this machine, for the log: layout, backends, data, parameters."""
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import nn
 
 from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
+from pipeline.callbacks.metrics import is_evaluated
 from pipeline.checkpoint.frozen import frozen_weights
+from pipeline.checkpoint.lock import FolderLock
 from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import (
     check_resumable,
@@ -31,7 +34,7 @@ from pipeline.engine import Engine, StepResult, building, deepspeed_config, devi
 from pipeline.errors import LostRankError, UserError
 from pipeline.leave import LOST_RANK, leave, lost_peer
 from pipeline.meter import Meter
-from pipeline.parallel.agreement import agree, from_all, together
+from pipeline.parallel.agreement import agree, from_all, from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.parallel.topology import Topology
@@ -54,9 +57,12 @@ def train(config: RunConfig) -> None:
     with StopRequests(config.max_hours) as requests:
         topology = start(config)
         timeout = 60 * config.parallel.timeout_minutes
-        with Watch(topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, watch.speaks)) as watch:
+        with (
+            FolderLock() as lock,
+            Watch(topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, watch.speaks)) as watch,
+        ):
             try:
-                _train(config, topology, Pulse(topology, requests, watch))
+                _train(config, topology, Pulse(topology, requests, watch), lock)
             except RuntimeError as error:
                 if not lost_peer(error):
                     raise
@@ -71,10 +77,11 @@ def _end_the_job(reason: str, speaks: bool) -> None:
     leave(LOST_RANK)
 
 
-def _train(config: RunConfig, topology: Topology, pulse: Pulse) -> None:
+def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
+    together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
     checkpoint = find_checkpoint(config, topology)
     config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
-    run = Run(config, topology, device_of(topology), system, config.output_dir)
+    run = Run(config, topology, device_of(topology), system, config.output_dir, lock=lock)
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
     with building(ds_config, precision_of(config)):
@@ -154,6 +161,7 @@ class Trainer:
             self.carries = carries or self.carries
             self._remember()
             self.saved = run.progress.step
+            run.chosen["resumed"] = f"from {checkpoint}"
         last = min(self.phase.steps, config.stop_after or self.phase.steps)
         if config.dry_run:
             self._dry_run()
@@ -179,16 +187,24 @@ class Trainer:
             status = "interrupted"
             raise
         finally:
-            self.saver.close()
-            for callback in self.callbacks:
+            # A run that fails says why before the others, who wait for it, take it for lost.
+            self.saver.close(waits=status != "failed")
+            self._end(status)
+
+    def _end(self, status: str) -> None:
+        """Whatever goes wrong here, the run's own outcome counts."""
+        if self.run.is_main:
+            write_run_file(self.run, status)
+        for callback in self.callbacks:
+            try:
                 callback.on_end(status)
-            if run.is_main:
-                write_run_file(run, status)
+            except Exception as error:
+                warnings.warn(f"{type(callback).__name__} did not end well: {error}", stacklevel=2)
 
     def _steps(self, last: int, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
-        if progress.step == 0:
-            self._evaluate(0)
+        if self._owes_evaluation(last):
+            self._evaluate(progress.step)
             meter.begun = time.perf_counter()
         while progress.step < last:
             step = progress.step + 1
@@ -211,6 +227,13 @@ class Trainer:
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
         self._committed(self.saver.finish())
+
+    def _owes_evaluation(self, last: int) -> bool:
+        """Whether the step that the run stands at is evaluated before it goes on: a run may have ended meanwhile."""
+        run, step = self.run, self.run.progress.step
+        every = run.config.eval_every
+        due = step == 0 or step >= last or bool(every and step % every == 0)
+        return due and not from_main(run.topology, run.is_main and is_evaluated(run.folder, step))
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
@@ -332,9 +355,12 @@ def _open_folder(run: Run, ds_config: dict[str, object]) -> None:
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
+            run.lock.take(run.folder)
             save_config(run.config, run.folder / "config.yaml")
             write_json(run.folder / "ds_config.json", ds_config)
             write_run_file(run, "running")
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"--output-dir {run.folder}: {error.strerror or error}: name a folder that can be written"
         if problem is None and not os.access(run.folder, os.W_OK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
@@ -74,3 +75,9 @@ def read_rows(path: Any) -> list[dict[str, Any]]:
                 break
             rows.append(json.loads(line))
     return rows
+
+
+def is_evaluated(folder: Path, step: int) -> bool:
+    """Whether the metrics file of a run has a `val` row of a step."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(row["mode"] == "val" and row["step"] == step for row in read_rows(path))

@@ -119,10 +119,6 @@ class Staging:
         kept.copy_(value, non_blocking=value.is_cuda)
         return kept
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())
-
 
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in nested dicts, lists and tuples."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.files import Entry, hash_of, seal, sync_folder
+from pipeline.checkpoint.files import Entry, hash_of, sync_folder
 from pipeline.errors import UserError
 from pipeline.run import write_json
 
@@ -19,15 +19,11 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 
 
-def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entry] | None = None) -> None:
-    """Lists every file of `folder` with size and hash; written last and synced.
+def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entry]) -> None:
+    """Lists `files`, which is what the ranks say they wrote, by name; written last and synced.
 
-    `files` is what the ranks say they wrote, by name; without it every file is read. Raises UserError when a file that
-    another rank wrote is not seen from here.
+    Raises UserError when a file that another rank wrote is not seen from here.
     """
-    if files is None:
-        present = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-        files = {str(path.relative_to(folder)): seal(path) for path in present}
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["size"]:
@@ -37,7 +33,10 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entr
             )
     for inner in {(folder / name).parent for name in files} | {folder}:
         sync_folder(inner)
-    write_json(folder / MANIFEST, {**facts, "written": time.time_ns(), "files": dict(sorted(files.items()))})
+    # Later than any before it, whatever the clocks of the machines say that a run moves between.
+    before = max((_written(path) for path in complete_checkpoints(folder.parent)), default=0)
+    written = max(time.time_ns(), before + 1)
+    write_json(folder / MANIFEST, {**facts, "written": written, "files": dict(sorted(files.items()))})
     sync_folder(folder)
 
 
@@ -137,10 +136,11 @@ def _hidden(path: Path, kind: str) -> Path:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a `checkpoints` folder, oldest step first."""
-    return [path for path in _named(folder) if (path / MANIFEST).is_file()]
+    return [path for path in named_checkpoints(folder) if (path / MANIFEST).is_file()]
 
 
-def _named(folder: Path) -> list[Path]:
+def named_checkpoints(folder: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, whole or damaged, lowest step first."""
     # A folder gets this name when it is complete: one without a manifest is damaged.
     named = (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
     return sorted(named, key=step_of)
@@ -167,7 +167,7 @@ def newest(folder: Path) -> Path | None:
     start afresh would hide the loss.
     """
     # The last one written is not always the highest step: a run may have gone back to an earlier one.
-    candidates = sorted(_named(folder), key=lambda path: (_written(path), step_of(path)))
+    candidates = sorted(named_checkpoints(folder), key=lambda path: (_written(path), step_of(path)))
     if not candidates:
         return None
     last = candidates[-1]

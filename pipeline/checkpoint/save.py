@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,11 @@ class Saver:
         self.run.last_checkpoint = f"checkpoint-{pending.step}"
         return [self.run.last_checkpoint]
 
-    def close(self) -> None:
-        """Ends the thread; a save that is under way is waited for and not committed."""
-        self._thread.shutdown()
+    def close(self, *, waits: bool = True) -> None:
+        """Ends the thread. Unless it `waits`, a save that is under way is given up, which leaves a hidden folder."""
+        self._thread.shutdown(wait=waits, cancel_futures=not waits)
+        if not waits:
+            return
         if self._removal is not None and self._removal.exception() is not None:
             warnings.warn(f"an old checkpoint was not removed: {self._removal.exception()}", stacklevel=2)
 
@@ -190,11 +192,18 @@ class Saver:
             files[TRAINABLE] = tensors(weights)(partial / TRAINABLE)
             write_manifest(partial, pending.facts, files)
             commit(partial, self.folder / f"checkpoint-{step}", self.folder / LATEST)
-            retired = retire_old(self.folder, self.run.config.keep, step)
-            self._removal = self._thread.submit(_remove, retired)
+            self._removal = self._thread.submit(_remove, self._retire(step))
             return {}
 
         pending.work = self._begin(write_weights_and_commit if self.run.is_main else dict, pending.background)
+
+    def _retire(self, step: int) -> list[Path]:
+        try:
+            return retire_old(self.folder, self.run.config.keep, step)
+        except OSError as error:
+            # The save is complete; room that was not made shows when it is needed.
+            warnings.warn(f"an old checkpoint was not removed: {error}", stacklevel=2)
+            return []
 
     def _result(self, pending: _Pending) -> Entries:
         """What all ranks have written by now; UserError on all when one could not. Collective."""
@@ -253,7 +262,7 @@ class Saver:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._removal is not None:
-            self._removal.result()
+            wait([self._removal])
         clear_leftovers(self.folder)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -294,6 +303,7 @@ def _facts(run: Run, moment: Moment, packages: dict[str, str | None]) -> dict[st
         "data": run.topology.data,
         "sequence": run.topology.sequence,
         "zero_stage": run.engine.stage,
+        "optimizer": run.engine.optimizer_kind,
         "global_batch": run.config.batch_size * run.config.grad_accum * run.topology.data,
         "frozen": run.frozen,
         "versions": packages,

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.archive import to_plain
 from pipeline.checkpoint.carry import load_carry
-from pipeline.checkpoint.manifest import complete_checkpoints, newest, problems, read_manifest, recover
+from pipeline.checkpoint.manifest import named_checkpoints, newest, problems, read_manifest, recover
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
@@ -47,7 +47,8 @@ def locate_checkpoint(config: RunConfig) -> Path | None:
     folder = config.output_dir / "checkpoints"
     recover(folder)
     if config.resume == "never":
-        if complete_checkpoints(folder):
+        # A damaged one counts: its files may come back.
+        if named_checkpoints(folder):
             raise UserError(f"{config.output_dir} holds a run: name another --output-dir, or --resume auto to go on")
         return None
     if config.resume in ("auto", "must"):
@@ -56,6 +57,13 @@ def locate_checkpoint(config: RunConfig) -> Path | None:
             raise UserError(f"--resume must: no complete checkpoint in {folder}")
         return found
     path = Path(config.resume)
+    if (path / "checkpoints").is_dir():
+        path = newest(path / "checkpoints") or path
+    if path.resolve().parent != folder.resolve():
+        # It says where the run began. What the run has saved since is newer, and the same command goes on from there.
+        own = newest(folder)
+        if own is not None:
+            return own
     wrong = problems(path, hashes=False)
     if wrong:
         raise UserError(f"--resume {wrong[0]}")
@@ -78,8 +86,9 @@ def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path) -
 def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequence[Sequence[int]]) -> list[Carry]:
     """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective.
 
-    A checkpoint of other ranks or another ZeRO stage goes through DeepSpeed's universal format. Raises UserError on
-    every rank, before anything is changed, when a byte of the checkpoint, the data or a frozen weight differs.
+    A checkpoint of other ranks, or another ZeRO stage, precision or offload, goes through DeepSpeed's universal format.
+    Raises UserError on every rank, before anything is changed, when a byte of the checkpoint, the data or a frozen
+    weight differs.
     """
     assert run.engine is not None
     verify_together(checkpoint, run.topology)
@@ -92,8 +101,8 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
         )
     cursors = json.loads((checkpoint / "loader.json").read_text())
     together(run.topology, lambda: loader.load_state_dict(cursors))
-    same_layout = manifest["world"] == run.topology.world and not is_universal(checkpoint)
-    if same_layout and manifest["zero_stage"] == run.engine.stage:
+    layout = (manifest["world"], manifest["zero_stage"], manifest["optimizer"])
+    if not is_universal(checkpoint) and layout == (run.topology.world, run.engine.stage, run.engine.optimizer_kind):
         run.engine.load(checkpoint)
     else:
         _load_elsewhere(run, checkpoint)

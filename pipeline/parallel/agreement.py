@@ -21,13 +21,15 @@ def agree(topology: Topology, problem: str | None) -> None:
 
 
 def together(topology: Topology, part: Callable[[], T]) -> T:
-    """Runs what a rank may fail at by itself (a file, a package); one rank's UserError is raised on all. Collective."""
+    """Runs what a rank may fail at by itself (a file, a package); its UserError is raised on all. Collective."""
     problem: str | None = None
     result: T | None = None
     try:
         result = part()
     except UserError as error:
         problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}: mend it, or name another"
     agree(topology, problem)
     return cast(T, result)
 

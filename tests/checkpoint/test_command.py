@@ -13,8 +13,9 @@ import pytest
 
 from pipeline.checkpoint import command
 from pipeline.checkpoint.command import human, run_checkpoint
-from pipeline.checkpoint.manifest import LATEST, MANIFEST, commit, write_manifest
+from pipeline.checkpoint.manifest import LATEST, MANIFEST, commit
 from pipeline.errors import UserError
+from tests.checkpoint.whole import write_whole
 
 FACTS = {"world": 4, "data": 2, "sequence": 2, "zero_stage": 3}
 Say = Callable[..., tuple[list[str], str | None]]
@@ -28,7 +29,7 @@ def run(tmp_path: Path) -> Path:
         (folder / "shards").mkdir(parents=True)
         (folder / "weights.bin").write_bytes(b"w" * 5000)
         (folder / "shards" / "rank0.bin").write_bytes(b"0" * 300)
-        write_manifest(folder, {"step": step, **FACTS})
+        write_whole(folder, {"step": step, **FACTS})
         commit(folder, folder.with_name(f"checkpoint-{step}"), folder.with_name(LATEST))
     return tmp_path / "run"
 
@@ -227,7 +228,7 @@ def test_convert_takes_the_newest_of_a_run(
         asked.append(source)
         out.mkdir()
         (out / "x.bin").write_bytes(b"x" * 2048)
-        write_manifest(out, {"step": 20, **FACTS, "format": "universal"})
+        write_whole(out, {"step": 20, **FACTS, "format": "universal"})
 
     monkeypatch.setattr(universal, "convert", convert)
     lines, error = say("convert", run, tmp_path / "out")

@@ -23,6 +23,7 @@ from pipeline.checkpoint.manifest import (
     write_manifest,
 )
 from pipeline.errors import UserError
+from tests.checkpoint.whole import write_whole
 
 FILES = {"weights.bin": b"w" * 5000, "shards/rank0.bin": b"0" * 300, "state.json": b"{}"}
 
@@ -31,7 +32,7 @@ def fill(folder: Path, step: int = 1) -> Path:
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    write_manifest(folder, {"step": step})
+    write_whole(folder, {"step": step})
     return folder
 
 
@@ -122,6 +123,16 @@ def test_the_newest_is_the_one_written_last(save, tmp_path: Path) -> None:
     paths.append(save(20))
     assert newest(tmp_path) == paths[2]
     assert complete_checkpoints(tmp_path) == [paths[2], paths[0], paths[1]]
+
+
+def test_a_clock_that_goes_back_makes_no_checkpoint_older(
+    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may go on at a machine whose clock is behind that of the one before."""
+    save(10)
+    monkeypatch.setattr(manifest.time, "time_ns", lambda: 5)
+    later = save(20)
+    assert newest(tmp_path) == later
 
 
 def test_an_unfinished_save_is_no_checkpoint(save, tmp_path: Path) -> None:
@@ -297,5 +308,5 @@ def test_the_manifest_is_written_whole_or_not_at_all(checkpoint: Path, monkeypat
 
     monkeypatch.setattr(json, "dump", die)
     with pytest.raises(Died):
-        write_manifest(checkpoint, {"step": 2})
+        write_whole(checkpoint, {"step": 2})
     assert (checkpoint / MANIFEST).read_text() == before

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.archive import to_plain
-from pipeline.checkpoint import manifest
 from pipeline.checkpoint.state import (
     check_resumable,
     find_checkpoint,
@@ -34,6 +33,7 @@ from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Progress, Run
 from pipeline.systems.miras.config import MirasConfig
 from tests.checkpoint.small_runs import STREAMS, FakeLoader, save
+from tests.checkpoint.whole import write_whole
 
 
 def test_restore_puts_everything_back(make_run) -> None:
@@ -129,7 +129,8 @@ def test_a_run_of_before_a_field_existed_did_what_its_default_does(
 def test_other_data_is_refused_in_the_loaders_words(make_run) -> None:
     folder = save(make_run(), 7)
     (folder / "loader.json").write_text('{"streams": {}, "fingerprint": {"texts": 4}}')
-    manifest.write_manifest(folder, {**json.loads((folder / "manifest.json").read_text()), "frozen": None})
+    facts = json.loads((folder / "manifest.json").read_text())
+    write_whole(folder, facts)
     with pytest.raises(UserError, match="the data differs"):
         restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
 
@@ -184,6 +185,29 @@ class TestFindCheckpoint:
         older = save(run, 5)
         save(run, 10)
         assert find_checkpoint(self.config(run, str(older)), Topology()) == older
+
+    def test_never_does_not_bury_a_damaged_run_either(self, make_run) -> None:
+        run = make_run()
+        (save(run, 5) / "manifest.json").unlink()
+        with pytest.raises(UserError, match="name another --output-dir"):
+            find_checkpoint(self.config(run, "never"), Topology())
+
+    def test_a_path_elsewhere_says_where_a_run_began_and_not_where_it_is(self, make_run, tmp_path: Path) -> None:
+        run = make_run()
+        origin = save(run, 5)
+        config = replace(self.config(run, str(origin)), output_dir=tmp_path / "other")
+        assert find_checkpoint(config, Topology()) == origin
+        other = make_run()
+        other.folder = tmp_path / "other"
+        own = save(other, 8)
+        assert find_checkpoint(config, Topology()) == own, "the same command goes on"
+
+    def test_a_run_directory_means_its_newest(self, make_run, tmp_path: Path) -> None:
+        run = make_run()
+        save(run, 5)
+        folder = save(run, 10)
+        config = replace(self.config(run, str(tmp_path)), output_dir=tmp_path / "other")
+        assert find_checkpoint(config, Topology()) == folder
 
     def test_a_damaged_path_is_refused_by_its_damage(self, make_run) -> None:
         run = make_run()

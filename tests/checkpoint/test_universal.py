@@ -16,10 +16,11 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from pipeline.checkpoint import universal, universal_convert
-from pipeline.checkpoint.manifest import problems, read_manifest, write_manifest
+from pipeline.checkpoint.manifest import problems, read_manifest
 from pipeline.checkpoint.safe import FORCE, load_pickle, weights_only
 from pipeline.checkpoint.universal import convert, is_universal
 from pipeline.errors import UserError
+from tests.checkpoint.whole import write_whole
 
 SHAPES = {"a": (3, 3), "b": (1,)}
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -91,7 +92,7 @@ STAGES = {0: stage0, 1: stage1, 3: stage3}
 
 
 def seal(folder: Path, stage: int) -> Path:
-    write_manifest(folder, {"world": 2, "zero_stage": stage, "step": 7, "versions": {"deepspeed": "x"}})
+    write_whole(folder, {"world": 2, "zero_stage": stage, "step": 7, "versions": {"deepspeed": "x"}})
     return folder
 
 

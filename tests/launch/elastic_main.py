@@ -19,7 +19,6 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from pipeline.checkpoint.manifest import write_manifest
 from pipeline.checkpoint.universal import convert, load_universal
 from pipeline.cli import leave, without_local_rank
 from pipeline.config import RunConfig
@@ -27,6 +26,7 @@ from pipeline.engine import Engine, building, deepspeed_config, precision_of, st
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.system import ParameterGroup, Phase
+from tests.checkpoint.whole import write_whole
 from tests.launch.harness import ROOT
 from tests.launch.parity_main import base
 from tests.launch.whole import full_state
@@ -155,7 +155,7 @@ def save(out: Path, topology: Topology, kind: str, precision: str) -> None:
     facts = {"world": topology.world, "zero_stage": engine.stage, "step": STEPS}
     if topology.rank == 0:
         (folder / "trainer_state.json").write_text("{}")
-        write_manifest(folder, facts)
+        write_whole(folder, facts)
         convert(folder, folder.with_name(f"{folder.name}.universal"))
     truth = {"values": values(engine), "steps": counted(engine), "samples": engine.deepspeed.global_samples}
     step(engine, config, STEPS)

@@ -117,3 +117,22 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(tmp_path: Path) -> N
     assert not [path for path in (moved / "checkpoints").iterdir() if "universal" in path.name]
     manifests = [json.loads((end / "manifest.json").read_text()) for end in ends]
     assert [(m["world"], m["data"], m["sequence"], m["zero_stage"]) for m in manifests] == [(1, 1, 1, 1), (4, 2, 2, 3)]
+
+
+def test_another_precision_is_another_layout_and_a_missed_evaluation_is_made_up_for(tmp_path: Path) -> None:
+    """A checkpoint of a CPU goes on on a GPU, where bfloat16 is the default."""
+    words = ["pipeline", "train", "miras_tiny", *SMALL, "--steps", "2", "--output-dir", str(tmp_path / "run")]
+    words += ["--parallel.sequence", "1"]
+    done = single(*words, "--zero", "zero1", "--precision", "fp32")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    rows = read_rows(metrics)
+    assert [(row["mode"], row["step"]) for row in rows] == [("val", 0), ("train", 1), ("train", 2), ("val", 2)]
+    # As a signal during the last evaluation leaves it.
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    done = single(*words, "--zero", "zero1", "--precision", "bf16", "--resume", "must")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = read_rows(metrics)
+    assert [(row["mode"], row["step"]) for row in again] == [(row["mode"], row["step"]) for row in rows]
+    assert again[-1]["loss"] == pytest.approx(rows[-1]["loss"], rel=2e-2)
+    assert f"resumed: from {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}" in done.stdout

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pipeline.errors import UserError
 from pipeline.parallel import agreement, pulse
-from pipeline.parallel.agreement import agree, from_all, from_main
+from pipeline.parallel.agreement import agree, from_all, from_main, together
 from pipeline.parallel.pulse import Pulse
 from pipeline.parallel.topology import Topology
 
@@ -84,3 +84,11 @@ def test_everyone_takes_the_first_ranks_value(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(agreement, "dist", types.SimpleNamespace(broadcast_object_list=broadcast))
     assert from_main(PLACE, "mine") == "from rank 0"
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_like_any_other() -> None:
+    def part() -> None:
+        raise PermissionError(13, "Permission denied", "shard.pt")
+
+    with pytest.raises(UserError, match=r"^shard\.pt: Permission denied: mend it"):
+        together(Topology(), part)

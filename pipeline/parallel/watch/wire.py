@@ -217,7 +217,7 @@ class Hub(Post):
             peer.heard += seconds
 
     def _accept(self, now: float) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):  # it has gone again
+        with contextlib.suppress(OSError):  # it has gone again, or there are no more descriptors for it
             connection, _ = self.server.accept()
             connection.setblocking(False)
             line = Line(connection)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.synthetic import recall_gaps
+from pipeline.parallel.agreement import together
 from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
 
@@ -78,7 +79,7 @@ def _run(
 ) -> list[tuple[Batch, Tensor, Tensor | None]]:
     """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]."""
     device = next(model.parameters()).device
-    loader = system.held_out(pulse.topology)
+    loader = together(pulse.topology, lambda: system.held_out(pulse.topology))
     results = []
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):
@@ -145,7 +146,7 @@ def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, mode
     short to hold two passages.
     """
     device = next(model.parameters()).device
-    loader = system.held_out(pulse.topology)
+    loader = together(pulse.topology, lambda: system.held_out(pulse.topology))
     tokens = next_step(loader, pulse, "evaluation")[0].input_ids
     rows, length = tokens.shape
     gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]

@@ -1,0 +1,58 @@
+"""One run at a time in a run directory: two that save the same step would mix their files."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import UserError
+
+LOCK = ".lock"
+PATIENCE = 75.0
+"""Seconds in which the run before may end: its ranks need a minute to see that others are lost."""
+
+
+class FolderLock:
+    """Taken by one process of a run and held until the context ends; a process that dies lets go of it."""
+
+    def __init__(self) -> None:
+        self._handle: IO[str] | None = None
+
+    def take(self, folder: Path, patience: float = PATIENCE) -> None:
+        """Locks a folder if it exists and is not locked here already. Raises UserError when another run keeps it.
+
+        On a file system that knows no locks it does nothing.
+        """
+        if self._handle is not None or not folder.is_dir():
+            return
+        handle = (folder / LOCK).open("a")
+        begun = time.monotonic()
+        said = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - begun >= patience:
+                    handle.close()
+                    raise UserError(
+                        f"--output-dir {folder}: another run is writing there: wait for its end, or name another folder"
+                    ) from None
+            except OSError:
+                break
+            if not said:
+                said = True
+                print(f"mnemos: waiting for another run in {folder} to end", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+        self._handle = handle
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None

@@ -1,0 +1,52 @@
+"""Two runs never write to one folder, and one that dies keeps nobody out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.lock import FolderLock
+from pipeline.errors import UserError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.checkpoint.lock import FolderLock
+lock = FolderLock()
+lock.take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_another_process_is_kept_out_until_this_one_dies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with FolderLock() as lock, pytest.raises(UserError, match="another run is writing there"):
+            lock.take(tmp_path, patience=0.3)
+        assert capsys.readouterr().err.count("waiting for another run") == 1
+        other.kill()
+        with FolderLock() as lock:
+            lock.take(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_it_is_let_go_of_at_the_end_and_taken_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        with FolderLock() as lock:
+            lock.take(tmp_path, patience=0)
+            lock.take(tmp_path, patience=0)
+            with FolderLock() as second, pytest.raises(UserError):
+                second.take(tmp_path, patience=0)
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with FolderLock() as lock:
+        lock.take(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         return _end(f"stopped ({stop}); the same command goes on from the last checkpoint", stop.exit_code)
     except LostRankError as error:
-        return _end(f"{error}; the same command goes on from the last checkpoint", LOST_RANK, everywhere=True)
+        return _end(f"{error}; the same command goes on from the last checkpoint", LOST_RANK, everywhere=error.speaks)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("mnemos: interrupted; the newest complete checkpoint is kept", file=sys.stderr, flush=True)

@@ -10,4 +10,11 @@ class RankError(UserError):
 
 
 class LostRankError(Exception):
-    """A rank died, stalled or cannot be reached: the job is started again as it was. Exit code 3."""
+    """A rank died, stalled or cannot be reached: the job is started again as it was. Exit code 3.
+
+    `speaks`: whether this rank is the one to print it, of those that know.
+    """
+
+    def __init__(self, reason: str, *, speaks: bool) -> None:
+        super().__init__(reason)
+        self.speaks = speaks

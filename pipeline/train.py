@@ -66,8 +66,11 @@ def train(config: RunConfig) -> None:
             except RuntimeError as error:
                 if not lost_peer(error):
                     raise
-                reason = watch.verdict(LAST_LOOK) or f"another rank is gone ({str(error).splitlines()[0]})"
-                raise LostRankError(f"rank {topology.rank}: {reason}") from error
+                reason = watch.verdict(LAST_LOOK)
+                if reason is not None:
+                    raise LostRankError(reason, speaks=watch.speaks) from error
+                reason = f"rank {topology.rank}: another rank is gone ({str(error).splitlines()[0]})"
+                raise LostRankError(reason, speaks=True) from error
 
 
 def _end_the_job(reason: str, speaks: bool) -> None:

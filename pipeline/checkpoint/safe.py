@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from pipeline.errors import UserError
@@ -33,7 +34,22 @@ DAMAGE = (
 
 def trusted_types() -> list[Any]:
     """The types besides torch's own that DeepSpeed's shards hold; building one runs no code of the file's choice."""
-    return [LossScaler, ZeroStageEnum, fragment_address]
+    return [LossScaler, fragment_address]
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts, lists and tuples with the values of enumerations in their place.
+
+    Python 3.11.0 to 3.11.3 pickle an enumeration as a call of getattr, which no allow-list should hold.
+    """
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        items = ((key, plain(item)) for key, item in value.items())
+        return OrderedDict(items) if isinstance(value, OrderedDict) else dict(items)
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value
 
 
 def load_pickle(path: Path, *, mmap: bool = False) -> Any:

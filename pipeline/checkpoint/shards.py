@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
-from pipeline.checkpoint.safe import load_pickle
+from pipeline.checkpoint.safe import load_pickle, plain
 
 
 class ShardFiles(CheckpointEngine):
@@ -28,7 +28,7 @@ class ShardFiles(CheckpointEngine):
         """Nothing: folders are made when the files are written."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.collected[Path(path)] = state_dict
+        self.collected[Path(path)] = plain(state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return load_pickle(Path(path))

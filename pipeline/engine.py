@@ -313,11 +313,15 @@ class Engine:
         parameters = dict(self.module.named_parameters())
         return sum(math.prod(full_shape(parameters[name])) * parameters[name].element_size() for name in names)
 
-    def trained_weights(self, folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+    def trained_weights(self, folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
         """The named parameters, whole, out of the shards in `folder`, rounded as the model rounds them."""
-        dtypes = {name: parameter.dtype for name, parameter in self.module.named_parameters()}
+        parameters = dict(self.module.named_parameters())
         shards = Shards(folder, manifest, moments=False)
-        found = {saved.name: saved.tensors["fp32"].to(dtypes[saved.name]) for saved in shards.parameters()}
+        found = {saved.name: saved.tensors["fp32"].to(parameters[saved.name].dtype) for saved in shards.parameters()}
+        for name in names:
+            # ZeRO has no shard of a parameter without elements.
+            if not math.prod(full_shape(parameters[name])):
+                found[name] = torch.empty(full_shape(parameters[name]), dtype=parameters[name].dtype)
         return {name: found[name] for name in names}
 
     def load(self, checkpoint: Path) -> None:

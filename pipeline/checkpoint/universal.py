@@ -6,6 +6,7 @@ learning rate and decay of the first, and refuses what was saved with ZeRO-3 at 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +55,14 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
     Hyper-parameters of the groups stay those of the engine. Raises UserError on every rank before anything is changed.
     """
     saved = _Saved(checkpoint)
-    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    # ZeRO has no state of a parameter without elements.
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and math.prod(full_shape(p))}
     names = {parameter: name for name, parameter in named.items()}
 
     def check() -> tuple[list[_Flat], list[float]]:
         saved.check(engine.module, named)
-        flats = list(_flats(engine.optimizer))
-        return flats, [saved.step_of([names[parameter] for parameter in flat.parameters]) for flat in flats]
+        flats = [flat for flat in _flats(engine.optimizer) if any(p in names for p in flat.parameters)]
+        return flats, [saved.step_of([names[p] for p in flat.parameters if p in names]) for flat in flats]
 
     flats, steps = together(topology, check)
     partitions = hasattr(engine.optimizer, "checkpoint_event_prologue")
@@ -69,7 +71,7 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
     with torch.no_grad():
         for flat, step in zip(flats, steps, strict=True):
             _create_state(flat, step)
-            for parameter in flat.parameters:
+            for parameter in (p for p in flat.parameters if p in names):
                 _set(engine.optimizer, flat, parameter, saved, names[parameter])
         # The model computes with a rounded copy of the masters, as after an update.
         fill(engine.module, lambda name, shape: saved.read(name, MASTER), named)
@@ -99,8 +101,10 @@ class _Saved:
         if not is_universal(self.checkpoint):
             raise UserError(f"{self.checkpoint}: is not in the universal format: convert it first")
         found = {path.name for path in (self.checkpoint / PARAMETERS).iterdir() if path.is_dir()}
-        for name in sorted(found - named.keys()):
-            known = name in dict(module.named_parameters())
+        parameters = dict(module.named_parameters())
+        empty = {name for name, parameter in parameters.items() if not math.prod(full_shape(parameter))}
+        for name in sorted(found - named.keys() - empty):
+            known = name in parameters
             what = "is frozen in this run" if known else "is no parameter of this model"
             raise UserError(
                 f"{self.checkpoint}: {name!r} was trained there and {what}: resume the same model and phase"

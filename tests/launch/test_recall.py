@@ -49,7 +49,7 @@ def trained(recipe: str, folder: Path, timeout: float) -> dict[str, Any]:
     return [row for row in read_rows(folder / "metrics.jsonl") if row["mode"] == "val"][-1]
 
 
-@pytest.mark.parametrize("recipe", ["miras_recall", "miras_recall_delta"])
+@pytest.mark.parametrize("recipe", ["miras_recall", pytest.param("miras_recall_delta", marks=pytest.mark.slow)])
 def test_the_memory_recalls_what_attention_cannot_reach(recipe: str, tmp_path: Path) -> None:
     last = trained(recipe, tmp_path, 600)
     assert last["recall"] >= 0.95

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,7 +57,10 @@ def create(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, sequence: int
         created.append(members)
         return tuple(members)
 
-    stand_in = types.SimpleNamespace(get_world_size=lambda: world, get_rank=lambda: rank, new_group=new_group)
+    stand_in = types.SimpleNamespace(
+        get_world_size=lambda: world, get_rank=lambda: rank, new_group=new_group, get_backend=lambda: "gloo",
+        Backend=torch.distributed.Backend,
+    )  # fmt: skip
     monkeypatch.setattr(module, "dist", stand_in)
     return create_topology(sequence, local_rank=3, nodes=2), created
 

@@ -6,7 +6,6 @@ learning rate and decay of the first, and refuses what was saved with ZeRO-3 at 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
     """
     saved = _Saved(checkpoint)
     # ZeRO has no state of a parameter without elements.
-    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and math.prod(full_shape(p))}
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and full_shape(p).numel()}
     names = {parameter: name for name, parameter in named.items()}
 
     def check() -> tuple[list[_Flat], list[float]]:
@@ -102,7 +101,7 @@ class _Saved:
             raise UserError(f"{self.checkpoint}: is not in the universal format: convert it first")
         found = {path.name for path in (self.checkpoint / PARAMETERS).iterdir() if path.is_dir()}
         parameters = dict(module.named_parameters())
-        empty = {name for name, parameter in parameters.items() if not math.prod(full_shape(parameter))}
+        empty = {name for name, parameter in parameters.items() if not full_shape(parameter).numel()}
         for name in sorted(found - named.keys() - empty):
             known = name in parameters
             what = "is frozen in this run" if known else "is no parameter of this model"

@@ -6,12 +6,12 @@ import importlib.util
 import os
 import shutil
 
-from pipeline.checkpoint.lock import FolderLock
 from pipeline.checkpoint.state import check_resumable, keep_global_batch, locate_checkpoint
 from pipeline.config import RunConfig
 from pipeline.engine import deepspeed_config, precision_of
 from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
+from pipeline.lock import FolderLock
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import Phase, create_system
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline import __version__
-from pipeline.checkpoint.lock import FolderLock
 from pipeline.config import RunConfig
 from pipeline.hardware import on_gpu
+from pipeline.lock import FolderLock
 from pipeline.parallel.topology import Topology
 
 if TYPE_CHECKING:

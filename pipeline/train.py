@@ -18,7 +18,6 @@ from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
 from pipeline.callbacks.metrics import is_evaluated
 from pipeline.checkpoint.frozen import frozen_weights
-from pipeline.checkpoint.lock import FolderLock
 from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import (
     check_resumable,
@@ -33,6 +32,7 @@ from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import LostRankError, UserError
 from pipeline.leave import LOST_RANK, leave, lost_peer
+from pipeline.lock import FolderLock
 from pipeline.meter import Meter
 from pipeline.parallel.agreement import agree, from_all, from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss

@@ -90,7 +90,7 @@ class HuggingFaceTokenizer:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                     name, revision=revision, code_revision=revision, trust_remote_code=code is not None
                 )
-        except Exception as error:  # as above
+        except Exception as error:  # so does reading its files
             raise self._unusable(error) from error
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"--data.tokenizer {name} has no end-of-document token: set eos_token in its configuration")

@@ -108,7 +108,9 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_never_stopped(tmp_path: Path) -> N
     train(moved, 4, "--batch-size", "1", "--resume", "must")
 
     assert [row["step"] for row in rows(moved)] == list(range(1, LAST + 1))
-    assert [row["loss"] for row in rows(moved)] == pytest.approx([row["loss"] for row in rows(straight)], rel=1e-5)
+    losses = [[row["loss"] for row in rows(run)] for run in (moved, straight)]
+    print(f"largest relative difference of a loss: {max(abs(a / b - 1) for a, b in zip(*losses, strict=True)):.1e}")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for key in ("tokens", "lr"):
         assert [row[key] for row in rows(moved)] == [row[key] for row in rows(straight)]
     ends = [folder / "checkpoints" / f"checkpoint-{LAST}" for folder in (straight, moved)]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.lock import FolderLock
 from pipeline.errors import UserError
+from pipeline.lock import FolderLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.checkpoint.lock import FolderLock
+from pipeline.lock import FolderLock
 lock = FolderLock()
 lock.take(Path(sys.argv[1]))
 print("held", flush=True)

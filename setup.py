@@ -444,6 +444,7 @@ EXTRAS = {
         "mypy>=2.0",
         "pytest>=9.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.17",
         "types-psutil",
         "types-PyYAML",

@@ -45,7 +45,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
-    """The config in a YAML file, over the defaults of the recipe that it names. Raises UserError."""
+    """The config in a YAML file, over the defaults of the recipe that it names. Raises UserError.
+
+    Whether foreign code may run is for the flags of a command alone to say: a file can come from anywhere.
+    """
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     try:
@@ -58,7 +61,8 @@ def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
     name = content.get("recipe") if isinstance(content, dict) else None
     if not isinstance(name, str) or name not in recipes:
         raise UserError(f"--config {path}: `recipe` must name one of {', '.join(sorted(recipes))}")
-    return merge(recipes[name](), content, str(path))
+    config = merge(recipes[name](), content, str(path))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, trust_remote_code=False))
 
 
 def merge(default: Any, changes: dict[str, Any], where: str) -> Any:

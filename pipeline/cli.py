@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import sys
 import time
@@ -12,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pipeline import __version__
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.flags import fit_ranks, parse_run, take
-from pipeline.leave import LOST_RANK, USER_ERROR, leave, lost_peer
-from pipeline.stop import Stopped
+from pipeline.leave import LOST_RANK, exit_code, last_words, leave, lost_peer, out_of_space, say
+from pipeline.stop import Stopped, StopRequests
 
 LAST_WORDS = 3.0
 """Seconds that the other ranks leave rank 0 to say why a job ends."""
@@ -63,17 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             leave(0)
         return 0
     except RankError as error:
-        return _fail(str(error), everywhere=True)
-    except UserError as error:
-        return _fail(str(error))
-    except Stopped as stop:
-        return _end(f"stopped ({stop}); the same command goes on from the last checkpoint", stop.exit_code)
+        return _end(last_words(error), exit_code(error), everywhere=True)
+    except (UserError, Stopped) as error:
+        return _end(None if error.said else last_words(error), exit_code(error))
     except LostRankError as error:
-        return _end(f"{error}; the same command goes on from the last checkpoint", LOST_RANK, everywhere=error.speaks)
-    except KeyboardInterrupt:
+        return _end(last_words(error), error.code, everywhere=error.speaks)
+    except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
             print("mnemos: interrupted; the newest complete checkpoint is kept", file=sys.stderr, flush=True)
-        return 130
+        return exit_code(error)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and lost_peer(error):
             # Another rank has ended, and has said why; a traceback of the wait for it would only hide that.
@@ -84,26 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if out_of_space(error):
             where = f" ({error.filename})" if error.filename else ""
             rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            return _fail(
-                f"{rank}no space left on the device{where}: make room and start again; the run resumes where it was",
-                everywhere=True,
-            )
+            mend = "make room and start again; the run resumes where it was"
+            return _end(f"{rank}no space left on the device{where}: {mend}", exit_code(error), everywhere=True)
         raise
 
 
-def _fail(message: str, everywhere: bool = False) -> int:
-    return _end(message, USER_ERROR, everywhere)
-
-
-def _end(message: str, code: int, everywhere: bool = False) -> int:
+def _end(message: str | None, code: int, everywhere: bool = False) -> int:
     # What is the same on every rank needs one line only.
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if everywhere or os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(BrokenPipeError):
-            print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        if message is not None:
+            say(message)
     elif ranks > 1:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
         time.sleep(LAST_WORDS)
@@ -128,14 +118,17 @@ def without_local_rank(words: list[str]) -> list[str]:
 
 
 def _train(words: Sequence[str]) -> None:
-    config = fit_ranks(parse_run(words, "train"), words, int(os.environ.get("WORLD_SIZE", "1")))
-    from pipeline.engine import stop
-    from pipeline.train import train
+    # Before the imports, which take seconds: a rank that a signal ends in them leaves the others waiting for it.
+    with StopRequests() as requests:
+        config = fit_ranks(parse_run(words, "train"), words, int(os.environ.get("WORLD_SIZE", "1")))
+        requests.max_hours = config.max_hours
+        from pipeline.engine import stop
+        from pipeline.train import train
 
-    try:
-        train(config)
-    finally:
-        stop()
+        try:
+            train(config, requests)
+        finally:
+            stop()
 
 
 def _check(words: Sequence[str]) -> None:

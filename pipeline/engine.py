@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -32,12 +33,19 @@ from pipeline.config import RunConfig
 from pipeline.errors import RankError, UserError
 from pipeline.hardware import on_gpu
 from pipeline.machine import Machine
-from pipeline.parallel.topology import Topology, create_topology
+from pipeline.parallel.rendezvous import join
+from pipeline.parallel.topology import Topology, create_topology, limit_waits
 from pipeline.parallel.weights import full_shape
 from pipeline.system import Phase
 
 AFTER_THE_WATCH = datetime.timedelta(seconds=30)
+FLATTENED = ("bit16_groups", "bf16_groups", "fp16_groups")
+"""Where DeepSpeed's optimizers (stages 1 and 2, bfloat16 beside them, stage 3 and none) hold parameters in the order of
+their shards."""
 SAVE_EVENTS = ("_optimizer_has_ckpt_event_prologue", "_optimizer_has_ckpt_event_epilogue")
+UNSAVED = ("elastic_checkpoint", "mics_shard_size", "round_robin_gradients")
+"""Settings of ZeRO whose shards are others than the rest's. With the last, 0.19.8 says that parameters are in other
+places of its shards than where they are."""
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -69,19 +77,7 @@ def start(config: RunConfig) -> Topology:
     # The watch speaks first and names the rank; a collective that gives up only knows that it waited.
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
     if not dist.is_initialized():
-        try:
-            deepspeed.init_distributed(
-                dist_backend=get_accelerator().communication_backend_name() if on_gpu() else "gloo",
-                auto_mpi_discovery=False,
-                verbose=False,
-                timeout=timeout,
-            )
-        except (RuntimeError, ValueError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            reason = str(error).strip().splitlines()[0]
-            raise RankError(
-                f"rank {os.environ['RANK']}: the ranks do not meet at {where} ({reason}): give another --master_port"
-            ) from error
+        join(get_accelerator().communication_backend_name() if on_gpu() else "gloo", timeout)
     # torchrun and DeepSpeed's launcher name the ranks of a node differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     return create_topology(
@@ -157,8 +153,11 @@ def _check_sections(path: Path, content: Any) -> None:
         raise UserError(f"{path}: not a DeepSpeed configuration: see the files of {CONFIG_FOLDER.name}")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {zero['stage']!r}: give 0, 1, 2 or 3")
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme" or zero.get("elastic_checkpoint"):
-        raise UserError(f"{path}: NVMe offload and elastic_checkpoint have no checkpoints here: leave them out")
+    unsaved = [key for key in UNSAVED if zero.get(key) not in (None, False, 0, -1)]
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        unsaved.append("NVMe offload")
+    if unsaved:
+        raise UserError(f"{path}: {unsaved[0]} has no checkpoints here: leave it out")
     for section in ("optimizer", "scheduler", "fp16"):
         if sections.get(section):
             raise UserError(f"{path}: {section!r} is decided by the recipe: leave it out")
@@ -172,8 +171,7 @@ def building(ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
     try:
         if zero_stage(ds_config) == 3:
             # Its dtype comes from the config: given as an argument, 0.19.8 ignores it where float16 is not supported.
-            # mem_efficient_linear would replace torch's linear in the whole process.
-            with deepspeed.zero.Init(config_dict_or_path=ds_config, mem_efficient_linear=False):
+            with deepspeed.zero.Init(config_dict_or_path=ds_config):
                 yield
         else:
             with torch.device(get_accelerator().current_device_name()):
@@ -215,6 +213,7 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        limit_waits(datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH)
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             _undo_first_update(self.optimizer)
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -236,11 +235,26 @@ class Engine:
         return torch.optim.AdamW(list(groups), lr=config.lr, betas=betas, eps=eps, fused=True)
 
     @property
-    def optimizer_kind(self) -> str:
-        """What decides, besides ranks and stage, how DeepSpeed's shards look."""
+    def layout(self) -> dict[str, str]:
+        """What decides, besides ranks and stage, how DeepSpeed's shards look: they are loaded by place, not by name."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         precision = "bf16" if self.deepspeed.bfloat16_enabled() else "fp32"
-        return f"{type(self.optimizer).__name__} of {type(inner).__name__}, {precision}"
+        return {
+            "optimizer": f"{type(self.optimizer).__name__} of {type(inner).__name__}, {precision}",
+            "order": hashlib.sha256(json.dumps(self._order()).encode()).hexdigest(),
+        }
+
+    def _order(self) -> list[list[str]]:
+        """Names and sizes in the order in which the optimizer flattens them, by group or ZeRO-3's sub-group.
+
+        sub_group_size changes it, and so would another order of modules.
+        """
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        groups = next(
+            (getattr(self.optimizer, name) for name in FLATTENED if hasattr(self.optimizer, name)),
+            [group["params"] for group in self.optimizer.param_groups],
+        )
+        return [[f"{names[id(p)]} {math.prod(full_shape(p))}" for p in group] for group in groups]
 
     @property
     def module(self) -> nn.Module:

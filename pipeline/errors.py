@@ -1,8 +1,11 @@
-"""Errors a user can cause."""
+"""Errors a user can cause, and that of a rank that is gone."""
 
 
 class UserError(Exception):
     """Something the user can mend: one line naming the thing and the mend, printed without a traceback, exit code 2."""
+
+    said = False
+    """Whether the person who started it has been told."""
 
 
 class RankError(UserError):
@@ -10,11 +13,12 @@ class RankError(UserError):
 
 
 class LostRankError(Exception):
-    """A rank died, stalled or cannot be reached: the job is started again as it was. Exit code 3.
+    """Another rank cannot go on: it died, stalled, cannot be reached, or was ended by an exception of its own.
 
-    `speaks`: whether this rank is the one to print it, of those that know.
+    `code`: what the job exits with: LOST_RANK, or the code of the exception there, which starting again would meet
+    again. `speaks`: whether this rank is the one to print it, of those that know.
     """
 
-    def __init__(self, reason: str, *, speaks: bool) -> None:
+    def __init__(self, reason: str, *, code: int, speaks: bool) -> None:
         super().__init__(reason)
-        self.speaks = speaks
+        self.code, self.speaks = code, speaks

@@ -1,16 +1,25 @@
-"""How a process ends: the exit codes, and leaving a launched job."""
+"""How a process ends: the exit codes, the last words, and leaving a launched job."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import signal
 import sys
 from typing import NoReturn
 
+from pipeline.errors import LostRankError, RankError, UserError
+from pipeline.stop import Stopped
+
+BUG = 1
+"""An exception that is nobody's request, with its traceback."""
 USER_ERROR = 2
 """Something the user can mend: one line says what."""
 LOST_RANK = 3
 """A rank died, stalled or cannot be reached: the same command starts again from the last checkpoint."""
+INTERRUPTED = 128 + signal.SIGINT
+"""A person did not wait for the checkpoint."""
 
 LOST_PEER = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout",
@@ -22,6 +31,46 @@ LOST_PEER = (
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a disk is full."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process exits with that this exception ends."""
+    if isinstance(error, Stopped):
+        return error.exit_code
+    if isinstance(error, LostRankError):
+        return error.code
+    if isinstance(error, UserError) or out_of_space(error):
+        return USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return LOST_RANK if lost_peer(error) else BUG
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether it is raised on every rank alike, so that one of them says why."""
+    return isinstance(error, (Stopped, UserError)) and not isinstance(error, RankError)
+
+
+def last_words(error: Stopped | UserError | LostRankError) -> str:
+    """The one line that says why it is over, and what follows from it."""
+    again = "the same command goes on from the last checkpoint"
+    if isinstance(error, Stopped):
+        return f"stopped ({error}); {again}"
+    if isinstance(error, LostRankError):
+        return f"{error}; {again if error.code == LOST_RANK else 'its own lines, above or below, say why'}"
+    return str(error)
+
+
+def say(message: str) -> None:
+    """One line to the person who started it."""
+    # Whoever read it may be gone.
+    with contextlib.suppress(BrokenPipeError):
+        print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

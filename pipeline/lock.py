@@ -21,13 +21,13 @@ class FolderLock:
     def __init__(self) -> None:
         self._handle: IO[str] | None = None
 
-    def take(self, folder: Path, patience: float = PATIENCE) -> None:
-        """Locks a folder if it exists and is not locked here already. Raises UserError when another run keeps it.
+    def take(self, folder: Path, patience: float = PATIENCE) -> bool:
+        """Locks a folder if it exists; False when it was locked here already. UserError when another run keeps it.
 
         On a file system that knows no locks it does nothing.
         """
         if self._handle is not None or not folder.is_dir():
-            return
+            return False
         handle = (folder / LOCK).open("a")
         begun = time.monotonic()
         said = False
@@ -48,6 +48,7 @@ class FolderLock:
                 print(f"mnemos: waiting for another run in {folder} to end", file=sys.stderr, flush=True)
             time.sleep(0.2)
         self._handle = handle
+        return True
 
     def __enter__(self) -> FolderLock:
         return self

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 
-from pipeline.checkpoint.state import check_resumable, keep_global_batch, locate_checkpoint
+from pipeline.checkpoint.state import TRAINABLE, check_resumable, keep_global_batch, locate_checkpoint
 from pipeline.config import RunConfig
 from pipeline.engine import deepspeed_config, precision_of
 from pipeline.errors import UserError
@@ -33,8 +33,9 @@ def preflight(config: RunConfig, ranks: int) -> None:
     deepspeed_config(config)
     system = create_system(config)
     system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
-    if config.init_from is not None and not (config.init_from / "trainable.safetensors").is_file():
-        raise UserError(f"--init-from {config.init_from}: no trainable.safetensors there: give a checkpoint folder")
+    missing = config.init_from is not None and not (config.init_from / TRAINABLE).is_file()
+    if missing and checkpoint is None:
+        raise UserError(f"--init-from {config.init_from}: no {TRAINABLE} there: give a checkpoint folder")
     # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
     system.loader(Phase("check", 1, ()), topology).next_step()
     system.held_out(topology).next_step()

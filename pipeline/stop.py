@@ -17,6 +17,9 @@ SECOND_THOUGHT = 1.0
 class Stopped(Exception):
     """All ranks agreed to stop; raised on every one between the same two micro-batches."""
 
+    said = False
+    """Whether the person who started it has been told."""
+
     def __init__(self, request: int) -> None:
         self.signal = None if request == DEADLINE else signal.Signals(request)
         super().__init__("--max-hours have passed" if self.signal is None else self.signal.name)
@@ -31,7 +34,8 @@ class StopRequests:
     """This rank's own: SIGTERM, SIGINT, and `--max-hours` since it was made. The context holds the handlers."""
 
     def __init__(self, max_hours: float | None = None) -> None:
-        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.max_hours = max_hours
+        self._begun = time.monotonic()
         self._signal = 0
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -39,7 +43,7 @@ class StopRequests:
     @property
     def pending(self) -> int:
         """0, DEADLINE or the number of a signal; the largest of all ranks is what they act on."""
-        late = self._deadline is not None and time.monotonic() >= self._deadline
+        late = self.max_hours is not None and time.monotonic() - self._begun >= 3600 * self.max_hours
         return self._signal or (DEADLINE if late else 0)
 
     def __enter__(self) -> StopRequests:

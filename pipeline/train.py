@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
 from pipeline.callbacks.metrics import is_evaluated
 from pipeline.checkpoint.frozen import frozen_weights
+from pipeline.checkpoint.manifest import clear_leftovers, named_checkpoints
 from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import (
     check_resumable,
     find_checkpoint,
+    has_trainable,
     keep_global_batch,
     load_trainable,
     restore,
@@ -31,14 +36,14 @@ from pipeline.checkpoint.state import (
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import LostRankError, UserError
-from pipeline.leave import LOST_RANK, leave, lost_peer
+from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, say
 from pipeline.lock import FolderLock
 from pipeline.meter import Meter
 from pipeline.parallel.agreement import agree, from_all, from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.watch import Watch
+from pipeline.parallel.watch import Verdict, Watch
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run, write_json, write_run_file
 from pipeline.schedule import lr_multiple
@@ -49,12 +54,14 @@ LAST_LOOK = 15.0
 """Seconds in which the watch may find out which rank a failed collective waited for."""
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, requests: StopRequests | None = None) -> None:
     """Runs a recipe to its end, from wherever its newest checkpoint is.
 
     Raises UserError or Stopped on every rank alike, and LostRankError on those that are left when one is gone.
+    `requests`: what may stop it, noted since the start of the process; without, since this call.
     """
-    with StopRequests(config.max_hours) as requests:
+    with contextlib.ExitStack() as stack:
+        requests = requests or stack.enter_context(StopRequests(config.max_hours))
         topology = start(config)
         timeout = 60 * config.parallel.timeout_minutes
         with (
@@ -66,18 +73,18 @@ def train(config: RunConfig) -> None:
             except RuntimeError as error:
                 if not lost_peer(error):
                     raise
-                reason = watch.verdict(LAST_LOOK)
-                if reason is not None:
-                    raise LostRankError(reason, speaks=watch.speaks) from error
+                verdict = watch.verdict(LAST_LOOK)
+                if verdict is not None:
+                    raise LostRankError(verdict.reason, code=verdict.code, speaks=watch.speaks) from error
                 reason = f"rank {topology.rank}: another rank is gone ({str(error).splitlines()[0]})"
-                raise LostRankError(reason, speaks=True) from error
+                raise LostRankError(reason, code=LOST_RANK, speaks=True) from error
 
 
-def _end_the_job(reason: str, speaks: bool) -> None:
+def _end_the_job(verdict: Verdict, speaks: bool) -> None:
     # From the thread of the watch: the main thread may wait in a collective for ever.
     if speaks:
-        print(f"mnemos: {reason}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-    leave(LOST_RANK)
+        say(last_words(LostRankError(verdict.reason, code=verdict.code, speaks=True)))
+    leave(verdict.code)
 
 
 def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
@@ -90,7 +97,8 @@ def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock
     with building(ds_config, precision_of(config)):
         model = system.build()
     system.initialise(model, topology)
-    if config.init_from is not None:
+    if config.init_from is not None and (checkpoint is None or has_trainable(config.init_from, topology)):
+        # A resume can do without: all that is trained comes from its checkpoint, and a hash tells frozen weights.
         load_trainable(model, config.init_from, topology)
     phases = system.phases(model)
     if len(phases) != 1:
@@ -173,6 +181,7 @@ class Trainer:
         _open_folder(run, self.ds_config)
         self.callbacks = together(run.topology, lambda: create_callbacks(run))
         status = "failed"
+        shared: Stopped | UserError | None = None
         try:
             for callback in self.callbacks:
                 callback.on_start()
@@ -184,25 +193,40 @@ class Trainer:
                 raise
             status = "finished" if run.progress.step >= self.phase.steps else "stopped"
         except Stopped as stop:
-            status = "stopped" if stop.signal is None else "interrupted"
+            status, shared = "stopped" if stop.signal is None else "interrupted", stop
+            raise
+        except UserError as error:
+            shared = error
             raise
         except KeyboardInterrupt:
             status = "interrupted"
             raise
         finally:
-            # A run that fails says why before the others, who wait for it, take it for lost.
-            self.saver.close(waits=status != "failed")
-            self._end(status)
+            self._end(status, shared)
 
-    def _end(self, status: str) -> None:
-        """Whatever goes wrong here, the run's own outcome counts."""
+    def _end(self, status: str, shared: Stopped | UserError | None) -> None:
+        """How the run ends, and why, is said before anything that may take long or never come back.
+
+        `shared`: what all ranks end by. Whatever goes wrong here, the run's own outcome counts.
+        """
+        if isinstance(shared, UserError) and self.pulse.watch is not None:
+            # The others end by the same error, and must not be held to have failed while this rank goes on.
+            self.pulse.watch.ends(shared)
+        if self.run.is_main and shared is not None:
+            with tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
+                say(last_words(shared))
+            shared.said = True
+        last: list[tuple[str, Callable[[], None]]] = []
         if self.run.is_main:
-            write_run_file(self.run, status)
-        for callback in self.callbacks:
+            last.append(("run.json", lambda: write_run_file(self.run, status)))
+        # A run that fails says why before the others, who wait for it, take it for lost.
+        last.append(("the save", lambda: self.saver.close(waits=status != "failed")))
+        last += [(type(callback).__name__, functools.partial(callback.on_end, status)) for callback in self.callbacks]
+        for name, part in last:
             try:
-                callback.on_end(status)
+                part()
             except Exception as error:
-                warnings.warn(f"{type(callback).__name__} did not end well: {error}", stacklevel=2)
+                warnings.warn(f"{name} did not end well: {error}", stacklevel=2)
 
     def _steps(self, last: int, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
@@ -358,7 +382,11 @@ def _open_folder(run: Run, ds_config: dict[str, object]) -> None:
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            run.lock.take(run.folder)
+            taken = run.lock.take(run.folder)
+            checkpoints = run.folder / "checkpoints"
+            if taken and named_checkpoints(checkpoints):
+                raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")
+            clear_leftovers(checkpoints)
             save_config(run.config, run.folder / "config.yaml")
             write_json(run.folder / "ds_config.json", ds_config)
             write_run_file(run, "running")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,9 @@ def test_merge_leaves_its_arguments_alone() -> None:
     merged = merge(recipe, changes, "here")
     assert isinstance(merged, RunConfig) and merged.model.memory.heads == 2
     assert recipe == miras_tiny() and changes == {"model": {"memory": {"heads": 2}}}
+
+
+def test_leave_to_run_foreign_code_is_typed_and_never_archived(file: Path) -> None:
+    config = miras_tiny()
+    save_config(dataclasses.replace(config, data=dataclasses.replace(config.data, trust_remote_code=True)), file)
+    assert load_config(file, all_recipes()) == config

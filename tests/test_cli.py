@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from pipeline import __version__, cli
 from pipeline.archive import save_config
 from pipeline.cli import main, without_local_rank
-from pipeline.config import replace
-from pipeline.errors import UserError
+from pipeline.config import RunConfig, replace
+from pipeline.errors import LostRankError, UserError
 from pipeline.flags import fit_ranks, parse_run
+from pipeline.leave import exit_code
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_tiny
+from pipeline.stop import Stopped
 
 ROOT = Path(cli.__file__).parents[1]
 HEAVY = ("torch", "tyro", "deepspeed", "transformers", "numpy", "matplotlib", "pydantic", "yaml")
@@ -257,6 +260,50 @@ def test_a_rank_that_alone_has_no_gpu_says_so(refusal, monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     line = refusal("train", "miras_recall")
     assert "rank 1" in line and "no GPU 1 here" in line
+
+
+@pytest.mark.parametrize("error", [UserError("mend it"), Stopped(signal.SIGTERM)], ids=repr)
+def test_what_has_been_said_is_not_said_again(
+    error: UserError | Stopped, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: object) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    code = code_of("train")
+    assert code == exit_code(error) and len(capsys.readouterr().err.splitlines()) == 1
+    error.said = True
+    assert code_of("train") == code and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("code", "advice"), [(3, "the same command"), (1, "its own lines"), (2, "its own lines")])
+def test_what_another_rank_exits_with_is_what_this_one_does(
+    code: int, advice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher of several nodes gives the largest code, and 3 means: start again."""
+
+    def fail(words: object) -> None:
+        raise LostRankError("rank 1 (node-2): gone", code=code, speaks=True)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert code_of("train") == code
+    assert f"rank 1 (node-2): gone; {advice}" in capsys.readouterr().err
+
+
+def test_a_signal_while_it_still_imports_is_left_to_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that it ended there would leave the others waiting for it."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def parse(words: object, name: str) -> RunConfig:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return replace(miras_tiny(), max_hours=1.0)
+
+    found = []
+    monkeypatch.setattr(cli, "parse_run", parse)
+    monkeypatch.setattr("pipeline.train.train", lambda config, requests: found.append(requests))
+    assert main(["train", "miras_tiny"]) == 0
+    assert found[0].pending == signal.SIGTERM and found[0].max_hours == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_error_that_no_user_caused_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,18 @@ ZERO = {
     "no such stage": ({"zero_optimization": {"stage": 7}}, "stage is 7"),
     "an optimizer": ({"optimizer": {"type": "Adam"}}, "'optimizer' is decided by the recipe"),
     "float16": ({"fp16": {"enabled": True}}, "'fp16' is decided by the recipe"),
+    "shards of another order than is said": (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        "round_robin_gradients has no checkpoints",
+    ),
+    "shards of a part of the ranks": (
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+        "mics_shard_size has no checkpoints",
+    ),
+    "state on disk": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        "NVMe offload has no checkpoints",
+    ),
     "another batch": ({"gradient_accumulation_steps": 7}, 'write "auto" there'),
 }
 

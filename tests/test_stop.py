@@ -6,12 +6,16 @@ import os
 import signal
 import threading
 import time
+import types
 
 import pytest
 
+from pipeline.callbacks import Callback
+from pipeline.errors import UserError
 from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.parallel.topology import Topology
 from pipeline.stop import DEADLINE, Stopped, StopRequests
+from pipeline.train import Trainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -41,6 +45,14 @@ def test_a_deadline_is_a_request_too_and_a_signal_is_graver() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.pending == signal.SIGTERM > DEADLINE
     assert StopRequests(max_hours=1).pending == 0
+
+
+def test_a_deadline_that_is_known_later_counts_from_the_start() -> None:
+    requests = StopRequests()
+    time.sleep(0.01)
+    assert requests.pending == 0
+    requests.max_hours = 0.01 / 3600
+    assert requests.pending == DEADLINE
 
 
 def test_a_person_who_asks_twice_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,3 +87,41 @@ def test_a_stop_wins_over_the_batch_that_was_read_but_not_over_its_problem() -> 
     with pytest.raises(Stopped):
         next_step(Loader(), Pulse(Topology(), requests), "here")  # type: ignore[arg-type]
     assert next_step(Loader(), Pulse(Topology()), "here") == [1]  # type: ignore[arg-type, comparison-overlap]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (Stopped(signal.SIGTERM), "mnemos: stopped (SIGTERM); the same command goes on from the last checkpoint"),
+        (UserError("step 9: mend\n it"), "mnemos: step 9: mend it"),
+    ],
+    ids=repr,
+)
+def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
+    error: Stopped | UserError, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher kills rank 0 half a minute after another rank has left."""
+    written: list[str] = []
+    known: list[tuple[str, list[str]]] = []
+    watch = types.SimpleNamespace(ends=lambda error: written.append("ended"))
+
+    def look(**_: object) -> None:
+        known.append((capsys.readouterr().err, list(written)))
+
+    class Slow(Callback):
+        def on_end(self, status: str) -> None:
+            look()
+            raise OSError("no connection")
+
+    monkeypatch.setattr("pipeline.train.write_run_file", lambda run, status: written.append(status))
+    trainer = Trainer.__new__(Trainer)
+    trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
+    trainer.pulse = Pulse(Topology(), watch=watch)  # type: ignore[arg-type]
+    trainer.saver = types.SimpleNamespace(close=look)  # type: ignore[assignment]
+    trainer.callbacks = [Slow(), Slow()]
+    with pytest.warns(UserWarning, match="Slow did not end well"):
+        trainer._end("failed", error)
+    said, before = known[0]
+    assert said.splitlines() == [line] and error.said
+    assert before == (["ended", "failed"] if isinstance(error, UserError) else ["failed"])
+    assert len(known) == 3, "one that fails does not keep the next from ending"

@@ -21,7 +21,8 @@ RANK = """
     how = sys.argv[-1]
     def stop(number, frame):
         open(f"{os.environ['RANK']}-{number}", "a").write("x")
-        time.sleep(0.3)
+        time.sleep(float(os.environ.get("SAVING", 0.3)))
+        open(f"saved-{os.environ['RANK']}", "w")
         os._exit(128 + number)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN if how == "deaf" else stop)
@@ -50,19 +51,27 @@ LAUNCHER = """
 """
 SUPERVISOR = """
     import os, sys
+    import psutil
     from pipeline.launch import supervise
     from pipeline.launch.plan import Launch
     from pipeline.launch.request import split
     class Fake(Launch):
         def command(self):
+            if "UNGUARDED" in os.environ:
+                (guard,) = psutil.Process().children()
+                guard.kill()
+                while guard.status() != psutil.STATUS_ZOMBIE:
+                    pass
             return [sys.executable, "launcher.py", sys.argv[1]]
     supervise.MERCY = 1.0
-    sys.exit(supervise.supervise(Fake(split([]), (), {}, {"localhost": [0, 1]}, 0), os.environ))
+    supervise.GRACE = float(os.environ.get("GRACE", 20))
+    launcher = os.environ.get("LAUNCHER")
+    sys.exit(supervise.supervise(Fake(split([]), (), {}, {"localhost": [0, 1]}, 0, launcher), os.environ))
 """
 
 
 class Job:
-    def __init__(self, folder: Path, how: str) -> None:
+    def __init__(self, folder: Path, how: str, **environment: str) -> None:
         self.folder = folder
         (folder / "fake" / "pipeline").mkdir(parents=True)
         (folder / "fake" / "pipeline" / "__init__.py").touch()
@@ -73,7 +82,9 @@ class Job:
         self.process = subprocess.Popen(
             [sys.executable, "supervisor.py", how],
             cwd=folder,
-            env={name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": str(ROOT)},
+            env={name: value for name, value in os.environ.items() if name != "RANK"}
+            | {"PYTHONPATH": str(ROOT)}
+            | environment,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -105,17 +116,23 @@ class Job:
         self.until(lambda: not self.processes())
         return self.process.returncode, errors
 
+    def launcher(self) -> psutil.Process:
+        return psutil.Process(int((self.folder / "fake" / "launcher").read_text()))
+
+    def saved(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "fake").glob("saved-*"))
+
     def told(self) -> dict[str, str]:
         """How often each rank got which signal."""
         return {path.name: path.read_text() for path in (self.folder / "fake").glob("[01]-*")}
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Iterator[Callable[[str], Job]]:
+def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     made = []
 
-    def make(how: str) -> Job:
-        made.append(Job(tmp_path, how))
+    def make(how: str, **environment: str) -> Job:
+        made.append(Job(tmp_path, how, **environment))
         return made[-1]
 
     yield make
@@ -125,12 +142,12 @@ def job(tmp_path: Path) -> Iterator[Callable[[str], Job]]:
 
 
 @pytest.mark.parametrize(("how", "code"), [("0", 0), ("2", 2), ("3", 3), ("killed", 3)])
-def test_exit_codes_come_through(job: Callable[[str], Job], how: str, code: int) -> None:
+def test_exit_codes_come_through(job: Callable[..., Job], how: str, code: int) -> None:
     assert job(how).end() == (code, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_every_rank_is_told_once_and_saves(job: Callable[[str], Job], number: signal.Signals) -> None:
+def test_every_rank_is_told_once_and_saves(job: Callable[..., Job], number: signal.Signals) -> None:
     one = job("waits").started()
     one.process.send_signal(number)
     code, errors = one.end()
@@ -139,20 +156,20 @@ def test_every_rank_is_told_once_and_saves(job: Callable[[str], Job], number: si
     assert f"{number.name} is passed on to the ranks of this machine (2)" in errors
 
 
-def test_what_a_rank_forks_is_its_own_business(job: Callable[[str], Job]) -> None:
+def test_what_a_rank_forks_is_its_own_business(job: Callable[..., Job]) -> None:
     one = job("forking").started()
     one.process.terminate()
     assert "passed on to the ranks of this machine (2)" in one.end()[1]
 
 
-def test_a_closed_terminal_is_a_reason_to_save(job: Callable[[str], Job]) -> None:
+def test_a_closed_terminal_is_a_reason_to_save(job: Callable[..., Job]) -> None:
     one = job("waits").started()
     one.process.send_signal(signal.SIGHUP)
     assert one.end()[0] == 128 + signal.SIGTERM
     assert one.told() == {f"{rank}-{int(signal.SIGTERM)}": "x" for rank in (0, 1)}
 
 
-def test_a_second_interrupt_ends_ranks_that_do_not_listen(job: Callable[[str], Job]) -> None:
+def test_a_second_interrupt_ends_ranks_that_do_not_listen(job: Callable[..., Job]) -> None:
     one = job("deaf").started()
     one.process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -164,15 +181,80 @@ def test_a_second_interrupt_ends_ranks_that_do_not_listen(job: Callable[[str], J
     assert code == 130 and "without a checkpoint" in errors
 
 
-def test_ranks_save_when_the_supervisor_is_killed(job: Callable[[str], Job]) -> None:
+def test_ranks_save_when_the_supervisor_is_killed(job: Callable[..., Job]) -> None:
     one = job("waits").started()
     one.process.kill()
     one.end()
     assert one.told() == {f"{rank}-{int(signal.SIGTERM)}": "x" for rank in (0, 1)}
 
 
-def test_ranks_do_not_outlive_their_launcher(job: Callable[[str], Job]) -> None:
+def test_ranks_do_not_outlive_their_launcher(job: Callable[..., Job]) -> None:
     one = job("waits").started()
-    os.kill(int((one.folder / "fake" / "launcher").read_text()), signal.SIGKILL)
+    one.launcher().kill()
     code, errors = one.end()
     assert code == 3 and "2 of its ranks are not" in errors
+
+
+def test_ranks_save_when_one_signal_reaches_every_process(job: Callable[..., Job]) -> None:
+    one = job("waits", SAVING="2.5").started()
+    for process in one.processes():
+        process.terminate()
+    code, errors = one.end()
+    assert (code, one.saved()) == (143, ["saved-0", "saved-1"]), errors
+
+
+def test_ranks_save_when_the_signal_reaches_the_launcher_first(job: Callable[..., Job]) -> None:
+    one = job("waits", SAVING="2.5").started()
+    one.launcher().terminate()
+    code, errors = one.end()
+    assert (code, one.saved()) == (143, ["saved-0", "saved-1"]), errors
+
+
+def test_ranks_without_a_launcher_are_not_waited_for_without_end(job: Callable[..., Job]) -> None:
+    one = job("deaf", GRACE="1").started()
+    for process in one.processes():
+        process.terminate()
+    code, errors = one.end()
+    assert code == 143 and "2 of its ranks are not" in errors
+
+
+def test_a_second_interrupt_ends_ranks_that_have_no_launcher(job: Callable[..., Job]) -> None:
+    one = job("deaf").started()
+    for process in one.processes():
+        process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert one.process.poll() is None
+    begun = time.monotonic()
+    one.process.send_signal(signal.SIGINT)
+    code, errors = one.end()
+    assert code == 130 and "without a checkpoint" in errors
+    assert time.monotonic() - begun < 10  # GRACE is 20
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_exit_code_survives_the_guard(job: Callable[..., Job], code: int) -> None:
+    assert job(str(code), UNGUARDED="yes").end() == (code, "")
+
+
+def test_the_exit_code_survives_who_reads_the_messages(job: Callable[..., Job]) -> None:
+    one = job("waits").started()
+    assert one.process.stderr is not None
+    one.process.stderr.close()
+    one.process.terminate()
+    assert one.process.wait(timeout=30) == 143
+    assert one.saved() == ["saved-0", "saved-1"]
+
+
+@pytest.mark.parametrize(("answer", "code"), [(0, 3), (1, 0)])
+def test_a_launch_over_pdsh_has_not_finished_while_its_ranks_run(
+    job: Callable[..., Job], tmp_path: Path, answer: int, code: int
+) -> None:
+    pdsh = tmp_path / "bin" / "pdsh"
+    pdsh.parent.mkdir()
+    pdsh.write_text(f'#!/bin/sh\necho "$@" >asked\nexit {answer}\n')  # 0: there were ranks, and they were told
+    pdsh.chmod(0o755)
+    one = job("0", LAUNCHER="pdsh", PATH=f"{pdsh.parent}:{os.environ['PATH']}")
+    ended, errors = one.end()
+    assert ended == code and ("the ranks of localhost are not" in errors) == bool(code), errors
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[:3] == ["-S", "-w", "localhost"] and asked[-1] == str(int(signal.SIGTERM))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline.checkpoint.files import Entry, tensors
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, CarryEntry
 
@@ -18,18 +19,17 @@ def carry_content(
     carries: Sequence[Carry], streams: Sequence[Sequence[int]], topology: Topology
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of carry-RANK.safetensors: the rows of every micro-batch, with the global streams they
-    belong to.
+    belong to. The tensors are those of the carry.
 
     `carries` and `streams` have one entry per micro-batch of a step.
     """
-    tensors: dict[str, Tensor] = {}
+    content: dict[str, Tensor] = {}
     entries = []
     for index, carry in enumerate(carries):
         for name, entry in carry.items():
             if entry.heads is None and topology.sequence_rank != 0:
                 continue
-            # A file of its own bytes: views would share theirs, or hold those of a larger tensor.
-            tensors[f"{index}/{name}"] = entry.tensor.detach().cpu().clone().contiguous()
+            content[f"{index}/{name}"] = entry.tensor.detach()
             entries.append({"micro": index, "name": name, "streams_dim": entry.streams, "heads_dim": entry.heads})
     layout = {
         "entries": entries,
@@ -37,7 +37,14 @@ def carry_content(
         "sequence": topology.sequence,
         "sequence_rank": topology.sequence_rank,
     }
-    return tensors, {"layout": json.dumps(layout)}
+    return content, {"layout": json.dumps(layout)}
+
+
+def carry_file(content: dict[str, Tensor], layout: dict[str, str]) -> Callable[[Path], Entry]:
+    """A job that writes what `carry_content` returned."""
+    # A file of its own bytes: views would share theirs, or hold those of a larger tensor.
+    own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
+    return tensors(own, layout)
 
 
 def load_carry(folder: Path, streams: Sequence[Sequence[int]], topology: Topology, device: torch.device) -> list[Carry]:

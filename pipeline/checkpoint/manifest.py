@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from pipeline.checkpoint.files import Entry, hash_of, sync_folder
 from pipeline.errors import UserError
@@ -17,6 +19,8 @@ from pipeline.run import write_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+SEAL = "xxh128"
+"""Where the manifest has the hash of the rest of itself."""
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entry]) -> None:
@@ -36,12 +40,13 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entr
     # Later than any before it, whatever the clocks of the machines say that a run moves between.
     before = max((_written(path) for path in complete_checkpoints(folder.parent)), default=0)
     written = max(time.time_ns(), before + 1)
-    write_json(folder / MANIFEST, {**facts, "written": written, "files": dict(sorted(files.items()))})
+    content = {**facts, "written": written, "files": dict(sorted(files.items()))}
+    write_json(folder / MANIFEST, sealed(content))
     sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete checkpoint; None when there is none."""
+    """The manifest of a complete checkpoint; None when there is none. Raises UserError when a bit of it differs."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -49,15 +54,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
     except ValueError:  # not JSON, or not text
         content = None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+    if not isinstance(content, dict) or content != sealed(content):
         raise UserError(f"{path}: damaged")
-    return content
+    return {key: value for key, value in content.items() if key != SEAL}
 
 
-def problems(folder: Path, *, hashes: bool, part: tuple[int, int] = (0, 1)) -> list[str]:
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a manifest with its hash."""
+    # As it is read back.
+    plain = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return {**plain, SEAL: xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())}
+
+
+def problems(
+    folder: Path, *, hashes: bool, part: tuple[int, int] = (0, 1), only: Collection[str] | None = None
+) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty when it is whole. `hashes` reads every byte.
 
-    `part` (i, n) looks at every n-th file from the i-th on, largest files first, for n that share the work.
+    `part` (i, n) looks at every n-th file from the i-th on, largest files first, for n that share the work; `only` at
+    the files of these names.
     """
     if not folder.is_dir():
         return [f"{folder}: no such folder"]
@@ -69,6 +84,7 @@ def problems(folder: Path, *, hashes: bool, part: tuple[int, int] = (0, 1)) -> l
         return [f"{folder}: no {MANIFEST}: the save did not finish"]
     found = []
     files = sorted(manifest["files"].items(), key=lambda item: -item[1]["size"])
+    files = [(name, facts) for name, facts in files if only is None or name in only]
     for name, facts in files[part[0] :: part[1]]:
         path = folder / name
         if not path.is_file():
@@ -82,6 +98,9 @@ def problems(folder: Path, *, hashes: bool, part: tuple[int, int] = (0, 1)) -> l
 
 def commit(folder: Path, final: Path, latest: Path) -> None:
     """Gives a finished folder its name, then points `latest` at it; both replaced atomically, `latest` last."""
+    # First what can fail for want of room, while nothing has its name yet.
+    partial = latest.with_name(f".{latest.name}.partial")
+    _write_latest(partial, final.name)
     replaced = _hidden(final, "replaced")
     if final.exists():
         # A run that went back to an earlier step saves this one again; an earlier crash may have left a folder aside.
@@ -89,14 +108,16 @@ def commit(folder: Path, final: Path, latest: Path) -> None:
         os.replace(final, replaced)
     os.replace(folder, final)
     sync_folder(final.parent)
-    partial = latest.with_name(f".{latest.name}.partial")
-    with partial.open("w") as handle:
-        handle.write(final.name + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
     os.replace(partial, latest)
     sync_folder(latest.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_latest(path: Path, name: str) -> None:
+    with path.open("w") as handle:
+        handle.write(name + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def retire_old(folder: Path, keep: int, saved: int) -> list[Path]:

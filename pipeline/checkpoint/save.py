@@ -17,8 +17,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from pipeline.archive import save_config
-from pipeline.checkpoint.carry import carry_content
-from pipeline.checkpoint.files import Entry, Staging, shard, small, tensor_bytes, tensors
+from pipeline.checkpoint.carry import carry_content, carry_file
+from pipeline.checkpoint.files import Entry, Staging, shard, small, sync_folder, tensor_bytes, tensors
 from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
 from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
 from pipeline.errors import UserError
@@ -230,7 +230,7 @@ class Saver:
         rank = f"{run.topology.rank:05d}"
         carried, layout = carry_content(moment.carries, self.streams, run.topology)
         return [
-            _Part(f"carry-{rank}.safetensors", carried, lambda content: tensors(content, layout)),
+            _Part(f"carry-{rank}.safetensors", carried, lambda content: carry_file(content, layout)),
             _Part(f"rng-{rank}.pt", moment.rng, shard),
             *(_Part(path.name, content, shard) for path, content in run.engine.collect(self.folder, tag).items()),
         ]
@@ -260,7 +260,10 @@ class Saver:
         needed += SMALL_FILES + self.run.engine.trained_bytes(
             name for group in self.run.phase.groups for name in group.parameters
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            sync_folder(self.run.folder)
+            sync_folder(self.run.folder.parent)
         if self._removal is not None:
             wait([self._removal])
         clear_leftovers(self.folder)
@@ -303,7 +306,7 @@ def _facts(run: Run, moment: Moment, packages: dict[str, str | None]) -> dict[st
         "data": run.topology.data,
         "sequence": run.topology.sequence,
         "zero_stage": run.engine.stage,
-        "optimizer": run.engine.optimizer_kind,
+        **run.engine.layout,
         "global_batch": run.config.batch_size * run.config.grad_accum * run.topology.data,
         "frozen": run.frozen,
         "versions": packages,

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.archive import to_plain
 from pipeline.checkpoint.carry import load_carry
-from pipeline.checkpoint.manifest import named_checkpoints, newest, problems, read_manifest, recover
+from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, problems, read_manifest, recover
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
@@ -45,7 +45,9 @@ def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
 def locate_checkpoint(config: RunConfig) -> Path | None:
     """The checkpoint that `--resume` means on this machine; None for a fresh start. Raises UserError."""
     folder = config.output_dir / "checkpoints"
-    recover(folder)
+    if not config.dry_run:
+        # A trial has no lock: what lies aside may be that of a save under way.
+        recover(folder)
     if config.resume == "never":
         # A damaged one counts: its files may come back.
         if named_checkpoints(folder):
@@ -101,8 +103,8 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
         )
     cursors = json.loads((checkpoint / "loader.json").read_text())
     together(run.topology, lambda: loader.load_state_dict(cursors))
-    layout = (manifest["world"], manifest["zero_stage"], manifest["optimizer"])
-    if not is_universal(checkpoint) and layout == (run.topology.world, run.engine.stage, run.engine.optimizer_kind):
+    layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}
+    if not is_universal(checkpoint) and all(manifest.get(key) == value for key, value in layout.items()):
         run.engine.load(checkpoint)
     else:
         _load_elsewhere(run, checkpoint)
@@ -156,6 +158,9 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
     """
     import yaml
 
+    wrong = problems(checkpoint, hashes=True, only=("config.yaml",))
+    if wrong:
+        raise UserError(f"{wrong[0]}: restore the file, or resume from another checkpoint with --resume PATH")
     manifest = read_manifest(checkpoint)
     assert manifest is not None
     if manifest["system"] != config.model.system:
@@ -194,6 +199,11 @@ def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[
     return None
 
 
+def has_trainable(checkpoint: Path, topology: Topology) -> bool:
+    """Whether rank 0 sees trained weights in a folder. Collective."""
+    return from_main(topology, (checkpoint / TRAINABLE).is_file())
+
+
 def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology) -> None:
     """Fills the parameters that a checkpoint trained. Collective; raises UserError."""
     path = checkpoint / TRAINABLE
@@ -202,6 +212,10 @@ def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology)
     def read_names() -> list[str]:
         if not path.is_file():
             raise UserError(f"{checkpoint}: no {TRAINABLE} there: give the folder of a checkpoint")
+        if topology.rank == 0 and (checkpoint / MANIFEST).is_file():
+            wrong = problems(checkpoint, hashes=True, only=(TRAINABLE,))
+            if wrong:
+                raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
         with open_safetensors(path) as handle:
             names = list(handle.keys())
         unknown = [name for name in names if name not in known]

@@ -40,13 +40,13 @@ def words_of_rank(words: list[str]) -> bool:
     return after[:2] == ["pipeline", "train"]
 
 
-def send(mark: str, number: int) -> int:
-    """Sends a signal to the ranks of a launch; returns how many there were."""
-    sent = 0
+def send(mark: str, number: int) -> list[psutil.Process]:
+    """Sends a signal to the ranks of a launch; returns those that there were."""
+    sent = []
     for process in ranks(mark):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-            sent += 1
+            sent.append(process)
     return sent
 
 

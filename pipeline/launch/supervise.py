@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
+import psutil
+
 from pipeline.launch.plan import Launch
 from pipeline.launch.ranks import MARK, ranks, send
 from pipeline.launch.remote import environment_file
@@ -27,6 +29,8 @@ SECOND_THOUGHT = 1.0
 """Seconds after which another Ctrl-C means that the person will not wait for the checkpoint."""
 MERCY = 5.0
 """Seconds between SIGTERM and SIGKILL for a launcher that must end now."""
+GRACE = 30.0
+"""Seconds for ranks that are saving when their launcher has ended: as many as DeepSpeed's own gives them."""
 REMOTE = 30.0
 """Seconds in which another node must have passed a signal on."""
 
@@ -53,6 +57,7 @@ class Supervisor:
         self.process: subprocess.Popen[bytes] | None = None
         self.signalled: int | None = None
         self.since = 0.0
+        self.told: list[psutil.Process] = []
         self.ending = False
 
     def run(self) -> int:
@@ -67,13 +72,37 @@ class Supervisor:
             tell(self.process.pid)
             if self.signalled is not None:  # while it was being started
                 self._pass_on(self.signalled)
-            code = self._code(self.process.wait())
+            ended = self.process.wait()
+            code = self._code(ended)
+            if ended == -signal.SIGTERM and self.signalled is None and ranks(self.mark):
+                # A signal to every process need not come here first.
+                self._note(signal.SIGTERM, None)
+            if self.signalled is not None and self._saving():
+                code = 128 + self.signalled  # the launcher has not waited for theirs
+                self._let_save()
             left = ranks(self.mark)
             if left:
                 _say(f"the launcher is gone, {len(left)} of its ranks are not: they are ended too")
                 self._end()
                 code = code or LOST_RANK
+            elif code == 0 and self.launch.launcher == "pdsh" and self._pass_on_to_a_node(signal.SIGTERM):
+                # DeepSpeed reports a pdsh that was killed as one that finished; the nodes' ranks do not end with it.
+                _say(f"the launcher is gone, the ranks of {next(iter(self.launch.hosts))} are not: all save and leave")
+                code = LOST_RANK
         return code
+
+    def _let_save(self) -> None:
+        """Waits, for up to GRACE seconds, for ranks that were told to save and whose launcher has not waited for them.
+
+        DeepSpeed's command dies of a SIGTERM at once, and systemd, Slurm and `pkill -f` send it to every process.
+        """
+        end = time.monotonic() + GRACE
+        while not self.ending and time.monotonic() < end and self._saving():
+            time.sleep(0.2)
+
+    def _saving(self) -> bool:
+        # What a rank forked and left behind was not told, and saves nothing.
+        return any(process in self.told for process in ranks(self.mark))
 
     def _code(self, code: int) -> int:
         if self.ending and self.signalled is not None:
@@ -99,12 +128,12 @@ class Supervisor:
 
     def _pass_on(self, number: int) -> None:
         name = signal.Signals(number).name
-        count = send(self.mark, number)
-        if not count and self.launch.launcher == "pdsh" and self._pass_on_to_a_node(number):
+        self.told = send(self.mark, number)
+        if not self.told and self.launch.launcher == "pdsh" and self._pass_on_to_a_node(number):
             _say(f"{name} is passed on to the ranks of {next(iter(self.launch.hosts))}: all save and leave")
-        elif count:
+        elif self.told:
             again = "; Ctrl-C again ends them at once" if number == signal.SIGINT else ""
-            _say(f"{name} is passed on to the ranks of this machine ({count}): they save and leave{again}")
+            _say(f"{name} is passed on to the ranks of this machine ({len(self.told)}): they save and leave{again}")
         elif self.launch.launcher is not None and self.process is not None:
             # None that can be found from here: the launcher knows where they are.
             self.ending = True
@@ -159,7 +188,7 @@ def _exists(group: int) -> bool:
 
 
 @contextlib.contextmanager
-def _guard(mark: str) -> Iterator[Callable[[int], int]]:
+def _guard(mark: str) -> Iterator[Callable[[int], None]]:
     """A second process that tells the ranks to save and leave when this one dies without a word, by SIGKILL say."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -175,9 +204,15 @@ def _guard(mark: str) -> Iterator[Callable[[int], int]]:
         finally:
             os._exit(code)
     os.close(reader)
+
+    def tell(word: int | str) -> None:
+        # A guard that is gone guards no longer; the run and its exit code are none the worse for it.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(writer, f"{word}\n".encode())
+
     try:
-        yield lambda group: os.write(writer, f"{group}\n".encode())
-        os.write(writer, b"done\n")
+        yield tell
+        tell("done")
     finally:
         os.close(writer)
         os.waitpid(child, 0)
@@ -193,4 +228,6 @@ def _stand_guard(reader: int, mark: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"launch.sh: {text}", file=sys.stderr, flush=True)
+    # Whoever reads it may have gone with the terminal, or by the same Ctrl-C: the exit code still counts.
+    with contextlib.suppress(OSError):
+        os.write(2, f"launch.sh: {text}\n".encode())

@@ -65,9 +65,19 @@ def create_topology(
     group = None
     if sequence > 1:
         for first in range(0, world, sequence):
-            candidate = dist.new_group(list(range(first, first + sequence)))
+            candidate = dist.new_group(list(range(first, first + sequence)), timeout=timeout)
             if first <= rank < first + sequence:
                 group = candidate
     on_host = dist.get_backend() == dist.Backend.GLOO
     control = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, world, sequence, group, local_rank, nodes, control)
+
+
+def limit_waits(timeout: timedelta) -> None:
+    """Every process group of this rank gives up after `timeout`, those that DeepSpeed makes for itself included.
+
+    A group is made with its backend's default, 10 minutes with NCCL, whatever the first group was given: the ranks that
+    wait for a stalled one would be aborted long before the watch can name it.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -37,7 +37,7 @@ class FakeEngine:
     """DeepSpeed's part of a checkpoint: one file. Writing it raises `failure`."""
 
     stage = 3
-    optimizer_kind = "none"
+    layout = {"optimizer": "none", "order": "none"}
 
     def __init__(self) -> None:
         self.module = nn.Linear(3, 2)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-from pipeline.checkpoint.carry import carry_content, load_carry
+from pipeline.checkpoint.carry import carry_content, carry_file, load_carry
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, CarryEntry
 
@@ -22,7 +21,7 @@ STREAMS, HEADS = 24, 4
 
 def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequence[int]], topology: Topology) -> None:
     tensors, metadata = carry_content(carries, streams, topology)
-    save_file(tensors, folder / f"carry-{topology.rank:05d}.safetensors", metadata=metadata)
+    carry_file(tensors, metadata)(folder / f"carry-{topology.rank:05d}.safetensors")
 
 
 CPU = torch.device("cpu")

@@ -111,6 +111,16 @@ def test_a_damaged_manifest_is_a_problem_and_not_a_crash(checkpoint: Path, conte
     assert MANIFEST in problem and "\n" not in problem
 
 
+def test_a_flipped_bit_anywhere_in_the_manifest_is_seen(checkpoint: Path) -> None:
+    path = checkpoint / MANIFEST
+    whole, before = path.read_bytes(), read_manifest(checkpoint)
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            found = problems(checkpoint, hashes=False)
+            assert found == [f"{path}: damaged"] or (not found and read_manifest(checkpoint) == before), (place, bit)
+
+
 def test_no_folder_or_an_empty_one_has_no_checkpoint(tmp_path: Path) -> None:
     assert newest(tmp_path / "absent") is None
     assert newest(tmp_path) is None

@@ -114,7 +114,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(make_run,
 @pytest.mark.parametrize(
     "owner, step",
     [(files, "save_file"), (saving, "_write_json"), (saving, "save_config"), (files.os, "fsync"),
-     (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace")],
+     (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace"), (manifest, "_write_latest")],
 )  # fmt: skip
 def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
     make_run, monkeypatch: pytest.MonkeyPatch, owner: Any, step: str
@@ -129,7 +129,7 @@ def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
     with pytest.raises(UserError, match="No space left on device"):
         save(run, 6)
     monkeypatch.undo()
-    assert latest(run) == older == newest(older.parent)
+    assert latest(run) == older == newest(older.parent) and steps(run) == [5]
     assert problems(save(run, 6), hashes=True) == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.archive import to_plain
+from pipeline.checkpoint import state
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.state import (
     check_resumable,
     find_checkpoint,
@@ -33,7 +34,7 @@ from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Progress, Run
 from pipeline.systems.miras.config import MirasConfig
 from tests.checkpoint.small_runs import STREAMS, FakeLoader, save
-from tests.checkpoint.whole import write_whole
+from tests.checkpoint.whole import change_facts, write_whole
 
 
 def test_restore_puts_everything_back(make_run) -> None:
@@ -55,21 +56,16 @@ def test_restore_puts_everything_back(make_run) -> None:
     assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == expected
 
 
-def damaged_facts(folder: Path, **changes: Any) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def test_a_checkpoint_of_another_system_is_refused(make_run) -> None:
     folder = save(make_run(), 7)
-    damaged_facts(folder, system="olmo")
+    change_facts(folder, system="olmo")
     with pytest.raises(UserError, match=rf"{folder} was saved with system olmo, this run has miras"):
         check_resumable(make_run().config, folder)
 
 
 def test_other_frozen_weights_are_refused_before_anything_changes(make_run) -> None:
     folder = save(make_run(), 7)
-    damaged_facts(folder, frozen={"parameters": 2, "sha256": "0" * 64})
+    change_facts(folder, frozen={"parameters": 2, "sha256": "0" * 64})
     run = make_run()
     before = run.engine.module.weight.clone()
     with pytest.raises(UserError, match="other frozen weights"):
@@ -88,9 +84,30 @@ def test_a_flipped_byte_is_refused_before_anything_changes(make_run) -> None:
     assert run.progress.step == 0
 
 
+@pytest.mark.parametrize("flipped", [1, 128])
+def test_a_flip_in_the_archived_config_is_damage_and_no_difference_of_models(make_run, flipped: int) -> None:
+    folder = save(make_run(), 7)
+    path = folder / "config.yaml"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ flipped]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"config\.yaml: content differs from its hash: restore the file"):
+            check_resumable(make_run().config, folder)
+
+
+@pytest.mark.parametrize("key", ["world", "zero_stage", "optimizer", "order"])
+def test_shards_of_another_layout_are_not_loaded_by_place(make_run, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    folder = save(make_run(), 7)
+    change_facts(folder, **{key: 2})
+    converted = []
+    monkeypatch.setattr(state, "_load_elsewhere", lambda run, checkpoint: converted.append(checkpoint))
+    restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    assert converted == [folder]
+
+
 def test_ranks_that_had_no_predecessor_draw_numbers_of_their_own(make_run) -> None:
     folder = save(make_run(), 7)
-    damaged_facts(folder, world=2)
+    change_facts(folder, world=2)
     seed_all(0, "step 7, rank 0 of 1")
     expected = (random.random(), np.random.rand(), torch.rand(2).tolist())
     seed_all(0, "step 7, rank 1 of 2")
@@ -117,8 +134,7 @@ def test_a_run_of_before_a_field_existed_did_what_its_default_does(
     for new in ("attachment", "context", "gradient_chunk", "moneta", "yaad", "memora", "mlp", "swiglu"):
         del saved["model"]["memory"][new]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
-    facts = {"format": 1, "system": "miras", "world": 2, "zero_stage": 3, "files": {}}
-    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    write_whole(tmp_path, {"format": 1, "system": "miras", "world": 2, "zero_stage": 3})
     assert isinstance(config.model, MirasConfig)
     memory = dataclasses.replace(config.model.memory, **flags)
     now = replace(config, model=dataclasses.replace(config.model, memory=memory))
@@ -129,8 +145,7 @@ def test_a_run_of_before_a_field_existed_did_what_its_default_does(
 def test_other_data_is_refused_in_the_loaders_words(make_run) -> None:
     folder = save(make_run(), 7)
     (folder / "loader.json").write_text('{"streams": {}, "fingerprint": {"texts": 4}}')
-    facts = json.loads((folder / "manifest.json").read_text())
-    write_whole(folder, facts)
+    write_whole(folder, read_manifest(folder) or {})
     with pytest.raises(UserError, match="the data differs"):
         restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
 
@@ -236,6 +251,18 @@ class TestLoadTrainable:
         load_trainable(model, folder, Topology())
         assert torch.equal(model.weight, run.engine.module.weight)
         assert torch.equal(model.bias, bias)
+
+    def test_a_flipped_byte_is_found_where_there_is_a_hash(self, make_run) -> None:
+        run = make_run()
+        folder = save(run, 7)
+        path = folder / "trainable.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=r"trainable\.safetensors: content differs from its hash"):
+            load_trainable(nn.Linear(3, 2), folder, Topology())
+        # What was exported has none.
+        (folder / "manifest.json").unlink()
+        load_trainable(nn.Linear(3, 2), folder, Topology())
 
     def test_a_folder_without_weights_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no trainable\.safetensors there"):

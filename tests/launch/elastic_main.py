@@ -158,6 +158,7 @@ def save(out: Path, topology: Topology, kind: str, precision: str) -> None:
         write_whole(folder, facts)
         convert(folder, folder.with_name(f"{folder.name}.universal"))
     truth = {"values": values(engine), "steps": counted(engine), "samples": engine.deepspeed.global_samples}
+    truth["layout"] = engine.layout
     step(engine, config, STEPS)
     truth["next"] = values(engine)
     if topology.rank == 0:

@@ -1,4 +1,4 @@
-"""Started by test_engine.py on every rank: values that are not finite, and weights of a folder.
+"""Started by test_engine.py on every rank: values that are not finite, time limits, weights of a folder.
 
 Usage: engine_main OUT. Rank 0 writes OUT/result.json.
 """
@@ -6,6 +6,7 @@ Usage: engine_main OUT. Rank 0 writes OUT/result.json.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import Olmo2ForCausalLM
 
 from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
-from pipeline.engine import Engine, building, deepspeed_config, precision_of, start, stop
+from pipeline.engine import AFTER_THE_WATCH, Engine, building, deepspeed_config, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.leave import leave
 from pipeline.parallel.agreement import together
@@ -93,6 +94,14 @@ def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
     return all(torch.equal(found[f"backbone.{name}"], value) for name, value in expected.items()) if found else True
 
 
+def time_limits(config: RunConfig) -> dict[str, bool]:
+    """Whether every process group, DeepSpeed's own too, waits longer than the watch, which names who is waited for."""
+    limit = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    return {"there are several": len(found) > 1, "all have the run's": set(found) == {limit}}
+
+
 def agreement(topology: Topology) -> dict[str, bool]:
     """Whether a problem that the last rank alone has is raised on this one with its text."""
 
@@ -118,6 +127,7 @@ def main() -> None:
                 base(), zero=f"zero{stage}", precision=precision, grad_accum=2, lr=0.1, weight_decay=0.1
             )
             found[f"{precision} zero{stage}"] = skips(config, topology)
+    found["time limits"] = time_limits(base())
     found["agreement"] = agreement(topology)
     folder = out / "backbone"
     if topology.rank == 0:

@@ -42,6 +42,13 @@ def test_every_stage_loads_every_stage_on_the_same_and_on_more_ranks(saved: Path
     check(saved, 2, 2 * (PAIRS + OTHERS))
 
 
+def test_settings_that_order_shards_in_another_way_are_other_layouts(saved: Path) -> None:
+    """DeepSpeed loads a shard by place: with another order it would give parameters the values of others."""
+    kinds = ("zero1", "zero2", "zero3", "zero3-persistent")
+    orders = [torch.load(saved / f"2-fp32-{kind}.pt", weights_only=True)["layout"]["order"] for kind in kinds]
+    assert orders[0] == orders[1] == orders[3] != orders[2], "in sub-groups of 40"
+
+
 def test_every_stage_loads_every_stage_on_one_rank(saved: Path) -> None:
     done = single("tests.launch.elastic_main", str(saved), "load", "2-fp32", "2-bf16")
     assert done.returncode == 0, done.stdout + done.stderr

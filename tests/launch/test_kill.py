@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,43 +16,38 @@ import pytest
 from pipeline.checkpoint.manifest import complete_checkpoints, problems
 from tests.launch.comparing import differences
 from tests.launch.harness import Started, launch
+from tests.launch.kill_main import RANKS, words
 from tests.launch.test_stop import latest, losses, steps
 
-RECIPE = [
-    "pipeline", "train", "miras_tiny", "--sequence-length", "128", "--batch-size", "1", "--grad-accum", "2",
-    "--evaluation.steps", "1", "--eval-every", "0", "--save-every", "1", "--report.no-plots",
-]  # fmt: skip
-STEPS_PER_KILL = 6
+STEPS_PER_KILL = 4
 STAGES = (1, 2, 3)
 
 
-def words(stage: int, last: int, folder: Path, *more: str) -> list[str]:
-    return [*RECIPE, "--zero", f"zero{stage}", "--steps", str(last), "--output-dir", str(folder), *more]
-
-
 def kill(folder: Path, stage: int, last: int, draw: random.Random, more: list[str]) -> str:
-    """Starts or resumes a run, and kills a rank at a random moment after its first new step; says what it met."""
+    """Starts or resumes a run, and kills a rank at a random moment after its first new step; says what that met: a
+    save, the removal of an old checkpoint, a step, or nothing any more."""
     before = steps(folder)
     checkpoints = folder / "checkpoints"
-    started = Started(2, *words(stage, last, folder, *more))
+    started = Started(RANKS, "pipeline", "train", *words(stage, last, folder, *more))
     # A resume drops the rows of steps that are run again.
     started.wait_until(
         lambda: (checkpoints / "latest").exists() and bool(steps(folder)) and started.text().count("step ")
     )
     time.sleep(draw.uniform(0, 1.5))
-    victim = draw.randrange(2)
+    victim = draw.randrange(RANKS)
     if started.process.poll() is None:
         started.rank(victim).kill()
-    met = [path.name for path in checkpoints.glob(".checkpoint-*")]
+    aside = {path.suffix for path in checkpoints.glob(".checkpoint-*")}
     code = started.end()
     if steps(folder) and steps(folder)[-1] >= last and code == 0:
-        return "finished before it was killed"
+        return "nothing"
     assert code != 0, started.text()
     assert "Traceback" not in started.text(), started.text()
     for checkpoint in complete_checkpoints(checkpoints):
         assert problems(checkpoint, hashes=True) == [], "what has its name is whole"
     assert latest(folder) in complete_checkpoints(checkpoints)
-    return f"rank {victim} at step {steps(folder)[-1:]} (from {before[-1:]}), {met or 'no save'} under way"
+    print(f"rank {victim} at step {steps(folder)[-1:]} (from {before[-1:]}), beside checkpoints {aside}", flush=True)
+    return "save" if aside & {".partial", ".replaced"} else "removal" if ".removed" in aside else "step"
 
 
 def survive(kills: int, folder: Path, seed: int) -> None:
@@ -59,16 +55,19 @@ def survive(kills: int, folder: Path, seed: int) -> None:
     share = dict.fromkeys(STAGES, 0)
     for index in range(kills):
         share[STAGES[index % len(STAGES)]] += 1
+    lasts = {stage: 3 + STEPS_PER_KILL * count for stage, count in share.items()}
+    met: Counter[str] = Counter()
     for stage, count in share.items():
-        last = 3 + STEPS_PER_KILL * count
-        straight, killed = folder / f"straight{stage}", folder / f"killed{stage}"
-        done = launch(2, *words(stage, last, straight))
-        assert done.returncode == 0, done.stdout + done.stderr
         for index in range(count):
             more = ["--async-save"] if index % 2 else []
-            print(f"zero{stage}, kill {index + 1}: {kill(killed, stage, last, draw, more)}", flush=True)
-        done = launch(2, *words(stage, last, killed, "--resume", "must"))
-        assert done.returncode == 0, done.stdout + done.stderr
+            met[kill(folder / f"killed{stage}", stage, lasts[stage], draw, more)] += 1
+            print(f"zero{stage}, {index + 1} of {count}: {dict(met)}", flush=True)
+    assert met["save"] >= kills // 10 and met["step"] >= kills // 10 and met["nothing"] <= kills // 5, met
+    pairs = [f"{stage}:{last}" for stage, last in lasts.items()]
+    done = launch(RANKS, "tests.launch.kill_main", str(folder), *pairs, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in STAGES:
+        straight, killed = folder / f"straight{stage}", folder / f"killed{stage}"
         assert losses(killed) == losses(straight)
         assert differences(latest(killed), latest(straight)) == []
         state = [json.loads((latest(run) / "trainer_state.json").read_text()) for run in (killed, straight)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -30,6 +31,15 @@ def steps(folder: Path) -> list[int]:
 
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if row["mode"] == "train"]
+
+
+def catches(started: Started, rank: int, number: signal.Signals) -> bool:
+    """Whether a rank has begun to note a signal, which ends it before."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        status = Path(f"/proc/{started.rank(rank).pid}/status").read_text()
+        (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
+        return bool(caught >> (number - 1) & 1)
+    return False
 
 
 def latest(folder: Path) -> Path:
@@ -66,6 +76,19 @@ def test_a_signal_to_one_rank_stops_all_and_costs_no_bit(straight: Path, tmp_pat
     assert (latest(folder) / name).read_bytes() == (latest(straight) / name).read_bytes()
 
 
+def test_a_signal_before_the_ranks_have_met_stops_all(tmp_path: Path) -> None:
+    """While it imports: a rank that ended there would be waited for."""
+    folder = tmp_path / "run"
+    started = Started(2, *words(folder, "--steps", "4000"))
+    started.wait_until(lambda: catches(started, 1, signal.SIGTERM))
+    started.rank(1).send_signal(signal.SIGTERM)
+    assert not folder.exists(), "the signal came too late to test anything"
+    code = started.end()
+    text = started.text()
+    assert code == 128 + signal.SIGTERM and "stopped (SIGTERM)" in text and "Traceback" not in text, text
+    assert steps(folder) == []
+
+
 def test_an_evaluation_is_not_waited_for(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = ["--steps", "4", "--eval-every", "2", "--evaluation.steps", "4000", "--stop-after", "3"]
@@ -83,7 +106,7 @@ def test_an_evaluation_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_deadline_is_a_planned_stop(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = launch(2, *words(folder, "--steps", "4000", "--max-hours", "0.006", "--async-save", "--save-every", "2"))
+    done = launch(2, *words(folder, "--steps", "4000", "--max-hours", "0.007", "--async-save", "--save-every", "2"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped (--max-hours have passed)" in done.stderr
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped"

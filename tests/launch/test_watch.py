@@ -43,7 +43,8 @@ def others(ends: dict[str, dict[str, Any]], job: str) -> list[dict[str, Any]]:
 )
 def test_the_others_end_and_name_the_lost_rank(ends: dict[str, dict[str, Any]], job: str, what: str) -> None:
     for end in others(ends, job):
-        assert end["code"] == 3
+        # What a rank raises it may raise again: the job is not to be started again as it was.
+        assert end["code"] == (1 if job.startswith("raised") else 3)
         assert what.format(host=socket.gethostname()) in end["sentence"]
         assert end["seconds"] < TIMEOUT + 12
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.watch import Watch
+from pipeline.parallel.watch import Verdict, Watch
 from tests.launch.harness import free_port
 
 WORLD = 3
@@ -39,7 +39,11 @@ def rank_of(job: str, rank: int, out: Path) -> NoReturn:
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     what, _, victim = job.partition("-")
     topology = Topology(rank, WORLD, local_rank=rank)
-    with Watch(topology, timeout=TIMEOUT, interval=INTERVAL, on_failure=lambda text: leave(text, 3)) as watch:
+
+    def fail(verdict: Verdict | None) -> NoReturn:
+        leave(None, 9) if verdict is None else leave(verdict.reason, verdict.code)
+
+    with Watch(topology, timeout=TIMEOUT, interval=INTERVAL, on_failure=fail) as watch:
         for step in range(1, LAST + 1):
             watch.beat(f"step {step}")
             time.sleep(2 * INTERVAL)  # every step is heard of
@@ -56,7 +60,7 @@ def rank_of(job: str, rank: int, out: Path) -> NoReturn:
             try:
                 dist.all_reduce(torch.ones(1))
             except RuntimeError:
-                leave(watch.verdict(10), 3)
+                fail(watch.verdict(10))
         if rank == 1:
             time.sleep(2)  # at a clean end the others are not held to have died, nor this one to be late
     leave(None, 0)

@@ -53,7 +53,7 @@ def create(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, sequence: int
     """The topology of a rank, and the groups it created on the way (every rank must create all, in the same order)."""
     created: list[list[int]] = []
 
-    def new_group(members: list[int]) -> tuple[int, ...]:
+    def new_group(members: list[int], timeout: object) -> tuple[int, ...]:
         created.append(members)
         return tuple(members)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import threading
@@ -10,12 +11,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from pipeline.errors import LostRankError, RankError, UserError
+from pipeline.leave import exit_code
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.watch import Watch
+from pipeline.parallel.watch import Verdict, Watch
 from pipeline.parallel.watch.heartbeat import ENDED, RUNS, Heartbeat, look
 from pipeline.parallel.watch.verdict import Limits, Peer, judge
 from pipeline.parallel.watch.wire import Meeting, connect, listen
-from pipeline.stop import Stopped
+from pipeline.stop import DEADLINE, Stopped
 
 NOW = 1000.0
 LIMITS = Limits(stall=300, start=600, silence=60, last_words=10, broken=1)
@@ -33,14 +36,21 @@ def peer(
     line: str = "pipeline/engine.py:9",
     state: str = RUNS,
     asks: bool = False,
+    over: float | None = None,
+    code: int = 0,
 ) -> Peer:
-    """As seen at NOW: `heard` and `broken` seconds ago."""
-    said = Heartbeat(rank, f"node-{rank // 2}", beats, "step 12", age, waits, line, state, asks)
-    return Peer(NOW - heard, said, None if broken is None else NOW - broken)
+    """As seen at NOW: `heard`, `broken` and `over` seconds ago."""
+    said = Heartbeat(rank, f"node-{rank // 2}", beats, "step 12", age, waits, line, state, asks, code)
+    return Peer(NOW - heard, said, None if broken is None else NOW - broken, None if over is None else NOW - over)
 
 
-def verdict(*peers: Peer, limits: Limits = LIMITS) -> str | None:
-    return judge(dict(enumerate(peers)), NOW, limits, SLACK)
+def judged(*peers: Peer) -> Verdict | None:
+    return judge(dict(enumerate(peers)), NOW, LIMITS, SLACK)
+
+
+def verdict(*peers: Peer) -> str | None:
+    found = judged(*peers)
+    return None if found is None else found.reason
 
 
 @pytest.mark.parametrize(
@@ -55,15 +65,59 @@ def verdict(*peers: Peer, limits: Limits = LIMITS) -> str | None:
         ([peer(0), peer(1, broken=0.5)], None),
         ([peer(0), peer(1, broken=1.5)], "rank 1 (node-0): its process ended without a word"),
         ([peer(0), peer(1, broken=99, heard=99, state=ENDED)], None),
-        ([peer(0), peer(1, heard=5, broken=5, state="KeyError")], None),
-        ([peer(0), peer(1, heard=11, broken=11, state="KeyError")], "rank 1 (node-0): ended by KeyError at step 12"),
+        ([peer(0), peer(1, over=5, broken=5, state="KeyError")], None),
+        ([peer(0), peer(1, over=11, broken=11, state="KeyError")], "rank 1 (node-0): ended by KeyError at step 12"),
+        (
+            [peer(0), peer(1, over=11, state="Second"), peer(2, over=12, state="First")],
+            "rank 2 (node-1): ended by First",
+        ),
+        # The same error ended all of them; the first still has something to do.
+        ([peer(0, over=11, state="UserError"), peer(1, over=11, state="UserError")], None),
         # What came of a death is not its cause.
-        ([peer(0), peer(1, heard=11, state="RuntimeError"), peer(2, broken=9)], "rank 2 (node-1): its process ended"),
+        ([peer(0), peer(1, over=11, state="RuntimeError"), peer(2, broken=9)], "rank 2 (node-1): its process ended"),
     ],
 )
 def test_who_is_lost(peers: list[Peer], sentence: str | None) -> None:
     found = verdict(*peers)
     assert found == sentence if sentence is None else str(found).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("peers", "code"),
+    [
+        ([peer(0), peer(1, heard=61)], 3),
+        ([peer(0), peer(1, broken=1.5)], 3),
+        ([peer(0, age=301), peer(1, age=301, waits=False)], 3),
+        # Starting again would meet these again.
+        ([peer(0), peer(1, over=11, state="KeyError", code=1)], 1),
+        ([peer(0), peer(1, over=11, state="OSError", code=2)], 2),
+    ],
+)
+def test_the_job_exits_with_what_the_rank_to_blame_does(peers: list[Peer], code: int) -> None:
+    found = judged(*peers)
+    assert found is not None and found.code == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyError("no such thing"), 1),
+        (RuntimeError("CUDA out of memory"), 1),
+        (OSError(errno.EIO, "broken"), 1),
+        (UserError("mend it"), 2),
+        (RankError("mend it here"), 2),
+        (OSError(errno.ENOSPC, "no space"), 2),
+        (LostRankError("gone", code=3, speaks=True), 3),
+        (LostRankError("ended by KeyError", code=1, speaks=True), 1),
+        (RuntimeError("Connection closed by peer"), 3),
+        (KeyboardInterrupt(), 130),
+        (Stopped(signal.SIGTERM), 143),
+        (Stopped(DEADLINE), 0),
+    ],
+    ids=repr,
+)
+def test_what_an_exception_exits_with(error: BaseException, code: int) -> None:
+    assert exit_code(error) == code
 
 
 @pytest.mark.parametrize(
@@ -125,6 +179,7 @@ class Job:
 
     def __init__(self, world: int, timeout: float, interval: float) -> None:
         self.failures: dict[int, str] = {}
+        self.codes: set[int] = set()
         self.token = "secret"
         server = listen()
         self.port = server.getsockname()[1]
@@ -137,8 +192,12 @@ class Job:
             topology = Topology(rank, world, local_rank=rank)
             self.watches.append(Watch(topology, timeout=timeout, interval=interval, on_failure=fail, meeting=meeting))
 
-    def _failure(self, rank: int) -> Callable[[str], None]:
-        return lambda sentence: self.failures.setdefault(rank, sentence)
+    def _failure(self, rank: int) -> Callable[[Verdict], None]:
+        def fail(found: Verdict) -> None:
+            self.failures[rank] = found.reason
+            self.codes.add(found.code)
+
+        return fail
 
     def beat(self, seconds: float, *ranks: int) -> None:
         end = time.monotonic() + seconds
@@ -147,10 +206,15 @@ class Job:
                 self.watches[rank].beat("step 1")
             time.sleep(0.02)
 
+    def leave(self, rank: int, error: BaseException | None = None) -> threading.Thread:
+        """Ends a rank, which may wait for the others; returns what waits."""
+        thread = threading.Thread(target=self.watches[rank].close, args=(error,))
+        thread.start()
+        return thread
+
     def close(self) -> None:
-        # The hub waits for the others.
-        for watch in reversed(self.watches):
-            watch.close()
+        for thread in [self.leave(rank) for rank in range(len(self.watches))]:
+            thread.join()
 
 
 @pytest.fixture
@@ -158,7 +222,10 @@ def job() -> Iterator[Job]:
     made = Job(3, timeout=0.8, interval=0.1)
     yield made
     made.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "watch"]
+    # One that waited in vain for as long as it may ends a little after its rank.
+    for thread in [thread for thread in threading.enumerate() if thread.name == "watch"]:
+        thread.join(2)
+        assert not thread.is_alive()
 
 
 def test_all_is_well_while_all_beat(job: Job) -> None:
@@ -176,16 +243,50 @@ def test_a_stall_is_told_to_all_and_printed_by_one(job: Job) -> None:
 
 def test_a_closed_watch_is_not_missed(job: Job) -> None:
     job.beat(0.3, 0, 1, 2)
-    job.watches[2].close()
+    job.leave(2)
     job.beat(1.5, 0, 1)
     assert job.failures == {}
 
 
 def test_a_stop_that_all_agreed_to_is_a_clean_end(job: Job) -> None:
     job.beat(0.3, 0, 1, 2)
-    job.watches[2].close(Stopped(signal.SIGTERM))
+    job.leave(2, Stopped(signal.SIGTERM))
     job.beat(1.5, 0, 1)
     assert job.failures == {}
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), UserError("mend it")], ids=repr)
+def test_at_an_end_that_all_share_they_wait_for_the_first_rank_to_be_done(error: Exception) -> None:
+    """Longer than an exception of one rank alone is left to explain itself."""
+    job = Job(3, timeout=20, interval=0.1)
+    job.beat(0.3, 0, 1, 2)
+    job.watches[0].ends(error)
+    others = [job.leave(rank, error) for rank in (1, 2)]
+    job.beat(1.5)
+    assert job.failures == {} and all(thread.is_alive() for thread in others)
+    begun = time.monotonic()
+    for thread in [*others, job.leave(0, error)]:
+        thread.join()
+    assert job.failures == {} and time.monotonic() - begun < 2
+
+
+def test_nobody_waits_for_a_first_rank_that_is_gone() -> None:
+    job = Job(2, timeout=20, interval=0.1)
+    job.beat(0.3, 0, 1)
+    waiting = job.leave(1, UserError("mend it"))
+    job.beat(0.3, 0)
+    job.watches[0].close(KeyError())
+    waiting.join(2)
+    assert not waiting.is_alive() and job.failures == {}
+
+
+def test_an_error_of_one_rank_alone_waits_for_nobody(job: Job) -> None:
+    job.beat(0.3, 0, 1, 2)
+    begun = time.monotonic()
+    job.watches[1].close(OSError(errno.ENOSPC, "no space"))
+    assert time.monotonic() - begun < 0.5
+    job.beat(1.5, 0, 2)
+    assert set(job.failures) == {0, 2} and job.codes == {2}
 
 
 def test_an_exception_is_named_once_the_others_had_time_to_end_by_it_too(job: Job) -> None:
@@ -195,6 +296,7 @@ def test_an_exception_is_named_once_the_others_had_time_to_end_by_it_too(job: Jo
     assert job.failures == {}
     job.beat(1.5, 0, 1)
     assert "rank 2" in job.failures[1] and "ended by KeyError at step 1" in job.failures[1]
+    assert job.codes == {1}
 
 
 def test_the_training_thread_is_told_when_it_asks(job: Job) -> None:

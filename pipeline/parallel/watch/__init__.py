@@ -6,6 +6,7 @@ wire.py        how it travels: every rank talks to rank 0, in a thread of its ow
 watch.py       Watch: what the training loop holds
 """
 
+from pipeline.parallel.watch.verdict import Verdict
 from pipeline.parallel.watch.watch import Watch
 
-__all__ = ["Watch"]
+__all__ = ["Verdict", "Watch"]

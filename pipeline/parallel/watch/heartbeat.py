@@ -37,6 +37,10 @@ class Heartbeat:
     """RUNS, ENDED, or the name of the exception that ended it."""
     asks: bool = False
     """Whether a collective has failed there, and it asks who is gone."""
+    code: int = 0
+    """What it exits with, once it has ended."""
+    left: bool = False
+    """Whether it has ended and has nothing more to do."""
 
     def encode(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -54,7 +58,9 @@ class Whereabouts:
         self.rank, self.host = rank, socket.gethostname()
         self.thread = threading.get_ident()
         self.place, self.beats, self.beaten = "start", 0, time.monotonic()
-        self.state, self.asks = RUNS, False
+        self.state, self.asks, self.code, self.left = RUNS, False, 0, False
+        self.waits_for_main = False
+        """Whether it ends as rank 0 does, and stays until that has nothing more to do."""
 
     def beat(self, place: str) -> None:
         self.place = place
@@ -64,7 +70,8 @@ class Whereabouts:
     def read(self) -> Heartbeat:
         waits, line = look(self.thread)
         age = max(0.0, time.monotonic() - self.beaten)
-        return Heartbeat(self.rank, self.host, self.beats, self.place, age, waits, line, self.state, self.asks)
+        own = (self.state, self.asks, self.code, self.left)
+        return Heartbeat(self.rank, self.host, self.beats, self.place, age, waits, line, *own)
 
 
 def look(thread: int) -> tuple[bool, str]:

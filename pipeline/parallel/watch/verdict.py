@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from pipeline.leave import LOST_RANK
 from pipeline.parallel.watch.heartbeat import ENDED, RUNS, Heartbeat
 
 STARTING = 300.0
@@ -40,6 +41,22 @@ class Limits:
         return Limits(self.stall / 2, self.stall / 2, min(self.silence, 2 * interval + 2), short, short)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What is held against whom, and the code that the job exits with for it."""
+
+    reason: str
+    code: int = LOST_RANK
+
+    def encode(self) -> dict[str, object]:
+        return {"reason": self.reason, "code": self.code}
+
+    @staticmethod
+    def decode(fields: dict[str, object]) -> Verdict:
+        """Raises TypeError when the fields are not those of a verdict."""
+        return Verdict(**fields)  # type: ignore[arg-type]
+
+
 @dataclass
 class Peer:
     """A rank as another one sees it. Times are of the observer's clock."""
@@ -48,6 +65,17 @@ class Peer:
     said: Heartbeat | None = None
     broken: float | None = None
     """When its connection was closed."""
+    over: float | None = None
+    """When it first said that it had ended."""
+
+    def hear(self, said: Heartbeat, now: float) -> None:
+        self.said, self.heard = said, now
+        if self.over is None and said.state != RUNS:
+            self.over = now
+
+    def ended_for(self, now: float) -> float | None:
+        """Seconds since an exception ended it; None when none has."""
+        return None if self.over is None or self.state in (RUNS, ENDED) else now - self.over
 
     @property
     def state(self) -> str:
@@ -62,26 +90,28 @@ class Peer:
         return 0.0 if self.said is None else self.said.age + now - self.heard
 
 
-def judge(peers: Mapping[int, Peer], now: float, limits: Limits, slack: float) -> str | None:
-    """What to hold against whom, as a sentence; None while all is well.
+def judge(peers: Mapping[int, Peer], now: float, limits: Limits, slack: float) -> Verdict | None:
+    """What to hold against whom; None while all is well.
 
     `slack`: seconds by which ranks that fall silent together may differ.
     """
     dead = [r for r, p in peers.items() if p.broken is not None and p.state == RUNS and now - p.broken >= limits.broken]
     if dead:
-        return f"{names(dead, peers)}: {died(peers[dead[0]])}"
+        return Verdict(f"{names(dead, peers)}: {died(peers[dead[0]])}")
     quiet = {r: now - p.heard for r, p in peers.items() if not p.done}
     if any(seconds >= limits.silence for seconds in quiet.values()):
         silent = [rank for rank, seconds in quiet.items() if seconds >= limits.silence - slack]
         longest = max(quiet.values())
-        return f"{names(silent, peers)}: no sign of life for {longest:.0f} s, {last_seen(peers[silent[0]])}"
-    raised = [r for r, p in peers.items() if p.state not in (RUNS, ENDED) and now - p.heard >= limits.last_words]
-    if raised:
-        first = min(raised, key=lambda rank: peers[rank].heard)
-        return f"{names([first], peers)}: {ended(peers[first])}"
+        return Verdict(f"{names(silent, peers)}: no sign of life for {longest:.0f} s, {last_seen(peers[silent[0]])}")
+    since = {rank: peer.ended_for(now) for rank, peer in peers.items()}
+    raised = {rank: seconds for rank, seconds in since.items() if seconds is not None and seconds >= limits.last_words}
+    # Where all have ended, each by its own or by the same, there is nobody left to be told.
+    if raised and any(peer.state == RUNS for peer in peers.values()):
+        return ended(max(raised, key=lambda rank: raised[rank]), peers)
     if any(seconds > slack for seconds in quiet.values()):
         return None  # what it said last is too old to go by; its silence will be
-    return _stalled({r: p for r, p in peers.items() if not p.done and p.said is not None}, now, limits)
+    reason = _stalled({r: p for r, p in peers.items() if not p.done and p.said is not None}, now, limits)
+    return None if reason is None else Verdict(reason)
 
 
 def _stalled(peers: Mapping[int, Peer], now: float, limits: Limits) -> str | None:
@@ -130,8 +160,11 @@ def died(peer: Peer) -> str:
     return f"its process ended without a word (killed, or out of memory), {last_seen(peer)}"
 
 
-def ended(peer: Peer) -> str:
-    return f"ended by {peer.state} {_where(peer)}"
+def ended(rank: int, peers: Mapping[int, Peer]) -> Verdict:
+    """By an exception of its own: the job exits with what that does, since starting again may meet it again."""
+    peer = peers[rank]
+    code = LOST_RANK if peer.said is None else peer.said.code
+    return Verdict(f"{names([rank], peers)}: ended by {peer.state} {_where(peer)}", code)
 
 
 def last_seen(peer: Peer) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pipeline.parallel.agreement import from_all, from_main
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.watch.heartbeat import ENDED, RUNS, Heartbeat, Whereabouts, packed
-from pipeline.parallel.watch.verdict import Limits, Peer, died, ended, judge, last_seen, names
+from pipeline.parallel.watch.verdict import Limits, Peer, Verdict, died, ended, judge, last_seen, names
 
 LONGEST_LINE = 1 << 16
 CONNECT = 10.0
@@ -31,7 +31,7 @@ HURRIED_TICK = 0.2
 FAREWELL = 1.0
 """Seconds in which the other side must have heard the last words."""
 QUICK_TICK = 0.5
-"""Seconds between two looks once a connection is gone."""
+"""Seconds between two looks once a connection is gone, or this rank has ended."""
 
 
 @dataclass
@@ -85,8 +85,10 @@ def connect(meeting: Meeting, rank: int, timeout: float) -> socket.socket:
 class Post(threading.Thread):
     """What both ends have in common: a loop that reads, sends and judges."""
 
-    def __init__(self, own: Whereabouts, interval: float, limits: Limits, decide: Callable[[str, bool], None]) -> None:
-        """`decide(sentence, speaks)` is told the verdict, and whether this rank is the one to print it."""
+    def __init__(
+        self, own: Whereabouts, interval: float, limits: Limits, decide: Callable[[Verdict, bool], None]
+    ) -> None:
+        """`decide(verdict, speaks)` is told the verdict, and whether this rank is the one to print it."""
         super().__init__(name="watch", daemon=True)
         self.own, self.interval, self.limits, self.decide = own, interval, limits, decide
         self.selector = selectors.DefaultSelector()
@@ -115,7 +117,9 @@ class Post(threading.Thread):
         due = woke
         while True:
             now = time.monotonic()
-            pause = HURRIED_TICK if self.hurried else QUICK_TICK if self.alarmed else self.interval
+            # The sooner they know of each other that they have ended, the sooner all can leave.
+            quick = self.alarmed or self.own.state != RUNS
+            pause = HURRIED_TICK if self.hurried else QUICK_TICK if quick else self.interval
             tick = min(self.interval, pause)
             due = min(due, now + tick)
             events = self.selector.select(max(0.0, due - now))
@@ -196,7 +200,7 @@ class Hub(Post):
         own: Whereabouts,
         interval: float,
         limits: Limits,
-        decide: Callable[[str, bool], None],
+        decide: Callable[[Verdict, bool], None],
         meeting: Meeting,
         world: int,
     ) -> None:
@@ -206,7 +210,7 @@ class Hub(Post):
         now = time.monotonic()
         self.peers = {rank: Peer(now) for rank in range(world)}
         self.lines: dict[int, Line] = {}
-        self.verdict: str | None = None
+        self.verdict: Verdict | None = None
         self.answer, self.answered = b"", 0.0
         self.server.setblocking(False)
         self.selector.register(self.server, selectors.EVENT_READ, self._accept)
@@ -236,9 +240,9 @@ class Hub(Post):
                 self.alarmed = False
                 self.peers[line.rank].broken = None
             else:
-                peer = self.peers[line.rank]
-                peer.said, peer.heard = Heartbeat.decode(message), now
-                self.hurried = self.hurried or peer.said.asks
+                said = Heartbeat.decode(message)
+                self.peers[line.rank].hear(said, now)
+                self.hurried = self.hurried or said.asks
                 line.send(self._answer(now))
         line.messages.clear()
         if not is_open:
@@ -252,24 +256,25 @@ class Hub(Post):
     def _answer(self, now: float, fresh: bool = False) -> bytes:
         # Not looked at anew for every one of a thousand ranks.
         if fresh or now - self.answered > min(self.interval, 1.0) / 2:
-            self.answer = packed({"heartbeat": self.own.read().encode(), "verdict": self.verdict})
+            verdict = None if self.verdict is None else self.verdict.encode()
+            self.answer = packed({"heartbeat": self.own.read().encode(), "verdict": verdict})
             self.answered = now
         return self.answer
 
     def tick(self, now: float) -> bool:
-        own = self.peers[0]
-        own.said, own.heard = self.own.read(), now
-        self.hurried = self.hurried or own.said.asks
+        said = self.own.read()
+        self.peers[0].hear(said, now)
+        self.hurried = self.hurried or said.asks
         if self.verdict is None:
             limits = self.limits.hurried(self.interval) if self.hurried else self.limits
             self.verdict = judge(self.peers, now, limits, 2 * self.interval)
             if self.verdict is not None:
                 self._tell(now)
                 self.decide(self.verdict, True)
-        if own.said.state != RUNS:
+        if said.left:
             others = [peer for rank, peer in self.peers.items() if rank]
             # The others lose their hub with this process: at a clean end it is the last to leave.
-            if own.said.state != ENDED or self.verdict is not None or all(peer.done for peer in others):
+            if said.state != ENDED or self.verdict is not None or all(peer.done for peer in others):
                 self._tell(now)
                 for line in self.lines.values():
                     line.finish(0.0)
@@ -290,7 +295,7 @@ class Link(Post):
         own: Whereabouts,
         interval: float,
         limits: Limits,
-        decide: Callable[[str, bool], None],
+        decide: Callable[[Verdict, bool], None],
         meeting: Meeting,
         local_rank: int,
     ) -> None:
@@ -319,9 +324,9 @@ class Link(Post):
             self.hub.heard = now
             heartbeat, verdict = message.get("heartbeat"), message.get("verdict")
             if isinstance(heartbeat, dict):
-                self.hub.said = Heartbeat.decode(heartbeat)
-            if isinstance(verdict, str):
-                self.decide(verdict, False)
+                self.hub.hear(Heartbeat.decode(heartbeat), now)
+            if isinstance(verdict, dict):
+                self.decide(Verdict.decode(verdict), False)
         self.line.messages.clear()
         if not is_open:
             self.selector.unregister(self.line.connection)
@@ -336,14 +341,20 @@ class Link(Post):
         said = self.own.read()
         if self.line is not None:
             self.line.send(packed(said.encode()))
-        if said.state != RUNS:
+        if said.left and not (self.own.waits_for_main and self._main_goes_on(now)):
             if self.line is not None:
                 self.line.finish(FAREWELL)
             return False
-        sentence = self._judge(now)
-        if sentence is not None:
-            self.decide(sentence, self.local_rank == 0)  # there is nobody to choose one speaker: one of each node
-        return sentence is None
+        if said.state != RUNS:
+            return True  # what becomes of rank 0 is no longer this one's concern
+        verdict = self._judge(now)
+        if verdict is not None:
+            self.decide(verdict, self.local_rank == 0)  # there is nobody to choose one speaker: one of each node
+        return verdict is None
+
+    def _main_goes_on(self, now: float) -> bool:
+        left = self.hub.said is not None and self.hub.said.left
+        return self.line is not None and not left and now - self.hub.heard < self.limits.silence
 
     def _reconnect(self) -> None:
         try:
@@ -353,18 +364,19 @@ class Link(Post):
         except OSError:  # judged by its silence
             self.refused = False
 
-    def _judge(self, now: float) -> str | None:
+    def _judge(self, now: float) -> Verdict | None:
         self.hurried = self.hurried or self.own.asks
         limits = self.limits.hurried(self.interval) if self.hurried else self.limits
         hub, name = self.hub, names([0], {0: self.hub})
         if hub.state == ENDED:
             return None
         if hub.state != RUNS:
-            return f"{name}: {ended(hub)}" if now - hub.heard >= limits.last_words else None
+            since = hub.ended_for(now)
+            return ended(0, {0: hub}) if since is not None and since >= limits.last_words else None
         if hub.broken is not None and self.refused and now - hub.broken >= limits.broken:
-            return f"{name}: {died(hub)}"
+            return Verdict(f"{name}: {died(hub)}")
         silence = now - hub.heard
         if silence >= limits.silence:
             lost = "its process or its node is gone, or the network to it is cut"
-            return f"{name}: no answer for {silence:.0f} s, {last_seen(hub)}: {lost}"
+            return Verdict(f"{name}: no answer for {silence:.0f} s, {last_seen(hub)}: {lost}")
         return None

@@ -166,6 +166,8 @@ def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, mode
             positions = torch.arange(length).expand(rows, -1)
             batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
             options = {"memory": memory}
+            # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
+            pulse("evaluation")
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
             totals = torch.stack([output.sums["cross_entropy"].double(), torch.zeros((), device=device).double()])
             totals[1] = (batch.labels[:, pulse.topology.shard(length)] != IGNORED).sum()

@@ -1,0 +1,10 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import signal
+
+# Shells start background jobs, and nohup what follows it, with these ignored; what a test starts would inherit that.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)

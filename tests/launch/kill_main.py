@@ -1,0 +1,44 @@
+"""Started by test_kill.py on every rank: uninterrupted runs, and the last resumes of the ones that were killed.
+
+Usage: kill_main OUT STAGE:LAST ...    trains OUT/straightSTAGE from its start and OUT/killedSTAGE from its checkpoint
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipeline.cli import without_local_rank
+from pipeline.config import RunConfig
+from pipeline.engine import stop
+from pipeline.flags import fit_ranks, parse_run
+from pipeline.leave import leave
+from pipeline.train import train
+
+RECIPE = [
+    "miras_tiny", "--sequence-length", "128", "--batch-size", "1", "--grad-accum", "2", "--evaluation.steps", "1",
+    "--eval-every", "0", "--save-every", "1", "--report.no-plots",
+]  # fmt: skip
+RANKS = 2
+
+
+def words(stage: int, last: int, folder: Path, *more: str) -> list[str]:
+    """What follows `train`: the run that is killed, and the one that is not."""
+    return [*RECIPE, "--zero", f"zero{stage}", "--steps", str(last), "--output-dir", str(folder), *more]
+
+
+def config(*of: str) -> RunConfig:
+    return fit_ranks(parse_run(of, "train"), of, RANKS)
+
+
+def main() -> None:
+    folder, *pairs = without_local_rank(sys.argv[1:])
+    for stage, last in (map(int, pair.split(":")) for pair in pairs):
+        train(config(*words(stage, last, Path(folder) / f"straight{stage}")))
+        train(config(*words(stage, last, Path(folder) / f"killed{stage}", "--resume", "must")))
+    stop()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

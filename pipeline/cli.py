@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(last_words(error), error.code, everywhere=error.speaks)
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
-            print("mnemos: interrupted; the newest complete checkpoint is kept", file=sys.stderr, flush=True)
+            say("interrupted; the newest complete checkpoint is kept")
         return exit_code(error)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and lost_peer(error):

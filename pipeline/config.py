@@ -33,6 +33,8 @@ class ParallelConfig:
     """Ulysses degree: how many ranks share a sequence. It divides ranks, sequence length and all head counts."""
     timeout_minutes: float = 30.0
     """How long a collective may wait for a rank before the job ends instead of hanging."""
+    start_minutes: float = 5.0
+    """How long the ranks wait for each other to appear at the start. Raise it where nodes are started one by one."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class RunConfig:
             "--report.log-every": self.report.log_every,
             "--evaluation.steps": self.evaluation.steps,
             "--parallel.timeout-minutes": self.parallel.timeout_minutes,
+            "--parallel.start-minutes": self.parallel.start_minutes,
             "--optimizer.max-skipped": self.optimizer.max_skipped,
         }
         if self.max_hours is not None:

@@ -77,7 +77,8 @@ def start(config: RunConfig) -> Topology:
     # The watch speaks first and names the rank; a collective that gives up only knows that it waited.
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
     if not dist.is_initialized():
-        join(get_accelerator().communication_backend_name() if on_gpu() else "gloo", timeout)
+        backend = get_accelerator().communication_backend_name() if on_gpu() else "gloo"
+        join(backend, timeout, datetime.timedelta(minutes=config.parallel.start_minutes))
     # torchrun and DeepSpeed's launcher name the ranks of a node differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     return create_topology(

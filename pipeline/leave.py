@@ -68,8 +68,8 @@ def last_words(error: Stopped | UserError | LostRankError) -> str:
 
 def say(message: str) -> None:
     """One line to the person who started it."""
-    # Whoever read it may be gone.
-    with contextlib.suppress(BrokenPipeError):
+    # Whoever read it may be gone: a pipe's reader, or the terminal.
+    with contextlib.suppress(OSError):
         print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 

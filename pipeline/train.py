@@ -213,7 +213,7 @@ class Trainer:
             # The others end by the same error, and must not be held to have failed while this rank goes on.
             self.pulse.watch.ends(shared)
         if self.run.is_main and shared is not None:
-            with tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
+            with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
                 say(last_words(shared))
             shared.said = True
         last: list[tuple[str, Callable[[], None]]] = []

@@ -81,16 +81,16 @@ class ProgressLines(Callback):
         self._write(line)
 
     def _say(self, line: str) -> None:
-        if self.bar is None:
-            self._print(line)
-        else:
-            self.bar.write(line, file=sys.stderr)
+        self._print(line)
         self._write(line)
 
     def _print(self, line: str) -> None:
         if self.watched:
             try:
-                print(line, flush=True)
+                if self.bar is None:
+                    print(line, flush=True)
+                else:
+                    self.bar.write(line, file=sys.stderr)
             except OSError:
                 # A launcher that is ending takes the terminal with it; the checkpoint that is due matters more.
                 self.watched = False

@@ -173,7 +173,7 @@ def _written(path: Path) -> int:
     except UserError:
         manifest = None
     # The files of a folder without a manifest that can be read were written, too.
-    return path.stat().st_mtime_ns if manifest is None else int(manifest.get("written", 0))
+    return path.stat().st_mtime_ns if manifest is None else int(manifest["written"])
 
 
 def step_of(path: Path) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, pr
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
+from pipeline.errors import RankError, UserError
 from pipeline.hardware import on_gpu
 from pipeline.parallel.agreement import from_main, together
 from pipeline.parallel.topology import Topology
@@ -96,7 +97,7 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     verify_together(checkpoint, run.topology)
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    if manifest.get("frozen", run.frozen) != run.frozen:
+    if manifest["frozen"] != run.frozen:
         raise UserError(
             f"{checkpoint} was trained on other frozen weights than this run has: give the pretrained weights it was"
             " trained on, or take what it trained alone with --init-from"
@@ -105,17 +106,28 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     together(run.topology, lambda: loader.load_state_dict(cursors))
     layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}
     if not is_universal(checkpoint) and all(manifest.get(key) == value for key, value in layout.items()):
-        run.engine.load(checkpoint)
+        with _known_here(run.topology):
+            run.engine.load(checkpoint)
     else:
         _load_elsewhere(run, checkpoint)
     if manifest["world"] == run.topology.world:
-        set_rng_state(load_pickle(checkpoint / f"rng-{run.topology.rank:05d}.pt"))
+        with _known_here(run.topology):
+            set_rng_state(load_pickle(checkpoint / f"rng-{run.topology.rank:05d}.pt"))
     else:
         # Ranks have no successor among more or fewer of them; nothing that is trained may depend on their states.
         seed_all(run.config.seed, f"step {manifest['step']}, rank {run.topology.rank} of {run.topology.world}")
     run.progress = Progress(**json.loads((checkpoint / TRAINER_STATE).read_text()))
     run.last_checkpoint = checkpoint.name
     return load_carry(checkpoint, streams, run.topology, run.device)
+
+
+@contextlib.contextmanager
+def _known_here(topology: Topology) -> Iterator[None]:
+    """What is wrong with a file that this rank alone reads, between collectives, is for this rank to say."""
+    try:
+        yield
+    except UserError as error:
+        raise RankError(f"rank {topology.rank}: {error}") from error
 
 
 def _load_elsewhere(run: Run, checkpoint: Path) -> None:

@@ -27,7 +27,7 @@ def run_eval(words: Sequence[str]) -> None:
     if not words or words[0].startswith("-"):
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
     checkpoint = resolve(Path(words[0])).absolute()
-    wrong = problems(checkpoint, hashes=False)
+    wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(wrong[0])
     config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), words[1:], f"mnemos eval {words[0]}")

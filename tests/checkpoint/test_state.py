@@ -28,7 +28,7 @@ from pipeline.checkpoint.state import (
     set_rng_state,
 )
 from pipeline.config import replace
-from pipeline.errors import UserError
+from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Progress, Run
@@ -82,6 +82,19 @@ def test_a_flipped_byte_is_refused_before_anything_changes(make_run) -> None:
     with pytest.raises(UserError, match=r"shard\.pt: content differs from its hash: restore the file"):
         restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
     assert run.progress.step == 0
+
+
+@pytest.mark.parametrize("place", ["shard", "rng"])
+def test_what_one_rank_alone_finds_is_said_by_that_rank(make_run, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    folder = save(make_run(), 7)
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{place}: holds something else")
+
+    run = make_run()
+    monkeypatch.setattr(*((run.engine, "load", refuse) if place == "shard" else (state, "load_pickle", refuse)))
+    with pytest.raises(RankError, match=f"rank 0: {place}: holds something else"):
+        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("flipped", [1, 128])

@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.evals.command import render, resolve, run_eval, write
 from pipeline.system import Curve, Evaluation
+from tests.checkpoint.whole import write_whole
 
 CURVE = Curve(
     "Recall by distance", "tokens back", "share", (20.0, 40.0, 60.0),
@@ -52,6 +53,14 @@ def test_a_checkpoint_must_be_given(words: list[str]) -> None:
 
 def test_an_unfinished_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json"):
+        run_eval([str(tmp_path)])
+
+
+def test_a_flip_in_the_archived_config_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("recipe: miras_tiny\nsteps: 30\n")
+    write_whole(tmp_path, {"step": 1})
+    (tmp_path / "config.yaml").write_text("recipe: miras_tiny\nsteps: 31\n")
+    with pytest.raises(UserError, match=r"config\.yaml: content differs from its hash"):
         run_eval([str(tmp_path)])
 
 

@@ -95,7 +95,7 @@ def _run(
 
 
 def _perplexity(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
-    byte_lengths = system.byte_lengths()
+    byte_lengths = together(pulse.topology, system.byte_lengths)
     bins = position_bins(torch.tensor([system.config.sequence_length * system.config.evaluation.steps])).item() + 1
     sums: dict[str, _Sums] = {}
     length = 0.0

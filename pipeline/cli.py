@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pipeline import __version__
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.flags import fit_ranks, parse_run, take
-from pipeline.leave import LOST_RANK, exit_code, last_words, leave, lost_peer, out_of_space, say
+from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, out_of_space, say
 from pipeline.stop import Stopped, StopRequests
 
 LAST_WORDS = 3.0
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; nothing more must be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush(sys.stdout)
         return 0
     except OSError as error:
         if out_of_space(error):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.stop import Stopped
@@ -68,9 +69,20 @@ def last_words(error: Stopped | UserError | LostRankError) -> str:
 
 def say(message: str) -> None:
     """One line to the person who started it."""
-    # Whoever read it may be gone: a pipe's reader, or the terminal.
-    with contextlib.suppress(OSError):
+    try:
         print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except OSError:
+        hush(sys.stderr)
+
+
+def hush(stream: TextIO) -> None:
+    """Lets go of a stream whose reader is gone: a pipe's, or the terminal. What it still holds would otherwise be
+    written when the interpreter ends, fail again, and change the exit code to 120."""
+    with contextlib.suppress(io.UnsupportedOperation):  # a stream that is no file
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def leave(code: int) -> NoReturn:

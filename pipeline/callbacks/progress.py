@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.leave import hush
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
@@ -94,6 +95,7 @@ class ProgressLines(Callback):
             except OSError:
                 # A launcher that is ending takes the terminal with it; the checkpoint that is due matters more.
                 self.watched = False
+                hush(sys.stdout if self.bar is None else sys.stderr)
 
     def _write(self, line: str) -> None:
         with (self.run.folder / "training.log").open("a") as handle:

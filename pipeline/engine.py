@@ -74,8 +74,7 @@ def start(config: RunConfig) -> Topology:
     if not on_gpu():
         # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The watch speaks first and names the rank; a collective that gives up only knows that it waited.
-    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
+    timeout = _patience(config)
     if not dist.is_initialized():
         backend = get_accelerator().communication_backend_name() if on_gpu() else "gloo"
         join(backend, timeout, datetime.timedelta(minutes=config.parallel.start_minutes))
@@ -87,6 +86,11 @@ def start(config: RunConfig) -> Topology:
         nodes=max(1, dist.get_world_size() // local),
         timeout=timeout,
     )
+
+
+def _patience(config: RunConfig) -> datetime.timedelta:
+    # The watch speaks first and names the rank; a collective that gives up only knows that it waited.
+    return datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
 
 
 def stop() -> None:
@@ -214,7 +218,7 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
-        limit_waits(datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH)
+        limit_waits(_patience(config))
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             _undo_first_update(self.optimizer)
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]

@@ -29,6 +29,7 @@ Mnemos trains language models that remember.
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
   bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline
   bench resume [flags]                       seconds to save and load a checkpoint, against plain files of that size
+  bench report FOLDER                        what `make gpu` measured, into docs/results.md
   doctor                                     what this machine has: devices, kernels, attention backends, versions
   check RECIPE [flags]                       the checks that `train` makes before any rank starts
 
@@ -180,16 +181,16 @@ def _bench(words: Sequence[str]) -> None:
 
 
 def _doctor(words: Sequence[str]) -> None:
-    from pipeline.doctor import collect, render
+    from pipeline.doctor import run_doctor
 
-    if words:
-        raise UserError(f"doctor takes no arguments, got {words[0]!r}")
-    print(render(collect()))
+    run_doctor(words)
 
 
 HELP = {
     "recipes": "usage: mnemos recipes\n\nEvery recipe, one line each.",
-    "doctor": "usage: mnemos doctor\n\nWhat this machine has: devices, kernels, attention backends, versions.",
+    "doctor": (
+        "usage: mnemos doctor [--json FILE]\n\nWhat this machine has: devices, kernels, attention backends, versions."
+    ),
     "eval": (
         "usage: mnemos eval CHECKPOINT [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
         " for its latest one.\nThe result goes to OUT/evals."
@@ -197,8 +198,9 @@ HELP = {
     "bench": (
         "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
         "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n"
-        "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n\n"
-        "All take --json FILE, --repeats N and --help."
+        "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n"
+        "       mnemos bench report FOLDER\n\n"
+        "The first three take --json FILE, --repeats N and --help."
     ),
     "plan": (
         "usage: mnemos plan RECIPE [--ranks N] [--device NAME] [--utilisation SHARE] [flags of the recipe]\n\n"

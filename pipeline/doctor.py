@@ -16,11 +16,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.flags import take
 from pipeline.machine import Machine
 
 PACKAGES = (
@@ -34,6 +35,20 @@ LOW_DISK = 10 * 2**30
 SETUP = "run ./launch.sh --setup-only"
 
 Report = dict[str, Any]
+
+
+def run_doctor(words: Sequence[str]) -> None:
+    """The command: `doctor [--json FILE]`."""
+    file, rest = take(list(words), "--json")
+    if rest:
+        raise UserError(f"doctor takes --json FILE alone, got {rest[0]!r}")
+    report = collect()
+    if file is not None:
+        try:
+            Path(file).write_text(json.dumps(report, indent=2, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {file}: {error.strerror}: name a file that can be written") from None
+    print(render(report))
 
 
 def collect() -> Report:

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pipeline.config import RunConfig
 from pipeline.hardware import on_gpu
 from pipeline.lock import FolderLock
 from pipeline.parallel.topology import Topology
+from pipeline.provenance import commit
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -109,19 +109,6 @@ def machine(topology: Topology) -> dict[str, Any]:
         device = {"kind": "cpu", "name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     return {"device": device, "ranks": topology.world, "data": topology.data, "sequence": topology.sequence,
             "nodes": topology.nodes, "platform": platform.platform()}  # fmt: skip
-
-
-def commit() -> str | None:
-    """The commit of the checkout that runs, with `+` when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if state.stdout.strip() else "")
 
 
 def write_run_file(run: Run, status: str) -> None:

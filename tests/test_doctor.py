@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipeline import doctor
+from pipeline.errors import UserError
 from pipeline.ops import native
 
 
@@ -178,3 +179,11 @@ def test_a_library_that_does_not_load_is_named(package: Path) -> None:
     (package / "_native_cpu.abi3.so").write_bytes(b"not a library")
     report = doctor.collect()
     assert any("the native kernels for the cpu do not run: built; not loaded: " in text for text in report["warnings"])
+
+
+def test_the_report_goes_to_a_file_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.run_doctor(["--json", str(tmp_path / "doctor.json")])
+    written = json.loads((tmp_path / "doctor.json").read_text())
+    assert written["kernels"]["libraries"].keys() == {"cpu", "cuda"} and "torch build" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no/where"):
+        doctor.run_doctor(["--json", str(tmp_path / "no" / "where")])

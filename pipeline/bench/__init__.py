@@ -12,6 +12,7 @@ BENCHES = {
     "throughput-case": ("pipeline.bench.throughput", "run_case"),
     "kernels": ("pipeline.bench.kernels", "run_kernels"),
     "resume": ("pipeline.bench.resume", "run_resume"),
+    "report": ("pipeline.bench.gpu.report", "run_report"),
     "resume-case": ("pipeline.bench.resume", "run_case"),
     "kernels-case": ("pipeline.bench.kernel_memory", "run_case"),
 }
@@ -19,7 +20,7 @@ BENCHES = {
 
 
 def run_bench(words: Sequence[str]) -> None:
-    """The command: `bench throughput`, `bench kernels` or `bench resume`."""
+    """The command: `bench NAME`."""
     if not words or words[0] not in BENCHES:
         names = ", ".join(name for name in BENCHES if not name.endswith("-case"))
         raise UserError(f"bench needs the name of a bench, one of {names} (got {words[0] if words else 'none'!r})")

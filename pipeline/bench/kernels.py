@@ -56,7 +56,7 @@ class KernelOptions:
     ops: tuple[str, ...] = ("miras_scan",)
     """Ops; see docs/benchmarks.md."""
     backends: tuple[str, ...] = ()
-    """Backends: torch, cpu, cuda; none: torch and the native one of this device."""
+    """Backends: torch, cpu, cuda, or none for peers alone; not given: torch and the native one of this device."""
     pieces: tuple[int, ...] = (2, 4)
     """Parts of the sequence for miras_scan_split, which is also measured whole."""
     dtype: str = "float32"
@@ -131,9 +131,9 @@ def check(options: KernelOptions, device: torch.device) -> tuple[list[Shape], li
         if name not in known:
             raise UserError(f"--ops has {name!r}: one of {', '.join(known)}")
     for name in options.backends:
-        if name not in ("torch", "cpu", "cuda"):
-            raise UserError(f"--backends has {name!r}: one of torch, cpu, cuda")
-        if name not in ("torch", device.type):
+        if name not in ("torch", "cpu", "cuda", "none"):
+            raise UserError(f"--backends has {name!r}: one of torch, cpu, cuda, or none for peers alone")
+        if name not in ("torch", "none", device.type):
             raise UserError(f"--backends has {name!r}: this run computes on {'a GPU' if on_gpu() else 'the CPU'}")
     for name in options.peers:
         if name not in (allowed := [*(peer.name for peer in PEERS), "none"]):
@@ -152,7 +152,7 @@ def check(options: KernelOptions, device: torch.device) -> tuple[list[Shape], li
     shapes = [parse_shape(text) for text in options.shapes or DEFAULT_SHAPES[device.type]]
     backends = list(dict.fromkeys(options.backends or ("torch", device.type)))
     for op in (known[name] for name in dict.fromkeys(options.ops)):
-        for backend in options.backends:
+        for backend in (name for name in options.backends if name != "none"):
             for dim in dict.fromkeys(shape.dim for shape in shapes):
                 _refuse(op, backend, dim, DTYPES[options.dtype], device)
     return shapes, [known[name] for name in dict.fromkeys(options.ops)], backends

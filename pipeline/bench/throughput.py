@@ -106,6 +106,7 @@ def run_case(words: Sequence[str]) -> None:
     from pipeline.engine import Engine, building, deepspeed_config, device_of, precision_of, start, stop
     from pipeline.hardware import peak_flops, utilisation
     from pipeline.meter import Meter
+    from pipeline.plan import PlanOptions, make_plan
     from pipeline.run import Run, machine, versions
     from pipeline.system import create_system
     from pipeline.train import Trainer
@@ -122,13 +123,13 @@ def run_case(words: Sequence[str]) -> None:
         (phase, *_) = system.phases(model)
         trainer = Trainer(run, phase, model, ds_config)
         assert isinstance(trainer.engine, Engine)
-        meter, seconds, memory = Meter(run), [], 0
+        meter, seconds, records = Meter(run), [], []
         for step in range(1, config.steps + 1):
             begun = time.perf_counter()
-            result = trainer.step(step, meter)
-            memory = meter.record(step, result).peak_memory
+            records.append(meter.record(step, trainer.step(step, meter)))
             seconds.append(time.perf_counter() - begun)
-        median = statistics.median(seconds[1:])
+        # The first step compiles and warms up.
+        median = statistics.median(seconds[1:] or seconds)
         tok_s = run.tokens_per_step / median
         flops = system.flops(config.sequence_length).total
         figures = {
@@ -139,7 +140,9 @@ def run_case(words: Sequence[str]) -> None:
             "tok_s": tok_s,
             "flops_per_token": flops,
             "mfu": utilisation(tok_s, flops, topology.world, peak_flops(config.report.peak_tflops)),
-            "peak_memory": memory,
+            "peak_memory": records[-1].peak_memory,
+            "first_step": {"loss": records[0].loss, "grad_norm": records[0].grad_norm},
+            "planned_memory": make_plan(config, PlanOptions(ranks=topology.world)).memory,
             "facts": {"machine": machine(topology), "versions": versions()},
         }
         if topology.rank == 0:

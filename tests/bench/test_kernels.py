@@ -149,7 +149,7 @@ def test_every_shape_is_checked_with_a_backend_that_was_asked_for(
 
 def test_a_bench_without_a_name_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
-    assert "one of throughput, kernels, resume (got 'none')" in capsys.readouterr().err
+    assert "one of throughput, kernels, resume, report (got 'none')" in capsys.readouterr().err
 
 
 def test_the_count_of_the_exact_rule_is_that_of_its_products() -> None:
@@ -480,3 +480,9 @@ def test_where_the_mark_cannot_be_reset_memory_is_unknown(monkeypatch: pytest.Mo
     assert kernel_memory.peak_ratios("miras_scan", ["torch"], [shape], torch.float32, CPU, 1) == {
         ("torch", shape): None
     }
+
+
+def test_a_peer_can_be_timed_alone() -> None:
+    options = kernels.KernelOptions(backends=("none",))
+    shapes, chosen, backends = kernels.check(options, torch.device("cpu"))
+    assert shapes and [op.contenders(backends) for op in chosen] == [[]]

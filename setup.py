@@ -440,6 +440,8 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "dev": [
+        # The tests' token loop that was not written here. It brings einops alone: Triton is an extra of its own.
+        "fla-core>=0.6",
         "hypothesis>=6.100",
         "mypy>=2.0",
         "pytest>=9.0",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops import miras_scan, scan_native
+from tests.ops.fla_oracle import momentum_loop, needs_fla_core
 from tests.ops.scan_cases import NAMES, assert_close, make, segments, truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -71,6 +72,20 @@ def test_values_and_gradients_equal_the_token_loop(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_keys(key_dim: int, dtype: torch.dtype) -> None:
     check(inputs(dtype, 1000, key_dim, 64, repeated=True), None, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@needs_fla_core
+@pytest.mark.parametrize("repeated", [False, True], ids=["random", "repeated"])
+@pytest.mark.parametrize("key_dim", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_a_token_loop_that_this_project_did_not_write(key_dim: int, repeated: bool, dtype: torch.dtype) -> None:
+    """That of fla-core, with a carried state."""
+    x = inputs(dtype, 600, key_dim, 64, repeated=repeated, heads=4)
+    wide = [z.detach().double().requires_grad_() for z in x]
+    expected = momentum_loop(wide)
+    expected += torch.autograd.grad(expected, wide, [z.double() for z in cotangents(x)])
+    bfloat16 = 3e-2 if repeated else 1e-2
+    assert_close(results(x), expected, ALL, 1e-5 if dtype == torch.float32 else bfloat16)
 
 
 @pytest.mark.parametrize("key_dim", [32, 64, 128])

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.bench.contenders import prepare
 from pipeline.bench.gpu.ceilings import measure
-from pipeline.bench.kernel_memory import both_passes, prepare
+from pipeline.bench.kernel_memory import both_passes
 from pipeline.bench.kernel_model import KERNELS, predict
 from pipeline.bench.kernel_ops import Shape, parse_shape
 from pipeline.hardware import on_gpu

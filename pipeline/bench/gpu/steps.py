@@ -25,8 +25,8 @@ ENGINE = (
 
 BACKENDS = ("cuda", "torch")
 PEER_MODULES = {
-    "fla-gated-delta": ("fla",),
-    "fla-momentum": ("fla",),
+    "fla-gated-delta": ("fla", "triton"),
+    "fla-momentum": ("fla", "triton"),
     "titans-pytorch": ("titans_pytorch",),
 }
 

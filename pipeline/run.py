@@ -20,6 +20,7 @@ from pipeline import __version__
 from pipeline.config import RunConfig
 from pipeline.hardware import on_gpu
 from pipeline.lock import FolderLock
+from pipeline.package import PACKAGE, built_commit
 from pipeline.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -112,10 +113,11 @@ def machine(topology: Topology) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that runs, with `+` when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    """The commit of the checkout that runs, or that the installed package was built from, with `+` when files differ
+    from it; None where neither is known."""
+    root = PACKAGE.parent
     if not (root / ".git").exists():
-        return None
+        return built_commit()
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         state = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)

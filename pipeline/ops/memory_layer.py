@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,9 @@ class MemoryLayer(nn.Module):
     """A neural long-term memory per head, written at every token and read after it; causal, linear in the length.
 
     Projections, a short causal convolution, queries and keys of unit length, `miras_scan` with gates in the region
-    where it cannot grow (`pipeline.ops.gates`), an RMS norm of each head's reads, a low-rank sigmoid gate, and an output
-    projection that starts at zero. It has no norm of its input and no residual connection: ``x + layer(norm(x))[0]``.
+    where it cannot grow (`pipeline.ops.gates`), an RMS norm of each head's reads, a low-rank sigmoid gate, and an
+    output projection that starts at zero. It has no norm of its input and no residual connection of its own:
+    ``x + layer(norm(x))[0]``.
 
     Args:
         width: size of a token, in and out.
@@ -110,7 +111,7 @@ class MemoryLayer(nn.Module):
         self.rule, self.conv_taps, self.norm_eps, self.backend, self.chunk = rule, conv, norm_eps, backend, chunk
         self.momentum, self.step_size, self.half_life = momentum, step_size, half_life
 
-        to = {"device": device, "dtype": dtype}
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False, **to)
         self.k_proj = nn.Linear(width, heads * head_dim, bias=False, **to)
         self.v_proj = nn.Linear(width, heads * value_dim, bias=False, **to)
@@ -222,4 +223,5 @@ class MemoryLayer(nn.Module):
             check_device(f"state.{name}", part, like, "x")
 
     def extra_repr(self) -> str:
-        return f"{self.width}, heads={self.heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, rule={self.rule!r}"
+        sizes = f"heads={self.heads}, head_dim={self.head_dim}, value_dim={self.value_dim}"
+        return f"{self.width}, {sizes}, rule={self.rule!r}"

@@ -97,7 +97,9 @@ def test_a_plain_training_loop_learns_what_only_a_memory_can_know(rule: str) -> 
 
 
 @settings(max_examples=25, deadline=None)
-@given(rule=st.sampled_from(RULES), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), seed=st.integers(0, 5))
+@given(
+    rule=st.sampled_from(RULES), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), seed=st.integers(0, 5)
+)
 def test_packed_documents_are_as_if_each_were_alone(rule: str, lengths: list[int], seed: int) -> None:
     layer, x = make(seed, rule=rule), tokens(sum(lengths), seed=seed)
     packed, state = layer(x, ids(*lengths))
@@ -258,9 +260,9 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"segment_ids has shape \[2, 4\]; expected \[2, 5\]"):
         layer(tokens(5), ids(4))
     _, state = layer(tokens(5))
-    with pytest.raises(ValueError, match=r"state.memory has shape \[2, 2, 4, 6\]; expected \[3, 2, 4, 6\]"):
+    with pytest.raises(ValueError, match=r"state\.memory has shape \[2, 2, 4, 6\]; expected \[3, 2, 4, 6\]"):
         layer(tokens(5, batch=3), None, state)
-    with pytest.raises(ValueError, match="state.tail has shape"):
+    with pytest.raises(ValueError, match=r"state\.tail has shape"):
         layer(tokens(5), None, MemoryState(state.memory, state.momentum, state.tail[:, 1:], state.tail_segments))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline import __version__
 from pipeline.package import built_commit, config_folder, how_to_set_up
 
 
@@ -31,6 +33,13 @@ def test_the_commit_is_what_the_build_noted(package: Path, text: str | None, exp
     if text is not None:
         (package / "_commit").write_text(text)
     assert built_commit(package) == expected
+
+
+def test_the_citation_and_the_license_are_of_this_version() -> None:
+    root = config_folder().parent
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert (str(citation["version"]), citation["license"]) == (__version__, "Apache-2.0")
+    assert "Version 2.0, January 2004" in (root / "LICENSE").read_text()
 
 
 def test_set_up_is_launch_sh_in_a_checkout_and_pip_elsewhere(package: Path) -> None:

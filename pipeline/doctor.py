@@ -23,16 +23,15 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.flags import take
 from pipeline.machine import Machine
+from pipeline.package import PACKAGE, how_to_set_up
 
 PACKAGES = (
     *("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "einops", "safetensors"),
     *("sentencepiece", "tyro", "pydantic", "psutil", "matplotlib", "tensorboard", "ninja"),
     *("flash-attn", "flash-attn-4", "lm-eval", "wandb"),
 )
-# Where set-up puts what it builds.
-PACKAGE = Path(__file__).parent
 LOW_DISK = 10 * 2**30
-SETUP = "run ./launch.sh --setup-only"
+SETUP = how_to_set_up()
 
 Report = dict[str, Any]
 

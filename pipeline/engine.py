@@ -33,6 +33,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import RankError, UserError
 from pipeline.hardware import on_gpu
 from pipeline.machine import Machine
+from pipeline.package import config_folder
 from pipeline.parallel.rendezvous import join
 from pipeline.parallel.topology import Topology, create_topology, limit_waits
 from pipeline.parallel.weights import full_shape
@@ -46,7 +47,7 @@ SAVE_EVENTS = ("_optimizer_has_ckpt_event_prologue", "_optimizer_has_ckpt_event_
 UNSAVED = ("elastic_checkpoint", "mics_shard_size", "round_robin_gradients")
 """Settings of ZeRO whose shards are others than the rest's. With the last, 0.19.8 says that parameters are in other
 places of its shards than where they are."""
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
+CONFIG_FOLDER = config_folder()
 
 
 def start(config: RunConfig) -> Topology:

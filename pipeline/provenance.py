@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from pipeline.package import PACKAGE, built_commit
+
+ROOT = PACKAGE.parent
 SOURCES = ("pipeline", "kernels", "ds_configs", "tests", "setup.py")
 ENDINGS = (".py", ".json", ".cpp", ".h", ".cu", ".cuh")
 
 
 def commit() -> str | None:
-    """The commit of the checkout that runs, with `+` when files differ from it; None outside a checkout."""
+    """The commit of the checkout that runs, or that the installed package was built from, with `+` when files differ
+    from it; None where neither is known."""
     if not (ROOT / ".git").exists():
-        return None
+        return built_commit()
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         state = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)

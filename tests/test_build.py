@@ -71,7 +71,7 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("setup.py", "pyproject.toml", "pipeline/__init__.py"):
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pipeline/__init__.py"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
         for name, text in (("schema.cpp", SCHEMA), ("factor.h", HEADER), ("cpu/twice.cpp", CPU), ("cuda/twice.cu", "")):
@@ -545,7 +545,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("kernels", "build/native"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, root / name)
-    for name in ("setup.py", "pyproject.toml", "pipeline/__init__.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pipeline/__init__.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, root / name)
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"} | {"MNEMOS_BUILD": "require"}

@@ -17,11 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from pipeline.package import PACKAGE, how_to_set_up
+
 Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")
-
-PACKAGE = Path(__file__).resolve().parent.parent
-MEND = "run ./launch.sh --setup-only"
 
 
 class Verdict(NamedTuple):
@@ -67,7 +66,7 @@ def why_not(kind: Kind) -> str | None:
     if path is None:
         facts = build_report().get("libraries", {}).get(kind, {})
         reason = facts.get("reason") or ("no nvcc was found" if facts.get("no_tool") else None)
-        return f"it is not built ({reason})" if reason else f"it is not built: {MEND}"
+        return f"it is not built ({reason})" if reason else f"it is not built: {how_to_set_up()}"
     if kind == "cuda":
         if torch.version.cuda is None:
             return "this torch is built for the CPU alone"
@@ -79,7 +78,7 @@ def why_not(kind: Kind) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{path.name} does not load ({_line(error)}): {MEND}"
+        return f"{path.name} does not load ({_line(error)}): {how_to_set_up()}"
     return None
 
 
@@ -87,7 +86,7 @@ def lacks(op: str, device: str, case: str) -> str | None:
     """None where a loaded library has the op, else that it has not: it was built before there was one."""
     if hasattr(torch.ops.mnemos, op):
         return None
-    failure = f"the library is older than {op}: {MEND}"
+    failure = f"the library is older than {op}: {how_to_set_up()}"
     _verdicts[op, device, case] = Verdict(op, device, case, None, failure)
     return failure
 

@@ -11,7 +11,7 @@ import tyro
 from pipeline.config import ModelConfig
 from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
-from pipeline.systems.miras.limits import MAX_MOMENTUM
+from pipeline.ops.gates import MAX_MOMENTUM
 
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Olmo2Config
 
 from pipeline.errors import UserError
+from pipeline.ops.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
 from pipeline.parallel.agreement import together
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for, load_safetensors
 from pipeline.systems.miras.config import BackboneConfig, MirasConfig
-from pipeline.systems.miras.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
 
 
 def backbone_config(config: BackboneConfig) -> Olmo2Config:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.ops import scan_native
+from pipeline.ops.gates import STEP_MARGIN
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
 from pipeline.system import System, create_system
@@ -24,7 +25,7 @@ from pipeline.systems.miras.config import (
     SwigluConfig,
     YaadConfig,
 )
-from pipeline.systems.miras.limits import STEP_MARGIN, largest_step
+from pipeline.systems.miras.limits import largest_step
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry
 from pipeline.systems.miras.rules import RULES, MemoryRule, memory_backend, memory_rule
 

@@ -26,7 +26,7 @@ def fused(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # from torch 2.13 on
         return torch.compile(function, recompile_limit=VARIANTS, **options)  # type: ignore[call-overload]
-    compiled = torch.compile(function, **options)  # type: ignore[call-overload]
+    compiled = torch.compile(function, **options)
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:

@@ -6,7 +6,7 @@ built for one: they use PyTorch's stable ABI, at the version of 2.10. torch is l
 without build isolation lets it be found. docs/kernels.md describes the switches:
 
     MNEMOS_BUILD           auto (build what can be built, warn of the rest), require (or fail), off
-    TORCH_CUDA_ARCH_LIST   architectures, "8.0;9.0a;10.0" by default
+    TORCH_CUDA_ARCH_LIST   architectures, "8.0;9.0a;10.0;12.0" by default
     CXX, CUDA_HOME         the compilers
     MAX_JOBS               compilers at once
 """
@@ -39,8 +39,9 @@ COMMIT = "_commit"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 CACHES = ("ccache", "sccache")
 OLDEST_ARCHITECTURE = (8, 0)  # bfloat16 in the tensor cores
-# A device of 10.3 runs the binary of 10.0; nvcc 13.2 made wrong code for 10.3 itself.
-ARCHITECTURES = "8.0;9.0a;10.0"
+# A device of 10.3 runs the binary of 10.0; nvcc 13.2 made wrong code for 10.3 itself. docs/kernels.md has the table of
+# devices.
+ARCHITECTURES = "8.0;9.0a;10.0;12.0"
 TORCH_TARGET = (2, 10)
 
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pipeline" / "__init__.py").read_text(), re.M)

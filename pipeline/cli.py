@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
-from pipeline.errors import LostRankError, RankError, UserError
+from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError
 from pipeline.flags import fit_ranks, parse_run, take
 from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, out_of_space, say
 from pipeline.stop import Stopped, StopRequests
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             leave(0)
         return 0
     except RankError as error:
-        return _end(last_words(error), exit_code(error), everywhere=True)
+        at_once = isinstance(error, DeviceLostError)
+        return _end(last_words(error), exit_code(error), everywhere=True, at_once=at_once)
     except (UserError, Stopped) as error:
         return _end(None if error.said else last_words(error), exit_code(error))
     except LostRankError as error:
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-def _end(message: str | None, code: int, everywhere: bool = False) -> int:
+def _end(message: str | None, code: int, everywhere: bool = False, at_once: bool = False) -> int:
+    """`at_once`: the interpreter's own end would free what is on a GPU that answers no more, which may abort it."""
     # What is the same on every rank needs one line only.
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if everywhere or os.environ.get("RANK", "0") == "0":
@@ -98,7 +100,7 @@ def _end(message: str | None, code: int, everywhere: bool = False) -> int:
     elif ranks > 1:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
         time.sleep(LAST_WORDS)
-    if ranks > 1:
+    if ranks > 1 or at_once:
         leave(code)
     return code
 
@@ -128,8 +130,12 @@ def _train(words: Sequence[str]) -> None:
 
         try:
             train(config, requests)
-        finally:
+        except DeviceLostError:
+            raise  # over a GPU that answers no more, ranks cannot part in order
+        except BaseException:
             stop()
+            raise
+        stop()
 
 
 def _check(words: Sequence[str]) -> None:
@@ -183,7 +189,8 @@ def _bench(words: Sequence[str]) -> None:
 def _doctor(words: Sequence[str]) -> None:
     from pipeline.doctor import run_doctor
 
-    run_doctor(words)
+    if run_doctor(words)["kernels"]["lost"]:
+        leave(0)  # as in `_end`
 
 
 HELP = {

@@ -12,6 +12,10 @@ class RankError(UserError):
     """A UserError that one rank alone knows of, before the ranks can agree: that rank prints it."""
 
 
+class DeviceLostError(RankError):
+    """A GPU that runs nothing more in this process, after an illegal access, say: no other path can take over there."""
+
+
 class LostRankError(Exception):
     """Another rank cannot go on: it died, stalled, cannot be reached, or was ended by an exception of its own.
 

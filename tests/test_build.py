@@ -55,7 +55,10 @@ FAKE_NVCC = """#!/bin/sh
 echo "$0 $*" >>"$TOOL_LOG"
 case "$*" in
   *--version*) echo "Cuda compilation tools, release $NVCC_RELEASE, V$NVCC_RELEASE.1"; exit ;;
-  *--list-gpu-code*) printf 'sm_75\\nsm_80\\nsm_89\\nsm_90\\n'; [ "$NVCC_RELEASE" = 12.4 ] || echo sm_100; exit ;;
+  *--list-gpu-code*)
+    printf 'sm_75\\nsm_80\\nsm_89\\nsm_90\\n'
+    [ "$NVCC_RELEASE" = 12.4 ] || printf 'sm_100\\nsm_103\\nsm_120\\n'
+    exit ;;
 esac
 [ -z "$NVCC_FAILS" ] || { echo "kernels/twice/cuda/twice.cu(4): error: no such thing"; exit 1; }
 while [ $# -gt 0 ]; do
@@ -363,8 +366,9 @@ def test_cuda_is_compiled_for_the_default_architectures(faked: Tree) -> None:
         "arch=compute_80,code=sm_80",
         "arch=compute_90a,code=sm_90a",
         "arch=compute_100,code=sm_100",
+        "arch=compute_120,code=sm_120",
     ]
-    assert faked.report["libraries"]["cuda"]["architectures"] == ["8.0", "9.0a", "10.0"]
+    assert faked.report["libraries"]["cuda"]["architectures"] == ["8.0", "9.0a", "10.0", "12.0"]
     (line,) = (line for line in faked.calls("nvcc") if " -c " in line)
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in line and "-DUSE_CUDA" in line
     (link,) = (line for line in faked.calls("nvcc") if " -shared " in line)

@@ -18,7 +18,7 @@ from pipeline import __version__, cli
 from pipeline.archive import save_config
 from pipeline.cli import main, without_local_rank
 from pipeline.config import RunConfig, replace
-from pipeline.errors import LostRankError, UserError
+from pipeline.errors import DeviceLostError, LostRankError, UserError
 from pipeline.flags import fit_ranks, parse_run
 from pipeline.leave import exit_code
 from pipeline.recipes import all_recipes
@@ -288,6 +288,28 @@ def test_what_another_rank_exits_with_is_what_this_one_does(
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
     assert code_of("train") == code
     assert f"rank 1 (node-2): gone; {advice}" in capsys.readouterr().err
+
+
+def test_a_lost_gpu_ends_the_process_at_once_with_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without a launcher: what the interpreter would free on the GPU at its end may abort it."""
+    done: list[str] = []
+
+    def train(config: object, requests: object) -> None:
+        raise DeviceLostError("cuda:0 is lost: start again with the backend 'torch'")
+
+    def leave(code: int) -> None:
+        done.append(f"left with {code}")
+        raise SystemExit(code)
+
+    monkeypatch.setattr("pipeline.train.train", train)
+    monkeypatch.setattr("pipeline.engine.stop", lambda: done.append("stopped"))
+    monkeypatch.setattr(cli, "leave", leave)
+    with pytest.raises(SystemExit):
+        main(["train", "miras_tiny"])
+    assert done == ["left with 2"]
+    assert capsys.readouterr().err == "mnemos: cuda:0 is lost: start again with the backend 'torch'\n"
 
 
 def test_a_signal_while_it_still_imports_is_left_to_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 # twice that in bfloat16, and far below what a wrong binary makes of the numbers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
+# Bytes of shared memory that the most demanding block of the CUDA kernels takes, forward or backward, by dtype and key
+# dim. A device of compute capability 8.0 has 166,912, one of 8.6, 8.9 or 12.x 101,376, one of 9.0 or 10.x 232,448.
+SHARED_MEMORY = {
+    torch.float32: {32: 92_720, 64: 117_760, 128: 151_232},
+    torch.bfloat16: {32: 105_472, 64: 131_072, 128: 163_840},
+}
+
 
 def unsupported(backend: str, tensors: dict[str, Tensor]) -> tuple[str, str] | None:
     """The argument that `miras_scan` accepts and the kernels do not, and what they expect; None where they take all.
@@ -70,7 +77,8 @@ def why_not(device: str, dtype: torch.dtype, key_dim: int) -> str | None:
 
 def _kernel(device: str, dtype: torch.dtype, key_dim: int) -> native.Kernel:
     case = f"{dtype_name(dtype)}, key dim {key_dim}"
-    return native.Kernel(OP, device, case, _register, lambda: self_check(device, dtype, key_dim), TOLERANCE[dtype])
+    run = lambda: self_check(device, dtype, key_dim)  # noqa: E731
+    return native.Kernel(OP, device, case, _register, run, TOLERANCE[dtype], SHARED_MEMORY[dtype][key_dim])
 
 
 def scan_native(

@@ -13,7 +13,7 @@ from pipeline.ops import miras_scan, scan_native
 from tests.ops.fla_oracle import momentum_loop, needs_fla_core
 from tests.ops.scan_cases import NAMES, assert_close, make, segments, truth
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 ALL = ("y", "M", "S", *NAMES)
@@ -68,6 +68,17 @@ def test_values_and_gradients_equal_the_token_loop(
     check(inputs(dtype, tokens, key_dim, value_dim), ids, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(32, 96), (64, 48), (128, 80)])
+def test_every_kernel_on_a_few_tokens(key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    """Both passes in every dtype and key dim, over a ragged end, within segments and without, of one row and of two."""
+    x = inputs(dtype, 150, key_dim, value_dim)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    check(x, None, tolerance)
+    check(x, segments(1, 150, (1, 64, 100)).cuda(), tolerance)
+
+
 @pytest.mark.parametrize("key_dim", [32, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_keys(key_dim: int, dtype: torch.dtype) -> None:
@@ -98,6 +109,7 @@ def test_the_same_bits_twice(key_dim: int, dtype: torch.dtype) -> None:
             assert torch.equal(a, b), name
 
 
+@pytest.mark.full_size
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_long_sequence_in_spans_equals_the_torch_path(dtype: torch.dtype) -> None:
     """Long and wide enough that the buffers between the kernels are filled more than once."""
@@ -153,6 +165,7 @@ def test_wrong_arguments_are_named() -> None:
         call(5, x[5].bfloat16())
 
 
+@pytest.mark.full_size
 def test_time_at_full_size(capsys: pytest.CaptureFixture[str]) -> None:
     """64K tokens, 16 heads of 128, bfloat16: the milliseconds are printed, not asserted."""
     tokens, heads, dim = 65_536, 16, 128

@@ -14,7 +14,15 @@ import pytest
 from pipeline.bench.gpu import __main__ as gpu
 from pipeline.bench.gpu import steps as steps_module
 from pipeline.bench.gpu.packages import install_missing
-from pipeline.bench.gpu.steps import STAGES, Step, all_steps, steps_of
+from pipeline.bench.gpu.steps import (
+    STAGES,
+    Step,
+    all_passed,
+    all_steps,
+    kernels_checked,
+    some_passed,
+    steps_of,
+)
 from pipeline.bench.gpu.target import EMULATED, Target, device_environment, find_target
 from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
@@ -147,3 +155,19 @@ def test_the_emulator_takes_no_gpu_and_a_gpu_no_ranks_of_others() -> None:
     assert device_environment({"RANK": "3", "A": "b"}, EMULATOR) == {"A": "b", "DS_ACCELERATOR": "cpu"}
     given = device_environment({"WORLD_SIZE": "2"}, H200)
     assert given == {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_a_test_run_passes_where_it_ran_and_left_out_nothing_but_missing_packages() -> None:
+    counts = {"passed": 3, "skipped": 1}
+    assert all_passed(counts | {"reasons": ["fla-core is not installed"]}) is None
+    assert all_passed(counts | {"reasons": ["fla-core is not installed", "no GPU"]}) == "tests were skipped: no GPU"
+    assert all_passed({"passed": 0, "reasons": []}) == "no test ran"
+    assert some_passed(counts) is None and some_passed({"passed": 0}) == "no test ran"
+
+
+@pytest.mark.parametrize(("loaded", "failure", "said"), [(True, None, None), (False, None, "x"), (True, "off", "off")])
+def test_the_doctor_passes_where_every_kernel_is_used(loaded: bool, failure: str | None, said: str | None) -> None:
+    check = {"op": "miras_scan", "case": "float32", "failure": failure}
+    kernels = {"libraries": {"cuda": {"loaded": loaded, "state": "x"}}, "checks": [check]}
+    found = kernels_checked({"kernels": kernels})
+    assert found is None if said is None else found is not None and said in found

@@ -36,6 +36,7 @@ from pipeline.checkpoint.state import (
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import LostRankError, UserError
+from pipeline.finished import is_finished
 from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, say
 from pipeline.lock import FolderLock
 from pipeline.meter import Meter
@@ -91,6 +92,8 @@ def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock
     together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
     checkpoint = find_checkpoint(config, topology)
     config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
+    if is_finished(config, checkpoint, topology):
+        return
     run = Run(config, topology, device_of(topology), system, config.output_dir, lock=lock)
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")

@@ -173,6 +173,22 @@ class System(Protocol):
         """What was chosen on this machine, for the log: {"attention": "window of 4096 tokens, backend flex", ...}."""
         ...
 
+    def caption(self) -> str:
+        """What tells this run from another of its recipe, in a few words for the titles of plots: "window 64"."""
+        return ""
+
+    def headline(self, evaluation: Evaluation) -> str:
+        """Held-out numbers as one short line for a person; the files have all of them."""
+        names = [name for name in evaluation.scalars if name not in ("loss", "ppl", "bpb", "labels")]
+        parts = [f"val {evaluation.scalars['loss']:.3f}"] if "loss" in evaluation.scalars else []
+        parts += [f"{name} {evaluation.scalars[name]:.4g}" for name in names]
+        parts += [f"{evaluation.scalars['bpb']:.2f} bpb"] if "bpb" in evaluation.scalars else []
+        return " | ".join(parts)
+
+    def health(self, metrics: Mapping[str, float]) -> str:
+        """The last logged step's metrics of the system in words, shown with an evaluation; empty: nothing is shown."""
+        return " | ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+
     def build(self) -> nn.Module:
         """Everything, once, with uninitialised weights; phases freeze parts of it."""
         ...

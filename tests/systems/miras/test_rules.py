@@ -266,7 +266,7 @@ class TestSystem:
     def test_the_log_says_where_gradients_are_taken(self) -> None:
         told = {rule: self.system(rule).describe("cpu", torch.float32)["memory"] for rule in ("delta", "yaad")}
         assert "chunk" not in told["delta"] and told["delta"].startswith("delta")
-        assert told["yaad"].startswith("yaad with gradients by chunks of 16, residual on layers 0, 1")
+        assert told["yaad"].startswith("yaad with gradients by chunks of 16, residual; layers 0 and 1; 2 heads x 32; ")
 
     @every_rule
     def test_every_parameter_has_an_initial_value_of_its_own_name(self, rule: str) -> None:

@@ -119,6 +119,22 @@ class Curve:
     x: tuple[float, ...]
     series: dict[str, tuple[float, ...]]
     log_x: bool = False
+    upper_edges: bool = False
+    """Each x is the upper edge of a bin that begins at the x before it."""
+    drawn: tuple[str, ...] = ()
+    """Series in the picture (none: all); the others stand in its numbers alone."""
+    drawn_label: str = ""
+    """The picture's y label, where what is drawn is not what `y_label` says."""
+    intervals: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
+    """Lower and upper ends by series: 95 % intervals over documents."""
+    counts: tuple[int, ...] = ()
+    """Labels that each point was measured on."""
+    documents: tuple[int, ...] = ()
+    """Documents that these labels are of."""
+    levels: dict[str, float] = field(default_factory=dict)
+    """Horizontal lines by their label: what a value of y is compared with."""
+    edges: dict[str, float] = field(default_factory=dict)
+    """Vertical lines by their label: where on the x axis something begins."""
 
 
 @dataclass(frozen=True)

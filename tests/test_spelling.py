@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.flag_help import flag_names
@@ -52,6 +52,7 @@ def test_nothing_near_is_no_suggestion(typed: str) -> None:
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_one_letter_less_or_other_of_a_long_plain_flag_still_means_it(data: st.DataObject) -> None:
     flag = data.draw(st.sampled_from([flag for flag in PLAIN if len(flag) > 9]))
     place = data.draw(st.integers(2, len(flag) - 1))

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
-from pipeline.recipes.miras import miras_64k, miras_recall, miras_tiny
-from pipeline.system import Evaluation
-from pipeline.systems.miras import create
+from pipeline.recipes.miras import miras_64k, miras_tiny
 from pipeline.systems.miras.words import caption, headline, health, layers, memory_line
 
 HEALTH = {
@@ -62,10 +59,3 @@ def test_health_is_said_in_words() -> None:
     )
     assert health({"beyond_window": 0.0}) == "0 % of tokens beyond the window"
     assert health(HEALTH).endswith("3345 tokens") and health({}) == ""
-
-
-def test_the_system_speaks_so() -> None:
-    system = create(miras_recall())
-    assert system.describe("cpu", torch.float32)["memory"].startswith("titans, residual; layers 0 and 1; 2 heads x 32;")
-    assert system.headline(Evaluation({"loss": 1.0})) == "val 1.000" and system.health(HEALTH) == health(HEALTH)
-    assert system.caption() == "window 32, titans on layers 0 and 1"

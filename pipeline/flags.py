@@ -97,7 +97,7 @@ def parse_flags(default: Any, words: Sequence[str], program: str, own: Any = Non
         if error.code in (0, None):
             raise
         raise UserError(f"{_message(captured.getvalue())} (see {program} --help)") from None
-    flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+    flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
     if flag is not None:
         known = [*flag_names(default, *([own] if own is not None else [])), "--config", *HELP_WORDS]
         meant = did_you_mean(nearest_flag(flag, known))

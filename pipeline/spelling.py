@@ -36,7 +36,10 @@ def nearest_flag(word: str, known: Iterable[str]) -> list[str]:
         if "." in bare:
             ends.setdefault(bare.rpartition(".")[2], []).append(flag)
     last = name.rpartition(".")[2]
-    if "." in name:
+    if name in flags:
+        # Dashes or underscores alone were wrong.
+        found = [flags[name]]
+    elif "." in name:
         found = [flags[bare] for bare in nearest(name, flags)] or ends.get(last, [])
     else:
         found = [plain[bare] for bare in nearest(name, plain, most=1)] + ends.get(last, [])

@@ -159,8 +159,9 @@ class Trainer:
         dtype = precision_of(config)
         sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
         trainable = sum(sizes[name] for group in self.phase.groups for name in group.parameters)
+        ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
         return {
-            config.recipe: f"{topology.world} ranks (data {topology.data} x sequence {topology.sequence}),"
+            config.recipe: f"{ranks} (data {topology.data} x sequence {topology.sequence}),"
             f" {config.zero}, {str(dtype).removeprefix('torch.')} on {run.device.type}",
             "parameters": f"{sum(sizes.values()):,}, of which {trainable:,} are trained",
             **run.system.describe(run.device.type, dtype),

@@ -161,6 +161,7 @@ def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> N
         ("train miras_tiny --step 3", ["--step:", "did you mean --steps? "]),
         ("train miras_tiny --step=3", ["--step:", "did you mean --steps? "]),
         ("train miras_tiny --stepz 3", ["--stepz", "--steps?"]),
+        ("train miras_tiny -steps 3", ["unknown flag -steps", "did you mean --steps?"]),
         ("train miras_tiny --sequnce-length 64", ["--sequnce-length", "--sequence-length?"]),
         ("train miras_tiny --rule delta", ["--rule", "did you mean --model.memory.rule?"]),
         ("train miras_tiny --zzz 3", ["unknown flag --zzz (", "--help-all"]),

@@ -30,6 +30,7 @@ PLAIN = sorted({flag for flag in FLAGS if "." not in flag})
         ("--tokeniser", "--data.tokenizer"),
         ("--data.pth", "--data.path"),
         ("--memory.rule", "--model.memory.rule"),
+        ("-steps", "--steps"),
         ("--no-plots", "--report.no-plots"),
         ("--report.no-plot", "--report.no-plots"),
     ],
@@ -39,7 +40,7 @@ def test_a_misspelt_flag_is_found(typed: str, meant: str) -> None:
 
 
 def test_a_plain_flag_is_meant_alone_where_no_section_has_that_very_name() -> None:
-    assert nearest_flag("--step", FLAGS) == ["--steps"]
+    assert nearest_flag("--step", FLAGS) == nearest_flag("-steps", FLAGS) == ["--steps"]
 
 
 def test_a_name_that_several_sections_have_names_them_all() -> None:

@@ -62,7 +62,7 @@ class ProgressLines(Callback):
         if self.bar is None:
             self._print(line)
         else:
-            self.bar.update(record.step - self.bar.n)
+            self.bar.n = record.step
             self.bar.set_description_str("  ".join([loss, lr, speed, eta]))
         self._write(line)
 

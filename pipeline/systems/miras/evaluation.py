@@ -245,7 +245,7 @@ def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, mode
         | {f"saved, {mode}": tuple(saved(mode)(total).tolist()) for mode in modes},
         log_x=True,
         drawn=tuple(f"saved, {mode}" for mode in modes),
-        drawn_label="nats per token saved against the first copy",
+        drawn_label="nats per token saved\nagainst the first copy",
         intervals={f"saved, {mode}": interval(sums, saved(mode)) for mode in modes},
         counts=tuple(total["labels"].long().tolist()),
         documents=documents_per_bin(sums["labels"]),

@@ -48,15 +48,15 @@ def headline(scalars: Mapping[str, float]) -> str:
 
 
 def health(metrics: Mapping[str, float]) -> str:
-    """The numbers of docs/memory.md in words; empty without a memory or a window."""
+    """The health numbers of docs/memory.md, in their order; empty without a memory or a window."""
     parts = []
     if "norm_M" in metrics:
         alpha, eta, theta = (metrics[f"memory/{name}"] for name in ("alpha", "eta", "theta"))
         parts = [
-            f"memory norm {metrics['norm_M']:.3g}, momentum norm {metrics['norm_S']:.3g}",
+            f"|M| {metrics['norm_M']:.3g}, |S| {metrics['norm_S']:.3g}",
             f"forget {alpha:.2g}, momentum {eta:.2g}, step {theta:.2g}",
             f"half-life {metrics['memory/half_life']:.0f} tokens",
         ]
     if "beyond_window" in metrics:
-        parts.append(f"{100 * metrics['beyond_window']:.0f} % of tokens beyond the window")
+        parts.append(f"{100 * metrics['beyond_window']:.0f} % beyond the window")
     return " | ".join(parts)

@@ -273,7 +273,7 @@ class TestSystem:
         assert system.caption() == "window 32, delta on layers 0 and 1"
         evaluation = Evaluation({"loss": 1.0, "memory_off/loss": 2.0})
         assert system.headline(evaluation) == "val 1.000 | memory off 2.000 (+1.000)"
-        assert system.health({"beyond_window": 0.5}) == "50 % of tokens beyond the window"
+        assert system.health({"beyond_window": 0.5}) == "50 % beyond the window"
 
     @every_rule
     def test_every_parameter_has_an_initial_value_of_its_own_name(self, rule: str) -> None:

@@ -26,7 +26,7 @@ def nearest(word: str, known: Iterable[str], most: int = MOST) -> list[str]:
 def nearest_flag(word: str, known: Iterable[str]) -> list[str]:
     """The flags that `word`, without dots or with some, may have meant: those of the run come before sections' own.
 
-    A section's flag is also meant by its last part: `--rule` is `--model.memory.rule`.
+    A section's flag is also meant by its last part: `--tokenizer` is `--data.tokenizer`.
     """
     name = _bare(word)
     flags = {_bare(flag): flag for flag in known}

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 from pipeline import __version__
 from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError
-from pipeline.flags import fit_ranks, parse_run, take
+from pipeline.flags import fit_ranks, parse_run, take, wants_help
 from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, out_of_space, say
+from pipeline.spelling import did_you_mean, nearest
 from pipeline.stop import Stopped, StopRequests
 
 LAST_WORDS = 3.0
@@ -21,7 +22,7 @@ usage: mnemos COMMAND [arguments]        (or: python -m pipeline COMMAND)
 
 Mnemos trains language models that remember.
 
-  train RECIPE [--section.field value ...]   run a recipe; `train RECIPE --help` lists every flag
+  train RECIPE [--section.field value ...]   run a recipe; with --help its common flags, with --help-all every one
   recipes                                    every recipe, one line each
   plan RECIPE [flags]                        memory per device, tokens/s and hours, before anything is spent
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
@@ -52,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(words[0])
     try:
         if command is None:
-            raise UserError(f"unknown command {words[0]!r}: one of {', '.join(COMMANDS)}")
-        if len(words) == 2 and words[1] in ("-h", "--help") and words[0] in HELP:
+            raise UserError(f"unknown command {words[0]!r}{_meant(words[0])} (one of {', '.join(COMMANDS)})")
+        if len(words) == 2 and wants_help(words) and words[0] in HELP:
             print(HELP[words[0]])
             return 0
         command(words[1:])
@@ -88,6 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mend = "make room and start again; the run resumes where it was"
             return _end(f"{rank}no space left on the device{where}: {mend}", exit_code(error), everywhere=True)
         raise
+
+
+def _meant(word: str) -> str:
+    found = nearest(word, COMMANDS)
+    if not found:
+        from pipeline.recipes import all_recipes
+
+        found = [f"train {word}"] if word in all_recipes() else []
+    return did_you_mean(found)
 
 
 def _end(message: str | None, code: int, everywhere: bool = False, at_once: bool = False) -> int:
@@ -200,7 +210,8 @@ HELP = {
     ),
     "eval": (
         "usage: mnemos eval CHECKPOINT [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
-        " for its latest one.\nThe result goes to OUT/evals."
+        " for its latest one.\nThe result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
+        " `--help-all` every one."
     ),
     "bench": (
         "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
@@ -213,7 +224,8 @@ HELP = {
         "usage: mnemos plan RECIPE [--ranks N] [--device NAME] [--utilisation SHARE] [flags of the recipe]\n\n"
         "  --ranks N            devices in all (default 1)\n"
         "  --device NAME        a device with a known peak (default H200)\n"
-        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)"
+        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)\n\n"
+        "`mnemos plan RECIPE --help` lists the recipe's common flags too, `--help-all` every one."
     ),
 }
 """Help of the commands whose flags are not a recipe's alone."""

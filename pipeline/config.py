@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -21,6 +21,8 @@ from pipeline.errors import UserError
 class ModelConfig:
     """What a system is made of. Each system derives its own section from this one."""
 
+    common: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of the fields whose flags `train RECIPE --help` shows; `--help-all` shows all."""
     system: tyro.conf.Suppress[str] = ""
     """Name of the folder under pipeline/systems that implements this section."""
 

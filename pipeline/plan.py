@@ -104,7 +104,7 @@ def run_plan(words: Sequence[str]) -> None:
     """The command: `plan RECIPE [--ranks N] [--device NAME] [--utilisation X] [recipe flags]`."""
     own, rest = split_flags(words, ("ranks", "device", "utilisation"))
     options: PlanOptions = parse_flags(PlanOptions(), own, "mnemos plan")
-    config = fit_ranks(parse_run(rest, "plan"), rest, options.ranks)
+    config = fit_ranks(parse_run(rest, "plan", options), rest, options.ranks)
     print(render(config, options, make_plan(config, options)))
 
 

@@ -36,6 +36,7 @@ from pipeline.checkpoint.state import (
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import LostRankError, UserError
+from pipeline.finished import is_finished
 from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, say
 from pipeline.lock import FolderLock
 from pipeline.meter import Meter
@@ -91,6 +92,8 @@ def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock
     together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
     checkpoint = find_checkpoint(config, topology)
     config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
+    if is_finished(config, checkpoint, topology):
+        return
     run = Run(config, topology, device_of(topology), system, config.output_dir, lock=lock)
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
@@ -156,8 +159,9 @@ class Trainer:
         dtype = precision_of(config)
         sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
         trainable = sum(sizes[name] for group in self.phase.groups for name in group.parameters)
+        ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
         return {
-            config.recipe: f"{topology.world} ranks (data {topology.data} x sequence {topology.sequence}),"
+            config.recipe: f"{ranks} (data {topology.data} x sequence {topology.sequence}),"
             f" {config.zero}, {str(dtype).removeprefix('torch.')} on {run.device.type}",
             "parameters": f"{sum(sizes.values()):,}, of which {trainable:,} are trained",
             **run.system.describe(run.device.type, dtype),

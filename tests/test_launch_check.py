@@ -18,6 +18,7 @@ import pytest
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.launch import request as request_module
+from pipeline.launch.__main__ import main
 from pipeline.launch.hosts import parse_filter, read_hostfile
 from pipeline.launch.plan import Launch, plan
 from pipeline.launch.remote import environment_file
@@ -101,6 +102,23 @@ def hostfile(tmp_path: Path, in_folder: Path) -> str:
 )
 def test_split(words: str, launcher: dict, recipe: str | None, recipe_flags: tuple) -> None:
     assert split(words.split()) == Request(launcher, recipe, recipe_flags)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help-all"])
+@pytest.mark.parametrize(("words", "run"), [("olmo_1b --steps 3", "olmo_1b --steps 3"), ("--num_gpus 2", "miras_tiny")])
+def test_a_request_for_the_help_of_a_recipe_is_passed_on(
+    flag: str, words: str, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def execv(path: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit):
+        main([*words.split(), flag])
+    assert started == [[sys.executable, "-m", "pipeline", "train", *run.split(), flag]]
 
 
 @pytest.mark.parametrize(

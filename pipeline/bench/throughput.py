@@ -46,7 +46,7 @@ def run_throughput(words: Sequence[str]) -> None:
     """The command: `bench throughput [--lengths 2048 16384] [--ranks N] RECIPE [flags]`."""
     own, rest = _split(words)
     options: ThroughputOptions = parse_flags(ThroughputOptions(), own, "mnemos bench throughput")
-    config = parse_run(rest or ["miras_tiny"], "bench throughput")
+    config = parse_run(rest or ["miras_tiny"], "bench throughput", options)
     lengths = options.lengths or (config.sequence_length,)
     runs: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
     for _ in range(options.repeats):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -271,6 +271,15 @@ class MemoryConfig:
 class MirasConfig(ModelConfig):
     """OLMo2 with a neural long-term memory."""
 
+    common: ClassVar[tuple[str, ...]] = (
+        "backbone.pretrained",
+        "backbone.trainable",
+        "attention.kind",
+        "attention.window",
+        "memory.layers",
+        "memory.rule",
+        "memory.attachment",
+    )
     system: tyro.conf.Suppress[str] = "miras"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

@@ -30,8 +30,9 @@ from pipeline.system import (
     StatefulLoader,
     StepContext,
     StepOutput,
+    System,
 )
-from pipeline.systems.miras import weights
+from pipeline.systems.miras import weights, words
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth
@@ -41,7 +42,7 @@ from pipeline.systems.miras.rules import memory_backend
 TERM = "cross_entropy"
 
 
-class MirasSystem:
+class MirasSystem(System):
     """OLMo2 with MIRAS neural long-term memory (see pipeline/system.py for the protocol)."""
 
     name = "miras"
@@ -100,17 +101,22 @@ class MirasSystem:
         attention, memory = self.sizes.attention, self.sizes.memory
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
-        where = "layers " + (", ".join(map(str, memory.layers)) or "none")
-        chunk = "" if memory.chunk_start is None else f" with gradients by chunks of {memory.chunk_start},"
-        attached = memory.attachment + (f" in segments of {memory.context}" if memory.attachment == "mac" else "")
         return {
             "backbone": f"{self.backbone.num_hidden_layers} layers of width {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
             f" {self.sizes.backbone.pretrained or 'random weights'}",
             "attention": f"{attention.kind} of {reach}, backend {backend}",
-            "memory": f"{memory.rule}{chunk} {attached} on {where},"
-            f" {memory.heads} heads of {memory.head_dim}, backend {memory_backend(memory, device_type, dtype)}",
+            "memory": words.memory_line(memory, memory_backend(memory, device_type, dtype)),
         }
+
+    def caption(self) -> str:
+        return words.caption(self.sizes)
+
+    def headline(self, evaluation: Evaluation) -> str:
+        return words.headline(evaluation.scalars)
+
+    def health(self, metrics: Mapping[str, float]) -> str:
+        return words.health(metrics)
 
     def build(self) -> nn.Module:
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)

@@ -179,7 +179,7 @@ class MemoryConfig:
     """Layers that get a memory, counted from 0."""
     rule: Rule = "titans"
     """titans: momentum and forgetting; delta: no momentum. These are exact. The others take their gradients at the
-    start of a chunk (docs/memory.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
+    start of a chunk (docs/memory_family.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
     retention; mlp: a two-layer memory; swiglu: a SwiGLU memory in large chunks."""
     backend: Literal["auto", "torch", "cpu", "cuda"] = "auto"
     """Backend of the memory scan; auto takes the fastest that fits. cpu and cuda: native, titans and delta alone."""

@@ -48,7 +48,7 @@ def headline(scalars: Mapping[str, float]) -> str:
 
 
 def health(metrics: Mapping[str, float]) -> str:
-    """The health numbers of docs/memory.md, in their order; empty without a memory or a window."""
+    """The health numbers of docs/memory_health.md, in their order; empty without a memory or a window."""
     parts = []
     if "norm_M" in metrics:
         alpha, eta, theta = (metrics[f"memory/{name}"] for name in ("alpha", "eta", "theta"))

@@ -12,7 +12,9 @@ Such a block is checked all the same: recipes, flags, values, layouts, test file
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -34,7 +36,7 @@ from pipeline.system import create_system
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-RUN = "outputs/miras_tiny"
+RUN = "outputs/prepared"
 TEXTS = "my_texts"
 """What the folder in which commands are run holds: a run with a checkpoint, and a folder of texts."""
 
@@ -214,9 +216,11 @@ def _train_once(given: tuple[str, ...], ranks: int) -> tuple[str, ...] | None:
     create_system(config).check(Topology(world=ranks, sequence=config.parallel.sequence))
     if config.model.backbone.pretrained is not None:  # type: ignore[attr-defined]
         return None
-    _, words = take(words, "--stop-after")  # a dry run is one step in any case
+    # A dry run is one step, that saves nothing, in any case.
+    for flag in ("--output-dir", "--stop-after", "--seed"):
+        _, words = take(words, flag)
     path, words = take(words, "--data.path")
-    return ("train", *words, *(["--data.path", TEXTS] if path else []), "--dry-run")
+    return ("train", *words, *(["--data.path", TEXTS] if path else []), "--batch-size", "1", "--dry-run")
 
 
 def _mnemos(words: list[str]) -> list[str] | None:
@@ -278,9 +282,11 @@ def run_all(commands: list[list[str]]) -> list[tuple[int, str]]:
 
     Each is a child of this process, whose imports it shares: DeepSpeed can be set up only once in a process.
     """
-    import pipeline.engine
-    import pipeline.plan
-    import pipeline.train  # noqa: F401
+    import pipeline
+
+    for module in pkgutil.walk_packages(pipeline.__path__, "pipeline."):
+        if module.name.startswith(("pipeline.systems", "pipeline.data", "pipeline.train", "pipeline.plan")):
+            importlib.import_module(module.name)
 
     results = []
     for words in commands:

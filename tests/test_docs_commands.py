@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from tests.docs_commands import (
     PAGES,
     ROOT,
+    RUN,
     TEXTS,
     Block,
     UnknownCommand,
@@ -23,7 +24,8 @@ from tests.docs_commands import (
 )
 
 BLOCKS = [(page, block) for page in PAGES for block in find_blocks(page.read_text())]
-PREPARE = ["train", "miras_tiny", "--steps", "1", "--evaluation.steps", "1", "--report.no-plots"]
+SMALL = "--sequence-length 64 --batch-size 1 --model.attention.window 16 --evaluation.steps 1 --report.no-plots"
+PREPARE = ["train", "miras_tiny", "--steps", "1", "--output-dir", RUN, *SMALL.split()]
 
 
 def judge(block: Block, own: set[str]) -> list[list[str]]:

@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 # Native builds look for ninja on the PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test check bench
+.PHONY: setup test check bench docs
 
 setup:
 	@./launch.sh --setup-only
@@ -24,3 +24,7 @@ check: setup
 
 bench: setup
 	$(PYTHON) -m pipeline bench throughput
+
+# What pages show of a command's output, made anew.
+docs: setup
+	@$(PYTHON) -m tests.docs_blocks

@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 # Native builds look for ninja on the PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test check bench gpu accept
+.PHONY: setup test check bench docs gpu accept
 
 setup:
 	@./launch.sh --setup-only
@@ -24,6 +24,10 @@ check: setup
 
 bench: setup
 	$(PYTHON) -m pipeline bench throughput
+
+# What pages show of a command's output, made anew.
+docs: setup
+	@$(PYTHON) -m tests.docs_blocks
 
 # make gpu [STAGES="correct speed train"] [OUT=FOLDER] [WHEELS=FOLDER]. Where nothing can be downloaded there is no
 # environment to set up: then the torch of python3 serves, and the kernels are built in place.

@@ -24,7 +24,7 @@ Mnemos trains language models that remember.
 
   train RECIPE [--section.field value ...]   run a recipe; with --help its common flags, with --help-all every one
   recipes                                    every recipe, one line each
-  plan RECIPE [flags]                        memory per device, tokens/s and hours, before anything is spent
+  plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
@@ -221,10 +221,13 @@ HELP = {
         "The first three take --json FILE, --repeats N and --help."
     ),
     "plan": (
-        "usage: mnemos plan RECIPE [--ranks N] [--device NAME] [--utilisation SHARE] [flags of the recipe]\n\n"
+        "usage: mnemos plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation SHARE] [--reserve GIB]\n"
+        "                   [flags of the recipe]\n\n"
         "  --ranks N            devices in all (default 1)\n"
-        "  --device NAME        a device with a known peak (default H200)\n"
-        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)\n\n"
+        "  --device NAME        a device of the table in docs/plan.md, or its driver's name (default H200)\n"
+        "  --all-devices        a table of what fits on every device of that table\n"
+        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)\n"
+        "  --reserve GIB        memory of a device that stays free (default 2 GiB and 5 % of the device's)\n\n"
         "`mnemos plan RECIPE --help` lists the recipe's common flags too, `--help-all` every one."
     ),
 }

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.devices import Device
     from pipeline.parallel.pulse import Pulse
     from pipeline.parallel.topology import Topology
 
@@ -233,8 +234,9 @@ class System(Protocol):
 
     def flops(self, sequence_length: int) -> Flops: ...
 
-    def activation_bytes(self, topology: Topology, element: int) -> int:
-        """Estimate of what one rank keeps for the backward pass of a micro-batch, at `element` bytes per number."""
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
+        """Estimate of what a step holds on one rank beside weights, gradients and optimizer, at `element` bytes per
+        number on such a device: bytes by what they are, which add up to the most there is at a time."""
         ...
 
 

@@ -6,7 +6,8 @@ before it says why::
 
     <!-- not run here: needs eight GPUs -->
 
-Such a block is checked all the same: recipes, flags, values, layouts, test files and make targets must exist.
+Such a block is checked all the same: recipes, flags, values, layouts, test files and make targets must exist. What is
+below an ``output of`` comment is made by `tests.docs_blocks`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.resume import ResumeOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
-from pipeline.errors import UserError
 from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags, take
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
@@ -108,7 +108,9 @@ def find_blocks(text: str) -> list[Block]:
             if end is None:
                 raise ValueError(f"line {start + 1}: the fenced block does not end")
             inside = lines[index:end]
-            if fence[2] in ("bash", "sh", "shell") or (fence[2] in ("", "text", "console") and _any_command(inside)):
+            if start and lines[start - 1].startswith("<!-- output of: "):
+                pass  # tests/test_docs_blocks.py runs it, and compares what it prints
+            elif fence[2] in ("bash", "sh", "shell") or (fence[2] in ("", "text", "console") and _any_command(inside)):
                 body = inside
             first, index = index + 1, end + 1
         elif line.startswith("    ") and (start == 0 or not lines[start - 1].strip() or mark is not None):

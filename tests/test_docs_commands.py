@@ -110,12 +110,17 @@ make test
 ```
 mnemos doctor
 ```
+
+<!-- output of: mnemos recipes -->
+```text
+$ mnemos recipes
+```
 """
 
 
 def test_blocks_of_commands_are_found_and_others_are_not() -> None:
     blocks = find_blocks(PAGE)
-    assert [(block.line, block.reason) for block in blocks] == [(5, "no time"), (11, None), (15, None), (24, None)]
+    assert [(block.line, block.reason) for block in blocks] == [(5, "no time"), (11, None), (16, None), (25, None)]
     assert blocks[0].commands() == [
         ["make", "test"],
         ["./launch.sh", "--num_gpus", "4", "miras_64k", "--output-dir", "1"],

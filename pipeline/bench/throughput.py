@@ -16,11 +16,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
 from pipeline.machine import Machine
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 MARK = "bench-result "
 """Starts the line that a case prints for its parent."""
@@ -106,7 +109,6 @@ def run_case(words: Sequence[str]) -> None:
     from pipeline.engine import Engine, building, deepspeed_config, device_of, precision_of, start, stop
     from pipeline.hardware import peak_flops, utilisation
     from pipeline.meter import Meter
-    from pipeline.plan import PlanOptions, make_plan
     from pipeline.run import Run, machine, versions
     from pipeline.system import create_system
     from pipeline.train import Trainer
@@ -142,13 +144,25 @@ def run_case(words: Sequence[str]) -> None:
             "mfu": utilisation(tok_s, flops, topology.world, peak_flops(config.report.peak_tflops)),
             "peak_memory": records[-1].peak_memory,
             "first_step": {"loss": records[0].loss, "grad_norm": records[0].grad_norm},
-            "planned_memory": make_plan(config, PlanOptions(ranks=topology.world)).memory,
+            "planned_memory": _planned_memory(config, topology.world),
             "facts": {"machine": machine(topology), "versions": versions()},
         }
         if topology.rank == 0:
             print(MARK + json.dumps(figures), flush=True)
     finally:
         stop()
+
+
+def _planned_memory(config: RunConfig, ranks: int) -> int | None:
+    """Bytes that `plan` expects on this device; None on a CPU, and on a GPU that it does not know."""
+    import torch
+
+    from pipeline.devices import find_device
+    from pipeline.hardware import on_gpu
+    from pipeline.plan import PlanOptions, make_plan
+
+    device = find_device(torch.cuda.get_device_name()) if on_gpu() else None
+    return None if device is None else make_plan(config, PlanOptions(ranks=ranks, device=device.name)).memory
 
 
 def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

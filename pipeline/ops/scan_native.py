@@ -22,6 +22,9 @@ KEY_DIMS = (32, 64, 128)
 VALUE_MULTIPLE = 16
 DTYPES = (torch.float32, torch.bfloat16)
 
+WORKSPACE = 2**30
+"""`kWorkspace` of kernels/miras_scan/cuda/arguments.cuh."""
+
 # The largest relative RMSE that the check at first use lets pass: ten times what is asked of the kernels in float32,
 # twice that in bfloat16, and far below what a wrong binary makes of the numbers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -125,6 +128,27 @@ def kept_bytes(rows: int, sequence: int, key_dim: int, value_dim: int, dtype: to
     """
     tokens = rows * sequence * (dtype.itemsize * (2 * key_dim + value_dim) + 12 + 4 * value_dim)
     return tokens + rows * -(-sequence // interval(key_dim, dtype)) * 8 * key_dim * value_dim
+
+
+def workspace_bytes(rows: int, sequence: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Scratch memory of a training call on CUDA, of its forward or its backward pass, whichever has more.
+
+    Its kernels work on spans of chunks of 64 tokens that keep what lies between them within `WORKSPACE`, a whole
+    interval between kept states at least (kernels/miras_scan/cuda/program.cuh). ``rows`` is batch x heads.
+    """
+    count = -(-sequence // 64)
+    every = min(interval(key_dim, dtype) // 64, count)
+    state = key_dim * value_dim
+    square, coefficients = 64 * 64, 8 * 64
+
+    def scratch(floats: int, multiple: int) -> int:
+        span = max(WORKSPACE // (4 * floats * rows) // multiple * multiple, multiple)
+        return 4 * floats * rows * min(span, count)
+
+    kept = every == 1
+    forward = scratch(2 * square + coefficients + (0 if kept else 2 * state), 1)
+    backward = scratch(square + coefficients + 64 * value_dim + (2 if kept else 4) * state, every)
+    return max(forward, backward)
 
 
 @functools.cache

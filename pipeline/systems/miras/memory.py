@@ -105,7 +105,7 @@ class MemoryBranch(nn.Module):
         (read,) = to_sequence([read], topology)
         gate = torch.sigmoid(self.gate_up(self.gate_down(normed)))
         out = self.o_proj(read.flatten(-2).to(gate.dtype) * gate)
-        new = MemoryCarry(memory.detach(), momentum.detach(), tail.detach(), tail_segments)
+        new = MemoryCarry(memory.detach(), momentum.detach(), tail, tail_segments)
         with torch.no_grad():
             health = memory_health(config.head_dim, new, gates.alpha, gates.eta, gates.theta)
         return out, new, health
@@ -126,7 +126,9 @@ class MemoryBranch(nn.Module):
         tokens = torch.cat([carry.tail.to(qkv.dtype), qkv], dim=1)
         segments = torch.cat([carry.tail_segments, segment_ids], dim=1)
         length = qkv.shape[1]
-        return causal_convolution(tokens, segments, kernel), tokens[:, length:], segments[:, length:]
+        # Copies: a slice would keep the whole step's tokens alive until the next step.
+        tail, tail_segments = tokens[:, length:].detach().clone(), segments[:, length:].clone()
+        return causal_convolution(tokens, segments, kernel), tail, tail_segments
 
     def _head_norm(self, read: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(read, (read.shape[-1],), eps=self.norm_eps) * weight

@@ -12,6 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.data.build import build_loader
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.devices import Device
 from pipeline.errors import UserError
 from pipeline.ops.attention import WindowCarry
 from pipeline.parallel.pulse import Pulse
@@ -217,23 +218,26 @@ class MirasSystem(System):
 
         return count_flops(self.sizes, self.backbone, sequence_length)
 
-    def activation_bytes(self, topology: Topology, element: int) -> int:
-        from pipeline.systems.miras.flops import activation_bytes, carry_bytes
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
+        from pipeline.systems.miras import activations
 
         rows = self.config.batch_size
-        recompute = self.config.activation_checkpointing
-        token = activation_bytes(
-            self.sizes,
-            self.backbone,
-            element,
-            recompute=recompute,
-            rows=rows,
-            sequence=self.config.sequence_length,
-            degree=topology.sequence,
+        kept, work = activations.step_bytes(
+            activations.Step(
+                self.sizes,
+                self.backbone,
+                element,
+                rows=rows,
+                sequence=self.config.sequence_length,
+                degree=topology.sequence,
+                recompute=self.config.activation_checkpointing,
+                natively=activations.runs_natively(self.sizes.memory, element, device),
+            )
         )
-        # The carry of a micro-batch exists twice while its step runs: as it was, and as it will be.
-        carried = (self.config.grad_accum + 1) * rows * carry_bytes(self.sizes, self.backbone, element)
-        return (rows * self.config.sequence_length * token + carried) // topology.sequence
+        # What the streams of all micro-batches carry is there as it was until the step is complete, and as it will be.
+        streams = 2 * self.config.grad_accum * rows
+        carry = streams * activations.carry_bytes(self.sizes, self.backbone, element) // topology.sequence
+        return {"carry": carry, "kept activations": kept, "working set": work}
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""

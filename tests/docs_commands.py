@@ -134,10 +134,10 @@ def _any_command(lines: list[str]) -> bool:
     return any(_COMMAND.match(line) for line in lines)
 
 
-def own_recipes(text: str) -> set[str]:
+def own_recipes(text: str) -> frozenset[str]:
     """Recipes that a page itself defines, in its Python."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    return set(re.findall(r"^def (\w+)", code, re.MULTILINE))
+    return frozenset(re.findall(r"^def (\w+)", code, re.MULTILINE))
 
 
 def check(words: list[str], own: Collection[str] = ()) -> list[str] | None:

@@ -22,3 +22,13 @@ class LostRankError(Exception):
     def __init__(self, reason: str, *, code: int, speaks: bool) -> None:
         super().__init__(reason)
         self.code, self.speaks = code, speaks
+
+
+def brief(value: object, limit: int = 160) -> str:
+    """An exception's message, or any text of a file, in one line of at most `limit` characters.
+
+    What cannot be printed is escaped: it may be what is wrong with the file.
+    """
+    line = " ".join(str(value).split())
+    line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+    return line if len(line) <= limit else line[: limit - 3] + "..."

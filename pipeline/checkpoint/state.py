@@ -24,7 +24,8 @@ from pipeline.errors import RankError, UserError
 from pipeline.hardware import on_gpu
 from pipeline.parallel.agreement import from_main, together
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import generator_for, load_safetensors, open_safetensors
+from pipeline.parallel.weight_files import file_tensors
+from pipeline.parallel.weights import generator_for, load_safetensors
 from pipeline.run import Progress, Run
 from pipeline.system import Carry, StatefulLoader
 
@@ -228,15 +229,14 @@ def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology)
             wrong = problems(checkpoint, hashes=True, only=(TRAINABLE,))
             if wrong:
                 raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
-        with open_safetensors(path) as handle:
-            names = list(handle.keys())
+        names = list(file_tensors(path))
         unknown = [name for name in names if name not in known]
         if unknown:
             raise UserError(f"{path}: {unknown[0]!r} is no parameter of this model: is it a checkpoint of another one?")
         return names
 
     names = together(topology, read_names)
-    load_safetensors(model, [path], {name: name for name in names}, topology, what=str(path))
+    load_safetensors(model, lambda: file_tensors(path), {name: name for name in names}, topology, what=str(path))
 
 
 def rng_state() -> dict[str, Any]:

@@ -288,7 +288,9 @@ class TestLoadTrainable:
 
     def test_another_shape_is_named(self, make_run) -> None:
         folder = save(make_run(), 5)
-        with pytest.raises(UserError, match=r"'weight' is \(2, 3\), the model wants \(2, 4\)"):
+        with pytest.raises(
+            UserError, match=r"'weight' in trainable\.safetensors is \(2, 3\), the model wants \(2, 4\)"
+        ):
             load_trainable(nn.Linear(4, 2), folder, Topology())
 
     def test_a_truncated_file_is_named(self, make_run) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.engine import deepspeed_config
+from pipeline.ds_config import offload_device
+from pipeline.engine import deepspeed_config, zero_stage
 from pipeline.errors import UserError
 from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
 from pipeline.hardware import PEAK_TFLOPS
@@ -70,12 +71,12 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     total = sum(sizes.values())
     trainable = sum({name: sizes[name] for phase in system.phases(model) for group in phase.groups
                      for name in group.parameters}.values())  # fmt: skip
-    zero = deepspeed_config(config).get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
+    ds_config = deepspeed_config(config)
+    stage = zero_stage(ds_config)
     element = 2 if config.precision != "fp32" else 4
 
     def held(count: float, since: int, offload: str) -> int:
-        if zero.get(offload, {}).get("device", "none") != "none":
+        if offload_device(ds_config, offload) != "none":
             return 0
         return int(count / options.ranks if stage >= since else count)
 

@@ -146,7 +146,7 @@ def test_a_terminal_that_closes_is_missed_by_nobody(bar: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
     os.close(theirs)
     seen = b""
-    while b"ready" not in seen:
+    while b"\n" not in seen:  # written apart from the word
         seen += os.read(ours, 100)
     os.close(ours)
     process.communicate(b"\n", timeout=60)

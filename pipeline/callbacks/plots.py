@@ -82,13 +82,13 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     panels = [("loss", "loss (nats per label)"), ("grad_norm", "gradient norm"), ("lr", "learning rate"),
               ("tok_s", "tokens per second")]  # fmt: skip
     for axis, (key, y_label) in zip(axes.flat, panels, strict=True):
-        points = [(row["step"], row[key]) for row in train if row.get(key) is not None]
+        points = _points(train, key)
         if points:
             axis.plot(*zip(*points, strict=True), linewidth=1, label="training")
         if key == "loss":
             names = sorted({name for row in held_out for name in row if name == "loss" or name.endswith("/loss")})
             for name in names:
-                points = [(row["step"], row[name]) for row in held_out if row.get(name) is not None]
+                points = _points(held_out, name)
                 if points:
                     variant = name.removesuffix("loss").rstrip("/").replace("_", " ")
                     label = f"held out, {variant}" if variant else "held out"
@@ -99,3 +99,8 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def _points(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Steps and values of the rows that have a number under `key`."""
+    return [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), (int, float))]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pipeline import __version__
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.flags import fit_ranks, parse_run, take
-from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, out_of_space, say
+from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, of_a_file, out_of_space, say
 from pipeline.stop import Stopped, StopRequests
 
 LAST_WORDS = 3.0
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             leave(0)
         return 0
     except RankError as error:
-        return _end(last_words(error), exit_code(error), everywhere=True)
+        return _end(None if error.said else last_words(error), exit_code(error), everywhere=True)
     except (UserError, Stopped) as error:
         return _end(None if error.said else last_words(error), exit_code(error))
     except LostRankError as error:
@@ -80,11 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hush(sys.stdout)
         return 0
     except OSError as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         if out_of_space(error):
             where = f" ({error.filename})" if error.filename else ""
-            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            mend = "make room and start again; the run resumes where it was"
-            return _end(f"{rank}no space left on the device{where}: {mend}", exit_code(error), everywhere=True)
+            fix = "make room and start again; the run resumes where it was"
+            return _end(f"{rank}no space left on the device{where}: {fix}", exit_code(error), everywhere=True)
+        if of_a_file(error):
+            fix = "correct it, or name another"
+            return _end(f"{rank}{error.filename}: {error.strerror}: {fix}", exit_code(error), everywhere=True)
         raise
 
 

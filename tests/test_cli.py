@@ -240,6 +240,24 @@ def test_a_full_disk_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch) -> No
     assert "no space left" in line and "run/metrics.jsonl" in line
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EROFS, errno.ESTALE])
+def test_a_file_that_the_system_refuses_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(words: object) -> None:
+        raise OSError(number, os.strerror(number), "data/part-1.txt")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert refusal("train") == f"mnemos: data/part-1.txt: {os.strerror(number)}: correct it, or name another"
+
+
+def test_an_error_of_the_system_that_names_no_file_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: object) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    with pytest.raises(ConnectionRefusedError):
+        main(["train"])
+
+
 def test_a_full_disk_of_one_rank_alone_is_said_by_that_rank(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rank has other disks and goes on: if this one says nothing, nobody does."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
@@ -27,8 +28,9 @@ class MetricsFile(Callback):
             done = self.run.progress.step
             kept = [row for row in read_rows(self.path) if row["step"] <= done] if done else []
             partial = self.path.with_name(".metrics.jsonl.partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(self.path)
+            with writing(self.path):
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                partial.replace(self.path)
 
     def on_step(self, record: StepRecord) -> None:
         self._write(
@@ -59,7 +61,7 @@ class MetricsFile(Callback):
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        with self.path.open("a") as handle:
+        with writing(self.path), self.path.open("a") as handle:
             handle.write(json.dumps(clean) + "\n")
 
 

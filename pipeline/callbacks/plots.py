@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.callbacks.base import Callback
 from pipeline.callbacks.metrics import read_rows
+from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Curve, Evaluation
 
@@ -25,7 +26,7 @@ class Plots(Callback):
         self.folder = run.folder / "plots"
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self.folder.mkdir(exist_ok=True)
+        self._make_folder()
         for name, curve in evaluation.curves.items():
             draw_curve(curve, self.folder / f"{name}.png", subtitle=f"after step {step}")
         self._training()
@@ -34,8 +35,12 @@ class Plots(Callback):
         if status == "failed":
             # The reason must reach the person first, and the curves up to the last evaluation are there.
             return
-        self.folder.mkdir(exist_ok=True)
+        self._make_folder()
         self._training()
+
+    def _make_folder(self) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
 
     def _training(self) -> None:
         path = self.run.folder / "metrics.jsonl"
@@ -67,11 +72,12 @@ def draw_curve(curve: Curve, path: Path, subtitle: str = "") -> None:
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend()
-    figure.savefig(path, dpi=120)
     clean = {
         label: [value if math.isfinite(value) else None for value in values] for label, values in curve.series.items()
     }
-    path.with_suffix(".json").write_text(json.dumps({"x": list(curve.x), "series": clean}, indent=1) + "\n")
+    with writing(path):
+        figure.savefig(path, dpi=120)
+        path.with_suffix(".json").write_text(json.dumps({"x": list(curve.x), "series": clean}, indent=1) + "\n")
 
 
 def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -98,7 +104,8 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         axis.set(xlabel="step", ylabel=y_label)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
 
 
 def _points(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:

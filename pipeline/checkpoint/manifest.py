@@ -15,7 +15,7 @@ import xxhash
 
 from pipeline.checkpoint.files import Entry, hash_of, sync_folder
 from pipeline.errors import UserError
-from pipeline.run import write_json
+from pipeline.output import write_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

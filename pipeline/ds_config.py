@@ -17,7 +17,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from pipeline.errors import UserError, brief
+from pipeline.errors import UserError, brief, shown
 
 ZERO = "zero_optimization"
 UNSAVED = ("elastic_checkpoint", "mics_shard_size", "round_robin_gradients")
@@ -48,7 +48,7 @@ def check_settings(path: Path, content: Any) -> None:
     zero = content.get(ZERO, {})
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: {ZERO}.stage is {brief(repr(stage))}: give 0, 1, 2 or 3")
+        raise UserError(f"{path}: {ZERO}.stage is {shown(stage)}: give 0, 1, 2 or 3")
     unsaved = [key for key in UNSAVED if zero.get(key) not in (None, False, 0, -1)]
     if offload_device(content, "offload_optimizer") == "nvme":
         unsaved.append("NVMe offload")
@@ -147,22 +147,22 @@ def _wrong_values(content: Mapping[str, Any], section: _Section, where: str = ""
             yield from _wrong_values(value, inner, f"{name}.")
         elif isinstance(default, bool) and isinstance(value, (int, float, str, type(None))):
             if not isinstance(value, bool):
-                yield f"{name} is {brief(repr(value))}: give true or false"
+                yield f"{name} is {shown(value)}: give true or false"
         elif isinstance(default, (int, float)) and not isinstance(default, bool):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                yield f"{name} is {brief(repr(value))}: give a number"
+                yield f"{name} is {shown(value)}: give a number"
             elif default > 0 and not value > 0:
-                yield f"{name} is {brief(repr(value))}: give a number above 0"
+                yield f"{name} is {shown(value)}: give a number above 0"
     if where:
         return
     # Their defaults are None, and DeepSpeed reads the values later.
     steps, dtypes = content.get("steps_per_print"), content.get("data_types")
     if type(steps) is not int or steps < 1:
-        yield f"steps_per_print is {brief(repr(steps))}: give a whole number above 0"
+        yield f"steps_per_print is {shown(steps)}: give a whole number above 0"
     for key in DTYPES:
         dtype = dtypes.get(key) if isinstance(dtypes, dict) else None
         if dtype is not None and dtype not in NAMES:
-            yield f"data_types.{key} is {brief(repr(dtype))}: give one of {', '.join(sorted(NAMES))}"
+            yield f"data_types.{key} is {shown(dtype)}: give one of {', '.join(sorted(NAMES))}"
 
 
 def _unread(content: Mapping[str, Any], section: _Section, where: str = "") -> Iterator[str]:
@@ -172,7 +172,7 @@ def _unread(content: Mapping[str, Any], section: _Section, where: str = "") -> I
         if key not in section.asked:
             zero = {name for field, info in DeepSpeedZeroConfig.model_fields.items() for name in (field, info.alias)}
             hint = f"it belongs in {ZERO}" if not where and key in zero else _meant(key, section.asked)
-            yield f"DeepSpeed knows no {brief(repr(f'{where}{key}'), 80)} and would pass over it: {hint}"
+            yield f"DeepSpeed knows no {shown(f'{where}{key}')} and would pass over it: {hint}"
         elif isinstance(value, dict) and isinstance(inner, _Section) and inner.asked:
             yield from _unread(value, inner, f"{where}{key}.")
 
@@ -188,11 +188,11 @@ def _first_error(error: pydantic.ValidationError, content: Mapping[str, Any], se
         parent = _model(error.title, [part for part in first["loc"][:-1] if isinstance(part, str)])
         fields = parent.model_fields if parent is not None else {}
         known = [info.alias or field for field, info in fields.items()]
-        return f"DeepSpeed knows no {brief(repr('.'.join(place)), 80)}: {_meant(place[-1], known)}"
+        return f"DeepSpeed knows no {shown('.'.join(place))}: {_meant(place[-1], known)}"
     message = brief(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     given = first["input"]
     plain = given is None or isinstance(given, (bool, int, float, str, list))
-    return f"{name}: {message}" + (f" (it is {brief(repr(given), 60)})" if plain else "")
+    return f"{name}: {message}" + (f" (it is {shown(given)})" if plain else "")
 
 
 def _model(title: str, place: Iterable[str]) -> type[pydantic.BaseModel] | None:

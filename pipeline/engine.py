@@ -31,7 +31,7 @@ from pipeline.checkpoint.shards import ShardFiles
 from pipeline.checkpoint.universal_convert import Shards
 from pipeline.config import RunConfig
 from pipeline.ds_config import check_accepted, check_settings, offload_device
-from pipeline.errors import RankError, UserError, brief
+from pipeline.errors import RankError, UserError, brief, shown
 from pipeline.hardware import on_gpu
 from pipeline.json_file import read_json
 from pipeline.machine import Machine
@@ -131,7 +131,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     for key, value in decided.items():
         if resolved.get(key, "auto") not in ("auto", value):
-            given = brief(repr(resolved[key]))
+            given = shown(resolved[key])
             raise UserError(f'{path}: {key} is {given} but the run says {value}: write "auto" there')
         resolved[key] = value
     resolved.pop("train_batch_size", None)

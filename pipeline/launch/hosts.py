@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.errors import UserError, brief
+from pipeline.errors import UserError, brief, shown
 from pipeline.launch.request import Request
 
 HOST_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
@@ -31,14 +31,13 @@ def read_hostfile(path: str) -> dict[str, int]:
         match = HOSTFILE_LINE.fullmatch(line)
         if not match:
             raise UserError(
-                f"--hostfile {path}, line {number}: {brief(repr(line))} is not `HOST slots=N`: give a host, a space,"
+                f"--hostfile {path}, line {number}: {shown(line)} is not `HOST slots=N`: give a host, a space,"
                 " slots= and the number of its GPUs"
             )
         host, slots = match[1], int(match[2])
         # Host names end up in ssh and shell commands: one that starts with a hyphen would be an option there.
         if not HOST_NAME.fullmatch(host):
-            shown = brief(repr(host))
-            raise UserError(f"--hostfile {path}, line {number}: {shown} is not a host name: {_name_fix(host)}")
+            raise UserError(f"--hostfile {path}, line {number}: {shown(host)} is not a host name: {_name_fix(host)}")
         if slots < 1:
             raise UserError(
                 f"--hostfile {path}, line {number}: {host} has no slots: give at least 1, or delete the line"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, Olmo2Config
 
-from pipeline.errors import UserError, brief
+from pipeline.errors import UserError, brief, shown
 from pipeline.json_file import read_json
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors
@@ -77,11 +77,11 @@ def _local_config(config: BackboneConfig) -> Olmo2Config | None:
             return None
         raise
     if not isinstance(found, Olmo2Config):
-        raise UserError(f"{flag}: its model type is {brief(repr(found.model_type))}, not 'olmo2'")
+        raise UserError(f"{flag}: its model type is {shown(found.model_type)}, not 'olmo2'")
     for name in SIZES:
         size = getattr(found, name)
         if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
-            raise UserError(f"{flag}: {name} in its config.json is {brief(repr(size))}: correct it")
+            raise UserError(f"{flag}: {name} in its config.json is {shown(size)}: correct it")
     heads, kv_heads = found.num_attention_heads, found.num_key_value_heads or found.num_attention_heads
     if found.hidden_size % heads or heads % kv_heads:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -41,6 +42,9 @@ Every command takes --help. Ranks are started by the deepspeed launcher:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/failures.md)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of a file may be no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")

@@ -22,11 +22,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "make room there" if out_of_space(error) else "make it writable"
-        reason = error.strerror or str(error)
-        raise RankError(
-            f"{path}: not written ({reason}): {fix} and start again; a run goes on from its last checkpoint"
-        ) from error
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> RankError:
+    """The one line that says so, with the fix."""
+    fix = "make room there" if out_of_space(error) else "make it writable"
+    reason = error.strerror or str(error)
+    return RankError(f"{path}: not written ({reason}): {fix} and start again; a run goes on from its last checkpoint")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -36,10 +36,10 @@ from pipeline.checkpoint.state import (
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import LostRankError, RankError, UserError
-from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, say
+from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
 from pipeline.lock import FolderLock
 from pipeline.meter import Meter
-from pipeline.output import write_json
+from pipeline.output import not_written, write_json
 from pipeline.parallel.agreement import agree, from_all, from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.pulse import Pulse, next_step
@@ -202,6 +202,12 @@ class Trainer:
         except KeyboardInterrupt:
             status = "interrupted"
             raise
+        except OSError as error:
+            if not out_of_space(error):
+                raise
+            # Libraries write pictures, events and traces; they name no file.
+            shared = not_written(Path(error.filename or run.folder), error)
+            raise shared from error
         finally:
             self._end(status, shared)
 

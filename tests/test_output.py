@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import train
+from pipeline.callbacks import Callback
 from pipeline.callbacks.metrics import MetricsFile
-from pipeline.callbacks.plots import draw_curve, draw_training
 from pipeline.callbacks.progress import ProgressLines
+from pipeline.checkpoint.save import Saver
 from pipeline.errors import RankError
 from pipeline.output import overwrite_json, write_json, writing
+from pipeline.parallel.pulse import Pulse
 from pipeline.run import write_run_file
-from pipeline.system import Curve, Evaluation
-from tests.checkpoint.small_runs import a_run
+from pipeline.system import Evaluation
+from tests.checkpoint.small_runs import STREAMS, a_run
 
 FULL = Path("/dev/full")
 """The device that is always full."""
@@ -94,13 +97,10 @@ def test_a_run_file_that_cannot_be_written_at_all_is_named(tmp_path: Path) -> No
 def test_every_file_of_a_run_is_named_when_the_disk_is_full(tmp_path: Path) -> None:
     run = a_run(tmp_path, step=1)
     metrics, lines = MetricsFile(run), ProgressLines(run)
-    curve = Curve("title", "x", "y", (1.0, 2.0), {"on": (1.0, 2.0)})
     evaluation = Evaluation({"loss": 2.0})
     jobs = {
         "metrics.jsonl": lambda: metrics.on_evaluation(1, evaluation),
         "training.log": lambda: lines.on_checkpoint("checkpoint-1"),
-        "training.png": lambda: draw_training([], tmp_path / "training.png", "title"),
-        "curve.png": lambda: draw_curve(curve, tmp_path / "curve.png"),
     }
     for name, job in jobs.items():
         job()
@@ -124,3 +124,25 @@ def test_the_log_takes_the_name_of_a_folder_that_is_no_text(tmp_path: Path) -> N
     folder.mkdir()
     ProgressLines(a_run(folder)).on_checkpoint("checkpoint-1")
     assert "run-\\udcff/checkpoints/checkpoint-1" in (folder / "training.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["plots/training.png", None])
+def test_a_full_disk_under_a_library_ends_a_run_as_under_ourselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str | None
+) -> None:
+    """Pictures, events and traces are written by libraries, whose errors may name no file."""
+
+    class Picture(Callback):
+        def on_start(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([] if name is None else [name]))
+
+    run = a_run(tmp_path)
+    monkeypatch.setattr(train, "create_callbacks", lambda run: [Picture()])
+    trainer = train.Trainer.__new__(train.Trainer)
+    trainer.run, trainer.phase, trainer.ds_config = run, run.phase, {}  # type: ignore[assignment]
+    trainer.pulse = Pulse(run.topology)
+    trainer.saver = Saver(run, STREAMS)
+    with pytest.raises(RankError, match=rf"{name or tmp_path}: not written \(No space left on device\)") as caught:
+        trainer.execute(None)
+    assert capsys.readouterr().err == f"mnemos: {caught.value}\n" and caught.value.said
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"

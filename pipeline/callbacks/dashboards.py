@@ -7,7 +7,6 @@ from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.errors import UserError
-from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
@@ -31,20 +30,15 @@ class TensorBoard(Callback):
     def __init__(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = run.folder / "tensorboard"
-        with writing(self.folder):
-            self.writer = SummaryWriter(str(self.folder), purge_step=run.progress.step + 1)
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.progress.step + 1)
 
     def on_step(self, record: StepRecord) -> None:
-        self._add(_scalars(record), record.step)
+        for name, value in _scalars(record).items():
+            self.writer.add_scalar(name, value, record.step)
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._add({f"val/{name}": value for name, value in evaluation.scalars.items()}, step)
-
-    def _add(self, scalars: dict[str, float], step: int) -> None:
-        with writing(self.folder):
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
+        for name, value in evaluation.scalars.items():
+            self.writer.add_scalar(f"val/{name}", value, step)
 
     def on_end(self, status: str) -> None:
         self.writer.close()

@@ -14,6 +14,9 @@ from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
+NAMES = ("mode", "phase")
+"""Keys whose values are words; all others are numbers or null."""
+
 
 class MetricsFile(Callback):
     """Appends rows; a resume first drops the rows of steps that will be run again."""
@@ -85,7 +88,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """An object of names and finite numbers with a mode and a step; None for any other line."""
+    """An object of finite numbers with a mode and a step; None for any other line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, or not text
@@ -95,13 +98,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
     step = row.get("step")
     if type(step) is not int or not 0 <= step < 2**63:
         return None
-    return row if all(map(_is_value, row.values())) else None
+    return row if all(key in NAMES or _is_number(value) for key, value in row.items()) else None
 
 
-def _is_value(value: Any) -> bool:
-    if isinstance(value, (int, float)):
-        return abs(value) <= sys.float_info.max
-    return value is None or isinstance(value, str)
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max)
 
 
 def is_evaluated(folder: Path, step: int) -> bool:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.callbacks.base import Callback
 from pipeline.callbacks.metrics import read_rows
-from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Curve, Evaluation
 
@@ -26,7 +25,7 @@ class Plots(Callback):
         self.folder = run.folder / "plots"
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._make_folder()
+        self.folder.mkdir(exist_ok=True)
         for name, curve in evaluation.curves.items():
             draw_curve(curve, self.folder / f"{name}.png", subtitle=f"after step {step}")
         self._training()
@@ -35,12 +34,8 @@ class Plots(Callback):
         if status == "failed":
             # The reason must reach the person first, and the curves up to the last evaluation are there.
             return
-        self._make_folder()
+        self.folder.mkdir(exist_ok=True)
         self._training()
-
-    def _make_folder(self) -> None:
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
 
     def _training(self) -> None:
         path = self.run.folder / "metrics.jsonl"
@@ -72,12 +67,11 @@ def draw_curve(curve: Curve, path: Path, subtitle: str = "") -> None:
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend()
+    figure.savefig(path, dpi=120)
     clean = {
         label: [value if math.isfinite(value) else None for value in values] for label, values in curve.series.items()
     }
-    with writing(path):
-        figure.savefig(path, dpi=120)
-        path.with_suffix(".json").write_text(json.dumps({"x": list(curve.x), "series": clean}, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({"x": list(curve.x), "series": clean}, indent=1) + "\n")
 
 
 def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -88,13 +82,13 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     panels = [("loss", "loss (nats per label)"), ("grad_norm", "gradient norm"), ("lr", "learning rate"),
               ("tok_s", "tokens per second")]  # fmt: skip
     for axis, (key, y_label) in zip(axes.flat, panels, strict=True):
-        points = _points(train, key)
+        points = [(row["step"], row[key]) for row in train if row.get(key) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), linewidth=1, label="training")
         if key == "loss":
             names = sorted({name for row in held_out for name in row if name == "loss" or name.endswith("/loss")})
             for name in names:
-                points = _points(held_out, name)
+                points = [(row["step"], row[name]) for row in held_out if row.get(name) is not None]
                 if points:
                     variant = name.removesuffix("loss").rstrip("/").replace("_", " ")
                     label = f"held out, {variant}" if variant else "held out"
@@ -104,10 +98,4 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         axis.set(xlabel="step", ylabel=y_label)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    with writing(path):
-        figure.savefig(path, dpi=120)
-
-
-def _points(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Steps and values of the rows that have a number under `key`."""
-    return [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), (int, float))]
+    figure.savefig(path, dpi=120)

@@ -6,7 +6,6 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 
 from pipeline.callbacks.base import Callback
 from pipeline.hardware import on_gpu
-from pipeline.output import writing
 from pipeline.run import Run
 
 
@@ -17,19 +16,18 @@ class Profiler(Callback):
         activities = [ProfilerActivity.CPU]
         if on_gpu():
             activities.append(ProfilerActivity.CUDA)
-        self.folder = run.folder / "profile"
+        folder = run.folder / "profile"
         self.profiler = profile(
             activities=activities,
             schedule=schedule(wait=1, warmup=1, active=run.config.profile, repeat=1),
-            on_trace_ready=tensorboard_trace_handler(str(self.folder), worker_name=f"rank{run.topology.rank}"),
+            on_trace_ready=tensorboard_trace_handler(str(folder), worker_name=f"rank{run.topology.rank}"),
         )
 
     def on_start(self) -> None:
         self.profiler.start()
 
     def after_step(self, step: int) -> None:
-        with writing(self.folder):
-            self.profiler.step()
+        self.profiler.step()
 
     def on_end(self, status: str) -> None:
         self.profiler.stop()

@@ -78,8 +78,9 @@ def write(evaluation: Evaluation, folder: Path, facts: dict[str, object]) -> Non
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**facts, "scalars": scalars}, indent=2) + "\n")
-    for name, curve in evaluation.curves.items():
-        draw_curve(curve, folder / f"{name}.png")
+    with writing(folder):
+        for name, curve in evaluation.curves.items():
+            draw_curve(curve, folder / f"{name}.png")
 
 
 def render(evaluation: Evaluation) -> str:

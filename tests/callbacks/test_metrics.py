@@ -168,6 +168,7 @@ SPOILT = {
     "NaN": b'{"mode": "train", "step": 2, "loss": NaN}',
     "a number that no float holds": b'{"mode": "train", "step": 2, "loss": 1' + b"0" * 400 + b"}",
     "more digits than are read": b'{"mode": "train", "step": 2, "loss": ' + b"9" * 5000 + b"}",
+    "a word in place of a number": b'{"mode": "train", "step": 2, "loss": "high"}',
     "a list in a row": b'{"mode": "train", "step": 2, "loss": [1.0]}',
     "nesting without end": b'{"mode": ' + b"[" * 100_000,
 }

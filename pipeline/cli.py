@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
-from pipeline.errors import LostRankError, RankError, UserError
+from pipeline.errors import LostRankError, RankError, UserError, brief
 from pipeline.flags import fit_ranks, parse_run, take
 from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, of_a_file, out_of_space, say
 from pipeline.stop import Stopped, StopRequests
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _end(f"{rank}no space left on the device{where}: {fix}", exit_code(error), everywhere=True)
         if of_a_file(error):
             fix = "correct it, or name another"
-            return _end(f"{rank}{error.filename}: {error.strerror}: {fix}", exit_code(error), everywhere=True)
+            return _end(f"{rank}{brief(error.filename)}: {error.strerror}: {fix}", exit_code(error), everywhere=True)
         raise
 
 

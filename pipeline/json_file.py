@@ -6,10 +6,14 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
 MAX_DEPTH = 100
 """Levels of nesting. Nothing here needs more than ten; readers of the values are recursive."""
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 1000
+"""Bytes that file systems take."""
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -47,11 +51,11 @@ def read_json(path: Path, fix: str) -> Any:
 
 
 def is_inside(name: object) -> bool:
-    """Whether a name that a file lists is that of a file in the same folder, or below it."""
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+    """Whether a name that a file lists can be that of a file in the same folder, or below it."""
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name or len(name) > LONGEST_PATH:
         return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.name != ""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not {"/", "//", ".."} & set(parts) and all(len(p.encode()) <= LONGEST_NAME for p in parts)
 
 
 def _children(value: Any) -> list[Any]:
@@ -65,7 +69,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} is given twice: keep one")
+        raise ValueError(f"{shown(twice)} is given twice: keep one")
     return found
 
 

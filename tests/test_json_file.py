@@ -65,7 +65,12 @@ def test_names_in_a_folder(name: str) -> None:
     assert is_inside(name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/../../b", "/a", "a\\b", "a\0", None, 3, ["a"]])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../a", "a/../../b", "/a", "//a", "a\\b", "a\0", "a\nb", "\ud800", "a" * 256, "ä" * 128, "a/" * 501,
+     None, 3, ["a"]],
+    ids=lambda name: ascii(name)[:20],
+)  # fmt: skip
 def test_names_that_are_of_no_file_in_a_folder(name: object) -> None:
     assert not is_inside(name)
 

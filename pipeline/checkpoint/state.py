@@ -19,7 +19,7 @@ from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, pr
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
-from pipeline.errors import RankError, UserError
+from pipeline.errors import RankError, UserError, shown
 from pipeline.hardware import on_gpu
 from pipeline.json_file import read_json
 from pipeline.parallel.agreement import from_main, together
@@ -31,8 +31,6 @@ from pipeline.system import Carry, StatefulLoader
 
 TRAINABLE = "trainable.safetensors"
 TRAINER_STATE = "trainer_state.json"
-FACTS = ("step", "world", "zero_stage", "global_batch", "frozen")
-"""What a resume asks the manifest for."""
 RESTORE = "restore the file, or resume from another checkpoint with --resume PATH"
 
 
@@ -79,7 +77,7 @@ def locate_checkpoint(config: RunConfig) -> Path | None:
 
 def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path) -> RunConfig:
     """The config with as many micro-batches as keep the checkpoint's global batch on this layout. Raises UserError."""
-    rows, whole = config.batch_size * topology.data, _complete_manifest(checkpoint)["global_batch"]
+    rows, whole = config.batch_size * topology.data, _manifest_with(checkpoint, "global_batch")["global_batch"]
     if whole % rows:
         raise UserError(
             f"{checkpoint} was trained with {whole} sequences per step, and --batch-size {config.batch_size} on"
@@ -97,7 +95,7 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     """
     assert run.engine is not None
     verify_together(checkpoint, run.topology)
-    manifest = _complete_manifest(checkpoint)
+    manifest = _manifest_with(checkpoint, "step", "world", "zero_stage", "frozen")
     if manifest["frozen"] != run.frozen:
         raise UserError(
             f"{checkpoint} was trained on other frozen weights than this run has: give the pretrained weights it was"
@@ -123,10 +121,10 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     return load_carry(checkpoint, streams, run.topology, run.device)
 
 
-def _complete_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, with all that a resume asks it for. Raises UserError."""
+def _manifest_with(checkpoint: Path, *facts: str) -> dict[str, Any]:
+    """The manifest of a checkpoint, which says all of `facts`. Raises UserError."""
     manifest = read_manifest(checkpoint) or {}
-    missing = next((fact for fact in FACTS if fact not in manifest), None)
+    missing = next((fact for fact in facts if fact not in manifest), None)
     if missing is not None:
         raise UserError(
             f"{checkpoint / MANIFEST}: says nothing of {missing!r}: it is of another version of this program; take the"
@@ -199,7 +197,7 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
     wrong = problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(f"{wrong[0]}: {RESTORE}")
-    system = (read_manifest(checkpoint) or {}).get("system")
+    system = _manifest_with(checkpoint, "system")["system"]
     if system != config.model.system:
         raise UserError(
             f"{checkpoint} was saved with system {system}, this run has {config.model.system}: resume with its recipe"
@@ -255,7 +253,9 @@ def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology)
         names = list(file_tensors(path))
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise UserError(f"{path}: {unknown[0]!r} is no parameter of this model: is it a checkpoint of another one?")
+            raise UserError(
+                f"{path}: {shown(unknown[0])} is no parameter of this model: is it a checkpoint of another one?"
+            )
         return names
 
     names = together(topology, read_names)

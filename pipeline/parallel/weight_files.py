@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, brief, shown
 from pipeline.json_file import is_inside, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): copy or save it again") from None
+        raise UserError(f"{path}: cannot be read ({brief(error)}): copy or save it again") from None
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -55,7 +55,9 @@ def index_files(folder: Path) -> dict[str, str]:
         raise UserError(f"{path}: has no `weight_map` of tensors and files: {AGAIN}")
     for tensor, name in names.items():
         if not is_inside(name):
-            raise UserError(f"{path}: {tensor!r} is said to be in {name!r}, which is no file of the folder: {AGAIN}")
+            raise UserError(
+                f"{path}: {shown(tensor)} is said to be in {shown(name)}, which is no file of the folder: {AGAIN}"
+            )
     return names
 
 
@@ -81,8 +83,8 @@ def model_tensors(folder: Path) -> dict[str, StoredTensor]:
         twice = next((tensor for tensor in tensors if tensor in found), None)
         if twice is not None:
             raise UserError(
-                f"{folder / INDEX}: {twice!r} is in two of the files it names, {found[twice].file.name} and {name}:"
-                f" {AGAIN}"
+                f"{folder / INDEX}: {shown(twice)} is in two of the files it names, {found[twice].file.name} and"
+                f" {name}: {AGAIN}"
             )
         found.update(tensors)
     return {tensor: _as_said(folder, tensor, name, found) for tensor, name in index.items()}
@@ -92,7 +94,7 @@ def _as_said(folder: Path, tensor: str, name: str, found: Mapping[str, StoredTen
     stored = found.get(tensor)
     if stored is None or stored.file != folder / name:
         where = "" if stored is None else f" (it is in {stored.file.name})"
-        raise UserError(f"{folder / INDEX}: says that {tensor!r} is in {name}, which lacks it{where}: {AGAIN}")
+        raise UserError(f"{folder / INDEX}: says that {shown(tensor)} is in {name}, which lacks it{where}: {AGAIN}")
     return stored
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.parallel.agreement import together
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import StoredTensor, open_safetensors
@@ -83,18 +83,18 @@ def _checked(
 ) -> Mapping[str, StoredTensor]:
     missing = [tensor for tensor in rename.values() if tensor not in stored]
     if missing:
-        raise UserError(f"{what}: {len(missing)} tensors are missing, {missing[0]!r} first: another model?")
+        raise UserError(f"{what}: {len(missing)} tensors are missing, {shown(missing[0])} first: another model?")
     parameters = dict(model.named_parameters())
     for name, tensor in rename.items():
         found, wanted = stored[tensor], tuple(full_shape(parameters[name]))
         if found.shape != wanted:
             raise UserError(
-                f"{what}: {tensor!r} in {found.file.name} is {found.shape}, the model wants {wanted}: another model, or"
-                " other sizes?"
+                f"{what}: {shown(tensor)} in {found.file.name} is {found.shape}, the model wants {wanted}: another"
+                " model, or other sizes?"
             )
         if found.dtype not in FLOATING:
             raise UserError(
-                f"{what}: {tensor!r} in {found.file.name} is {found.dtype}, the model wants floating-point weights that"
-                " are not quantised: give the original ones"
+                f"{what}: {shown(tensor)} in {found.file.name} is {found.dtype}, the model wants floating-point"
+                " weights that are not quantised: give the original ones"
             )
     return stored

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
-from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError
+from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief
 from pipeline.flags import fit_ranks, parse_run, take, wants_help
-from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, out_of_space, say
+from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, of_a_file, out_of_space, say
 from pipeline.spelling import did_you_mean, nearest
 from pipeline.stop import Stopped, StopRequests
 
@@ -43,6 +44,9 @@ Every command takes --help. Ranks are started by the deepspeed launcher:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/failures.md)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of a file may be no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -64,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except RankError as error:
         at_once = isinstance(error, DeviceLostError)
-        return _end(last_words(error), exit_code(error), everywhere=True, at_once=at_once)
+        message = None if error.said else last_words(error)
+        return _end(message, exit_code(error), everywhere=True, at_once=at_once)
     except (UserError, Stopped) as error:
         return _end(None if error.said else last_words(error), exit_code(error))
     except LostRankError as error:
@@ -83,11 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hush(sys.stdout)
         return 0
     except OSError as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         if out_of_space(error):
             where = f" ({error.filename})" if error.filename else ""
-            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            mend = "make room and start again; the run resumes where it was"
-            return _end(f"{rank}no space left on the device{where}: {mend}", exit_code(error), everywhere=True)
+            fix = "make room and start again; the run resumes where it was"
+            return _end(f"{rank}no space left on the device{where}: {fix}", exit_code(error), everywhere=True)
+        if of_a_file(error):
+            fix = "correct it, or name another"
+            return _end(f"{rank}{brief(error.filename)}: {error.strerror}: {fix}", exit_code(error), everywhere=True)
         raise
 
 

@@ -134,10 +134,16 @@ def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 
 def fit_ranks(config: RunConfig, words: Sequence[str], ranks: int) -> RunConfig:
-    """The recipe's sequence degree made to fit the ranks; a degree that the user gave is left alone, to be refused."""
+    """The recipe's sequence degree made to fit the ranks; one that a flag or a --config file gives is left alone, to be
+    refused."""
     import math
+    from pathlib import Path
 
-    if any(word.partition("=")[0] in ("--parallel.sequence", "--config") for word in words):
+    from pipeline.archive import states
+
+    file, _ = take(list(words), "--config")
+    stated = file is not None and states(Path(file), "parallel", "sequence")
+    if stated or any(word.partition("=")[0] == "--parallel.sequence" for word in words):
         return config
     degree = math.gcd(config.parallel.sequence, ranks)
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=degree))

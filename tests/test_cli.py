@@ -248,6 +248,24 @@ def test_a_full_disk_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch) -> No
     assert "no space left" in line and "run/metrics.jsonl" in line
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EROFS, errno.ESTALE])
+def test_a_file_that_the_system_refuses_is_one_line(refusal, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(words: object) -> None:
+        raise OSError(number, os.strerror(number), "data/part-1.txt")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert refusal("train") == f"mnemos: data/part-1.txt: {os.strerror(number)}: correct it, or name another"
+
+
+def test_an_error_of_the_system_that_names_no_file_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: object) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    with pytest.raises(ConnectionRefusedError):
+        main(["train"])
+
+
 def test_a_full_disk_of_one_rank_alone_is_said_by_that_rank(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rank has other disks and goes on: if this one says nothing, nobody does."""
 
@@ -402,13 +420,31 @@ def test_flags_of_sections() -> None:
         ("--steps 3", 1, 1),
         ("--parallel.sequence 2", 1, 2),
         ("--parallel.sequence=2", 3, 2),
-        ("--config run.yaml", 1, 2),
     ],
 )
 def test_a_recipes_sequence_degree_fits_the_ranks_and_a_stated_one_is_left_alone(
     words: str, ranks: int, degree: int
 ) -> None:
     assert fit_ranks(miras_tiny(), words.split(), ranks).parallel.sequence == degree
+
+
+@pytest.mark.parametrize("flag", ["--config run.yaml", "--config=run.yaml"])
+@pytest.mark.parametrize(
+    ("fields", "words", "degree"),
+    [
+        ("steps: 3", "", 1),
+        ("parallel: {timeout_minutes: 5}", "", 1),
+        ("steps: 3", " --parallel.sequence 2", 2),
+        ("parallel: {sequence: 2}", "", 2),
+    ],
+)
+def test_a_config_file_of_a_few_fields_fits_the_ranks_unless_it_states_the_degree(
+    flag: str, fields: str, words: str, degree: int, tmp_path: Path
+) -> None:
+    """On one rank the recipe's own degree was held against a file that says nothing of it."""
+    (tmp_path / "run.yaml").write_text(f"recipe: miras_tiny\n{fields}\n")
+    command = f"{flag}{words}".split()
+    assert fit_ranks(parse_run(command, "train"), command, 1).parallel.sequence == degree
 
 
 def test_no_flags_are_the_recipe() -> None:

@@ -30,6 +30,7 @@ from pipeline.bench.peers import PEERS, Run
 from pipeline.errors import UserError
 from pipeline.flags import parse_flags
 from pipeline.hardware import Roof, on_gpu, roof
+from pipeline.output import writing
 from pipeline.parallel.topology import Topology
 from pipeline.run import machine, versions
 
@@ -120,9 +121,10 @@ def run_kernels(words: Sequence[str]) -> None:
         "notes": list(dict.fromkeys(notes)),
         "rows": rows,
     }
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(render(result))
+    if options.json is not None:
+        with writing(options.json):
+            options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def check(options: KernelOptions, device: torch.device) -> tuple[list[Shape], list[Op], list[str]]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags, take, wants_help
 from pipeline.machine import Machine
+from pipeline.output import writing
 
 if TYPE_CHECKING:
     from pipeline.bench.saves import Saves
@@ -75,9 +76,10 @@ def run_resume(words: Sequence[str]) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result = {"recipe": config.recipe, "words": rest, "options": dataclasses.asdict(options), **result}
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(render(result))
+    if options.json is not None:
+        with writing(options.json):
+            options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def _existing(path: Path) -> Path:

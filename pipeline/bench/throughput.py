@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
 from pipeline.machine import Machine
+from pipeline.output import writing
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -65,9 +66,10 @@ def run_throughput(words: Sequence[str]) -> None:
         "rows": rows,
         **runs[lengths[0]][0]["facts"],
     }
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(render(result))
+    if options.json is not None:
+        with writing(options.json):
+            options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.leave import hush
+from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
@@ -105,7 +106,9 @@ class ProgressLines(Callback):
                 hush(sys.stdout if self.bar is None else sys.stderr)
 
     def _write(self, line: str) -> None:
-        with (self.run.folder / "training.log").open("a") as handle:
+        path = self.run.folder / "training.log"
+        # The name of a folder may be no text.
+        with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 

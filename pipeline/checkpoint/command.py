@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, read_manifest
+from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, read_manifest, unlisted
 from pipeline.errors import UserError
 from pipeline.flags import wants_help
 from pipeline.spelling import did_you_mean, nearest, nearest_flag
@@ -182,11 +182,7 @@ def check(checkpoint: Path, *, hashes: bool) -> list[str]:
     except OSError as error:
         return [f"{error.filename or checkpoint}: {error.strerror or error}"]
     if manifest is not None:
-        # DeepSpeed finds shards by their names: one that nobody vouches for would be read like the others.
-        listed = {MANIFEST, *manifest["files"]}
-        held = (path.relative_to(checkpoint) for path in sorted(checkpoint.rglob("*")) if path.is_file())
-        extra = [path for path in held if path.as_posix() not in listed and not path.name.startswith(".")]
-        found = [f"{checkpoint / path}: not in the manifest" for path in extra]
+        found = [f"{checkpoint / path}: not in the manifest" for path in unlisted(checkpoint, manifest)]
     return found
 
 
@@ -240,7 +236,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["problem"] is not None:
         return [row["name"], "-", "-", "-", "-", "-"]
     ranks = f"{row['world']} (data {row['data']} x sequence {row['sequence']})"
-    return [row["name"], str(row["step"]), human(row["bytes"]), ranks, str(row["zero_stage"]), row["format"]]
+    return [row["name"], str(row["step"]), human(row["bytes"]), ranks, str(row["zero_stage"]), str(row["format"])]
 
 
 def _line(*cells: str) -> str:

@@ -16,6 +16,7 @@ from pipeline.checkpoint.state import load_trainable
 from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.flags import parse_flags
+from pipeline.output import writing
 from pipeline.parallel.pulse import Pulse
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
@@ -73,11 +74,14 @@ def resolve(path: Path) -> Path:
 
 def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtitle: str = "") -> None:
     """evaluation.json, and per curve a PNG, titled with what it is of, and its numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "evaluation.json"
     scalars = {name: value if math.isfinite(value) else None for name, value in evaluation.scalars.items()}
-    (folder / "evaluation.json").write_text(json.dumps({**facts, "scalars": scalars}, indent=2) + "\n")
-    for name, curve in evaluation.curves.items():
-        draw_curve(curve, folder / f"{name}.png", subtitle)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**facts, "scalars": scalars}, indent=2) + "\n")
+    with writing(folder):
+        for name, curve in evaluation.curves.items():
+            draw_curve(curve, folder / f"{name}.png", subtitle)
 
 
 def render(evaluation: Evaluation) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.ds_config import offload_device
+
 DEFAULTS = {
     "contiguous_gradients": True,
     "reduce_bucket_size": 500_000_000,
@@ -34,7 +36,7 @@ def zero_bytes(ds_config: Mapping[str, Any], counts: Counts, *, ranks: int, elem
     stage = int(zero.get("stage", 0))
 
     def held(count: float, since: int, offload: str) -> int:
-        if zero.get(offload, {}).get("device", "none") != "none":
+        if offload_device(ds_config, offload) != "none":
             return 0
         return int(count / ranks if stage >= since else count)
 

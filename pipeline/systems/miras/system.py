@@ -64,9 +64,12 @@ class MirasSystem(System):
         self.backbone._attn_implementation = ATTENTION_NAME
 
     def check(self, topology: Topology) -> None:
-        """Raises UserError when heads or sequence cannot be divided over the ranks, or nothing would be trained."""
+        """Raises UserError when heads or sequence cannot be divided over the ranks, nothing would be trained, or local
+        weights are not whole."""
         if not self.sizes.memory.layers and not self.sizes.backbone.trainable:
             raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
+        if weights.is_local(self.sizes.backbone):
+            weights.pretrained_tensors(self.sizes.backbone)
         degree = topology.sequence
         counts = {
             "sequence length": self.config.sequence_length,

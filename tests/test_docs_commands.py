@@ -187,7 +187,7 @@ def test_a_block_that_does_not_end_is_an_error() -> None:
 def test_a_wrong_command_is_an_error_although_it_is_marked(line: str) -> None:
     (block,) = find_blocks(f"<!-- not run here: x -->\n```bash\n{line}\n```\n")
     with pytest.raises((UserError, ValueError)):
-        judge(block, frozenfrozenset())
+        judge(block, frozenset())
 
 
 @pytest.mark.parametrize("line", ["ls", "make test", "./launch.sh --num_gpus 4 miras_64k", "mnemos bench kernels"])

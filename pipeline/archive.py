@@ -13,6 +13,9 @@ import yaml
 from pipeline.config import RunConfig
 from pipeline.errors import UserError, brief, shown
 
+LONGEST = 4096
+"""Bytes of the longest path, and so of any text in a config."""
+
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
     """The config as plain YAML values."""
@@ -111,8 +114,8 @@ def merge(default: Any, changes: dict[str, Any], where: str) -> Any:
             continue
         if isinstance(value, bool) and not isinstance(current, bool):
             raise UserError(f"{where}: {key}: {value!r} is true or false where {current!r} stands by default")
-        if not _is_text(value):
-            raise UserError(f"{where}: {key}: {shown(value)} has a character that no name can have")
+        if not _can_name(value):
+            raise UserError(f"{where}: {key}: {shown(value)} cannot name anything")
         try:
             values[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
         except pydantic.ValidationError as error:
@@ -120,11 +123,11 @@ def merge(default: Any, changes: dict[str, Any], where: str) -> Any:
     return dataclasses.replace(default, **values)
 
 
-def _is_text(value: Any) -> bool:
-    """Whether the strings in a value can name a file: they hold no NUL and can be encoded."""
+def _can_name(value: Any) -> bool:
+    """Whether the strings in a value can name a file: they hold no NUL, can be encoded, are no longer than paths."""
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     try:
-        return not any(b"\0" in os.fsencode(text) for text in (value if isinstance(value, list) else [value])
-                       if isinstance(text, str))  # fmt: skip
+        return all(b"\0" not in (name := os.fsencode(text)) and len(name) < LONGEST for text in texts)
     except UnicodeEncodeError:
         return False
 

@@ -12,8 +12,8 @@ MAX_DEPTH = 100
 """Levels of nesting. Nothing here needs more than ten; readers of the values are recursive."""
 
 
-LONGEST_NAME, LONGEST_PATH = 255, 1000
-"""Bytes that file systems take."""
+LONGEST_NAME, LONGEST_INSIDE = 255, 1000
+"""Bytes of a file's name, which file systems take, and of its place in a folder, which leave room for the folder's."""
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -52,7 +52,7 @@ def read_json(path: Path, fix: str) -> Any:
 
 def is_inside(name: object) -> bool:
     """Whether a name that a file lists can be that of a file in the same folder, or below it."""
-    if not isinstance(name, str) or not name.isprintable() or "\\" in name or len(name) > LONGEST_PATH:
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name or len(name.encode()) > LONGEST_INSIDE:
         return False
     parts = PurePosixPath(name).parts
     return bool(parts) and not {"/", "//", ".."} & set(parts) and all(len(p.encode()) <= LONGEST_NAME for p in parts)

@@ -33,7 +33,7 @@ from pipeline.launch.hosts import read_hostfile
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import INDEX, SINGLE, model_tensors, open_safetensors
 from pipeline.recipes import all_recipes
-from pipeline.recipes.miras import miras_tiny
+from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.system import Evaluation
 from pipeline.systems.miras.config import BackboneConfig
 from pipeline.systems.miras.weights import backbone_config
@@ -237,7 +237,9 @@ class TestThroughTheCommandLine:
         assert "Traceback" not in err
         if code == 2:
             lines = [line for line in err.splitlines() if line.startswith("mnemos: ")]
-            assert len(lines) == 1 and name in lines[0], f"{what}: {err}"
+            assert len(lines) == 1, f"{what}: {err}"
+            # A value of a config that only the machine or the ranks refuse is named by its flag.
+            assert name in lines[0] or (name == "config.yaml" and "--" in lines[0]), f"{what}: {err}"
 
     @pytest.mark.parametrize("name", ["config.yaml", "mine.json", "manifest.json", SINGLE])
     def test_in_this_process(
@@ -246,9 +248,7 @@ class TestThroughTheCommandLine:
         words: list[str]
         path = tmp_path / name
         if name == "config.yaml":
-            config = replace(miras_tiny(), output_dir=tmp_path / "out", data__dataset=None, data__path=("text.txt",))
-            (tmp_path / "text.txt").write_text("A document of some length, and another sentence.\n" * 400)
-            path.write_text(json.dumps(to_plain(config)))
+            path.write_text(json.dumps(to_plain(replace(miras_recall(), output_dir=tmp_path / "out"))))
             words = ["check", "--config", str(path), "--launch-ranks", "2"]
         elif name == "mine.json":
             path.write_bytes((CONFIG_FOLDER / "zero2.json").read_bytes())

@@ -19,7 +19,7 @@ from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, pr
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
-from pipeline.errors import RankError, UserError, shown
+from pipeline.errors import RankError, UserError, brief, shown
 from pipeline.hardware import on_gpu
 from pipeline.json_file import read_json
 from pipeline.parallel.agreement import from_main, together
@@ -200,7 +200,8 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
     system = _manifest_with(checkpoint, "system")["system"]
     if system != config.model.system:
         raise UserError(
-            f"{checkpoint} was saved with system {system}, this run has {config.model.system}: resume with its recipe"
+            f"{checkpoint} was saved with system {brief(system)}, this run has {config.model.system}: resume with its"
+            " recipe"
         )
     saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
     different = _first_difference(saved, config.model, to_plain(config)["model"], "--model")

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from pipeline.config import ModelConfig
+from pipeline.config import LARGEST, ModelConfig
 from pipeline.data.synthetic import RecallConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.ops.gates import MAX_MOMENTUM
 
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
@@ -301,6 +301,7 @@ class MirasConfig(ModelConfig):
 
 def _at_least(least: int, section: object, name: str, *fields: str) -> None:
     for key in fields:
-        if getattr(section, key) < least:
-            flag = f"--model.{name}.{key.replace('_', '-')}"
-            raise UserError(f"{flag} is {getattr(section, key)}: give {least} or more")
+        value = getattr(section, key)
+        if not least <= value <= LARGEST:
+            fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
+            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")

@@ -1,4 +1,4 @@
-"""`make accept` lists long experiments and runs one: its figures, its verdict, a line for the results."""
+"""`make accept` lists long experiments and runs one: its figures, its outcome, a line for the results."""
 
 from __future__ import annotations
 

@@ -7,11 +7,12 @@ from typing import Any
 
 
 def read_junit(text: str) -> dict[str, Any]:
-    """Counts of tests, what failed, why tests were skipped, and the figures that tests recorded by `record_property`.
+    """Counts of tests, which passed, what failed, why tests were skipped, and what they gave to `record_property`.
 
     Raises xml.etree.ElementTree.ParseError.
     """
     counts = {"passed": 0, "failed": 0, "skipped": 0}
+    names: list[str] = []
     failures: list[str] = []
     reasons: set[str] = set()
     properties: dict[str, str] = {}
@@ -24,5 +25,7 @@ def read_junit(text: str) -> dict[str, Any]:
         if skipped is not None:
             reasons.add(skipped.get("message") or "no reason given")
         counts["failed" if bad is not None else "skipped" if skipped is not None else "passed"] += 1
+        if bad is None and skipped is None:
+            names.append(case.get("name", ""))
         properties |= {entry.get("name", ""): entry.get("value", "") for entry in case.iter("property")}
-    return counts | {"failures": failures, "reasons": sorted(reasons), "properties": properties}
+    return counts | {"names": names, "failures": failures, "reasons": sorted(reasons), "properties": properties}

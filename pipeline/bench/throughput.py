@@ -100,8 +100,12 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
     done = subprocess.run(command, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
     if line is None:
-        tail = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise UserError(f"the run at {length} tokens failed: {tail[-1] if tail else 'no output'}")
+        if "Traceback" in done.stderr:
+            print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+        tail = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
+        # A launcher says more after the line that counts.
+        why = next((line for line in reversed(tail) if "OutOfMemoryError" in line), tail[-1])
+        raise UserError(f"the run at {length} tokens failed: {why.strip()}")
     return json.loads(line.removeprefix(MARK))
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from pipeline import hardware
+from pipeline.bench.throughput import _planned_memory
+from pipeline.plan import PlanOptions, make_plan
+from pipeline.recipes.miras import miras_64k
 from tests.launch.harness import single
 
 
@@ -23,3 +29,12 @@ def test_lengths_are_measured_and_written(tmp_path: Path) -> None:
         assert row["planned_memory"] is None and row["first_step"]["loss"] > 0 and row["first_step"]["grad_norm"] > 0
     assert found["versions"]["torch"] and found["machine"]["device"]["kind"] == "cpu"
     assert "n/a" in done.stdout and "512" in done.stdout
+
+
+def test_the_plan_of_the_device_stands_beside_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = miras_64k()
+    monkeypatch.setattr(hardware, "on_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert _planned_memory(config, 1) == make_plan(config, PlanOptions(device="H100")).memory
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA X1")
+    assert _planned_memory(config, 1) is None

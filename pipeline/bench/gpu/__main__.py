@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -46,16 +48,18 @@ def run(stages: Sequence[str]) -> int:
         raise UserError(f"OUT is {folder}: {error.strerror}: name a folder that can be written") from None
     environment = dict(os.environ)
     paths = [str(ROOT)]
+    site = ROOT / "build" / "gpu-packages"
+    # What an earlier call installed is there.
+    sys.path.append(str(site))
     if wheels := environment.get("WHEELS"):
-        site = ROOT / "build" / "gpu-packages"
         installed = install_missing(Path(wheels).absolute(), site)
         print(f"installed {len(installed)} packages from {wheels}" if installed else f"{wheels}: nothing is missing")
-        # After this Python's own packages, which the wheels only add to.
-        sys.path.append(str(site))
-        paths.append(str(site))
         importlib.invalidate_caches()
+    if site.is_dir():
+        paths.append(str(site))
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [environment.get("PYTHONPATH")])])
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    tools = [str(Path(environment.get("CUDA_HOME") or "/usr/local/cuda") / "bin")]
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", ""), *tools])
     target = find_target(environment)
     environment = device_environment(environment, target)
     facts = Facts(target.name, target.driver, versions(), commit(), sources_digest(), target.memory)
@@ -69,9 +73,12 @@ def run(stages: Sequence[str]) -> int:
             result = before or run_step(stage, step, folder, facts, environment, left)
             print(line(result, again=before is not None), flush=True)
             results.append(result)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{render(results)}")
-    return 1 if any(result["status"] in BAD for result in results) else 0
+    return 1 if any(result["status"] in BAD and not result["peer"] for result in results) else 0
 
 
 if __name__ == "__main__":
+    # A step is in a process group of its own, which ends with this process only where this one unwinds.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

@@ -39,7 +39,7 @@ def measure(device: torch.device) -> Ceilings:
     try:
         return Ceilings(
             copy=_copy(large, device),
-            cached_copy=_copy(2**23 if device.type == "cuda" else 2**18, device),
+            cached_copy=_copy(2**23 if device.type == "cuda" else 2**18, device, copies=100),
             bf16=_product(side, torch.bfloat16, device),
             tf32=_product(side, torch.float32, device),
         )
@@ -47,10 +47,22 @@ def measure(device: torch.device) -> Ceilings:
         torch.set_float32_matmul_precision(before)
 
 
-def _copy(size: int, device: torch.device) -> float:
+def _copy(size: int, device: torch.device, copies: int = 10) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _seconds(lambda: target.copy_(source), device, calls=10)
+
+    def work() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    if device.type == "cuda":
+        # A small copy is done before the next can be launched one by one.
+        work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return 2 * size * copies / _seconds(graph.replay, device, calls=1)
+    return 2 * size * copies / _seconds(work, device, calls=1)
 
 
 def _product(side: int, dtype: torch.dtype, device: torch.device) -> float:

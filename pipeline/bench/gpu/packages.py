@@ -67,4 +67,6 @@ def tool_version(command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     release = re.search(r"(?:release|[Vv]ersion)\s+([\d.]+)", answer.stdout)
-    return release[1] if release else None
+    # A C++ compiler ends its first line with its version.
+    numbers = re.findall(r"\b\d+(?:\.\d+)+\b", answer.stdout.partition("\n")[0])
+    return release[1] if release else numbers[-1] if numbers else None

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.bench.gpu.runner import FINAL, slug
-from pipeline.bench.gpu.steps import all_steps
+from pipeline.bench.gpu.steps import STAGES, all_steps
 from pipeline.bench.gpu.table import headline
 from pipeline.bench.gpu.target import Target
 from pipeline.errors import UserError
 from pipeline.flags import take
-from pipeline.provenance import ROOT
+from pipeline.provenance import ROOT, commit, sources_digest
 
 BEGIN, END = "<!-- bench report: begin -->", "<!-- bench report: end -->"
 """Around what this writes in docs/results.md."""
@@ -34,6 +35,9 @@ USAGE = """usage: mnemos bench report FOLDER [--docs FOLDER]
 
 FOLDER holds what `make gpu` wrote. The results are kept in docs/gpu/DEVICE.json, and docs/results.md is brought up to
 date: a table per device, and one of what has never run on a GPU."""
+
+NEEDED = {"stage", "step", "status", "device", "memory", "figures", "sources", "written"}
+"""Keys that every result has."""
 
 Result = dict[str, Any]
 
@@ -61,8 +65,11 @@ def read_results(folder: Path) -> list[Result]:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not JSON ({error}): remove the file, or run make gpu again") from None
-        if isinstance(content, dict) and {"stage", "step", "status", "device", "figures"} <= content.keys():
-            results.append(content)
+        found = content if isinstance(content, list) else [content]
+        results += [entry for entry in found if isinstance(entry, dict) and entry.keys() >= NEEDED]
+    # All results are in one file, and each in its own.
+    results.sort(key=lambda result: result["written"])
+    results = list({(entry["device"], entry["stage"], entry["step"]): entry for entry in results}.values())
     if not results:
         raise UserError(f"{folder}: no results of make gpu: name the folder that it wrote to")
     if any(result["memory"] is None for result in results):
@@ -79,11 +86,22 @@ def keep(results: Iterable[Result], folder: Path) -> list[Path]:
     for device, new in by_device.items():
         path = folder / f"{slug(device)}.json"
         kept = {(old["stage"], old["step"]): old for old in (_load(path) if path.exists() else [])}
-        kept |= {(result["stage"], result["step"]): result for result in new}
+        for result in new:
+            before = kept.get((result["stage"], result["step"]))
+            # What the same code has shown is not taken back by a run that had no time or package for it.
+            shown = before is not None and before["sources"] == result["sources"] and before["status"] in FINAL
+            if not shown or result["status"] in FINAL:
+                kept[result["stage"], result["step"]] = _with_commit(result)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
         written.append(path)
     return written
+
+
+def _with_commit(result: Result) -> Result:
+    """A copy of the sources without their history ran it: the commit is that of the same sources here."""
+    here = commit() if result["commit"] is None and result["sources"] == sources_digest() else None
+    return result if here is None or here.endswith("+") else result | {"commit": here}
 
 
 def _load(path: Path) -> list[Result]:
@@ -122,14 +140,16 @@ def _device(name: str, results: Sequence[Result]) -> str:
         "| step | result | figures | command | commit, date |",
         "|---|---|---|---|---|",
     ]
-    lines += [_row(result) for result in results]
+    order = {(stage, step.name): index for index, (stage, step) in enumerate(all_steps(ANY_GPU))}
+    lines += [_row(r) for r in sorted(results, key=lambda r: order.get((r["stage"], r["step"]), len(order)))]
     return "\n".join(lines)
 
 
 def _row(result: Result) -> str:
     figures = "; ".join(headline(result)) or result["reason"] or ""
     status = result["status"] + (f": {result['reason']}" if result["status"] not in ("passed", "skipped") else "")
-    date, source = result["written"][:10], (result["commit"] or result["sources"])[:8]
+    date = result["written"][:10]
+    source = result["commit"][:8] if result["commit"] else f"sources {result['sources'][:8]}"
     cells = (result["step"], status, figures, f"`{_command(result)}`", f"{source}, {date}")
     return f"| {' | '.join(_cell(cell) for cell in cells)} |"
 
@@ -137,9 +157,9 @@ def _row(result: Result) -> str:
 def _command(result: Mapping[str, Any]) -> str:
     """As a person would type it, without the file of figures."""
     words = [word.replace("{python}", "python") for word in result["command"]]
-    return re.sub(r" (--json |--junitxml=)?\{(result|scratch)\}", "", " ".join(words)).replace(
-        " -p no:cacheprovider", ""
-    )
+    text = " ".join([*(f"{key}={value}" for key, value in result["environment"].items()), shlex.join(words)])
+    text = re.sub(r" (--json )?'(--junitxml=)?\{(result|scratch)\}'", "", text)
+    return text.replace(" -p no:cacheprovider", "")
 
 
 def _cell(text: str) -> str:
@@ -149,6 +169,8 @@ def _cell(text: str) -> str:
 def _never_run(results: Sequence[Result]) -> str:
     ran = {(result["stage"], result["step"]) for result in results if result["status"] in FINAL}
     left = [(stage, step) for stage, step in all_steps(ANY_GPU) if (stage, step.name) not in ran]
+    # Every stage builds.
+    left = [(stage, step) for stage, step in left if not step.always or stage == STAGES[0]]
     lines = ["### Never run on a GPU yet", ""]
     lines += ["| what it would show | step | stage of `make gpu` |", "|---|---|---|"]
     lines += [f"| {_cell(step.shows)} | {step.name} | {stage} |" for stage, step in left]

@@ -27,7 +27,7 @@ PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 OUT_OF_MEMORY, SKIPPED, NOT_RUN = "out of memory", "skipped", "not run"
 FINAL = (PASSED, OUT_OF_MEMORY)
 """Results that the same code on the same device need not be asked for again."""
-BAD = (FAILED, TIMED_OUT)
+BAD = (FAILED, TIMED_OUT, NOT_RUN)
 
 LEAST = 10.0
 """Seconds below which no step is started."""
@@ -63,12 +63,12 @@ def finished(folder: Path, stage: str, step: Step, facts: Facts) -> dict[str, An
         result = json.loads(result_file(folder, stage, step.name).read_text())
     except (OSError, ValueError):
         return None
-    same = isinstance(result, dict) and (
-        (result.get("sources"), result.get("device"), result.get("driver"))
-        == (facts.sources, facts.target, facts.driver)
-        and result.get("command") == list(step.command)
-    )
-    return result if same and result.get("status") in FINAL else None
+    wanted = {
+        "sources": facts.sources, "device": facts.target, "driver": facts.driver, "command": list(step.command),
+        "versions": dict(facts.versions),
+    }  # fmt: skip
+    same = isinstance(result, dict) and all(result.get(key) == value for key, value in wanted.items())
+    return result if same and not step.always and result.get("status") in FINAL else None
 
 
 def run_step(
@@ -85,8 +85,11 @@ def run_step(
         "limit": limit, "command": list(step.command), "environment": dict(step.environment), "device": facts.target,
         "memory": facts.memory, "driver": facts.driver, "versions": dict(facts.versions), "commit": facts.commit,
         "sources": facts.sources, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "figures": {},
+        "peer": step.peer,
     }  # fmt: skip
-    missing = lacking(step.needs) + [tool for tool in step.tools if shutil.which(tool) is None]
+    missing = lacking(step.needs) + [
+        tool for tool in step.tools if shutil.which(tool, path=environment.get("PATH")) is None
+    ]
     if missing:
         result |= {"status": SKIPPED, "reason": f"{', '.join(missing)} not installed"}
     elif limit < LEAST:
@@ -102,6 +105,8 @@ def run_step(
             result["seconds"] = time.perf_counter() - begun
             result["figures"], unreadable = _figures(step, output)
         result["status"], result["reason"] = _outcome(step, code, log, result["figures"], unreadable, limit)
+        if result["status"] == TIMED_OUT and limit < step.limit:
+            result |= {"status": NOT_RUN, "reason": f"the stage had {limit:.0f} s left, which were too few"}
     path = result_file(folder, stage, step.name)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=2) + "\n")
@@ -162,20 +167,24 @@ def _outcome(
     """Status and reason."""
     if code is None:
         return TIMED_OUT, f"not done in {limit:.0f} s"
-    text = log.read_text(errors="replace")
+    # The first line is the command.
+    text = log.read_text(errors="replace").partition("\n")[2]
+    last = _last_line(text)
     if code == 0 and unreadable is None:
-        failure = step.judge(figures)
+        try:
+            failure = step.judge(figures)
+        except (KeyError, TypeError, IndexError) as error:
+            failure = f"its figures are not as expected ({type(error).__name__}: {error})"
         if failure is None:
             return PASSED, None
-        return (OUT_OF_MEMORY if MEMORY_WORDS.search(failure) else FAILED), failure
-    last = _last_line(text)
-    if code != 0 and MEMORY_WORDS.search(text):
-        return OUT_OF_MEMORY, last
+        return (OUT_OF_MEMORY if step.measures and MEMORY_WORDS.search(failure) else FAILED), failure
     if figures.get("failures"):
         return FAILED, figures["failures"][0]
+    if code != 0 and step.measures and (short := MEMORY_WORDS.search(text)):
+        return OUT_OF_MEMORY, next(line.strip()[:300] for line in text.splitlines() if short[0] in line)
     return FAILED, last if code > 0 else f"ended by signal {-code}" if code < 0 else unreadable
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"

@@ -23,7 +23,8 @@ ENGINE = (
     *("deepspeed", "transformers", "datasets", "einops", "safetensors", "pydantic", "psutil", "xxhash", "yaml"),
 )
 
-BACKENDS = ("cuda", "torch")
+PEERLESS: tuple[str, ...] = ("torch",)
+"""What is timed beside the native kernel, but for peers."""
 PEER_MODULES = {
     "fla-gated-delta": ("fla", "triton"),
     "fla-momentum": ("fla", "triton"),
@@ -53,6 +54,12 @@ class Step:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     judge: Judge = lambda _: None
     """From the figures of a step whose process ended well: why it has not passed, or None."""
+    measures: bool = False
+    """Whether it asks what the device can do, so that running out of memory is an answer."""
+    peer: bool = False
+    """Whether it runs somebody else's code, whose failure is not ours."""
+    always: bool = False
+    """Whether it runs again although it has passed: what it leaves behind may be gone."""
 
 
 def all_passed(figures: Figures) -> str | None:
@@ -72,9 +79,11 @@ def kernels_checked(figures: Figures) -> str | None:
     return f"{failed[0]['op']} ({failed[0]['case']}): {failed[0]['failure']}" if failed else None
 
 
-def has_rows(figures: Figures) -> str | None:
-    """A bench leaves out what cannot run, and says why."""
-    return None if figures["rows"] else "; ".join(figures["notes"]) or "nothing was measured"
+def has_both_passes(figures: Figures) -> str | None:
+    """`bench kernels` leaves out what cannot run, and says why."""
+    if {row["pass"] for row in figures["rows"]} == {"forward", "forward+backward"}:
+        return None
+    return "; ".join(figures["notes"]) or "nothing was measured"
 
 
 def pytest(*words: str) -> tuple[str, ...]:
@@ -86,8 +95,11 @@ def module(name: str, *words: str) -> tuple[str, ...]:
 
 
 def steps_of(stage: str, target: Target) -> list[Step]:
-    """The steps of a stage on a GPU, or their small forms where the emulator stands in for one."""
-    return {"correct": _correct, "speed": _speed, "train": _train}[stage](target)
+    """The steps of a stage on a GPU, or their small forms where the emulator stands in for one.
+
+    Every stage begins with the build, since each may be the first on its machine; it is short when up to date.
+    """
+    return [_build(target), *{"correct": _correct, "speed": _speed, "train": _train}[stage](target)]
 
 
 def all_steps(target: Target) -> list[tuple[str, Step]]:
@@ -96,23 +108,23 @@ def all_steps(target: Target) -> list[tuple[str, Step]]:
 
 
 def _correct(target: Target) -> list[Step]:
-    return [
-        Step(
-            "versions", "which driver, compiler and packages it was", module("pipeline.bench.gpu.device", RESULT), 60,
-            needs=("torch",), writes="json",
-        ),
-        _build(target),
-        Step(
-            "doctor", "every kernel agrees with PyTorch on the device at its first use",
-            module("pipeline", "doctor", "--json", RESULT), 120, needs=("torch",), writes="json",
-            judge=(lambda _: None) if target.emulated else kernels_checked,
-        ),
-        *(_emulated_tests() if target.emulated else _device_tests()),
-        Step(
-            "training step", "loss and gradient norm of one step in bfloat16 beside float32",
-            module("pipeline.bench.gpu.precision", RESULT, *_small_model(target)), 150, needs=ENGINE, writes="json",
-        ),
-    ]  # fmt: skip
+    """What costs least and tells most comes first."""
+    versions = Step(
+        "versions", "which driver, compiler and packages it was", module("pipeline.bench.gpu.device", RESULT), 60,
+        needs=("torch",), writes="json",
+    )  # fmt: skip
+    doctor = Step(
+        "doctor", "every kernel agrees with PyTorch on the device at its first use",
+        module("pipeline", "doctor", "--json", RESULT), 120, needs=("torch",), writes="json",
+        judge=(lambda _: None) if target.emulated else kernels_checked,
+    )  # fmt: skip
+    training = Step(
+        "training step", "loss and gradient norm of one step in bfloat16 beside float32",
+        module("pipeline.bench.gpu.precision", RESULT, *_small_model(target)), 150, needs=ENGINE, writes="json",
+    )  # fmt: skip
+    if target.emulated:
+        return [versions, doctor, *_emulated_tests(), training]
+    return [versions, doctor, *_scan_tests(), training, *_other_tests()]
 
 
 def _build(target: Target) -> Step:
@@ -125,46 +137,57 @@ def _build(target: Target) -> Step:
         environment = {"MNEMOS_BUILD": "require", "TORCH_CUDA_ARCH_LIST": target.architecture}
     return Step(
         "build", "the kernels compile for the device", (PYTHON, "setup.py", "--quiet", "build_ext", *where), 300,
-        needs=("setuptools", "ninja"), environment=environment,
+        needs=("setuptools",), environment=environment, always=True,
     )  # fmt: skip
 
 
-def _device_tests() -> list[Step]:
-    scans = ("tests/gpu/test_miras_scan_cuda.py", "tests/gpu/test_affine_scan_cuda.py")
+SCAN_TESTS = ("tests/gpu/test_miras_scan_cuda.py", "tests/gpu/test_affine_scan_cuda.py")
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool")
+"""Errors that the CUDA API returns are left out: PyTorch asks for functions that a driver may not have."""
+
+
+def _scan_tests() -> list[Step]:
     return [
         Step(
             "scans", "values and gradients of both scans against the float64 token loop",
-            pytest("-m", "gpu and not full_size", *scans), 200, needs=TESTS, writes="junit", judge=all_passed,
+            pytest("-m", "gpu and not full_size", *SCAN_TESTS), 200, needs=TESTS, writes="junit", judge=all_passed,
         ),
         Step(
             "scans at full size", "64K tokens, 16 heads of 128: the time, and the PyTorch path at 20K tokens",
-            pytest("-m", "gpu and full_size", *scans), 120, needs=TESTS, writes="junit", judge=all_passed,
-        ),
-        *(
-            Step(
-                tool, f"no error that compute-sanitizer's {tool} sees in small cases of both scans",
-                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest("-m", "gpu and small", *scans)),
-                90, needs=TESTS, tools=("compute-sanitizer",), writes="junit", judge=all_passed,
-                # The sanitizer sees nothing that is written past a block but within PyTorch's cache of blocks.
-                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-            for tool in ("memcheck", "racecheck", "initcheck")
-        ),
-        Step(
-            "lost device", "a kernel that breaks its GPU ends the run with one line",
-            pytest("-m", "gpu", "tests/gpu/test_lost_device.py"), 90, needs=TESTS, writes="junit", judge=all_passed,
-        ),
-        Step(
-            "attention", "FlexAttention and flash-attention against attention in float64",
-            pytest("-m", "gpu", "-rs", "tests/gpu/test_attention_backends.py"), 150, needs=TESTS, writes="junit",
-            judge=some_passed,
+            pytest("-m", "gpu and full_size", *SCAN_TESTS), 120, needs=TESTS, writes="junit", judge=all_passed,
         ),
     ]  # fmt: skip
 
 
-def some_passed(figures: Figures) -> str | None:
-    """Attention backends that are not installed, or do not take a case, are skipped and counted."""
-    return None if figures.get("passed") else "no test ran"
+def _other_tests() -> list[Step]:
+    attention = [
+        Step(
+            f"{kind} attention", f"FlexAttention and flash-attention, {kind}, against attention in float64",
+            pytest("-m", "gpu", "-k", kind, "tests/gpu/test_attention_backends.py"), 120, needs=TESTS, writes="junit",
+            judge=flex_passed,
+        )
+        for kind in ("full", "window")
+    ]  # fmt: skip
+    lost = Step(
+        "lost device", "a kernel that breaks its GPU ends the run with one line",
+        pytest("-m", "gpu", "tests/gpu/test_lost_device.py"), 90, needs=TESTS, writes="junit", judge=all_passed,
+    )  # fmt: skip
+    sanitizers = [
+        Step(
+            tool, f"no error that compute-sanitizer's {tool} sees in small cases of both scans",
+            (*SANITIZER, tool, *pytest("-m", "gpu and small", *SCAN_TESTS)), 90, needs=TESTS,
+            tools=("compute-sanitizer",), writes="junit", judge=all_passed,
+            # The sanitizer sees nothing that is written past a block but within PyTorch's cache of blocks.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        for tool in ("memcheck", "racecheck", "initcheck")
+    ]  # fmt: skip
+    return [*attention, lost, *sanitizers]
+
+
+def flex_passed(figures: Figures) -> str | None:
+    """FlexAttention is in every torch for CUDA; other backends that are not installed are skipped and counted."""
+    return None if any("flex" in name for name in figures["names"]) else "no case of FlexAttention passed"
 
 
 def _emulated_tests() -> list[Step]:
@@ -181,7 +204,7 @@ def _emulated_tests() -> list[Step]:
         Step(
             "attention", "attention on the CPU against attention in float64",
             pytest("tests/ops/test_attention.py", "-k", "empty_carry"), 150, needs=TESTS, writes="junit",
-            judge=some_passed,
+            judge=all_passed,
         ),
     ]  # fmt: skip
 
@@ -193,49 +216,59 @@ def _small_model(target: Target) -> tuple[str, ...]:
 
 
 def _speed(target: Target) -> list[Step]:
-    shapes = ("1x256x2x32",) if target.emulated else ("1x8Kx16x128", "1x64Kx16x128")
-    contenders = ("torch",) if target.emulated else (*BACKENDS, *PEER_MODULES)
-    dtype = "float32" if target.emulated else "bfloat16"
-    steps = [
-        Step(
-            "ceilings", "the device's own limits: a copy, and matrix products",
-            module("pipeline.bench.gpu.ceilings", RESULT), 60, needs=("torch",), writes="json",
-        )
-    ]  # fmt: skip
-    steps += [
-        Step(
-            f"{name} {shape}", f"the memory op by {name}, forward and backward, {dtype}",
-            module(
-                "pipeline", "bench", "kernels", "--shapes", shape, "--dtype", dtype, "--json", RESULT,
-                *_only(name),
-            ),
-            60, needs=(*BENCH, *PEER_MODULES.get(name, ())), writes="json", judge=has_rows,
-        )
-        for shape in shapes for name in contenders
-    ]  # fmt: skip
-    steps += [
+    """Our own figures first: peers compile for minutes."""
+    if target.emulated:
+        shapes: tuple[str, ...] = ("1x256x2x32",)
+        native, dtype, rest = "cpu", "float32", PEERLESS
+    else:
+        shapes = ("1x8Kx16x128", "1x64Kx16x128")
+        native, dtype, rest = "cuda", "bfloat16", (*PEERLESS, *PEER_MODULES)
+    ceilings = Step(
+        "ceilings", "the device's own limits: copies, and matrix products",
+        module("pipeline.bench.gpu.ceilings", RESULT), 60, needs=("torch",), writes="json",
+    )  # fmt: skip
+    times = [
         Step(
             f"kernel times {shape}", "every kernel of the memory op by the profiler, beside its prediction",
             module("pipeline.bench.gpu.kernel_times", RESULT, shape, dtype), 60, needs=BENCH, writes="json",
         )
         for shape in shapes
     ]  # fmt: skip
-    steps.append(
-        Step(
-            f"affine_scan {shapes[-1]}", "the elementwise scan beside a copy",
-            module(
-                "pipeline", "bench", "kernels", "--ops", "affine_scan", "--shapes", shapes[-1], "--dtype", dtype,
-                "--backends", "cpu" if target.emulated else "cuda", "--json", RESULT,
-            ),
-            60, needs=BENCH, writes="json", judge=has_rows,
-        )
+    affine = Step(
+        f"affine_scan {shapes[-1]}", "the elementwise scan, bytes/s",
+        bench_kernels("--ops", "affine_scan", "--shapes", shapes[-1], "--dtype", dtype, "--backends", native), 60,
+        needs=BENCH, writes="json", judge=has_both_passes, measures=True,
     )  # fmt: skip
-    return steps
+    warm_up = [
+        Step(
+            f"{name} compiles", f"{name} runs at all; its kernels are compiled and kept",
+            bench_kernels("--shapes", shapes[0], "--dtype", dtype, "--repeats", "1", *_only(name)), 150,
+            needs=(*BENCH, *PEER_MODULES[name]), writes="json", judge=has_both_passes, measures=True, peer=True,
+        )
+        for name in rest if name in PEER_MODULES and name.startswith("fla")
+    ]  # fmt: skip
+    return [
+        ceilings, *(_contender(native, shape, dtype) for shape in shapes), *times, affine, *warm_up,
+        *(_contender(name, shape, dtype) for shape in shapes for name in rest),
+    ]  # fmt: skip
+
+
+def _contender(name: str, shape: str, dtype: str) -> Step:
+    return Step(
+        f"{name} {shape}", f"the memory op by {name}, forward and backward, {dtype}",
+        bench_kernels("--shapes", shape, "--dtype", dtype, *_only(name)), 60,
+        needs=(*BENCH, *PEER_MODULES.get(name, ())), writes="json", judge=has_both_passes, measures=True,
+        peer=name in PEER_MODULES,
+    )  # fmt: skip
+
+
+def bench_kernels(*words: str) -> tuple[str, ...]:
+    return module("pipeline", "bench", "kernels", "--json", RESULT, *words)
 
 
 def _only(name: str) -> tuple[str, ...]:
     """The flags that time one contender alone."""
-    return ("--backends", name, "--peers", "none") if name in BACKENDS else ("--backends", "none", "--peers", name)
+    return ("--backends", "none", "--peers", name) if name in PEER_MODULES else ("--backends", name, "--peers", "none")
 
 
 def _train(target: Target) -> list[Step]:
@@ -245,13 +278,14 @@ def _train(target: Target) -> list[Step]:
         ]
         recall: tuple[str, ...] = ("--sequence-length", "128", "--batch-size", "2", "--model.recall.max-gap", "100")
     else:
-        # Random weights and text that is on every machine: the time is that of the real ones.
+        # Random weights, and the longest texts that are on every machine. A document fills the sequence, or attention
+        # would reach less far than the FLOPs that are counted.
         common = (
             "miras_64k", "--batch-size", "1", "--model.backbone.pretrained", "None", "--data.dataset", "stdlib",
-            "--data.tokenizer", "bytes", "--data.min-tokens", "0",
+            "--data.tokenizer", "bytes",
         )  # fmt: skip
         runs = [
-            (kind, length, (*common, "--model.attention.kind", kind))
+            (kind, length, (*common, "--data.min-tokens", str(length), "--model.attention.kind", kind))
             for length in (65_536, 131_072) for kind in ("window", "full")
         ]  # fmt: skip
         recall = ()
@@ -263,7 +297,7 @@ def _train(target: Target) -> list[Step]:
                 "pipeline", "bench", "throughput", "--lengths", str(length), "--bench-steps", "3", "--json", RESULT,
                 *flags,
             ),
-            150, needs=ENGINE, writes="json",
+            150, needs=ENGINE, writes="json", measures=True,
         )
         for kind, length, flags in runs
     ]  # fmt: skip

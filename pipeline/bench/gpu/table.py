@@ -49,7 +49,10 @@ def headline(result: Result) -> list[str]:
         checks = [check for check in figures["kernels"]["checks"] if check["error"] is not None]
         return [f"largest error {max(check['error'] for check in checks):.1e} in {len(checks)} cases"] if checks else []
     if "measured_ms" in figures:
-        return [_compared("all kernels", figures["measured_ms"], figures["predicted_ms"])]
+        return [
+            _compared("all kernels of the op", figures["measured_ms"], figures["predicted_ms"]),
+            f"around it {figures['other_ms']:.2f} ms",
+        ]
     if "val" in figures:
         shares = {key: value for key, value in figures["val"].items() if key.endswith("recall")}
         return [f"{key.replace('/', ' ').replace('_', ' ')} {value:.1%}" for key, value in shares.items()]
@@ -66,5 +69,6 @@ def _bench_row(row: Mapping[str, Any]) -> str:
         planned = row.get("planned_memory")
         beside = "" if planned is None else f" (planned {planned / 2**30:.1f})"
         return f"{row['tok_s']:,.0f} tok/s, MFU {mfu}, {row['peak_memory'] / 2**30:.1f} GiB{beside}"
-    share = "" if row["roof"] is None else f" ({row['roof']:.0%} of the roof)"
+    known = row["roof"] is not None and row["byte_s"] is not None
+    share = f" ({row['byte_s'] / 1e9:,.0f} GB/s, {row['roof']:.0%} of the roof)" if known else ""
     return f"{row['pass']} {1e3 * row['seconds']:.2f} ms, {row['us_per_token']:.3f} us per token{share}"

@@ -50,9 +50,13 @@ def find_target(environment: Mapping[str, str]) -> Target:
     """The first GPU that torch sees. Raises UserError in one line where there is none."""
     if environment.get(EMULATED) == "1":
         return Target("emulator", None, None, None, None)
-    answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ASK], env=dict(environment), capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "ignore", "-c", ASK]
+    try:
+        answer = subprocess.run(
+            command, env=dict(environment), capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError("torch does not answer within 120 s which GPU there is: see what nvidia-smi says") from None
     if answer.returncode:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{sys.executable} has no working torch ({last}): run ./launch.sh --setup-only")

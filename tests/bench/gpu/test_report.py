@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.bench.gpu import report
 from pipeline.bench.gpu.report import BEGIN, END, every_result, run_report, section
 from pipeline.errors import UserError
 
@@ -19,7 +20,8 @@ def result(step: str, status: str = "passed", **more: Any) -> dict[str, Any]:
         "stage": "speed", "step": step, "shows": "x", "status": status, "reason": None, "seconds": 3.0, "limit": 60,
         "command": ["{python}", "-m", "pipeline", "bench", "kernels", "--json", "{result}"], "environment": {},
         "device": "NVIDIA H200", "memory": 2**37, "driver": "580.1", "versions": {"torch": "2.11.0"},
-        "commit": "a" * 40, "sources": "digest", "written": "2026-12-01T10:00:00+0000", "figures": {}, **more,
+        "commit": "a" * 40, "peer": False, "sources": "digest", "figures": {},
+        "written": "2026-12-01T10:00:00+0000", **more,
     }  # fmt: skip
 
 
@@ -62,6 +64,44 @@ def test_newer_results_of_a_step_replace_older_ones_and_devices_stay_apart(tmp_p
     assert [(r["device"], r["step"], r["seconds"]) for r in found] == [
         ("NVIDIA H100", "b", 3.0), ("NVIDIA H200", "a", 3.0), ("NVIDIA H200", "b", 5.0),
     ]  # fmt: skip
+
+
+def test_what_the_same_code_has_shown_is_not_taken_back(tmp_path: Path) -> None:
+    page(tmp_path / "docs")
+    where = ["--docs", str(tmp_path / "docs")]
+    run_report([str(write(tmp_path / "1", result("a"), result("b"))), *where])
+    again = (result("a", "not run"), result("b", "failed", sources="other"))
+    run_report([str(write(tmp_path / "2", *again)), *where])
+    found = {r["step"]: r["status"] for r in every_result(tmp_path / "docs" / "gpu")}
+    assert found == {"a": "passed", "b": "failed"}
+
+
+def test_the_file_of_all_results_is_enough(tmp_path: Path) -> None:
+    page(tmp_path / "docs")
+    out = write(tmp_path / "out", result("a", written="2026-12-02T10:00:00+0000"))
+    (out / "results.json").write_text(json.dumps([result("a", "failed"), result("b")]))
+    run_report([str(out), "--docs", str(tmp_path / "docs")])
+    found = {r["step"]: r["status"] for r in every_result(tmp_path / "docs" / "gpu")}
+    assert found == {"a": "passed", "b": "passed"}
+
+
+def test_the_commit_of_a_copy_without_history_is_that_of_the_same_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "sources_digest", lambda: "digest")
+    monkeypatch.setattr(report, "commit", lambda: "b" * 40)
+    text = page(tmp_path / "docs")
+    copies = (result("a", commit=None), result("b", commit=None, sources="0123456789"))
+    run_report([str(write(tmp_path / "out", *copies)), "--docs", str(tmp_path / "docs")])
+    assert "| bbbbbbbb, 2026-12-01 |" in text.read_text() and "| sources 01234567, 2026" in text.read_text()
+
+
+def test_a_command_can_be_typed_again(tmp_path: Path) -> None:
+    text = page(tmp_path / "docs")
+    words = ["{python}", "-m", "pytest", "--junitxml={result}", "-p", "no:cacheprovider", "-m", "gpu and small"]
+    tests = result("memcheck", command=words, environment={"CACHING": "1"})
+    run_report([str(write(tmp_path / "out", tests)), "--docs", str(tmp_path / "docs")])
+    assert "`CACHING=1 python -m pytest -m 'gpu and small'`" in text.read_text()
 
 
 @pytest.mark.parametrize("wrong", ["empty", "no JSON", "emulator", "no place"])

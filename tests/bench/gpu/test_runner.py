@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.bench.gpu import runner
 from pipeline.bench.gpu.runner import Facts, finished, result_file, run_step
-from pipeline.bench.gpu.steps import Step, has_rows
+from pipeline.bench.gpu.steps import Step, has_both_passes
 
 FACTS = Facts("NVIDIA H200", "580.1", {"torch": "2.11"}, "abc", "digest", 2**37)
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
@@ -45,7 +45,9 @@ def test_what_has_passed_is_not_asked_for_again_with_the_same_code_on_the_same_d
     passes = step("pass")
     result = run(passes, tmp_path)
     assert finished(tmp_path, "correct", passes, FACTS) == result
-    for change in ({"sources": "other"}, {"target": "NVIDIA H100"}, {"driver": "590"}):
+    for change in (
+        {"sources": "other"}, {"target": "NVIDIA H100"}, {"driver": "590"}, {"versions": {"torch": "2.12"}},
+    ):  # fmt: skip
         assert finished(tmp_path, "correct", passes, dataclasses.replace(FACTS, **change)) is None
     assert finished(tmp_path, "speed", passes, FACTS) is None
     assert finished(tmp_path, "correct", step("1 + 1"), FACTS) is None, "another command"
@@ -60,7 +62,6 @@ def test_what_has_passed_is_not_asked_for_again_with_the_same_code_on_the_same_d
     [
         ("raise ValueError('this is wrong')", "failed", "ValueError: this is wrong"),
         ("import os; os.abort()", "failed", "ended by signal 6"),
-        ("raise MemoryError('CUDA out of memory. Tried to allocate 8 GiB')", "out of memory", "8 GiB"),
     ],
 )
 def test_a_step_that_fails_says_why(tmp_path: Path, code: str, status: str, reason: str) -> None:
@@ -68,10 +69,23 @@ def test_a_step_that_fails_says_why(tmp_path: Path, code: str, status: str, reas
     assert result["status"] == status and reason in result["reason"]
 
 
+def test_out_of_memory_answers_a_measurement_and_fails_a_test(tmp_path: Path) -> None:
+    code = "print('OutOfMemoryError: 8 GiB'); print('and more'); raise SystemExit(1)"
+    measured = run(step(code, measures=True), tmp_path)
+    assert (measured["status"], measured["reason"]) == ("out of memory", "OutOfMemoryError: 8 GiB")
+    assert run(step(code), tmp_path)["status"] == "failed"
+    report = '<testsuite><testcase name="a"><failure message="grad k is off"/></testcase></testsuite>'
+    code = f"{WRITE}; print('out of memory'); raise SystemExit(1)"
+    tests = run(step(code, "{result}", report, writes="junit", measures=True), tmp_path)
+    assert (tests["status"], tests["reason"]) == ("failed", "a: grad k is off")
+
+
 @pytest.mark.parametrize(
     ("figures", "status", "reason"),
     [
-        ('{"rows": [1], "notes": []}', "passed", None),
+        ('{"rows": [{"pass": "forward"}, {"pass": "forward+backward"}], "notes": []}', "passed", None),
+        ('{"rows": [{"pass": "forward"}], "notes": ["no more: bad_alloc"]}', "out of memory", "no more: bad_alloc"),
+        ('{"rows": 3}', "failed", "its figures are not as expected (TypeError: 'int' object is not iterable)"),
         ('{"rows": [], "notes": ["cuda at 1x1: no"]}', "failed", "cuda at 1x1: no"),
         (
             '{"rows": [], "notes": ["torch at 1x1: OutOfMemoryError"]}',
@@ -81,7 +95,7 @@ def test_a_step_that_fails_says_why(tmp_path: Path, code: str, status: str, reas
     ],
 )
 def test_figures_are_judged(tmp_path: Path, figures: str, status: str, reason: str | None) -> None:
-    result = run(step(WRITE, "{result}", figures, writes="json", judge=has_rows), tmp_path)
+    result = run(step(WRITE, "{result}", figures, writes="json", judge=has_both_passes, measures=True), tmp_path)
     assert (result["status"], result["reason"]) == (status, reason)
 
 
@@ -118,6 +132,19 @@ def test_a_step_without_its_package_tool_or_time_is_not_run(tmp_path: Path) -> N
     assert (late["status"], late["reason"]) == ("not run", "the time of the stage is used up")
 
 
+def test_a_step_that_the_end_of_the_stage_cuts_off_is_not_one_that_took_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "LEAST", 0.2)
+    cut = run(step("import time; time.sleep(60)"), tmp_path, left=0.5)
+    assert cut["status"] == "not run" and "had 0 s left" in cut["reason"]
+
+
+def test_what_has_to_run_again_does(tmp_path: Path) -> None:
+    builds = step("pass", always=True)
+    assert run(builds, tmp_path)["status"] == "passed" and finished(tmp_path, "correct", builds, FACTS) is None
+
+
 def test_test_runs_are_counted_and_their_figures_kept(tmp_path: Path) -> None:
     report = """<testsuites><testsuite>
       <testcase name="a"><properties><property name="ms" value="7"/></properties></testcase>
@@ -126,7 +153,7 @@ def test_test_runs_are_counted_and_their_figures_kept(tmp_path: Path) -> None:
     code = f"{WRITE}; raise SystemExit(1)"
     result = run(step(code, "{result}", report, writes="junit"), tmp_path)
     assert result["figures"] == {
-        "passed": 1, "failed": 1, "skipped": 1, "failures": ["b: assert 1 == 2"], "reasons": ["no GPU"],
+        "passed": 1, "failed": 1, "skipped": 1, "names": ["a"], "failures": ["b: assert 1 == 2"], "reasons": ["no GPU"],
         "properties": {"ms": "7"},
     }  # fmt: skip
     assert (result["status"], result["reason"]) == ("failed", "b: assert 1 == 2")

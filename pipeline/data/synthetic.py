@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.loader import check_fingerprint, stream_layout
+from pipeline.data.loader import stream_layout
+from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import digest
 from pipeline.errors import UserError
 from pipeline.system import IGNORED, Batch

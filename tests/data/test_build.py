@@ -21,7 +21,7 @@ def config(data: DataConfig | None = None, **changes: Any) -> RunConfig:
 
 
 def test_the_default_is_the_standard_library() -> None:
-    assert build_source(DataConfig()).name == build_source(DataConfig(dataset="stdlib")).name == "stdlib"
+    assert build_source(config()).name == build_source(config(DataConfig(dataset="stdlib"))).name == "stdlib"
     training = build_loader(config(), Topology(), vocab_size=260)
     held_out = build_loader(config(), Topology(), vocab_size=260, held_out=True)
     assert [b.input_ids.shape for b in training.next_step()] == [(2, 32), (2, 32)]
@@ -61,8 +61,8 @@ def test_paths_and_data_sets(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    assert "does not exist" in refusal(build_source, DataConfig(path=(str(tmp_path / "absent"),)))
-    assert "--data.shuffle-buffer is 0" in refusal(build_source, DataConfig(dataset="x", shuffle_buffer=0))
+    assert "does not exist" in refusal(build_source, config(DataConfig(path=(str(tmp_path / "absent"),))))
+    assert "--data.shuffle-buffer is 0" in refusal(build_source, config(DataConfig(dataset="x", shuffle_buffer=0)))
     wrong = dataclasses.replace(DataConfig(), tokenizer="./absent")
     assert "--data.tokenizer ./absent does not exist" in refusal(
         build_loader, config(wrong), Topology(), vocab_size=260

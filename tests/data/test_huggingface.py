@@ -9,14 +9,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.loader import PackedLoader, check_fingerprint
+from pipeline.data.loader import PackedLoader
+from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import Order
-from pipeline.data.sources.huggingface import HuggingFaceStream, StreamedDocuments
+from pipeline.data.sources.huggingface import HuggingFaceStream
+from pipeline.data.sources.streamed import StreamedDocuments
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
 from tests.data.conftest import rewrite
@@ -112,7 +116,7 @@ def shared_source(files: tuple[str, ...]) -> HuggingFaceStream:
 
 @pytest.fixture
 def _many_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.sources.huggingface._SNAPSHOT_EVERY", 5)
+    monkeypatch.setattr("pipeline.data.sources.streamed._SNAPSHOT_EVERY", 5)
 
 
 @pytest.mark.usefixtures("_many_snapshots")
@@ -149,8 +153,8 @@ def test_resume_does_not_read_from_the_start(json_shards: list[str], monkeypatch
     cursors = state["streams"].values()
     assert all(0 < c["reader"]["position"] <= c["position"] and c["reader"]["epoch"] == c["epoch"] for c in cursors)
     read = []
-    plain = HuggingFaceStream.text
-    monkeypatch.setattr(HuggingFaceStream, "text", lambda self, row: read.append(row) or plain(self, row))
+    plain = HuggingFaceStream.document
+    monkeypatch.setattr(HuggingFaceStream, "document", lambda *given: read.append(given) or plain(*given))
     loading = ranks((1, 1, 2), json_shards, sequence_length=64)
     loading[0].load_state_dict(state)
     loaded = step(loading)
@@ -160,9 +164,6 @@ def test_resume_does_not_read_from_the_start(json_shards: list[str], monkeypatch
 
 @pytest.mark.usefixtures("_many_snapshots")
 def test_parquet_streams_and_resumes(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     files = []
     for shard in range(3):
         rows = [f"{shard}-{row} " + "y" * (row % 11) for row in range(30)]
@@ -191,8 +192,8 @@ def test_held_out_documents_are_read_once(json_shards: list[str], monkeypatch: p
     packed = ranks((1, 1, 2), json_shards, held_out=True)[0]
     first = [step([packed]) for _ in range(4)]
     read = []
-    plain = HuggingFaceStream.text
-    monkeypatch.setattr(HuggingFaceStream, "text", lambda self, row: read.append(row) or plain(self, row))
+    plain = HuggingFaceStream.document
+    monkeypatch.setattr(HuggingFaceStream, "document", lambda *given: read.append(given) or plain(*given))
     packed.reset()
     assert all(torch.equal(step([packed]), expected) for expected in first)
     assert not read
@@ -214,7 +215,9 @@ def test_refusals(
 ) -> None:
     import huggingface_hub.constants
 
-    assert "has no column 'body' (it has 'text')" in refusal(source, json_shards, text_field="body")
+    assert "shard0.jsonl:1 has no field 'body' (it has 'text'; see --data.text-field)" in refusal(
+        source, json_shards, text_field="body"
+    )
     assert "(split 'nothing') cannot be read" in refusal(source, json_shards, split="nothing")
     assert "cannot be read: Unable to find" in refusal(source, [str(tmp_path / "absent.jsonl")])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -223,10 +226,20 @@ def test_refusals(
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n' * 3 + '{"text": "bro\n')
     packed = ranks((1, 1, 2), [str(broken)])[0]
-    assert "--data.dataset json broke off" in refusal(packed.next_step)
+    assert f"{broken}:4 is not JSON" in refusal(packed.next_step)
     numbers = tmp_path / "numbers.jsonl"
     numbers.write_text('{"text": 1}\n')
-    assert "holds int values in 'text', not text" in refusal(ranks((1, 1, 2), [str(numbers)])[0].next_step)
+    assert f"{numbers}:1: 'text' is not text" in refusal(source, [str(numbers)])
+    table = tmp_path / "table.csv"
+    table.write_text("text,other\n1,2\n")
+    csv = HuggingFaceStream("csv", data_files=[str(table)])
+    assert "holds int values in 'text', not text" in refusal(ranks((1, 1, 2), csv)[0].next_step)
+    parquet = tmp_path / "numbers.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), parquet)
+    message = refusal(HuggingFaceStream, "parquet", data_files=[str(parquet)])
+    assert "--data.dataset parquet holds int64 values in 'text', not text: name the text with" in message
+    message = refusal(HuggingFaceStream, "parquet", data_files=[str(parquet)], text_field="body")
+    assert "has no column 'body' (it has 'text')" in message
 
 
 def test_an_empty_side_is_named(json_shards: list[str], refusal: Callable[..., str]) -> None:
@@ -267,17 +280,25 @@ def test_a_script_in_a_folder_of_data_is_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_changed_byte_is_noticed_at_a_resume(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    """Of a folder that the library streams: same size, same time."""
+def test_a_changed_byte_is_noticed_at_a_resume(
+    tmp_path: Path, refusal: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a folder that the library streams: same size, same time; in a row that was read, and in one that was not."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "train-0.jsonl").write_text("".join(json.dumps({"text": f"row {row:02}"}) + "\n" for row in range(60)))
-    (loader,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
-    step([loader])
-    state = loader.state_dict()
-    rewrite(folder / "train-0.jsonl", b"row 31", b"raw 31")
-    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
+    (loader,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)), shuffle=False)
+    for _ in range(8):
+        step([loader])
+    state = json.loads(json.dumps(loader.state_dict()))
+    following = [step([loader]) for _ in range(4)]
+    read, unread = sorted(texts([str(folder / "train-0.jsonl")]))[3].encode(), b"row 55"
+    rewrite(folder / "train-0.jsonl", read, b"x" + read[1:])
+    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)), shuffle=False)
     assert "--data.path or --data.dataset does not give the data" in refusal(resumed.load_state_dict, state)
-    rewrite(folder / "train-0.jsonl", b"raw 31", b"row 31")
-    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
+    rewrite(folder / "train-0.jsonl", b"x" + read[1:], read)
+    rewrite(folder / "train-0.jsonl", unread, b"raw 55")
+    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)), shuffle=False)
     resumed.load_state_dict(state)
+    assert "has changed, in no record that was read" in caplog.text
+    assert all(torch.equal(step([resumed]), expected) for expected in following)

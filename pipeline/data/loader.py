@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.packing import DocumentEncoder, StreamPacker
 from pipeline.data.records import RecordLog
-from pipeline.data.resume import accepted, check_settings, reads_the_same, refuse_source, same_source
+from pipeline.data.resume import accepted, check_settings, reads_the_same, refuse_source
 from pipeline.data.sources.base import Order, Place, Source
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
@@ -129,7 +129,7 @@ class PackedLoader:
         """
         check_settings(state["fingerprint"], self.fingerprint)
         cursors: _Cursors = state["streams"]
-        if not same_source(state["fingerprint"]["source"], self.fingerprint["source"]):
+        if not self.source.same_documents(state["fingerprint"]["source"]):
             cursors = self._after_a_change(state["fingerprint"]["source"], self._mine_of(cursors))
         self._load_cursors(cursors)
         self._log.skipped, self._log.undecodable = (

@@ -18,8 +18,6 @@ _FLAGS = {
     "holdout": "--data.holdout",
     "min_tokens": "--data.min-tokens",
 }
-_YOUNGER = frozenset({"layout"})
-"""What fingerprints of before this was written lack."""
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -40,13 +38,6 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for key, value in current.items():
         if key != "source" and saved.get(key) != value:
             raise UserError(_refusal(key, saved.get(key), value))
-
-
-def same_source(saved: Any, current: dict[str, Any]) -> bool:
-    """Whether the fingerprints of two sources mean the same documents."""
-    if not isinstance(saved, dict):
-        return False
-    return all(saved.get(key) == value for key, value in current.items() if key in saved or key not in _YOUNGER)
 
 
 def refuse_source(saved: Any, current: dict[str, Any], why: str) -> UserError:

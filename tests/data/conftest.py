@@ -71,6 +71,9 @@ class MemorySource:
     def fingerprint(self) -> dict[str, Any]:
         return {"texts": len(self.texts)}
 
+    def same_documents(self, saved: dict[str, Any]) -> bool:
+        return saved == self.fingerprint()
+
     def same_numbering(self, saved: dict[str, Any]) -> bool:
         return False
 

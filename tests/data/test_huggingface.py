@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from pipeline.data.loader import PackedLoader
 from pipeline.data.resume import check_fingerprint
-from pipeline.data.sources.base import Order
+from pipeline.data.sources.base import Document, Order
 from pipeline.data.sources.huggingface import HuggingFaceStream
-from pipeline.data.sources.streamed import StreamedDocuments
+from pipeline.data.sources.streamed import StreamedDocuments, _Rows
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
 from tests.data.conftest import rewrite
+from tests.data.test_compressed import CODECS
 from tests.data.test_loader import SPLITS, merged, step
 
 
@@ -302,3 +303,90 @@ def test_a_changed_byte_is_noticed_at_a_resume(
     resumed.load_state_dict(state)
     assert "has changed, in no record that was read" in caplog.text
     assert all(torch.equal(step([resumed]), expected) for expected in following)
+
+
+# --- rows as they are
+
+
+def rows_of(kind: str, *files: Path, **options: Any) -> list[Document]:
+    data = HuggingFaceStream(kind, data_files=[str(file) for file in files], **options)
+    return list(_Rows(data, order(shuffle=False), 0, None))
+
+
+OTHER_COLUMNS = {
+    "number then text": ([1, 2], ["a", "b"]),
+    "number then object": ([1, 2], [{"x": 1}, {"x": 2}]),
+    "number then list": ([1, 2], [[1], [2]]),
+    "object of other fields": ([{"x": 1}], [{"y": [2]}]),
+    "absent": ([1, 2], None),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), OTHER_COLUMNS.values(), ids=OTHER_COLUMNS.keys())
+def test_a_column_that_is_not_used_may_change_its_type(tmp_path: Path, before: list[Any], after: Any) -> None:
+    """Between files, and between the rows of one."""
+    tables = [{"text": [f"<{n}>"] * len(before), **({} if column is None else {"meta": column})}
+              for n, column in enumerate((before, after))]  # fmt: skip
+    lines = []
+    for number, table in enumerate(tables):
+        rows = [dict(zip(table, values, strict=False)) for values in zip(*table.values(), strict=True)]
+        lines.append("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{number}.jsonl").write_text(lines[-1])
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"{number}.parquet")
+    (tmp_path / "both.jsonl").write_text("".join(lines) * 100)
+    expected = ["<0>"] * len(before) + ["<1>"] * len(before)
+    for kind, end in (("json", "jsonl"), ("parquet", "parquet")):
+        found = rows_of(kind, tmp_path / f"0.{end}", tmp_path / f"1.{end}")
+        assert [document.text for document in found] == expected
+    assert [document.text for document in rows_of("json", tmp_path / "both.jsonl")] == expected * 100
+
+
+def test_rows_are_named_by_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": null}')
+    assert [(d.name, d.text) for d in rows_of("json", tmp_path / "a.jsonl")] == [
+        (f"{tmp_path / 'a.jsonl'}:{line}", text) for line, text in ((1, "one"), (3, "two"), (4, ""))
+    ]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / "a.parquet")
+    assert [(d.name, d.text) for d in rows_of("parquet", tmp_path / "a.parquet")] == [
+        (f"{tmp_path / 'a.parquet'} (row {row})", text) for row, text in ((0, "one"), (1, ""))
+    ]
+
+
+def test_arrays_and_compressed_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    (tmp_path / "b.json").write_text(json.dumps(["one", "two"]))
+    (tmp_path / "c.json").write_text("[]")
+    for end, codec in CODECS.items():
+        with pyarrow.CompressedOutputStream(str(tmp_path / f"d.jsonl.{end}"), codec) as file:
+            file.write(b'{"text": "one"}\n{"text": "two"}\n')
+    for name in ("a.json", "b.json", "d.jsonl.gz", "d.jsonl.zst"):
+        assert [document.text for document in rows_of("json", tmp_path / name)] == ["one", "two"], name
+    assert rows_of("json", tmp_path / "c.json") == []
+
+
+def test_what_cannot_be_read_of_a_file_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.sources.hub_rows._READ_AHEAD", 1000)
+    good = b"".join(b'{"text": "row %06d"}\n' % row for row in range(5000))
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    for end, codec in CODECS.items():
+        path = tmp_path / f"d.jsonl.{end}"
+        with pyarrow.CompressedOutputStream(str(path), codec) as file:
+            file.write(good)
+        path.write_bytes(path.read_bytes()[:-10])
+        found = rows_of("json", path, tmp_path / "deep.json", skip=True)
+        *whole, broken, deep = found
+        assert broken.name.startswith(f"{path}:") and "cannot be read, nor what follows it" in str(broken.problem)
+        assert "maximum recursion" in str(deep.problem)
+        assert len(whole) > 4000 and not any(document.problem for document in whole)
+        assert rows_of("json", path, tmp_path / "deep.json", skip=True) == found
+
+
+def test_a_network_that_fails_is_no_bad_record(
+    json_shards: list[str], monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    packed = ranks((1, 1, 2), source(json_shards, skip=True), skip_bad_records=True)[0]
+    monkeypatch.setattr("pipeline.data.sources.hub_rows.xopen", fails)
+    assert "--data.dataset json broke off (" in refusal(packed.next_step)

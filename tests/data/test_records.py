@@ -54,9 +54,12 @@ def local(path: Path, **options: Any) -> Any:
 
 
 def until_it_ends(packed: PackedLoader, steps: int = 200) -> str:
-    with pytest.raises(UserError) as caught:
+    def run() -> None:
         for _ in range(steps):
             packed.next_step()
+
+    with pytest.raises(UserError) as caught:
+        run()
     return str(caught.value)
 
 

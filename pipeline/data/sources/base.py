@@ -101,6 +101,10 @@ class Source(Protocol):
         """Identity and content, JSON-ready; equal fingerprints mean equal documents."""
         ...
 
+    def same_documents(self, saved: dict[str, Any]) -> bool:
+        """Whether the fingerprint `saved`, of this version or of one before it, means these documents in this order."""
+        ...
+
     def same_numbering(self, saved: dict[str, Any]) -> bool:
         """Whether every place of an order means the same record as with the fingerprint `saved`, changed or not."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from pipeline.data.sources.base import Document, Order, Permutation, Place
@@ -40,7 +40,8 @@ class DividedText:
         first, last = (cut, size) if order.held_out else (0, cut)
         even = [first + (last - first) * part // order.streams for part in range(order.streams + 1)]
         inner = [_boundary(whole.data, start, stop) for start, stop in pairwise(even[1:])]
-        self._cuts = [first, *inner, last]
+        # The rest of a character may reach beyond the next cut where parts are a few bytes.
+        self._cuts = [first, *accumulate(inner, max), last]
 
     def count(self) -> int:
         return self._order.streams
@@ -70,10 +71,10 @@ class DividedText:
 
 
 def _boundary(data: bytes, start: int, stop: int) -> int:
-    """The first place from `start` on, and before `stop`, where a line begins; a character, where none does."""
+    """The first place from `start` on where a line begins, before `stop`; where none does, where a character does."""
     newline = data.find(b"\n", max(start - 1, 0), max(stop - 1, 0))
     if newline >= 0:
         return newline + 1
-    while start < stop and data[start] & 0xC0 == 0x80:
+    while start < len(data) and data[start] & 0xC0 == 0x80:
         start += 1
     return start

@@ -110,17 +110,25 @@ class ParquetFile:
             raise UserError(f"{path}: column {text_field!r} is {kind}, not text: name the text with --data.text-field")
 
     def _read_layout(self, metadata: Any) -> None:
+        # Not a group's columns: Arrow ends the process where the description of one is damaged.
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self.group_rows = [group.num_rows for group in groups]
         self.rows = int(metadata.num_rows)
-        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-        mine = [column for column in columns if column.path_in_schema == self._field]
-        # Three places say how many rows there are; a damaged one must not make up millions of them.
-        counts = [column.num_values for column in mine]
-        if sum(self.group_rows) != self.rows or (mine and counts != self.group_rows):
+        # Two places say how many rows there are; a damaged one must not make up millions of them.
+        if min(self.group_rows, default=0) < 0 or sum(self.group_rows) != self.rows:
             raise ValueError("its parts disagree about the number of rows")
-        self.group_bytes = max((column.total_uncompressed_size for column in mine), default=0)
+        self.group_bytes = max((group.total_byte_size for group in groups), default=0)
         self._ends = np.cumsum(self.group_rows, dtype=np.int64)
+
+    def largest_text(self) -> int:
+        """Bytes of the text column in the row group where it is largest; of a file that is known to be whole."""
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self.path) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        mine = (column for column in columns if column.path_in_schema == self._field)
+        return max((column.total_uncompressed_size for column in mine), default=0)
 
     def __getitem__(self, row: int) -> Document:
         group = int(np.searchsorted(self._ends, row, side="right"))
@@ -189,9 +197,8 @@ class CompressedJsonLinesFile:
         if self._damage is not None:
             if not skip:
                 raise Damaged(self._damage)
-            if not self._ends_a_line:  # what is there of the last line is no record
-                starts = starts[:-1]
-            starts = np.append(starts, self._size)
+            if self._ends_a_line:  # else what is there of the last line stands for the record
+                starts = np.append(starts, self._size)
         self.rows = len(starts)
         # A power of two, so that a record that is corrected where it stands moves no other to another group.
         fit = GROUP_BYTES * max(self.rows, 1) // max(self._size, 1)

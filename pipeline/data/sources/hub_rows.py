@@ -29,7 +29,9 @@ from pipeline.data.sources.compressed import first_line, is_damage
 from pipeline.data.sources.grouped import text_type
 from pipeline.data.sources.text import decode_utf8, parse_record
 
-COLUMNS = ("data", "file", "row", "problem")
+_COLUMN = "record"
+"""The one column that the library is given: where the record stands, what is wrong with it or nothing, its bytes, with
+a NUL behind the first two. Each column costs as much time as the parsing of a short record."""
 _READ_AHEAD = 1 << 20
 """Bytes of JSON lines that are read at a time; of a file that is cut short, as much may be lost."""
 
@@ -61,41 +63,42 @@ def take_rows(builder: Any, split: str, field: str) -> tuple[Any, ReadRow | None
         if getattr(builder.config, "encoding_errors", "") is None:
             builder.config.encoding_errors = "replace"
         return builder.as_streaming_dataset(split=split), None
-    # Given beforehand, so that the library does not look for them.
-    kinds = zip(COLUMNS, ("large_binary", "string", "int64", "string"), strict=True)
-    builder.info.features = Features({name: Value(kind) for name, kind in kinds})
-    data = builder.as_streaming_dataset(split=split).select_columns(list(COLUMNS))
+    # Given beforehand, so that the library does not look for it.
+    builder.info.features = Features({_COLUMN: Value("large_binary")})
+    data = builder.as_streaming_dataset(split=split).select_columns([_COLUMN])
     if isinstance(builder, Parquet):
         builder.config.columns = [field]
     return data, read
 
 
 def _json_document(field: str, row: dict[str, Any]) -> Document:
-    name = f"{row['file']}:{row['row']}"
-    if row["problem"] is not None:
-        return Document(name, "", f"{name} {row['problem']}")
-    return parse_record(row["data"], field, name, lambda: name)
+    name, problem, data = _unpacked(row)
+    return Document(name, "", problem) if problem else parse_record(data, field, name, lambda: name)
 
 
 def _parquet_document(row: dict[str, Any]) -> Document:
-    name = f"{row['file']} (row {row['row']})"
-    if row["problem"] is not None:
-        return Document(name, "", f"{name} {row['problem']}")
-    text, undecodable = decode_utf8(row["data"] or b"")
-    return Document(name, text, undecodable=undecodable)
+    name, problem, data = _unpacked(row)
+    text, undecodable = decode_utf8(data)
+    return Document(name, text, problem, undecodable)
 
 
-def _table(data: Any, file: str, rows: Sequence[int], problem: str | None = None) -> Any:
-    """Arrow table of `data` and where it stands."""
-    names, problems = [file] * len(rows), [problem] * len(rows)
-    kinds = (pyarrow.large_binary(), pyarrow.string(), pyarrow.int64(), pyarrow.string())
-    columns = [pyarrow.array(data, kinds[0]) if isinstance(data, list) else data.cast(kinds[0])]
-    columns += [pyarrow.array(values, kind) for values, kind in zip((names, rows, problems), kinds[1:], strict=True)]
-    return pyarrow.table(dict(zip(COLUMNS, columns, strict=True)))
+def _packed(name: str, data: bytes, problem: str = "") -> bytes:
+    told = f"{name}\0{problem}\0".encode("utf-8", "surrogatepass")
+    return told + data
 
 
-def _broken(file: str, row: int, error: Exception) -> Any:
-    return _table([None], file, [row], f"cannot be read, nor what follows it ({first_line(error)})")
+def _unpacked(row: dict[str, Any]) -> tuple[str, str | None, bytes]:
+    name, problem, data = row[_COLUMN].split(b"\0", 2)
+    return name.decode("utf-8", "surrogatepass"), problem.decode("utf-8", "surrogatepass") or None, data
+
+
+def _table(records: list[bytes]) -> Any:
+    return pyarrow.table({_COLUMN: pyarrow.array(records, pyarrow.large_binary())})
+
+
+def _broken(name: str, error: Exception) -> Any:
+    said = first_line(error).replace("\0", "")
+    return _table([_packed(name, b"", f"{name} cannot be read, nor what follows it ({said})")])
 
 
 def _json_tables(field: str, download: Any) -> Callable[..., Tables]:
@@ -108,13 +111,13 @@ def _json_tables(field: str, download: Any) -> Callable[..., Tables]:
                 name, row = file.rpartition("::")[2], 1
                 try:
                     with _open(file, download) as handle:
-                        for rows, lines in _lines(handle, field):
-                            yield Key(shard, next(batches)), _table(lines, name, rows)
-                            row = rows[-1] + 1
+                        for lines in _lines(handle, field):
+                            yield Key(shard, next(batches)), _table([_packed(f"{name}:{n}", line) for n, line in lines])
+                            row = lines[-1][0] + 1
                 except Exception as error:
                     if not is_damage(error):
                         raise
-                    yield Key(shard, next(batches)), _broken(name, row, error)
+                    yield Key(shard, next(batches)), _broken(f"{name}:{row}", error)
 
     return generate
 
@@ -131,14 +134,14 @@ def _open(file: str, download: Any) -> Iterator[Any]:
             yield handle
 
 
-def _lines(handle: Any, field: str) -> Iterator[tuple[list[int], list[bytes]]]:
-    """Numbers, from 1, and content of the lines that are not blank; of a file that is one array, its elements'."""
+def _lines(handle: Any, field: str) -> Iterator[list[tuple[int, bytes]]]:
+    """Number, from 1, and content of the lines that are not blank; of a file that is one array, its elements'."""
     number, block = 1, handle.read(_READ_AHEAD)
     if block.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
         elements = json.loads(decode_utf8((block + handle.read()).removeprefix(codecs.BOM_UTF8))[0])
         records = [{field: element} if isinstance(element, str) else element for element in elements]
         if records:
-            yield list(range(1, len(records) + 1)), [json.dumps(record).encode() for record in records]
+            yield [(number, json.dumps(record).encode()) for number, record in enumerate(records, start=1)]
         return
     while block:
         if not block.endswith(b"\n"):
@@ -146,7 +149,7 @@ def _lines(handle: Any, field: str) -> Iterator[tuple[list[int], list[bytes]]]:
         lines = block.removesuffix(b"\n").split(b"\n")
         kept = [(row, line) for row, line in enumerate(lines, start=number) if line.strip()]
         if kept:
-            yield [row for row, _ in kept], [line for _, line in kept]
+            yield kept
         number, block = number + len(lines), handle.read(_READ_AHEAD)
 
 
@@ -159,7 +162,7 @@ def _parquet_tables(original: Callable[..., Tables], download: Any) -> Callable[
             row, batches = 0, count()
             try:
                 for _, table in original(files=[file], row_groups_list=[groups]):
-                    yield Key(shard, next(batches)), _table(table.column(0), file, range(row, row + len(table)))
+                    yield Key(shard, next(batches)), _parquet_table(table.column(0), file, row)
                     row += len(table)
             except Exception as error:
                 if not is_damage(error):
@@ -182,13 +185,19 @@ def _groups_one_by_one(original: Callable[..., Tables], download: Any, file: str
                 try:
                     tables = [table for _, table in original(files=[file], row_groups_list=[(group,)])]
                     column = pyarrow.concat_tables(tables).column(0)
-                    yield _table(column[max(done - start, 0) :], file, range(max(start, done), start + len(column)))
+                    yield _parquet_table(column[max(done - start, 0) :], file, max(start, done))
                 except Exception as error:
                     if not is_damage(error):
                         raise
-                    yield _broken(file, start, error)
+                    yield _broken(f"{file} (row {start})", error)
             start += size
     except Exception as error:
         if not is_damage(error):
             raise
-        yield _broken(file, start, error)
+        yield _broken(f"{file} (row {start})", error)
+
+
+def _parquet_table(column: Any, file: str, first: int) -> Any:
+    """The text column of rows that follow each other, from number `first` on."""
+    texts = column.cast(pyarrow.large_binary()).to_pylist()
+    return _table([_packed(f"{file} (row {row})", text or b"") for row, text in enumerate(texts, start=first)])

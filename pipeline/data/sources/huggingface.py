@@ -106,6 +106,9 @@ class HuggingFaceStream:
             "files": self._files,
         }
 
+    def same_documents(self, saved: dict[str, Any]) -> bool:
+        return saved == self.fingerprint()
+
     def same_numbering(self, saved: dict[str, Any]) -> bool:
         # What is on the Hub would have to be read there again, from its first row.
         current = self.fingerprint()

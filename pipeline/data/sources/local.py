@@ -58,9 +58,7 @@ class LocalFiles:
         self._ends = np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)
         grouped = [reader for reader in self._readers if isinstance(reader, _GROUPED)]
         self.groups = _group_boundaries(self._readers) if grouped else None
-        largest = max((reader.group_bytes for reader in grouped), default=0)
-        # Half of the cache: streams that run ahead are already in the next groups.
-        self.together = int(np.clip(GROUP_CACHE // 2 // max(largest, 1), 1, 8))
+        self.together = _together(reader.group_bytes for reader in grouped)
 
     def _reader(self, path: Path, cache: GroupCache, skip: bool) -> FileReader:
         found = file_format(path.name)
@@ -124,6 +122,15 @@ class LocalFiles:
         counts = {"documents": len(self), "files": len(self._files), "bytes": self._bytes}
         return {**counts, "text_field": self._text_field, "digest": self._digest, "layout": self._layout}
 
+    def same_documents(self, saved: dict[str, Any]) -> bool:
+        current = self.fingerprint()
+        if "layout" in saved:
+            return saved == current
+        # A checkpoint of before says nothing of the order, which the text column's size decided then.
+        parquet = [reader.largest_text() for reader in self._readers if isinstance(reader, ParquetFile)]
+        known = {key: value for key, value in current.items() if key != "layout"}
+        return saved == known and _together(parquet) == self.together
+
     def same_numbering(self, saved: dict[str, Any]) -> bool:
         return saved.get("layout") == self._layout and saved.get("text_field") == self._text_field
 
@@ -150,6 +157,12 @@ class LocalFiles:
             return part()
         except OSError as error:
             raise unreadable(Path(error.filename or self.name), error) from error
+
+
+def _together(sizes: Iterable[int]) -> int:
+    """How many groups of at most such sizes are read at a time."""
+    # Half of the cache: streams that run ahead are already in the next groups.
+    return int(np.clip(GROUP_CACHE // 2 // max(*sizes, 1, 1), 1, 8))
 
 
 def _group_boundaries(readers: Sequence[FileReader]) -> np.ndarray:

@@ -27,6 +27,8 @@ _MISNAMED = (
 )
 _NO_LINES = "is UTF-16 or UTF-32 text, whose lines cannot be told apart: save it as UTF-8"
 MARK_BYTES = max(len(mark) for mark, _ in _MISNAMED)
+# As floats, integers of any length are read; none of them is used.
+_DECODER = json.JSONDecoder(parse_int=float)
 _SHOWN_KEYS, _SHOWN_CHARACTERS = 8, 40
 
 
@@ -98,8 +100,7 @@ def parse_record(line: bytes, field: str, name: str, place: Callable[[], str]) -
         return Document(name, "")
     decoded, undecodable = decode_utf8(line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"))
     try:
-        # As floats, integers of any length are read; none of them is used.
-        record = json.loads(decoded, parse_int=float)
+        record = _DECODER.decode(decoded)
     except RecursionError:
         return Document(name, "", f"{place()} is nested too deep for the JSON parser")
     except ValueError as error:

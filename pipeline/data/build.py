@@ -55,11 +55,12 @@ def build_loader(
     *,
     vocab_size: int,
     held_out: bool = False,
+    files: Listing | None = None,
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> PackedLoader:
-    """The loader of this data rank. `vocab_size` is the model's: a token id beyond it is refused. Training and held-out
-    loader may share a `source`, which is then listed and indexed once.
+    """The loader of this data rank. `vocab_size` is the model's: a token id beyond it is refused. `files` are as in
+    `build_source`; training and held-out loader may share a `source`, which is then indexed once.
 
     The held-out loader reads in an order that no seed changes; `reset()` it before each evaluation. Unless
     `--evaluation.batch-size` sets its rows, they are those of training, and a run that resumes on other ranks evaluates
@@ -67,7 +68,7 @@ def build_loader(
     """
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
     return PackedLoader(
-        source or build_source(config),
+        source or build_source(config, files),
         tokenizer or load_tokenizer(data.tokenizer, data.trust_remote_code),
         sequence_length=config.sequence_length,
         batch_size=rows or config.batch_size,

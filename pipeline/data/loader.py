@@ -145,8 +145,8 @@ class PackedLoader:
         elif reads_the_same(self._documents, self._order, cursors):
             if self._speaks and self._order.mine.start == 0:
                 logger.warning(
-                    "%s has changed, in no record that was read: the run goes on. What is held out may have changed,"
-                    " and evaluations with it",
+                    "the data (%s) has changed, in no record that was read: the run goes on. What is held out may have"
+                    " changed, and evaluations with it",
                     self.source.name,
                 )
             # What a reader kept of its place may be of the files as they were.
@@ -157,9 +157,9 @@ class PackedLoader:
             raise refuse_source(saved, self.fingerprint["source"], why)
         if self._speaks:
             logger.warning(
-                "%s has changed, and --data.on-change accept goes on with it: the run is no longer bit for bit the one"
-                " that an unchanged corpus gives; documents of this epoch may be read twice or not at all; one that was"
-                " being read is given up where another stands now; evaluations may be of other text",
+                "the data (%s) has changed, and --data.on-change accept goes on with it: the run is no longer bit for"
+                " bit the one that an unchanged corpus gives; documents of this epoch may be read twice or not at all;"
+                " one that was being read is given up where another stands now; evaluations may be of other text",
                 self.source.name,
             )
         self._documents.seek({stream: _place(cursor) for stream, cursor in cursors.items()})

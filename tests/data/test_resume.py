@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -71,7 +73,7 @@ def test_a_line_that_is_corrected_where_it_stands_is_gone_on_with(
         loader.load_state_dict(state)
     (said,) = [record.getMessage() for record in caplog.records]  # of one rank
     assert said == (
-        f"{resumed[0].source.name} has changed, in no record that was read: the run goes on."
+        f"the data ({resumed[0].source.name}) has changed, in no record that was read: the run goes on."
         " What is held out may have changed, and evaluations with it"
     )
     first = step(resumed)
@@ -232,6 +234,24 @@ def test_a_checkpoint_of_before_resumes_on_the_same_data_and_on_no_other(
     accepting = ranks((1, 1, 2), read(path), accept_change=True)
     accepting[0].load_state_dict(state)
     step(accepting)
+
+
+def test_a_checkpoint_of_before_in_another_order_of_groups_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    """How many parquet groups are read together was decided by the text column, and is by all columns."""
+    monkeypatch.setattr("pipeline.data.sources.local.GROUP_CACHE", 4000)
+    for wide, refused in ((1, False), (200, True)):
+        path = tmp_path / f"{wide}.parquet"
+        columns = {"text": [f"row {row:02}" for row in range(80)], "other": [f"{row}" * wide for row in range(80)]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=10, use_dictionary=False)
+        state = merged(ranks((1, 1, 2), local(path)))
+        ranks((1, 1, 2), local(path))[0].load_state_dict(state)
+        resumed = ranks((1, 1, 2), local(path))[0]
+        if refused:
+            assert "its records have other numbers now" in refusal(resumed.load_state_dict, as_before(state))
+        else:
+            resumed.load_state_dict(as_before(state))
 
 
 def test_ranks_that_find_other_data_are_named() -> None:

@@ -271,7 +271,7 @@ def test_a_changed_byte_is_noticed_at_a_resume(
     states.append(running.state_dict())
     rewrite(target, b"document 071", b"document 07l")
     loader().load_state_dict(states[0])
-    assert "has changed, in no record that was read" in caplog.text
+    assert ") has changed, in no record that was read" in caplog.text
     message = refusal(loader().load_state_dict, states[1])
     assert "--data.path or --data.dataset does not give the data of the checkpoint" in message
     rewrite(target, b"document 07l", b"document 071")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,9 +102,10 @@ def test_what_is_too_small_is_refused(tmp_path: Path, refusal: Callable[..., str
 
 
 @pytest.mark.parametrize("codec", ["gz", "zst"])
-def test_a_single_broken_document_is_named(tmp_path: Path, refusal: Callable[..., str], codec: str) -> None:
-    import pyarrow
-
+def test_a_single_broken_document_is_named(
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    monkeypatch.setattr("pipeline.data.sources.compressed.CHUNK", 500)
     path = tmp_path / f"x.txt.{codec}"
     with pyarrow.CompressedOutputStream(str(path), {"gz": "gzip", "zst": "zstd"}[codec]) as file:
         file.write(b"".join(b"%d\n" % number**3 for number in range(40_000)))

@@ -366,7 +366,7 @@ def test_arrays_and_compressed_files_are_read(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_of_a_file_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.sources.hub_rows._READ_AHEAD", 1000)
-    good = b"".join(b'{"text": "row %06d"}\n' % row for row in range(5000))
+    good = b"".join(b'{"text": "row %06d"}\n' % row for row in range(20_000))
     (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     for end, codec in CODECS.items():
         path = tmp_path / f"d.jsonl.{end}"

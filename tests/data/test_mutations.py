@@ -128,7 +128,7 @@ def test_a_mutant_is_read_or_refused_by_name(tmp_path: Path, name: str, monkeypa
 @pytest.mark.parametrize(("kind", "name"), [("json", "x.jsonl"), ("parquet", "x.parquet"), ("json", "x.jsonl.gz")])
 def test_a_streamed_mutant_is_read_or_refused(tmp_path: Path, kind: str, name: str) -> None:
     path, read = tmp_path / name, 0
-    for (done, content), skip in zip(itertools.islice(mutants(name), 40), itertools.cycle((False, True)), strict=False):
+    for (done, content), skip in zip(itertools.islice(mutants(name), 25), itertools.cycle((False, True)), strict=False):
         path.write_bytes(content)
         said = refused(done, lambda skip=skip: read_stream(kind, path, skip))
         read += said is None

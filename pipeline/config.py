@@ -69,7 +69,7 @@ class DataConfig:
     shuffle_buffer: int = 1000
     """How many documents of a streamed data set are shuffled together."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """stop: a record that cannot be read ends the run; skip: it is passed over, named in the log and counted."""
+    """stop: a record that cannot be read ends the run; skip: it is passed over, named on standard error and counted."""
     on_change: Literal["stop", "accept"] = "stop"
     """stop: a resume refuses a corpus in which more has changed than records it has not read; accept: it goes on with
     it, and says what is lost."""

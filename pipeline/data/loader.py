@@ -129,8 +129,9 @@ class PackedLoader:
         """
         check_settings(state["fingerprint"], self.fingerprint)
         cursors: _Cursors = state["streams"]
-        if not self.source.same_documents(state["fingerprint"]["source"]):
-            cursors = self._after_a_change(state["fingerprint"]["source"], self._mine_of(cursors))
+        saved = state["fingerprint"].get("source") or {}
+        if not self.source.same_documents(saved):
+            cursors = self._after_a_change(saved, self._mine_of(cursors))
         self._load_cursors(cursors)
         self._log.skipped, self._log.undecodable = (
             sum(int(cursor.get(count, 0)) for cursor in self._mine_of(cursors).values())

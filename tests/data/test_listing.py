@@ -81,6 +81,8 @@ def test_what_is_passed_over_is_listed_by_extension(tmp_path: Path, refusal: Cal
     assert "f.tar.gz ends in '.tar.gz'" in refusal(list_files, [str(tmp_path / "f.tar.gz")])
     assert "README has no extension" in refusal(list_files, [str(tmp_path / "README")])
     assert "cannot be read (File name too long)" in refusal(list_files, ["x" * 5000])
+    for name in ("nul\0", "nul\0*"):
+        assert "--data.path nul" in refusal(list_files, [name])
 
 
 def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

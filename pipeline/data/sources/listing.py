@@ -78,8 +78,9 @@ def list_files(paths: Sequence[str], output_dir: Path | None = None) -> Listing:
         search = _Search(given, own)
         try:
             files = search.files()
-        except OSError as error:
-            raise UserError(f"--data.path {given} cannot be read ({error.strerror}): check the path") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--data.path {given} cannot be read ({reason}): check the path") from error
         passed.update(search.passed)
         for file in files:
             found.setdefault(file.path.resolve(), file)

@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 # Native builds look for ninja on the PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test check bench
+.PHONY: setup test check bench docs gpu accept
 
 setup:
 	@./launch.sh --setup-only
@@ -24,3 +24,16 @@ check: setup
 
 bench: setup
 	$(PYTHON) -m pipeline bench throughput
+
+# What pages show of a command's output, made anew.
+docs: setup
+	@$(PYTHON) -m tests.docs_blocks
+
+# make gpu [STAGES="correct speed train"] [OUT=FOLDER] [WHEELS=FOLDER]. Where nothing can be downloaded there is no
+# environment to set up: then the torch of python3 serves, and the kernels are built in place.
+gpu:
+	@$(if $(wildcard $(PYTHON)),$(PYTHON),python3) -m pipeline.bench.gpu $(STAGES)
+
+# make accept lists long experiments; make accept NAME=x runs one.
+accept: setup
+	@$(PYTHON) -m tests.accept $(NAME)

@@ -6,7 +6,7 @@
 #   ./launch.sh                                        miras_tiny: one rank per GPU, two on a CPU
 #   ./launch.sh --num_gpus 4 miras_tiny --steps 200    four ranks
 #   ./launch.sh --hostfile hostfile miras_64k        every slot of every host
-#   ./launch.sh miras_tiny --help                      the flags of a recipe
+#   ./launch.sh miras_tiny --help                      the common flags of a recipe; --help-all: every one
 #   ./launch.sh --setup-only                           the environment and native builds, and no run
 #
 # The first word that is neither a launcher flag nor its value is RECIPE; `.venv/bin/mnemos recipes` lists them.

@@ -6,7 +6,7 @@ built for one: they use PyTorch's stable ABI, at the version of 2.10. torch is l
 without build isolation lets it be found. docs/kernels.md describes the switches:
 
     MNEMOS_BUILD           auto (build what can be built, warn of the rest), require (or fail), off
-    TORCH_CUDA_ARCH_LIST   architectures, "8.0;9.0a;10.0" by default
+    TORCH_CUDA_ARCH_LIST   architectures, "8.0;9.0a;10.0;12.0" by default
     CXX, CUDA_HOME         the compilers
     MAX_JOBS               compilers at once
 """
@@ -29,15 +29,19 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 BUILD = Path("build") / "native"  # kept between installs, so that only what changed is compiled
 REPORT = "_native_build.json"
+CONFIGS = "ds_configs"
+COMMIT = "_commit"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 CACHES = ("ccache", "sccache")
 OLDEST_ARCHITECTURE = (8, 0)  # bfloat16 in the tensor cores
-# A device of 10.3 runs the binary of 10.0; nvcc 13.2 made wrong code for 10.3 itself.
-ARCHITECTURES = "8.0;9.0a;10.0"
+# A device of 10.3 runs the binary of 10.0; nvcc 13.2 made wrong code for 10.3 itself. docs/kernels.md has the table of
+# devices.
+ARCHITECTURES = "8.0;9.0a;10.0;12.0"
 TORCH_TARGET = (2, 10)
 
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pipeline" / "__init__.py").read_text(), re.M)
@@ -78,7 +82,7 @@ def find_torch() -> tuple[Path, str, str | None]:
     """Its folder, its version, and the version of CUDA that it was built for."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise NoTool("torch is not there at build time: install it, then pip install --no-build-isolation -e .")
+        raise NoTool("torch is not there at build time: install it first, and give pip --no-build-isolation")
     folder = Path(spec.origin).parent
     facts = runpy.run_path(str(folder / "version.py"))
     version = str(facts["__version__"])
@@ -334,7 +338,8 @@ def summary(libraries: dict[str, dict]) -> str | None:
     if MODE == "off":
         return f"native kernels are off (MNEMOS_BUILD=off): {ops} will be slow, on PyTorch"
     what = "; ".join(f"for the {' and the '.join(devices)} ({reason})" for reason, devices in missing.items())
-    slow = f"{ops} will be slow there, on PyTorch, until that is mended and ./launch.sh --setup-only run"
+    again = "mnemos installed again (in a checkout: ./launch.sh --setup-only)"
+    slow = f"{ops} will be slow there, on PyTorch, until that is fixed and {again}"
     return f"native kernels are not built {what}: {slow}"
 
 
@@ -415,6 +420,46 @@ class BuildNative(build_ext):
         return {}
 
 
+class BuildPackage(build_py):
+    """The package as it is installed: with what lies beside it in a checkout (pipeline/package.py finds both)."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for source, target in self.beside().items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        self.commit_file().parent.mkdir(parents=True, exist_ok=True)
+        self.commit_file().write_text(f"{commit()}\n")
+
+    def beside(self) -> dict[Path, Path]:
+        """Files of the checkout, and where they are in the package."""
+        package = Path(self.build_lib) / "pipeline"
+        return {path: package / CONFIGS / path.name for path in sorted((ROOT / CONFIGS).glob("*.json"))}
+
+    def commit_file(self) -> Path:
+        return Path(self.build_lib) / "pipeline" / COMMIT
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        own = [] if self.editable_mode else [*self.beside().values(), self.commit_file()]
+        return [*super().get_outputs(include_bytecode), *map(str, own)]
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *(path.relative_to(ROOT).as_posix() for path in self.beside())]
+
+
+def commit() -> str:
+    """That of the checkout, with `+` when files differ from it; empty outside a checkout."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        head, changes = (ask("git", "-C", str(ROOT), *words) for words in (["rev-parse", "HEAD"], ["status", "-s"]))
+    except NotBuilt:
+        return ""
+    return head + ("+" if changes else "")
+
+
 REQUIREMENTS = [
     "datasets>=5.0",
     # Frozen parameters under activation checkpointing, sequence-parallel checkpoints and the gradients of a compiled
@@ -440,6 +485,8 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "dev": [
+        # The tests' token loop that was not written here. It brings einops alone: Triton is an extra of its own.
+        "fla-core>=0.6",
         "hypothesis>=6.100",
         "mypy>=2.0",
         "pytest>=9.0",
@@ -458,6 +505,29 @@ setup(
     name="mnemos",
     version=VERSION.group(1),
     description="Language models that remember, trained on one DeepSpeed engine",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The Mnemos contributors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "deepspeed",
+        "language model",
+        "linear attention",
+        "long context",
+        "memory",
+        "test-time training",
+        "titans",
+    ],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["pipeline", "pipeline.*"]),
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
@@ -467,6 +537,6 @@ setup(
         Extension(f"pipeline._native_{kind}", sources(kind), depends=headers(), py_limited_api=True, optional=True)
         for kind in DEVICES
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

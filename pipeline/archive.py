@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,10 @@ import pydantic
 import yaml
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, brief, shown
+
+LONGEST = 4096
+"""Bytes of the longest path, and so of any text in a config."""
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -38,9 +42,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise UserError(f"{node.start_mark.name}: {sorted(twice)[0]!r} is given twice: keep one")
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown(key)} is given twice", node.value[place][0].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -49,20 +55,43 @@ def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
 
     Whether foreign code may run is for the flags of a command alone to say: a file can come from anywhere.
     """
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    try:
-        with path.open() as handle:
-            content = yaml.load(handle, Loader=_UniqueKeys)
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path}: not a text file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from None
+    content = _read(path)
     name = content.get("recipe") if isinstance(content, dict) else None
     if not isinstance(name, str) or name not in recipes:
         raise UserError(f"--config {path}: `recipe` must name one of {', '.join(sorted(recipes))}")
-    config = merge(recipes[name](), content, str(path))
+    try:
+        config = merge(recipes[name](), content, str(path))
+    except UserError as error:
+        # What a section says of its own values names flags, not the file.
+        raise error if str(path) in str(error) else UserError(f"--config {path}: {error}") from None
     return dataclasses.replace(config, data=dataclasses.replace(config.data, trust_remote_code=False))
+
+
+def states(path: Path, *keys: str) -> bool:
+    """Whether a YAML file gives the field that `keys` lead to, which otherwise has its recipe's value."""
+    content = _read(path)
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_bytes().decode("utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"--config {path}: {reason}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not a text file") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise UserError(f"--config {path}{line}: not YAML ({brief(error.problem)}): correct it") from None
+    except (yaml.YAMLError, ValueError) as error:  # a character, a date or a number that is none
+        raise UserError(f"--config {path}: not YAML ({brief(error)}): correct it") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deeply for a config: correct it") from None
 
 
 def merge(default: Any, changes: dict[str, Any], where: str) -> Any:
@@ -70,7 +99,7 @@ def merge(default: Any, changes: dict[str, Any], where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(default)}
     unknown = [key for key in changes if key not in fields]
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
+        raise UserError(f"{where}: unknown key {shown(unknown[0])}; known: {', '.join(fields)}")
     hints = _hints(type(default))
     values = {}
     for key, value in changes.items():
@@ -85,11 +114,22 @@ def merge(default: Any, changes: dict[str, Any], where: str) -> Any:
             continue
         if isinstance(value, bool) and not isinstance(current, bool):
             raise UserError(f"{where}: {key}: {value!r} is true or false where {current!r} stands by default")
+        if not _can_name(value):
+            raise UserError(f"{where}: {key}: {shown(value)} cannot name anything")
         try:
             values[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
         except pydantic.ValidationError as error:
-            raise UserError(f"{where}: {key}: {error.errors()[0]['msg']} (it is {value!r})") from None
+            raise UserError(f"{where}: {key}: {brief(error.errors()[0]['msg'])} (it is {shown(value)})") from None
     return dataclasses.replace(default, **values)
+
+
+def _can_name(value: Any) -> bool:
+    """Whether the strings in a value can name a file: they hold no NUL, can be encoded, are no longer than paths."""
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    try:
+        return all(b"\0" not in (name := os.fsencode(text)) and len(name) < LONGEST for text in texts)
+    except UnicodeEncodeError:
+        return False
 
 
 def _section(hint: Any) -> Any:

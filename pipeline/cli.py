@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
-from pipeline.errors import LostRankError, RankError, UserError
-from pipeline.flags import fit_ranks, parse_run, take
-from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, out_of_space, say
+from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief
+from pipeline.flags import fit_ranks, parse_run, take, wants_help
+from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, of_a_file, out_of_space, say
+from pipeline.spelling import did_you_mean, nearest
 from pipeline.stop import Stopped, StopRequests
 
 LAST_WORDS = 3.0
@@ -21,14 +23,15 @@ usage: mnemos COMMAND [arguments]        (or: python -m pipeline COMMAND)
 
 Mnemos trains language models that remember.
 
-  train RECIPE [--section.field value ...]   run a recipe; `train RECIPE --help` lists every flag
+  train RECIPE [--section.field value ...]   run a recipe; with --help its common flags, with --help-all every one
   recipes                                    every recipe, one line each
-  plan RECIPE [flags]                        memory per device, tokens/s and hours, before anything is spent
+  plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
   bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline
   bench resume [flags]                       seconds to save and load a checkpoint, against plain files of that size
+  bench report FOLDER                        what `make gpu` measured, into docs/results.md
   doctor                                     what this machine has: devices, kernels, attention backends, versions
   check RECIPE [flags]                       the checks that `train` makes before any rank starts
 
@@ -41,6 +44,9 @@ Every command takes --help. Ranks are started by the deepspeed launcher:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/failures.md)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of a file may be no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -51,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(words[0])
     try:
         if command is None:
-            raise UserError(f"unknown command {words[0]!r}: one of {', '.join(COMMANDS)}")
-        if len(words) == 2 and words[1] in ("-h", "--help") and words[0] in HELP:
+            raise UserError(f"unknown command {words[0]!r}{_meant(words[0])} (one of {', '.join(COMMANDS)})")
+        if len(words) == 2 and wants_help(words) and words[0] in HELP:
             print(HELP[words[0]])
             return 0
         command(words[1:])
@@ -61,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             leave(0)
         return 0
     except RankError as error:
-        return _end(last_words(error), exit_code(error), everywhere=True)
+        at_once = isinstance(error, DeviceLostError)
+        message = None if error.said else last_words(error)
+        return _end(message, exit_code(error), everywhere=True, at_once=at_once)
     except (UserError, Stopped) as error:
         return _end(None if error.said else last_words(error), exit_code(error))
     except LostRankError as error:
@@ -80,15 +88,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hush(sys.stdout)
         return 0
     except OSError as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         if out_of_space(error):
             where = f" ({error.filename})" if error.filename else ""
-            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            mend = "make room and start again; the run resumes where it was"
-            return _end(f"{rank}no space left on the device{where}: {mend}", exit_code(error), everywhere=True)
+            fix = "make room and start again; the run resumes where it was"
+            return _end(f"{rank}no space left on the device{where}: {fix}", exit_code(error), everywhere=True)
+        if of_a_file(error):
+            fix = "correct it, or name another"
+            return _end(f"{rank}{brief(error.filename)}: {error.strerror}: {fix}", exit_code(error), everywhere=True)
         raise
 
 
-def _end(message: str | None, code: int, everywhere: bool = False) -> int:
+def _meant(word: str) -> str:
+    found = nearest(word, COMMANDS)
+    if not found:
+        from pipeline.recipes import all_recipes
+
+        found = [f"train {word}"] if word in all_recipes() else []
+    return did_you_mean(found)
+
+
+def _end(message: str | None, code: int, everywhere: bool = False, at_once: bool = False) -> int:
+    """`at_once`: the interpreter's own end would free what is on a GPU that answers no more, which may abort it."""
     # What is the same on every rank needs one line only.
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if everywhere or os.environ.get("RANK", "0") == "0":
@@ -97,7 +118,7 @@ def _end(message: str | None, code: int, everywhere: bool = False) -> int:
     elif ranks > 1:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
         time.sleep(LAST_WORDS)
-    if ranks > 1:
+    if ranks > 1 or at_once:
         leave(code)
     return code
 
@@ -127,8 +148,12 @@ def _train(words: Sequence[str]) -> None:
 
         try:
             train(config, requests)
-        finally:
+        except DeviceLostError:
+            raise  # over a GPU that answers no more, ranks cannot part in order
+        except BaseException:
             stop()
+            raise
+        stop()
 
 
 def _check(words: Sequence[str]) -> None:
@@ -180,31 +205,38 @@ def _bench(words: Sequence[str]) -> None:
 
 
 def _doctor(words: Sequence[str]) -> None:
-    from pipeline.doctor import collect, render
+    from pipeline.doctor import run_doctor
 
-    if words:
-        raise UserError(f"doctor takes no arguments, got {words[0]!r}")
-    print(render(collect()))
+    if run_doctor(words)["kernels"]["lost"]:
+        leave(0)  # as in `_end`
 
 
 HELP = {
     "recipes": "usage: mnemos recipes\n\nEvery recipe, one line each.",
-    "doctor": "usage: mnemos doctor\n\nWhat this machine has: devices, kernels, attention backends, versions.",
+    "doctor": (
+        "usage: mnemos doctor [--json FILE]\n\nWhat this machine has: devices, kernels, attention backends, versions."
+    ),
     "eval": (
         "usage: mnemos eval CHECKPOINT [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
-        " for its latest one.\nThe result goes to OUT/evals."
+        " for its latest one.\nThe result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
+        " `--help-all` every one."
     ),
     "bench": (
         "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
         "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n"
-        "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n\n"
-        "All take --json FILE, --repeats N and --help."
+        "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n"
+        "       mnemos bench report FOLDER\n\n"
+        "The first three take --json FILE, --repeats N and --help."
     ),
     "plan": (
-        "usage: mnemos plan RECIPE [--ranks N] [--device NAME] [--utilisation SHARE] [flags of the recipe]\n\n"
+        "usage: mnemos plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation SHARE] [--reserve GIB]\n"
+        "                   [flags of the recipe]\n\n"
         "  --ranks N            devices in all (default 1)\n"
-        "  --device NAME        a device with a known peak (default H200)\n"
-        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)"
+        "  --device NAME        a device of the table in docs/plan.md, or its driver's name (default H200)\n"
+        "  --all-devices        a table of what fits on every device of that table\n"
+        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)\n"
+        "  --reserve GIB        memory of a device that stays free (default 2 GiB and 5 % of the device's)\n\n"
+        "`mnemos plan RECIPE --help` lists the recipe's common flags too, `--help-all` every one."
     ),
 }
 """Help of the commands whose flags are not a recipe's alone."""

@@ -10,17 +10,22 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
+
+LARGEST = 2**31 - 1
+"""Of what is counted or sized: more is a slip, and overflows where it is used."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What a system is made of. Each system derives its own section from this one."""
 
+    common: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of the fields whose flags `train RECIPE --help` shows; `--help-all` shows all."""
     system: tyro.conf.Suppress[str] = ""
     """Name of the folder under pipeline/systems that implements this section."""
 
@@ -214,6 +219,9 @@ class RunConfig:
         for flag, value in at_least_zero.items():
             if not 0 <= value < math.inf:
                 raise UserError(f"{flag} is {value}: give 0 or more")
+        for flag, value in {**positive, **at_least_zero}.items():
+            if isinstance(value, int) and value > LARGEST:
+                raise UserError(f"{flag} is {shown(value)}: give at most {LARGEST}")
         if self.stop_after is not None and self.stop_after < 1:
             raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):

@@ -16,24 +16,39 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import DeviceLostError, UserError
+from pipeline.flags import take
 from pipeline.machine import Machine
+from pipeline.package import PACKAGE, how_to_set_up
 
 PACKAGES = (
     *("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "einops", "safetensors"),
     *("sentencepiece", "tyro", "pydantic", "psutil", "matplotlib", "tensorboard", "ninja"),
     *("flash-attn", "flash-attn-4", "lm-eval", "wandb"),
 )
-# Where set-up puts what it builds.
-PACKAGE = Path(__file__).parent
 LOW_DISK = 10 * 2**30
-SETUP = "run ./launch.sh --setup-only"
+SETUP = how_to_set_up()
 
 Report = dict[str, Any]
+
+
+def run_doctor(words: Sequence[str]) -> Report:
+    """The command: `doctor [--json FILE]`; returns what it shows."""
+    file, rest = take(list(words), "--json")
+    if rest:
+        raise UserError(f"doctor takes --json FILE alone, got {rest[0]!r}")
+    report = collect()
+    if file is not None:
+        try:
+            Path(file).write_text(json.dumps(report, indent=2, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {file}: {error.strerror}: name a file that can be written") from None
+    print(render(report))
+    return report
 
 
 def collect() -> Report:
@@ -223,11 +238,18 @@ def _attention(device: str) -> Report:
 def _kernels(device: str) -> Report:
     """The native libraries, the checks of their kernels on every device here, and what set-up said when it built them.
 
-    ``miras_scan`` holds the backends that run here, in the order `auto` prefers.
+    ``miras_scan`` holds the backends that run here, in the order `auto` prefers; ``lost``, by GPU, why nothing runs
+    there any more.
     """
     built = _build_report()
     libraries: dict[str, Report] = {kind: _library(kind, built) for kind in ("cpu", "cuda")}
-    report: Report = {"libraries": libraries, "checks": [], "miras_scan": [], "warning": built.get("warning")}
+    report: Report = {
+        "libraries": libraries,
+        "checks": [],
+        "lost": {},
+        "miras_scan": [],
+        "warning": built.get("warning"),
+    }
     try:
         import torch
 
@@ -243,15 +265,20 @@ def _kernels(device: str) -> Report:
         libraries[kind]["state"] = _library_state(libraries[kind], reason)
         devices = ["cpu"] if kind == "cpu" else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         for where in devices if reason is None else []:
-            for dtype in scan_native.DTYPES:
-                for key_dim in scan_native.KEY_DIMS:
-                    scan_native.why_not(where, dtype, key_dim)
-                affine_scan_native.why_not(where, dtype, dtype)
+            try:
+                for dtype in scan_native.DTYPES:
+                    for key_dim in scan_native.KEY_DIMS:
+                        scan_native.why_not(where, dtype, key_dim)
+                    affine_scan_native.why_not(where, dtype, dtype)
+            except (DeviceLostError, RuntimeError) as error:  # no other check can run there
+                report["lost"][where] = str(error).partition("\n")[0]
     report["checks"] = [verdict._asdict() for verdict in native.verdicts()]
     for backend in ("cuda", "cpu", "torch"):
+        where = "cpu" if backend == "cpu" else device
+        if where == "cuda" and f"cuda:{torch.cuda.current_device()}" in report["lost"]:
+            continue
         # A backend that is not built, or not for this device, refuses.
         with contextlib.suppress(Exception):
-            where = "cpu" if backend == "cpu" else device
             vector = torch.ones(1, 2, 1, 32, device=where)
             gate = torch.full((1, 2, 1), 0.5, device=where)
             miras_scan(vector, vector, vector, gate, gate, gate, backend=backend)
@@ -295,15 +322,17 @@ def _library_state(library: Report, reason: str | None) -> str:
 
 
 def _checks(checks: list[Report]) -> Iterator[tuple[str, str]]:
-    """A line per op and device, from what was checked case by case."""
+    """An op and device, in which cases it runs natively there, and why not in others."""
     for op, device in dict.fromkeys((check["op"], check["device"]) for check in checks):
         cases = [check for check in checks if (check["op"], check["device"]) == (op, device)]
-        failed = [check for check in cases if check["failure"]]
-        if failed:
-            state = f"failed: {failed[0]['case']}: {failed[0]['failure']}"
-        else:
-            state = f"checked, largest error {max(check['error'] for check in cases):.1e} in {len(cases)} cases"
-        yield f"  {op}, {device}", state
+        passed = [check for check in cases if not check["failure"]]
+        states = [f"failed: {check['case']}: {check['failure']}" for check in cases if check["failure"]]
+        if passed:
+            which = f" ({'; '.join(check['case'] for check in passed)})" if states else ""
+            largest = max(check["error"] for check in passed)
+            states.insert(0, f"checked, largest error {largest:.1e} in {len(passed)} cases{which}")
+        for index, state in enumerate(states):
+            yield "" if index else f"  {op}, {device}", state
 
 
 def _warnings(report: Mapping[str, Any], machine: Machine) -> Iterator[str]:
@@ -339,8 +368,9 @@ def _kernel_warnings(report: Mapping[str, Any]) -> Iterator[str]:
     for kind, library in kernels["libraries"].items():
         if library["file"] and not library["loaded"] and (kind == "cpu" or report["gpus"]):
             yield f"the native kernels for the {kind} do not run: {library['state']}"
+    yield from kernels["lost"].values()
     for check in kernels["checks"]:
-        if check["failure"]:
+        if check["failure"] and not check["lost"]:
             yield f"{check['op']} is not native on {check['device']} ({check['case']}): {check['failure']}"
 
 

@@ -30,9 +30,12 @@ from deepspeed.utils import logger as deepspeed_logger
 from pipeline.checkpoint.shards import ShardFiles
 from pipeline.checkpoint.universal_convert import Shards
 from pipeline.config import RunConfig
-from pipeline.errors import RankError, UserError
+from pipeline.ds_config import check_accepted, check_settings, offload_device
+from pipeline.errors import RankError, UserError, brief, shown
 from pipeline.hardware import on_gpu
+from pipeline.json_file import read_json
 from pipeline.machine import Machine
+from pipeline.package import config_folder
 from pipeline.parallel.rendezvous import join
 from pipeline.parallel.topology import Topology, create_topology, limit_waits
 from pipeline.parallel.weights import full_shape
@@ -43,10 +46,7 @@ FLATTENED = ("bit16_groups", "bf16_groups", "fp16_groups")
 """Where DeepSpeed's optimizers (stages 1 and 2, bfloat16 beside them, stage 3 and none) hold parameters in the order of
 their shards."""
 SAVE_EVENTS = ("_optimizer_has_ckpt_event_prologue", "_optimizer_has_ckpt_event_epilogue")
-UNSAVED = ("elastic_checkpoint", "mics_shard_size", "round_robin_gradients")
-"""Settings of ZeRO whose shards are others than the rest's. With the last, 0.19.8 says that parameters are in other
-places of its shards than where they are."""
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
+CONFIG_FOLDER = config_folder()
 
 
 def start(config: RunConfig) -> Topology:
@@ -123,11 +123,8 @@ def config_path(name: str) -> Path:
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the named file with every "auto" decided. Raises UserError."""
     path = config_path(config.zero)
-    try:
-        resolved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}): mend the file") from None
-    _check_sections(path, resolved)
+    resolved = read_json(path, "correct the file")
+    check_settings(path, resolved)
     decided = {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.grad_accum,
@@ -135,37 +132,24 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     for key, value in decided.items():
         if resolved.get(key, "auto") not in ("auto", value):
-            raise UserError(f'{path}: {key} is {resolved[key]} but the run says {value}: write "auto" there')
+            given = shown(resolved[key])
+            raise UserError(f'{path}: {key} is {given} but the run says {value}: write "auto" there')
         resolved[key] = value
     resolved.pop("train_batch_size", None)
     bf16 = resolved.setdefault("bf16", {})
     if bf16.get("enabled", "auto") == "auto":
         bf16["enabled"] = precision_of(config) == torch.bfloat16
     resolved.setdefault("zero_allow_untested_optimizer", True)
+    # Which optimizer an offload takes is decided below, by the device.
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     resolved.setdefault("steps_per_print", 2**31)
+    check_accepted(path, resolved)
     return resolved
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
-
-
-def _check_sections(path: Path, content: Any) -> None:
-    sections = content if isinstance(content, dict) else {}
-    zero = sections.get("zero_optimization", {})
-    if not isinstance(content, dict) or not isinstance(zero, dict) or not isinstance(sections.get("bf16", {}), dict):
-        raise UserError(f"{path}: not a DeepSpeed configuration: see the files of {CONFIG_FOLDER.name}")
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage is {zero['stage']!r}: give 0, 1, 2 or 3")
-    unsaved = [key for key in UNSAVED if zero.get(key) not in (None, False, 0, -1)]
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        unsaved.append("NVMe offload")
-    if unsaved:
-        raise UserError(f"{path}: {unsaved[0]} has no checkpoints here: leave it out")
-    for section in ("optimizer", "scheduler", "fp16"):
-        if sections.get(section):
-            raise UserError(f"{path}: {section!r} is decided by the recipe: leave it out")
 
 
 @contextlib.contextmanager
@@ -215,9 +199,10 @@ class Engine:
         ]
         self.stage = zero_stage(ds_config)
         optimizer = self._optimizer(groups, config, ds_config)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
+        with _answered_by(config.zero):
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+            )
         limit_waits(_patience(config))
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             _undo_first_update(self.optimizer)
@@ -231,7 +216,7 @@ class Engine:
     def _optimizer(
         groups: Sequence[dict[str, Any]], config: RunConfig, ds_config: dict[str, Any]
     ) -> torch.optim.Optimizer:
-        offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        offload = offload_device(ds_config, "offload_optimizer")
         betas, eps = config.optimizer.betas, config.optimizer.eps
         if offload != "none" and on_gpu():
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -368,6 +353,23 @@ class Engine:
             self.optimizer.clear_lp_grads()
         self.deepspeed.zero_grad()
         self.deepspeed.micro_steps += 1
+
+
+@contextlib.contextmanager
+def _answered_by(zero: str) -> Iterator[None]:
+    """What DeepSpeed refuses in a configuration of the user's own, such as a setting of another device, is a UserError.
+
+    A RuntimeError is that of a collective or of the device's memory.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if not zero.endswith(".json"):
+            raise
+        reason = brief(error) or type(error).__name__
+        raise UserError(f"--zero {zero}: DeepSpeed does not start with it ({reason}): correct it") from error
 
 
 def _undo_first_update(optimizer: FP16_UnfusedOptimizer) -> None:

@@ -1,5 +1,7 @@
 """Errors a user can cause, and that of a rank that is gone."""
 
+import reprlib
+
 
 class UserError(Exception):
     """Something the user can mend: one line naming the thing and the mend, printed without a traceback, exit code 2."""
@@ -12,6 +14,10 @@ class RankError(UserError):
     """A UserError that one rank alone knows of, before the ranks can agree: that rank prints it."""
 
 
+class DeviceLostError(RankError):
+    """A GPU that runs nothing more in this process, after an illegal access, say: no other path can take over there."""
+
+
 class LostRankError(Exception):
     """Another rank cannot go on: it died, stalled, cannot be reached, or was ended by an exception of its own.
 
@@ -22,3 +28,22 @@ class LostRankError(Exception):
     def __init__(self, reason: str, *, code: int, speaks: bool) -> None:
         super().__init__(reason)
         self.code, self.speaks = code, speaks
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 80
+
+
+def shown(value: object) -> str:
+    """A value out of a file, as Python spells it, in one short line; of a long one the beginning and the end."""
+    return brief(_REPR.repr(value))
+
+
+def brief(value: object, limit: int = 160) -> str:
+    """An exception's message, or any text of a file, in one line of at most `limit` characters.
+
+    What cannot be printed is escaped: it may be what is wrong with the file.
+    """
+    line = " ".join(str(value).split())
+    line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import sys
 import time
@@ -12,47 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-PEAK_TFLOPS = {
-    # Dense bfloat16, from the vendors' data sheets; matched against the device's name, longest first.
-    "A100": 312.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "H200 NVL": 835.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "B300": 2250.0,
-    "GB300": 2500.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 4090": 165.0,
-}
-
-PEAK_BANDWIDTH = {
-    # GB/s of device memory, from the vendors' data sheets; matched as PEAK_TFLOPS.
-    "A100 80GB PCIe": 1935.0,
-    "A100-PCIE-40GB": 1555.0,
-    "A100-SXM4-40GB": 1555.0,
-    "A100": 2039.0,
-    "H100 PCIe": 2000.0,
-    "H100 NVL": 3900.0,
-    "H100": 3350.0,
-    "H200": 4800.0,
-    "H200 NVL": 4800.0,
-    "GH200 480GB": 4000.0,
-    "GH200": 4900.0,
-    "B200": 8000.0,
-    "GB200": 8000.0,
-    "B300": 8000.0,
-    "GB300": 8000.0,
-    "L40S": 864.0,
-    "L40": 864.0,
-    "L4": 300.0,
-    "RTX 4090": 1008.0,
-}
+from pipeline.devices import Device, find_device
 
 
 @dataclass(frozen=True)
@@ -90,28 +49,19 @@ def peak_flops(stated_tflops: float | None = None) -> float | None:
     """Peak FLOP/s of this device at bfloat16, or the stated one; None where it is not known."""
     if stated_tflops is not None:
         return stated_tflops * 1e12
-    tflops = _of_device(PEAK_TFLOPS)
-    return None if tflops is None else tflops * 1e12
+    device = this_device()
+    return None if device is None else device.tflops * 1e12
 
 
 def peak_bandwidth() -> float | None:
     """Peak bytes/s of this GPU's memory; None where it is not known."""
-    gigabytes = _of_device(PEAK_BANDWIDTH)
-    return None if gigabytes is None else gigabytes * 1e9
+    device = this_device()
+    return None if device is None else device.bandwidth * 1e9
 
 
-def _of_device(table: dict[str, float]) -> float | None:
-    """The entry of this GPU; None on a CPU and for an unknown device."""
-    if not on_gpu():
-        return None
-    name = torch.cuda.get_device_name()
-    if re.search(r"\b(MIG|Laptop|D)\b", name):
-        # A part of a device, or a slower one of the same name.
-        return None
-    for key in sorted(table, key=len, reverse=True):
-        if re.search(rf"\b{key}\b", name):
-            return table[key]
-    return None
+def this_device() -> Device | None:
+    """This process's GPU in the table of devices; None on a CPU and for an unknown device."""
+    return find_device(torch.cuda.get_device_name()) if on_gpu() else None
 
 
 def roof(dtype: torch.dtype) -> Roof:

@@ -35,8 +35,13 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Whether a disk is full."""
-    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+    """Whether a disk is full, or a quota is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_a_file(error: BaseException) -> bool:
+    """Whether the system refuses a file by its name: it is not there, may not be read, or its disk fails."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def exit_code(error: BaseException) -> int:
@@ -45,7 +50,7 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, LostRankError):
         return error.code
-    if isinstance(error, UserError) or out_of_space(error):
+    if isinstance(error, UserError) or out_of_space(error) or of_a_file(error):
         return USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.package import how_to_set_up
 
 
 class Machine:
@@ -62,7 +63,7 @@ class Machine:
         )
         if answer.returncode:
             last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"torch does not load ({last}): run ./launch.sh --setup-only, and see `mnemos doctor`")
+            raise UserError(f"torch does not load ({last}): {how_to_set_up()}, and see `mnemos doctor`")
         return int(answer.stdout.split()[-1])
 
     def idle_gpus(self) -> bool:

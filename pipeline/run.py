@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,7 +18,9 @@ from pipeline import __version__
 from pipeline.config import RunConfig
 from pipeline.hardware import on_gpu
 from pipeline.lock import FolderLock
+from pipeline.output import overwrite_json, write_json, writing
 from pipeline.parallel.topology import Topology
+from pipeline.provenance import commit
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -77,17 +77,6 @@ class Run:
         return config.batch_size * config.grad_accum * self.topology.data * config.sequence_length
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that the file is either the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as handle:
-        json.dump(content, handle, indent=2, default=str)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
-
-
 def versions() -> dict[str, str | None]:
     """Versions of what decides the numbers; None where a package is not installed."""
     found: dict[str, str | None] = {"mnemos": __version__, "python": platform.python_version()}
@@ -111,32 +100,29 @@ def machine(topology: Topology) -> dict[str, Any]:
             "nodes": topology.nodes, "platform": platform.platform()}  # fmt: skip
 
 
-def commit() -> str | None:
-    """The commit of the checkout that runs, with `+` when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if state.stdout.strip() else "")
-
-
 def write_run_file(run: Run, status: str) -> None:
-    """run.json: versions, commit, devices, command, status, last checkpoint. Rank 0 only."""
-    write_json(
-        run.folder / "run.json",
-        {
-            "recipe": run.config.recipe,
-            "status": status,
-            "last_checkpoint": run.last_checkpoint,
-            "progress": dataclasses.asdict(run.progress),
-            "command": sys.argv,
-            "versions": versions(),
-            "commit": commit(),
-            "machine": machine(run.topology),
-            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        },
-    )
+    """run.json: versions, commit, devices, command, status, last checkpoint. Rank 0 only; raises RankError."""
+    path = run.folder / "run.json"
+    content = {
+        "recipe": run.config.recipe,
+        "status": status,
+        "last_checkpoint": run.last_checkpoint,
+        "progress": dataclasses.asdict(run.progress),
+        "command": sys.argv,
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(run.topology),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    with writing(path):
+        try:
+            write_json(path, content)
+        except OSError:
+            # On a full disk a status that is out of date would say that the run goes on.
+            try:
+                overwrite_json(path, content)
+            except OSError:
+                pass
+            else:
+                return
+            raise

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.data.sources.listing import Listing
+    from pipeline.devices import Device
     from pipeline.parallel.pulse import Pulse
     from pipeline.parallel.topology import Topology
 
@@ -120,6 +121,22 @@ class Curve:
     x: tuple[float, ...]
     series: dict[str, tuple[float, ...]]
     log_x: bool = False
+    upper_edges: bool = False
+    """Each x is the upper edge of a bin that begins at the x before it."""
+    drawn: tuple[str, ...] = ()
+    """Series in the picture (none: all); the others stand in its numbers alone."""
+    drawn_label: str = ""
+    """The picture's y label, where what is drawn is not what `y_label` says."""
+    intervals: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
+    """Lower and upper ends by series: 95 % intervals over documents."""
+    counts: tuple[int, ...] = ()
+    """Labels that each point was measured on."""
+    documents: tuple[int, ...] = ()
+    """Documents that these labels are of."""
+    levels: dict[str, float] = field(default_factory=dict)
+    """Horizontal lines by their label: what a value of y is compared with."""
+    edges: dict[str, float] = field(default_factory=dict)
+    """Vertical lines by their label: where on the x axis something begins."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +182,7 @@ class System(Protocol):
     """One research system. The engine owns devices, precision, sharding, time and files; a system owns its maths."""
 
     name: str
-    files: Listing | None
+    files: Listing | None = None
     """The files of `--data.path` as rank 0 has listed them, set before `loader` is called in a run; None: the process
     lists them itself."""
 
@@ -176,6 +193,22 @@ class System(Protocol):
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
         """What was chosen on this machine, for the log: {"attention": "window of 4096 tokens, backend flex", ...}."""
         ...
+
+    def caption(self) -> str:
+        """What tells this run from another of its recipe, in a few words for the titles of plots: "window 64"."""
+        return ""
+
+    def headline(self, evaluation: Evaluation) -> str:
+        """Held-out numbers as one short line for a person; the files have all of them."""
+        names = [name for name in evaluation.scalars if name not in ("loss", "ppl", "bpb", "labels")]
+        parts = [f"val {evaluation.scalars['loss']:.3f}"] if "loss" in evaluation.scalars else []
+        parts += [f"{name} {evaluation.scalars[name]:.4g}" for name in names]
+        parts += [f"{evaluation.scalars['bpb']:.2f} bpb"] if "bpb" in evaluation.scalars else []
+        return " | ".join(parts)
+
+    def health(self, metrics: Mapping[str, float]) -> str:
+        """The last logged step's metrics of the system in words, shown with an evaluation; empty: nothing is shown."""
+        return " | ".join(f"{name} {value:.3g}" for name, value in metrics.items())
 
     def build(self) -> nn.Module:
         """Everything, once, with uninitialised weights; phases freeze parts of it."""
@@ -205,8 +238,9 @@ class System(Protocol):
 
     def flops(self, sequence_length: int) -> Flops: ...
 
-    def activation_bytes(self, topology: Topology, element: int) -> int:
-        """Estimate of what one rank keeps for the backward pass of a micro-batch, at `element` bytes per number."""
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
+        """Estimate of what a step holds on one rank beside weights, gradients and optimizer, at `element` bytes per
+        number on such a device: bytes by what they are, which add up to the most there is at a time."""
         ...
 
 

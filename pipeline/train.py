@@ -37,17 +37,19 @@ from pipeline.config import RunConfig
 from pipeline.data.build import list_data
 from pipeline.data.resume import different_rank
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
-from pipeline.errors import LostRankError, UserError
-from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, say
+from pipeline.errors import LostRankError, RankError, UserError
+from pipeline.finished import is_finished
+from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
 from pipeline.lock import FolderLock
 from pipeline.meter import Meter
+from pipeline.output import not_written, write_json
 from pipeline.parallel.agreement import agree, from_all, from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.watch import Verdict, Watch
 from pipeline.parallel.weights import full_shape
-from pipeline.run import Run, write_json, write_run_file
+from pipeline.run import Run, write_run_file
 from pipeline.schedule import lr_multiple
 from pipeline.stop import Stopped, StopRequests
 from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput, System, create_system
@@ -93,6 +95,8 @@ def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock
     together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
     checkpoint = find_checkpoint(config, topology)
     config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
+    if is_finished(config, checkpoint, topology):
+        return
     # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read.
     listed = together(topology, lambda: list_data(config) if topology.rank == 0 else None)
     system.files = from_main(topology, listed)
@@ -162,8 +166,9 @@ class Trainer:
         dtype = precision_of(config)
         sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
         trainable = sum(sizes[name] for group in self.phase.groups for name in group.parameters)
+        ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
         return {
-            config.recipe: f"{topology.world} ranks (data {topology.data} x sequence {topology.sequence}),"
+            config.recipe: f"{ranks} (data {topology.data} x sequence {topology.sequence}),"
             f" {config.zero}, {str(dtype).removeprefix('torch.')} on {run.device.type}",
             "parameters": f"{sum(sizes.values()):,}, of which {trainable:,} are trained",
             **run.system.describe(run.device.type, dtype),
@@ -207,13 +212,20 @@ class Trainer:
         except KeyboardInterrupt:
             status = "interrupted"
             raise
+        except OSError as error:
+            if not out_of_space(error):
+                raise
+            # Libraries write pictures, events and traces; they name no file.
+            shared = not_written(Path(error.filename or run.folder), error)
+            raise shared from error
         finally:
             self._end(status, shared)
 
     def _end(self, status: str, shared: Stopped | UserError | None) -> None:
         """How the run ends, and why, is said before anything that may take long or never come back.
 
-        `shared`: what all ranks end by. Whatever goes wrong here, the run's own outcome counts.
+        `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
+        outcome counts.
         """
         if isinstance(shared, UserError) and self.pulse.watch is not None:
             # The others end by the same error, and must not be held to have failed while this rank goes on.
@@ -232,7 +244,9 @@ class Trainer:
             try:
                 part()
             except Exception as error:
-                warnings.warn(f"{name} did not end well: {error}", stacklevel=2)
+                # One line says what cannot be written; the other files of the folder would only repeat it.
+                if not (isinstance(error, RankError) and isinstance(shared, RankError)):
+                    warnings.warn(f"{name} did not end well: {error}", stacklevel=2)
 
     def _steps(self, last: int, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress

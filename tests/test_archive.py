@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.archive import load_config, merge, save_config, to_plain
+from pipeline.archive import load_config, merge, save_config, states, to_plain
 from pipeline.config import RunConfig, replace
 from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
@@ -121,10 +122,21 @@ def test_an_unknown_key_of_an_optional_section_is_named(file: Path, recipe: str)
         ("- recipe\n- steps\n", ["`recipe`"]),
         ("recipe: miras_tiny\nsteps: 3\nsteps: 4\n", ["'steps'", "twice"]),
         ("recipe: miras_tiny\ndata: {split: train, split: test}\n", ["'split'", "twice"]),
-        ("recipe: [miras_tiny\n", ["not YAML"]),
+        ("recipe: miras_tiny\n5: 1\n5: 2\nsteps: 1\nsteps: 2\n", ["line 3", "5 is given twice"]),
+        ("recipe: miras_tiny\n[1]: 1\n[1]: 2\n", ["[1] is given twice"]),
+        ("recipe: [miras_tiny\n", ["line 2", "not YAML", "correct it"]),
+        ("recipe: miras_tiny\nsteps: " + "9" * 5000, ["not YAML", "4300"]),
+        ("recipe: miras_tiny\nseed: 2026-13-45", ["not YAML", "month"]),
+        ("recipe: \0", ["not YAML", "#x0000"]),
+        ("recipe: miras_tiny\ndata: " + "[" * 1000, ["nested too deeply"]),
+        ('recipe: miras_tiny\noutput_dir: "a\\0b"', ["output_dir", "'a\\x00b'", "cannot name anything"]),
+        ('recipe: miras_tiny\ndata: {path: ["\\ud800"]}', ["data", "path", "cannot name anything"]),
+        (f"recipe: miras_tiny\nsteps: {'x' * 5000}", ["steps", "cannot name anything", "xxx...xxx"]),
+        ("recipe: miras_tiny\ndata: &a {path: [*a]}", ["data", "path", "string"]),
+        ("recipe: miras_tiny\nlr: 0\n", ["--lr is 0"]),
         ("recipe: !!python/object/apply:os.getcwd []\n", ["not YAML"]),
     ],
-    ids=str,
+    ids=lambda value: ascii(value)[:60],
 )
 def test_what_is_wrong_with_a_file_is_named(file: Path, content: str | dict[str, Any], words: list[str]) -> None:
     message = refusal(file, content)
@@ -135,10 +147,33 @@ def test_a_recipe_that_is_no_name_is_refused(file: Path) -> None:
     assert "`recipe`" in refusal(file, {"recipe": ["miras_tiny"]})
 
 
-def test_a_value_that_the_config_refuses_keeps_its_own_reason(file: Path) -> None:
+def test_a_value_that_the_config_refuses_keeps_its_own_reason_after_the_file(file: Path) -> None:
     file.write_text("recipe: miras_tiny\nsteps: -3\n")
-    with pytest.raises(UserError, match="--steps is -3"):
+    with pytest.raises(UserError, match=rf"--config {file}: --steps is -3: give a value above 0"):
         load_config(file, RECIPES)
+
+
+def test_values_that_repeat_each_other_are_not_written_out(file: Path) -> None:
+    """Each level names the one before nine times: in full it would fill any memory."""
+    levels = [f"&{name} [{', '.join(['*' + before] * 9)}]" for before, name in itertools.pairwise("abcdefghij")]
+    file.write_text("recipe: miras_tiny\nzero: [&a [x], " + ", ".join(levels) + "]\n")
+    assert len(refusal(file, file.read_text())) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "found"),
+    [
+        ("parallel: {sequence: 2}", ("parallel", "sequence"), True),
+        ("parallel: {sequence: null}", ("parallel", "sequence"), True),
+        ("parallel: {timeout_minutes: 2}", ("parallel", "sequence"), False),
+        ("parallel: 2", ("parallel", "sequence"), False),
+        ("[parallel]", ("parallel", "sequence"), False),
+        ("", ("parallel",), False),
+    ],
+)
+def test_what_a_file_states(file: Path, text: str, keys: tuple[str, ...], found: bool) -> None:
+    file.write_text(text)
+    assert states(file, *keys) is found
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

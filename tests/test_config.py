@@ -133,6 +133,8 @@ def with_model(section: str, **changes: object) -> RunConfig:
     [
         ("backbone", {"width": 130}),
         ("backbone", {"heads": 0}),
+        ("backbone", {"ffn": 2**31}),
+        ("memory", {"gate_rank": 10**40}),
         ("backbone", {"kv_heads": 3}),
         ("backbone", {"kv_heads": 0}),
         ("backbone", {"layers": 0}),
@@ -167,7 +169,15 @@ def test_a_model_without_memory_is_allowed() -> None:
     )
 
 
-@pytest.mark.parametrize("changes", [{"pairs": 0}, {"keys": 4}, {"queries": 9}, {"max_gap": 10}])
+@pytest.mark.parametrize(
+    "field", ["steps", "batch_size", "sequence_length", "grad_accum", "save_every", "warmup_steps"]
+)
+def test_a_number_that_no_run_can_mean_is_refused(field: str) -> None:
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} is 1000.*: give at most 2147483647"):
+        replace(miras_tiny(), **{field: 10**40})
+
+
+@pytest.mark.parametrize("changes", [{"pairs": 0}, {"keys": 4}, {"queries": 9}, {"max_gap": 10}, {"fillers": 2**31}])
 def test_a_recall_task_that_has_no_room_is_refused(changes: dict) -> None:
     recall = miras_recall().model.recall
     (field,) = changes

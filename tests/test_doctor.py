@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline import doctor
-from pipeline.ops import native
+from pipeline import cli, doctor
+from pipeline.errors import UserError
+from pipeline.ops import affine_scan_native, native, scan_native
 
 
 @pytest.fixture
@@ -143,13 +144,15 @@ def test_a_kernel_for_gpus_is_called_not_yet_run_where_there_is_none(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (package / "_native_cuda.abi3.so").write_bytes(b"")
-    facts = {"built": True, "compiler": "nvcc 13.0", "architectures": ["8.0", "9.0a", "10.0"]}
+    facts = {"built": True, "compiler": "nvcc 13.0", "architectures": ["8.0", "9.0a", "10.0", "12.0"]}
     (package / "_native_build.json").write_text(json.dumps({"warning": None, "libraries": {"cuda": facts}}))
     report = doctor.collect()
     cuda = report["kernels"]["libraries"]["cuda"]
-    assert cuda["architectures"] == ["8.0", "9.0a", "10.0"]
+    assert cuda["architectures"] == ["8.0", "9.0a", "10.0", "12.0"]
     assert not cuda["loaded"]
-    assert rows(report)["kernels: cuda"].startswith("built for 8.0, 9.0a, 10.0 by nvcc 13.0; not yet run on a device: ")
+    assert rows(report)["kernels: cuda"].startswith(
+        "built for 8.0, 9.0a, 10.0, 12.0 by nvcc 13.0; not yet run on a device: "
+    )
     assert not any("for the cuda do not run" in warning for warning in report["warnings"])
 
 
@@ -162,6 +165,55 @@ def test_a_kernel_that_fails_its_check_is_named(monkeypatch: pytest.MonkeyPatch)
     assert warning.startswith(
         "miras_scan is not native on cpu (float32, key dim 64): its results differ from PyTorch's"
     )
+
+
+def test_a_device_that_a_check_breaks_is_reported_and_others_are_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    illegal = "CUDA error: an illegal memory access was encountered"
+    small = SimpleNamespace(name="NVIDIA L4", major=8, minor=9, shared_memory_per_block_optin=101_376)
+
+    def check(device: str, dtype: torch.dtype, key_dim: int) -> float:
+        if device == "cuda:0" and key_dim == 64:
+            raise torch.AcceleratorError(f"{illegal}\nadvice")
+        return 1e-7
+
+    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "why_not", lambda kind: None)
+    monkeypatch.setattr(scan_native, "self_check", check)
+    monkeypatch.setattr(affine_scan_native, "_largest_error", lambda *_: 1e-7)
+    h100 = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, shared_memory_per_block_optin=232_448)
+    for name, stand_in in {
+        "device_count": lambda: 2,
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": lambda device: None,
+        "get_device_properties": lambda device: [h100, small][device.index],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    report = doctor.collect()
+    assert json.loads(json.dumps(report)) == report
+    (message,) = report["kernels"]["lost"].values()
+    assert message.startswith(
+        "cuda:0 is lost: the check of the native kernel of miras_scan (float32, key dim 64) ended in"
+    )
+    assert message in report["warnings"]
+    where = [(check["op"], check["device"], check["case"]) for check in report["kernels"]["checks"]]
+    assert [case for _, device, case in where if device == "cuda:0"] == ["float32, key dim 32", "float32, key dim 64"]
+    assert len([op for op, device, _ in where if (op, device) == ("miras_scan", "cuda:1")]) == 6
+    text = doctor.render(report)
+    assert "failed: float32, key dim 64: it ends in 'CUDA error: an illegal memory access was encountered'" in text
+    assert "checked, largest error 1.0e-07 in 1 cases (float32, key dim 32)" in text
+    assert (
+        "failed: bfloat16, key dim 32: it needs 105,472 bytes of shared memory per block, and NVIDIA L4 (compute"
+        " capability 8.9) has 101,376"
+    ) in text
+
+    left: list[int] = []
+    monkeypatch.setattr(doctor, "collect", lambda: report)
+    monkeypatch.setattr(cli, "leave", left.append)
+    assert cli.main(["doctor"]) == 0
+    assert left == [0], "the interpreter's own end may abort on a device that is lost"
+    assert "cuda:0 is lost" in capsys.readouterr().out
 
 
 def test_a_library_from_before_there_was_an_op_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,3 +230,11 @@ def test_a_library_that_does_not_load_is_named(package: Path) -> None:
     (package / "_native_cpu.abi3.so").write_bytes(b"not a library")
     report = doctor.collect()
     assert any("the native kernels for the cpu do not run: built; not loaded: " in text for text in report["warnings"])
+
+
+def test_the_report_goes_to_a_file_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.run_doctor(["--json", str(tmp_path / "doctor.json")])
+    written = json.loads((tmp_path / "doctor.json").read_text())
+    assert written["kernels"]["libraries"].keys() == {"cpu", "cuda"} and "torch build" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no/where"):
+        doctor.run_doctor(["--json", str(tmp_path / "no" / "where")])

@@ -18,6 +18,7 @@ import pytest
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.launch import request as request_module
+from pipeline.launch.__main__ import main
 from pipeline.launch.hosts import parse_filter, read_hostfile
 from pipeline.launch.plan import Launch, plan
 from pipeline.launch.remote import environment_file
@@ -101,6 +102,23 @@ def hostfile(tmp_path: Path, in_folder: Path) -> str:
 )
 def test_split(words: str, launcher: dict, recipe: str | None, recipe_flags: tuple) -> None:
     assert split(words.split()) == Request(launcher, recipe, recipe_flags)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help-all"])
+@pytest.mark.parametrize(("words", "run"), [("olmo_1b --steps 3", "olmo_1b --steps 3"), ("--num_gpus 2", "miras_tiny")])
+def test_a_request_for_the_help_of_a_recipe_is_passed_on(
+    flag: str, words: str, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def execv(path: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit):
+        main([*words.split(), flag])
+    assert started == [[sys.executable, "-m", "pipeline", "train", *run.split(), flag]]
 
 
 @pytest.mark.parametrize(
@@ -231,16 +249,32 @@ def test_read_hostfile(hostfile: str) -> None:
         ("a slots=1\na slots=2\n", "line 2: a is named twice"),
         ("-oProxyCommand=touch slots=1\n", "is not a host name"),
         ("$(touch,x) slots=1\n", "is not a host name"),
-        ("a;b slots=1\n", "is not a host name"),
+        ("a;b slots=1\n", "is not a host name: give letters, digits, dots, hyphens and underscores"),
+        ("alice@node-1 slots=8\n", "write node-1 alone, and its user in ~/.ssh/config (Host node-1, User alice)"),
+        ("node-1:2222 slots=8\n", "leave the port out and give --ssh_port"),
+        ("fe80::1 slots=8\n", "name an IPv6 address in ~/.ssh/config or /etc/hosts"),
+        ("\ufeffnode-1 slots=8\n", "save the file without a byte order mark"),
+        ("node-1 8\n", "give a host, a space, slots= and the number of its GPUs"),
+        ("x" * 5000 + "\n", "..."),
+        # DeepSpeed, which reads the file as well, would see one line here.
+        ("node-1 slots=8\x0cnode-2 slots=8\n", "line 1"),
+        ("node-1 slots=8\u2028node-2 slots=8\n", "line 1"),
     ],
+    ids=lambda value: ascii(value)[:40],
 )
 def test_bad_hostfile(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "hosts"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         read_hostfile(str(path))
     assert message in str(error.value)
     assert str(path) in str(error.value)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_a_hostfile_may_end_its_lines_as_windows_does(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"node-1 slots=8\r\n\r\n# two\r\nnode-2 slots=4 # four\r\n")
+    assert read_hostfile(str(tmp_path / "hosts")) == {"node-1": 8, "node-2": 4}
 
 
 def test_hostfile_that_cannot_be_read(tmp_path: Path) -> None:
@@ -462,6 +496,13 @@ def test_a_silent_node_ends_its_ssh_session(hostfile: str, in_folder: Path) -> N
     mine = FakeMachine(environment={"PDSH_SSH_ARGS_APPEND": "-i key -o ServerAliveInterval=3"})
     options = str(launch(f"--hostfile {hostfile} x", mine).environment["PDSH_SSH_ARGS_APPEND"])
     assert options.startswith("-i key -o ServerAliveInterval=3 ") and "ServerAliveCountMax" in options
+
+
+def test_the_user_of_a_node_is_the_one_that_ssh_is_told_of(hostfile: str, in_folder: Path) -> None:
+    """Some builds of pdsh name the local user, against which ~/.ssh/config counts nothing."""
+    assert "%u" not in str(launch(f"--hostfile {hostfile} x").environment["PDSH_SSH_ARGS"])
+    mine = FakeMachine(environment={"PDSH_SSH_ARGS": "-l%u %h"})
+    assert launch(f"--hostfile {hostfile} x", mine).environment["PDSH_SSH_ARGS"] == "-l%u %h"
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "openmpi", "mvapich"])

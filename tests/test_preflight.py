@@ -27,6 +27,11 @@ ZERO = {
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "NVMe offload has no checkpoints",
     ),
+    "half a number": (
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.5}},
+        "reduce_bucket_size: Input should",
+    ),
+    "a misspelt section": ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'?"),
     "another batch": ({"gradient_accumulation_steps": 7}, 'write "auto" there'),
 }
 

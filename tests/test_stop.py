@@ -7,11 +7,13 @@ import signal
 import threading
 import time
 import types
+import warnings
 
 import pytest
 
+from pipeline import cli
 from pipeline.callbacks import Callback
-from pipeline.errors import UserError
+from pipeline.errors import RankError, UserError
 from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.parallel.topology import Topology
 from pipeline.stop import DEADLINE, Stopped, StopRequests
@@ -125,3 +127,42 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
     assert said.splitlines() == [line] and error.said
     assert before == (["ended", "failed"] if isinstance(error, UserError) else ["failed"])
     assert len(known) == 3, "one that fails does not keep the next from ending"
+
+
+def test_what_one_rank_cannot_write_is_said_once_and_by_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk every file that is written at the end fails for the same reason."""
+
+    class Full(Callback):
+        def on_end(self, status: str) -> None:
+            raise RankError("run/training.log: not written")
+
+    def fail(run: object, status: str) -> None:
+        raise RankError("run/run.json: not written")
+
+    monkeypatch.setattr("pipeline.train.write_run_file", fail)
+    ended: list[BaseException] = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
+    trainer.pulse = Pulse(Topology(), watch=types.SimpleNamespace(ends=ended.append))  # type: ignore[arg-type]
+    trainer.saver = types.SimpleNamespace(close=lambda waits: None)  # type: ignore[assignment]
+    trainer.callbacks = [Full(), Full()]
+    error = RankError("run/metrics.jsonl: not written (No space left on device): make room there")
+
+    def end_and_raise(words: object) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer._end("failed", error)
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", end_and_raise)
+    assert cli.main(["train", "x"]) == 2
+    assert capsys.readouterr().err == f"mnemos: {error}\n"
+    assert ended == [error], "the other ranks are told that this one ends by an error of its own"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer._end("stopped", Stopped(signal.SIGTERM))
+    assert [str(warning.message).split(":")[0] for warning in caught] == [
+        "run.json did not end well", "Full did not end well", "Full did not end well",
+    ]  # fmt: skip

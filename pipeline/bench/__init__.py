@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
+from pipeline.spelling import did_you_mean, nearest
 
 BENCHES = {
     "throughput": ("pipeline.bench.throughput", "run_throughput"),
     "throughput-case": ("pipeline.bench.throughput", "run_case"),
     "kernels": ("pipeline.bench.kernels", "run_kernels"),
     "resume": ("pipeline.bench.resume", "run_resume"),
+    "report": ("pipeline.bench.gpu.report", "run_report"),
     "resume-case": ("pipeline.bench.resume", "run_case"),
     "kernels-case": ("pipeline.bench.kernel_memory", "run_case"),
 }
@@ -19,9 +21,11 @@ BENCHES = {
 
 
 def run_bench(words: Sequence[str]) -> None:
-    """The command: `bench throughput`, `bench kernels` or `bench resume`."""
+    """The command: `bench NAME`."""
     if not words or words[0] not in BENCHES:
-        names = ", ".join(name for name in BENCHES if not name.endswith("-case"))
-        raise UserError(f"bench needs the name of a bench, one of {names} (got {words[0] if words else 'none'!r})")
+        names = [name for name in BENCHES if not name.endswith("-case")]
+        got = words[0] if words else "none"
+        meant = did_you_mean(nearest(got, names))
+        raise UserError(f"bench needs the name of a bench, one of {', '.join(names)} (got {got!r}{meant})")
     module, function = BENCHES[words[0]]
     getattr(importlib.import_module(module), function)(words[1:])

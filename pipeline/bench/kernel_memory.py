@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.bench.kernel_ops import Shape, ops, parse_shape
-from pipeline.bench.peers import PEERS, Run
+from pipeline.bench.contenders import leaves_out, prepare
+from pipeline.bench.kernel_ops import Shape, parse_shape
+from pipeline.bench.peers import Run
 from pipeline.errors import UserError
 
 MARK = "kernel-memory "
@@ -33,38 +34,12 @@ WARM_UP = 256
 """Tokens of the run that loads what is loaded once."""
 
 
-def prepare(op_name: str, contender: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Run:
-    """What to call, and its leaves, for a backend of an op or a peer. Raises ValueError where it cannot take these."""
-    op = ops()[op_name]
-    inputs = op.inputs(shape, dtype, device)
-    for peer in PEERS:
-        if peer.name == contender and peer.op == op_name:
-            return peer.prepare(inputs)
-    return (lambda: op.call(inputs, contender)), inputs
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an allocator had no more to give: torch's on a GPU or a CPU, or C++'s."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in said for words in ("out of memory", "can't allocate memory", "bad_alloc")
-    )
-
-
-def leaves_out(op_name: str, contender: str, error: Exception) -> bool:
-    """Whether an error leaves out a contender alone: it does not take a shape, memory is short, or it is a peer."""
-    return isinstance(error, ValueError) or out_of_memory(error) or not ops()[op_name].has(contender)
-
-
 def both_passes(run: Run) -> Callable[[], int]:
     """The forward and backward pass, which returns the bytes of the output."""
-    forward, leaves = run
 
     def work() -> int:
-        y = forward()
-        torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+        y = run.forward()
+        torch.autograd.grad(y, run.leaves, torch.ones_like(y), allow_unused=True)
         return y.nbytes
 
     return work
@@ -119,7 +94,7 @@ def run_case(words: Sequence[str]) -> None:
 
 
 def _resident(run: Run) -> float | None:
-    inputs = sum(x.nbytes for x in run[1])
+    inputs = sum(x.nbytes for x in run.leaves)
     gc.collect()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -133,7 +108,7 @@ def _on_gpu(op: str, contender: str, shape: Shape, dtype: torch.dtype, device: t
     try:
         run = prepare(op, contender, shape, dtype, device)
         both_passes(run)()
-        inputs = sum(x.nbytes for x in run[1])
+        inputs = sum(x.nbytes for x in run.leaves)
         gc.collect()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -201,23 +201,3 @@ def ops() -> dict[str, Op]:
         Op("swiglu", ("torch",), deep_inputs(3, 2), _swiglu, None),
     ]
     return {op.name: op for op in found}
-
-
-def relative_error(op: Op, backend: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest relative RMSE of the output and the gradients against PyTorch in float64, at a short length."""
-    short = Shape(1, min(shape.tokens, op.check_tokens), min(shape.heads, 2), shape.dim)
-    inputs = op.inputs(short, dtype, device)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    results = []
-    for leaves, name in ((inputs, backend), (exact, "torch")):
-        y = op.call(leaves, name)
-        generator = torch.Generator().manual_seed(1)
-        cotangent = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
-        results.append([y, *torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)])
-    worst = 0.0
-    for a, b in zip(*results, strict=True):
-        size = float(b.detach().norm())
-        difference = float((a.detach().double() - b.detach()).norm())
-        error = difference / size if size else difference
-        worst = error if math.isnan(error) else max(worst, error)
-    return worst

@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 
-from pipeline.bench.kernel_memory import both_passes, empty_cache, leaves_out, peak_ratios, prepare
-from pipeline.bench.kernel_ops import Op, Shape, ops, parse_shape, relative_error
+from pipeline.bench.contenders import computes, leaves_out, prepare, relative_error
+from pipeline.bench.kernel_memory import both_passes, empty_cache, peak_ratios
+from pipeline.bench.kernel_ops import Op, Shape, ops, parse_shape
 from pipeline.bench.peers import PEERS, Run
 from pipeline.errors import UserError
 from pipeline.flags import parse_flags
 from pipeline.hardware import Roof, on_gpu, roof
+from pipeline.output import writing
 from pipeline.parallel.topology import Topology
 from pipeline.run import machine, versions
 
@@ -56,7 +58,7 @@ class KernelOptions:
     ops: tuple[str, ...] = ("miras_scan",)
     """Ops; see docs/benchmarks.md."""
     backends: tuple[str, ...] = ()
-    """Backends: torch, cpu, cuda; none: torch and the native one of this device."""
+    """Backends: torch, cpu, cuda, or none for peers alone; not given: torch and the native one of this device."""
     pieces: tuple[int, ...] = (2, 4)
     """Parts of the sequence for miras_scan_split, which is also measured whole."""
     dtype: str = "float32"
@@ -65,8 +67,8 @@ class KernelOptions:
     """Samples of every backend and shape, taken in turn."""
     threads: int = 0
     """CPU threads; 0: as many as torch takes."""
-    peers: tuple[str, ...] = ("titans-pytorch", "fla-gated-delta")
-    """Other packages, measured where they are installed: these, titans-pytorch/64, or none."""
+    peers: tuple[str, ...] = ("titans-pytorch", "fla-momentum", "fla-gated-delta")
+    """Other packages, measured where they are installed: these, titans-pytorch/64, fla-momentum/16, or none."""
     memory: bool = True
     """Measure peak memory, on a CPU in processes of their own."""
     json: Path | None = None
@@ -87,7 +89,7 @@ class Contender:
 
         def forward() -> None:
             with torch.no_grad():
-                self.run[0]()
+                self.run.forward()
 
         return forward
 
@@ -119,9 +121,10 @@ def run_kernels(words: Sequence[str]) -> None:
         "notes": list(dict.fromkeys(notes)),
         "rows": rows,
     }
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(render(result))
+    if options.json is not None:
+        with writing(options.json):
+            options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def check(options: KernelOptions, device: torch.device) -> tuple[list[Shape], list[Op], list[str]]:
@@ -131,9 +134,9 @@ def check(options: KernelOptions, device: torch.device) -> tuple[list[Shape], li
         if name not in known:
             raise UserError(f"--ops has {name!r}: one of {', '.join(known)}")
     for name in options.backends:
-        if name not in ("torch", "cpu", "cuda"):
-            raise UserError(f"--backends has {name!r}: one of torch, cpu, cuda")
-        if name not in ("torch", device.type):
+        if name not in ("torch", "cpu", "cuda", "none"):
+            raise UserError(f"--backends has {name!r}: one of torch, cpu, cuda, or none for peers alone")
+        if name not in ("torch", "none", device.type):
             raise UserError(f"--backends has {name!r}: this run computes on {'a GPU' if on_gpu() else 'the CPU'}")
     for name in options.peers:
         if name not in (allowed := [*(peer.name for peer in PEERS), "none"]):
@@ -152,7 +155,7 @@ def check(options: KernelOptions, device: torch.device) -> tuple[list[Shape], li
     shapes = [parse_shape(text) for text in options.shapes or DEFAULT_SHAPES[device.type]]
     backends = list(dict.fromkeys(options.backends or ("torch", device.type)))
     for op in (known[name] for name in dict.fromkeys(options.ops)):
-        for backend in options.backends:
+        for backend in (name for name in options.backends if name != "none"):
             for dim in dict.fromkeys(shape.dim for shape in shapes):
                 _refuse(op, backend, dim, DTYPES[options.dtype], device)
     return shapes, [known[name] for name in dict.fromkeys(options.ops)], backends
@@ -197,7 +200,7 @@ def measure(
 
     for name in names:
         try:
-            errors[name] = relative_error(op, name, shape, dtype, device) if op.has(name) else None
+            errors[name] = relative_error(op, name, shape, dtype, device) if computes(op, name) else None
             contenders.append(_warmed_up(name, prepare(op.name, name, shape, dtype, device)))
             continue
         except Exception as error:
@@ -205,6 +208,7 @@ def measure(
                 raise
         empty_cache(device)
     samples = {contender.name: contender.samples for contender in contenders}
+    implementations = {contender.name: contender.run.implementation for contender in contenders}
     for each in PASSES:
         works = {contender.name: (contender.work(each), contender.samples[each]) for contender in contenders}
         failed = sample(works, options.repeats, device, drop)
@@ -213,7 +217,7 @@ def measure(
     return [
         {
             "op": op.name, "shape": str(shape), "dtype": options.dtype, "backend": name, "pass": each,
-            **spread(taken[each]), "error": errors[name], "memory": None,
+            **spread(taken[each]), "error": errors[name], "memory": None, "implementation": implementations[name],
         }
         for name, taken in samples.items() for each in PASSES if taken[each]
     ]  # fmt: skip
@@ -322,11 +326,11 @@ def _add_memory(
 
 
 def _with_rates(row: dict[str, Any], dtype: torch.dtype, ceiling: Roof) -> dict[str, Any]:
-    """Adds time per token, FLOP/s, bytes/s and the share of the roof; a peer does other work, which is not counted."""
+    """Adds time per token, FLOP/s, bytes/s and the share of the roof; of a peer that does other work, time alone."""
     op, shape, seconds = ops()[row["op"]], parse_shape(row["shape"]), row["seconds"]
-    own, passes = op.has(row["backend"]), 1 if row["pass"] == PASSES[0] else 2
-    flops = sum(op.flops(shape)[:passes]) if own and op.flops is not None else None
-    moved = sum(op.moved(shape, dtype)[:passes]) if own else None
+    counted, passes = computes(op, row["backend"]), 1 if row["pass"] == PASSES[0] else 2
+    flops = sum(op.flops(shape)[:passes]) if counted and op.flops is not None else None
+    moved = sum(op.moved(shape, dtype)[:passes]) if counted else None
     least = None if flops is None or moved is None else ceiling.seconds(flops, moved)
     return row | {
         "us_per_token": 1e6 * seconds / (shape.batch * shape.tokens),
@@ -371,5 +375,7 @@ def render(result: dict[str, Any]) -> str:
             "-".rjust(8) if row["error"] is None else f"{row['error']:>8.1e}",
         ]
         lines.append(" ".join(cells))
-    lines += [""] * bool(result["notes"]) + [f"left out: {note}" for note in result["notes"]]
+    ran = {row["backend"]: row["implementation"] for row in result["rows"] if row["implementation"]}
+    notes = [*(f"{name}: {what}" for name, what in ran.items()), *(f"left out: {note}" for note in result["notes"])]
+    lines += [""] * bool(notes) + notes
     return "\n".join(lines)

@@ -1,12 +1,14 @@
 """Other people's packages that `bench kernels` measures in the same run, when they are installed.
 
-A peer is given the tensors of `miras_scan` and does what comes closest. None computes the same function:
+A peer is given the tensors of `miras_scan` and does what comes closest:
 
+- **fla-core**'s momentum delta rule computes the same function, in chunks (MDN, arXiv 2605.05838). In 0.6.0 it is
+  PyTorch, on any device, and it takes no packed documents.
+- **fla-core**'s gated delta rule (on a GPU) is exact, with forgetting and without momentum.
 - **titans-pytorch** takes every gradient at the weights before the first token, its default, or (``/64``) at those
   before the token's chunk; neither is the current memory. A token reads the memory of the chunk before, and momentum
   and forgetting are shared within a chunk. It is given a linear memory that starts at zero and is not learned, chunks
   of 64, and q, k, v and gates from outside: no projections, norms or output layer of its own are timed.
-- **flash-linear-attention**'s gated delta rule (on a GPU) is exact, with forgetting and without momentum.
 """
 
 from __future__ import annotations
@@ -15,14 +17,24 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.bench.kernel_ops import CHUNK
 
-Run = tuple[Callable[[], Tensor], list[Tensor]]
-"""What to call, and the leaves that it is differentiated by."""
+
+@dataclass(frozen=True)
+class Run:
+    """What to call, and by what it is differentiated."""
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]
+    implementation: str | None = None
+    """The function that a peer was found to have, where it has more than one."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class Peer:
     devices: tuple[str, ...]
     prepare: Callable[[Sequence[Tensor]], Run]
     """From the op's inputs; raises ValueError where the peer does not take them."""
+    exact: bool = False
+    """Whether it computes the op's own function. Then the leaves of its runs are the op's inputs, in their order."""
 
     @property
     def version(self) -> str | None:
@@ -106,11 +120,11 @@ def titans(x: Sequence[Tensor], batch_size: int | None, chunk: int = CHUNK) -> R
     def run() -> Tensor:
         return memory(torch.stack(rows))[0]
 
-    return run, [*rows, step, forget, momentum]
+    return Run(run, [*rows, step, forget, momentum])
 
 
 def gated_delta_rule(x: Sequence[Tensor]) -> Run:
-    """flash-linear-attention's chunk_gated_delta_rule, its forgetting in log space."""
+    """fla-core's chunk_gated_delta_rule, its forgetting in log space."""
     if x[0].dtype == torch.float32:
         raise ValueError("takes bfloat16 alone")
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -121,12 +135,70 @@ def gated_delta_rule(x: Sequence[Tensor]) -> Run:
     def run() -> Tensor:
         return chunk_gated_delta_rule(q, k, v, decay, beta, scale=1.0, output_final_state=True)[0]
 
-    return run, [q, k, v, decay, beta]
+    return Run(run, [q, k, v, decay, beta])
 
 
-_TITANS = {"package": "titans-pytorch", "module": "titans_pytorch", "op": "miras_scan", "devices": ("cpu", "cuda")}
+def fla_file(name: str) -> ModuleType:
+    """One file of fla-core as a module, such as ``ops/momentum_delta_rule/naive.py``.
+
+    Its packages are not imported: they need Triton. Raises ImportError where there is no such file.
+    """
+    package = importlib.util.find_spec("fla")
+    folders = (package and package.submodule_search_locations) or []
+    path = next((path for folder in folders if (path := Path(folder) / name).is_file()), None)
+    if path is None:
+        raise ImportError(f"there is no fla-core with {name}: install fla-core 0.6.0 or newer")
+    spec = importlib.util.spec_from_file_location(f"fla_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _momentum_rule(device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., tuple[Tensor, object]], str]:
+    """fla-core's chunked momentum delta rule for these tensors, and which one that is.
+
+    On a GPU, in bfloat16, its public op, with whatever that runs on. The op refuses float32 and cannot be imported
+    without Triton, so elsewhere it is the PyTorch function in the package that the op of 0.6.0 calls itself.
+    """
+    if device.type == "cuda" and dtype != torch.float32:
+        from fla.ops import momentum_delta_rule as package
+
+        sources = Path(package.__path__[0]).glob("*.py")
+        written = "Triton" if any("import triton" in path.read_text() for path in sources) else "PyTorch"
+        op = package.chunk_momentum_delta_rule
+        rule = partial(op, use_qk_l2norm_in_kernel=False, use_p_times_alpha=False)
+        return rule, f"{op.__name__}, {written}"
+    op = fla_file("ops/momentum_delta_rule/naive.py").chunk_momentum_delta_rule_ref
+    return op, f"{op.__name__}, PyTorch"
+
+
+def momentum_delta_rule(x: Sequence[Tensor], chunk: int = CHUNK) -> Run:
+    """fla-core's chunked momentum delta rule as the rule of `miras_scan`.
+
+    The residual is read at the memory as it was (its p is k), a step size of theta (its eta), momentum eta (its mu), no
+    write gate (its beta is 1, to which it adds 1e-6); forgetting and momentum in log space, where 0 is not finite.
+    Its momentum has the other sign, which shows in its state alone. ``chunk``: 16, 32 or 64 tokens.
+    """
+    q, k, v, alpha, eta, theta = x
+    rule, implementation = _momentum_rule(q.device, q.dtype)
+
+    def run() -> Tensor:
+        y, _ = rule(
+            q=q, k=k, v=v, p=k, log_alpha=torch.log1p(-alpha), log_mu=eta.log(), beta=torch.ones_like(theta),
+            eta=theta, scale=1.0, chunk_size=chunk,
+        )  # fmt: skip
+        return y.to(v.dtype)
+
+    return Run(run, list(x), implementation)
+
+
+_titans = partial(Peer, package="titans-pytorch", module="titans_pytorch", op="miras_scan", devices=("cpu", "cuda"))
+_fla = partial(Peer, package="fla-core", module="fla", op="miras_scan")
 PEERS = (
-    Peer(name="titans-pytorch", prepare=lambda x: titans(x, None), **_TITANS),  # type: ignore[arg-type]
-    Peer(name="titans-pytorch/64", prepare=lambda x: titans(x, CHUNK), **_TITANS),  # type: ignore[arg-type]
-    Peer("fla-gated-delta", "flash-linear-attention", "fla", "miras_scan", ("cuda",), gated_delta_rule),
+    _titans("titans-pytorch", prepare=partial(titans, batch_size=None)),
+    _titans("titans-pytorch/64", prepare=partial(titans, batch_size=CHUNK)),
+    _fla("fla-momentum", devices=("cpu", "cuda"), prepare=momentum_delta_rule, exact=True),
+    _fla("fla-momentum/16", devices=("cpu", "cuda"), prepare=partial(momentum_delta_rule, chunk=16), exact=True),
+    _fla("fla-gated-delta", devices=("cuda",), prepare=gated_delta_rule),
 )

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags, take
+from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags, take, wants_help
 from pipeline.machine import Machine
+from pipeline.output import writing
 
 if TYPE_CHECKING:
     from pipeline.bench.saves import Saves
@@ -56,15 +57,13 @@ class ResumeOptions:
 def run_resume(words: Sequence[str]) -> None:
     """The command: `bench resume [--ranks N] [--repeats N] [--json FILE] [RECIPE] [flags]`."""
     own, rest = split_flags(words, ("ranks", "bench-steps", "repeats", "json"))
-    if {"-h", "--help"} & set(rest) and (not rest or rest[0].startswith("-")):
-        own, rest = [*own, "--help"], []
     options: ResumeOptions = parse_flags(ResumeOptions(), own, "mnemos bench resume")
     for name in ("ranks", "bench-steps", "repeats"):
         if getattr(options, name.replace("-", "_")) < 1:
             raise UserError(f"--{name} is {getattr(options, name.replace('-', '_'))}: give 1 or more")
-    if not rest or (rest[0].startswith("-") and take(rest, "--config")[0] is None):
+    if not wants_help(rest) and (not rest or (rest[0].startswith("-") and take(rest, "--config")[0] is None)):
         rest = [*DEFAULT, *rest]
-    config = parse_run(rest, "bench resume")
+    config = parse_run(rest, "bench resume", options)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: no such folder: make it first")
     place = _existing(config.output_dir)
@@ -77,9 +76,10 @@ def run_resume(words: Sequence[str]) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result = {"recipe": config.recipe, "words": rest, "options": dataclasses.asdict(options), **result}
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(render(result))
+    if options.json is not None:
+        with writing(options.json):
+            options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def _existing(path: Path) -> Path:

@@ -16,11 +16,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
 from pipeline.machine import Machine
+from pipeline.output import writing
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 MARK = "bench-result "
 """Starts the line that a case prints for its parent."""
@@ -46,7 +50,7 @@ def run_throughput(words: Sequence[str]) -> None:
     """The command: `bench throughput [--lengths 2048 16384] [--ranks N] RECIPE [flags]`."""
     own, rest = _split(words)
     options: ThroughputOptions = parse_flags(ThroughputOptions(), own, "mnemos bench throughput")
-    config = parse_run(rest or ["miras_tiny"], "bench throughput")
+    config = parse_run(rest or ["miras_tiny"], "bench throughput", options)
     lengths = options.lengths or (config.sequence_length,)
     runs: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
     for _ in range(options.repeats):
@@ -62,9 +66,10 @@ def run_throughput(words: Sequence[str]) -> None:
         "rows": rows,
         **runs[lengths[0]][0]["facts"],
     }
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(render(result))
+    if options.json is not None:
+        with writing(options.json):
+            options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -122,13 +127,13 @@ def run_case(words: Sequence[str]) -> None:
         (phase, *_) = system.phases(model)
         trainer = Trainer(run, phase, model, ds_config)
         assert isinstance(trainer.engine, Engine)
-        meter, seconds, memory = Meter(run), [], 0
+        meter, seconds, records = Meter(run), [], []
         for step in range(1, config.steps + 1):
             begun = time.perf_counter()
-            result = trainer.step(step, meter)
-            memory = meter.record(step, result).peak_memory
+            records.append(meter.record(step, trainer.step(step, meter)))
             seconds.append(time.perf_counter() - begun)
-        median = statistics.median(seconds[1:])
+        # The first step compiles and warms up.
+        median = statistics.median(seconds[1:] or seconds)
         tok_s = run.tokens_per_step / median
         flops = system.flops(config.sequence_length).total
         figures = {
@@ -139,13 +144,27 @@ def run_case(words: Sequence[str]) -> None:
             "tok_s": tok_s,
             "flops_per_token": flops,
             "mfu": utilisation(tok_s, flops, topology.world, peak_flops(config.report.peak_tflops)),
-            "peak_memory": memory,
+            "peak_memory": records[-1].peak_memory,
+            "first_step": {"loss": records[0].loss, "grad_norm": records[0].grad_norm},
+            "planned_memory": _planned_memory(config, topology.world),
             "facts": {"machine": machine(topology), "versions": versions()},
         }
         if topology.rank == 0:
             print(MARK + json.dumps(figures), flush=True)
     finally:
         stop()
+
+
+def _planned_memory(config: RunConfig, ranks: int) -> int | None:
+    """Bytes that `plan` expects on this device; None on a CPU, and on a GPU that it does not know."""
+    import torch
+
+    from pipeline.devices import find_device
+    from pipeline.hardware import on_gpu
+    from pipeline.plan import PlanOptions, make_plan
+
+    device = find_device(torch.cuda.get_device_name()) if on_gpu() else None
+    return None if device is None else make_plan(config, PlanOptions(ranks=ranks, device=device.name)).memory
 
 
 def _median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

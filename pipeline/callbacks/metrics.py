@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
+
+NAMES = ("mode", "phase")
+"""Keys whose values are words; all others are numbers or null."""
 
 
 class MetricsFile(Callback):
@@ -25,8 +31,9 @@ class MetricsFile(Callback):
             done = self.run.progress.step
             kept = [row for row in read_rows(self.path) if row["step"] <= done] if done else []
             partial = self.path.with_name(".metrics.jsonl.partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(self.path)
+            with writing(self.path):
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                partial.replace(self.path)
 
     def on_step(self, record: StepRecord) -> None:
         self._write(
@@ -57,7 +64,7 @@ class MetricsFile(Callback):
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        with self.path.open("a") as handle:
+        with writing(self.path), self.path.open("a") as handle:
             handle.write(json.dumps(clean) + "\n")
 
 
@@ -66,15 +73,36 @@ def perplexity(loss: float) -> float:
     return math.inf if loss >= 700 else math.exp(loss)
 
 
-def read_rows(path: Any) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut off by a crash is left out."""
-    rows = []
-    with open(path) as handle:
-        for line in handle:
-            if not line.endswith("\n"):
-                break
-            rows.append(json.loads(line))
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, which a power cut or an editor may have spoilt.
+
+    A last line without its end is the trace of a crash, and left out. Any other line that is no row is left out with
+    one warning for all of them: the rows are there to be looked at, and nothing is trained by them.
+    """
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = [row for row in map(_row, lines) if row is not None]
+    if len(rows) < len(lines):
+        spoilt = len(lines) - len(rows)
+        warnings.warn(f"{path}: {spoilt} of {len(lines)} lines are no rows and are left out", stacklevel=2)
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """An object of finite numbers with a mode and a step; None for any other line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, or not text
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("mode"), str):
+        return None
+    step = row.get("step")
+    if type(step) is not int or not 0 <= step < 2**63:
+        return None
+    return row if all(key in NAMES or _is_number(value) for key, value in row.items()) else None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max)
 
 
 def is_evaluated(folder: Path, step: int) -> bool:

@@ -12,59 +12,74 @@ from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.leave import hush
+from pipeline.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
+BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
+"""What the bar shows; it takes the columns that the text leaves of a terminal's width."""
+
 
 class ProgressLines(Callback):
-    """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known."""
+    """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known.
+
+    Evaluations come in the system's words, with its health at the last logged step.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.last = min(run.config.steps, run.config.stop_after or run.config.steps)
         self.bar: tqdm | None = None
         self.seconds_per_step: float | None = None
-        self.details: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.watched = True
 
     def on_start(self) -> None:
         for what, text in self.run.chosen.items():
             self._say(f"{what}: {text}")
         if sys.stderr.isatty():
-            self.bar = tqdm(total=self.last, initial=self.run.progress.step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.last, initial=self.run.progress.step, bar_format=BAR, dynamic_ncols=True)
 
     def on_step(self, record: StepRecord) -> None:
         seconds = self.run.tokens_per_step / record.tok_s
         # Smoothed, so that the ETA does not jump with every slow step.
         before = self.seconds_per_step
         self.seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
-        eta = self.seconds_per_step * (self.last - record.step)
+        eta = f"ETA {clock(self.seconds_per_step * (self.last - record.step))}"
         norm = "skipped" if record.grad_norm is None else f"{record.grad_norm:.3f}"
+        loss, lr, speed = f"loss {record.loss:.4f}", f"lr {record.lr:.2e}", f"{human(record.tok_s)} tok/s"
         parts = [
-            f"loss {record.loss:.4f}",
-            f"lr {record.lr:.2e}",
-            f"grad {norm}",
-            f"{human(record.tok_s)} tok/s",
-            f"{record.peak_memory / 2**30:.2f} GiB",
+            self._step(record.step),
+            f"{loss:<12}",
+            f"{lr:<11}",
+            f"{f'grad {norm}':<12}",
+            f"{speed:<11}",
+            f"{f'{record.peak_memory / 2**30:.2f} GiB':<9}",
         ]
         if record.mfu is not None:
             parts.append(f"MFU {record.mfu:.1%}")
-        # A system's headline metrics have plain names; the rest (a/b) go to the files and dashboards.
-        parts += [f"{key} {value:.3g}" for key, value in record.metrics.items() if "/" not in key]
-        self.details = {key: value for key, value in record.metrics.items() if "/" in key}
-        self._log(f"step {record.step}/{self.last}  " + "  ".join(parts) + f"  ETA {clock(eta)}", bar=parts)
-        if self.bar is not None:
-            self.bar.update(record.step - self.bar.n)
+        self.metrics = record.metrics
+        line = "  ".join([*parts, eta])
+        if self.bar is None:
+            self._print(line)
+        else:
+            self.bar.n = record.step
+            self.bar.set_description_str("  ".join([loss, lr, speed, eta]))
+        self._write(line)
+
+    def _step(self, step: int) -> str:
+        # As wide as the last one, so that columns stand under each other.
+        return f"step {step}/{self.last}".ljust(len(f"step {self.last}/{self.last}"))
 
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
         where = json.dumps(batch, sort_keys=True)
         self._say(f"step {step}: non-finite loss or gradient, update skipped ({in_a_row} in a row); batch: {where}")
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        parts = [f"{name} {value:.4f}" for name, value in evaluation.scalars.items() if name != "labels"]
-        self._say(f"held-out after step {step}:  " + "  ".join(parts))
-        if self.details:
-            self._say("  ".join(f"{name} {value:.4g}" for name, value in self.details.items()))
+        self._say(f"{self._step(step)}  {self.run.system.headline(evaluation)}")
+        health = self.run.system.health(self.metrics) if self.metrics else ""
+        if health:
+            self._say(f"{'':<{len(self._step(step))}}  {health}")
 
     def on_checkpoint(self, name: str) -> None:
         self._say(f"saved {self.run.folder / 'checkpoints' / name}")
@@ -73,13 +88,6 @@ class ProgressLines(Callback):
         if self.bar is not None:
             self.bar.close()
         self._say(f"{status} at step {self.run.progress.step}: {self.run.folder}")
-
-    def _log(self, line: str, bar: list[str]) -> None:
-        if self.bar is None:
-            self._print(line)
-        else:
-            self.bar.set_postfix_str("  ".join(bar))
-        self._write(line)
 
     def _say(self, line: str) -> None:
         self._print(line)
@@ -98,7 +106,9 @@ class ProgressLines(Callback):
                 hush(sys.stdout if self.bar is None else sys.stderr)
 
     def _write(self, line: str) -> None:
-        with (self.run.folder / "training.log").open("a") as handle:
+        path = self.run.folder / "training.log"
+        # The name of a folder may be no text.
+        with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 

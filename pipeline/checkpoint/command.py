@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, read_manifest
+from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, read_manifest, unlisted
 from pipeline.errors import UserError
+from pipeline.flags import wants_help
+from pipeline.spelling import did_you_mean, nearest, nearest_flag
 
 USAGE = """\
 usage: mnemos checkpoint verify PATH ... [--quick]
@@ -55,21 +57,22 @@ LEFT = {
 
 def run_checkpoint(words: Sequence[str]) -> None:
     """The command: `checkpoint verify`, `checkpoint list` or `checkpoint convert`. Raises UserError."""
-    if words and words[0] in ("-h", "--help"):
+    if words and wants_help(words[:1]):
         print(USAGE)
         return
     if not words or words[0] not in _COMMANDS:
-        given = repr(words[0]) if words else "none"
+        given = f"{words[0]!r}{did_you_mean(nearest(words[0], _COMMANDS))}" if words else "none"
         raise UserError(f"checkpoint needs one of {', '.join(_COMMANDS)} (got {given})")
     command, help_text, flags = _COMMANDS[words[0]]
     rest = list(words[1:])
-    if {"-h", "--help"} & set(rest):
+    if wants_help(rest):
         print(help_text)
         return
     given_flags = [word for word in rest if word.startswith("-")]
     unknown = [word for word in given_flags if word not in flags]
     if unknown:
-        raise UserError(f"checkpoint {words[0]} has no {unknown[0]} (see mnemos checkpoint {words[0]} --help)")
+        meant = did_you_mean(nearest_flag(unknown[0], flags))
+        raise UserError(f"checkpoint {words[0]} has no {unknown[0]}{meant} (see mnemos checkpoint {words[0]} --help)")
     command([word for word in rest if not word.startswith("-")], set(given_flags))
 
 
@@ -179,11 +182,7 @@ def check(checkpoint: Path, *, hashes: bool) -> list[str]:
     except OSError as error:
         return [f"{error.filename or checkpoint}: {error.strerror or error}"]
     if manifest is not None:
-        # DeepSpeed finds shards by their names: one that nobody vouches for would be read like the others.
-        listed = {MANIFEST, *manifest["files"]}
-        held = (path.relative_to(checkpoint) for path in sorted(checkpoint.rglob("*")) if path.is_file())
-        extra = [path for path in held if path.as_posix() not in listed and not path.name.startswith(".")]
-        found = [f"{checkpoint / path}: not in the manifest" for path in extra]
+        found = [f"{checkpoint / path}: not in the manifest" for path in unlisted(checkpoint, manifest)]
     return found
 
 
@@ -237,7 +236,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["problem"] is not None:
         return [row["name"], "-", "-", "-", "-", "-"]
     ranks = f"{row['world']} (data {row['data']} x sequence {row['sequence']})"
-    return [row["name"], str(row["step"]), human(row["bytes"]), ranks, str(row["zero_stage"]), row["format"]]
+    return [row["name"], str(row["step"]), human(row["bytes"]), ranks, str(row["zero_stage"]), str(row["format"])]
 
 
 def _line(*cells: str) -> str:

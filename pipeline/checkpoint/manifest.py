@@ -15,10 +15,12 @@ import xxhash
 
 from pipeline.checkpoint.files import Entry, hash_of, sync_folder
 from pipeline.errors import UserError
-from pipeline.run import write_json
+from pipeline.json_file import is_inside, parse_json
+from pipeline.output import write_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+COUNTS = ("step", "world", "data", "sequence", "zero_stage", "global_batch")
 SEAL = "xxh128"
 """Where the manifest has the hash of the rest of itself."""
 
@@ -51,12 +53,40 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
-    except ValueError:  # not JSON, or not text
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
         content = None
-    if not isinstance(content, dict) or content != sealed(content):
+    if not isinstance(content, dict) or content != sealed(content) or not _is_manifest(content):
         raise UserError(f"{path}: damaged")
     return {key: value for key, value in content.items() if key != SEAL}
+
+
+def _is_manifest(content: Mapping[str, Any]) -> bool:
+    """Whether it lists files of its folder, and counts with whole numbers. Its hash only says that nobody changed it:
+    what somebody else wrote must not name files elsewhere, which a conversion would write."""
+    files = content.get("files")
+    return (
+        isinstance(files, dict)
+        and all(is_inside(name) and _is_entry(entry) for name, entry in files.items())
+        and all(_is_count(content.get(key, 0)) for key in ("written", *COUNTS))
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_count(entry.get("size")) and isinstance(entry.get(SEAL), str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def unlisted(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Files in a checkpoint that its manifest says nothing of, by their place in it; hidden ones apart."""
+    listed = {MANIFEST, *manifest["files"]}
+    held = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in held if path.as_posix() not in listed and not path.name.startswith(".")]
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

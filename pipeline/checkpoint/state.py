@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,20 +15,23 @@ import torch
 
 from pipeline.archive import to_plain
 from pipeline.checkpoint.carry import load_carry
-from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, problems, read_manifest, recover
+from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, problems, read_manifest, recover, unlisted
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
-from pipeline.errors import RankError, UserError
+from pipeline.errors import RankError, UserError, brief, shown
 from pipeline.hardware import on_gpu
+from pipeline.json_file import read_json
 from pipeline.parallel.agreement import from_main, together
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import generator_for, load_safetensors, open_safetensors
+from pipeline.parallel.weight_files import file_tensors
+from pipeline.parallel.weights import generator_for, load_safetensors
 from pipeline.run import Progress, Run
 from pipeline.system import Carry, StatefulLoader
 
 TRAINABLE = "trainable.safetensors"
 TRAINER_STATE = "trainer_state.json"
+RESTORE = "restore the file, or resume from another checkpoint with --resume PATH"
 
 
 def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
@@ -75,9 +77,7 @@ def locate_checkpoint(config: RunConfig) -> Path | None:
 
 def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path) -> RunConfig:
     """The config with as many micro-batches as keep the checkpoint's global batch on this layout. Raises UserError."""
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
-    rows, whole = config.batch_size * topology.data, int(manifest["global_batch"])
+    rows, whole = config.batch_size * topology.data, _manifest_with(checkpoint, "global_batch")["global_batch"]
     if whole % rows:
         raise UserError(
             f"{checkpoint} was trained with {whole} sequences per step, and --batch-size {config.batch_size} on"
@@ -95,14 +95,14 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     """
     assert run.engine is not None
     verify_together(checkpoint, run.topology)
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
+    manifest = _manifest_with(checkpoint, "step", "world", "zero_stage", "frozen")
     if manifest["frozen"] != run.frozen:
         raise UserError(
             f"{checkpoint} was trained on other frozen weights than this run has: give the pretrained weights it was"
             " trained on, or take what it trained alone with --init-from"
         )
-    cursors = json.loads((checkpoint / "loader.json").read_text())
+    progress = _progress(checkpoint)
+    cursors = read_json(checkpoint / "loader.json", RESTORE)
     together(run.topology, lambda: loader.load_state_dict(cursors))
     layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}
     if not is_universal(checkpoint) and all(manifest.get(key) == value for key, value in layout.items()):
@@ -116,9 +116,30 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     else:
         # Ranks have no successor among more or fewer of them; nothing that is trained may depend on their states.
         seed_all(run.config.seed, f"step {manifest['step']}, rank {run.topology.rank} of {run.topology.world}")
-    run.progress = Progress(**json.loads((checkpoint / TRAINER_STATE).read_text()))
+    run.progress = progress
     run.last_checkpoint = checkpoint.name
     return load_carry(checkpoint, streams, run.topology, run.device)
+
+
+def _manifest_with(checkpoint: Path, *facts: str) -> dict[str, Any]:
+    """The manifest of a checkpoint, which says all of `facts`. Raises UserError."""
+    manifest = read_manifest(checkpoint) or {}
+    missing = next((fact for fact in facts if fact not in manifest), None)
+    if missing is not None:
+        raise UserError(
+            f"{checkpoint / MANIFEST}: says nothing of {missing!r}: it is of another version of this program; take the"
+            " weights alone with --init-from"
+        )
+    return manifest
+
+
+def _progress(checkpoint: Path) -> Progress:
+    path = checkpoint / TRAINER_STATE
+    content = read_json(path, RESTORE)
+    try:
+        return Progress(**content)
+    except TypeError:
+        raise UserError(f"{path}: not the progress of a run of this version: {RESTORE}") from None
 
 
 @contextlib.contextmanager
@@ -158,7 +179,10 @@ def verify_together(checkpoint: Path, topology: Topology) -> None:
     def verify_mine() -> None:
         wrong = problems(checkpoint, hashes=True, part=(topology.rank, topology.world))
         if wrong:
-            raise UserError(f"{wrong[0]}: restore the file, or resume from another checkpoint with --resume PATH")
+            raise UserError(f"{wrong[0]}: {RESTORE}")
+        for path in unlisted(checkpoint, read_manifest(checkpoint) or {}):
+            if path.match("*_states.pt") or path.match("carry-*.safetensors"):
+                raise UserError(f"{checkpoint / path}: not in the manifest, and would be read like the rest: remove it")
 
     together(topology, verify_mine)
 
@@ -172,13 +196,12 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
 
     wrong = problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
-        raise UserError(f"{wrong[0]}: restore the file, or resume from another checkpoint with --resume PATH")
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
-    if manifest["system"] != config.model.system:
+        raise UserError(f"{wrong[0]}: {RESTORE}")
+    system = _manifest_with(checkpoint, "system")["system"]
+    if system != config.model.system:
         raise UserError(
-            f"{checkpoint} was saved with system {manifest['system']}, this run has {config.model.system}: resume with"
-            " its recipe"
+            f"{checkpoint} was saved with system {brief(system)}, this run has {config.model.system}: resume with its"
+            " recipe"
         )
     saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
     different = _first_difference(saved, config.model, to_plain(config)["model"], "--model")
@@ -228,15 +251,16 @@ def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology)
             wrong = problems(checkpoint, hashes=True, only=(TRAINABLE,))
             if wrong:
                 raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
-        with open_safetensors(path) as handle:
-            names = list(handle.keys())
+        names = list(file_tensors(path))
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise UserError(f"{path}: {unknown[0]!r} is no parameter of this model: is it a checkpoint of another one?")
+            raise UserError(
+                f"{path}: {shown(unknown[0])} is no parameter of this model: is it a checkpoint of another one?"
+            )
         return names
 
     names = together(topology, read_names)
-    load_safetensors(model, [path], {name: name for name in names}, topology, what=str(path))
+    load_safetensors(model, lambda: file_tensors(path), {name: name for name in names}, topology, what=str(path))
 
 
 def rng_state() -> dict[str, Any]:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config import LARGEST
 from pipeline.data.loader import stream_layout
 from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import digest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.system import IGNORED, Batch
 
 
@@ -43,6 +44,9 @@ class RecallConfig:
         for flag in ("keys", "values", "fillers", "pairs", "queries", "min_gap"):
             if getattr(self, flag) < 1:
                 raise UserError(f"recall {flag} is {getattr(self, flag)}: give 1 or more")
+        for flag in ("keys", "values", "fillers", "max_gap"):
+            if getattr(self, flag) > LARGEST:
+                raise UserError(f"recall {flag} is {shown(getattr(self, flag))}: give at most {LARGEST}")
         if self.keys < self.pairs:
             raise UserError(f"recall has {self.keys} keys for {self.pairs} pairs: give at least a key per pair")
         if self.queries > self.pairs:

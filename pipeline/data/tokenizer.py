@@ -292,7 +292,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
 
 
 def _as_list(ids: Sequence[int] | np.ndarray | Tensor) -> list[int]:
-    return ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
+    return ids.tolist() if isinstance(ids, np.ndarray | Tensor) else [int(i) for i in ids]
 
 
 def _first_line(error: Exception) -> str:

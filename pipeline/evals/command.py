@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.archive import load_config
-from pipeline.callbacks.plots import draw_curve
+from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.state import load_trainable
 from pipeline.data.build import list_data
 from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.flags import parse_flags
+from pipeline.output import writing
 from pipeline.parallel.agreement import from_main, together
 from pipeline.parallel.pulse import Pulse
 from pipeline.recipes import all_recipes
@@ -56,6 +57,7 @@ def run_eval(words: Sequence[str]) -> None:
                 evaluation,
                 folder,
                 {"versions": versions(), "machine": machine(topology), "checkpoint": checkpoint.name},
+                caption(config.recipe, system.caption(), checkpoint.name),
             )
             print(render(evaluation))
             print(f"written to {folder}")
@@ -73,13 +75,16 @@ def resolve(path: Path) -> Path:
     return path
 
 
-def write(evaluation: Evaluation, folder: Path, facts: dict[str, object]) -> None:
-    """evaluation.json and a PNG with its numbers per curve."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtitle: str = "") -> None:
+    """evaluation.json, and per curve a PNG, titled with what it is of, and its numbers."""
+    path = folder / "evaluation.json"
     scalars = {name: value if math.isfinite(value) else None for name, value in evaluation.scalars.items()}
-    (folder / "evaluation.json").write_text(json.dumps({**facts, "scalars": scalars}, indent=2) + "\n")
-    for name, curve in evaluation.curves.items():
-        draw_curve(curve, folder / f"{name}.png")
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**facts, "scalars": scalars}, indent=2) + "\n")
+    with writing(folder):
+        for name, curve in evaluation.curves.items():
+            draw_curve(curve, folder / f"{name}.png", subtitle)
 
 
 def render(evaluation: Evaluation) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
+from pipeline.flags import wants_help
 from pipeline.launch.plan import plan
 from pipeline.launch.request import split
 from pipeline.machine import Machine
@@ -17,7 +18,7 @@ def main(words: Sequence[str]) -> int:
     """Returns the exit code."""
     try:
         request = split(words)
-        if {"--help", "-h"} & set(request.recipe_flags):
+        if wants_help(request.recipe_flags):
             command = [sys.executable, "-m", "pipeline", "train", *request.run]
             os.execv(command[0], command)
         machine = Machine(os.environ)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, brief, shown
 from pipeline.launch.request import Request
 
 HOST_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
@@ -23,17 +23,21 @@ def read_hostfile(path: str) -> dict[str, int]:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--hostfile {path}: cannot be read ({reason}): give a file of `HOST slots=N` lines") from None
     hosts: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    # At the ends of lines that DeepSpeed knows, which reads the file as well.
+    for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         match = HOSTFILE_LINE.fullmatch(line)
         if not match:
-            raise UserError(f"--hostfile {path}, line {number}: {line!r} is not `HOST slots=N`")
+            raise UserError(
+                f"--hostfile {path}, line {number}: {shown(line)} is not `HOST slots=N`: give a host, a space,"
+                " slots= and the number of its GPUs"
+            )
         host, slots = match[1], int(match[2])
         # Host names end up in ssh and shell commands: one that starts with a hyphen would be an option there.
         if not HOST_NAME.fullmatch(host):
-            raise UserError(f"--hostfile {path}, line {number}: {host!r} is not a host name")
+            raise UserError(f"--hostfile {path}, line {number}: {shown(host)} is not a host name: {_name_fix(host)}")
         if slots < 1:
             raise UserError(
                 f"--hostfile {path}, line {number}: {host} has no slots: give at least 1, or delete the line"
@@ -44,6 +48,19 @@ def read_hostfile(path: str) -> dict[str, int]:
     if not hosts:
         raise UserError(f"--hostfile {path}: names no host: add `HOST slots=N` lines")
     return hosts
+
+
+def _name_fix(host: str) -> str:
+    """What to write in place of a word that is no host name."""
+    user, at, name = host.rpartition("@")
+    if at and HOST_NAME.fullmatch(name):
+        # DeepSpeed and pdsh would take it, but --include and --exclude separate hosts by @.
+        return f"write {name} alone, and its user in ~/.ssh/config (Host {name}, User {brief(user, 40)})"
+    if host.startswith("\ufeff"):
+        return "save the file without a byte order mark"
+    if ":" in host:
+        return "leave the port out and give --ssh_port; name an IPv6 address in ~/.ssh/config or /etc/hosts"
+    return "give letters, digits, dots, hyphens and underscores"
 
 
 def parse_filter(flag: str, text: str) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.launch.hosts import parse_filter, read_hostfile, select
-from pipeline.launch.remote import check_plain, exports, quoted, secrets, ssh_options
+from pipeline.launch.remote import PDSH_SSH_ARGS, check_plain, exports, quoted, secrets, ssh_options
 from pipeline.launch.request import CPU_RANKS, DEFAULT_PORT, MULTI_NODE_COMMANDS, Request
 from pipeline.machine import Machine
 
@@ -85,6 +85,7 @@ def plan(request: Request, machine: Machine) -> Launch:
         decided = {name: value for name, value in environment.items() if value is not None and own}
         variables = exports({**machine.environment, **decided}, launcher)
         environment["PDSH_SSH_ARGS_APPEND"] = ssh_options(machine.environment)
+        environment["PDSH_SSH_ARGS"] = machine.environment.get("PDSH_SSH_ARGS", PDSH_SSH_ARGS)
     return Launch(request, words, environment, hosts, gpus, launcher, variables)
 
 

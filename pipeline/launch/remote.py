@@ -113,6 +113,11 @@ def check_plain(what: str, text: str, mend: str) -> None:
         raise UserError(f"{what} is {text!r}, which the shells of the other nodes would take apart: {mend}")
 
 
+PDSH_SSH_ARGS = "-a -x %h"
+"""What pdsh gives to ssh. Some builds add the local user's name, against which `User` in ~/.ssh/config counts nothing;
+all of them add one that a launcher's flags name."""
+
+
 def ssh_options(environment: Mapping[str, str]) -> str:
     """PDSH_SSH_ARGS_APPEND with a limit to the silence of a node; ssh takes the first of two values, so the user's."""
     given = environment.get("PDSH_SSH_ARGS_APPEND", "")

@@ -150,7 +150,8 @@ class Supervisor:
         port = self.launch.request.number("--ssh_port")
         options = self.environment.get("PDSH_SSH_ARGS_APPEND", "") + (f" -p {port}" if port else "")
         environment = {**self.environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": options}
-        words = [sys.executable, "-m", "pipeline.launch.ranks", self.mark, str(number)]
+        # Python 3.10 writes a member of signal.Signals by its name.
+        words = [sys.executable, "-m", "pipeline.launch.ranks", self.mark, str(int(number))]
         # The node's shell starts in another folder.
         command = ["pdsh", "-S", "-w", host, f"cd {os.getcwd()};", *words]
         try:

@@ -99,8 +99,9 @@ def _backward_twice(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError("affine_scan is differentiable once; its backward pass has no gradient")
 
 
-# Batch, sequence, features: one that the kernels split in time, and one of full vectors and a ragged end.
-_SHAPES = ((1, 2100, 3), (2, 41, 66))
+# Batch, sequence, features: one that the kernels split in time, one that they also do in pairs of features, and one of
+# full vectors and a ragged end.
+_SHAPES = ((1, 2100, 3), (2, 200, 66), (2, 41, 66))
 
 
 def _largest_error(device: str, a_dtype: torch.dtype, b_dtype: torch.dtype) -> float:

@@ -2,6 +2,9 @@
 
 Nothing happens at import. `load` opens a library at its first use; `verify` runs a kernel once against its PyTorch
 path, because compilers have shipped wrong binaries for new devices. Both remember their answer for the process.
+
+A kernel that fails its check is not used, and PyTorch takes its place. One that leaves its GPU unable to run anything,
+PyTorch included, ends the run with a `DeviceLostError`: there is no path to fall back to.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from pipeline.errors import DeviceLostError
+from pipeline.ops import cuda_devices
+from pipeline.package import PACKAGE, how_to_set_up
+
 Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")
-
-PACKAGE = Path(__file__).resolve().parent.parent
-MEND = "run ./launch.sh --setup-only"
 
 
 class Verdict(NamedTuple):
@@ -32,12 +36,13 @@ class Verdict(NamedTuple):
     case: str  # what else a binary depends on: "float32, head size 64"
     error: float | None  # the largest relative RMSE of a result; None where it did not run
     failure: str | None  # why the kernel is not used; None where it is
+    lost: str | None = None  # the error after which nothing runs on the device any more
 
 
 # Threads may use a kernel first at the same time: held while torch is told of its op, and while it is checked.
 LOCK = threading.RLock()
 
-# Filled by `verify` and `lacks`; a process's own, never saved.
+# Filled by `verify`, `lacks` and `refusal`; a process's own, never saved.
 _verdicts: dict[tuple[str, str, str], Verdict] = {}
 
 
@@ -67,7 +72,7 @@ def why_not(kind: Kind) -> str | None:
     if path is None:
         facts = build_report().get("libraries", {}).get(kind, {})
         reason = facts.get("reason") or ("no nvcc was found" if facts.get("no_tool") else None)
-        return f"it is not built ({reason})" if reason else f"it is not built: {MEND}"
+        return f"it is not built ({reason})" if reason else f"it is not built: {how_to_set_up()}"
     if kind == "cuda":
         if torch.version.cuda is None:
             return "this torch is built for the CPU alone"
@@ -79,7 +84,7 @@ def why_not(kind: Kind) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{path.name} does not load ({_line(error)}): {MEND}"
+        return f"{path.name} does not load ({cuda_devices.first_line(error)}): {how_to_set_up()}"
     return None
 
 
@@ -87,7 +92,7 @@ def lacks(op: str, device: str, case: str) -> str | None:
     """None where a loaded library has the op, else that it has not: it was built before there was one."""
     if hasattr(torch.ops.mnemos, op):
         return None
-    failure = f"the library is older than {op}: {MEND}"
+    failure = f"the library is older than {op}: {how_to_set_up()}"
     _verdicts[op, device, case] = Verdict(op, device, case, None, failure)
     return failure
 
@@ -103,24 +108,64 @@ def verify(op: str, device: str, case: str, run: Callable[[], float], tolerance:
             RMSE of any result. It is called once per op, device and case in a process, in a thread of its own, and
             may raise. It must not ask for another check.
         tolerance: the largest error that passes; an error that is not a number does not.
+
+    Raises:
+        DeviceLostError: the check, or an earlier one, has left the GPU unable to run anything.
+        RuntimeError: a CUDA graph is being captured, in which nothing can be checked; or work that was under way on the
+            GPU before the check has failed.
     """
     key = (op, device, case)
     if key not in _verdicts:
         with LOCK:
             if key not in _verdicts:
+                if device.startswith("cuda"):
+                    _prepare_gpu(*key)
                 _verdicts[key] = _check(*key, run, tolerance)
+    if _verdicts[key].lost is not None:
+        raise _device_lost(_verdicts[key])
     return _verdicts[key].failure
 
 
+def lost_devices() -> dict[str, Verdict]:
+    """The GPUs that run nothing more in this process, each with the check that it was lost in."""
+    return {verdict.device: verdict for verdict in verdicts() if verdict.lost is not None}
+
+
+def _prepare_gpu(op: str, device: str, case: str) -> None:
+    if (earlier := lost_devices().get(device)) is not None:
+        raise _device_lost(earlier)
+    if cuda_devices.is_capturing():
+        raise RuntimeError(
+            f"{op} is used on {device} ({case}) for the first time while a CUDA graph is captured, where its kernel"
+            f" cannot be checked: call it once, forward and backward, before the capture"
+        )
+    # What was under way before is no fault of the kernel: its error is raised here, as it is.
+    torch.cuda.synchronize(torch.device(device))
+
+
 def _check(op: str, device: str, case: str, run: Callable[[], float], tolerance: float) -> Verdict:
-    error, failure = None, None
+    error, failure, lost = None, None, None
     try:
         error = _apart(run)
         if not error <= tolerance:
             failure = f"its results differ from PyTorch's by {error:.1e}, more than {tolerance:.0e}"
-    except Exception as exception:  # whatever a broken binary raises, there is another path
-        failure = f"it fails with {type(exception).__name__}: {_line(exception)}"
-    return Verdict(op, device, case, error if error is None or math.isfinite(error) else None, failure)
+            lost = cuda_devices.loss(device) if device.startswith("cuda") else None
+    except Exception as exception:  # whatever a broken binary raises, there is another path, unless the GPU is lost
+        failure = f"it fails with {type(exception).__name__}: {cuda_devices.first_line(exception)}"
+        lost = cuda_devices.loss(device, exception) if device.startswith("cuda") else None
+    if lost is not None:
+        failure = f"it ends in {lost!r}, after which nothing runs on the device"
+    finite = error if error is None or math.isfinite(error) else None
+    return Verdict(op, device, case, finite, failure, lost)
+
+
+def _device_lost(verdict: Verdict) -> DeviceLostError:
+    return DeviceLostError(
+        f"{verdict.device} is lost: the check of the native kernel of {verdict.op} ({verdict.case}) ended in"
+        f" {verdict.lost!r}, after which nothing runs there, PyTorch neither: start again with the backend 'torch'"
+        f" (--model.memory.backend torch), or without {library('cuda') or 'the library'}, and report it with the output"
+        f" of `mnemos doctor`"
+    )
 
 
 class Kernel(NamedTuple):
@@ -132,6 +177,7 @@ class Kernel(NamedTuple):
     register: Callable[[], object]  # tells torch of the op's shapes and gradient, once; needs the library loaded
     error: Callable[[], float]  # the ``run`` of `verify`
     tolerance: float
+    shared_memory: int = 0  # bytes that its most demanding block asks for, on a GPU
 
     @property
     def kind(self) -> Kind:
@@ -160,6 +206,12 @@ def refusal(kernel: Kernel) -> str | None:
         return reason
     if (reason := lacks(kernel.op, kernel.device, kernel.case)) is not None:
         return reason
+    key = (kernel.op, kernel.device, kernel.case)
+    if kernel.kind == "cuda" and key not in _verdicts:
+        architectures = build_report().get("libraries", {}).get("cuda", {}).get("architectures")
+        reason = cuda_devices.obstacle(kernel.device, kernel.shared_memory, architectures)
+        if reason is not None:
+            _verdicts[key] = Verdict(*key, None, reason)
     with LOCK:
         kernel.register()
     return verify(kernel.op, kernel.device, kernel.case, kernel.error, kernel.tolerance)
@@ -204,7 +256,3 @@ def _apart(run: Callable[[], float]) -> float:
     if failure:
         raise failure[0]
     return result[0]
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

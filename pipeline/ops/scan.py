@@ -90,7 +90,8 @@ def miras_scan(
             does not take, and the message names it; or that backend is not built, or fails its check.
 
     Source: Titans (arXiv 2501.00663), equations 8-18, with the linear memory and the loss halved. The chunked solve is
-    that of the delta rule (arXiv 2406.06484), extended to momentum; ``scan_torch`` derives it.
+    that of the delta rule (arXiv 2406.06484), extended to momentum; ``scan_torch`` derives it. MDN (arXiv 2605.05838)
+    has another chunked form of a recurrence that contains this one.
     """
     check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
     momentum = None if rule == "delta" else eta

@@ -22,9 +22,19 @@ KEY_DIMS = (32, 64, 128)
 VALUE_MULTIPLE = 16
 DTYPES = (torch.float32, torch.bfloat16)
 
+WORKSPACE = 2**30
+"""`kWorkspace` of kernels/miras_scan/cuda/arguments.cuh."""
+
 # The largest relative RMSE that the check at first use lets pass: ten times what is asked of the kernels in float32,
 # twice that in bfloat16, and far below what a wrong binary makes of the numbers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+# Bytes of shared memory that the most demanding block of the CUDA kernels takes, forward or backward, by dtype and key
+# dim. A device of compute capability 8.0 has 166,912, one of 8.6, 8.9 or 12.x 101,376, one of 9.0 or 10.x 232,448.
+SHARED_MEMORY = {
+    torch.float32: {32: 92_720, 64: 117_760, 128: 151_232},
+    torch.bfloat16: {32: 105_472, 64: 131_072, 128: 163_840},
+}
 
 
 def unsupported(backend: str, tensors: dict[str, Tensor]) -> tuple[str, str] | None:
@@ -70,7 +80,8 @@ def why_not(device: str, dtype: torch.dtype, key_dim: int) -> str | None:
 
 def _kernel(device: str, dtype: torch.dtype, key_dim: int) -> native.Kernel:
     case = f"{dtype_name(dtype)}, key dim {key_dim}"
-    return native.Kernel(OP, device, case, _register, lambda: self_check(device, dtype, key_dim), TOLERANCE[dtype])
+    run = lambda: self_check(device, dtype, key_dim)  # noqa: E731
+    return native.Kernel(OP, device, case, _register, run, TOLERANCE[dtype], SHARED_MEMORY[dtype][key_dim])
 
 
 def scan_native(
@@ -117,6 +128,27 @@ def kept_bytes(rows: int, sequence: int, key_dim: int, value_dim: int, dtype: to
     """
     tokens = rows * sequence * (dtype.itemsize * (2 * key_dim + value_dim) + 12 + 4 * value_dim)
     return tokens + rows * -(-sequence // interval(key_dim, dtype)) * 8 * key_dim * value_dim
+
+
+def workspace_bytes(rows: int, sequence: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Scratch memory of a training call on CUDA, of its forward or its backward pass, whichever has more.
+
+    Its kernels work on spans of chunks of 64 tokens that keep what lies between them within `WORKSPACE`, a whole
+    interval between kept states at least (kernels/miras_scan/cuda/program.cuh). ``rows`` is batch x heads.
+    """
+    count = -(-sequence // 64)
+    every = min(interval(key_dim, dtype) // 64, count)
+    state = key_dim * value_dim
+    square, coefficients = 64 * 64, 8 * 64
+
+    def scratch(floats: int, multiple: int) -> int:
+        span = max(WORKSPACE // (4 * floats * rows) // multiple * multiple, multiple)
+        return 4 * floats * rows * min(span, count)
+
+    kept = every == 1
+    forward = scratch(2 * square + coefficients + (0 if kept else 2 * state), 1)
+    backward = scratch(square + coefficients + 64 * value_dim + (2 if kept else 4) * state, every)
+    return max(forward, backward)
 
 
 @functools.cache

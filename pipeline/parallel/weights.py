@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.parallel.agreement import together
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.weight_files import StoredTensor, open_safetensors
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Types whose values are the weights; those of eight bits or fewer have scales elsewhere."""
 
 
 @contextmanager
@@ -55,44 +56,45 @@ def fill(model: nn.Module, value: Callable[[str, torch.Size], Tensor], names: It
                 parameter.data.copy_(value(name, parameter.shape))
 
 
-def open_safetensors(path: Path) -> Any:
-    """`safe_open`; a UserError names a file that cannot be read."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): copy or save it again") from None
-
-
 def load_safetensors(
-    model: nn.Module, files: Iterable[Path], rename: Mapping[str, str], topology: Topology, *, what: str
+    model: nn.Module,
+    find: Callable[[], Mapping[str, StoredTensor]],
+    rename: Mapping[str, str],
+    topology: Topology,
+    *,
+    what: str,
 ) -> None:
     """Fills parameters from safetensors files; `rename` maps every parameter to fill to its tensor's name. Collective.
 
-    Raises UserError on every rank when a tensor is missing or has another shape on one.
+    `find` says where the tensors are; every rank calls it, since each node reads its own files. Raises UserError on
+    every rank, before anything is filled, when one cannot find a tensor, or finds one of another shape or kind.
     """
-    # Each node reads its own files, and all must be found before the first parameter is gathered.
-    where = together(topology, lambda: _locate(model, files, rename, what))
+    stored = together(topology, lambda: _checked(model, find(), rename, what))
 
     def read(name: str, _: torch.Size) -> Tensor:
-        with safe_open(where[rename[name]], framework="pt") as handle:
+        with open_safetensors(stored[rename[name]].file) as handle:
             return handle.get_tensor(rename[name])
 
     fill(model, read, rename)
 
 
-def _locate(model: nn.Module, files: Iterable[Path], rename: Mapping[str, str], what: str) -> dict[str, Path]:
-    where: dict[str, Path] = {}
-    for file in files:
-        with open_safetensors(file) as handle:
-            where.update(dict.fromkeys(handle.keys(), file))
-    missing = [tensor for tensor in rename.values() if tensor not in where]
+def _checked(
+    model: nn.Module, stored: Mapping[str, StoredTensor], rename: Mapping[str, str], what: str
+) -> Mapping[str, StoredTensor]:
+    missing = [tensor for tensor in rename.values() if tensor not in stored]
     if missing:
-        raise UserError(f"{what}: {len(missing)} tensors are missing, {missing[0]!r} first: another model?")
-
+        raise UserError(f"{what}: {len(missing)} tensors are missing, {shown(missing[0])} first: another model?")
     parameters = dict(model.named_parameters())
     for name, tensor in rename.items():
-        with safe_open(where[tensor], framework="pt") as handle:
-            shape = tuple(handle.get_slice(tensor).get_shape())
-        if shape != tuple(full_shape(parameters[name])):
-            raise UserError(f"{what}: {tensor!r} is {shape}, the model wants {tuple(full_shape(parameters[name]))}")
-    return where
+        found, wanted = stored[tensor], tuple(full_shape(parameters[name]))
+        if found.shape != wanted:
+            raise UserError(
+                f"{what}: {shown(tensor)} in {found.file.name} is {found.shape}, the model wants {wanted}: another"
+                " model, or other sizes?"
+            )
+        if found.dtype not in FLOATING:
+            raise UserError(
+                f"{what}: {shown(tensor)} in {found.file.name} is {found.dtype}, the model wants floating-point"
+                " weights that are not quantised: give the original ones"
+            )
+    return stored

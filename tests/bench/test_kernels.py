@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import subprocess
@@ -13,16 +14,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.bench import kernel_memory, kernel_ops, kernels, peers
-from pipeline.bench.kernel_ops import CHUNK, Op, Shape, memory_inputs, ops, parse_shape, relative_error
+from pipeline.bench import contenders, kernel_memory, kernel_ops, kernels, peers
+from pipeline.bench.contenders import relative_error
+from pipeline.bench.kernel_ops import CHUNK, Op, Shape, memory_inputs, ops, parse_shape
 from pipeline.cli import main
 from pipeline.errors import UserError
 from tests.launch.harness import environment, single
+from tests.ops.fla_oracle import needs_fla_core
 
 CPU = torch.device("cpu")
-SMALL = ("--shapes", "1x4Kx2x32", "2x70x1x32", "--repeats", "3", "--threads", "1")
+CEILING = kernels.Roof(1e12, 1e12, "stated")
+SMALL = ("--shapes", "1x4Kx2x32", "2x70x1x32", "--repeats", "3", "--threads", "1", "--peers", "none")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +153,7 @@ def test_every_shape_is_checked_with_a_backend_that_was_asked_for(
 
 def test_a_bench_without_a_name_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
-    assert "one of throughput, kernels, resume (got 'none')" in capsys.readouterr().err
+    assert "one of throughput, kernels, resume, report (got 'none')" in capsys.readouterr().err
 
 
 def test_the_count_of_the_exact_rule_is_that_of_its_products() -> None:
@@ -245,107 +249,60 @@ def test_a_peer_that_is_not_installed_is_said_to_be_left_out(monkeypatch: pytest
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     rows, notes = measured(monkeypatch)
     assert {row["backend"] for row in rows} == {"torch"}
-    assert notes == ["titans-pytorch is not installed"]
+    assert notes == ["titans-pytorch is not installed", "fla-core is not installed"]
     assert measured(monkeypatch, peers=("none",))[1] == []
 
 
-class NeuralMemory(nn.Module):
-    """Asks its layers for gates as the package's class does; what it computes is the memory's last write."""
-
-    seen: dict = {}
-
-    def __init__(self, **options) -> None:
-        super().__init__()
-        NeuralMemory.seen = options
-        dim = options["dim"]
-        self.to_queries = self.to_keys = self.to_values = nn.Linear(dim, dim)
-        self.combine_heads = nn.Linear(dim, dim)
-        self.memory_model_parameters = nn.ParameterList([nn.Parameter(torch.ones(2, 16, 16))])
-
-    def forward(self, qkv: Tensor) -> tuple[Tensor, None]:
-        q, k, v = (layer(x) for layer, x in zip((self.to_queries, self.to_keys, self.to_values), qkv, strict=True))
-        chunked = k.unflatten(1, (-1, CHUNK)).mean(dim=2)
-        gates = [self.to_adaptive_step(k), self.to_decay_factor(chunked), self.to_momentum(chunked)]
-        assert [tuple(gate.shape) for gate in gates] == [(2, 128), (2, 2, 1), (1, 2, 2, 1)]
-        assert not any(weight.any() or weight.requires_grad for weight in self.memory_model_parameters)
-        return self.combine_heads(q * k * v) * sum(gate.sum() for gate in gates), None
+@needs_fla_core
+def test_an_installed_peer_is_in_the_table_with_its_version_and_what_ran(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    monkeypatch.setattr(kernels, "roof", lambda dtype: CEILING)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words = ["--shapes", "1x70x1x16", "--backends", "torch", "--peers", "fla-momentum", "--repeats", "1", "--no-memory"]
+    assert main(["bench", "kernels", *words, "--json", str(tmp_path / "out.json")]) == 0
+    found, text = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    ran = "chunk_momentum_delta_rule_ref, PyTorch"
+    assert [row["implementation"] for row in found["rows"]] == [None, None, ran, ran]
+    version = importlib.metadata.version("fla-core")
+    assert found["versions"]["fla-core"] == version and f"fla-core {version}" in " ".join(text.split())
+    assert f"fla-momentum: {ran}" in text and found["notes"] == []
+    for own, other in zip(found["rows"][:2], found["rows"][2:], strict=True):
+        assert other["flops"] == own["flops"] and other["error"] is not None and other["roof"] > 0
 
 
-def test_titans_is_given_the_same_tensors_and_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "titans_pytorch", types.SimpleNamespace(NeuralMemory=NeuralMemory))
-    inputs = memory_inputs(Shape(1, 128, 2, 16), torch.float32, CPU)
-    forward, leaves = peers.titans(inputs, None)
-    y = forward()
-    q, k, v, alpha, eta, theta = inputs
-    step, forget, momentum = leaves[3:]
-    assert torch.equal(step, theta[0].T)
-    pooled = [gate[0].T.unflatten(1, (2, CHUNK)).mean(dim=-1) for gate in (alpha, eta)]
-    torch.testing.assert_close([forget.sigmoid()[..., 0], momentum.sigmoid()[0, ..., 0]], pooled)
-    expected = (q * k * v).flatten(2) * sum(gate.sum() for gate in leaves[3:])
-    torch.testing.assert_close(y, expected)
-    assert NeuralMemory.seen["chunk_size"] == CHUNK and NeuralMemory.seen["default_model_kwargs"] == {"depth": 1}
-    gradients = torch.autograd.grad(y.sum(), leaves)
-    assert all(gradient.any() for gradient in gradients)
-    with pytest.raises(ValueError, match="takes multiples of 64 tokens"):
-        peers.titans(memory_inputs(Shape(1, 100, 2, 16), torch.float32, CPU), None)
-
-
-def test_given_gates_are_handed_out_part_after_part() -> None:
-    gate = torch.arange(12.0).view(2, 6)
-    layer = peers.Given(gate, dim=1)
-    for _ in range(2):
-        parts = [layer(torch.zeros(1, length, 3)) for length in (4, 2)]
-        assert torch.equal(torch.cat(parts, dim=1), gate)
-
-
-def test_the_gated_delta_rule_is_given_forgetting_in_log_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict = {}
-
-    def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options):
-        seen.update(options, g=g, beta=beta)
-        return q * k * v * (g.exp() * beta).unsqueeze(-1), None
-
-    module = types.SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule)
-    for name in ("fla", "fla.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
-    inputs = memory_inputs(Shape(1, 20, 2, 16), torch.bfloat16, CPU)
-    with pytest.raises(ValueError, match="takes bfloat16 alone"):
-        peers.gated_delta_rule(memory_inputs(Shape(1, 20, 2, 16), torch.float32, CPU))
-    forward, leaves = peers.gated_delta_rule(inputs)
-    y = forward()
-    torch.testing.assert_close(seen["g"].exp(), 1 - inputs[3])
-    assert seen["g"].dtype == torch.float32 and seen["beta"].dtype == torch.bfloat16 and seen["scale"] == 1.0
-    assert all(x.any() for x in torch.autograd.grad(y.sum(), leaves))
+def install(monkeypatch: pytest.MonkeyPatch, prepare, **options) -> None:
+    """A peer in the place of titans-pytorch, from a package that is there."""
+    stand_in = peers.Peer("titans-pytorch", "torch", "torch", "miras_scan", ("cpu",), prepare, **options)
+    for module in (kernels, contenders):
+        monkeypatch.setattr(module, "PEERS", (stand_in,))
 
 
 def test_a_peer_that_is_installed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(x: list[Tensor]) -> peers.Run:
-        return (lambda: x[0] * x[1]), list(x[:2])
-
-    stand_in = peers.Peer("titans-pytorch", "torch", "torch", "miras_scan", ("cpu",), prepare)
-    for module in (kernels, kernel_memory):
-        monkeypatch.setattr(module, "PEERS", (stand_in,))
+    install(monkeypatch, lambda x: peers.Run(lambda: x[0] * x[1], list(x[:2])))
     rows, notes = measured(monkeypatch)
     assert [row["backend"] for row in rows] == ["torch"] * 2 + ["titans-pytorch"] * 2 and notes == []
-    assert rows[2]["error"] is None
-    ceiling = kernels.Roof(1e12, 1e12, "stated")
-    found = kernels._with_rates(rows[2], torch.float32, ceiling)
+    assert rows[2]["error"] is None and rows[2]["implementation"] is None
+    found = kernels._with_rates(rows[2], torch.float32, CEILING)
     assert found["flops"] is None and found["roof"] is None and found["us_per_token"] > 0
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, run) -> None:
-    """Installs a peer that calls ``run`` for its forward pass."""
-    stand_in = peers.Peer("titans-pytorch", "torch", "torch", "miras_scan", ("cpu",), lambda x: (run, [x[0]]))
-    for module in (kernels, kernel_memory):
-        monkeypatch.setattr(module, "PEERS", (stand_in,))
+def test_a_peer_that_computes_the_op_is_counted_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(x: list[Tensor]) -> peers.Run:
+        return peers.Run(lambda: 1.01 * ops()["miras_scan"].call(x, "torch"), list(x), "a loop")
+
+    install(monkeypatch, prepare, exact=True)
+    rows, _ = measured(monkeypatch)
+    own, other = (kernels._with_rates(rows[i], torch.float32, CEILING) for i in (0, 2))
+    assert other["error"] == pytest.approx(0.01, rel=0.01) and other["implementation"] == "a loop"
+    assert (other["flops"], other["bytes"]) == (own["flops"], own["bytes"]) and other["roof"] > 0
 
 
 def test_a_peer_that_fails_is_left_out_and_costs_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> Tensor:
         raise AssertionError("float32 is not\nsupported")
 
-    failing(monkeypatch, run)
+    install(monkeypatch, lambda x: peers.Run(run, [x[0]]))
     rows, notes = measured(monkeypatch)
     assert [row["backend"] for row in rows] == ["torch"] * 2
     assert notes == ["titans-pytorch at 1x128x2x16: AssertionError: float32 is not supported"]
@@ -360,8 +317,9 @@ def test_a_peer_that_fails_late_keeps_what_was_timed(monkeypatch: pytest.MonkeyP
             raise AssertionError
         return 2 * x
 
-    failing(monkeypatch, run)
-    monkeypatch.setattr(kernels, "prepare", lambda op, name, *rest: (run, [x]) if "titans" in name else PLAIN)
+    install(monkeypatch, lambda x: peers.Run(run, [x[0]]))
+    failing = peers.Run(run, [x])
+    monkeypatch.setattr(kernels, "prepare", lambda op, name, *rest: failing if "titans" in name else PLAIN)
     rows, notes = measured(monkeypatch)
     assert [(row["backend"], row["pass"]) for row in rows] == [
         ("torch", "forward"), ("torch", "forward+backward"), ("titans-pytorch", "forward")
@@ -370,7 +328,7 @@ def test_a_peer_that_fails_late_keeps_what_was_timed(monkeypatch: pytest.MonkeyP
 
 
 LEAF = torch.ones(4, requires_grad=True)
-PLAIN: peers.Run = ((lambda: 2 * LEAF), [LEAF])
+PLAIN = peers.Run(lambda: 2 * LEAF, [LEAF])
 
 
 @pytest.mark.parametrize(
@@ -387,7 +345,7 @@ def test_a_backend_that_runs_out_of_memory_is_left_out(monkeypatch: pytest.Monke
         return x[0] * x[1]
 
     op = Op("miras_scan", ("torch", "cpu"), memory_inputs, call, None, check_tokens=64)
-    monkeypatch.setattr(kernel_memory, "ops", lambda: {"miras_scan": op})
+    monkeypatch.setattr(contenders, "ops", lambda: {"miras_scan": op})
     options, notes = kernels.KernelOptions(repeats=1, peers=("none",)), []
     rows = kernels.measure(op, Shape(1, 128, 2, 16), ["cpu", "torch"], torch.float32, CPU, options, notes)
     assert [row["backend"] for row in rows] == ["torch"] * 2
@@ -399,7 +357,7 @@ def test_another_error_of_a_backend_is_not_swallowed(monkeypatch: pytest.MonkeyP
         raise RuntimeError("illegal memory access")
 
     op = Op("miras_scan", ("torch",), memory_inputs, call, None)
-    monkeypatch.setattr(kernel_memory, "ops", lambda: {"miras_scan": op})
+    monkeypatch.setattr(contenders, "ops", lambda: {"miras_scan": op})
     with pytest.raises(RuntimeError, match="illegal memory access"):
         kernels.measure(
             op, Shape(1, 8, 1, 8), ["torch"], torch.float32, CPU, kernels.KernelOptions(peers=("none",)), []
@@ -413,8 +371,7 @@ def test_a_split_scan_is_timed_against_the_whole_one() -> None:
     )
     assert [row["backend"] for row in rows] == [name for name in ("torch", "torch/2", "torch/3") for _ in range(2)]
     assert all(row["error"] < 1e-5 for row in rows) and notes == []
-    ceiling = kernels.Roof(1e12, 1e12, "stated")
-    assert len({kernels._with_rates(row, torch.float32, ceiling)["flops"] for row in rows}) == 2
+    assert len({kernels._with_rates(row, torch.float32, CEILING)["flops"] for row in rows}) == 2
     inputs = memory_inputs(Shape(1, 130, 1, 16), torch.float32, CPU)
     whole, split = (ops()["miras_scan_split"].call(inputs, name) for name in ("torch", "torch/2"))
     assert torch.equal(whole, ops()["miras_scan"].call(inputs, "torch")) and not torch.equal(whole, split)
@@ -423,15 +380,16 @@ def test_a_split_scan_is_timed_against_the_whole_one() -> None:
 MEMORY = """
     import torch
     from pipeline.bench.kernel_memory import _resident
+    from pipeline.bench.peers import Run
 
     x = torch.ones(2**23, requires_grad=True)
-    print(_resident((lambda: 2 * x, [x])))
+    print(_resident(Run(lambda: 2 * x, [x])))
 
     def with_scratch():
         torch.ones(5 * 2**23)
         return 2 * x
 
-    print(_resident((with_scratch, [x])), _resident((lambda: 2 * x, [x])))
+    print(_resident(Run(with_scratch, [x])), _resident(Run(lambda: 2 * x, [x])))
 """
 
 
@@ -463,7 +421,7 @@ def test_times_outlive_a_failed_measurement_of_memory(
     killed = types.SimpleNamespace(run=lambda *args, **options: subprocess.CompletedProcess([], -9, "", ""))
     monkeypatch.setattr(kernel_memory, "subprocess", killed)
     monkeypatch.setattr(kernel_memory, "_can_reset", lambda: True)
-    monkeypatch.setattr(kernels, "roof", lambda dtype: kernels.Roof(1e12, 1e12, "stated"))
+    monkeypatch.setattr(kernels, "roof", lambda dtype: CEILING)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     words = ["--shapes", "1x64x1x16", "--backends", "torch", "--peers", "none", "--repeats", "1"]
     assert main(["bench", "kernels", *words, "--json", str(tmp_path / "out.json")]) == 0
@@ -480,3 +438,9 @@ def test_where_the_mark_cannot_be_reset_memory_is_unknown(monkeypatch: pytest.Mo
     assert kernel_memory.peak_ratios("miras_scan", ["torch"], [shape], torch.float32, CPU, 1) == {
         ("torch", shape): None
     }
+
+
+def test_a_peer_can_be_timed_alone() -> None:
+    options = kernels.KernelOptions(backends=("none",))
+    shapes, chosen, backends = kernels.check(options, torch.device("cpu"))
+    assert shapes and [op.contenders(backends) for op in chosen] == [[]]

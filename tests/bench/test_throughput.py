@@ -20,5 +20,6 @@ def test_lengths_are_measured_and_written(tmp_path: Path) -> None:
     for row in found["rows"]:
         assert row["tok_s"] > 0 and row["peak_memory"] > 2**20 and row["mfu"] is None
         assert row["seconds_per_token"] == row["seconds"] / row["tokens_per_step"]
+        assert row["planned_memory"] is None and row["first_step"]["loss"] > 0 and row["first_step"]["grad_norm"] > 0
     assert found["versions"]["torch"] and found["machine"]["device"]["kind"] == "cpu"
     assert "n/a" in done.stdout and "512" in done.stdout

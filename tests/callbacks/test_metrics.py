@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.callbacks.metrics import MetricsFile, perplexity, read_rows
+from pipeline.callbacks.metrics import MetricsFile, is_evaluated, perplexity, read_rows
 from pipeline.system import Evaluation
 
 TRAIN = {"mode", "step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed", "peak_memory"}
@@ -145,6 +146,63 @@ def test_a_resume_after_a_crash_leaves_whole_rows_alone(make_run, record) -> Non
     file.on_start()
     file.on_step(record(3))
     assert [row["step"] for row in strict_rows(run.folder)] == [1, 2, 3]
+
+
+SPOILT = {
+    "a block of NUL": b"\0" * 512,
+    "NUL before a row": b'\0\0{"mode": "train", "step": 2}',
+    "a blank line": b"",
+    "spaces": b"   ",
+    "a comment": b"# restarted here",
+    "half a row": b'{"mode": "train", "step": 2, "lo',
+    "two rows in one": b'{"mode": "train", "step": 2}{"mode": "train", "step": 3}',
+    "a list": b'["train", 2]',
+    "a number": b"2",
+    "no mode": b'{"step": 2, "loss": 1.0}',
+    "no step": b'{"mode": "train", "loss": 1.0}',
+    "a step that is none": b'{"mode": "train", "step": "2"}',
+    "a step that is true": b'{"mode": "train", "step": true}',
+    "a step beyond all": b'{"mode": "train", "step": 1' + b"0" * 40 + b"}",
+    "no text": b'{"mode": "train", "step": 2, "loss": "\xff"}',
+    "an infinite number": b'{"mode": "train", "step": 2, "loss": 1e999}',
+    "NaN": b'{"mode": "train", "step": 2, "loss": NaN}',
+    "a number that no float holds": b'{"mode": "train", "step": 2, "loss": 1' + b"0" * 400 + b"}",
+    "more digits than are read": b'{"mode": "train", "step": 2, "loss": ' + b"9" * 5000 + b"}",
+    "a word in place of a number": b'{"mode": "train", "step": 2, "loss": "high"}',
+    "a list in a row": b'{"mode": "train", "step": 2, "loss": [1.0]}',
+    "nesting without end": b'{"mode": ' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", SPOILT.values(), ids=SPOILT.keys())
+def test_a_spoilt_line_is_left_out_with_one_warning(make_run, record, line: bytes) -> None:
+    """Once it stopped a resume although the checkpoint was whole."""
+    run = make_run(step=3)
+    file = MetricsFile(run)
+    for step in (1, 3):
+        file.on_step(record(step))
+    first, second = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(first + line + b"\n" + second)
+    with pytest.warns(UserWarning, match=rf"{file.path}: 1 of 3 lines are no rows and are left out") as caught:
+        file.on_start()
+    assert len(caught) == 1
+    # The file is clean from then on.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [row["step"] for row in read_rows(file.path)] == [1, 3]
+        file.on_step(record(4))
+        assert [row["step"] for row in strict_rows(run.folder)] == [1, 3, 4]
+
+
+def test_several_spoilt_lines_make_one_warning(make_run, record) -> None:
+    run = make_run(step=2)
+    file = MetricsFile(run)
+    file.on_evaluation(2, Evaluation({"loss": 2.0}))
+    with file.path.open("ab") as handle:
+        handle.write(b"\n".join([*SPOILT.values(), b""]))
+    with pytest.warns(UserWarning, match=f"{len(SPOILT)} of {len(SPOILT) + 1} lines") as caught:
+        assert is_evaluated(run.folder, 2) and not is_evaluated(run.folder, 3)
+    assert {str(warning.message) for warning in caught} == {str(caught[0].message)}
 
 
 def test_a_new_run_has_no_file_until_its_first_row(make_run, record) -> None:

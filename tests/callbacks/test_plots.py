@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.callbacks import plots
 from pipeline.callbacks.metrics import MetricsFile
-from pipeline.callbacks.plots import Plots, draw_curve, draw_training
+from pipeline.callbacks.plots import Plots, caption, draw_curve, draw_training, tokens
 from pipeline.system import Curve, Evaluation
 
 
@@ -67,6 +69,136 @@ def test_the_picture_depends_on_the_numbers(tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch):
+    """The axes of the picture that was drawn last, a row each; what is looked at need not be saved as well."""
+    figures: list[Any] = []
+    real = plots._figure
+
+    def figure(*words: Any, **options: Any) -> Any:
+        figures.append(real(*words, **options))
+        figures[-1][0].savefig = lambda path, dpi: None
+        return figures[-1]
+
+    monkeypatch.setattr(plots, "_figure", figure)
+    return lambda: figures[-1][1]
+
+
+def labels(axis: Any) -> list[str]:
+    """What the legend names."""
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def ticks(axis: Any, name: str = "x") -> list[str]:
+    """The ticks that are seen."""
+    axis.figure.canvas.draw()
+    low, high = getattr(axis, f"get_{name}lim")()
+    found = getattr(axis, f"get_{name}ticklabels")()
+    return [text.get_text() for text in found if low <= text.get_position()[name == "y"] <= high]
+
+
+RATIO = Curve(
+    "Perplexity by position", "position", "perplexity", (16.0, 32.0, 64.0, 128.0, 16384.0),
+    {"on": (9.0, 5.0, 3.0, 2.0, math.nan), "off": (9.0, 5.0, 3.0, 4.0, math.nan),
+     "off / on": (1.0, 1.0, 1.0, 2.0, math.nan)},
+    log_x=True, upper_edges=True, drawn=("off / on",), drawn_label="perplexity, off / on",
+    intervals={"off / on": ((0.9, 0.9, 0.9, 1.8, math.nan), (1.1, 1.1, 1.1, 2.2, math.nan))},
+    counts=(64, 64, 128, 1024, 0), documents=(4, 4, 3, 2, 0), levels={"no difference": 1.0},
+    edges={"window of 64": 64.0, "reach of 4 layers": 252.0},
+)  # fmt: skip
+
+
+def test_a_ratio_is_drawn_with_its_interval_and_what_it_is_compared_with(tmp_path: Path, shown) -> None:
+    draw_curve(RATIO, tmp_path / "curve.png", "tiny, window 64, after step 3")
+    above, _ = (row[0] for row in shown())
+    assert above.get_title() == "Perplexity by position\ntiny, window 64, after step 3"
+    assert above.get_ylabel() == "perplexity, off / on"
+    assert labels(above) == ["off / on", "off / on, 95 % over documents", "no difference", "window of 64"]
+    ratio, level, edge = above.lines
+    # A bin is level from its lower to its upper edge.
+    assert list(ratio.get_xdata())[4:8] == [32, 64, 64, 128] and list(ratio.get_ydata())[4:8] == [1, 1, 2, 2]
+    assert set(level.get_ydata()) == {1.0} and set(edge.get_xdata()) == {64.0}
+
+
+def test_ticks_are_numbers_of_tokens(tmp_path: Path, shown) -> None:
+    draw_curve(RATIO, tmp_path / "curve.png")
+    assert ticks(shown()[-1][0]) == ["16", "32", "64", "128"], "where something was seen"
+    draw_curve(dataclasses.replace(RATIO, series={"on": (1.0,) * 5}, drawn=()), tmp_path / "curve.png")
+    assert ticks(shown()[-1][0]) == ["16", "32", "64", "128", "16K"]
+
+
+def test_what_each_point_was_measured_on_stands_below_it(tmp_path: Path, shown) -> None:
+    draw_curve(RATIO, tmp_path / "curve.png")
+    counts = shown()[-1][0]
+    assert [text.get_text() for text in counts.texts] == ["64\n/ 4", "64\n/ 4", "128\n/ 3", "1.02K\n/ 2"]
+    assert [bar.get_height() for bar in counts.patches] == list(RATIO.counts)
+    draw_curve(curve(on=(9.0, 5.0, 3.0)), tmp_path / "curve.png")
+    assert len(shown()) == 1, "and nothing where it is not known"
+
+
+def test_the_numbers_of_a_curve_hold_all_that_is_known(tmp_path: Path) -> None:
+    draw_curve(RATIO, tmp_path / "curve.png")
+    found = strict(tmp_path / "curve.json")
+    assert found["series"] == {"on": [9, 5, 3, 2, None], "off": [9, 5, 3, 4, None], "off / on": [1, 1, 1, 2, None]}
+    assert found["intervals"]["off / on"]["high"] == [1.1, 1.1, 1.1, 2.2, None]
+    assert (found["counts"], found["documents"]) == ([64, 64, 128, 1024, 0], [4, 4, 3, 2, 0])
+    assert found["levels"] == {"no difference": 1.0} and found["edges"]["window of 64"] == 64.0
+
+
+def test_points_are_drawn_as_points(tmp_path: Path, shown) -> None:
+    points = dataclasses.replace(RATIO, upper_edges=False, drawn=("on", "off"), levels={}, edges={}, intervals={})
+    draw_curve(points, tmp_path / "curve.png")
+    axis = shown()[0][0]
+    assert labels(axis) == ["on", "off"] and list(axis.lines[0].get_xdata()) == list(RATIO.x)
+    assert axis.lines[0].get_marker() == "o"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(16, "16"), (64, "64"), (1024, "1024"), (8192, "8K"), (65536, "64K"), (10000, "10000")]
+)
+def test_tokens(count: int, text: str) -> None:
+    assert tokens(count) == text
+
+
+def test_parts_of_a_caption_that_are_empty_leave_nothing() -> None:
+    assert caption("tiny", "", "after step 3") == "tiny, after step 3"
+
+
+TRAINED = [
+    {"mode": "train", "step": step, "loss": 5.0, "grad_norm": 8.0 / step, "lr": 1e-3, "tok_s": 9.0}
+    for step in range(1, 41)
+]
+
+
+def test_the_gradient_norm_stands_on_a_log_axis_beside_what_it_is_clipped_to(tmp_path: Path, shown) -> None:
+    draw_training(TRAINED, tmp_path / "training.png", title="tiny", clip=1.5)
+    norm = shown()[0][1]
+    assert norm.get_yscale() == "log" and labels(norm) == ["training", "clipped to 1.5"]
+    assert set(norm.lines[1].get_ydata()) == {1.5}
+    assert ticks(norm, "y") == ["0.2", "0.5", "1", "2", "5"]
+    draw_training(TRAINED, tmp_path / "training.png", title="tiny", clip=0.0)
+    assert len(shown()[0][1].lines) == 1, "nothing is clipped"
+
+
+@pytest.mark.parametrize("norm", [None, 0.0])
+def test_a_run_whose_gradients_are_unknown_or_nothing_is_drawn(norm: float | None, tmp_path: Path, shown) -> None:
+    draw_training([{**TRAINED[0], "grad_norm": norm}], tmp_path / "training.png", title="tiny", clip=1.0)
+    assert shown()[0][1].get_yscale() == "linear"
+
+
+def test_pictures_of_a_run_say_of_what(make_run, monkeypatch: pytest.MonkeyPatch, shown) -> None:
+    run = make_run()
+    monkeypatch.setattr(type(run.system), "caption", lambda self: "window 64")
+    MetricsFile(run).on_evaluation(7, Evaluation({"loss": 2.0}))
+    pictures = Plots(run)
+    pictures.on_evaluation(7, Evaluation({"loss": 2.0}))
+    assert shown()[0][0].figure.get_suptitle() == "miras_tiny, window 64"
+    titles = []
+    monkeypatch.setattr(plots, "draw_curve", lambda curve, path, subtitle: titles.append(subtitle))
+    pictures.on_evaluation(7, Evaluation({"loss": 2.0}, {"curve": RATIO}))
+    assert titles == ["miras_tiny, window 64, after step 7"]
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -85,17 +217,17 @@ def test_training_is_drawn_whatever_has_happened_so_far(rows: list[dict[str, Any
 
 def test_a_run_has_its_pictures_after_an_evaluation_and_at_the_end(make_run, record) -> None:
     run = make_run()
-    file, plots = MetricsFile(run), Plots(run)
+    file, pictures = MetricsFile(run), Plots(run)
     evaluation = Evaluation({"loss": 2.0}, {"perplexity_by_position": curve(on=(9.0, 5.0, 3.0))})
     file.on_step(record(1))
     file.on_evaluation(1, evaluation)
-    plots.on_evaluation(1, evaluation)
+    pictures.on_evaluation(1, evaluation)
     folder = run.folder / "plots"
     names = {"perplexity_by_position.png", "perplexity_by_position.json", "training.png"}
     assert {path.name for path in folder.iterdir()} == names
     before = (folder / "training.png").read_bytes()
     file.on_step(record(2, loss=9.0))
-    plots.on_end("finished")
+    pictures.on_end("finished")
     assert (folder / "training.png").read_bytes() != before
     assert is_picture(folder / "training.png") and is_picture(folder / "perplexity_by_position.png")
 

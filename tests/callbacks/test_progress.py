@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
+import termios
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.callbacks.progress import ProgressLines, clock, human
-from pipeline.system import Evaluation
+from pipeline.system import Evaluation, System
 
 
 class Terminal(io.StringIO):
@@ -75,10 +78,20 @@ def test_a_skipped_update_is_said(line) -> None:
     assert "grad skipped" in line({"grad_norm": None})
 
 
-def test_headline_metrics_are_shown_and_the_others_left_to_the_files(line) -> None:
-    text = line({"metrics": {"norm_M": 1.2345, "memory/alpha": 0.001}})
-    assert "norm_M 1.23" in text
-    assert "alpha" not in text
+def test_the_metrics_of_a_system_are_left_to_evaluations(line) -> None:
+    assert line({"metrics": {"norm_M": 1.2345, "memory/alpha": 0.001}}) == line({})
+
+
+def test_the_columns_of_step_lines_stand_under_each_other_and_are_short(
+    make_run, record, capsys: pytest.CaptureFixture[str], no_terminal
+) -> None:
+    lines = ProgressLines(make_run(steps=50_000))
+    for step, changes in ((1, {"loss": 11.7654}), (99, {"grad_norm": 123.4}), (100, {"grad_norm": None}),
+                          (50_000, {"tok_s": 999_400.0, "peak_memory": 90 * 2**30})):  # fmt: skip
+        lines.on_step(record(step, **changes))
+    texts = capsys.readouterr().out.splitlines()
+    assert len({tuple(text.index(name) for name in ("loss", "lr", "grad", "ETA")) for text in texts}) == 1
+    assert max(map(len, texts)) <= 100
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -91,13 +104,39 @@ def test_evaluations_checkpoints_and_the_end_are_lines(
 ) -> None:
     run = make_run(step=50)
     lines = ProgressLines(run)
-    lines.on_evaluation(50, Evaluation({"loss": 2.0, "memory_off/loss": 2.25, "labels": 4096.0}))
+    lines.on_evaluation(50, Evaluation({"loss": 2.0, "ppl": 7.389, "bpb": 2.885, "share": 0.25, "labels": 4096.0}))
     lines.on_checkpoint("checkpoint-50")
     lines.on_end("stopped")
     evaluation, checkpoint, end = capsys.readouterr().out.splitlines()
-    assert "step 50" in evaluation and "loss 2.0000" in evaluation and "memory_off/loss 2.2500" in evaluation
+    assert evaluation == "step 50/200   val 2.000 | share 0.25 | 2.88 bpb"
     assert str(run.folder / "checkpoints" / "checkpoint-50") in checkpoint
     assert "stopped" in end and "step 50" in end and str(run.folder) in end
+
+
+def test_an_evaluation_is_followed_by_the_health_of_the_last_logged_step(
+    make_run, record, capsys: pytest.CaptureFixture[str], no_terminal
+) -> None:
+    lines = ProgressLines(make_run(steps=50))
+    lines.on_evaluation(0, Evaluation({"loss": 5.0}))
+    lines.on_step(record(1, metrics={"norm_M": 7.0}))
+    lines.on_step(record(2, metrics={"norm_M": 1.2345, "memory/alpha": 0.001}))
+    lines.on_evaluation(2, Evaluation({"loss": 2.0}))
+    before, _, _, after, health = capsys.readouterr().out.splitlines()
+    assert (before, after) == ("step 0/50   val 5.000", "step 2/50   val 2.000")
+    assert health.split(" | ") == ["            norm_M 1.23", "memory/alpha 0.001"]
+
+
+def test_words_of_the_system_stand_in_the_line(make_run, capsys: pytest.CaptureFixture[str], no_terminal) -> None:
+    class Terse(System):
+        name = "terse"
+
+        def headline(self, evaluation: Evaluation) -> str:
+            return f"as good as {evaluation.scalars['loss']}"
+
+    run = make_run(steps=50)
+    run.system = Terse()
+    ProgressLines(run).on_evaluation(50, Evaluation({"loss": 2.0}))
+    assert capsys.readouterr().out == "step 50/50  as good as 2.0\n"
 
 
 def test_the_log_has_every_line_with_its_time(
@@ -133,6 +172,35 @@ def test_a_terminal_gets_a_bar_and_the_log_the_lines(
     assert len(logged) == 4 and "step 12/150" in logged[1]
 
 
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [(7, {}), (50_000, {"loss": 11.7654, "tok_s": 1_234_567.0}), (1, {"tok_s": 0.5, "grad_norm": None, "mfu": 0.412})],
+)
+def test_the_bar_fits_a_terminal_of_80_columns(
+    make_run, record, monkeypatch: pytest.MonkeyPatch, step: int, changes: dict[str, Any]
+) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        lines = ProgressLines(make_run(steps=50_000))
+        lines.on_start()
+        lines.on_step(record(step, metrics={"norm_M": 1.0}, **changes))
+        lines.on_end("stopped")
+        shown = b""
+        while b"stopped at" not in shown:
+            shown += os.read(ours, 2**16)
+    os.close(ours)
+    bars = [text for text in re.split(r"[\r\n]+|\x1b\[A", shown.decode()) if "/50000 |" in text]
+    assert bars and all(len(bar) <= 80 for bar in bars)
+    (last,) = [bar for bar in bars if "ETA" in bar][-1:]
+    assert last.startswith(f"{step}/50000 |")
+    for name in (r"\| loss \d+\.\d{4} ", r" lr \d\.\d\de-\d\d ", r" [\d.]+[KM]? tok/s ", r" ETA \d+:\d\d:\d\d\s*$"):
+        assert re.search(name, last), last
+    bar = re.search(r"\|(.*)\|", last)
+    assert bar is not None and len(bar[1]) >= 10, "something of a bar is left"
+
+
 @pytest.mark.parametrize("bar", ["None", "tqdm(total=3)"])
 def test_a_terminal_that_closes_is_missed_by_nobody(bar: str) -> None:
     """A write to it is an input/output error; the run goes on, and ends with its own code."""
@@ -146,7 +214,8 @@ def test_a_terminal_that_closes_is_missed_by_nobody(bar: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
     os.close(theirs)
     seen = b""
-    while b"ready" not in seen:
+    # To the end of the line: a terminal that closes sooner closes in the midst of its write.
+    while b"ready\r\n" not in seen:
         seen += os.read(ours, 100)
     os.close(ours)
     process.communicate(b"\n", timeout=60)

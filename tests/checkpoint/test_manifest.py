@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from pipeline.checkpoint.manifest import (
     write_manifest,
 )
 from pipeline.errors import UserError
-from tests.checkpoint.whole import write_whole
+from tests.checkpoint.whole import change_facts, write_whole
 
 FILES = {"weights.bin": b"w" * 5000, "shards/rank0.bin": b"0" * 300, "state.json": b"{}"}
 
@@ -119,6 +120,49 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_seen(checkpoint: Path) -> Non
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             found = problems(checkpoint, hashes=False)
             assert found == [f"{path}: damaged"] or (not found and read_manifest(checkpoint) == before), (place, bit)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": {"../outside.pt": {"size": 3, "xxh128": "0" * 32}}},
+        {"files": {"/etc/passwd": {"size": 3, "xxh128": "0" * 32}}},
+        {"files": {"a\\b": {"size": 3, "xxh128": "0" * 32}}},
+        {"files": ["shard.pt"]},
+        {"files": {"shard.pt": 5}},
+        {"files": {"shard.pt": {"size": "3", "xxh128": "0" * 32}}},
+        {"files": {"shard.pt": {"size": -1, "xxh128": "0" * 32}}},
+        {"files": {"shard.pt": {"size": 3}}},
+        {"files": None},
+        {"written": None},
+        {"written": 10**40},
+        {"step": "7"},
+        {"world": 2.0},
+        {"data": True},
+        {"zero_stage": [3]},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_its_hash_fits_must_still_be_one(checkpoint: Path, changes: dict[str, Any]) -> None:
+    """The hash says that nobody changed it, not who wrote it: a name elsewhere would be written by a conversion."""
+    change_facts(checkpoint, **changes)
+    with pytest.raises(UserError, match=rf"{checkpoint / MANIFEST}: damaged"):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', "9" * 5000, '{"a": 1, "a": 1}', "\0" * 512])
+def test_a_manifest_that_no_parser_reads_is_damaged(checkpoint: Path, text: str) -> None:
+    (checkpoint / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=rf"{checkpoint / MANIFEST}: damaged"):
+        read_manifest(checkpoint)
+
+
+def test_a_manifest_that_may_not_be_read_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert problems(checkpoint, hashes=False) == [f"{checkpoint / MANIFEST}: cannot be read (Permission denied)"]
 
 
 def test_no_folder_or_an_empty_one_has_no_checkpoint(tmp_path: Path) -> None:

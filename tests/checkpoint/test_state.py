@@ -21,6 +21,7 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.state import (
     check_resumable,
     find_checkpoint,
+    keep_global_batch,
     load_trainable,
     restore,
     rng_state,
@@ -153,6 +154,48 @@ def test_a_run_of_before_a_field_existed_did_what_its_default_does(
     now = replace(config, model=dataclasses.replace(config.model, memory=memory))
     with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
         check_resumable(now, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["carry-00007.safetensors", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_a_file_of_another_checkpoint_is_not_read_with_this_one(make_run, name: str) -> None:
+    """They are found by their names: a stray carry would give a stream heads, or a state, that are another one's."""
+    folder = save(make_run(), 7)
+    (folder / "notes.txt").write_text("mine")
+    restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    (folder / name).write_bytes(next(folder.glob("carry-*")).read_bytes())
+    run = make_run()
+    with pytest.raises(UserError, match=f"{folder / name}: not in the manifest, and would be read like the rest"):
+        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    assert run.progress.step == 0
+
+
+@pytest.mark.parametrize("fact", ["world", "frozen", "global_batch", "system"])
+def test_a_manifest_of_another_version_is_told_from_a_damaged_one(make_run, fact: str) -> None:
+    folder = save(make_run(), 7)
+    facts = {key: value for key, value in (read_manifest(folder) or {}).items() if key != fact}
+    write_whole(folder, {key: value for key, value in facts.items() if key not in ("files", "written")})
+
+    def go_on() -> None:
+        config = make_run().config
+        check_resumable(config, folder)
+        keep_global_batch(config, Topology(), folder)
+        restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=rf"manifest\.json: says nothing of '{fact}': it is of another version"):
+        go_on()
+
+
+@pytest.mark.parametrize("text", ['{"step": 7, "stepz": 1}', "[7]", "7", "{", '{"step": 7, "step": 7}'])
+def test_a_progress_of_another_version_is_refused_before_anything_changes(make_run, text: str) -> None:
+    folder = save(make_run(), 7)
+    (folder / "trainer_state.json").write_text(text)
+    facts = read_manifest(folder) or {}
+    write_whole(folder, {key: value for key, value in facts.items() if key not in ("files", "written")})
+    run = make_run()
+    before = run.engine.module.weight.clone()
+    with pytest.raises(UserError, match=r"trainer_state\.json: not .*restore the file, or resume from another"):
+        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    assert torch.equal(run.engine.module.weight, before) and run.progress.step == 0
 
 
 def test_other_data_is_refused_in_the_loaders_words(make_run) -> None:
@@ -288,7 +331,9 @@ class TestLoadTrainable:
 
     def test_another_shape_is_named(self, make_run) -> None:
         folder = save(make_run(), 5)
-        with pytest.raises(UserError, match=r"'weight' is \(2, 3\), the model wants \(2, 4\)"):
+        with pytest.raises(
+            UserError, match=r"'weight' in trainable\.safetensors is \(2, 3\), the model wants \(2, 4\)"
+        ):
             load_trainable(nn.Linear(4, 2), folder, Topology())
 
     def test_a_truncated_file_is_named(self, make_run) -> None:

@@ -41,6 +41,19 @@ def results(x: list[Tensor], cotangents: list[Tensor], ids: Tensor | None, backe
 def test_values_and_gradients_equal_the_token_loop(
     a: torch.dtype, b: torch.dtype, shape: tuple[int, ...], segmented: bool
 ) -> None:
+    check(shape, a, b, segmented)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("shape", [(2, 41, 3), (2, 41, 6), (2, 300, 5), (2, 300, 10)], ids=str)
+@pytest.mark.parametrize("b", DTYPES, ids=str)
+@pytest.mark.parametrize("a", DTYPES, ids=str)
+def test_every_kernel_on_a_few_tokens(a: torch.dtype, b: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Both passes in every dtype, split in time and not, in pairs of features and not, with segments."""
+    check(shape, a, b, segmented=True)
+
+
+def check(shape: tuple[int, ...], a: torch.dtype, b: torch.dtype, segmented: bool) -> None:
     x, cotangents, ids = make(shape, a, b)
     given = ids if segmented else None
     actual = results(x, cotangents, given)

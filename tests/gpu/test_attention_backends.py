@@ -15,10 +15,7 @@ from pipeline.ops.attention import (
 )
 from tests.ops.attention_reference import pack, reference_attention, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 DIM, HEADS, KV_HEADS = 64, 4, 2
 ROPE = Rope(10000.0 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))

@@ -2,6 +2,8 @@
 // No thread of a launch may need another one, so the order must not change a bit.
 //
 //   affine_scan_emulator IN OUT
+//   affine_scan_emulator BATCH TOKENS FEATURES A_IS_BFLOAT16 B_IS_BFLOAT16   prints the blocks of every launch, forwards
+//                                                                            and backwards, without running any
 //
 // IN: int64 batch, tokens, features, a is bfloat16, b is bfloat16, has resets, has states, order, shift; then a, b,
 // resets, state, grad_h, grad_after. OUT: h, after, states, grad_a, grad_b, grad_state, and int64 launches.
@@ -76,7 +78,7 @@ struct Launch {
 };
 
 void scan(Scan p, bool reverse, bool a_bfloat16, bool b_bfloat16, const Launch& launch) {
-  mnemos::affine_scan::split(p);
+  mnemos::affine_scan::split(p, a_bfloat16, b_bfloat16);
   const int64_t pieces = p.pieces > 1 ? p.batch * p.pieces : 0;
   Buffer products(pieces * p.features, 8), ends(pieces * p.features, 4), starts(pieces * p.features, 4);
   Buffer severed(pieces, 1);
@@ -87,9 +89,27 @@ void scan(Scan p, bool reverse, bool a_bfloat16, bool b_bfloat16, const Launch& 
   mnemos::affine_scan::run(p, reverse, a_bfloat16, b_bfloat16, launch);
 }
 
+struct Count {
+  void operator()(void (*)(Scan, int64_t), int64_t threads, const Scan&) const {
+    printf("%lld ", static_cast<long long>((threads + mnemos::affine_scan::kBlock - 1) / mnemos::affine_scan::kBlock));
+  }
+};
+
+int print_blocks(char** words) {
+  Scan p{};
+  p.batch = atoll(words[0]);
+  p.tokens = atoll(words[1]);
+  p.features = atoll(words[2]);
+  const bool a_bfloat16 = atoi(words[3]), b_bfloat16 = atoi(words[4]);
+  mnemos::affine_scan::split(p, a_bfloat16, b_bfloat16);
+  for (bool reverse : {false, true}) mnemos::affine_scan::run(p, reverse, a_bfloat16, b_bfloat16, Count{});
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
+  if (count == 6) return print_blocks(words + 1);
   if (count != 3) return 2;
   FILE* in = fopen(words[1], "rb");
   FILE* out = fopen(words[2], "wb");

@@ -34,6 +34,15 @@ class Emulated:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
+        self.library.emulator_instructions.restype = ctypes.c_int64
+
+    def shared_memory(self, dtype: torch.dtype, key_dim: int, *, backward: bool) -> int:
+        """Bytes of the most demanding block of a pass."""
+        return self.library.emulated_shared_memory(dtype == torch.bfloat16, key_dim, backward)
+
+    def instructions(self, kernel: str) -> int:
+        """The tensor instructions of all warps of a kernel since this was asked last."""
+        return self.library.emulator_instructions(kernel.encode())
 
     def forward(
         self,

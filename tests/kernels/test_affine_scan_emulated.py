@@ -121,8 +121,40 @@ SHAPES = [
     pytest.param((2, 65, 6), 2, id="ragged tile"),
     pytest.param((2, 1000, 7), 6, id="split in time"),
     pytest.param((1, 5000, 1), 6, id="one feature"),
-    pytest.param((1, 40, 16_500), 2, id="enough features to need no split"),
+    pytest.param((1, 40, 16_500), 2, id="too short for a split"),
 ]
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "least", "passes"),
+    [
+        # 64K tokens of 16 heads of 128, and fewer and more features: almost four blocks for each of an H200's 132.
+        pytest.param((1, 65_536, 2048), (F32, F32), 512, 2, id="64K x 2048, float32"),
+        pytest.param((1, 65_536, 2048), (F32, BF16), 512, 2, id="64K x 2048, a in float32"),
+        pytest.param((1, 65_536, 2048), (BF16, BF16), 512, 2, id="64K x 2048, bfloat16"),
+        pytest.param((1, 65_536, 512), (BF16, BF16), 512, 2, id="64K x 512, bfloat16"),
+        pytest.param((8, 8192, 2048), (BF16, BF16), 512, 2, id="8 x 8K x 2048, bfloat16"),
+        pytest.param((8, 8192, 4096), (F32, F32), 256, 1, id="8 x 8K x 4096, float32: full as it is"),
+        pytest.param((8, 8192, 8192), (BF16, BF16), 256, 1, id="8 x 8K x 8192, bfloat16: full as it is"),
+        # Pieces of 64 tokens or more.
+        pytest.param((1, 1024, 2048), (BF16, BF16), 128, 2, id="1K x 2048, bfloat16"),
+    ],
+)
+def test_the_launches_fill_a_device(
+    emulator: Path, shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype], least: int, passes: int
+) -> None:
+    words = [*map(str, shape), *(str(int(dtype == BF16)) for dtype in dtypes)]
+    text = subprocess.run([str(emulator), *words], capture_output=True, text=True, check=True).stdout
+    blocks = [int(word) for word in text.split()]
+    assert len(blocks) == (6 if passes == 2 else 2)
+    # The kernel in between joins the pieces: a thread for each feature.
+    over_tokens = blocks if passes == 1 else [n for i, n in enumerate(blocks) if i % 3 != 1]
+    assert len(set(over_tokens)) == 1 and over_tokens[0] >= least
+    # No more than it aims at, by a piece: every piece costs a state.
+    assert over_tokens[0] <= 2048
 
 
 @pytest.mark.parametrize("change", [None, 0.05], ids=["one segment", "segments"])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.bench import kernel_model
+from pipeline.ops import scan_native
 from tests.kernels.emulated import Emulated, build, compiler
 from tests.kernels.miras_scan_tiles import Tiles
 from tests.ops.scan_cases import NAMES, assert_close, gradients, make, segments, truth
@@ -156,6 +158,32 @@ def test_spans_and_kept_states_change_no_bit(emulated: Emulated, interval: int, 
         outputs = emulated.forward(x, resets, interval=interval, save=save, workspace=1 if spans else 2**30)
         for a, b in zip(outputs[:3], expected[:3], strict=True):
             assert torch.equal(a, b)
+
+
+def test_the_shared_memory_that_is_asked_for_is_what_python_says(emulated: Emulated) -> None:
+    for dtype, sizes in scan_native.SHARED_MEMORY.items():
+        for key_dim, size in sizes.items():
+            passes = [emulated.shared_memory(dtype, key_dim, backward=backward) for backward in (False, True)]
+            assert max(passes) == size, (dtype, key_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(32, 48), (64, 64), (128, 80)])
+def test_the_tensor_instructions_are_those_of_the_model(
+    emulated: Emulated, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    """Two rows of two whole chunks, of which the replay advances over one."""
+    kernels = ("prepare", "states", "outputs", "replay", "adjoint", "gradients")
+    for name in kernels:
+        emulated.instructions(name)
+    x = inputs(dtype, 128, key_dim, value_dim)
+    y, memory, momentum, residuals, states = emulated.forward(x, None, interval=128)
+    counted = {f"{name}, forward" if name == "prepare" else name: emulated.instructions(name) for name in kernels[:3]}
+    emulated.backward(x, None, [torch.ones_like(z) for z in (y, memory, momentum)], residuals, states, interval=128)
+    names = ("prepare", *kernels[3:])
+    counted |= {f"{name}, backward" if name == "prepare" else name: emulated.instructions(name) for name in names}
+    expected = kernel_model.instructions(key_dim, value_dim, str(dtype).removeprefix("torch."))
+    assert counted == {name: count * (2 if name == "replay" else 4) for name, count in expected.items()}
 
 
 def test_the_emulator_shows_a_missing_barrier(emulated: Emulated) -> None:

@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def kill(folder: Path, stage: int, last: int, draw: random.Random, more: list[st
     return "save" if aside & {".partial", ".replaced"} else "removal" if ".removed" in aside else "step"
 
 
-def survive(kills: int, folder: Path, seed: int) -> None:
+def survive(kills: int, folder: Path, seed: int) -> Counter[str]:
+    """Returns how often a kill met what."""
     draw = random.Random(seed)
     share = dict.fromkeys(STAGES, 0)
     for index in range(kills):
@@ -72,6 +74,7 @@ def survive(kills: int, folder: Path, seed: int) -> None:
         assert differences(latest(killed), latest(straight)) == []
         state = [json.loads((latest(run) / "trainer_state.json").read_text()) for run in (killed, straight)]
         assert {**state[0], "elapsed": 0} == {**state[1], "elapsed": 0}
+    return met
 
 
 @pytest.mark.timeout(600)
@@ -81,5 +84,6 @@ def test_ten_kills_cost_no_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_a_hundred_kills_cost_no_bit(tmp_path: Path) -> None:
-    survive(100, tmp_path, seed=5)
+def test_a_hundred_kills_cost_no_bit(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    for what, count in survive(100, tmp_path, seed=5).items():
+        record_property(f"kills that met a {what}", count)

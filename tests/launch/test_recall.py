@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ def test_the_memory_recalls_what_attention_cannot_reach(recipe: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("recipe", FAMILY)
-def test_the_family_recalls_too(recipe: str, tmp_path: Path) -> None:
+def test_the_family_recalls_too(recipe: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """Minutes each; tests/systems/miras/test_rules.py has a regression of seconds for every rule."""
     last = trained(recipe, tmp_path, 7000)
-    print(f"{recipe}: {last['recall']:.3f} on, {last['memory_off/recall']:.3f} off")
+    record_property(recipe, f"{last['recall']:.3f}, memory off {last['memory_off/recall']:.3f}")
     assert last["recall"] >= FAMILY[recipe]
     assert last["memory_off/recall"] <= 0.25

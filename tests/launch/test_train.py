@@ -130,12 +130,20 @@ def test_a_refused_resume_leaves_the_run_as_it_is(straight: Path) -> None:
     assert before == {path: path.read_bytes() for path in straight.glob("*.*")}
 
 
-def test_a_finished_run_has_nothing_left_to_do(straight: Path) -> None:
-    before = (straight / "metrics.jsonl").read_bytes()
+def test_a_finished_run_is_left_alone_and_says_what_to_do(straight: Path) -> None:
+    def files() -> dict[str, tuple[bytes, int]]:
+        """Content and time of change of everything but the lock, which is taken."""
+        found = [path for path in straight.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+    before = files()
     words = ["train", "miras_tiny", *SMALL, "--steps", str(LAST), "--output-dir", str(straight)]
     done = launch(2, "pipeline", *words)
     assert done.returncode == 0
-    assert (straight / "metrics.jsonl").read_bytes() == before
+    assert done.stdout.count("already finished at step 12") == 1
+    for advice in ("larger --steps", "another --output-dir", f"mnemos eval {straight}"):
+        assert advice in done.stdout
+    assert files() == before
 
 
 def test_a_checkpoint_is_evaluated_on_one_rank(straight: Path) -> None:

@@ -32,13 +32,13 @@ class Launch {
   cudaStream_t stream_;
 };
 
-Scan sizes(const Sizes& n) {
+Scan sizes(const Sizes& n, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(n.interval == kTile, "affine_scan: interval must be ", kTile, " on CUDA");
   Scan p{};
   p.batch = n.batch;
   p.tokens = n.tokens;
   p.features = n.features;
-  split(p);
+  split(p, a.scalar_type() == ScalarType::BFloat16, b.scalar_type() == ScalarType::BFloat16);
   return p;
 }
 
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   Tensor states = save ? empty(b, {n.batch, n.states(), n.features}) : empty(b, {0});
   if (b.numel() == 0) return {h, after, states};
 
-  Scan p = sizes(n);
+  Scan p = sizes(n, a, b);
   p.a = a.const_data_ptr();
   p.b = b.const_data_ptr();
   p.resets = bytes(resets);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   Tensor grad_state = empty(b, {n.batch, n.features});
   if (b.numel() == 0) return {grad_a, grad_b, grad_state};
 
-  Scan p = sizes(n);
+  Scan p = sizes(n, a, b);
   p.a = a.const_data_ptr();
   p.b = b.const_data_ptr();
   p.grad_h = grad_h.const_data_ptr();

@@ -14,10 +14,11 @@ namespace mnemos::affine_scan {
 // saved before each tile, and the backward pass holds the states in between in registers.
 constexpr int kTile = 16;
 
-// Batch x features from which the device is full without splitting time, and how many threads a split aims
-// at. A split reads a and b twice. Constants, not properties of the device: the split decides roundings.
-constexpr int64_t kFull = 16384;
-constexpr int64_t kAim = 32768;
+// Threads from which time is not split, and how many a split aims at: 2 and 8 blocks for each of an H200's 132
+// multiprocessors. A split moves 1.7 times as many bytes forwards (1.4 backwards), so that it pays off below the number of
+// threads that reaches 60 % of the memory's rate. Constants, not properties of the device: the split decides roundings.
+constexpr int64_t kFull = 32768;
+constexpr int64_t kAim = 131072;
 constexpr int64_t kPieces = 256;
 constexpr int64_t kPieceTokens = 64;
 
@@ -67,11 +68,16 @@ struct Scan {
   uint8_t* severed;          // [batch, pieces]: whether a segment starts within
 };
 
-// How many pieces time is cut into.
-inline void split(Scan& p) {
-  const int64_t lanes = p.batch * p.features;
+// Features that a thread takes where it can: two of bfloat16, so that a warp moves 128 bytes at once.
+inline int wanted_width(const Scan& p, bool a_bfloat16, bool b_bfloat16) {
+  return a_bfloat16 && b_bfloat16 && p.features % 2 == 0 ? 2 : 1;
+}
+
+// How many pieces time is cut into. By the width that is wanted: where tensors lie must not change roundings.
+inline void split(Scan& p, bool a_bfloat16, bool b_bfloat16) {
+  const int64_t threads = p.batch * p.features / wanted_width(p, a_bfloat16, b_bfloat16);
   p.pieces = 1;
-  if (lanes < kFull) p.pieces = (kAim + lanes - 1) / lanes;
+  if (threads < kFull) p.pieces = (kAim + threads - 1) / threads;
   if (p.pieces > kPieces) p.pieces = kPieces;
   if (p.pieces > p.tokens / kPieceTokens) p.pieces = p.tokens / kPieceTokens;
   if (p.pieces < 1) p.pieces = 1;
@@ -331,9 +337,9 @@ void run_typed(Scan& p, bool reverse, const Launch& launch) {
   launch(reverse ? reverse_scan<A, B, V> : scan<A, B, V>, threads, p);
 }
 
-// Features that a thread takes: two where all tokens are bfloat16 and aligned, so that a warp moves 128 bytes at once.
+// Features that a thread takes: those that are wanted, where the tensors are aligned for it.
 inline int width(const Scan& p, bool a_bfloat16, bool b_bfloat16) {
-  if (!a_bfloat16 || !b_bfloat16 || p.features % 2) return 1;
+  if (wanted_width(p, a_bfloat16, b_bfloat16) == 1) return 1;
   for (const void* x : {p.a, p.b, p.grad_h, static_cast<const void*>(p.h), static_cast<const void*>(p.grad_a),
                         static_cast<const void*>(p.grad_b)})
     if (reinterpret_cast<uintptr_t>(x) % 4) return 1;

@@ -113,14 +113,32 @@ MNEMOS_DEVICE void copy_wait() {
 
 MNEMOS_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// Throws where a kernel cannot start on the current device; else lets its blocks have so much shared memory there. Launches
+// nothing, and leaves no error behind: what runs next on the device finds it as it was.
+template <class... Parameters>
+void admit(const char* name, void (*kernel)(Parameters...), int shared_bytes) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  // Loads the kernel, which fails where the library has no code for the device.
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && shared_bytes <= most) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  if (error != cudaSuccess) cudaGetLastError();  // taken back: a later launch is checked by the same call
+  STD_TORCH_CHECK(error == cudaSuccess, "miras_scan: kernel ", name, " cannot start on this device: ",
+                  cudaGetErrorString(error));
+  STD_TORCH_CHECK(shared_bytes <= most, "miras_scan: kernel ", name, " needs ", shared_bytes,
+                  " bytes of shared memory per block, and this device has ", most);
+}
+
+// Of a kernel that was admitted.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, Stream stream,
             const Arguments&... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  STD_TORCH_CHECK(error == cudaSuccess, "miras_scan: kernel ", name, " needs ", shared_bytes,
-                  " bytes of shared memory, which this device refuses: ", cudaGetErrorString(error));
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
-  error = cudaGetLastError();
+  const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "miras_scan: kernel ", name, " did not start (grid ", grid.x, " x ", grid.y,
                   " x ", grid.z, ", ", threads, " threads): ", cudaGetErrorString(error));
 }

@@ -54,9 +54,25 @@ inline int span_chunks(const Shape& shape, int64_t floats_per_chunk, int multipl
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// All kernels of a pass, before the first of them starts: a device runs the whole pass or none of it.
+template <class In, int KeyDim>
+void admit_forward() {
+  admit("prepare", prepare_kernel<In, KeyDim, false>, Prepare<In, KeyDim, false>::kShared);
+  admit("states", states_kernel<In, KeyDim>, States<In, KeyDim>::kShared);
+  admit("outputs", outputs_kernel<In, KeyDim>, Outputs<In, KeyDim>::kShared);
+}
+template <class In, int KeyDim>
+void admit_backward() {
+  admit("prepare", prepare_kernel<In, KeyDim, true>, Prepare<In, KeyDim, true>::kShared);
+  admit("replay", replay_kernel<In, KeyDim>, Replay<In, KeyDim>::kShared);
+  admit("adjoint", adjoint_kernel<In, KeyDim>, Adjoint<In, KeyDim>::kShared);
+  admit("gradients", gradients_kernel<In, KeyDim>, Gradients<In, KeyDim>::kShared);
+}
+
 // ``allocate(count)`` gives float32 memory that lives until the launches are done.
 template <class In, int KeyDim, class Allocate>
 void run_forward(const ForwardCall<In>& call, int64_t workspace, Allocate&& allocate, Stream stream) {
+  admit_forward<In, KeyDim>();
   const Shape& shape = call.shape;
   const int rows = shape.rows(), every = call.interval / kChunk;
   const int64_t state = shape.state();
@@ -115,6 +131,7 @@ void run_forward(const ForwardCall<In>& call, int64_t workspace, Allocate&& allo
 
 template <class In, int KeyDim, class Allocate>
 void run_backward(const BackwardCall<In>& call, int64_t workspace, Allocate&& allocate, Stream stream) {
+  admit_backward<In, KeyDim>();
   const Shape& shape = call.shape;
   const int rows = shape.rows(), every = call.interval / kChunk;
   const int64_t state = shape.state();

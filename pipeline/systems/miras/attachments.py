@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Olmo2Config
 
 from pipeline.errors import UserError
+from pipeline.ops.convolution import causal_convolution
+from pipeline.ops.gates import GateLinear
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import is_sharded
 from pipeline.systems.miras.config import MemoryConfig
-from pipeline.systems.miras.memory import GateLinear, MemoryCarry, MemoryHealth, causal_convolution, memory_health
+from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth, memory_health
 from pipeline.systems.miras.rules import State, memory_rule
 from pipeline.systems.miras.segments import SegmentPlan, rows_at
 

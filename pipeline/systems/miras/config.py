@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
-from pipeline.config import ModelConfig
+from pipeline.config import LARGEST, ModelConfig
 from pipeline.data.synthetic import RecallConfig
-from pipeline.errors import UserError
-from pipeline.systems.miras.limits import MAX_MOMENTUM
+from pipeline.errors import UserError, shown
+from pipeline.ops.gates import MAX_MOMENTUM
 
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 
@@ -179,7 +179,7 @@ class MemoryConfig:
     """Layers that get a memory, counted from 0."""
     rule: Rule = "titans"
     """titans: momentum and forgetting; delta: no momentum. These are exact. The others take their gradients at the
-    start of a chunk (docs/memory.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
+    start of a chunk (docs/memory_family.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
     retention; mlp: a two-layer memory; swiglu: a SwiGLU memory in large chunks."""
     backend: Literal["auto", "torch", "cpu", "cuda"] = "auto"
     """Backend of the memory scan; auto takes the fastest that fits. cpu and cuda: native, titans and delta alone."""
@@ -271,6 +271,15 @@ class MemoryConfig:
 class MirasConfig(ModelConfig):
     """OLMo2 with a neural long-term memory."""
 
+    common: ClassVar[tuple[str, ...]] = (
+        "backbone.pretrained",
+        "backbone.trainable",
+        "attention.kind",
+        "attention.window",
+        "memory.layers",
+        "memory.rule",
+        "memory.attachment",
+    )
     system: tyro.conf.Suppress[str] = "miras"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -292,6 +301,7 @@ class MirasConfig(ModelConfig):
 
 def _at_least(least: int, section: object, name: str, *fields: str) -> None:
     for key in fields:
-        if getattr(section, key) < least:
-            flag = f"--model.{name}.{key.replace('_', '-')}"
-            raise UserError(f"{flag} is {getattr(section, key)}: give {least} or more")
+        value = getattr(section, key)
+        if not least <= value <= LARGEST:
+            fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
+            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")

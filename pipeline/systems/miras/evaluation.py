@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,15 @@ from pipeline.data.synthetic import recall_gaps
 from pipeline.parallel.agreement import together
 from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
+from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.documents import DocumentSums, documents_per_bin, interval
 
 if TYPE_CHECKING:
     from pipeline.systems.miras.system import MirasSystem
 
+ON, OFF = "memory on", "memory off"
+RATIO = "memory off / on"
+"""Series of the curves."""
 FIRST_BIN = 16
 """Positions below this share one bin; above, each bin doubles."""
 PASSAGE = 64
@@ -64,9 +70,9 @@ def evaluate(system: MirasSystem, model: nn.Module, pulse: Pulse) -> Evaluation:
     was_training = model.training
     model.eval()
     try:
-        modes = {"memory on": True}
+        modes = {ON: True}
         if system.sizes.memory.layers:
-            modes["memory off"] = False
+            modes[OFF] = False
         if system.sizes.recall is not None:
             return _recall(system, model, pulse, modes)
         return _perplexity(system, model, pulse, modes)
@@ -96,100 +102,166 @@ def _run(
 
 def _perplexity(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
     byte_lengths = together(pulse.topology, system.byte_lengths)
-    bins = position_bins(torch.tensor([system.config.sequence_length * system.config.evaluation.steps])).item() + 1
+    last = torch.tensor([system.config.sequence_length * system.config.evaluation.steps])
+    bins = int(position_bins(last).item()) + 1
     sums: dict[str, _Sums] = {}
+    documents = DocumentSums(bins)
     length = 0.0
     for mode, memory in modes.items():
         results = _run(system, model, pulse, memory, predict=False)
         device = results[0][1].device
-        sums[mode] = _Sums.zeros(int(bins), device)
+        sums[mode] = _Sums.zeros(bins, device)
         covered = torch.zeros((), dtype=torch.float64, device=device)
         for batch, losses, _ in results:
             mine = pulse.topology.shard(batch.labels.shape[1])
-            labels, positions = batch.labels[:, mine], batch.positions[:, mine]
+            labels, place = batch.labels[:, mine], position_bins(batch.positions[:, mine])
             counted = labels != IGNORED
-            sums[mode].add(position_bins(positions), losses, counted, torch.zeros_like(counted))
+            sums[mode].add(place, losses, counted, torch.zeros_like(counted))
+            values = {mode: losses, "labels": counted} if memory else {mode: losses}
+            documents.add(batch.streams, batch.segment_ids[:, mine], place, counted, values)
             if byte_lengths is not None:
                 covered += byte_lengths.to(device)[labels[counted]].sum()
         sums[mode].reduce()
         if dist.is_initialized():
             dist.all_reduce(covered)
         length = float(covered)
-    edges = [float(FIRST_BIN * 2**index) for index in range(int(bins))]
+    found = documents.gather(pulse.topology)
     scalars: dict[str, float] = {}
     series = {}
     for mode, total in sums.items():
         nats, counted_labels = float(total.nats.sum()), float(total.labels.sum())
-        prefix = "" if mode == "memory on" else "memory_off/"
+        prefix = "" if mode == ON else "memory_off/"
         loss = nats / max(1.0, counted_labels)
         scalars[f"{prefix}loss"] = loss
         scalars[f"{prefix}ppl"] = math.exp(min(loss, 700.0))
         if length:
             scalars[f"{prefix}bpb"] = nats / math.log(2) / length
         series[mode] = tuple((total.nats / total.labels).exp().tolist())
-    scalars["labels"] = float(sums["memory on"].labels.sum())
-    curve = Curve(
-        "Perplexity by position", "position in the document (tokens, upper edge)", "perplexity", tuple(edges), series,
-        log_x=True,
-    )  # fmt: skip
-    curves = {"perplexity_by_position": curve}
+    scalars["labels"] = float(sums[ON].labels.sum())
+    scalars["documents"] = float(found["labels"].shape[0])
+    curves = {"perplexity_by_position": _by_position(system, series, found)}
     repeated = _repeated_passages(system, model, pulse, modes)
     if repeated is not None:
         curves["recall_by_distance"] = repeated
     return Evaluation(scalars, curves)
 
 
+def _by_position(system: MirasSystem, series: dict[str, tuple[float, ...]], sums: dict[str, Tensor]) -> Curve:
+    """Perplexity per bin of positions, and what it is without the memory over what it is with it."""
+    counts = sums["labels"].sum(0)
+    curve = Curve(
+        "Perplexity by position",
+        "position in the document (tokens, upper edge)",
+        "perplexity",
+        tuple(float(FIRST_BIN * 2**index) for index in range(counts.numel())),
+        series,
+        log_x=True,
+        upper_edges=True,
+        counts=tuple(counts.long().tolist()),
+        documents=documents_per_bin(sums["labels"]),
+        edges=reach(system.sizes, system.backbone.num_hidden_layers),
+    )
+    if OFF not in series:
+        return curve
+
+    def ratio(total: Mapping[str, Tensor]) -> Tensor:
+        return ((total[OFF] - total[ON]) / total["labels"]).exp()
+
+    return dataclasses.replace(
+        curve,
+        series={**series, RATIO: tuple(ratio({name: value.sum(0) for name, value in sums.items()}).tolist())},
+        drawn=(RATIO,),
+        drawn_label=f"perplexity, {RATIO}",
+        intervals={RATIO: interval(sums, ratio)},
+        levels={"no difference": 1.0},
+    )
+
+
+def reach(sizes: MirasConfig, layers: int, nearer: int = 0) -> dict[str, float]:
+    """From where on attention does not see: a layer's window, and what `layers` of them reach one after the other.
+
+    `nearer`: tokens by which what is asked for is further away than the x axis says.
+    """
+    attention = sizes.attention
+    if attention.kind == "full":
+        return {}
+    edges = {
+        f"window of {attention.window}": attention.window,
+        f"reach of {layers} layers": layers * (attention.window - 1),
+    }
+    return {label: float(tokens - nearer) for label, tokens in edges.items() if tokens > nearer}
+
+
 def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Curve | None:
     """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
 
-    What a model that recalls nothing pays for the second copy, it paid for the first. None where a sequence is too
-    short to hold two passages.
+    What a model that recalls nothing pays for the second copy, it paid for the first, but for the longer context. None
+    where a sequence is too short to hold two passages.
     """
     device = next(model.parameters()).device
     loader = together(pulse.topology, lambda: system.held_out(pulse.topology))
-    tokens = next_step(loader, pulse, "evaluation")[0].input_ids
+    first = next_step(loader, pulse, "evaluation")[0]
+    tokens = first.input_ids
     rows, length = tokens.shape
     gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
     if not gaps:
         return None
     context = StepContext(pulse.topology, system.config.seed, "evaluation", 1)
-    series = {}
+    mine = pulse.topology.shard(length)
+    documents = DocumentSums(len(gaps))
     for mode, memory in modes.items():
-        values = []
-        for gap in gaps:
+        for index, gap in enumerate(gaps):
             # The filler is the text that follows the passage, and the passage then comes again.
             start = PASSAGE + gap
             ids = torch.cat([tokens[:, :start], tokens[:, :PASSAGE], tokens[:, start : length - PASSAGE]], dim=1)
             labels = torch.full_like(ids, IGNORED)
             # The first few tokens of the copy only show that it is one.
-            labels[:, start + CUE : start + PASSAGE - 1] = ids[:, start + CUE + 1 : start + PASSAGE]
+            for copy in (0, start):
+                labels[:, copy + CUE : copy + PASSAGE - 1] = ids[:, CUE + 1 : PASSAGE]
             positions = torch.arange(length).expand(rows, -1)
             batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
             options = {"memory": memory}
             # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
             pulse("evaluation")
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
-            totals = torch.stack([output.sums["cross_entropy"].double(), torch.zeros((), device=device).double()])
-            totals[1] = (batch.labels[:, pulse.topology.shard(length)] != IGNORED).sum()
-            if dist.is_initialized():
-                dist.all_reduce(totals)
-            values.append(float(totals[0] / totals[1]))
-        series[mode] = tuple(values)
+            again = batch.positions[:, mine] >= start
+            place, segments = torch.full_like(batch.positions, index)[:, mine], batch.segment_ids[:, mine]
+            losses, counted = output.tokens["losses"], batch.labels[:, mine] != IGNORED
+            values = {mode: losses * again, f"{mode}, first": losses * ~again}
+            values |= {"labels": again} if memory else {}
+            documents.add(first.streams.to(device), segments, place, counted, values)
+    sums = documents.gather(pulse.topology)
+    total = {name: value.sum(0) for name, value in sums.items()}
+
+    def saved(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return lambda total: (total[f"{mode}, first"] - total[mode]) / total["labels"]
+
     return Curve(
-        "Recall by distance",
+        "Recall by distance: a repeated passage",
         "tokens between a passage and its copy",
         "nats per token of the copy",
         tuple(map(float, gaps)),
-        series,
+        {mode: tuple((total[mode] / total["labels"]).tolist()) for mode in modes}
+        | {f"saved, {mode}": tuple(saved(mode)(total).tolist()) for mode in modes},
         log_x=True,
+        drawn=tuple(f"saved, {mode}" for mode in modes),
+        drawn_label="nats per token saved\nagainst the first copy",
+        intervals={f"saved, {mode}": interval(sums, saved(mode)) for mode in modes},
+        counts=tuple(total["labels"].long().tolist()),
+        documents=documents_per_bin(sums["labels"]),
+        levels={"nothing saved": 0.0},
+        # What predicts a token of the copy looks for it a passage further back than the gap.
+        edges=reach(system.sizes, system.backbone.num_hidden_layers, nearer=PASSAGE - 1),
     )
 
 
 def _recall(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
-    assert system.sizes.recall is not None
-    bins = system.sizes.recall.max_gap // GAP_BIN + 1
+    task = system.sizes.recall
+    assert task is not None
+    bins = task.max_gap // GAP_BIN + 1
     scalars: dict[str, float] = {}
     series = {}
+    documents = DocumentSums(bins)
     for mode, memory in modes.items():
         results = _run(system, model, pulse, memory, predict=True)
         total = _Sums.zeros(bins, results[0][1].device)
@@ -197,21 +269,35 @@ def _recall(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str
             assert predictions is not None
             mine = pulse.topology.shard(batch.labels.shape[1])
             labels = batch.labels[:, mine]
-            gaps = recall_gaps(batch.input_ids, batch.labels)[:, mine]
-            total.add(gaps // GAP_BIN, losses, labels != IGNORED, predictions == labels)
+            place = recall_gaps(batch.input_ids, batch.labels)[:, mine] // GAP_BIN
+            counted, right = labels != IGNORED, predictions == labels
+            total.add(place, losses, counted, right)
+            values = {mode: right, "labels": counted} if memory else {mode: right}
+            documents.add(batch.streams, batch.segment_ids[:, mine], place, counted, values)
         total.reduce()
-        prefix = "" if mode == "memory on" else "memory_off/"
+        prefix = "" if mode == ON else "memory_off/"
         answers = float(total.labels.sum())
         scalars[f"{prefix}loss"] = float(total.nats.sum()) / max(1.0, answers)
         scalars[f"{prefix}ppl"] = math.exp(min(scalars[f"{prefix}loss"], 700.0))
         scalars[f"{prefix}recall"] = float(total.right.sum()) / max(1.0, answers)
         series[mode] = tuple((total.right / total.labels).tolist())
-    edges = tuple(float((index + 1) * GAP_BIN) for index in range(bins))
+    sums = documents.gather(pulse.topology)
+
+    def share(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return lambda total: total[mode] / total["labels"]
+
     curve = Curve(
         "Recall by distance",
         "tokens from a pair to its query (upper edge)",
         "share of right answers",
-        edges,
+        tuple(float((index + 1) * GAP_BIN) for index in range(bins)),
         series,
+        upper_edges=True,
+        intervals={mode: interval(sums, share(mode)) for mode in modes},
+        counts=tuple(sums["labels"].sum(0).long().tolist()),
+        documents=documents_per_bin(sums["labels"]),
+        levels={f"chance, 1 in {task.values}": 1 / task.values},
+        edges=reach(system.sizes, system.backbone.num_hidden_layers),
     )
+    scalars["documents"] = float(sums["labels"].shape[0])
     return Evaluation(scalars, {"recall_by_distance": curve})

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from transformers import Olmo2Config
 
-from pipeline.ops import chunks, dual_scan, mlp_scan, native, scan_native, swiglu_scan
-from pipeline.ops.chunks import span_tokens
-from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
-from pipeline.ops.scan_torch import kept_bytes, recomputes
+from pipeline.ops import dual_scan
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
-from pipeline.systems.miras.rules import empty_read_bytes
 
 
 def attention_reach(config: MirasConfig, sequence_length: int) -> float:
@@ -99,139 +94,3 @@ def scan_flops(memory: MemoryConfig) -> float:
     short, long = sorted((dim, hidden))
     orthogonal = 3 * 5 * (4 * short**2 * long + 2 * short**3) / chunk if memory.swiglu.muon else 0.0
     return 24.0 * dim * hidden + orthogonal
-
-
-def carry_bytes(config: MirasConfig, backbone: Olmo2Config, element: int) -> int:
-    """What one stream carries from step to step: keys and values of the window, and float32 states."""
-    head_dim = backbone.hidden_size // backbone.num_attention_heads
-    kv_width = (backbone.num_key_value_heads or backbone.num_attention_heads) * head_dim
-    attention, memory = config.attention, config.memory
-    window = 0 if attention.kind == "full" else 2 * element * kv_width * (attention.window + attention.sinks)
-    states = 8 * memory.heads * memory.state_rows * memory.head_dim
-    if memory.attachment == "mac":
-        # The segment that a step ends in is done again by the next one.
-        states += (memory.context + memory.conv - 2) * (4 * memory.heads * (4 * memory.head_dim + 2) + 8)
-    return backbone.num_hidden_layers * window + len(memory.layers) * states
-
-
-def activation_bytes(
-    config: MirasConfig,
-    backbone: Olmo2Config,
-    element: int,
-    *,
-    recompute: bool,
-    rows: int = 1,
-    sequence: int = 4096,
-    degree: int = 1,
-) -> int:
-    """Estimate of what one token leaves for the backward pass, on all `degree` sequence ranks together.
-
-    The scan keeps less per token once a call of `rows` x `sequence` tokens is large; see `scan_bytes`. Norms keep their
-    float32 inputs, and their outputs too when the backbone is trained. With recomputation every block keeps its input
-    alone, a memory its own input too, and one block or memory at a time is whole.
-    """
-    width, ffn = backbone.hidden_size, backbone.intermediate_size
-    trainable = config.backbone.trainable
-    block = (
-        (6 * element + 32) * width + 4 * element * ffn if trainable else (4 * element + 16) * width + 3 * element * ffn
-    )
-    kept, working = scan_bytes(config, element, rows=rows, sequence=sequence, degree=degree)
-    scan, span = (-(-size * degree // (rows * sequence)) for size in (kept, working))
-    memory = branch_bytes(config, width, element, width // backbone.num_attention_heads) + scan
-    first = 0 if trainable else min(config.memory.layers, default=backbone.num_hidden_layers)
-    learning = backbone.num_hidden_layers - first
-    if not config.memory.layers:
-        memory = span = 0
-    if recompute:
-        inputs = (learning + len(config.memory.layers)) * element * width
-        return inputs + max(block, memory + span)
-    return learning * block + len(config.memory.layers) * memory + span
-
-
-def branch_bytes(config: MirasConfig, width: int, element: int, attention_dim: int) -> int:
-    """What one token leaves in a memory branch, its scan left out; attention_dim is the size of an attention head.
-
-    Per head and element of it: q, k, v behind the convolution's tail, and convolved (6), q as it is read (1), the head
-    norm (2), the gate, what it multiplies and the product (3); in float32, normalisation keeps q and k (a wider type
-    than the model's) or the SiLU's whole output (the model's own). `mac`: as measured at one shape.
-    """
-    memory = config.memory
-    # The normed input, and its float32 copy for the gates.
-    shared = (element + (4 if element < 4 else 0)) * width
-    if memory.attachment == "mac":
-        dim = memory.head_dim
-        head = element * (18 * dim + 14 * attention_dim) + (20 * dim if element < 4 else 0)
-        return memory.heads * (head + 16 * memory.state_rows * dim // memory.context) + shared
-    normalised = 8 if element < 4 else 3 * element
-    head = (12 * element + normalised) * memory.head_dim + element * memory.persistent + 40
-    return memory.heads * head + element * memory.gate_rank + shared
-
-
-def runs_natively(memory: MemoryConfig, element: int) -> bool:
-    """Whether the scan of a run on a GPU would be the native one, as far as can be said without a GPU."""
-    built = memory.backend != "torch" and native.library("cuda") is not None
-    return built and memory.chunk_start is None and memory.head_dim in scan_native.KEY_DIMS and element in (2, 4)
-
-
-def scan_bytes(
-    config: MirasConfig, element: int, *, rows: int, sequence: int, degree: int, natively: bool | None = None
-) -> tuple[int, int]:
-    """What the scan of one layer keeps on one rank of a GPU, and the working set of the span that is recomputed.
-
-    A call whose spans are recomputed keeps k, the SiLU's output that v is a part of, three gates, and the states at
-    every span's start; q is the branch's own. `natively` None: as `runs_natively` says.
-    """
-    memory = config.memory
-    if memory.chunk_start is not None:
-        return _chunk_start_bytes(memory, element, rows=max(1, rows * memory.heads // degree), sequence=sequence)
-    dim, states = memory.head_dim, 2 if memory.has_momentum else 1
-    if runs_natively(memory, element) if natively is None else natively:
-        dtype = torch.float32 if element == 4 else torch.bfloat16
-        heads = max(1, rows * memory.heads // degree)
-        return scan_native.kept_bytes(heads, sequence, dim, dim, dtype) - heads * sequence * element * dim, 0
-    sizes = {"key_dim": dim, "value_dim": dim, "states": states, "chunk": min(memory.chunk, sequence)}
-    heads = max(1, rows * memory.heads // degree)
-    span = span_tokens(heads, **sizes, device_type="cuda")
-    if not recomputes(heads, sequence, **sizes, span=span):
-        return kept_bytes(heads, sequence, **sizes), 0
-    inputs = (element + (3 * element if element < 4 else 0)) * dim + 12
-    starts = -(-sequence // span) * 4 * states * dim**2
-    return heads * (sequence * inputs + starts), kept_bytes(heads, span, **sizes)
-
-
-def _chunk_start_bytes(memory: MemoryConfig, element: int, *, rows: int, sequence: int) -> tuple[int, int]:
-    """`scan_bytes` of a chunk-start rule; rows is batch x this rank's heads."""
-    dim, hidden, states = memory.head_dim, memory.hidden, 2 if memory.has_momentum else 1
-    chunk = memory.chunk_start
-    assert chunk is not None
-
-    def kept(length: int) -> int:
-        if memory.rule == "mlp":
-            return mlp_scan.kept_bytes(rows, length, dim, hidden, states=states, chunk=chunk)
-        if memory.rule == "swiglu":
-            return swiglu_scan.kept_bytes(rows, length, dim, hidden, chunk=chunk, muon=memory.swiglu.muon)
-        copies = {"moneta": QNormLink.copies, "memora": SoftmaxLink.copies}.get(memory.rule, 0)
-        return dual_scan.kept_bytes(rows, length, dim, dim, states=states, chunk=chunk, copies=copies)
-
-    # The read of the empty memory keeps its hidden units, or is recomputed by itself.
-    empty = empty_read_bytes(rows * sequence, hidden)
-    if empty > chunks.KEEP:
-        empty = 0
-    whole = kept(sequence)
-    if whole <= chunks.KEEP or sequence <= chunk:
-        return whole + empty, 0
-    state = 4 * rows * states * memory.state_rows * dim
-    if memory.rule == "swiglu":
-        span, working = chunk, kept(chunk)
-    elif memory.rule in ("moneta", "memora"):
-        block = dual_scan.block_tokens(rows, dim, dim, chunk=chunk, device_type="cuda")
-        span = dual_scan.linked_span(sequence, chunk, block)
-        working = span // block * state + kept(block)
-    else:
-        width = 2 * hidden if memory.rule == "mlp" else dim
-        span = span_tokens(rows, dim, width, states=states, chunk=chunk, device_type="cuda")
-        if sequence <= span:
-            return whole + empty, 0
-        working = kept(span)
-    inputs = (element + (3 * element if element < 4 else 0)) * dim + 12
-    return rows * sequence * inputs + -(-sequence // span) * state + empty, working

@@ -1,4 +1,4 @@
-"""The region where the memory cannot grow (tests/ops/test_scan_stability.py derives and checks it for the exact rules).
+"""How far a step of each rule may go. `pipeline.ops.gates` has the region of the exact rules.
 
 The chunk-start rules take all gradients of a chunk at its start, so what must stay below about 1 is the sum of a
 chunk's step sizes, not one of them: their range is divided by the chunk. Without momentum and with a convex error map
@@ -14,15 +14,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from pipeline.ops.gates import STEP_MARGIN
+
 if TYPE_CHECKING:
     from pipeline.systems.miras.config import MemoryConfig
-
-MAX_FORGET = 0.01
-"""Largest forget rate per token."""
-MAX_MOMENTUM = 0.99
-"""Largest momentum: nearer to 1 the norm that bounds the state holds for smaller forget rates only."""
-STEP_MARGIN = 0.9
-"""Largest step size, as a share of (1 - eta)^2."""
 
 
 def largest_step(config: MemoryConfig) -> float:

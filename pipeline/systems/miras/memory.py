@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.ops.convolution import causal_convolution
+from pipeline.ops.gates import GateLinear
 from pipeline.parallel.exchange import to_heads, to_sequence
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
@@ -40,15 +42,6 @@ class MemoryHealth(NamedTuple):
     theta: Tensor
     half_life: Tensor
     gates: Tensor
-
-
-class GateLinear(nn.Linear):
-    """A projection to gate logits in float32: a step of bfloat16 is 6 % of the forget rate of a long memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        assert self.bias is not None
-        return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 class MemoryBranch(nn.Module):
@@ -112,7 +105,7 @@ class MemoryBranch(nn.Module):
         (read,) = to_sequence([read], topology)
         gate = torch.sigmoid(self.gate_up(self.gate_down(normed)))
         out = self.o_proj(read.flatten(-2).to(gate.dtype) * gate)
-        new = MemoryCarry(memory.detach(), momentum.detach(), tail.detach(), tail_segments)
+        new = MemoryCarry(memory.detach(), momentum.detach(), tail, tail_segments)
         with torch.no_grad():
             health = memory_health(config.head_dim, new, gates.alpha, gates.eta, gates.theta)
         return out, new, health
@@ -133,7 +126,9 @@ class MemoryBranch(nn.Module):
         tokens = torch.cat([carry.tail.to(qkv.dtype), qkv], dim=1)
         segments = torch.cat([carry.tail_segments, segment_ids], dim=1)
         length = qkv.shape[1]
-        return causal_convolution(tokens, segments, kernel), tokens[:, length:], segments[:, length:]
+        # Copies: a slice would keep the whole step's tokens alive until the next step.
+        tail, tail_segments = tokens[:, length:].detach().clone(), segments[:, length:].clone()
+        return causal_convolution(tokens, segments, kernel), tail, tail_segments
 
     def _head_norm(self, read: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(read, (read.shape[-1],), eps=self.norm_eps) * weight
@@ -143,19 +138,6 @@ class MemoryBranch(nn.Module):
             return torch.zeros_like(q)
         scores = torch.einsum("bthd,hnd->bthn", q, self.persistent_k[mine])
         return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[mine])
-
-
-def causal_convolution(tokens: Tensor, segments: Tensor, kernel: Tensor) -> Tensor:
-    """tokens [batch, taps - 1 + length, heads, channels], segments [batch, taps - 1 + length], kernel [heads, taps,
-    channels] give [batch, length, heads, channels]; no tap reaches into another document."""
-    # Depthwise taps as shifted products: each is masked where it would reach into another document.
-    tail = kernel.shape[1] - 1
-    length = tokens.shape[1] - tail
-    mixed = tokens[:, tail:] * kernel[:, tail]
-    for start in range(tail):
-        same = segments[:, start : start + length] == segments[:, tail:]
-        mixed = mixed + tokens[:, start : start + length] * kernel[:, start] * same[:, :, None, None]
-    return mixed
 
 
 def memory_health(head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.build import build_loader, build_source
 from pipeline.data.sources.base import Source
-from pipeline.data.sources.listing import Listing
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.devices import Device
 from pipeline.errors import UserError
 from pipeline.ops.attention import WindowCarry
 from pipeline.parallel.pulse import Pulse
@@ -32,8 +32,9 @@ from pipeline.system import (
     StatefulLoader,
     StepContext,
     StepOutput,
+    System,
 )
-from pipeline.systems.miras import weights
+from pipeline.systems.miras import weights, words
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth
@@ -43,7 +44,7 @@ from pipeline.systems.miras.rules import memory_backend
 TERM = "cross_entropy"
 
 
-class MirasSystem:
+class MirasSystem(System):
     """OLMo2 with MIRAS neural long-term memory (see pipeline/system.py for the protocol)."""
 
     name = "miras"
@@ -59,16 +60,18 @@ class MirasSystem:
                 f" {self.backbone.num_hidden_layers - 1}"
             )
         check_attachment(self.sizes.memory, self.backbone)
-        self.files: Listing | None = None
         self._source: Source | None = None
         self._held_out: StatefulLoader | None = None
         # Our attention stands in for every implementation that transformers would choose.
         self.backbone._attn_implementation = ATTENTION_NAME
 
     def check(self, topology: Topology) -> None:
-        """Raises UserError when heads or sequence cannot be divided over the ranks, or nothing would be trained."""
+        """Raises UserError when heads or sequence cannot be divided over the ranks, nothing would be trained, or local
+        weights are not whole."""
         if not self.sizes.memory.layers and not self.sizes.backbone.trainable:
             raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
+        if weights.is_local(self.sizes.backbone):
+            weights.pretrained_tensors(self.sizes.backbone)
         degree = topology.sequence
         counts = {
             "sequence length": self.config.sequence_length,
@@ -104,17 +107,22 @@ class MirasSystem:
         attention, memory = self.sizes.attention, self.sizes.memory
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
-        where = "layers " + (", ".join(map(str, memory.layers)) or "none")
-        chunk = "" if memory.chunk_start is None else f" with gradients by chunks of {memory.chunk_start},"
-        attached = memory.attachment + (f" in segments of {memory.context}" if memory.attachment == "mac" else "")
         return {
             "backbone": f"{self.backbone.num_hidden_layers} layers of width {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
             f" {self.sizes.backbone.pretrained or 'random weights'}",
             "attention": f"{attention.kind} of {reach}, backend {backend}",
-            "memory": f"{memory.rule}{chunk} {attached} on {where},"
-            f" {memory.heads} heads of {memory.head_dim}, backend {memory_backend(memory, device_type, dtype)}",
+            "memory": words.memory_line(memory, memory_backend(memory, device_type, dtype)),
         }
+
+    def caption(self) -> str:
+        return words.caption(self.sizes)
+
+    def headline(self, evaluation: Evaluation) -> str:
+        return words.headline(evaluation.scalars)
+
+    def health(self, metrics: Mapping[str, float]) -> str:
+        return words.health(metrics)
 
     def build(self) -> nn.Module:
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
@@ -222,23 +230,26 @@ class MirasSystem:
 
         return count_flops(self.sizes, self.backbone, sequence_length)
 
-    def activation_bytes(self, topology: Topology, element: int) -> int:
-        from pipeline.systems.miras.flops import activation_bytes, carry_bytes
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
+        from pipeline.systems.miras import activations
 
         rows = self.config.batch_size
-        recompute = self.config.activation_checkpointing
-        token = activation_bytes(
-            self.sizes,
-            self.backbone,
-            element,
-            recompute=recompute,
-            rows=rows,
-            sequence=self.config.sequence_length,
-            degree=topology.sequence,
+        kept, work = activations.step_bytes(
+            activations.Step(
+                self.sizes,
+                self.backbone,
+                element,
+                rows=rows,
+                sequence=self.config.sequence_length,
+                degree=topology.sequence,
+                recompute=self.config.activation_checkpointing,
+                natively=activations.runs_natively(self.sizes.memory, element, device),
+            )
         )
-        # The carry of a micro-batch exists twice while its step runs: as it was, and as it will be.
-        carried = (self.config.grad_accum + 1) * rows * carry_bytes(self.sizes, self.backbone, element)
-        return (rows * self.config.sequence_length * token + carried) // topology.sequence
+        # What the streams of all micro-batches carry is there as it was until the step is complete, and as it will be.
+        streams = 2 * self.config.grad_accum * rows
+        carry = streams * activations.carry_bytes(self.sizes, self.backbone, element) // topology.sequence
+        return {"carry": carry, "kept activations": kept, "working set": work}
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from pathlib import Path
 
@@ -9,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, Olmo2Config
 
-from pipeline.errors import UserError
-from pipeline.parallel.agreement import together
+from pipeline.errors import UserError, brief, shown
+from pipeline.json_file import read_json
+from pipeline.ops.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors
 from pipeline.parallel.weights import fill, generator_for, load_safetensors
 from pipeline.systems.miras.config import BackboneConfig, MirasConfig
-from pipeline.systems.miras.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+MAX_SIZE = 2**31 - 1
+"""Beyond what any of them is; a damaged file may say anything."""
 
 
 def backbone_config(config: BackboneConfig) -> Olmo2Config:
@@ -55,46 +63,64 @@ def backbone_config(config: BackboneConfig) -> Olmo2Config:
 
 def _local_config(config: BackboneConfig) -> Olmo2Config | None:
     assert config.pretrained is not None
+    flag, folder = f"--model.backbone.pretrained {config.pretrained}", Path(config.pretrained)
+    if folder.is_dir():
+        read_json(folder / "config.json", "give a folder as save_pretrained writes it")
     try:
         found = AutoConfig.from_pretrained(
             config.pretrained, revision=config.revision, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        if Path(config.pretrained).is_dir():
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--model.backbone.pretrained {config.pretrained}: no usable config.json there ({reason})"
-            ) from error
-        return None
+    except Exception as error:  # a wrong value in the file raises whatever it meets
+        if folder.is_dir():
+            raise UserError(f"{flag}: no usable config.json there ({brief(error)}): correct it") from error
+        if isinstance(error, (OSError, ValueError)):
+            return None
+        raise
     if not isinstance(found, Olmo2Config):
+        raise UserError(f"{flag}: its model type is {shown(found.model_type)}, not 'olmo2'")
+    for name in SIZES:
+        size = getattr(found, name)
+        if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
+            raise UserError(f"{flag}: {name} in its config.json is {shown(size)}: correct it")
+    heads, kv_heads = found.num_attention_heads, found.num_key_value_heads or found.num_attention_heads
+    if found.hidden_size % heads or heads % kv_heads:
         raise UserError(
-            f"--model.backbone.pretrained {config.pretrained}: its model type is {found.model_type!r}, not 'olmo2'"
+            f"{flag}: in its config.json hidden_size {found.hidden_size}, num_attention_heads {heads} and"
+            f" num_key_value_heads {kv_heads} do not divide one another: correct it"
         )
     return found
 
 
-def weight_files(config: BackboneConfig) -> list[Path]:
-    """The safetensors files of the pretrained backbone, downloaded when it is a hub name."""
+def is_local(config: BackboneConfig) -> bool:
+    """Whether the pretrained weights are those of a folder, not of a hub name."""
+    return config.pretrained is not None and Path(config.pretrained).is_dir()
+
+
+def pretrained_tensors(config: BackboneConfig) -> dict[str, StoredTensor]:
+    """The tensors of the pretrained backbone by name; its files are downloaded when it is a hub name.
+
+    Raises UserError.
+    """
     assert config.pretrained is not None
     folder = Path(config.pretrained)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+    return model_tensors(folder if folder.is_dir() else _downloaded(config.pretrained, config.revision))
 
-        try:
-            folder = Path(
-                snapshot_download(
-                    config.pretrained, revision=config.revision, allow_patterns=["*.safetensors", "*.json"]
-                )
-            )
-        except Exception as error:
-            raise UserError(
-                f"--model.backbone.pretrained {config.pretrained}: cannot be downloaded"
-                f" ({type(error).__name__}): give a local folder"
-            ) from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: holds no .safetensors file: convert the weights first")
-    return files
+
+def _downloaded(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
+        files = set(index_files(folder).values()) if (folder / INDEX).exists() else {SINGLE}
+        # Of the commit that the index is of, whatever the revision names by now.
+        patterns = [glob.escape(file) for file in files]
+        return Path(snapshot_download(name, revision=folder.name, allow_patterns=patterns))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--model.backbone.pretrained {name}: cannot be downloaded ({type(error).__name__}): give a local folder"
+        ) from error
 
 
 def initialise(model: nn.Module, config: MirasConfig, seed: int, topology: Topology) -> None:
@@ -103,8 +129,8 @@ def initialise(model: nn.Module, config: MirasConfig, seed: int, topology: Topol
     random = names
     if config.backbone.pretrained is not None:
         rename = {name: name.removeprefix("backbone.") for name in names if name.startswith("backbone.")}
-        files = together(topology, lambda: weight_files(config.backbone))
-        load_safetensors(model, files, rename, topology, what=config.backbone.pretrained)
+        what = f"--model.backbone.pretrained {config.backbone.pretrained}"
+        load_safetensors(model, lambda: pretrained_tensors(config.backbone), rename, topology, what=what)
         random = [name for name in names if name not in rename]
     fill(model, lambda name, shape: _random(name, shape, config, seed), random)
 

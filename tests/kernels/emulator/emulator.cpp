@@ -6,11 +6,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <sys/mman.h>
@@ -95,6 +97,9 @@ int shared_size = 0;
 const std::function<void()>* body = nullptr;
 std::string kernel_name;
 std::string failure;
+// By kernel: the shared memory that it was admitted with, and the tensor instructions that its warps have run.
+std::map<std::string, int> admitted;
+std::map<std::string, int64_t> instructions;
 // Of warps and of threads in them. 0: first one first; 1: last first; more: at random, with this seed.
 unsigned order = 0;
 
@@ -235,6 +240,11 @@ float towards_zero(double x) {
 
 }  // namespace
 
+// Called by every lane of a warp.
+void count() {
+  if (current->index % 32 == 0) ++instructions[kernel_name];
+}
+
 void fail(const char* format, ...) {
   char text[512];
   va_list arguments;
@@ -315,10 +325,14 @@ void copy_wait(int pending) {
   }
 }
 
+void admit(const char* name, int shared_bytes) { admitted[name] = shared_bytes; }
+
 void run(const char* name, Dimensions grid, int threads, int shared_bytes, const std::function<void()>& function) {
   kernel_name = name;
   body = &function;
   shared_size = shared_bytes;
+  const auto found = admitted.find(name);
+  if (found == admitted.end() || found->second != shared_bytes) fail("it was not admitted with %d bytes", shared_bytes);
   if (threads % 32) fail("%d threads are no whole warps", threads);
   if (grid.y > 65535 || grid.z > 65535) fail("the grid is too large");
   if (shared_bytes > 163 * 1024) fail("%d bytes of shared memory are more than sm_80 has", shared_bytes);
@@ -341,6 +355,17 @@ void run(const char* name, Dimensions grid, int threads, int shared_bytes, const
 }  // namespace emulator
 
 extern "C" void emulator_set_order(unsigned order) { emulator::order = order; }
+
+// The tensor instructions of a kernel since the last call.
+extern "C" int64_t emulator_instructions(const char* name) { return std::exchange(emulator::instructions[name], 0); }
+
+// The most shared memory that a kernel was admitted with since the last call.
+extern "C" int emulator_admitted() {
+  int most = 0;
+  for (const auto& [name, bytes] : emulator::admitted) most = std::max(most, bytes);
+  emulator::admitted.clear();
+  return most;
+}
 
 namespace mnemos::miras_scan {
 
@@ -375,6 +400,7 @@ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const auto* lanes = emulator::exchange(kTf32, words, 6);
+  emulator::count();
   const int lane = emulator::current->index % 32, group = lane / 4, t = lane % 4;
   for (int i = 0; i < 6; ++i) {
     if (words[i] & 0x1fffu) emulator::fail("an operand of a tf32 product is not rounded");
@@ -395,6 +421,7 @@ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const auto* lanes = emulator::exchange(kBfloat16, words, 6);
+  emulator::count();
   const int lane = emulator::current->index % 32, group = lane / 4, t = lane % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = group + 8 * (i / 2), column = 2 * t + i % 2;
@@ -439,6 +466,7 @@ float shuffle_xor(float value, int mask) {
 // The emulator's own check: a sum in shared memory, with and without the barrier that it needs.
 extern "C" float emulated_sum(bool with_barrier, unsigned order) {
   emulator::order = order;
+  emulator::admit("sum", 64 * 4);
   float result = 0.0f;
   emulator::run("sum", {1, 1, 1}, 64, 64 * 4, [&] {
     auto* x = reinterpret_cast<float*>(emulator::shared_memory());

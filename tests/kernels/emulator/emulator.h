@@ -43,6 +43,8 @@ void check_shared(const void* address, int bytes, int alignment);
 void copy_async(void* shared, const void* global, bool valid);
 void copy_commit();
 void copy_wait(int pending);
+// The device lets a kernel have so much shared memory; a launch without it is a failure.
+void admit(const char* name, int shared_bytes);
 void run(const char* name, Dimensions grid, int threads, int shared_bytes, const std::function<void()>& body);
 [[noreturn]] void fail(const char* format, ...);
 
@@ -111,6 +113,10 @@ inline void copy_wait() {
 }
 float shuffle_xor(float value, int mask);
 
+template <class... Parameters>
+void admit(const char* name, void (*)(Parameters...), int shared_bytes) {
+  emulator::admit(name, shared_bytes);
+}
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, Stream,
             const Arguments&... arguments) {

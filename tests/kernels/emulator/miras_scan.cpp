@@ -137,3 +137,25 @@ extern "C" void emulated_backward(bool bf16, const int* shape, int interval, int
     backward<float>(shape, interval, workspace, p);
   }
 }
+
+extern "C" int emulator_admitted();
+
+namespace {
+
+template <class In>
+int shared_memory_of(int key_dim, bool backward) {
+  emulator_admitted();
+  switch (key_dim) {
+    case 32: backward ? admit_backward<In, 32>() : admit_forward<In, 32>(); break;
+    case 64: backward ? admit_backward<In, 64>() : admit_forward<In, 64>(); break;
+    default: backward ? admit_backward<In, 128>() : admit_forward<In, 128>();
+  }
+  return emulator_admitted();
+}
+
+}  // namespace
+
+// The shared memory of the most demanding block of a pass, as a device is asked for it.
+extern "C" int emulated_shared_memory(bool bf16, int key_dim, bool backward) {
+  return bf16 ? shared_memory_of<bfloat16>(key_dim, backward) : shared_memory_of<float>(key_dim, backward);
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -240,7 +241,9 @@ class TestMemoryAsLayerAndGate:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attachment", ATTACHMENTS)
-def test_training_learns_to_recall_beyond_the_window(attachment: str) -> None:
+def test_training_learns_to_recall_beyond_the_window(
+    attachment: str, record_property: Callable[[str, object], None]
+) -> None:
     """miras_recall in small: 4 pairs, asked for at 24 tokens or more from a window of 8. Chance is 1 in 8."""
     recipe = miras_recall()
     assert isinstance(recipe.model, MirasConfig)
@@ -282,7 +285,7 @@ def test_training_learns_to_recall_beyond_the_window(attachment: str) -> None:
             right += int((output.tokens["predictions"] == part.labels)[asked].sum())
             counted += int(asked.sum())
         found[memory] = right / counted
-    print(f"{attachment}: recall {found[True]:.3f}, with the memory off {found[False]:.3f}")
+    record_property(attachment, f"{found[True]:.3f}, memory off {found[False]:.3f}")
     assert found[True] > 0.6
     assert found[False] < 0.35
 

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import RunConfig, replace
-from pipeline.ops import chunks
-from pipeline.parallel.topology import Topology
-from pipeline.recipes.miras import miras_64k, miras_tiny
+from pipeline.config import RunConfig
+from pipeline.recipes.miras import miras_64k
 from pipeline.system import Flops, create_system
 from pipeline.systems.miras.config import (
     AttentionConfig,
@@ -22,20 +20,8 @@ from pipeline.systems.miras.config import (
     SwigluConfig,
     YaadConfig,
 )
-from pipeline.systems.miras.flops import (
-    activation_bytes,
-    attention_reach,
-    branch_bytes,
-    carry_bytes,
-    count_flops,
-    scan_bytes,
-    scan_flops,
-)
-from pipeline.systems.miras.memory import MemoryBranch
-from pipeline.systems.miras.model import MirasModel
-from pipeline.systems.miras.rules import memory_backend
+from pipeline.systems.miras.flops import attention_reach, count_flops, scan_flops
 from pipeline.systems.miras.weights import backbone_config
-from tests.ops.saved import saved_by
 
 TINY = {"trainable": True, "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 260}
 MEMORY = {"heads": 4, "head_dim": 32, "persistent": 4, "gate_rank": 16, "chunk": 64}
@@ -131,12 +117,6 @@ def test_what_goes_back_in_the_first_memorys_own_block_depends_on_the_attachment
     assert flops(attached("mag", trainable=False)).backward == residual + after_attention
 
 
-def test_memory_as_context_carries_the_segment_that_it_does_again() -> None:
-    backbone = backbone_config(make().backbone)
-    more = carry_bytes(attached("mac"), backbone, 4) - carry_bytes(attached("residual"), backbone, 4)
-    assert more == 2 * (48 + 4 - 2) * (4 * 4 * (4 * 32 + 2) + 8)
-
-
 def test_windowed_attention_costs_the_same_at_any_length_and_full_grows_with_it() -> None:
     assert flops(make(), 1024) == flops(make(), 2**20)
     assert attention_reach(make(), 2**20) == 68
@@ -175,94 +155,6 @@ def test_the_memory_is_a_small_part_of_the_guides_model() -> None:
     assert 1 < share < 1.15
 
 
-def activations(config: RunConfig, sequence: int = 1) -> int:
-    topology = Topology(world=sequence, sequence=sequence)
-    return create_system(config).activation_bytes(topology, 2)
-
-
-def test_activations_follow_tokens_and_recomputation() -> None:
-    config = replace(miras_tiny(), parallel__sequence=1)
-    assert activations(replace(config, batch_size=8)) == 2 * activations(config)
-    assert 2 * activations(config, sequence=2) == activations(config)
-    assert activations(replace(config, activation_checkpointing=True)) < activations(config)
-
-
-def test_a_frozen_backbone_keeps_less() -> None:
-    def size(config: MirasConfig, recompute: bool) -> int:
-        return activation_bytes(config, backbone_config(config.backbone), 2, recompute=recompute)
-
-    for recompute in (False, True):
-        assert size(make(trainable=False), recompute) < size(make(), recompute)
-    assert size(make(layers=(3,), trainable=False), False) < size(make(trainable=False), False)
-
-
-def a_memory_keeps(memory: MemoryConfig, dtype: torch.dtype, sequence: int = 512) -> int:
-    """Bytes that a branch of two rows leaves for the backward pass."""
-    branch = MemoryBranch(512, memory, 1e-6)
-    for parameter in branch.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    branch.to(dtype)
-    hidden = torch.randn(2, sequence, 512).to(dtype).requires_grad_()
-    segments = torch.zeros(2, sequence, dtype=torch.int64)
-    _, total = saved_by(lambda: branch(hidden, segments, None, Topology()), known=[hidden, *branch.parameters()])
-    return total
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_a_memory_keeps_what_the_estimate_says(
-    recomputed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What one span needs while it is recomputed is not kept, and so not in the sum."""
-    memory = MemoryConfig(layers=(0,), heads=4, head_dim=128, backend="torch")
-    config = dataclasses.replace(make(), memory=memory)
-    if recomputed:
-        monkeypatch.setattr(chunks, "KEEP", 0)
-        for name in ("SPAN_CPU", "SPAN_GPU"):
-            monkeypatch.setattr(chunks, name, 2**20)
-    actual = a_memory_keeps(memory, dtype)
-    scan, working = scan_bytes(config, dtype.itemsize, rows=2, sequence=512, degree=1)
-    assert bool(working) == recomputed
-    assert 2 * 512 * branch_bytes(config, 512, dtype.itemsize, 128) + scan == pytest.approx(actual, rel=0.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_memory_keeps_what_the_estimate_says_on_the_backend_that_auto_takes(dtype: torch.dtype) -> None:
-    config = dataclasses.replace(make(), memory=MemoryConfig(layers=(0,), heads=4, head_dim=128))
-    natively = memory_backend(config.memory, "cpu", dtype) == "cpu"
-    scan, _ = scan_bytes(config, dtype.itemsize, rows=2, sequence=512, degree=1, natively=natively)
-    estimate = 2 * 512 * branch_bytes(config, 512, dtype.itemsize, 128) + scan
-    assert estimate == pytest.approx(a_memory_keeps(config.memory, dtype), rel=0.25)
-
-
-FAMILY = [
-    pytest.param({"rule": "moneta"}, id="moneta"),
-    pytest.param({"rule": "yaad", "gradient_chunk": 32}, id="yaad"),
-    pytest.param({"rule": "yaad", "yaad": YaadConfig(momentum=True)}, id="yaad with momentum"),
-    pytest.param({"rule": "memora"}, id="memora"),
-    pytest.param({"rule": "mlp"}, id="mlp"),
-    pytest.param({"rule": "mlp", "mlp": MlpConfig(hidden=2, momentum=False)}, id="mlp without momentum"),
-    pytest.param({"rule": "swiglu", "swiglu": SwigluConfig(gradient_chunk=64)}, id="swiglu"),
-    pytest.param({"rule": "swiglu", "swiglu": SwigluConfig(gradient_chunk=64, muon=True)}, id="muon"),
-]
-
-
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("changes", FAMILY)
-def test_a_chunk_start_memory_keeps_what_the_estimate_says(
-    changes: dict, recomputed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = MemoryConfig(layers=(0,), heads=4, head_dim=32, **changes)
-    config = dataclasses.replace(make(), memory=memory)
-    monkeypatch.setattr(chunks, "KEEP", 0 if recomputed else 2**40)
-    for name in ("SPAN_CPU", "SPAN_GPU"):
-        monkeypatch.setattr(chunks, name, 2**15)
-    scan, working = scan_bytes(config, 4, rows=2, sequence=256, degree=1)
-    assert bool(working) == recomputed
-    actual = a_memory_keeps(memory, torch.float32, 256)
-    assert 2 * 256 * branch_bytes(config, 512, 4, 128) + scan == pytest.approx(actual, rel=0.3)
-
-
 def test_flops_of_the_familys_scans_by_hand() -> None:
     def scan(**changes: object) -> float:
         return scan_flops(MemoryConfig(layers=(0,), heads=1, head_dim=32, **changes))  # type: ignore[arg-type]
@@ -279,54 +171,3 @@ def test_flops_of_the_familys_scans_by_hand() -> None:
     assert scan(rule="swiglu", swiglu=SwigluConfig(hidden=1)) == (18 + 6) * square
     muon = scan(rule="swiglu", swiglu=SwigluConfig(hidden=1, muon=True, gradient_chunk=512))
     assert muon == (18 + 6) * square + 90 * 32**3 / 512
-
-
-def test_a_deep_memory_carries_its_weights() -> None:
-    def carried(**changes: object) -> int:
-        memory = MemoryConfig(layers=(1,), heads=4, head_dim=32, **changes)  # type: ignore[arg-type]
-        config = dataclasses.replace(make(), memory=memory)
-        return carry_bytes(config, backbone_config(config.backbone), 2)
-
-    window = carried() - 8 * 4 * 32 * 32
-    assert carried(rule="mlp") == window + 8 * 4 * 2 * 128 * 32
-    assert carried(rule="swiglu") == window + 8 * 4 * 3 * 64 * 32
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("trainable", [False, True])
-def test_a_block_keeps_what_the_estimate_says(trainable: bool, dtype: torch.dtype) -> None:
-    """Of three blocks more than of two."""
-
-    def size(layers: int) -> tuple[float, int]:
-        config = make(layers=(0,), trainable=trainable)
-        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, layers=layers))
-        backbone = backbone_config(config.backbone)
-        model = MirasModel(config, backbone)
-        for name, parameter in model.named_parameters():
-            nn.init.normal_(parameter, std=0.02)
-            parameter.requires_grad_(trainable or name.startswith("memory"))
-        model.to(dtype)
-        tokens = torch.zeros(2, 256, dtype=torch.int64)
-        positions = torch.arange(256).expand(2, -1)
-        _, actual = saved_by(
-            lambda: model(tokens, tokens, tokens, positions, None, Topology()), known=model.parameters()
-        )
-        return actual / 512, activation_bytes(config, backbone, dtype.itemsize, recompute=False)
-
-    (actual, estimate), (less, lower) = size(3), size(2)
-    assert estimate - lower == pytest.approx(actual - less, rel=0.1)
-
-
-def test_a_large_scan_keeps_its_inputs_alone() -> None:
-    """8 sequences of 64K tokens; two sequence ranks keep half each, and the working set stays that of one span."""
-    config = miras_64k().model
-    assert isinstance(config, MirasConfig)
-    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, backend="torch"))
-    small, none = scan_bytes(config, 2, rows=1, sequence=1024, degree=1)
-    large, working = scan_bytes(config, 2, rows=8, sequence=65_536, degree=1)
-    assert none == 0
-    assert large < 512 * small / 8
-    assert 2**30 < working < 4 * 2**30
-    half, same = scan_bytes(config, 2, rows=8, sequence=65_536, degree=2)
-    assert half < 0.51 * large
-    assert same == working

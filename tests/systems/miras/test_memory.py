@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.ops import MemoryLayer
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig, SwigluConfig
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
@@ -280,6 +281,22 @@ def test_health_is_finite_and_averages_are_in_range(rule: str, push: float) -> N
     assert health.half_life / health.gates > 0
     norms = carry.memory.double().square().sum(dim=(-1, -2)).sqrt().sum()
     assert float(health.memory_norm) == pytest.approx(float(norms), rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_layer_for_other_models_is_the_branch_without_its_norm_and_its_persistent_pairs(rule: str) -> None:
+    branch = make(rule=rule, persistent=0)
+    layer = MemoryLayer(WIDTH, HEADS, DIM, rule=rule, gate_rank=5, chunk=8, dtype=torch.float64)  # type: ignore[arg-type]
+    own = {name: value for name, value in branch.state_dict().items() if name in layer.state_dict()}
+    assert set(branch.state_dict()) - set(own) == {"norm.weight", "persistent_k", "persistent_v"}
+    layer.load_state_dict(own)
+    hidden, segments = tokens(40), ids([25, 15])
+    expected, carry, _ = run(branch, hidden, segments)
+    y, state = layer(branch.norm(hidden), segments)
+    assert_same(y, expected)
+    assert state._fields == MemoryCarry._fields
+    for part, other in zip(state, carry, strict=True):
+        assert_same(part, other)
 
 
 def test_a_long_repetitive_document_does_not_blow_the_memory_up() -> None:

@@ -70,6 +70,16 @@ def test_the_carry_is_constant(ids: Tensor) -> None:
     assert carry and not any(entry.tensor.requires_grad for entry in carry.values())
 
 
+@pytest.mark.parametrize("attachment", ["residual", "mac"])
+def test_the_carry_keeps_nothing_alive_but_its_own_values(ids: Tensor, attachment: str) -> None:
+    """A view would keep what it was cut from, such as a whole step's queries, keys and values, until the next step."""
+    config = base()
+    memory = dataclasses.replace(config.model.memory, attachment=attachment)
+    system, model = built(dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory)))
+    for name, entry in run(system, model, batch(ids, [LENGTH])).carry.items():
+        assert entry.tensor.untyped_storage().nbytes() == entry.tensor.nbytes, name
+
+
 def test_a_frozen_backbone_has_no_backward_pass_below_the_first_memory(ids: Tensor) -> None:
     config = base(trainable=False)
     system, model = built(config)

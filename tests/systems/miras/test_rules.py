@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.ops import scan_native
+from pipeline.ops.gates import STEP_MARGIN
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
-from pipeline.system import System, create_system
+from pipeline.system import Evaluation, System, create_system
 from pipeline.systems.miras import weights
 from pipeline.systems.miras.config import (
     MemoraConfig,
@@ -24,7 +25,7 @@ from pipeline.systems.miras.config import (
     SwigluConfig,
     YaadConfig,
 )
-from pipeline.systems.miras.limits import STEP_MARGIN, largest_step
+from pipeline.systems.miras.limits import largest_step
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry
 from pipeline.systems.miras.rules import RULES, MemoryRule, memory_backend, memory_rule
 
@@ -266,7 +267,14 @@ class TestSystem:
     def test_the_log_says_where_gradients_are_taken(self) -> None:
         told = {rule: self.system(rule).describe("cpu", torch.float32)["memory"] for rule in ("delta", "yaad")}
         assert "chunk" not in told["delta"] and told["delta"].startswith("delta")
-        assert told["yaad"].startswith("yaad with gradients by chunks of 16, residual on layers 0, 1")
+        assert told["yaad"].startswith("yaad with gradients by chunks of 16, residual; layers 0 and 1; 2 heads x 32; ")
+
+    def test_it_speaks_in_words_of_its_own(self) -> None:
+        system = self.system("delta")
+        assert system.caption() == "window 32, delta on layers 0 and 1"
+        evaluation = Evaluation({"loss": 1.0, "memory_off/loss": 2.0})
+        assert system.headline(evaluation) == "val 1.000 | memory off 2.000 (+1.000)"
+        assert system.health({"beyond_window": 0.5}) == "50 % beyond the window"
 
     @every_rule
     def test_every_parameter_has_an_initial_value_of_its_own_name(self, rule: str) -> None:

@@ -1,8 +1,8 @@
 """Gates of the memory in the region where it cannot grow.
 
 One learned momentum eta per head, step size theta_t = step beta_t (1 - eta)^2 with beta_t = sigmoid(.), forget rate
-alpha_t <= 0.01. For the exact rules step is 0.9: for unit keys a fixed quadratic norm of (error, momentum) then never
-grows, whatever the keys. The others have ranges of their own (limits.py).
+alpha_t <= 0.01. For the exact rules, `titans` and `delta`, step is 0.9: for unit keys a fixed quadratic norm of (error,
+momentum) then never grows, whatever the keys (tests/ops/test_scan_stability.py derives and checks it).
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from pipeline.systems.miras.limits import MAX_FORGET, MAX_MOMENTUM, STEP_MARGIN
+MAX_FORGET = 0.01
+"""Largest forget rate per token."""
+MAX_MOMENTUM = 0.99
+"""Largest momentum: nearer to 1 the norm that bounds the state holds for smaller forget rates only."""
+STEP_MARGIN = 0.9
+"""Largest step size, as a share of (1 - eta)^2."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,17 @@ def bounded_gates(
     theta = step * torch.sigmoid(beta_logits.to(dtype)) * (1 - eta) ** 2
     alpha = MAX_FORGET * torch.sigmoid(alpha_logits.to(dtype))
     return Gates(alpha, eta.expand_as(theta), theta)
+
+
+class GateLinear(nn.Linear):
+    """A projection to gate logits in float32 (float64 for float64), also under autocast: a step of bfloat16 is 6 % of
+    the forget rate of a long memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        assert self.bias is not None
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 def logit(probability: float) -> float:

@@ -10,14 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.systems.miras.gates import (
+from pipeline.ops.gates import (
+    MAX_FORGET,
+    MAX_MOMENTUM,
+    STEP_MARGIN,
     bounded_gates,
     initial_alpha_logits,
     initial_beta_logits,
     initial_eta_logit,
     logit,
 )
-from pipeline.systems.miras.limits import MAX_FORGET, MAX_MOMENTUM, STEP_MARGIN
 
 anything = st.floats(-1e6, 1e6)
 moderate = st.floats(-15, 15)

@@ -1,0 +1,276 @@
+"""What each stage of `make gpu` does: one process a step, each with its time limit and what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.bench.gpu.target import Target
+
+STAGES = ("correct", "speed", "train")
+STAGE_SECONDS = 530.0
+"""A stage ends within nine minutes: a step starts only where some of this is left, and gets no more than that."""
+
+PYTHON, RESULT, SCRATCH = "{python}", "{result}", "{scratch}"
+"""Stand in a command for this Python, the file that a step writes its figures to, and a folder that is removed."""
+
+TESTS = ("pytest", "pytest_timeout")
+BENCH = ("tyro", "numpy")
+ENGINE = (
+    *BENCH,
+    *("deepspeed", "transformers", "datasets", "einops", "safetensors", "pydantic", "psutil", "xxhash", "yaml"),
+)
+
+BACKENDS = ("cuda", "torch")
+PEER_MODULES = {
+    "fla-gated-delta": ("fla", "triton"),
+    "fla-momentum": ("fla", "triton"),
+    "titans-pytorch": ("titans_pytorch",),
+}
+
+Figures = Mapping[str, Any]
+Judge = Callable[[Figures], str | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process."""
+
+    name: str
+    shows: str
+    """What a reader of docs/results.md learns from it."""
+    command: tuple[str, ...]
+    limit: float
+    """Seconds."""
+    needs: tuple[str, ...] = ()
+    """Modules that it imports."""
+    tools: tuple[str, ...] = ()
+    """Commands that it runs."""
+    writes: Literal["json", "junit", "nothing"] = "nothing"
+    """What is in the file RESULT."""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    judge: Judge = lambda _: None
+    """From the figures of a step whose process ended well: why it has not passed, or None."""
+
+
+def all_passed(figures: Figures) -> str | None:
+    """A test run that passes has run something, and left nothing out but what needs a package that is not there."""
+    if not figures.get("passed"):
+        return "no test ran"
+    unexplained = [reason for reason in figures["reasons"] if "not installed" not in reason]
+    return f"tests were skipped: {unexplained[0]}" if unexplained else None
+
+
+def kernels_checked(figures: Figures) -> str | None:
+    """`doctor` never fails; a native kernel that is not used here does."""
+    library = figures["kernels"]["libraries"]["cuda"]
+    if not library["loaded"]:
+        return f"the library for the GPU does not load: {library['state']}"
+    failed = [check for check in figures["kernels"]["checks"] if check["failure"]]
+    return f"{failed[0]['op']} ({failed[0]['case']}): {failed[0]['failure']}" if failed else None
+
+
+def has_rows(figures: Figures) -> str | None:
+    """A bench leaves out what cannot run, and says why."""
+    return None if figures["rows"] else "; ".join(figures["notes"]) or "nothing was measured"
+
+
+def pytest(*words: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", "pytest", f"--junitxml={RESULT}", "-p", "no:cacheprovider", *words)
+
+
+def module(name: str, *words: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", name, *words)
+
+
+def steps_of(stage: str, target: Target) -> list[Step]:
+    """The steps of a stage on a GPU, or their small forms where the emulator stands in for one."""
+    return {"correct": _correct, "speed": _speed, "train": _train}[stage](target)
+
+
+def all_steps(target: Target) -> list[tuple[str, Step]]:
+    """Every step with its stage."""
+    return [(stage, step) for stage in STAGES for step in steps_of(stage, target)]
+
+
+def _correct(target: Target) -> list[Step]:
+    return [
+        Step(
+            "versions", "which driver, compiler and packages it was", module("pipeline.bench.gpu.device", RESULT), 60,
+            needs=("torch",), writes="json",
+        ),
+        _build(target),
+        Step(
+            "doctor", "every kernel agrees with PyTorch on the device at its first use",
+            module("pipeline", "doctor", "--json", RESULT), 120, needs=("torch",), writes="json",
+            judge=(lambda _: None) if target.emulated else kernels_checked,
+        ),
+        *(_emulated_tests() if target.emulated else _device_tests()),
+        Step(
+            "training step", "loss and gradient norm of one step in bfloat16 beside float32",
+            module("pipeline.bench.gpu.precision", RESULT, *_small_model(target)), 150, needs=ENGINE, writes="json",
+        ),
+    ]  # fmt: skip
+
+
+def _build(target: Target) -> Step:
+    if target.emulated:
+        # Up to date after set-up; what is installed stays as it is.
+        where: tuple[str, ...] = ("--build-lib", SCRATCH)
+        environment: dict[str, str] = {}
+    else:
+        where = ("--inplace",)
+        environment = {"MNEMOS_BUILD": "require", "TORCH_CUDA_ARCH_LIST": target.architecture}
+    return Step(
+        "build", "the kernels compile for the device", (PYTHON, "setup.py", "--quiet", "build_ext", *where), 300,
+        needs=("setuptools", "ninja"), environment=environment,
+    )  # fmt: skip
+
+
+def _device_tests() -> list[Step]:
+    scans = ("tests/gpu/test_miras_scan_cuda.py", "tests/gpu/test_affine_scan_cuda.py")
+    return [
+        Step(
+            "scans", "values and gradients of both scans against the float64 token loop",
+            pytest("-m", "gpu and not full_size", *scans), 200, needs=TESTS, writes="junit", judge=all_passed,
+        ),
+        Step(
+            "scans at full size", "64K tokens, 16 heads of 128: the time, and the PyTorch path at 20K tokens",
+            pytest("-m", "gpu and full_size", *scans), 120, needs=TESTS, writes="junit", judge=all_passed,
+        ),
+        *(
+            Step(
+                tool, f"no error that compute-sanitizer's {tool} sees in small cases of both scans",
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest("-m", "gpu and small", *scans)),
+                90, needs=TESTS, tools=("compute-sanitizer",), writes="junit", judge=all_passed,
+                # The sanitizer sees nothing that is written past a block but within PyTorch's cache of blocks.
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
+        Step(
+            "lost device", "a kernel that breaks its GPU ends the run with one line",
+            pytest("-m", "gpu", "tests/gpu/test_lost_device.py"), 90, needs=TESTS, writes="junit", judge=all_passed,
+        ),
+        Step(
+            "attention", "FlexAttention and flash-attention against attention in float64",
+            pytest("-m", "gpu", "-rs", "tests/gpu/test_attention_backends.py"), 150, needs=TESTS, writes="junit",
+            judge=some_passed,
+        ),
+    ]  # fmt: skip
+
+
+def some_passed(figures: Figures) -> str | None:
+    """Attention backends that are not installed, or do not take a case, are skipped and counted."""
+    return None if figures.get("passed") else "no test ran"
+
+
+def _emulated_tests() -> list[Step]:
+    return [
+        Step(
+            "scans", "values and gradients in the emulator against the float64 token loop",
+            pytest("tests/kernels/test_affine_scan_emulated.py", "-k", "saved_on_demand"), 200, needs=TESTS,
+            writes="junit", judge=all_passed,
+        ),
+        Step(
+            "memcheck", "no error that compute-sanitizer's memcheck sees", ("compute-sanitizer", "--version"), 90,
+            tools=("compute-sanitizer",),
+        ),
+        Step(
+            "attention", "attention on the CPU against attention in float64",
+            pytest("tests/ops/test_attention.py", "-k", "empty_carry"), 150, needs=TESTS, writes="junit",
+            judge=some_passed,
+        ),
+    ]  # fmt: skip
+
+
+def _small_model(target: Target) -> tuple[str, ...]:
+    """One rank."""
+    flags = ("miras_tiny", "--parallel.sequence", "1")
+    return (*flags, "--batch-size", "1", "--sequence-length", "128") if target.emulated else flags
+
+
+def _speed(target: Target) -> list[Step]:
+    shapes = ("1x256x2x32",) if target.emulated else ("1x8Kx16x128", "1x64Kx16x128")
+    contenders = ("torch",) if target.emulated else (*BACKENDS, *PEER_MODULES)
+    dtype = "float32" if target.emulated else "bfloat16"
+    steps = [
+        Step(
+            "ceilings", "the device's own limits: a copy, and matrix products",
+            module("pipeline.bench.gpu.ceilings", RESULT), 60, needs=("torch",), writes="json",
+        )
+    ]  # fmt: skip
+    steps += [
+        Step(
+            f"{name} {shape}", f"the memory op by {name}, forward and backward, {dtype}",
+            module(
+                "pipeline", "bench", "kernels", "--shapes", shape, "--dtype", dtype, "--json", RESULT,
+                *_only(name),
+            ),
+            60, needs=(*BENCH, *PEER_MODULES.get(name, ())), writes="json", judge=has_rows,
+        )
+        for shape in shapes for name in contenders
+    ]  # fmt: skip
+    steps += [
+        Step(
+            f"kernel times {shape}", "every kernel of the memory op by the profiler, beside its prediction",
+            module("pipeline.bench.gpu.kernel_times", RESULT, shape, dtype), 60, needs=BENCH, writes="json",
+        )
+        for shape in shapes
+    ]  # fmt: skip
+    steps.append(
+        Step(
+            f"affine_scan {shapes[-1]}", "the elementwise scan beside a copy",
+            module(
+                "pipeline", "bench", "kernels", "--ops", "affine_scan", "--shapes", shapes[-1], "--dtype", dtype,
+                "--backends", "cpu" if target.emulated else "cuda", "--json", RESULT,
+            ),
+            60, needs=BENCH, writes="json", judge=has_rows,
+        )
+    )  # fmt: skip
+    return steps
+
+
+def _only(name: str) -> tuple[str, ...]:
+    """The flags that time one contender alone."""
+    return ("--backends", name, "--peers", "none") if name in BACKENDS else ("--backends", "none", "--peers", name)
+
+
+def _train(target: Target) -> list[Step]:
+    if target.emulated:
+        runs: list[tuple[str, int, tuple[str, ...]]] = [
+            ("window", 256, ("miras_tiny", "--parallel.sequence", "1", "--batch-size", "1"))
+        ]
+        recall: tuple[str, ...] = ("--sequence-length", "128", "--batch-size", "2", "--model.recall.max-gap", "100")
+    else:
+        # Random weights and text that is on every machine: the time is that of the real ones.
+        common = (
+            "miras_64k", "--batch-size", "1", "--model.backbone.pretrained", "None", "--data.dataset", "stdlib",
+            "--data.tokenizer", "bytes", "--data.min-tokens", "0",
+        )  # fmt: skip
+        runs = [
+            (kind, length, (*common, "--model.attention.kind", kind))
+            for length in (65_536, 131_072) for kind in ("window", "full")
+        ]  # fmt: skip
+        recall = ()
+    throughput = [
+        Step(
+            f"throughput {length // 1024 or length}{'K' if length >= 1024 else ''} {kind}",
+            f"tokens/s, MFU and peak memory of training steps, {kind} attention",
+            module(
+                "pipeline", "bench", "throughput", "--lengths", str(length), "--bench-steps", "3", "--json", RESULT,
+                *flags,
+            ),
+            150, needs=ENGINE, writes="json",
+        )
+        for kind, length, flags in runs
+    ]  # fmt: skip
+    steps = 200 if not target.emulated else 2
+    remembering = Step(
+        "recall", f"recall beyond the window after {steps} steps on the device",
+        module("pipeline.bench.gpu.recall", RESULT, SCRATCH, "--steps", str(steps), *recall), 120, needs=ENGINE,
+        writes="json",
+    )  # fmt: skip
+    return [*throughput[:2], remembering, *throughput[2:]]

@@ -1,0 +1,108 @@
+"""The command `plan`: one run as a table, or every device in one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config import RunConfig
+from pipeline.devices import DEVICES, GIB
+from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
+from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
+from pipeline.plan.estimate import Plan, PlanOptions, make_plan
+
+OWN = ("ranks", "device", "utilisation", "reserve")
+
+
+@dataclass(frozen=True)
+class CommandOptions(PlanOptions):
+    """What the run is planned for; before the recipe's own flags."""
+
+    all_devices: bool = False
+    """A table of what fits on every device that is known."""
+
+
+def run_plan(words: Sequence[str]) -> None:
+    """The command: `plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation X] [--reserve GIB] [flags of
+    the recipe]`."""
+    switches = [word for word in words if word == "--all-devices"]
+    own, rest = split_flags([word for word in words if word not in switches], OWN)
+    options: CommandOptions = parse_flags(CommandOptions(), [*own, *switches], "mnemos plan")
+    config = fit_ranks(parse_run(rest, "plan", options), rest, options.ranks)
+    print(render_devices(config, options, rest) if options.all_devices else render(config, options))
+
+
+def render(config: RunConfig, options: PlanOptions) -> str:
+    """One plan as a table, and what would make it fit."""
+    plan = make_plan(config, options)
+    largest = largest_batch(config, options, plan.counts)
+    most = "or more" if largest == MOST_ROWS else ""
+    device, counts = plan.device, plan.counts
+    rows = [
+        ("parameters", f"{counts.parameters:,}"),
+        ("trainable", f"{counts.trainable:,} ({counts.trainable / counts.parameters:.1%})"),
+        *((name, _gib(size)) for name, size in plan.held.items()),
+        (
+            "memory per device",
+            f"{_gib(plan.memory)} (estimate) of {_gib(device.memory)}, {_gib(plan.reserve)} in reserve",
+        ),
+        ("largest --batch-size", f"{largest} {most}".strip() if largest else "none: not even one sequence fits"),
+        ("model FLOPs per token", f"{plan.flops_per_token / 1e9:.3f} G"),
+        ("tokens per step", f"{plan.tokens_per_step:,}"),
+        ("tokens in all", f"{plan.tokens_per_step * config.steps:,}"),
+        ("tokens/s, all devices", f"{plan.tok_s:,.0f} at {options.utilisation:.0%} of the peak"),
+        ("hours", f"{plan.hours:,.1f} for {config.steps:,} steps"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{config.recipe} on {options.ranks} x {device.name}, {config.zero}, sequence {config.parallel.sequence}"]
+    lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+    if not plan.fits:
+        lines += _advice(plan, options, ways_to_fit(config, options, counts))
+    return "\n".join(lines)
+
+
+def _advice(plan: Plan, options: PlanOptions, ways: Sequence[Way]) -> list[str]:
+    if not ways:
+        return [f"does not fit on {plan.device.name}, nor with any other sharding, recomputation or batch size"]
+    width = max(len(way.text) for way in ways)
+    lines = [f"does not fit on {plan.device.name}; by the same estimate it does with"]
+    for way in ways:
+        more = "" if way.ranks == options.ranks else f" on {way.ranks} devices"
+        lines.append(f"  {way.text:<{width}}  {_gib(way.plan.memory)}{more}, {way.note}")
+    return lines
+
+
+def render_devices(config: RunConfig, options: PlanOptions, words: Sequence[str]) -> str:
+    """What fits on every device, with as many of them: a line per device, with the flags that make it fit; they keep
+    the global batch where such flags are found. `words` are the recipe and its flags as they were given."""
+    counts = make_plan(config, options).counts
+    rows = [("device", "GiB", "as given", "largest batch", "planned", "tokens/s", "flags to add")]
+    for device in DEVICES:
+        own = dataclasses.replace(options, device=device.name)
+        plan, added = make_plan(config, own, counts), ""
+        if not plan.fits:
+            way = next((way for way in ways_to_fit(config, own, counts) if way.ranks == options.ranks), None)
+            added = "does not fit"
+            if way is not None:
+                same = way.plan.tokens_per_step == plan.tokens_per_step
+                added = way.text if same else f"{way.text}  ({way.note})"
+                plan = way.plan
+        rows.append((
+            device.name, f"{device.memory / GIB:.1f}", "no" if added else "fits",
+            str(largest_batch(config, own, counts) or "-"),
+            *((f"{plan.memory / GIB:.1f}", f"{plan.tok_s:,.0f}") if plan.fits else ("-", "-")), added,
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    aligned = ("<", ">", "<", ">", ">", ">", "<")
+    lines = [
+        f"./launch.sh --num_gpus {options.ranks} {' '.join(words)}: tokens/s at {options.utilisation:.0%} of the peak"
+    ]
+    for row in rows:
+        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

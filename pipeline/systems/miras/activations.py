@@ -1,0 +1,265 @@
+"""What a training step of the miras system holds on a GPU, by formula: an estimate, in bytes of one rank.
+
+Derived op by op from what the model's eager ops keep and make; tests hold it against the same step traced with tensors
+that have sizes and no storage. The fused kernels (FlexAttention, the native scan) count by what they are handed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import Olmo2Config
+
+from pipeline.devices import Device
+from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
+from pipeline.ops.chunks import span_tokens
+from pipeline.ops.cross_entropy import LOGIT_BYTES
+from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
+from pipeline.ops.scan_torch import kept_bytes, recomputes
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.rules import empty_read_bytes
+
+LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+"""Compute capabilities whose blocks have the shared memory that the native scan needs; the others have 99 KB, which
+hold float32 heads of 32 alone (docs/kernels.md)."""
+
+TORCH_BACKWARD = 0.6
+"""What the backward pass of a scan in PyTorch makes on top of what it finds, as a share of it; measured 0.3 to 0.6."""
+DEEP_BACKWARD = 0.1
+"""The same for deep memories, whose passes let go of most as they use it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch of a run, as a rank sees it."""
+
+    sizes: MirasConfig
+    backbone: Olmo2Config
+    element: int
+    """Bytes of a number that the model computes in."""
+    rows: int
+    sequence: int
+    degree: int = 1
+    """Ranks that share a sequence."""
+    recompute: bool = False
+    natively: bool = True
+    """Whether the scan runs on the native kernels."""
+
+    @property
+    def tokens(self) -> int:
+        """This rank's part of the micro-batch's tokens."""
+        return self.rows * self.sequence // self.degree
+
+    @property
+    def head_dim(self) -> int:
+        """Of attention."""
+        return self.backbone.hidden_size // self.backbone.num_attention_heads
+
+    @property
+    def kv_width(self) -> int:
+        return (self.backbone.num_key_value_heads or self.backbone.num_attention_heads) * self.head_dim
+
+    @property
+    def inner(self) -> int:
+        """Width of a memory, all heads together."""
+        return self.sizes.memory.heads * self.sizes.memory.head_dim
+
+
+def runs_natively(memory: MemoryConfig, element: int, device: Device) -> bool:
+    """Whether the scan runs on the native kernels there, where they are built."""
+    if memory.backend == "torch" or memory.chunk_start is not None or memory.head_dim not in scan_native.KEY_DIMS:
+        return False
+    return device.capability in LARGE_SHARED_MEMORY or (element == 4 and memory.head_dim == 32)
+
+
+def step_bytes(step: Step) -> tuple[int, int]:
+    """(kept, at work): what waits for the backward pass, and the most that a part of the step makes beside it.
+
+    With recomputation a block or a memory is whole one at a time: its saved tensors then count as work.
+    """
+    trainable, memory = step.sizes.backbone.trainable, step.sizes.memory
+    element, width, layers = step.element, step.backbone.hidden_size, step.backbone.num_hidden_layers
+    hidden = element * width * step.tokens
+    first = 0 if trainable else min(memory.layers, default=layers)
+    # Of a frozen backbone, blocks before the first memory are not differentiated, nor is the one beside it.
+    learning = layers - first - (not trainable and bool(memory.layers) and memory.attachment == "residual")
+    block, block_work = block_bytes(step)
+    branch, branch_work = memory_bytes(step) if memory.layers else (0, 0)
+    head, head_work = head_bytes(step)
+    # The gradients of a block's output, and of the memory that was added to it.
+    gradients = hidden * (2 if memory.layers else 1)
+    if step.recompute:
+        kept = hidden * block_inputs(step, first) + plan_bytes(step)
+        work = max(block + block_work, branch + branch_work)
+        return kept, max(gradients + work, head + head_work)
+    kept = learning * block + len(memory.layers) * branch + hidden * len(memory.layers) + head + plan_bytes(step)
+    return kept, max(gradients + max(block_work, branch_work), head_work)
+
+
+def block_inputs(step: Step, first: int) -> int:
+    """Tensors like the hidden states that recomputation starts from."""
+    memory = step.sizes.memory
+    # A memory reads what its block reads; before a block (mal) or as its gate (mag) it gives a tensor of its own.
+    own = {"mal": 1, "mag": 2}.get(memory.attachment, 0)
+    return step.backbone.num_hidden_layers - first + own * len(memory.layers)
+
+
+def plan_bytes(step: Step) -> int:
+    """Rotations and ids, which every rank has of whole sequences: the attention plan and the batch."""
+    attention = step.sizes.attention
+    windowed = attention.kind == "window"
+    tokens = step.rows * step.sequence
+    # Cosines and sines in float32; sinks have rotations of their own, and so have the keys that are carried.
+    rotations = 4 * step.head_dim * (tokens * (2 if windowed and attention.sinks else 1))
+    rotations += 4 * step.head_dim * step.rows * attention.window if windowed else 0
+    return rotations + 32 * tokens
+
+
+def block_bytes(step: Step) -> tuple[int, int]:
+    """(saved, made by the backward pass) of a decoder block.
+
+    Norms keep their float32 input, and their float32 output when it is trained. Attention keeps q, k and v rotated, its
+    output, and with sinks q before rotation. The feed-forward part keeps the gate before and after its activation and
+    what it multiplies, and a trained block the inputs of its matrices too. Backward, either a norm holds float32
+    gradients beside all of it, or the feed-forward part those of its three inner tensors.
+    """
+    element, width, inner = step.element, step.backbone.hidden_size, step.backbone.intermediate_size
+    attention = step.sizes.attention
+    hidden = 4 + (attention.kind == "window" and attention.sinks > 0)
+    saved = (hidden * element + 16) * width + 3 * element * inner
+    norm, released = 20 * width, 4 * width
+    if step.sizes.backbone.trainable:
+        # The input of a block that is recomputed is kept already.
+        saved += (2 + (not step.recompute)) * element * width + 16 * width + element * inner
+        norm, released = 16 * width, 8 * width + element * inner
+    work = max(norm, 3 * element * inner - released)
+    window = attention.window if attention.kind == "window" else 0
+    carried = 2 * element * step.kv_width * window * step.rows // step.degree
+    return step.tokens * saved + carried, step.tokens * work
+
+
+def memory_bytes(step: Step) -> tuple[int, int]:
+    """(saved, made beside it) of a layer's memory."""
+    branch = step.tokens * branch_bytes(step.sizes, step.backbone.hidden_size, step.element, step.head_dim)
+    scan, scan_work = scan_bytes(step)
+    # At the end of its forward pass q, k and v before and after the convolution are there, saved or not.
+    forward = 5 * step.element * step.inner * step.tokens
+    return branch + scan, max(forward, scan_work)
+
+
+def head_bytes(step: Step) -> tuple[int, int]:
+    """(saved, made beside it) of the last norm and the loss: the gradient of its input, and of the head when trained.
+
+    The loss holds three tiles of logits at a time, and the norm's backward pass float32 gradients.
+    """
+    element, width = step.element, step.backbone.hidden_size
+    hidden = step.tokens * width
+    tile = min(LOGIT_BYTES, 4 * step.backbone.vocab_size * step.tokens)
+    if not step.sizes.backbone.trainable:
+        return hidden * (4 + element), max(20 * hidden, 3 * tile)
+    # Its gradient is summed in float32, and a tile's part of it is made in the model's type and in float32.
+    head = step.backbone.vocab_size * width
+    return hidden * (8 + element) + 4 * head, max(20 * hidden, 3 * tile, 3 * tile // 2 + (4 + element) * head)
+
+
+def carry_bytes(config: MirasConfig, backbone: Olmo2Config, element: int) -> int:
+    """What one stream carries from step to step: keys and values of the window, and float32 states."""
+    head_dim = backbone.hidden_size // backbone.num_attention_heads
+    kv_width = (backbone.num_key_value_heads or backbone.num_attention_heads) * head_dim
+    attention, memory = config.attention, config.memory
+    window = 0 if attention.kind == "full" else 2 * element * kv_width * (attention.window + attention.sinks)
+    states = 8 * memory.heads * memory.state_rows * memory.head_dim
+    if memory.attachment == "mac":
+        # The segment that a step ends in is done again by the next one.
+        states += (memory.context + memory.conv - 2) * (4 * memory.heads * (4 * memory.head_dim + 2) + 8)
+    return backbone.num_hidden_layers * window + len(memory.layers) * states
+
+
+def branch_bytes(config: MirasConfig, width: int, element: int, attention_dim: int) -> int:
+    """What one token leaves in a memory branch, its scan left out; attention_dim is the size of an attention head.
+
+    Per head and element of it: q, k, v behind the convolution's tail, and convolved (6), q as it is read (1), the head
+    norm (2), the gate, what it multiplies and the product (3); in float32, normalisation keeps q and k (a wider type
+    than the model's) or the SiLU's whole output (the model's own). `mac`: as measured at one shape.
+    """
+    memory = config.memory
+    # The normed input, and its float32 copy for the gates.
+    shared = (element + (4 if element < 4 else 0)) * width
+    if memory.attachment == "mac":
+        dim = memory.head_dim
+        head = element * (18 * dim + 14 * attention_dim) + (20 * dim if element < 4 else 0)
+        return memory.heads * (head + 16 * memory.state_rows * dim // memory.context) + shared
+    normalised = 8 if element < 4 else 3 * element
+    head = (12 * element + normalised) * memory.head_dim + element * memory.persistent + 40
+    return memory.heads * head + element * memory.gate_rank + shared
+
+
+def scan_bytes(step: Step) -> tuple[int, int]:
+    """(kept, made beside it) of the scan of one layer.
+
+    The native kernels keep q, k, v, gates, residuals and states at intervals, and make scratch memory and gradients. In
+    PyTorch a call whose spans are recomputed keeps k, the SiLU's output that v is a part of, three gates, and the
+    states at every span's start; one span at a time is whole. q is the branch's own.
+    """
+    memory, element, sequence = step.sizes.memory, step.element, step.sequence
+    rows = max(1, step.rows * memory.heads // step.degree)
+    dim, states = memory.head_dim, 2 if memory.has_momentum else 1
+    if step.natively:
+        dtype = torch.float32 if element == 4 else torch.bfloat16
+        kept = scan_native.kept_bytes(rows, sequence, dim, dim, dtype) - rows * sequence * element * dim
+        return kept, scan_native.workspace_bytes(rows, sequence, dim, dim, dtype)
+    if memory.chunk_start is not None:
+        kept, span = _chunk_start_bytes(memory, element, rows=rows, sequence=sequence)
+    else:
+        sizes = {"key_dim": dim, "value_dim": dim, "states": states, "chunk": min(memory.chunk, sequence)}
+        tokens = span_tokens(rows, **sizes, device_type="cuda")
+        kept, span = kept_bytes(rows, sequence, **sizes), 0
+        if recomputes(rows, sequence, **sizes, span=tokens):
+            span = kept_bytes(rows, tokens, **sizes)
+            kept = rows * (sequence * _span_inputs(element, dim) + -(-sequence // tokens) * 4 * states * dim**2)
+    backward = DEEP_BACKWARD if memory.hidden else TORCH_BACKWARD
+    return kept, int(span * (1 + backward) if span else kept * backward)
+
+
+def _span_inputs(element: int, dim: int) -> int:
+    """What one token of a head hands to a span that is recomputed."""
+    return (element + (3 * element if element < 4 else 0)) * dim + 12
+
+
+def _chunk_start_bytes(memory: MemoryConfig, element: int, *, rows: int, sequence: int) -> tuple[int, int]:
+    """What a chunk-start rule keeps, and a span of it that is recomputed; rows is batch x this rank's heads."""
+    dim, hidden, states = memory.head_dim, memory.hidden, 2 if memory.has_momentum else 1
+    chunk = memory.chunk_start
+    assert chunk is not None
+
+    def kept(length: int) -> int:
+        if memory.rule == "mlp":
+            return mlp_scan.kept_bytes(rows, length, dim, hidden, states=states, chunk=chunk)
+        if memory.rule == "swiglu":
+            return swiglu_scan.kept_bytes(rows, length, dim, hidden, chunk=chunk, muon=memory.swiglu.muon)
+        copies = {"moneta": QNormLink.copies, "memora": SoftmaxLink.copies}.get(memory.rule, 0)
+        return dual_scan.kept_bytes(rows, length, dim, dim, states=states, chunk=chunk, copies=copies)
+
+    # The read of the empty memory keeps its hidden units, or is recomputed by itself.
+    empty = empty_read_bytes(rows * sequence, hidden)
+    if empty > chunks.KEEP:
+        empty = 0
+    whole = kept(sequence)
+    if whole <= chunks.KEEP or sequence <= chunk:
+        return whole + empty, 0
+    state = 4 * rows * states * memory.state_rows * dim
+    if memory.rule == "swiglu":
+        span, working = chunk, kept(chunk)
+    elif memory.rule in ("moneta", "memora"):
+        block = dual_scan.block_tokens(rows, dim, dim, chunk=chunk, device_type="cuda")
+        span = dual_scan.linked_span(sequence, chunk, block)
+        working = span // block * state + kept(block)
+    else:
+        width = 2 * hidden if memory.rule == "mlp" else dim
+        span = span_tokens(rows, dim, width, states=states, chunk=chunk, device_type="cuda")
+        if sequence <= span:
+            return whole + empty, 0
+        working = kept(span)
+    return rows * sequence * _span_inputs(element, dim) + math.ceil(sequence / span) * state + empty, working

@@ -1,0 +1,62 @@
+"""What the system says of itself to a person: what was chosen, how an evaluation went, how its memories are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+
+
+def memory_line(memory: MemoryConfig, backend: str) -> str:
+    """`titans, residual; layers 1 and 3; 4 heads x 32; backend cpu`."""
+    if not memory.layers:
+        return "none"
+    chunk = "" if memory.chunk_start is None else f" with gradients by chunks of {memory.chunk_start}"
+    segments = f" in segments of {memory.context}" if memory.attachment == "mac" else ""
+    return (
+        f"{memory.rule}{chunk}, {memory.attachment}{segments}; {layers(memory.layers)};"
+        f" {memory.heads} heads x {memory.head_dim}; backend {backend}"
+    )
+
+
+def layers(numbers: Sequence[int]) -> str:
+    """`layer 2`, `layers 1 and 3`, `layers 8, 10, 12 and 14`."""
+    *most, last = map(str, numbers)
+    return f"layers {', '.join(most)} and {last}" if most else f"layer {last}"
+
+
+def caption(sizes: MirasConfig) -> str:
+    """What tells one run from another in a picture: `window 64, titans on layers 1 and 3`."""
+    attention, memory = sizes.attention, sizes.memory
+    reach = "full attention" if attention.kind == "full" else f"window {attention.window}"
+    return f"{reach}, {memory.rule} on {layers(memory.layers)}" if memory.layers else f"{reach}, no memory"
+
+
+def headline(scalars: Mapping[str, float]) -> str:
+    """`val 2.245 | memory off 2.588 (+0.343) | 3.24 bpb`; recall as `98.9 % right, memory off 6.2 %`."""
+    parts = [f"val {scalars['loss']:.3f}"]
+    off = scalars.get("memory_off/loss")
+    if off is not None:
+        parts.append(f"memory off {off:.3f} ({off - scalars['loss']:+.3f})")
+    if "bpb" in scalars:
+        parts.append(f"{scalars['bpb']:.2f} bpb")
+    if "recall" in scalars:
+        without = scalars.get("memory_off/recall")
+        beside = "" if without is None else f", memory off {100 * without:.1f} %"
+        parts.append(f"{100 * scalars['recall']:.1f} % right{beside}")
+    return " | ".join(parts)
+
+
+def health(metrics: Mapping[str, float]) -> str:
+    """The health numbers of docs/memory_health.md, in their order; empty without a memory or a window."""
+    parts = []
+    if "norm_M" in metrics:
+        alpha, eta, theta = (metrics[f"memory/{name}"] for name in ("alpha", "eta", "theta"))
+        parts = [
+            f"|M| {metrics['norm_M']:.3g}, |S| {metrics['norm_S']:.3g}",
+            f"forget {alpha:.2g}, momentum {eta:.2g}, step {theta:.2g}",
+            f"half-life {metrics['memory/half_life']:.0f} tokens",
+        ]
+    if "beyond_window" in metrics:
+        parts.append(f"{100 * metrics['beyond_window']:.0f} % beyond the window")
+    return " | ".join(parts)

@@ -1,0 +1,106 @@
+"""`make accept`: long experiments, minutes to an hour each, that show a claim of the project as a whole.
+
+    python -m tests.accept            lists them
+    python -m tests.accept NAME       runs one, writes OUT/NAME.json and prints a line for docs/results.md
+
+An experiment is one or several tests marked `slow`. What they hand to pytest's `record_property` are its figures; their
+assertions decide whether it is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench.junit import read_junit
+from pipeline.parallel.topology import Topology
+from pipeline.provenance import ROOT, commit
+from pipeline.run import machine, versions
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A claim, and the tests that show it."""
+
+    claim: str
+    tests: tuple[str, ...]
+    """Files or node ids."""
+    minutes: int
+    """About, on two cores."""
+    keywords: str = ""
+    """As pytest's -k takes them."""
+
+
+EXPERIMENTS = {
+    "kills": Experiment(
+        "100 SIGKILLs at random moments of training and saving cost no bit",
+        ("tests/launch/test_kill.py",), 30, "hundred",
+    ),
+    "family": Experiment(
+        "every rule of the family recalls what lies beyond the window", ("tests/launch/test_recall.py",), 25,
+    ),
+    "attachments": Experiment(
+        "the memory recalls wherever it is attached",
+        ("tests/systems/miras/test_attachments.py",), 10, "recall_beyond_the_window",
+    ),
+    "drift": Experiment(
+        "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
+    ),
+}  # fmt: skip
+
+
+def main(words: Sequence[str], experiments: Mapping[str, Experiment] = EXPERIMENTS) -> int:
+    """Exit status: 0 accepted, or listed; 1 not accepted; 2 for a name that is none."""
+    if not words:
+        width = max(map(len, experiments))
+        print("\n".join(f"{name:<{width}}  {e.claim} (about {e.minutes} min)" for name, e in experiments.items()))
+        return 0
+    if len(words) != 1 or words[0] not in experiments:
+        print(f"make accept: NAME is {' '.join(words)!r}: one of {', '.join(experiments)}", file=sys.stderr)
+        return 2
+    (name,) = words
+    folder = Path(os.environ.get("OUT") or ROOT / "outputs" / "accept")
+    folder.mkdir(parents=True, exist_ok=True)
+    result = run(name, experiments[name])
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    print(f"\n{line(result)}\n\nwritten to {path}")
+    return 0 if result["accepted"] else 1
+
+
+def run(name: str, experiment: Experiment) -> dict[str, Any]:
+    """Runs the tests of an experiment in a process of their own, with their output on this terminal."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "slow", "-s", f"--junitxml={report}", *experiment.tests]
+        command += ["-k", experiment.keywords] if experiment.keywords else []
+        begun = time.perf_counter()
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        seconds = time.perf_counter() - begun
+        tests = read_junit(report.read_text()) if report.exists() else {"passed": 0, "properties": {}}
+    return {
+        "name": name, "claim": experiment.claim, "accepted": code == 0 and tests["passed"] > 0, "tests": tests,
+        "figures": tests["properties"], "seconds": seconds, "command": f"make accept NAME={name}", "commit": commit(),
+        "versions": versions(), "machine": machine(Topology()), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A row of the table in docs/results.md: claim, outcome, figures, time, commit and date, command."""
+    figures = "; ".join(f"{name} {value}" for name, value in result["figures"].items()) or "-"
+    outcome = "accepted" if result["accepted"] else "not accepted"
+    source = f"{(result['commit'] or 'no commit')[:8]}, {result['written'][:10]}"
+    minutes = f"{result['seconds'] / 60:.1f} min"
+    return f"| {result['claim']} | {outcome} | {figures} | {minutes} | {source} | `{result['command']}` |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

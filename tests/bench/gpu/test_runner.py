@@ -1,0 +1,139 @@
+"""A step ends within its limit, says what it found, and is not run again once it has passed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.bench.gpu import runner
+from pipeline.bench.gpu.runner import Facts, finished, result_file, run_step
+from pipeline.bench.gpu.steps import Step, has_rows
+
+FACTS = Facts("NVIDIA H200", "580.1", {"torch": "2.11"}, "abc", "digest", 2**37)
+WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+
+
+def step(code: str, *words: str, **more: object) -> Step:
+    given = {"name": "a step", "shows": "something", "limit": 60.0, **more}
+    return Step(command=("{python}", "-c", code, *words), **given)  # type: ignore[arg-type]
+
+
+def run(step: Step, folder: Path, left: float = 100.0) -> dict:
+    return run_step("correct", step, folder, FACTS, dict(os.environ), left)
+
+
+def test_a_step_that_passes_leaves_a_log_and_a_result(tmp_path: Path) -> None:
+    writes = step(f"print('said'); {WRITE}", "{result}", '{"copy": 3}', writes="json")
+    result = run(writes, tmp_path)
+    assert (result["status"], result["figures"], result["reason"]) == ("passed", {"copy": 3}, None)
+    assert "said" in (tmp_path / "correct-a-step.log").read_text()
+    assert json.loads(result_file(tmp_path, "correct", "a step").read_text()) == result
+    assert (result["device"], result["driver"], result["commit"], result["sources"]) == (
+        "NVIDIA H200", "580.1", "abc", "digest",
+    )  # fmt: skip
+    assert result["command"][0] == "{python}" and result["versions"] == {"torch": "2.11"}
+
+
+def test_what_has_passed_is_not_asked_for_again_with_the_same_code_on_the_same_device(tmp_path: Path) -> None:
+    passes = step("pass")
+    result = run(passes, tmp_path)
+    assert finished(tmp_path, "correct", passes, FACTS) == result
+    for change in ({"sources": "other"}, {"target": "NVIDIA H100"}, {"driver": "590"}):
+        assert finished(tmp_path, "correct", passes, dataclasses.replace(FACTS, **change)) is None
+    assert finished(tmp_path, "speed", passes, FACTS) is None
+    assert finished(tmp_path, "correct", step("1 + 1"), FACTS) is None, "another command"
+    run(step("raise SystemExit(3)"), tmp_path)
+    assert finished(tmp_path, "correct", step("raise SystemExit(3)"), FACTS) is None
+    result_file(tmp_path, "correct", "a step").write_text("{")
+    assert finished(tmp_path, "correct", passes, FACTS) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "reason"),
+    [
+        ("raise ValueError('this is wrong')", "failed", "ValueError: this is wrong"),
+        ("import os; os.abort()", "failed", "ended by signal 6"),
+        ("raise MemoryError('CUDA out of memory. Tried to allocate 8 GiB')", "out of memory", "8 GiB"),
+    ],
+)
+def test_a_step_that_fails_says_why(tmp_path: Path, code: str, status: str, reason: str) -> None:
+    result = run(step(code), tmp_path)
+    assert result["status"] == status and reason in result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("figures", "status", "reason"),
+    [
+        ('{"rows": [1], "notes": []}', "passed", None),
+        ('{"rows": [], "notes": ["cuda at 1x1: no"]}', "failed", "cuda at 1x1: no"),
+        (
+            '{"rows": [], "notes": ["torch at 1x1: OutOfMemoryError"]}',
+            "out of memory",
+            "torch at 1x1: OutOfMemoryError",
+        ),
+    ],
+)
+def test_figures_are_judged(tmp_path: Path, figures: str, status: str, reason: str | None) -> None:
+    result = run(step(WRITE, "{result}", figures, writes="json", judge=has_rows), tmp_path)
+    assert (result["status"], result["reason"]) == (status, reason)
+
+
+def test_figures_that_are_missing_or_broken_are_a_failure(tmp_path: Path) -> None:
+    assert run(step("pass", writes="json"), tmp_path)["reason"] == "it wrote no figures"
+    broken = run(step(WRITE, "{result}", "{", writes="json"), tmp_path)
+    assert broken["status"] == "failed" and "cannot be read" in broken["reason"]
+
+
+def test_a_step_over_its_limit_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "LEAST", 0.5)
+    monkeypatch.setattr(runner, "GRACE", 0.5)
+    marker = tmp_path / "child"
+    code = (
+        "import pathlib, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        f"pathlib.Path({str(marker)!r}).write_text(str(child.pid)); time.sleep(600)"
+    )
+    begun = time.perf_counter()
+    result = run_step("correct", step(code, limit=2.0), tmp_path, FACTS, dict(os.environ), 100.0)
+    assert result["status"] == "timed out" and result["reason"] == "not done in 2 s"
+    assert time.perf_counter() - begun < 20
+    child = int(marker.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_step_without_its_package_tool_or_time_is_not_run(tmp_path: Path) -> None:
+    asked = step("raise SystemExit(1)", needs=("json", "no_such_module"), tools=("no-such-tool",))
+    assert run(asked, tmp_path)["reason"] == "no_such_module, no-such-tool not installed"
+    assert run(asked, tmp_path)["status"] == "skipped"
+    late = run(step("raise SystemExit(1)"), tmp_path, left=2.0)
+    assert (late["status"], late["reason"]) == ("not run", "the time of the stage is used up")
+
+
+def test_test_runs_are_counted_and_their_figures_kept(tmp_path: Path) -> None:
+    report = """<testsuites><testsuite>
+      <testcase name="a"><properties><property name="ms" value="7"/></properties></testcase>
+      <testcase name="b"><failure message="assert 1 == 2&#10;more">text</failure></testcase>
+      <testcase name="c"><skipped message="no GPU"/></testcase></testsuite></testsuites>"""
+    code = f"{WRITE}; raise SystemExit(1)"
+    result = run(step(code, "{result}", report, writes="junit"), tmp_path)
+    assert result["figures"] == {
+        "passed": 1, "failed": 1, "skipped": 1, "failures": ["b: assert 1 == 2"], "reasons": ["no GPU"],
+        "properties": {"ms": "7"},
+    }  # fmt: skip
+    assert (result["status"], result["reason"]) == ("failed", "b: assert 1 == 2")
+
+
+def test_python_and_the_scratch_folder_are_filled_in(tmp_path: Path) -> None:
+    code = "import sys, pathlib; assert pathlib.Path(sys.argv[1]).is_dir(); print(sys.executable, sys.argv[1])"
+    assert run(step(code, "{scratch}"), tmp_path)["status"] == "passed"
+    said = (tmp_path / "correct-a-step.log").read_text().splitlines()[-1].split()
+    assert said[0] == sys.executable and not Path(said[1]).exists()

@@ -1,0 +1,59 @@
+"""What the system says to a person is short, and says no more than was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pipeline.recipes.miras import miras_64k, miras_tiny
+from pipeline.systems.miras.words import caption, headline, health, layers, memory_line
+
+HEALTH = {
+    "norm_M": 3.564, "norm_S": 0.0658, "memory/alpha": 0.0001879, "memory/eta": 0.1002, "memory/theta": 0.1429,
+    "memory/half_life": 3345.4,
+}  # fmt: skip
+
+
+def test_an_evaluation_is_a_line() -> None:
+    scalars = {"loss": 2.2451, "ppl": 9.44, "bpb": 3.239, "memory_off/loss": 2.588, "memory_off/bpb": 3.73, "labels": 9}
+    assert headline(scalars) == "val 2.245 | memory off 2.588 (+0.343) | 3.24 bpb"
+    assert headline({"loss": 2.0, "memory_off/loss": 1.75}) == "val 2.000 | memory off 1.750 (-0.250)"
+    assert headline({"loss": 2.0, "bpb": 3.0}) == "val 2.000 | 3.00 bpb"
+
+
+def test_an_evaluation_of_recall_says_the_share_of_right_answers() -> None:
+    scalars = {"loss": 0.045, "recall": 0.989, "memory_off/loss": 2.77, "memory_off/recall": 0.062}
+    assert headline(scalars) == "val 0.045 | memory off 2.770 (+2.725) | 98.9 % right, memory off 6.2 %"
+    assert headline({"loss": 0.045, "recall": 0.989}) == "val 0.045 | 98.9 % right"
+
+
+def test_a_loss_that_is_not_finite_is_said() -> None:
+    assert headline({"loss": float("nan"), "memory_off/loss": 2.0}).startswith("val nan | memory off 2.000")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [((2,), "layer 2"), ((1, 3), "layers 1 and 3"), ((8, 10, 12, 14), "layers 8, 10, 12 and 14")]
+)
+def test_layers_are_listed(numbers: tuple[int, ...], text: str) -> None:
+    assert layers(numbers) == text
+
+
+def test_the_memory_is_said_in_a_line() -> None:
+    memory = miras_tiny().model.memory  # type: ignore[attr-defined]
+    assert memory_line(memory, "cpu") == "titans, residual; layers 1 and 3; 4 heads x 32; backend cpu"
+    mac = dataclasses.replace(memory, attachment="mac", rule="yaad")
+    assert memory_line(mac, "torch").startswith("yaad with gradients by chunks of 16, mac in segments of 64; layers 1")
+    assert memory_line(dataclasses.replace(memory, layers=()), "cpu") == "none"
+
+
+def test_a_run_is_told_from_another_by_its_window_and_memory() -> None:
+    assert caption(miras_tiny().model) == "window 64, titans on layers 1 and 3"  # type: ignore[arg-type]
+    assert caption(miras_64k().model) == "window 4096, titans on layers 8, 10, 12 and 14"  # type: ignore[arg-type]
+
+
+def test_health_is_said_in_words() -> None:
+    memory = "|M| 3.56, |S| 0.0658 | forget 0.00019, momentum 0.1, step 0.14 | half-life 3345 tokens"
+    assert health(HEALTH) == memory and health({}) == ""
+    assert health({**HEALTH, "beyond_window": 0.875}) == f"{memory} | 88 % beyond the window"
+    assert health({"beyond_window": 0.0}) == "0 % beyond the window"

@@ -47,7 +47,8 @@ class DataConfig:
     """Where documents come from and how they are cut."""
 
     path: tuple[str, ...] = ()
-    """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents. Empty: see `dataset`."""
+    """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents, text and JSON also with .gz or
+    .zst behind it. Empty: see `dataset`."""
     dataset: str | None = None
     """A Hugging Face data set to stream (NAME or NAME@REVISION), or `stdlib`: the source files of this machine's Python
     standard library."""
@@ -66,11 +67,17 @@ class DataConfig:
     min_tokens: int = 0
     """Documents shorter than this many tokens are left out, so that a long-context run trains on long documents."""
     holdout: float = 0.02
-    """Share of documents kept out of training for evaluation, chosen by a hash of the document's identity."""
+    """Share of documents kept out of training for evaluation, chosen by a hash of the document's identity. Of a corpus
+    of one document: this share of it, at its end."""
     shuffle: bool = True
     """Visit documents in a new seeded order each epoch (a streamed data set: within a buffer)."""
     shuffle_buffer: int = 1000
     """How many documents of a streamed data set are shuffled together."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """stop: a record that cannot be read ends the run; skip: it is passed over, named on standard error and counted."""
+    on_change: Literal["stop", "accept"] = "stop"
+    """stop: a resume refuses a corpus in which more has changed than records it has not read; accept: it goes on with
+    it, and says what is lost."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.data.sources.listing import Listing
     from pipeline.devices import Device
     from pipeline.parallel.pulse import Pulse
     from pipeline.parallel.topology import Topology
@@ -181,6 +182,9 @@ class System(Protocol):
     """One research system. The engine owns devices, precision, sharding, time and files; a system owns its maths."""
 
     name: str
+    files: Listing | None = None
+    """The files of `--data.path` as rank 0 has listed them, set before `loader` is called in a run; None: the process
+    lists them itself."""
 
     def check(self, topology: Topology) -> None:
         """Raises UserError when the sizes cannot be laid out so; called before anything is built."""

@@ -34,6 +34,8 @@ from pipeline.checkpoint.state import (
     seed_all,
 )
 from pipeline.config import RunConfig
+from pipeline.data.build import list_data
+from pipeline.data.resume import different_rank
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.finished import is_finished
@@ -95,6 +97,9 @@ def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock
     config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
     if is_finished(config, checkpoint, topology):
         return
+    # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read.
+    listed = together(topology, lambda: list_data(config) if topology.rank == 0 else None)
+    system.files = from_main(topology, listed)
     run = Run(config, topology, device_of(topology), system, config.output_dir, lock=lock)
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
@@ -149,6 +154,7 @@ class Trainer:
         """The step of the newest checkpoint that was begun."""
         # The first look at the data's fingerprint reads the data, which one rank may fail at.
         together(run.topology, self._remember)
+        agree(run.topology, different_rank(from_all(run.topology, self.position["fingerprint"])))
 
     def _remember(self) -> None:
         """Where the data and the generators are after a completed step, for a checkpoint of it at any later moment."""
@@ -337,8 +343,12 @@ class Trainer:
             if not all(bool(value.isfinite()) for value in output.sums.values())
             for stream in streams
         }
-        mine = {stream: place for stream, place in self.position["streams"].items() if stream in bad}
-        everyone = from_all(self.run.topology, (mine, self.position["streams"]))
+        places = {
+            stream: {key: value for key, value in place.items() if isinstance(value, int)}
+            for stream, place in self.position["streams"].items()
+        }
+        mine = {stream: place for stream, place in places.items() if stream in bad}
+        everyone = from_all(self.run.topology, (mine, places))
         found = {stream: place for blamed, _ in everyone for stream, place in blamed.items()}
         return found or {stream: place for _, streams in everyone for stream, place in streams.items()}
 

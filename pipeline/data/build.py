@@ -6,20 +6,31 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.base import Source
+from pipeline.data.sources.listing import Listing, list_files
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import DataConfig, RunConfig
+    from pipeline.config import RunConfig
     from pipeline.parallel.topology import Topology
 
 
-def build_source(data: DataConfig) -> Source:
-    """The corpus that a configuration names; the Python standard library when it names none."""
-    if data.path:
-        from pipeline.data.sources.local import local_files
+def list_data(config: RunConfig) -> Listing | None:
+    """The files that `--data.path` names, as this process sees them; None for other sources. Raises UserError."""
+    return list_files(config.data.path, config.output_dir) if config.data.path else None
 
-        return local_files(data.path, data.text_field)
+
+def build_source(config: RunConfig, files: Listing | None = None) -> Source:
+    """The corpus that a configuration names; the Python standard library when it names none.
+
+    `files` is what another process has listed for all; without, this one lists them.
+    """
+    data = config.data
+    skip = data.on_bad_record == "skip"
+    if data.path:
+        from pipeline.data.sources.local import LocalFiles
+
+        return LocalFiles(files or list_files(data.path, config.output_dir), text_field=data.text_field, skip=skip)
     if data.dataset is None or data.dataset == "stdlib":
         from pipeline.data.sources.local import standard_library
 
@@ -34,6 +45,7 @@ def build_source(data: DataConfig) -> Source:
         split=data.split,
         text_field=data.text_field,
         shuffle_buffer=data.shuffle_buffer,
+        skip=skip,
     )
 
 
@@ -43,10 +55,12 @@ def build_loader(
     *,
     vocab_size: int,
     held_out: bool = False,
+    files: Listing | None = None,
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> PackedLoader:
-    """The loader of this data rank. `vocab_size` is the model's: a token id beyond it is refused.
+    """The loader of this data rank. `vocab_size` is the model's: a token id beyond it is refused. `files` are as in
+    `build_source`; training and held-out loader may share a `source`, which is then indexed once.
 
     The held-out loader reads in an order that no seed changes; `reset()` it before each evaluation. Unless
     `--evaluation.batch-size` sets its rows, they are those of training, and a run that resumes on other ranks evaluates
@@ -54,7 +68,7 @@ def build_loader(
     """
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
     return PackedLoader(
-        source or build_source(data),
+        source or build_source(config, files),
         tokenizer or load_tokenizer(data.tokenizer, data.trust_remote_code),
         sequence_length=config.sequence_length,
         batch_size=rows or config.batch_size,
@@ -68,4 +82,7 @@ def build_loader(
         shuffle=data.shuffle,
         min_tokens=data.min_tokens,
         prefetch=not held_out,
+        skip_bad_records=data.on_bad_record == "skip",
+        accept_change=data.on_change == "accept",
+        speaks=topology.sequence_rank == 0,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -9,21 +11,16 @@ import numpy as np
 import torch
 
 from pipeline.data.packing import DocumentEncoder, StreamPacker
+from pipeline.data.records import RecordLog
+from pipeline.data.resume import accepted, check_settings, reads_the_same, refuse_source
 from pipeline.data.sources.base import Order, Place, Source
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
 from pipeline.system import Batch
 
-_Cursors = dict[str, dict[str, Any]]
+_Cursors = Mapping[str, dict[str, Any]]
 
-_FLAGS = {
-    "source": "--data.path or --data.dataset",
-    "tokenizer": "--data.tokenizer",
-    "seed": "--seed",
-    "shuffle": "--data.shuffle",
-    "holdout": "--data.holdout",
-    "min_tokens": "--data.min-tokens",
-}
+logger = logging.getLogger(__name__)
 
 
 def stream_layout(batch_size: int, grad_accum: int, data_rank: int, data_degree: int) -> tuple[int, range]:
@@ -32,33 +29,14 @@ def stream_layout(batch_size: int, grad_accum: int, data_rank: int, data_degree:
     return rows * data_degree, range(data_rank * rows, (data_rank + 1) * rows)
 
 
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError naming the first setting that would make a resumed run read other data."""
-    if saved.get("streams") != current["streams"]:
-        raise UserError(
-            f"a resume keeps the global batch: the checkpoint has {saved.get('streams')} streams, this run"
-            f" {current['streams']} (--batch-size x data degree x --grad-accum)"
-        )
-    for key, value in current.items():
-        old = saved.get(key)
-        if old != value:
-            raise UserError(
-                f"{_FLAGS.get(key, key)} does not give the data of the checkpoint ({_difference(old, value)}): restore"
-                " it, or start a new run with --init-from"
-            )
-
-
-def _difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return ", ".join(f"{key} {_difference(old.get(key), new[key])}" for key in new if old.get(key) != new[key])
-    return f"{old}, now {new}"
-
-
 class PackedLoader:
     """Row i of every step is stream i of the run; its documents and position depend on i alone, not on the split.
 
     With `prefetch` a thread prepares the next step while the current one is trained on. The state is that of the steps
     handed out, whatever the thread has read since.
+
+    `skip_bad_records` and `accept_change` are `--data.on-bad-record skip` and `--data.on-change accept`; `speaks`:
+    whether this is the one that says what is found in the records, of the ranks that read them.
     """
 
     def __init__(
@@ -78,12 +56,18 @@ class PackedLoader:
         shuffle: bool = True,
         min_tokens: int = 0,
         prefetch: bool = False,
+        skip_bad_records: bool = False,
+        accept_change: bool = False,
+        speaks: bool = True,
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self.sequence_length, self.batch_size, self.grad_accum = sequence_length, batch_size, grad_accum
         self.held_out, self.min_tokens = held_out, min_tokens
         self.streams, self.mine = stream_layout(batch_size, grad_accum, data_rank, data_degree)
-        order = Order(self.streams, self.mine, held_out=held_out, holdout=holdout, shuffle=shuffle, seed=seed)
+        self._accept_change, self._speaks = accept_change, speaks
+        self._order = order = Order(
+            self.streams, self.mine, held_out=held_out, holdout=holdout, shuffle=shuffle, seed=seed
+        )
         self._settings = {
             "seed": seed,
             "shuffle": shuffle,
@@ -93,8 +77,9 @@ class PackedLoader:
         }
         self._documents = source.open(order)
         self._encode = DocumentEncoder(tokenizer, min_tokens=min_tokens, vocab_size=vocab_size)
+        self._log = RecordLog(skip=skip_bad_records, remedy=source.remedy, speaks=speaks)
         self._packers = {
-            stream: StreamPacker(stream, self._documents, order, self._encode, self._require_a_document)
+            stream: StreamPacker(stream, self._documents, order, self._encode, self._require_a_document, self._log)
             for stream in self.mine
         }
         self._fingerprint: dict[str, Any] | None = None
@@ -137,8 +122,50 @@ class PackedLoader:
         return {"streams": self._cursors, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_fingerprint(state["fingerprint"], self.fingerprint)
-        self._load_cursors(state["streams"])
+        """Raises UserError unless the run goes on with the same data, or with what may stand for it.
+
+        That is a corpus in which nothing that the run has read is another, found by reading it again, or any corpus
+        where a change is accepted.
+        """
+        check_settings(state["fingerprint"], self.fingerprint)
+        cursors: _Cursors = state["streams"]
+        saved = state["fingerprint"].get("source") or {}
+        if not self.source.same_documents(saved):
+            cursors = self._after_a_change(saved, self._mine_of(cursors))
+        self._load_cursors(cursors)
+        self._log.skipped, self._log.undecodable = (
+            sum(int(cursor.get(count, 0)) for cursor in self._mine_of(cursors).values())
+            for count in ("skipped", "undecodable")
+        )
+
+    def _after_a_change(self, saved: dict[str, Any], cursors: dict[int, dict[str, Any]]) -> _Cursors:
+        """The cursors to go on from with a corpus that has changed. Raises UserError."""
+        self._forget_pending()
+        if not self.source.same_numbering(saved):
+            why = "its records have other numbers now, or more may have changed than can be told"
+        elif reads_the_same(self._documents, self._order, cursors):
+            if self._speaks and self._order.mine.start == 0:
+                logger.warning(
+                    "the data (%s) has changed, in no record that was read: the run goes on. What is held out may have"
+                    " changed, and evaluations with it",
+                    self.source.name,
+                )
+            # What a reader kept of its place may be of the files as they were.
+            return {str(stream): {**cursor, "reader": None} for stream, cursor in cursors.items()}
+        else:
+            why = "records that this run has read have changed, or it began before they were accounted for"
+        if not self._accept_change:
+            raise refuse_source(saved, self.fingerprint["source"], why)
+        if self._speaks:
+            logger.warning(
+                "the data (%s) has changed, and --data.on-change accept goes on with it: the run is no longer bit for"
+                " bit the one that an unchanged corpus gives; documents of this epoch may be read twice or not at all;"
+                " one that was being read is given up where another stands now; evaluations may be of other text",
+                self.source.name,
+            )
+        self._documents.seek({stream: _place(cursor) for stream, cursor in cursors.items()})
+        ordered = sorted(cursors.items(), key=lambda item: (item[1]["epoch"], item[1]["position"]))
+        return {str(stream): accepted(self._documents, cursor) for stream, cursor in ordered}
 
     def reset(self) -> None:
         """Back to the first document, as an evaluation does before it starts."""
@@ -152,18 +179,24 @@ class PackedLoader:
         return f"{self.source.describe()}{documents}; {tokenizer}"
 
     def _load_cursors(self, cursors: _Cursors) -> None:
+        self._forget_pending()
+        mine = self._mine_of(cursors)
+        for stream, cursor in mine.items():
+            self._packers[stream].load_state_dict(cursor)
+        self._documents.seek({stream: _place(cursor, cursor.get("reader")) for stream, cursor in mine.items()})
+        self._cursors = self._read_cursors()
+
+    def _forget_pending(self) -> None:
         if self._pending is not None:
             self._pending.exception()  # waits; that step is thrown away, and its error with it
             self._pending = None
-        places = {}
-        for stream, packer in self._packers.items():
-            cursor = cursors.get(str(stream))
-            if cursor is None:
+
+    def _mine_of(self, cursors: _Cursors) -> dict[int, dict[str, Any]]:
+        """Cursors of this rank's streams."""
+        for stream in self.mine:
+            if str(stream) not in cursors:
                 raise UserError(f"the checkpoint holds no data position for stream {stream}: resume from another one")
-            packer.load_state_dict(cursor)
-            places[stream] = Place(cursor["epoch"], cursor["position"], cursor.get("reader"))
-        self._documents.seek(places)
-        self._cursors = self._read_cursors()
+        return {stream: cursors[str(stream)] for stream in self.mine}
 
     def _require_a_document(self) -> None:
         """Called when a stream has found nothing in an epoch: raises UserError unless there is something to find."""
@@ -171,9 +204,18 @@ class PackedLoader:
             self._some_document = True
             return
         side = "held-out" if self.held_out else "training"
+        if self._log.first_problem is not None:
+            raise UserError(
+                f"every {side} document of {self.source.name} is empty, too short or passed over"
+                f" ({self._log.first_problem}): give documents with text"
+            )
         if self.min_tokens:
             raise UserError(
                 f"no {side} document of {self.source.name} has --data.min-tokens {self.min_tokens} tokens: lower it, or"
                 " give longer documents"
             )
         raise UserError(f"every {side} document of {self.source.name} is empty: give documents with text")
+
+
+def _place(cursor: Mapping[str, Any], hint: dict[str, Any] | None = None) -> Place:
+    return Place(int(cursor["epoch"]), int(cursor["position"]), hint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_128
 
+from pipeline.data.records import RecordLog
 from pipeline.data.sources.base import Document, Documents, Order
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
@@ -22,6 +24,24 @@ class Cursor:
     position: int
     offset: int = 0
     segment: int = 0
+    skipped: int = 0
+    """Records that had a problem and were passed over."""
+    undecodable: int = 0
+    """Documents that held what is no text."""
+    read: str | None = ""
+    """Digest of all documents before this one, in order; None: not known, in a run that began without."""
+    document: str | None = None
+    """Digest of this document, once part of it is read."""
+
+
+def content_hash(document: Document) -> str:
+    """Digest of what a document is for training; of one that has a problem, that it has one."""
+    return xxh3_128(document.text.encode() if document.problem is None else b"\xff").hexdigest()
+
+
+def chained(before: str, document: str) -> str:
+    """Digest of a sequence of documents that is one longer."""
+    return xxh3_128((before + document).encode()).hexdigest()
 
 
 class DocumentEncoder:
@@ -65,11 +85,13 @@ class StreamPacker:
         order: Order,
         encode: Callable[[Document], np.ndarray | None],
         nothing_found: Callable[[], None],
+        log: RecordLog,
     ) -> None:
         self._stream, self._documents, self._order, self._encode = stream, documents, order, encode
-        self._nothing_found = nothing_found
+        self._nothing_found, self._log = nothing_found, log
         self._cursor = Cursor(0, order.first(stream, 0))
         self._tokens: np.ndarray | None = None
+        self._digest, self._undecodable = "", False
 
     def fill(self, input_ids: np.ndarray, labels: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> None:
         """Writes the stream's next sequence into four arrays [T] int64."""
@@ -91,7 +113,7 @@ class StreamPacker:
                 self._cursor = self._after_document(segment=self._cursor.segment + 1)
                 self._tokens = None
             else:
-                self._cursor.offset = stop
+                self._cursor = replace(self._cursor, offset=stop, document=self._digest)
 
     def _document(self) -> np.ndarray:
         """Tokens of the document at the cursor, which moves past documents that are left out."""
@@ -101,11 +123,17 @@ class StreamPacker:
             document = self._documents.read(cursor.epoch, cursor.position)
             if document is None:
                 epoch = cursor.epoch + 1
-                self._cursor = Cursor(epoch, self._order.first(self._stream, epoch), 0, cursor.segment)
+                self._cursor = replace(cursor, epoch=epoch, position=self._order.first(self._stream, epoch))
                 fruitless += 1
                 if fruitless > 1:
                     self._nothing_found()
                 continue
+            self._digest, self._undecodable = content_hash(document), document.undecodable
+            if document.problem is not None:
+                self._log.refuse_or_skip(document)
+                self._cursor = replace(self._after_document(segment=cursor.segment), skipped=cursor.skipped + 1)
+                continue
+            self._log.note(document)
             self._tokens = self._encode(document)
             if self._tokens is None:
                 self._cursor = self._after_document(segment=cursor.segment)
@@ -117,13 +145,32 @@ class StreamPacker:
         return self._tokens
 
     def _after_document(self, *, segment: int) -> Cursor:
-        return Cursor(self._cursor.epoch, self._cursor.position + self._order.streams, 0, segment)
+        cursor = self._cursor
+        return replace(
+            cursor,
+            position=cursor.position + self._order.streams,
+            offset=0,
+            segment=segment,
+            undecodable=cursor.undecodable + self._undecodable,
+            read=None if cursor.read is None else chained(cursor.read, self._digest),
+            document=None,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         hint = self._documents.hint(self._cursor.epoch, self._cursor.position)
         return asdict(self._cursor) | ({"reader": hint} if hint is not None else {})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._cursor = Cursor(*(int(state[name]) for name in ("epoch", "position", "offset", "segment")))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a cursor of this version or of one before it, whose cursors hold less."""
+        self._cursor = Cursor(
+            epoch=int(state["epoch"]),
+            position=int(state["position"]),
+            offset=int(state["offset"]),
+            segment=int(state["segment"]),
+            skipped=int(state.get("skipped", 0)),
+            undecodable=int(state.get("undecodable", 0)),
+            read=state.get("read"),
+            document=state.get("document"),
+        )
         self._tokens = None

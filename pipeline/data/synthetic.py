@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import LARGEST
-from pipeline.data.loader import check_fingerprint, stream_layout
+from pipeline.data.loader import stream_layout
+from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import digest
 from pipeline.errors import UserError, shown
 from pipeline.system import IGNORED, Batch

@@ -13,10 +13,12 @@ from pipeline.archive import load_config
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.state import load_trainable
+from pipeline.data.build import list_data
 from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.flags import parse_flags
 from pipeline.output import writing
+from pipeline.parallel.agreement import from_main, together
 from pipeline.parallel.pulse import Pulse
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
@@ -40,6 +42,7 @@ def run_eval(words: Sequence[str]) -> None:
         topology = start(config)
         system = create_system(config)
         system.check(topology)
+        system.files = from_main(topology, together(topology, lambda: None if topology.rank else list_data(config)))
         with building({}, precision_of(config)):
             model = system.build()
         system.initialise(model, topology)

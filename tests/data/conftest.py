@@ -51,6 +51,7 @@ class MemorySource:
 
     groups: np.ndarray | None = None
     together = 1
+    remedy = "give other texts"
 
     def __init__(self, texts: list[str], *, whole: bool = False) -> None:
         self.name, self.texts, self.whole = "memory", texts, whole
@@ -69,6 +70,12 @@ class MemorySource:
 
     def fingerprint(self) -> dict[str, Any]:
         return {"texts": len(self.texts)}
+
+    def same_documents(self, saved: dict[str, Any]) -> bool:
+        return saved == self.fingerprint()
+
+    def same_numbering(self, saved: dict[str, Any]) -> bool:
+        return False
 
     def describe(self) -> str:
         return self.name

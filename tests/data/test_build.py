@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pipeline.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
@@ -21,7 +22,7 @@ def config(data: DataConfig | None = None, **changes: Any) -> RunConfig:
 
 
 def test_the_default_is_the_standard_library() -> None:
-    assert build_source(DataConfig()).name == build_source(DataConfig(dataset="stdlib")).name == "stdlib"
+    assert build_source(config()).name == build_source(config(DataConfig(dataset="stdlib"))).name == "stdlib"
     training = build_loader(config(), Topology(), vocab_size=260)
     held_out = build_loader(config(), Topology(), vocab_size=260, held_out=True)
     assert [b.input_ids.shape for b in training.next_step()] == [(2, 32), (2, 32)]
@@ -60,9 +61,36 @@ def test_paths_and_data_sets(tmp_path: Path) -> None:
     assert bytes(batch.input_ids[0, :4].tolist()) == b"row "
 
 
+def test_what_becomes_of_records_and_changes_is_configured(
+    tmp_path: Path, refusal: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": f"row {row} {chr(0xD800) if row == 2 else ''}"}) for row in range(50)]
+    path.write_text("\n".join([lines[0], "{", *lines[1:]]))
+    stopping, skipping, accepting = (
+        config(DataConfig(path=(str(path),), holdout=0.2, shuffle=False, **options))  # type: ignore[arg-type]
+        for options in ({}, {"on_bad_record": "skip"}, {"on_change": "accept", "on_bad_record": "skip"})
+    )
+    assert "--data.on-bad-record skip" in refusal(build_loader(stopping, Topology(), vocab_size=260).next_step)
+    topology = Topology(rank=1, world=2, sequence=2)
+    build_loader(skipping, topology, vocab_size=260).next_step()
+    assert not caplog.records, "the rank that shares the sequence says it"
+    loader = build_loader(skipping, Topology(world=2, sequence=2), vocab_size=260)
+    loader.next_step()
+    assert "rows.jsonl:2 is not JSON" in caplog.text and "read as U+FFFD" in caplog.text
+    state = loader.state_dict()
+    path.write_text("\n".join(lines))
+    for changed, accepted in ((skipping, False), (accepting, True)):
+        resumed = build_loader(changed, Topology(), vocab_size=260)
+        if accepted:
+            resumed.load_state_dict(state)
+        else:
+            assert "--data.on-change accept" in refusal(resumed.load_state_dict, state)
+
+
 def test_refusals(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    assert "does not exist" in refusal(build_source, DataConfig(path=(str(tmp_path / "absent"),)))
-    assert "--data.shuffle-buffer is 0" in refusal(build_source, DataConfig(dataset="x", shuffle_buffer=0))
+    assert "does not exist" in refusal(build_source, config(DataConfig(path=(str(tmp_path / "absent"),))))
+    assert "--data.shuffle-buffer is 0" in refusal(build_source, config(DataConfig(dataset="x", shuffle_buffer=0)))
     wrong = dataclasses.replace(DataConfig(), tokenizer="./absent")
     assert "--data.tokenizer ./absent does not exist" in refusal(
         build_loader, config(wrong), Topology(), vocab_size=260

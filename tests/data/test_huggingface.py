@@ -9,17 +9,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.loader import PackedLoader, check_fingerprint
-from pipeline.data.sources.base import Order
-from pipeline.data.sources.huggingface import HuggingFaceStream, StreamedDocuments
+from pipeline.data.loader import PackedLoader
+from pipeline.data.resume import check_fingerprint
+from pipeline.data.sources.base import Document, Order
+from pipeline.data.sources.huggingface import HuggingFaceStream
+from pipeline.data.sources.streamed import StreamedDocuments, _Rows
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
 from tests.data.conftest import rewrite
+from tests.data.test_compressed import CODECS
 from tests.data.test_loader import SPLITS, merged, step
 
 
@@ -112,7 +117,7 @@ def shared_source(files: tuple[str, ...]) -> HuggingFaceStream:
 
 @pytest.fixture
 def _many_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.sources.huggingface._SNAPSHOT_EVERY", 5)
+    monkeypatch.setattr("pipeline.data.sources.streamed._SNAPSHOT_EVERY", 5)
 
 
 @pytest.mark.usefixtures("_many_snapshots")
@@ -149,8 +154,8 @@ def test_resume_does_not_read_from_the_start(json_shards: list[str], monkeypatch
     cursors = state["streams"].values()
     assert all(0 < c["reader"]["position"] <= c["position"] and c["reader"]["epoch"] == c["epoch"] for c in cursors)
     read = []
-    plain = HuggingFaceStream.text
-    monkeypatch.setattr(HuggingFaceStream, "text", lambda self, row: read.append(row) or plain(self, row))
+    plain = HuggingFaceStream.document
+    monkeypatch.setattr(HuggingFaceStream, "document", lambda *given: read.append(given) or plain(*given))
     loading = ranks((1, 1, 2), json_shards, sequence_length=64)
     loading[0].load_state_dict(state)
     loaded = step(loading)
@@ -160,9 +165,6 @@ def test_resume_does_not_read_from_the_start(json_shards: list[str], monkeypatch
 
 @pytest.mark.usefixtures("_many_snapshots")
 def test_parquet_streams_and_resumes(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     files = []
     for shard in range(3):
         rows = [f"{shard}-{row} " + "y" * (row % 11) for row in range(30)]
@@ -191,8 +193,8 @@ def test_held_out_documents_are_read_once(json_shards: list[str], monkeypatch: p
     packed = ranks((1, 1, 2), json_shards, held_out=True)[0]
     first = [step([packed]) for _ in range(4)]
     read = []
-    plain = HuggingFaceStream.text
-    monkeypatch.setattr(HuggingFaceStream, "text", lambda self, row: read.append(row) or plain(self, row))
+    plain = HuggingFaceStream.document
+    monkeypatch.setattr(HuggingFaceStream, "document", lambda *given: read.append(given) or plain(*given))
     packed.reset()
     assert all(torch.equal(step([packed]), expected) for expected in first)
     assert not read
@@ -214,7 +216,9 @@ def test_refusals(
 ) -> None:
     import huggingface_hub.constants
 
-    assert "has no column 'body' (it has 'text')" in refusal(source, json_shards, text_field="body")
+    assert "shard0.jsonl:1 has no field 'body' (it has 'text'; see --data.text-field)" in refusal(
+        source, json_shards, text_field="body"
+    )
     assert "(split 'nothing') cannot be read" in refusal(source, json_shards, split="nothing")
     assert "cannot be read: Unable to find" in refusal(source, [str(tmp_path / "absent.jsonl")])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -223,10 +227,20 @@ def test_refusals(
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n' * 3 + '{"text": "bro\n')
     packed = ranks((1, 1, 2), [str(broken)])[0]
-    assert "--data.dataset json broke off" in refusal(packed.next_step)
+    assert f"{broken}:4 is not JSON" in refusal(packed.next_step)
     numbers = tmp_path / "numbers.jsonl"
     numbers.write_text('{"text": 1}\n')
-    assert "holds int values in 'text', not text" in refusal(ranks((1, 1, 2), [str(numbers)])[0].next_step)
+    assert f"{numbers}:1: 'text' is not text" in refusal(source, [str(numbers)])
+    table = tmp_path / "table.csv"
+    table.write_text("text,other\n1,2\n")
+    csv = HuggingFaceStream("csv", data_files=[str(table)])
+    assert "holds int values in 'text', not text" in refusal(ranks((1, 1, 2), csv)[0].next_step)
+    parquet = tmp_path / "numbers.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), parquet)
+    message = refusal(HuggingFaceStream, "parquet", data_files=[str(parquet)])
+    assert "--data.dataset parquet holds int64 values in 'text', not text: name the text with" in message
+    message = refusal(HuggingFaceStream, "parquet", data_files=[str(parquet)], text_field="body")
+    assert "has no column 'body' (it has 'text')" in message
 
 
 def test_an_empty_side_is_named(json_shards: list[str], refusal: Callable[..., str]) -> None:
@@ -267,17 +281,112 @@ def test_a_script_in_a_folder_of_data_is_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_changed_byte_is_noticed_at_a_resume(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    """Of a folder that the library streams: same size, same time."""
+def test_a_changed_byte_is_noticed_at_a_resume(
+    tmp_path: Path, refusal: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a folder that the library streams: same size, same time; in a row that was read, and in one that was not."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "train-0.jsonl").write_text("".join(json.dumps({"text": f"row {row:02}"}) + "\n" for row in range(60)))
-    (loader,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
-    step([loader])
-    state = loader.state_dict()
-    rewrite(folder / "train-0.jsonl", b"row 31", b"raw 31")
-    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
+    (loader,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)), shuffle=False)
+    for _ in range(8):
+        step([loader])
+    state = json.loads(json.dumps(loader.state_dict()))
+    following = [step([loader]) for _ in range(4)]
+    read, unread = sorted(texts([str(folder / "train-0.jsonl")]))[3].encode(), b"row 55"
+    rewrite(folder / "train-0.jsonl", read, b"x" + read[1:])
+    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)), shuffle=False)
     assert "--data.path or --data.dataset does not give the data" in refusal(resumed.load_state_dict, state)
-    rewrite(folder / "train-0.jsonl", b"raw 31", b"row 31")
-    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)))
+    rewrite(folder / "train-0.jsonl", b"x" + read[1:], read)
+    rewrite(folder / "train-0.jsonl", unread, b"raw 55")
+    (resumed,) = ranks((1, 1, 2), HuggingFaceStream(str(folder)), shuffle=False)
     resumed.load_state_dict(state)
+    assert "has changed, in no record that was read" in caplog.text
+    assert all(torch.equal(step([resumed]), expected) for expected in following)
+
+
+# --- rows as they are
+
+
+def rows_of(kind: str, *files: Path, **options: Any) -> list[Document]:
+    data = HuggingFaceStream(kind, data_files=[str(file) for file in files], **options)
+    return list(_Rows(data, order(shuffle=False), 0, None))
+
+
+OTHER_COLUMNS = {
+    "number then text": ([1, 2], ["a", "b"]),
+    "number then object": ([1, 2], [{"x": 1}, {"x": 2}]),
+    "number then list": ([1, 2], [[1], [2]]),
+    "object of other fields": ([{"x": 1}], [{"y": [2]}]),
+    "absent": ([1, 2], None),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), OTHER_COLUMNS.values(), ids=OTHER_COLUMNS.keys())
+def test_a_column_that_is_not_used_may_change_its_type(tmp_path: Path, before: list[Any], after: Any) -> None:
+    """Between files, and between the rows of one."""
+    tables = [{"text": [f"<{n}>"] * len(before), **({} if column is None else {"meta": column})}
+              for n, column in enumerate((before, after))]  # fmt: skip
+    lines = []
+    for number, table in enumerate(tables):
+        rows = [dict(zip(table, values, strict=False)) for values in zip(*table.values(), strict=True)]
+        lines.append("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{number}.jsonl").write_text(lines[-1])
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"{number}.parquet")
+    (tmp_path / "both.jsonl").write_text("".join(lines) * 100)
+    expected = ["<0>"] * len(before) + ["<1>"] * len(before)
+    for kind, end in (("json", "jsonl"), ("parquet", "parquet")):
+        found = rows_of(kind, tmp_path / f"0.{end}", tmp_path / f"1.{end}")
+        assert [document.text for document in found] == expected
+    assert [document.text for document in rows_of("json", tmp_path / "both.jsonl")] == expected * 100
+
+
+def test_rows_are_named_by_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": null}')
+    assert [(d.name, d.text) for d in rows_of("json", tmp_path / "a.jsonl")] == [
+        (f"{tmp_path / 'a.jsonl'}:{line}", text) for line, text in ((1, "one"), (3, "two"), (4, ""))
+    ]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / "a.parquet")
+    assert [(d.name, d.text) for d in rows_of("parquet", tmp_path / "a.parquet")] == [
+        (f"{tmp_path / 'a.parquet'} (row {row})", text) for row, text in ((0, "one"), (1, ""))
+    ]
+
+
+def test_arrays_and_compressed_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    (tmp_path / "b.json").write_text(json.dumps(["one", "two"]))
+    (tmp_path / "c.json").write_text("[]")
+    for end, codec in CODECS.items():
+        with pyarrow.CompressedOutputStream(str(tmp_path / f"d.jsonl.{end}"), codec) as file:
+            file.write(b'{"text": "one"}\n{"text": "two"}\n')
+    for name in ("a.json", "b.json", "d.jsonl.gz", "d.jsonl.zst"):
+        assert [document.text for document in rows_of("json", tmp_path / name)] == ["one", "two"], name
+    assert rows_of("json", tmp_path / "c.json") == []
+
+
+def test_what_cannot_be_read_of_a_file_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.sources.hub_rows._READ_AHEAD", 1000)
+    good = b"".join(b'{"text": "row %06d"}\n' % row for row in range(20_000))
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    for end, codec in CODECS.items():
+        path = tmp_path / f"d.jsonl.{end}"
+        with pyarrow.CompressedOutputStream(str(path), codec) as file:
+            file.write(good)
+        path.write_bytes(path.read_bytes()[:-10])
+        found = rows_of("json", path, tmp_path / "deep.json", skip=True)
+        *whole, broken, deep = found
+        assert broken.name.startswith(f"{path}:") and "cannot be read, nor what follows it" in str(broken.problem)
+        assert "maximum recursion" in str(deep.problem)
+        assert len(whole) > 4000 and not any(document.problem for document in whole)
+        assert rows_of("json", path, tmp_path / "deep.json", skip=True) == found
+
+
+def test_a_network_that_fails_is_no_bad_record(
+    json_shards: list[str], monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    packed = ranks((1, 1, 2), source(json_shards, skip=True), skip_bad_records=True)[0]
+    monkeypatch.setattr("pipeline.data.sources.hub_rows.xopen", fails)
+    assert "--data.dataset json broke off (" in refusal(packed.next_step)

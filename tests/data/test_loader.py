@@ -225,7 +225,10 @@ def test_a_resume_keeps_the_data(tmp_path: Path, bpe_folder: Path, refusal: Call
 def test_a_changed_file_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    state = loader(local_files([str(path)])).state_dict()
+    running = loader(local_files([str(path)]))
+    for _ in range(40):
+        step([running])
+    state = running.state_dict()
     path.write_text(path.read_text().replace("00", "11", 1))
     message = refusal(loader(local_files([str(path)])).load_state_dict, state)
     assert message.startswith("--data.path or --data.dataset does not give the data of the checkpoint (")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -73,18 +72,19 @@ def test_text_files_in_folders_and_globs(tmp_path: Path) -> None:
     assert texts(both) == ["# c.py", "# a/one.txt", "# b/two.md"], "a file named twice counts once"
 
 
-def test_decoding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_decoding(tmp_path: Path) -> None:
     write(tmp_path / "bom.txt", b"\xef\xbb\xbfwith mark\r\n")
     write(tmp_path / "latin.py", b"# -*- coding: latin-1 -*-\n# \xe9\n")
     write(tmp_path / "broken.txt", b"ab\xffcd")
     write(tmp_path / "unknown.py", b"# coding: no-such\n")
-    with caplog.at_level(logging.WARNING):
-        read = dict(zip(("bom", "broken", "latin", "unknown"), texts(local_files([str(tmp_path)])), strict=True))
+    source = local_files([str(tmp_path)])
+    read = dict(zip(("bom", "broken", "latin", "unknown"), texts(source), strict=True))
     assert read["bom"] == "with mark\r\n"
     assert read["latin"].endswith("# é\n")
     assert read["broken"] == "ab\ufffdcd"
     assert read["unknown"] == "# coding: no-such\n"
-    assert [record.args[0].name for record in caplog.records] == ["broken.txt", "unknown.py"]  # type: ignore[index, union-attr]
+    marked = [Path(source[i].name).name for i in range(len(source)) if source[i].undecodable]
+    assert marked == ["broken.txt", "unknown.py"]
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -118,7 +118,7 @@ def test_parquet_rows(tmp_path: Path) -> None:
 
 
 def test_parquet_row_groups_are_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.data.sources.readers import ParquetFile
+    from pipeline.data.sources.grouped import ParquetFile
 
     reads: Counter[tuple[str, int]] = Counter()
     plain = ParquetFile.read_group
@@ -235,14 +235,16 @@ def test_fingerprint_is_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("pipeline.data.sources.content._SAMPLE_BLOCK", 10)
     sampled = local_files([str(path)]).fingerprint()
     assert sampled == local_files([str(path)]).fingerprint() != plain
-    content[-3] ^= 1
+    content[-4] ^= 1
     write(moved, bytes(content))
     assert local_files([str(moved)]).fingerprint() != sampled, "the last block is one of the samples"
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "glob", "text", "parquet"])
-def test_a_changed_byte_is_noticed_at_a_resume(tmp_path: Path, refusal: Callable[..., str], form: str) -> None:
-    """Same size, same time, in a document that no stream has reached."""
+def test_a_changed_byte_is_noticed_at_a_resume(
+    tmp_path: Path, refusal: Callable[..., str], caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    """Same size, same time: in a document that no stream has reached, and in one that was read."""
     rows = [f"document {row:03}" for row in range(100)]
     folder = tmp_path / "corpus"
     target = write(folder / "below" / "rows.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -259,17 +261,23 @@ def test_a_changed_byte_is_noticed_at_a_resume(tmp_path: Path, refusal: Callable
 
     def loader() -> PackedLoader:
         return PackedLoader(
-            local_files([given]), ByteTokenizer(), sequence_length=16, batch_size=1, vocab_size=257, holdout=0.2
+            local_files([given]), ByteTokenizer(), sequence_length=16, batch_size=1, vocab_size=257, holdout=0.05
         )
 
     running = loader()
-    running.next_step()
-    state = running.state_dict()
+    states = [running.state_dict()]
+    for _ in range(200):
+        running.next_step()
+    states.append(running.state_dict())
     rewrite(target, b"document 071", b"document 07l")
-    message = refusal(loader().load_state_dict, state)
+    loader().load_state_dict(states[0])
+    assert ") has changed, in no record that was read" in caplog.text
+    message = refusal(loader().load_state_dict, states[1])
     assert "--data.path or --data.dataset does not give the data of the checkpoint" in message
     rewrite(target, b"document 07l", b"document 071")
-    loader().load_state_dict(state)
+    caplog.clear()
+    loader().load_state_dict(states[1])
+    assert not caplog.records
 
 
 def test_describe(tmp_path: Path) -> None:
@@ -294,16 +302,17 @@ def test_bad_paths(tmp_path: Path, refusal: Callable[..., str]) -> None:
 
 def test_bad_json(tmp_path: Path, refusal: Callable[..., str]) -> None:
     path = write(tmp_path / "rows.jsonl", '{"text": "fine"}\n\n{"text": "broken\n{"text": "fine"}\n')
-    source = local_files([str(path)])
-    assert f"{path}:3 is not JSON" in refusal(texts, source)
+    assert str(local_files([str(path)])[1].problem).startswith(f"{path}:3 is not JSON")
     path = write(tmp_path / "field.jsonl", '{"body": "x", "id": 1}\n')
-    assert f"{path}:1 has no field 'text' (it has 'body', 'id')" in refusal(local_files, [str(path)])
+    assert f"{path}:1 has no field 'text' (it has 'body', 'id'; see --data.text-field)" in refusal(
+        local_files, [str(path)]
+    )
     assert texts(local_files([str(path)], "body")) == ["x"]
     assert "'id' is not text" in refusal(local_files, [str(path)], "id")
     path = write(tmp_path / "array.json", '[{"text": "x"}]')
-    assert f"{path}:1 is not a JSON object: write one object per line" in refusal(local_files, [str(path)])
-    path = write(tmp_path / "bytes.jsonl", b'{"text": "\xff"}\n')
-    assert f"{path}:1 is not JSON" in refusal(local_files, [str(path)])
+    assert f"{path}:1 is not a JSON object (one per line is expected)" in refusal(local_files, [str(path)])
+    path = write(tmp_path / "cut.jsonl", '{"text": "x"}\n{"te')
+    assert f"{path}:2 is not JSON" in refusal(local_files, [str(path)]), "a file that is cut short shows at once"
 
 
 def test_bad_parquet(tmp_path: Path, refusal: Callable[..., str]) -> None:

@@ -15,10 +15,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Document:
-    """A document and the name that error messages give it."""
+    """A document and the name that messages give it."""
 
     name: str
     text: str
+    problem: str | None = None
+    """Why the record is no text, in words that begin with its file and row; None where it is one."""
+    undecodable: bool = False
+    """Whether bytes or half surrogate pairs that are no text are read as U+FFFD."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,23 @@ class Source(Protocol):
 
     name: str
 
+    @property
+    def remedy(self) -> str:
+        """What can be done about a record that cannot be used, for messages."""
+        ...
+
     def open(self, order: Order) -> Documents: ...
 
     def fingerprint(self) -> dict[str, Any]:
         """Identity and content, JSON-ready; equal fingerprints mean equal documents."""
+        ...
+
+    def same_documents(self, saved: dict[str, Any]) -> bool:
+        """Whether the fingerprint `saved`, of this version or of one before it, means these documents in this order."""
+        ...
+
+    def same_numbering(self, saved: dict[str, Any]) -> bool:
+        """Whether every place of an order means the same record as with the fingerprint `saved`, changed or not."""
         ...
 
     def describe(self) -> str:

@@ -2,62 +2,93 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.data.sources.base import Document, Order
+from pipeline.data.sources.base import Document, Documents, Order
+from pipeline.data.sources.compressed import Damaged
 from pipeline.data.sources.content import hash_files
+from pipeline.data.sources.divided import DividedText, WholeText
+from pipeline.data.sources.grouped import GROUP_CACHE, CompressedJsonLinesFile, GroupCache, ParquetFile
 from pipeline.data.sources.indexed import IndexedDocuments
-from pipeline.data.sources.readers import (
+from pipeline.data.sources.listing import (
     JSON_SUFFIXES,
     PARQUET_SUFFIXES,
-    ROW_GROUP_CACHE,
-    SUFFIXES,
-    FileReader,
-    JsonLinesFile,
-    ParquetFile,
-    RowGroupCache,
-    TextFile,
-    unreadable,
+    Listing,
+    LocalFile,
+    file_format,
+    list_files,
 )
+from pipeline.data.sources.readers import DamagedFile, FileReader, JsonLinesFile, TextFile, unreadable
 from pipeline.errors import UserError
 
+T = TypeVar("T")
+
 _EXCLUDED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A file and its identity: its path below the folder that was asked for, so that the hold-out survives a move."""
-
-    path: Path
-    identity: str
+_GROUPED = (ParquetFile, CompressedJsonLinesFile)
 
 
 class LocalFiles:
-    """Documents of local files, by random access. A text file is one document, a JSON line or parquet row is one."""
+    """Documents of local files, by random access. A text file is one document, a JSON line or parquet row is one.
 
-    def __init__(self, files: Sequence[LocalFile], *, name: str, text_field: str = "text") -> None:
-        self.name, self._text_field = name, text_field
-        cache = RowGroupCache()
-        readers = [(file, _reader(file.path, text_field, cache)) for file in files]
+    A file of which no record can be read, or the first or last one cannot, is refused at once; with `skip` (of
+    `--data.on-bad-record`) it counts as a record that has a problem, as do those that are found while reading.
+    """
+
+    remedy = (
+        "correct the record where it stands, and the same command goes on (where one is taken out, only with"
+        " --data.on-change accept); or pass over such records with --data.on-bad-record skip"
+    )
+
+    def __init__(self, listing: Listing, *, text_field: str = "text", skip: bool = False) -> None:
+        self.name, self._text_field, self._notes = listing.name, text_field, listing.notes()
+        cache = GroupCache()
+        readers = [(file, self._reader(file.path, cache, skip)) for file in listing.files]
         self._files = [file for file, reader in readers if reader.rows]
         self._readers = [reader for _, reader in readers if reader.rows]
         if not self._readers:
-            raise UserError(f"{name} holds no document: every file is empty")
+            raise UserError(f"{self.name} holds no document: every file is empty")
         self._ends = np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)
-        parquet = [reader for reader in self._readers if isinstance(reader, ParquetFile)]
-        self.groups = _group_boundaries(self._readers) if parquet else None
-        largest = max((reader.group_bytes for reader in parquet), default=0)
-        # Half of the cache: streams that run ahead are already in the next groups.
-        self.together = int(np.clip(ROW_GROUP_CACHE // 2 // max(largest, 1), 1, 8))
+        grouped = [reader for reader in self._readers if isinstance(reader, _GROUPED)]
+        self.groups = _group_boundaries(self._readers) if grouped else None
+        self.together = _together(reader.group_bytes for reader in grouped)
+
+    def _reader(self, path: Path, cache: GroupCache, skip: bool) -> FileReader:
+        found = file_format(path.name)
+        assert found is not None, path
+        suffix, codec = found
+        try:
+            if suffix in PARQUET_SUFFIXES:
+                return ParquetFile(path, self._text_field, cache)
+            if suffix not in JSON_SUFFIXES:
+                return TextFile(path, codec)
+            reader = (
+                JsonLinesFile(path, self._text_field)
+                if codec is None
+                else CompressedJsonLinesFile(path, self._text_field, codec, cache, skip=skip)
+            )
+            if not skip and reader.rows:
+                # A wrong field or format shows in the first record, and a file that is cut short in the last.
+                self._refuse_problem(reader[0])
+                self._refuse_problem(reader[reader.rows - 1])
+            return reader
+        except Damaged as error:
+            if skip:
+                return DamagedFile(path, str(error))
+            raise UserError(f"{error}: restore the file, or go on with --data.on-bad-record skip") from error
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    def _refuse_problem(self, document: Document) -> None:
+        if document.problem is not None:
+            raise UserError(f"{document.problem}: {self.remedy}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -73,46 +104,73 @@ class LocalFiles:
     def parts(self) -> Iterable[tuple[str, int]]:
         return ((file.identity, reader.rows) for file, reader in zip(self._files, self._readers, strict=True))
 
-    def open(self, order: Order) -> IndexedDocuments:
-        return IndexedDocuments(self, order)
+    def open(self, order: Order) -> Documents:
+        return DividedText(self._whole, order) if len(self) == 1 else IndexedDocuments(self, order)
+
+    @cached_property
+    def _whole(self) -> WholeText:
+        document = self[0]
+        self._refuse_problem(document)
+        return WholeText(document.name, document.text.encode(), document.undecodable)
 
     def describe(self) -> str:
-        return f"{self.name}: {len(self):,} documents in {len(self._files):,} files, {self._bytes / 1e6:,.1f} MB"
+        passed_over = f"; passed over: {self._notes}" if self._notes else ""
+        counts = f"{len(self):,} documents in {len(self._files):,} files, {self._bytes / 1e6:,.1f} MB"
+        return f"{self.name}: {counts}{passed_over}"
 
     def fingerprint(self) -> dict[str, Any]:
         counts = {"documents": len(self), "files": len(self._files), "bytes": self._bytes}
-        return {**counts, "text_field": self._text_field, "digest": self._digest}
+        return {**counts, "text_field": self._text_field, "digest": self._digest, "layout": self._layout}
+
+    def same_documents(self, saved: dict[str, Any]) -> bool:
+        current = self.fingerprint()
+        if "layout" in saved:
+            return saved == current
+        # A checkpoint of before says nothing of the order, which the text column's size decided then.
+        parquet = [reader.largest_text() for reader in self._readers if isinstance(reader, ParquetFile)]
+        known = {key: value for key, value in current.items() if key != "layout"}
+        return saved == known and _together(parquet) == self.together
+
+    def same_numbering(self, saved: dict[str, Any]) -> bool:
+        return saved.get("layout") == self._layout and saved.get("text_field") == self._text_field
+
+    @cached_property
+    def _layout(self) -> str:
+        """Digest of what decides which record a place means: files, rows, and the groups that are read together."""
+        state = blake2b(digest_size=16)
+        for identity, rows in self.parts():
+            state.update(f"{identity}\0{rows}\0".encode("utf-8", "surrogateescape"))
+        if self.groups is not None:
+            state.update(self.groups.tobytes() + bytes([self.together]))
+        return state.hexdigest()
 
     @cached_property
     def _bytes(self) -> int:
-        return sum(file.path.stat().st_size for file in self._files)
+        return self._read(lambda: sum(file.path.stat().st_size for file in self._files))
 
     @cached_property
     def _digest(self) -> str:
+        return self._read(lambda: hash_files([(file.identity, file.path) for file in self._files]))
+
+    def _read(self, part: Callable[[], T]) -> T:
         try:
-            return hash_files([(file.identity, file.path) for file in self._files])
+            return part()
         except OSError as error:
             raise unreadable(Path(error.filename or self.name), error) from error
 
 
-def _reader(path: Path, text_field: str, cache: RowGroupCache) -> FileReader:
-    suffix = path.suffix.lower()
-    try:
-        if suffix in JSON_SUFFIXES:
-            return JsonLinesFile(path, text_field)
-        if suffix in PARQUET_SUFFIXES:
-            return ParquetFile(path, text_field, cache)
-        return TextFile(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+def _together(sizes: Iterable[int]) -> int:
+    """How many groups of at most such sizes are read at a time."""
+    # Half of the cache: streams that run ahead are already in the next groups.
+    return int(np.clip(GROUP_CACHE // 2 // max(*sizes, 1, 1), 1, 8))
 
 
 def _group_boundaries(readers: Sequence[FileReader]) -> np.ndarray:
-    """A group per parquet row group; files that are cheap to read in any order are joined into one group per run."""
+    """A group per group of a file; files that are cheap to read in any order are joined into one group per run."""
     sizes: list[int] = []
     joined = False
     for reader in readers:
-        if isinstance(reader, ParquetFile):
+        if isinstance(reader, _GROUPED):
             sizes.extend(reader.group_rows)
             joined = False
         elif joined:
@@ -123,69 +181,9 @@ def _group_boundaries(readers: Sequence[FileReader]) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
 
 
-def local_files(paths: Sequence[str], text_field: str = "text") -> LocalFiles:
+def local_files(paths: Sequence[str], text_field: str = "text", *, skip: bool = False) -> LocalFiles:
     """The corpus that `--data.path` names: files, folders (searched to the bottom) and globs, each in sorted order."""
-    found: dict[Path, LocalFile] = {}
-    for given in paths:
-        for file in _expand(given):
-            found.setdefault(file.path.resolve(), file)
-    shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    return LocalFiles(list(found.values()), name=shown, text_field=text_field)
-
-
-def _expand(given: str) -> list[LocalFile]:
-    path = Path(given).expanduser()
-    if path.is_dir():
-        files = _below(path, path)
-        if not files:
-            raise UserError(f"--data.path {given} holds no {_listed(SUFFIXES)} file: name another folder")
-        return files
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"--data.path {given} ends in {path.suffix!r}: {_listed(SUFFIXES)} files can be read")
-        if path.stat().st_size == 0:
-            raise UserError(f"--data.path {given} is empty: name a file with documents")
-        return [LocalFile(path, path.name)]
-    if glob.has_magic(given):
-        root = _fixed_part(path)
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        files = []
-        for match in matches:
-            if "__pycache__" in match.parts:
-                continue
-            if match.is_dir():
-                files.extend(_below(match, root))
-            elif match.suffix.lower() in SUFFIXES:
-                files.append(LocalFile(match, match.relative_to(root).as_posix()))
-        if files:
-            return files
-        raise UserError(f"--data.path {given} matches no {_listed(SUFFIXES)} file: check the pattern")
-    raise UserError(f"--data.path {given} does not exist: check the path")
-
-
-def _below(folder: Path, root: Path) -> list[LocalFile]:
-    """Files that can be read below `folder`, sorted; hidden ones are left out."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        for name in names:
-            path = Path(parent, name)
-            if not name.startswith(".") and path.suffix.lower() in SUFFIXES:
-                files.append(LocalFile(path, path.relative_to(root).as_posix()))
-    return sorted(files, key=lambda file: file.identity)
-
-
-def _fixed_part(pattern: Path) -> Path:
-    parts = []
-    for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
-
-
-def _listed(suffixes: Sequence[str]) -> str:
-    return ", ".join(suffixes[:-1]) + " or " + suffixes[-1]
+    return LocalFiles(list_files(paths), text_field=text_field, skip=skip)
 
 
 def standard_library() -> LocalFiles:
@@ -202,4 +200,4 @@ def standard_library() -> LocalFiles:
         files.extend(LocalFile(path, path.relative_to(root).as_posix()) for path in paths)
     if not files:
         raise UserError(f"the standard library at {root} has no .py files: name documents with --data.path")
-    return LocalFiles(sorted(files, key=lambda file: file.identity), name="stdlib")
+    return LocalFiles(Listing("stdlib", tuple(sorted(files, key=lambda file: file.identity)), {}))

@@ -1,31 +1,22 @@
-"""Documents inside one local file: whole text files, JSON lines, parquet rows."""
+"""Documents inside one plain local file: whole text files and JSON lines; what all kinds of files share."""
 
 from __future__ import annotations
 
-import io
-import json
-import logging
-import threading
-import tokenize
-from collections import OrderedDict
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
 from pipeline.data.sources.base import Document
+from pipeline.data.sources.compressed import Damaged, Decompressed, first_line
+from pipeline.data.sources.text import MARK_BYTES, decode, decode_python, misnamed, parse_record
 from pipeline.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSON_SUFFIXES = (".jsonl", ".json")
-PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
-
-ROW_GROUP_CACHE = 256 << 20
-"""Bytes of decoded parquet row groups that a source keeps."""
 _SCAN_BLOCK = 16 << 20
+_TINY = 512
+"""Bytes below which a text file may be a mere pointer to the data, and is looked into at once."""
 
 
 class FileReader(Protocol):
@@ -38,28 +29,43 @@ class FileReader(Protocol):
 
 
 class TextFile:
-    """The whole file is one document."""
+    """The whole file is one document. `codec`: how it is compressed; None: not at all."""
 
-    __slots__ = ("path", "rows")
+    __slots__ = ("_codec", "path", "rows")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = int(path.stat().st_size > 0)
+    def __init__(self, path: Path, codec: str | None = None) -> None:
+        self.path, self._codec = path, codec
+        if codec is not None:
+            self.rows = int(any(self._blocks()))
+            return
+        size = path.stat().st_size
+        self.rows = int(size > 0)
+        if 0 < size < _TINY:
+            check_name(path)
+
+    def _blocks(self) -> Iterator[bytes]:
+        assert self._codec is not None
+        file = Decompressed(self.path, self._codec)
+        try:
+            yield from file.chunks()
+        finally:
+            file.close()
 
     def __getitem__(self, row: int) -> Document:
-        return Document(str(self.path), decode(self.path.read_bytes(), self.path))
-
-
-def decode(data: bytes, path: Path) -> str:
-    """Text of a file: UTF-8, or what the first lines of a Python file declare; the rest is U+FFFD, with a warning."""
-    encoding = "utf-8-sig"
-    try:
-        if path.suffix == ".py":
-            encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
-        return data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError, LookupError) as error:
-        logger.warning("%s is not valid %s (%s): undecodable bytes are read as U+FFFD", path, encoding, error)
-        return data.decode("utf-8", errors="replace")
+        name = str(self.path)
+        if self._codec is None:
+            data = self.path.read_bytes()
+            wrong = misnamed(data[:MARK_BYTES])
+            if wrong is not None:
+                return Document(name, "", f"{name} {wrong}")
+        else:
+            try:
+                data = b"".join(self._blocks())
+            except Damaged as error:
+                return Document(name, "", str(error))
+        python = self.path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".py")
+        text, undecodable = decode_python(data) if python else decode(data)
+        return Document(name, text, undecodable=undecodable)
 
 
 class JsonLinesFile:
@@ -67,140 +73,76 @@ class JsonLinesFile:
 
     def __init__(self, path: Path, text_field: str) -> None:
         self.path, self._field = path, text_field
-        self._starts = _line_starts(path)
+        check_name(path, lines=True)
+        with path.open("rb") as file:
+            self._as_indexed = _size_and_time(file.fileno())
+            self._starts = line_starts(iter(lambda: file.read(_SCAN_BLOCK), b""))
         self.rows = len(self._starts)
-        if self.rows:
-            self[0]  # a wrong field name or format shows before training starts
 
     def __getitem__(self, row: int) -> Document:
         start = int(self._starts[row])
         with self.path.open("rb") as file:
             file.seek(start)
             line = file.readline()
-        try:
-            record = json.loads(line) if line.strip() else {self._field: None}
-        except ValueError as error:
-            hint = "one JSON object per line is expected: mend or remove the line"
-            raise UserError(f"{self._name(start)} is not JSON ({error}); {hint}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{self._name(start)} is not a JSON object: write one object per line")
-        if self._field not in record:
-            raise UserError(
-                f"{self._name(start)} has no field {self._field!r} (it has {', '.join(map(repr, record)) or 'none'}):"
-                " name the text with --data.text-field"
-            )
-        text = record[self._field]
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{self._name(start)}: {self._field!r} is not text: name the text with --data.text-field")
-        return Document(f"{self.path} (byte {start})", well_formed(text or ""))
+            # Offsets of before would cut records anywhere.
+            if _size_and_time(file.fileno()) != self._as_indexed and not line.strip():
+                self._changed()
+            found = parse_record(line, self._field, f"{self.path} (byte {start})", lambda: self._place(start))
+            if found.problem is not None and _size_and_time(file.fileno()) != self._as_indexed:
+                self._changed()
+        return found
 
-    def _name(self, start: int) -> str:
+    def _changed(self) -> NoReturn:
+        raise UserError(f"{self.path} has changed while it was being read: start again when it is written")
+
+    def _place(self, start: int) -> str:
         with self.path.open("rb") as file:
             line, left = 1, start
-            while left > 0:
-                block = file.read(min(left, _SCAN_BLOCK))
+            while left > 0 and (block := file.read(min(left, _SCAN_BLOCK))):
                 line += block.count(b"\n")
                 left -= len(block)
         return f"{self.path}:{line}"
 
 
-def well_formed(text: str) -> str:
-    """`text` with half surrogate pairs, which JSON escapes can spell and no encoding can write, as U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+class DamagedFile:
+    """A file that cannot be read at all: one record that has a problem."""
+
+    rows = 1
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path, self._problem = path, problem
+
+    def __getitem__(self, row: int) -> Document:
+        return Document(str(self.path), "", self._problem)
 
 
-def _line_starts(path: Path) -> np.ndarray:
-    """Byte offsets of the lines that are not blank."""
+def line_starts(blocks: Iterable[bytes]) -> np.ndarray:
+    """Byte offsets [lines] int64 of the lines that are not blank, in a text that comes in blocks."""
     starts, base, start = [], 0, 0
-    with path.open("rb") as file:
-        while block := file.read(_SCAN_BLOCK):
-            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + base
-            begins = np.concatenate(([start], ends[:-1] + 1)) if len(ends) else ends
-            starts.append(begins[ends > begins])
-            start = int(ends[-1]) + 1 if len(ends) else start
-            base += len(block)
+    for block in blocks:
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + base
+        begins = np.concatenate(([start], ends[:-1] + 1)) if len(ends) else ends
+        starts.append(begins[ends > begins])
+        start = int(ends[-1]) + 1 if len(ends) else start
+        base += len(block)
     if base > start:
         starts.append(np.array([start]))
     return np.concatenate(starts).astype(np.int64) if starts else np.empty(0, np.int64)
 
 
-class RowGroupCache:
-    """The text columns of recently read row groups, up to a number of bytes; shared by the files of a source."""
-
-    def __init__(self, limit: int = ROW_GROUP_CACHE) -> None:
-        self._limit, self._size = limit, 0
-        self._columns: OrderedDict[tuple[Path, int], Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, file: ParquetFile, group: int) -> Any:
-        """Arrow column of the row group."""
-        key = (file.path, group)
-        with self._lock:
-            if key in self._columns:
-                self._columns.move_to_end(key)
-                return self._columns[key]
-            column = file.read_group(group)
-            self._columns[key] = column
-            self._size += column.nbytes
-            while self._size > self._limit and len(self._columns) > 1:
-                self._size -= self._columns.popitem(last=False)[1].nbytes
-            return column
+def check_name(path: Path, *, lines: bool = False) -> None:
+    """Raises Damaged for an archive, or a pointer to the data, whose name says text or JSON lines."""
+    with path.open("rb") as file:
+        wrong = misnamed(file.read(MARK_BYTES), lines=lines)
+    if wrong is not None:
+        raise Damaged(f"{path} {wrong}")
 
 
-class ParquetFile:
-    """A row per document, read a row group at a time."""
-
-    def __init__(self, path: Path, text_field: str, cache: RowGroupCache) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        self.path, self._field, self._cache = path, text_field, cache
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                metadata, schema = file.metadata, file.schema_arrow
-        except (OSError, ValueError) as error:
-            raise unreadable(path, error) from error
-        if text_field not in schema.names:
-            raise UserError(
-                f"{path} has no column {text_field!r} (it has {', '.join(map(repr, schema.names))}):"
-                " name the text with --data.text-field"
-            )
-        kind = schema.field(text_field).type
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        types = pyarrow.types
-        if not any(is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view)):
-            raise UserError(f"{path}: column {text_field!r} is {kind}, not text: name the text with --data.text-field")
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        self.group_rows = [group.num_rows for group in groups]
-        self.group_bytes = max((_column_bytes(group, text_field) for group in groups), default=0)
-        self._ends = np.cumsum(self.group_rows, dtype=np.int64)
-        self.rows = int(metadata.num_rows)
-
-    def __getitem__(self, row: int) -> Document:
-        group = int(np.searchsorted(self._ends, row, side="right"))
-        text = self._cache.get(self, group)[row - (int(self._ends[group - 1]) if group else 0)].as_py()
-        return Document(f"{self.path} (row {row})", text or "")
-
-    def read_group(self, group: int) -> Any:
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                return file.read_row_group(group, columns=[self._field]).column(0)
-        except (OSError, ValueError) as error:
-            raise unreadable(self.path, error) from error
-
-
-def _column_bytes(group: Any, name: str) -> int:
-    columns = (group.column(i) for i in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+def _size_and_time(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """The file is there but cannot be read as what its name says."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"{path} cannot be read ({reason}): check or remove the file")
+    """The file is there but cannot be read."""
+    return UserError(f"{path} cannot be read ({first_line(error)}): check or remove the file")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
-from pipeline.data.build import build_loader
+from pipeline.data.build import build_loader, build_source
+from pipeline.data.sources.base import Source
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.devices import Device
@@ -59,6 +60,7 @@ class MirasSystem(System):
                 f" {self.backbone.num_hidden_layers - 1}"
             )
         check_attachment(self.sizes.memory, self.backbone)
+        self._source: Source | None = None
         self._held_out: StatefulLoader | None = None
         # Our attention stands in for every implementation that transformers would choose.
         self.backbone._attn_implementation = ATTENTION_NAME
@@ -163,7 +165,14 @@ class MirasSystem(System):
     def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader:
         """Training or held-out data of this data rank."""
         if self.sizes.recall is None:
-            return build_loader(self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out)
+            self._source = self._source or build_source(self.config, self.files)
+            return build_loader(
+                self.config,
+                topology,
+                vocab_size=self.backbone.vocab_size,
+                held_out=held_out,
+                source=self._source,
+            )
         rows = (held_out and self.config.evaluation.batch_size) or self.config.batch_size
         return RecallLoader(
             self.sizes.recall,

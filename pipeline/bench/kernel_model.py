@@ -184,7 +184,7 @@ def _traffic(
     given = {
         "prepare, forward": 2 * q + gates,
         "states": q + v + square + weights,
-        "outputs": q + square + 512 + states + residuals,
+        "outputs": q + triangle + 512 + states + residuals,
         "prepare, backward": 2 * q + v + gates,
         "replay": states * kept + (q + weights + residuals) * advanced,
         "adjoint": 2 * q + v + square + weights + update,
@@ -199,11 +199,11 @@ def _traffic(
         "adjoint": update + states,
         "gradients": 2 * q + v + gates,
     }
-    # Blocks of other slices or columns read the same keys and squares; `gradients` reads its states five times and its
-    # tiles three times.
+    # Blocks of other slices or columns read the same keys, squares and triangles; `gradients` reads its states five
+    # times and its tiles three times.
     read = given | {
         "states": given["states"] + (slices - 1) * (q + square + weights),
-        "outputs": given["outputs"] + (columns - 1) * (q + square + 512),
+        "outputs": given["outputs"] + (columns - 1) * (q + triangle + 512),
         "replay": given["replay"] + (slices - 1) * (q + weights) * advanced,
         "adjoint": given["adjoint"] + (slices - 1) * (2 * q + square + weights),
         "gradients": 2 * q + 3 * (v + residuals + update) + 5 * states + gates,

@@ -20,8 +20,14 @@ pytestmark = pytest.mark.gpu
 DIM, HEADS, KV_HEADS = 64, 4, 2
 ROPE = Rope(10000.0 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))
 DOCUMENTS = [[3, 150, 107, 40], [300]]
+WIDTH = 32
+FLASH = ("flash2", "flash3", "flash4")
 # Norm-wise: the rounding of inputs is shared with the reference, that of weights and outputs is not.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def name_of(value: object) -> str:
+    return f"{value} sinks" if isinstance(value, int) else str(value).removeprefix("torch.")
 
 
 def choose(kind: str, sinks: int, dtype: torch.dtype, backend: str) -> str:
@@ -49,8 +55,19 @@ def assert_close(out, device, want, host, dtype):
         assert relative_error(a, b) < 2 * TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["flex", "flash2", "flash3", "flash4"])
+# Only flex has float32, and only flex is compiled, which takes most of the time here: it gets float32 once per kind.
+FULL = [("flex", torch.bfloat16), ("flex", torch.float32), *((name, torch.bfloat16) for name in FLASH)]
+WINDOW = [
+    ("flex", 0, torch.bfloat16),
+    ("flex", 4, torch.bfloat16),
+    ("flex", 4, torch.float32),
+    *((name, 0, torch.bfloat16) for name in FLASH),
+]
+# Sinks are rebased on a carry only where they are; a backend without them has its carry alone.
+CARRY = [("flex", 4), *((name, 0) for name in FLASH)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FULL, ids=name_of)
 def test_full_attention(backend, dtype):
     backend = choose("full", 0, dtype, backend)
     device, host, ids, positions = inputs(dtype)
@@ -59,19 +76,36 @@ def test_full_attention(backend, dtype):
     assert_close(full_attention(*device, plan), device, want, host, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("backend", "sinks"), [("flex", 0), ("flex", 4), ("flash2", 0), ("flash3", 0), ("flash4", 0)])
-@pytest.mark.parametrize("cuts", [[], [1, 130], [152, 155, 290]])
-def test_window_attention_with_a_carry(backend, sinks, dtype, cuts):
+@pytest.mark.parametrize(("backend", "sinks", "dtype"), WINDOW, ids=name_of)
+def test_window_attention(backend, sinks, dtype):
     backend = choose("window", sinks, dtype, backend)
     device, host, ids, positions = inputs(dtype)
-    window, carry, outs = 32, None, []
+    out = window_steps(device, ids, positions, [], sinks=sinks, backend=backend, dtype=dtype)
+    want = reference_attention(*host, ids.cpu(), positions.cpu(), ROPE.inverse_frequencies, WIDTH, sinks)
+    assert_close(out, device, want, host, dtype)
+
+
+@pytest.mark.parametrize("cuts", [[1, 130], [152, 155, 290]], ids=str)
+@pytest.mark.parametrize(("backend", "sinks"), CARRY, ids=name_of)
+def test_window_attention_with_a_carry(backend, sinks, cuts):
+    """The carry is a constant: only the forward pass of several steps equals that of one."""
+    dtype = torch.bfloat16
+    backend = choose("window", sinks, dtype, backend)
+    device, host, ids, positions = inputs(dtype)
+    out = window_steps(device, ids, positions, cuts, sinks=sinks, backend=backend, dtype=dtype)
+    want = reference_attention(*host, ids.cpu(), positions.cpu(), ROPE.inverse_frequencies, WIDTH, sinks)
+    assert relative_error(out, want) < TOLERANCES[dtype]
+
+
+def window_steps(device, ids, positions, cuts, *, sinks, backend, dtype):
+    """The outputs of steps that end at ``cuts`` and at the end, each with the carry of the one before."""
+    carry, outs = None, []
     for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
         plan = plan_window_attention(
             ids[:, begin:end],
             positions[:, begin:end],
             rope=ROPE,
-            window=window,
+            window=WIDTH,
             sinks=sinks,
             carry=carry,
             backend=backend,
@@ -79,19 +113,14 @@ def test_window_attention_with_a_carry(backend, sinks, dtype, cuts):
         )
         out, carry = window_attention(*(x[:, begin:end] for x in device), plan, carry)
         outs.append(out)
-    want = reference_attention(*host, ids.cpu(), positions.cpu(), ROPE.inverse_frequencies, window, sinks)
-    out = torch.cat(outs, 1)
-    if cuts:
-        # The carry is a constant: only the forward pass of several steps equals that of one.
-        assert relative_error(out, want) < TOLERANCES[dtype]
-    else:
-        assert_close(out, device, want, host, dtype)
+    return torch.cat(outs, 1)
 
 
-def test_nothing_waits_for_the_device_after_the_plan():
+@pytest.mark.parametrize("backend", ["flex"])
+def test_nothing_of_window_attention_waits_for_the_device_after_the_plan(backend):
     device, _, ids, positions = inputs(torch.bfloat16)
-    common = {"rope": ROPE, "backend": "flex", "dtype": torch.bfloat16}
-    plan = plan_window_attention(ids, positions, window=32, sinks=4, carry=None, **common)
+    common = {"rope": ROPE, "backend": backend, "dtype": torch.bfloat16}
+    plan = plan_window_attention(ids, positions, window=WIDTH, sinks=4, carry=None, **common)
     window_attention(*device, plan, None)[0].sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,16 @@ def test_the_emulator_shows_a_missing_barrier(emulated: Emulated) -> None:
     orders = (0, 1, 2)
     assert [sums(ctypes.c_bool(True), order) for order in orders] == [2016.0] * 3
     assert any(math.isnan(sums(ctypes.c_bool(False), order)) for order in orders)
+
+
+def test_the_emulator_shows_a_copy_of_memory_that_nothing_has_written(emulated: Emulated) -> None:
+    """Whether or not the copy is used: compute-sanitizer's initcheck would report it on a device."""
+    call = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).emulated_copy(ctypes.c_bool(sys.argv[2] == 'all'))"
+    for written in ("all", "some"):
+        command = [sys.executable, "-c", call, emulated.library._name, written]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode == 0) == (written == "all"), done.stderr
+        assert ("reads global memory that nothing has written" in done.stderr) == (written == "some")
 
 
 @pytest.mark.parametrize(

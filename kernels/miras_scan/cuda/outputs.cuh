@@ -12,7 +12,7 @@ template <class In>
 struct OutputsArguments {
   Span span;
   const In* q;
-  const float* pairs;         // -(Q K^T) o G, rounded
+  const float* pairs;         // -(Q K^T) o G, rounded; blocks of 16 on and below the diagonal
   const float* coefficients;
   const float* starts;        // as in StatesArguments
   int start_chunks;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(128) outputs_kernel(const OutputsArguments<In>
   float* weights = arena.take<float>(2 * kChunk);
   static_assert(kBeta == 0 && kMomentumInMemory == 1);
   copy_rows<KeyDim, kThreads>(q, kStride, x.q + token * KeyDim, static_cast<int64_t>(s.heads) * KeyDim, rows, KeyDim);
-  copy_rows<kChunk, kThreads>(pairs, kAlong, x.pairs + slot * kSquare, kChunk, kChunk, kChunk);
+  copy_lower_blocks<kThreads>(pairs, kAlong, x.pairs + slot * kSquare);
   copy_floats<2 * kChunk, kThreads>(weights, x.coefficients + slot * kCoefficientFloats);
   copy_commit();
   copy_wait<0>();

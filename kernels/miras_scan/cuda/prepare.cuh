@@ -17,7 +17,7 @@ struct PrepareArguments {
   const In* k;
   const In* grad_y;    // backward
   float* inverse;      // [rows, chunks, 64, 64]
-  float* pairs;        // [rows, chunks, 64, 64]; forward
+  float* pairs;        // [rows, chunks, 64, 64], blocks of 16 on and below the diagonal; forward
   float* update;       // [rows, chunks, 64, value_dim]; backward
   float* coefficients; // [rows, chunks, 8, 64]
 };

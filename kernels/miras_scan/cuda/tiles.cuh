@@ -75,6 +75,17 @@ MNEMOS_DEVICE void copy_rows(T* tile, int tile_stride, const T* source, int64_t 
   }
 }
 
+// Starts the copy of the blocks on and below the diagonal of a [64, 64] matrix.
+template <int Threads>
+MNEMOS_DEVICE void copy_lower_blocks(float* tile, int tile_stride, const float* source) {
+  constexpr int across = 16 / 4, each = 16 * across;  // copies per row of a block, and per block
+  for (int i = forget(threadIdx.x); i < kLowerBlocks * each; i += Threads) {
+    const int block = i / each;
+    const int row = 16 * lower_row(block) + i % each / across, column = 16 * lower_column(block) + i % across * 4;
+    copy_async(tile + row * tile_stride + column, source + row * kChunk + column, true);
+  }
+}
+
 template <int Count, int Threads>
 MNEMOS_DEVICE void copy_floats(float* shared, const float* source) {
   static_assert(Count % 4 == 0);

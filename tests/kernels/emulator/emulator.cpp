@@ -291,6 +291,16 @@ const uint32_t (*exchange(int operation, const uint32_t* words, int count))[8] {
 
 unsigned char* shared_memory() { return shared; }
 
+void check_load(const void* address, size_t bytes) {
+  const auto* p = static_cast<const unsigned char*>(address);
+  if (p >= shared && p < shared + shared_size) return;
+  for (size_t i = 0; i + 4 <= bytes; i += 4) {
+    uint32_t word;
+    std::memcpy(&word, p + i, 4);
+    if (word == kNeverWritten) fail("thread %d reads global memory that nothing has written", current->index);
+  }
+}
+
 void check_shared(const void* address, int bytes, int alignment) {
   const auto* p = static_cast<const unsigned char*>(address);
   if (p < shared || p + bytes > shared + shared_size) fail("thread %d is outside of shared memory", current->index);
@@ -316,6 +326,7 @@ void copy_wait(int pending) {
   while (static_cast<int>(groups.size()) > pending) {
     for (const Copy& copy : groups.front()) {
       if (copy.valid) {
+        check_load(copy.global, 16);
         std::memcpy(copy.shared, copy.global, 16);
       } else {
         std::memset(copy.shared, 0, 16);
@@ -475,6 +486,20 @@ extern "C" float emulated_sum(bool with_barrier, unsigned order) {
     if (threadIdx.x == 32) {
       for (int i = 0; i < 64; ++i) result += x[i];
     }
+  });
+  return result;
+}
+
+// Its own check of another thing: a copy of four words of global memory, of which three or four are written before.
+extern "C" float emulated_copy(bool all_written) {
+  emulator::admit("copy", 16);
+  alignas(16) uint32_t source[4] = {0, 0, 0, all_written ? 0 : emulator::kNeverWritten};
+  float result = 0.0f;
+  emulator::run("copy", {1, 1, 1}, 32, 16, [&] {
+    emulator::copy_async(emulator::shared_memory(), source, true);
+    emulator::copy_commit();
+    emulator::copy_wait(0);
+    std::memcpy(&result, emulator::shared_memory(), 4);
   });
   return result;
 }

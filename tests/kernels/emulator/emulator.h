@@ -2,7 +2,9 @@
 //
 // Every thread is a fiber with a stack of its own, so a barrier is a barrier: between two of them threads run one after another,
 // in an order that can be chosen. A result that depends on the order shows a barrier that is missing. Shared memory starts as NaN
-// and is exactly as large as the launch asked for; an asynchronous copy arrives when it is waited for, not before.
+// and is exactly as large as the launch asked for; an asynchronous copy arrives when it is waited for, not before. Global memory
+// starts as words of kNeverWritten, a NaN that no arithmetic makes by itself: a vector load or a copy of one is a failure,
+// also where nothing uses it.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +32,8 @@ struct Lane {
   int index;
 };
 
+constexpr uint32_t kNeverWritten = 0xffffffffu;
+
 // The thread that runs now, and the block it is of.
 extern Lane* current;
 extern Dimensions block;
@@ -40,6 +44,8 @@ void block_barrier();
 const uint32_t (*exchange(int operation, const uint32_t* words, int count))[8];
 unsigned char* shared_memory();
 void check_shared(const void* address, int bytes, int alignment);
+// Of what a thread loads: words of global memory that nothing has written are a failure.
+void check_load(const void* address, size_t bytes);
 void copy_async(void* shared, const void* global, bool valid);
 void copy_commit();
 void copy_wait(int pending);
@@ -80,6 +86,7 @@ inline uint32_t as_bits(float value) {
 template <class Vector>
 inline Vector load_vector(const void* source) {
   if (reinterpret_cast<uintptr_t>(source) % sizeof(Vector)) emulator::fail("load of %zu bytes is not aligned", sizeof(Vector));
+  emulator::check_load(source, sizeof(Vector));
   Vector value;
   std::memcpy(&value, source, sizeof value);
   return value;

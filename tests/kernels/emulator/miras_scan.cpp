@@ -1,5 +1,5 @@
 // miras_scan's launches on the emulator, for ctypes. Every buffer is copied into memory of exactly its size, between
-// guards where a sanitizer is on; outputs start as NaN.
+// guards where a sanitizer is on; outputs and scratch memory start as never written.
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -31,7 +31,7 @@ class Buffers {
     return reinterpret_cast<T*>(mine);
   }
   float* allocate(int64_t count) {
-    scratch_.emplace_back(static_cast<size_t>(count), as_float(0xffffffffu));
+    scratch_.emplace_back(static_cast<size_t>(count), as_float(emulator::kNeverWritten));
     return scratch_.back().data();
   }
   void give_back() {

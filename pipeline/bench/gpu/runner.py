@@ -180,6 +180,10 @@ def _outcome(
         return (OUT_OF_MEMORY if step.measures and MEMORY_WORDS.search(failure) else FAILED), failure
     if figures.get("failures"):
         return FAILED, figures["failures"][0]
+    # What a package needs is not in our lists.
+    missing = re.search(r"ModuleNotFoundError: No module named '(\w+)", last)
+    if missing and missing[1] not in ("pipeline", "tests"):
+        return SKIPPED, f"{missing[1]} not installed"
     if code != 0 and step.measures and (short := MEMORY_WORDS.search(text)):
         return OUT_OF_MEMORY, next(line.strip()[:300] for line in text.splitlines() if short[0] in line)
     return FAILED, last if code > 0 else f"ended by signal {-code}" if code < 0 else unreadable

@@ -163,10 +163,10 @@ def _other_tests() -> list[Step]:
     attention = [
         Step(
             f"{kind} attention", f"FlexAttention and flash-attention, {kind}, against attention in float64",
-            pytest("-m", "gpu", "-k", kind, "tests/gpu/test_attention_backends.py"), 120, needs=TESTS, writes="junit",
+            pytest("-m", "gpu", "-k", words, "tests/gpu/test_attention_backends.py"), 120, needs=TESTS, writes="junit",
             judge=flex_passed,
         )
-        for kind in ("full", "window")
+        for kind, words in (("full", "full_attention"), ("window", "window"))
     ]  # fmt: skip
     lost = Step(
         "lost device", "a kernel that breaks its GPU ends the run with one line",

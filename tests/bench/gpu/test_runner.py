@@ -128,6 +128,9 @@ def test_a_step_without_its_package_tool_or_time_is_not_run(tmp_path: Path) -> N
     asked = step("raise SystemExit(1)", needs=("json", "no_such_module"), tools=("no-such-tool",))
     assert run(asked, tmp_path)["reason"] == "no_such_module, no-such-tool not installed"
     assert run(asked, tmp_path)["status"] == "skipped"
+    imports = "raise ModuleNotFoundError(\"No module named 'msgpack'\")"
+    assert run(step(imports), tmp_path)["reason"] == "msgpack not installed"
+    assert run(step(imports.replace("msgpack", "pipeline.absent")), tmp_path)["status"] == "failed"
     late = run(step("raise SystemExit(1)"), tmp_path, left=2.0)
     assert (late["status"], late["reason"]) == ("not run", "the time of the stage is used up")
 

@@ -30,6 +30,7 @@ DECIDED = (
 )
 """Settings of what the recipe or the engine decides. Some would change what is trained without a word: with sums in
 place of means, gradients grow with the ranks."""
+DIVISORS = ("gradient_predivide_factor",)
 DTYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype")
 NAMES = [name for kind in DtypeEnum for name in kind._all_values if isinstance(name, str) and "." not in name]
 UNSUPPORTED = {
@@ -148,10 +149,10 @@ def _wrong_values(content: Mapping[str, Any], section: _Section, where: str = ""
         elif isinstance(default, bool) and isinstance(value, (int, float, str, type(None))):
             if not isinstance(value, bool):
                 yield f"{name} is {shown(value)}: give true or false"
-        elif isinstance(default, (int, float)) and not isinstance(default, bool):
+        elif isinstance(default, (int, float)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 yield f"{name} is {shown(value)}: give a number"
-            elif default > 0 and not value > 0:
+            elif key in DIVISORS and not value > 0:
                 yield f"{name} is {shown(value)}: give a number above 0"
     if where:
         return

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pipeline.callbacks.metrics import is_evaluated
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config import RunConfig
+from pipeline.json_file import parse_json
 from pipeline.parallel.agreement import from_main, together
 from pipeline.parallel.topology import Topology
 
@@ -54,6 +54,6 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
 def _status(folder: Path) -> str | None:
     """What run.json says; None where it says nothing."""
     try:
-        return str(json.loads((folder / "run.json").read_text())["status"])
+        return str(parse_json((folder / "run.json").read_bytes())["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

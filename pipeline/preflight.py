@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.hardware import on_gpu
 from pipeline.lock import FolderLock
 from pipeline.parallel.topology import Topology, check_degrees
+from pipeline.parallel.weight_files import file_tensors
 from pipeline.system import Phase, create_system
 
 MIN_FREE = 64 * 2**20
@@ -36,6 +37,8 @@ def preflight(config: RunConfig, ranks: int) -> None:
     missing = config.init_from is not None and not (config.init_from / TRAINABLE).is_file()
     if missing and checkpoint is None:
         raise UserError(f"--init-from {config.init_from}: no {TRAINABLE} there: give a checkpoint folder")
+    if config.init_from is not None and not missing:
+        file_tensors(config.init_from / TRAINABLE)
     # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
     system.loader(Phase("check", 1, ()), topology).next_step()
     system.held_out(topology).next_step()

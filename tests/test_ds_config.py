@@ -150,6 +150,13 @@ def test_what_deepspeed_takes_is_left_as_it_is(resolve, content: dict[str, Any])
     assert {key: resolved[key] for key in content} == content
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_runs_own_values_are_taken_whatever_deepspeed_has_by_default(clip: float) -> None:
+    """0: no clipping, where DeepSpeed's default is a number above."""
+    config = dataclasses.replace(miras_tiny(), clip=clip, batch_size=1, grad_accum=3)
+    assert deepspeed_config(config)["gradient_clipping"] == clip
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_files_hold_nothing_that_deepspeed_passes_over(resolve, name: str) -> None:
     resolve((CONFIG_FOLDER / f"{name}.json").read_text())

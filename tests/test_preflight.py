@@ -81,6 +81,11 @@ def test_a_deepspeed_file_that_cannot_work_is_refused(refused, tmp_path: Path, c
     assert reason in refused("--zero", str(path))
 
 
+def test_weights_that_are_cut_short_are_refused(refused, tmp_path: Path) -> None:
+    (tmp_path / "trainable.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    assert "trainable.safetensors: cannot be read" in refused("--init-from", str(tmp_path))
+
+
 def test_an_empty_file_is_refused(refused, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     assert "empty.txt" in refused("--data.path", "empty.txt")

@@ -75,7 +75,7 @@ def _local_config(config: BackboneConfig) -> Olmo2Config | None:
             raise UserError(f"{flag}: no usable config.json there ({brief(error)}): correct it") from error
         if isinstance(error, (OSError, ValueError)):
             return None
-        raise
+        raise UserError(f"{flag}: its config.json cannot be used ({brief(error)}): download it again") from error
     if not isinstance(found, Olmo2Config):
         raise UserError(f"{flag}: its model type is {shown(found.model_type)}, not 'olmo2'")
     for name in SIZES:

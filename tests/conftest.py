@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import signal
 
+from hypothesis import settings
+
+# How long an example takes is the machine's affair, which may be doing something else.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
 # Shells start background jobs, and nohup what follows it, with these ignored; what a test starts would inherit that.
 for number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(number) is signal.SIG_IGN:

@@ -280,7 +280,9 @@ class Trainer:
         run, step = self.run, self.run.progress.step
         every = run.config.eval_every
         due = step == 0 or step >= last or bool(every and step % every == 0)
-        return due and not from_main(run.topology, run.is_main and is_evaluated(run.folder, step))
+        return due and not from_main(
+            run.topology, together(run.topology, lambda: run.is_main and is_evaluated(run.folder, step))
+        )
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""

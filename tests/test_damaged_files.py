@@ -29,6 +29,7 @@ from pipeline.checkpoint.state import check_resumable, load_trainable, locate_ch
 from pipeline.config import replace
 from pipeline.engine import CONFIG_FOLDER, deepspeed_config
 from pipeline.errors import UserError
+from pipeline.finished import nothing_left
 from pipeline.launch.hosts import read_hostfile
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import INDEX, SINGLE, model_tensors, open_safetensors
@@ -183,6 +184,7 @@ def everything(checkpoint: Path) -> None:
     run_checkpoint(["list", str(checkpoint.parents[1])])
     run_checkpoint(["list", str(checkpoint.parents[1]), "--json"])
     resume(checkpoint)
+    nothing_left(a_run(checkpoint.parents[1]).config, checkpoint)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "trainer_state.json", "loader.json", "trainable.safetensors"])

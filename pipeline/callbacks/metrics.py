@@ -76,10 +76,12 @@ def perplexity(loss: float) -> float:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, which a power cut or an editor may have spoilt.
 
-    A last line without its end is the trace of a crash, and left out. Any other line that is no row is left out with
-    one warning for all of them: the rows are there to be looked at, and nothing is trained by them.
+    A line that is no row, such as the half of one that a crash leaves, is left out with one warning for all of them:
+    rows are there to be looked at, and nothing is trained by them.
     """
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, last = path.read_bytes().split(b"\n")
+    # An editor may leave out the end of the last line.
+    lines += [last] if last else []
     rows = [row for row in map(_row, lines) if row is not None]
     if len(rows) < len(lines):
         spoilt = len(lines) - len(rows)

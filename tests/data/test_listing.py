@@ -42,6 +42,15 @@ def test_linked_folders_are_searched_and_loops_end(tmp_path: Path) -> None:
     assert found(root / "*" / "*.txt") == ["linked/b.txt", "own/a.txt"]
 
 
+def test_a_link_to_itself_is_passed_over_and_counted(tmp_path: Path) -> None:
+    write(tmp_path / "folder", "a.jsonl")
+    (tmp_path / "folder" / "loop.jsonl").symlink_to("loop.jsonl")
+    listing = list_files([str(tmp_path / "folder")])
+    assert [file.identity for file in listing.files] == ["a.jsonl"] and "link" in listing.notes()
+    for pattern in ("folder/**/*.jsonl", "*/*.jsonl", "folder/*"):
+        assert [Path(name).name for name in found(tmp_path / pattern)] == ["a.jsonl"]
+
+
 def test_a_link_changes_the_identity_of_no_file_that_is_there_by_itself(tmp_path: Path) -> None:
     write(tmp_path, "z/x.txt")
     assert found(tmp_path) == ["z/x.txt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Callable
@@ -206,6 +207,12 @@ def test_a_byte_order_mark_is_followed(tmp_path: Path) -> None:
         assert (local(tmp_path)[0].text, local(tmp_path)[0].undecodable) == ("né\n日本", False)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfea\0\0\xd8b\0\n")
     assert (local(tmp_path)[0].text, local(tmp_path)[0].undecodable) == ("a\ufffdb\ufffd", True)
+
+
+def test_a_first_line_of_a_byte_order_mark_alone_is_blank(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + b'\n{"text": "x"}\n')
+    assert [local(path)[row].text for row in range(2)] == ["", "x"]
 
 
 def test_lines_of_two_byte_characters_are_refused_by_name(tmp_path: Path, refusal: Callable[..., str]) -> None:

@@ -142,11 +142,10 @@ class _Search:
                 if entry.name.startswith(".") or entry.name == "__pycache__":
                     continue
                 path = here / entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(path)
-                elif entry.is_dir():
-                    links.append(path)
-                elif self._is_readable(path, entry.is_file()):
+                is_folder, is_file = _leads_to(entry)
+                if is_folder:
+                    (links if entry.is_symlink() else pending).append(path)
+                elif self._is_readable(path, is_file):
                     found.append(LocalFile(path, path.relative_to(root).as_posix()))
         return sorted(found, key=lambda file: file.identity)
 
@@ -193,7 +192,11 @@ class _Search:
 
     def _is_run(self, folder: Path) -> bool:
         if folder not in self._kinds:
-            self._kinds[folder] = self._kind(set(os.listdir(folder)), os.path.realpath(folder))
+            try:
+                names = set(os.listdir(folder))
+            except OSError:  # what cannot be listed is passed over where its files are asked for
+                names = set()
+            self._kinds[folder] = self._kind(names, os.path.realpath(folder))
         return self._kinds[folder] == _RUN
 
     def _refuse_folder(self, folder: Path) -> None:
@@ -228,6 +231,14 @@ def saved_to_disk(flag: str) -> UserError:
         f"{flag} is a folder of datasets' save_to_disk, which only that library reads: write its splits with"
         " load_from_disk(...).to_parquet(FILE) and give the files to --data.path"
     )
+
+
+def _leads_to(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether an entry is a folder, and whether a file; neither for a link that leads to itself."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:
+        return False, False
 
 
 def _matched_part(identity: str, pattern: Sequence[str]) -> str | None:

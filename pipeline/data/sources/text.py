@@ -96,9 +96,10 @@ def parse_record(line: bytes, field: str, name: str, place: Callable[[], str]) -
 
     `name` is the document's, `place` gives the file and row of one that has a problem.
     """
+    line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
         return Document(name, "")
-    decoded, undecodable = decode_utf8(line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"))
+    decoded, undecodable = decode_utf8(line.rstrip(b"\r\n"))
     try:
         record = _DECODER.decode(decoded)
     except RecursionError:

@@ -1,6 +1,8 @@
 # The habits, one word each. Every target makes the environment first if it is missing or out of date.
 
-PYTHON := .venv/bin/python
+# What PYTHON=... names makes the environment; everything else runs in it.
+BASE_PYTHON := $(or $(PYTHON),python3)
+override PYTHON := .venv/bin/python
 
 # Native builds look for ninja on the PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -8,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: setup test check bench
 
 setup:
-	@./launch.sh --setup-only
+	@PYTHON=$(BASE_PYTHON) ./launch.sh --setup-only
 
 # One thread: tests start several ranks at once, and tiny tensors gain nothing from more. What starts ranks takes all
 # cores and minds the clock, so it runs alone; the rest runs side by side.
@@ -21,6 +23,19 @@ check: setup
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+
+# `check` and `test` with the lowest versions that setup.py allows, in a copy of the tree: the environment and the
+# native libraries here are those of constraints.txt.
+.PHONY: lowest
+lowest:
+	@mkdir -p .lowest
+	@find .lowest -path .lowest/.venv -prune -o -path .lowest/build -prune -o -type f ! -name '_native_*' -exec rm {} +
+	@git ls-files -z --cached --others --exclude-standard | tar --null --files-from - --create | tar --extract -C .lowest
+	@test -x .lowest/.venv/bin/uv || \
+	{ $(BASE_PYTHON) -m venv .lowest/.venv && .lowest/.venv/bin/python -m pip install --quiet uv; }
+	@cd .lowest && .venv/bin/uv pip compile --quiet --resolution lowest-direct --no-header --no-annotate \
+	--python .venv/bin/python setup.py --extra dev >lowest.txt && mv lowest.txt constraints.txt
+	@$(MAKE) -C .lowest --keep-going check test
 
 bench: setup
 	$(PYTHON) -m pipeline bench throughput

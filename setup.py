@@ -415,20 +415,22 @@ class BuildNative(build_ext):
         return {}
 
 
+# `make lowest` runs the tests with the lower bounds, which have binaries for Python 3.10 to 3.12.
 REQUIREMENTS = [
     "datasets>=5.0",
     # Frozen parameters under activation checkpointing, sequence-parallel checkpoints and the gradients of a compiled
     # all-to-all are right from 0.19.8 on.
     "deepspeed>=0.19.8",
     "einops>=0.8",
-    "matplotlib>=3.9",
+    # Older releases warn of pyparsing 3.3 at the first picture.
+    "matplotlib>=3.10.7",
     "ninja>=1.11",
     "numpy>=2.0",
     "psutil>=6.0",
     "pydantic>=2.10",
-    "pyyaml>=6.0",
+    "pyyaml>=6.0.1",
     "safetensors>=0.8",
-    "xxhash>=3.0",
+    "xxhash>=3.4",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
     # Older releases have known ways around `weights_only`. A vendor's build of 2.10 calls itself 2.10.0a0+something.
@@ -446,8 +448,8 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.17",
-        "types-psutil",
-        "types-PyYAML",
+        "types-psutil>=6.0",
+        "types-PyYAML>=6.0",
     ],
     "evals": ["lm-eval>=0.4.9"],
     "flash": ["flash-attn>=2.8"],

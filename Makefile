@@ -24,8 +24,8 @@ check: setup
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
-# `check` and `test` with the lowest versions that setup.py allows. They run in a copy of the tree, since the environment
-# and the native libraries here are those of the newest.
+# `check` and `test` with the lowest versions that setup.py allows, in a copy of the tree: the environment and the
+# native libraries here are those of constraints.txt.
 .PHONY: lowest
 lowest:
 	@mkdir -p .lowest

@@ -23,12 +23,14 @@ def describe() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
+        # torch 2.10 has it, and its stubs do not.
+        shared = device.shared_memory_per_multiprocessor  # type: ignore[attr-defined, unused-ignore]
         found["device"] = {
             "name": device.name,
             "capability": f"{device.major}.{device.minor}",
             "memory": device.total_memory,
             "multiprocessors": device.multi_processor_count,
-            "shared_memory_per_multiprocessor": device.shared_memory_per_multiprocessor,
+            "shared_memory_per_multiprocessor": shared,
             "l2": device.L2_cache_size,
         }
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

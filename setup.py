@@ -421,7 +421,7 @@ class BuildNative(build_ext):
 
 
 class BuildPackage(build_py):
-    """The package as it is installed: with what lies beside it in a checkout (pipeline/package.py finds both)."""
+    """The package as it is installed: with what lies beside it in a checkout (pipeline/host/package.py finds both)."""
 
     def run(self) -> None:
         super().run()

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
+from pipeline.commands.flags import fit_ranks, parse_run, take, wants_help
 from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief
-from pipeline.flags import fit_ranks, parse_run, take, wants_help
-from pipeline.leave import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, of_a_file, out_of_space, say
+from pipeline.runtime.exit import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, of_a_file, out_of_space, say
+from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.spelling import did_you_mean, nearest
-from pipeline.stop import Stopped, StopRequests
 
 LAST_WORDS = 3.0
 """Seconds that the other ranks leave rank 0 to say why a job ends."""
@@ -164,7 +164,7 @@ def _check(words: Sequence[str]) -> None:
     if world < 1:
         raise UserError(f"--launch-ranks is {ranks}: give a number of ranks above 0")
     config = fit_ranks(parse_run(rest, "check"), rest, world)
-    from pipeline.preflight import preflight
+    from pipeline.commands.preflight import preflight
 
     preflight(config, ranks=world)
 
@@ -193,7 +193,7 @@ def _eval(words: Sequence[str]) -> None:
 
 
 def _checkpoint(words: Sequence[str]) -> None:
-    from pipeline.checkpoint.command import run_checkpoint
+    from pipeline.commands.checkpoint import run_checkpoint
 
     run_checkpoint(words)
 
@@ -205,7 +205,7 @@ def _bench(words: Sequence[str]) -> None:
 
 
 def _doctor(words: Sequence[str]) -> None:
-    from pipeline.doctor import run_doctor
+    from pipeline.commands.doctor import run_doctor
 
     if run_doctor(words)["kernels"]["lost"]:
         leave(0)  # as in `_end`

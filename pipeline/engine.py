@@ -32,13 +32,13 @@ from pipeline.checkpoint.universal_convert import Shards
 from pipeline.config import RunConfig
 from pipeline.ds_config import check_accepted, check_settings, offload_device
 from pipeline.errors import RankError, UserError, brief, shown
-from pipeline.hardware import on_gpu
-from pipeline.json_file import read_json
-from pipeline.machine import Machine
-from pipeline.package import config_folder
-from pipeline.parallel.rendezvous import join
+from pipeline.files.json_file import read_json
+from pipeline.host.hardware import on_gpu
+from pipeline.host.local import Machine
+from pipeline.host.package import config_folder
 from pipeline.parallel.topology import Topology, create_topology, limit_waits
 from pipeline.parallel.weights import full_shape
+from pipeline.runtime.rendezvous import join
 from pipeline.system import Phase
 
 AFTER_THE_WATCH = datetime.timedelta(seconds=30)

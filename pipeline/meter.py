@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.callbacks.base import StepRecord
 from pipeline.engine import StepResult
-from pipeline.hardware import peak_flops, peak_memory, utilisation
+from pipeline.host.hardware import peak_flops, peak_memory, utilisation
 from pipeline.parallel.loss import reduce_sums
 from pipeline.run import Run
 from pipeline.system import StepOutput

@@ -16,11 +16,11 @@ import torch
 
 from pipeline import __version__
 from pipeline.config import RunConfig
-from pipeline.hardware import on_gpu
-from pipeline.lock import FolderLock
-from pipeline.output import overwrite_json, write_json, writing
+from pipeline.files.output import overwrite_json, write_json, writing
+from pipeline.host.hardware import on_gpu
+from pipeline.host.provenance import commit
 from pipeline.parallel.topology import Topology
-from pipeline.provenance import commit
+from pipeline.runtime.folder_lock import FolderLock
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine

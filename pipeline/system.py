@@ -15,9 +15,9 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.data.sources.listing import Listing
-    from pipeline.devices import Device
-    from pipeline.parallel.pulse import Pulse
+    from pipeline.host.devices import Device
     from pipeline.parallel.topology import Topology
+    from pipeline.runtime.sync import Pulse
 
 IGNORED = -100
 """Label of a token that does not count in the loss."""

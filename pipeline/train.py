@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.archive import save_config
 from pipeline.callbacks import Callback, create_callbacks
 from pipeline.callbacks.metrics import is_evaluated
+from pipeline.checkpoint.finished import is_finished
 from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.checkpoint.manifest import clear_leftovers, named_checkpoints
 from pipeline.checkpoint.save import Moment, Saver
@@ -34,24 +34,24 @@ from pipeline.checkpoint.state import (
     seed_all,
 )
 from pipeline.config import RunConfig
+from pipeline.config_file import save_config
 from pipeline.data.build import list_data
 from pipeline.data.resume import different_rank
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
 from pipeline.errors import LostRankError, RankError, UserError
-from pipeline.finished import is_finished
-from pipeline.leave import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
-from pipeline.lock import FolderLock
+from pipeline.files.output import not_written, write_json
 from pipeline.meter import Meter
-from pipeline.output import not_written, write_json
-from pipeline.parallel.agreement import agree, from_all, from_main, together
+from pipeline.parallel.collectives import agree, from_all, from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss
-from pipeline.parallel.pulse import Pulse, next_step
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.watch import Verdict, Watch
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run, write_run_file
+from pipeline.runtime.exit import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
+from pipeline.runtime.folder_lock import FolderLock
+from pipeline.runtime.heartbeat import Verdict, Watch
+from pipeline.runtime.stop import Stopped, StopRequests
+from pipeline.runtime.sync import Pulse, next_step
 from pipeline.schedule import lr_multiple
-from pipeline.stop import Stopped, StopRequests
 from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput, System, create_system
 
 LAST_LOOK = 15.0

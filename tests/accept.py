@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.junit import read_junit
+from pipeline.host.provenance import ROOT, commit
 from pipeline.parallel.topology import Topology
-from pipeline.provenance import ROOT, commit
 from pipeline.run import machine, versions
 
 

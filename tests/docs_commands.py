@@ -28,7 +28,7 @@ from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.resume import ResumeOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
-from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags, take
+from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags, take
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system

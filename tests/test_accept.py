@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.provenance import ROOT
+from pipeline.host.provenance import ROOT
 from tests import accept
 from tests.accept import EXPERIMENTS, Experiment
 

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import __version__, cli
-from pipeline.archive import save_config
 from pipeline.cli import main, without_local_rank
+from pipeline.commands.flags import fit_ranks, parse_run
 from pipeline.config import RunConfig, replace
+from pipeline.config_file import save_config
 from pipeline.errors import DeviceLostError, LostRankError, UserError
-from pipeline.flags import fit_ranks, parse_run
-from pipeline.leave import exit_code
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_tiny
-from pipeline.stop import Stopped
+from pipeline.runtime.exit import exit_code
+from pipeline.runtime.stop import Stopped
 
 ROOT = Path(cli.__file__).parents[1]
 HEAVY = ("torch", "tyro", "deepspeed", "transformers", "numpy", "matplotlib", "pydantic", "yaml")

@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from transformers import Olmo2Config
 
 from pipeline import cli
-from pipeline.archive import load_config, save_config, to_plain
 from pipeline.callbacks.metrics import MetricsFile, is_evaluated, read_rows
-from pipeline.checkpoint.command import run_checkpoint
+from pipeline.checkpoint.finished import nothing_left
 from pipeline.checkpoint.manifest import sealed
 from pipeline.checkpoint.state import check_resumable, load_trainable, locate_checkpoint, restore
+from pipeline.commands.checkpoint import run_checkpoint
 from pipeline.config import replace
+from pipeline.config_file import load_config, save_config, to_plain
 from pipeline.engine import CONFIG_FOLDER, deepspeed_config
 from pipeline.errors import UserError
-from pipeline.finished import nothing_left
 from pipeline.launch.hosts import read_hostfile
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import INDEX, SINGLE, model_tensors, open_safetensors

@@ -17,13 +17,13 @@ import pytest
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.host.local import Machine
 from pipeline.launch import request as request_module
 from pipeline.launch.__main__ import main
 from pipeline.launch.hosts import parse_filter, read_hostfile
 from pipeline.launch.plan import Launch, plan
 from pipeline.launch.remote import environment_file
 from pipeline.launch.request import Request, split
-from pipeline.machine import Machine
 
 
 class FakeMachine(Machine):

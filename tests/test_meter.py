@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import hardware
 from pipeline.config import replace
 from pipeline.engine import StepResult
+from pipeline.host import hardware
 from pipeline.meter import Meter
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_tiny

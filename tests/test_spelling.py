@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.flag_help import flag_names
+from pipeline.commands.flag_help import flag_names
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.spelling import MOST, did_you_mean, nearest, nearest_flag

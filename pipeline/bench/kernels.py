@@ -27,10 +27,10 @@ from pipeline.bench.contenders import computes, leaves_out, prepare, relative_er
 from pipeline.bench.kernel_memory import both_passes, empty_cache, peak_ratios
 from pipeline.bench.kernel_ops import Op, Shape, ops, parse_shape
 from pipeline.bench.peers import PEERS, Run
+from pipeline.commands.flags import parse_flags
 from pipeline.errors import UserError
-from pipeline.flags import parse_flags
-from pipeline.hardware import Roof, on_gpu, roof
-from pipeline.output import writing
+from pipeline.files.output import writing
+from pipeline.host.hardware import Roof, on_gpu, roof
 from pipeline.parallel.topology import Topology
 from pipeline.run import machine, versions
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags, take, wants_help
 from pipeline.errors import UserError
-from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags, take, wants_help
-from pipeline.machine import Machine
-from pipeline.output import writing
+from pipeline.files.output import writing
+from pipeline.host.local import Machine
 
 if TYPE_CHECKING:
     from pipeline.bench.saves import Saves

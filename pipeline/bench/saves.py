@@ -17,7 +17,7 @@ from pipeline.checkpoint.state import TRAINABLE, restore, rng_state
 from pipeline.config import RunConfig
 from pipeline.engine import building, deepspeed_config, device_of, precision_of
 from pipeline.meter import Meter
-from pipeline.parallel.agreement import from_all
+from pipeline.parallel.collectives import from_all
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags
 from pipeline.errors import UserError
-from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
-from pipeline.machine import Machine
-from pipeline.output import writing
+from pipeline.files.output import writing
+from pipeline.host.local import Machine
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -113,7 +113,7 @@ def run_case(words: Sequence[str]) -> None:
     """One length, on every rank: trains without saving or evaluating, and rank 0 prints the figures."""
     config = fit_ranks(parse_run(words, "bench throughput-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.engine import Engine, building, deepspeed_config, device_of, precision_of, start, stop
-    from pipeline.hardware import peak_flops, utilisation
+    from pipeline.host.hardware import peak_flops, utilisation
     from pipeline.meter import Meter
     from pipeline.run import Run, machine, versions
     from pipeline.system import create_system
@@ -163,8 +163,8 @@ def _planned_memory(config: RunConfig, ranks: int) -> int | None:
     """Bytes that `plan` expects on this device; None on a CPU, and on a GPU that it does not know."""
     import torch
 
-    from pipeline.devices import find_device
-    from pipeline.hardware import on_gpu
+    from pipeline.host.devices import find_device
+    from pipeline.host.hardware import on_gpu
     from pipeline.plan import PlanOptions, make_plan
 
     device = find_device(torch.cuda.get_device_name()) if on_gpu() else None

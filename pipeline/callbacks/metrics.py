@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
-from pipeline.output import writing
+from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from pipeline.callbacks.base import Callback
-from pipeline.hardware import on_gpu
+from pipeline.host.hardware import on_gpu
 from pipeline.run import Run
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
-from pipeline.leave import hush
-from pipeline.output import writing
+from pipeline.files.output import writing
 from pipeline.run import Run
+from pipeline.runtime.exit import hush
 from pipeline.system import Evaluation
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"

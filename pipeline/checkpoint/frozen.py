@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.parallel.agreement import from_main
+from pipeline.parallel.collectives import from_main
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import gathered
 

@@ -15,8 +15,8 @@ import xxhash
 
 from pipeline.checkpoint.files import Entry, hash_of, sync_folder
 from pipeline.errors import UserError
-from pipeline.json_file import is_inside, parse_json
-from pipeline.output import write_json
+from pipeline.files.json_file import is_inside, parse_json
+from pipeline.files.output import write_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from pipeline.archive import save_config
 from pipeline.checkpoint.carry import carry_content, carry_file
 from pipeline.checkpoint.files import Entry, Staging, shard, small, sync_folder, tensor_bytes, tensors
 from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
 from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
+from pipeline.config_file import save_config
 from pipeline.errors import UserError
-from pipeline.parallel.agreement import agree, from_all
+from pipeline.parallel.collectives import agree, from_all
 from pipeline.run import Progress, Run, versions
 from pipeline.system import Carry
 

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.archive import to_plain
 from pipeline.checkpoint.carry import load_carry
 from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, problems, read_manifest, recover, unlisted
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
+from pipeline.config_file import to_plain
 from pipeline.errors import RankError, UserError, brief, shown
-from pipeline.hardware import on_gpu
-from pipeline.json_file import read_json
-from pipeline.parallel.agreement import from_main, together
+from pipeline.files.json_file import read_json
+from pipeline.host.hardware import on_gpu
+from pipeline.parallel.collectives import from_main, together
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.parallel.weights import generator_for, load_safetensors

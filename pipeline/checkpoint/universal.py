@@ -38,7 +38,7 @@ from pipeline.checkpoint.universal_convert import (
     is_universal,
 )
 from pipeline.errors import UserError
-from pipeline.parallel.agreement import agree, together
+from pipeline.parallel.collectives import agree, together
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, full_shape
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import own_code
+from pipeline.data import remote_code
 from pipeline.data.sources.content import hash_files
 from pipeline.errors import UserError
 
@@ -78,15 +78,15 @@ class HuggingFaceTokenizer:
 
         self.name = f"{name}@{revision}" if revision else name
         try:
-            code = own_code.references(name, revision)
+            code = remote_code.references(name, revision)
         except Exception as error:  # every kind of broken folder, wrong name and dead network raises something else
             raise self._unusable(error) from error
         if code is not None:
-            own_code.check(name, self.name, code, trust_remote_code)
+            remote_code.check(name, self.name, code, trust_remote_code)
         # Before the code runs: what it leaves in its folder is not what was read.
-        self._code = None if code is None else own_code.identity(name, revision)
+        self._code = None if code is None else remote_code.identity(name, revision)
         try:
-            with contextlib.nullcontext() if code is None else own_code.one_at_a_time():
+            with contextlib.nullcontext() if code is None else remote_code.one_at_a_time():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                     name, revision=revision, code_revision=revision, trust_remote_code=code is not None
                 )

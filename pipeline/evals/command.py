@@ -9,19 +9,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.archive import load_config
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.state import load_trainable
+from pipeline.commands.flags import parse_flags
+from pipeline.config_file import load_config
 from pipeline.data.build import list_data
 from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
-from pipeline.flags import parse_flags
-from pipeline.output import writing
-from pipeline.parallel.agreement import from_main, together
-from pipeline.parallel.pulse import Pulse
+from pipeline.files.output import writing
+from pipeline.parallel.collectives import from_main, together
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
+from pipeline.runtime.sync import Pulse
 from pipeline.system import Curve, Evaluation, create_system
 
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from pipeline.commands.flags import wants_help
 from pipeline.errors import UserError
-from pipeline.flags import wants_help
+from pipeline.host.local import Machine
 from pipeline.launch.plan import plan
 from pipeline.launch.request import split
-from pipeline.machine import Machine
 
 
 def main(words: Sequence[str]) -> int:

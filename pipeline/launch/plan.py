@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.host.local import Machine
 from pipeline.launch.hosts import parse_filter, read_hostfile, select
 from pipeline.launch.remote import PDSH_SSH_ARGS, check_plain, exports, quoted, secrets, ssh_options
 from pipeline.launch.request import CPU_RANKS, DEFAULT_PORT, MULTI_NODE_COMMANDS, Request
-from pipeline.machine import Machine
 
 NUMBERLESS = ("mvapich", "openmpi", "slurm")
 """Launchers of DeepSpeed 0.19.8 that start ranks without RANK in their environment."""

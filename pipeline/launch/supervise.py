@@ -23,7 +23,7 @@ import psutil
 from pipeline.launch.plan import Launch
 from pipeline.launch.ranks import MARK, ranks, send
 from pipeline.launch.remote import environment_file
-from pipeline.leave import LOST_RANK
+from pipeline.runtime.exit import LOST_RANK
 
 SECOND_THOUGHT = 1.0
 """Seconds after which another Ctrl-C means that the person will not wait for the checkpoint."""

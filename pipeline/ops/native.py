@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pipeline.errors import DeviceLostError
+from pipeline.host.package import PACKAGE, how_to_set_up
 from pipeline.ops import cuda_devices
-from pipeline.package import PACKAGE, how_to_set_up
 
 Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")

@@ -2,7 +2,7 @@
 
 import os
 
-from pipeline.hardware import on_gpu
+from pipeline.host.hardware import on_gpu
 
 if not on_gpu():
     # DeepSpeed picks its accelerator when it is imported, and without this says on stdout that it found no GPU.

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import UserError, brief, shown
-from pipeline.json_file import is_inside, read_json
+from pipeline.files.json_file import is_inside, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, shown
-from pipeline.parallel.agreement import together
+from pipeline.parallel.collectives import together
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import StoredTensor, open_safetensors
 

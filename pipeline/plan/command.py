@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags
 from pipeline.config import RunConfig
-from pipeline.devices import DEVICES, GIB
-from pipeline.flags import fit_ranks, parse_flags, parse_run, split_flags
+from pipeline.host.devices import DEVICES, GIB
 from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
 from pipeline.plan.estimate import Plan, PlanOptions, make_plan
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.devices import DEVICES, GIB, Device, find_device
 from pipeline.engine import deepspeed_config
 from pipeline.errors import UserError
+from pipeline.host.devices import DEVICES, GIB, Device, find_device
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.plan.zero import Counts, zero_bytes
 from pipeline.system import create_system

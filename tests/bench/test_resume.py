@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench.resume import DEFAULT, _existing, render, run_resume, summary
+from pipeline.commands.flags import parse_run
 from pipeline.errors import UserError
-from pipeline.flags import parse_run
 from tests.launch.harness import single
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import hardware
 from pipeline.bench.throughput import _planned_memory
+from pipeline.host import hardware
 from pipeline.plan import PlanOptions, make_plan
 from pipeline.recipes.miras import miras_64k
 from tests.launch.harness import single

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline.archive import load_config
 from pipeline.checkpoint import files, manifest
 from pipeline.checkpoint import save as saving
 from pipeline.checkpoint.manifest import LATEST, newest, problems, read_manifest
 from pipeline.checkpoint.save import Saver
+from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.recipes import all_recipes
 from tests.checkpoint.small_runs import STREAMS, FakeLoader, Unwritable, latest, moment, save, steps

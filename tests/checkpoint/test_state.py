@@ -15,7 +15,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.archive import to_plain
 from pipeline.checkpoint import state
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.state import (
@@ -29,6 +28,7 @@ from pipeline.checkpoint.state import (
     set_rng_state,
 )
 from pipeline.config import replace
+from pipeline.config_file import to_plain
 from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_tiny

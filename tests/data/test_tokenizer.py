@@ -253,7 +253,7 @@ def test_the_hub_is_asked_for_the_revision(
 ) -> None:
     import transformers
 
-    from pipeline.data import own_code
+    from pipeline.data import remote_code
 
     asked: list[dict[str, object]] = []
     found: list[str] | None = None
@@ -263,7 +263,7 @@ def test_the_hub_is_asked_for_the_revision(
         asked.append({"name": name, **options})
         return made
 
-    monkeypatch.setattr(own_code, "references", lambda name, revision: found)
+    monkeypatch.setattr(remote_code, "references", lambda name, revision: found)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     commit = "0123456789abcdef" * 2 + "01234567"
     assert load_tokenizer("some/body@refs/pr/1").name == "some/body@refs/pr/1"

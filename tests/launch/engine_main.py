@@ -19,10 +19,10 @@ from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
 from pipeline.engine import AFTER_THE_WATCH, Engine, building, deepspeed_config, precision_of, start, stop
 from pipeline.errors import UserError
-from pipeline.leave import leave
-from pipeline.parallel.agreement import together
+from pipeline.parallel.collectives import together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
+from pipeline.runtime.exit import leave
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from tests.launch.parity_main import ROWS, base, micro_batches

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from pipeline.cli import without_local_rank
+from pipeline.commands.flags import fit_ranks, parse_run
 from pipeline.config import RunConfig
 from pipeline.engine import stop
-from pipeline.flags import fit_ranks, parse_run
-from pipeline.leave import leave
+from pipeline.runtime.exit import leave
 from pipeline.train import train
 
 RECIPE = [

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.watch import Verdict, Watch
+from pipeline.runtime.heartbeat import Verdict, Watch
 from tests.launch.harness import free_port
 
 WORLD = 3

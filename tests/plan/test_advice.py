@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import RunConfig, replace
-from pipeline.devices import DEVICES
+from pipeline.host.devices import DEVICES
 from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
 from pipeline.plan.estimate import PlanOptions, make_plan
 from pipeline.plan.zero import Counts

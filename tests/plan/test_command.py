@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from pipeline.devices import DEVICES
-from pipeline.flags import parse_run, split_flags
+from pipeline.commands.flags import parse_run, split_flags
+from pipeline.host.devices import DEVICES
 from pipeline.plan import PlanOptions, make_plan
 from tests.plan.sizes import BACKBONE, WIDTH, memory_parameters
 

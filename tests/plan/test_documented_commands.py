@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.devices import find_device
-from pipeline.flags import fit_ranks, parse_run
+from pipeline.commands.flags import fit_ranks, parse_run
+from pipeline.host.devices import find_device
 from pipeline.plan import Plan, PlanOptions, make_plan
 from pipeline.plan.zero import Counts
 

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from pipeline.config import RunConfig, replace
-from pipeline.devices import DEVICES
 from pipeline.errors import UserError
+from pipeline.host.devices import DEVICES
 from pipeline.plan import Plan, PlanOptions, make_plan
 from pipeline.recipes.miras import miras_32k, miras_64k, miras_128k, miras_tiny
 from tests.plan.sizes import BACKBONE, FFN, LAYERS, VOCABULARY, WIDTH, memory_parameters

@@ -17,7 +17,7 @@ from pipeline.bench.gpu.steps import STAGE_SECONDS, STAGES, steps_of
 from pipeline.bench.gpu.table import line, render
 from pipeline.bench.gpu.target import device_environment, find_target
 from pipeline.errors import UserError
-from pipeline.provenance import ROOT, commit, sources_digest
+from pipeline.host.provenance import ROOT, commit, sources_digest
 
 USAGE = f"""usage: make gpu [STAGES="{" ".join(STAGES)}"] [OUT=outputs/gpu] [WHEELS=FOLDER]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.bench.kernels import timed
-from pipeline.hardware import on_gpu
+from pipeline.host.hardware import on_gpu
 
 ROUNDS = 5
 

@@ -18,7 +18,7 @@ from pipeline.bench.gpu.ceilings import measure
 from pipeline.bench.kernel_memory import both_passes
 from pipeline.bench.kernel_model import KERNELS, predict
 from pipeline.bench.kernel_ops import Shape, parse_shape
-from pipeline.hardware import on_gpu
+from pipeline.host.hardware import on_gpu
 
 CALLS = 3
 OTHER = "other"

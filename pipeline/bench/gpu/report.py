@@ -17,9 +17,9 @@ from pipeline.bench.gpu.runner import FINAL, slug
 from pipeline.bench.gpu.steps import STAGES, all_steps
 from pipeline.bench.gpu.table import headline
 from pipeline.bench.gpu.target import Target
+from pipeline.commands.flags import take
 from pipeline.errors import UserError
-from pipeline.flags import take
-from pipeline.provenance import ROOT, commit, sources_digest
+from pipeline.host.provenance import ROOT, commit, sources_digest
 
 BEGIN, END = "<!-- bench report: begin -->", "<!-- bench report: end -->"
 """Around what this writes in docs/results.md."""

@@ -21,7 +21,7 @@ from xml.etree.ElementTree import ParseError
 from pipeline.bench.gpu.packages import lacking
 from pipeline.bench.gpu.steps import PYTHON, RESULT, SCRATCH, Step
 from pipeline.bench.junit import read_junit
-from pipeline.provenance import ROOT
+from pipeline.host.provenance import ROOT
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 OUT_OF_MEMORY, SKIPPED, NOT_RUN = "out of memory", "skipped", "not run"

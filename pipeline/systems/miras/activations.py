@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Olmo2Config
 
-from pipeline.devices import Device
+from pipeline.host.devices import Device
 from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
 from pipeline.ops.chunks import span_tokens
 from pipeline.ops.cross_entropy import LOGIT_BYTES

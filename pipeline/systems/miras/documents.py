@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.parallel.agreement import from_all
+from pipeline.parallel.collectives import from_all
 from pipeline.parallel.topology import Topology
 
 RESAMPLES = 1000

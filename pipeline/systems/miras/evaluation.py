@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.synthetic import recall_gaps
-from pipeline.parallel.agreement import together
-from pipeline.parallel.pulse import Pulse, next_step
+from pipeline.parallel.collectives import together
+from pipeline.runtime.sync import Pulse, next_step
 from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.documents import DocumentSums, documents_per_bin, interval

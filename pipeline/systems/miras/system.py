@@ -13,12 +13,12 @@ from pipeline.data.build import build_loader, build_source
 from pipeline.data.sources.base import Source
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.devices import Device
 from pipeline.errors import UserError
+from pipeline.host.devices import Device
 from pipeline.ops.attention import WindowCarry
-from pipeline.parallel.pulse import Pulse
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
+from pipeline.runtime.sync import Pulse
 from pipeline.system import (
     IGNORED,
     Batch,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Olmo2Config
 
 from pipeline.errors import UserError, brief, shown
-from pipeline.json_file import read_json
+from pipeline.files.json_file import read_json
 from pipeline.ops.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors

@@ -26,8 +26,8 @@ from pipeline.bench.gpu.steps import (
 from pipeline.bench.gpu.target import EMULATED, Target, device_environment, find_target
 from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
+from pipeline.commands.flags import parse_flags, parse_run
 from pipeline.errors import UserError
-from pipeline.flags import parse_flags, parse_run
 
 ROOT = Path(__file__).parents[3]
 H200 = Target("NVIDIA H200", "9.0", 141 * 2**30, 132, "580.1")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import RunConfig, replace
-from pipeline.devices import find_device
+from pipeline.host.devices import find_device
 from pipeline.ops import chunks, native, scan_native
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_64k

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pipeline.config import replace
 from pipeline.data.synthetic import RecallLoader
-from pipeline.parallel.pulse import Pulse
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall, miras_tiny
-from pipeline.stop import Stopped, StopRequests
+from pipeline.runtime.stop import Stopped, StopRequests
+from pipeline.runtime.sync import Pulse
 from pipeline.system import IGNORED, Batch, Carry, StepContext
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.evaluation import GAP_BIN, OFF, ON, PASSAGE, RATIO, _repeated_passages, evaluate, reach

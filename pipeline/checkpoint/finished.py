@@ -1,0 +1,59 @@
+"""A start of a run that has nothing left to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.callbacks.metrics import is_evaluated
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.config import RunConfig
+from pipeline.files.json_file import parse_json
+from pipeline.parallel.collectives import from_main, together
+from pipeline.parallel.topology import Topology
+
+
+def is_finished(config: RunConfig, checkpoint: Path | None, topology: Topology) -> bool:
+    """Whether nothing is left of a run, as rank 0 finds, which says so. Collective."""
+    message = from_main(
+        topology, together(topology, lambda: None if topology.rank else nothing_left(config, checkpoint))
+    )
+    if message is not None and topology.rank == 0:
+        print(message, flush=True)
+    return message is not None
+
+
+def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
+    """What to tell a person who starts a run that ended where this start would end; None when something is left.
+
+    A run that ended on its way has an evaluation or its last words left. Reads the run directory and changes nothing.
+    """
+    folder = config.output_dir
+    if config.dry_run or checkpoint is None or checkpoint.resolve().parent != (folder / "checkpoints").resolve():
+        return None
+    manifest = read_manifest(checkpoint)
+    step = 0 if manifest is None else int(manifest["step"])
+    last = min(config.steps, config.stop_after or config.steps)
+    if step < last or _status(folder) not in ("finished", "stopped") or not is_evaluated(folder, step):
+        return None
+    if step >= config.steps:
+        how = f"already finished at step {step} (--steps is {config.steps})"
+        more = "give a larger --steps"
+    else:
+        how = f"already stopped at step {step} (--stop-after is {config.stop_after})"
+        more = "leave --stop-after out, or give a larger one"
+    return "\n".join(
+        [
+            f"{folder}: {how}; nothing was started or changed",
+            f"  to train longer    {more}",
+            "  to train anew      name another --output-dir, and another --seed for another run",
+            f"  to evaluate it     mnemos eval {folder}",
+        ]
+    )
+
+
+def _status(folder: Path) -> str | None:
+    """What run.json says; None where it says nothing."""
+    try:
+        return str(parse_json((folder / "run.json").read_bytes())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,165 @@
+"""From the words of a command line to a config. Imports nothing heavy until a config is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.spelling import did_you_mean, nearest, nearest_flag
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+HELP_WORDS = ("-h", "--help", "--help-all")
+
+
+def wants_help(words: Sequence[str]) -> bool:
+    """Whether the words of a command ask for its help."""
+    return not set(HELP_WORDS).isdisjoint(words)
+
+
+def parse_run(words: Sequence[str], command: str, own: Any = None) -> RunConfig:
+    """The config that `RECIPE [--config FILE] [flags]` means. Raises UserError; exits for --help and --help-all.
+
+    `own`: the command's own options, a dataclass, for its help and for what a misspelt flag may have meant.
+    """
+    from pathlib import Path
+
+    from pipeline.commands.flag_help import show_help
+    from pipeline.config_file import load_config
+    from pipeline.recipes import all_recipes, describe
+
+    recipes = all_recipes()
+    rest = list(words)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    file, rest = take(rest, "--config")
+    if file is not None:
+        config = load_config(Path(file), recipes)
+        if name is not None and name != config.recipe:
+            raise UserError(f"--config {file} is a run of {config.recipe}, not of {name}: name one of them")
+        name = config.recipe
+    elif name is None:
+        if wants_help(rest):
+            note = f"RECIPE and its flags may follow: `mnemos {command} RECIPE --help` lists them."
+            if own is not None:
+                show_help(own, f"mnemos {command} [RECIPE]", everything=True, description=note)
+            names = "\n  ".join(sorted(recipes))
+            print(f"usage: mnemos {command} RECIPE [--config FILE] [flags]\n\n{note}\n\nrecipes:\n  {names}")
+            raise SystemExit(0)
+        raise UserError(f"{command} needs a recipe: one of {', '.join(sorted(recipes))}")
+    elif name not in recipes:
+        meant = did_you_mean(nearest(name, recipes))
+        known = f"{meant} `mnemos recipes` lists them all" if meant else f": one of {', '.join(sorted(recipes))}"
+        raise UserError(f"unknown recipe {name!r}{known}")
+    else:
+        config = recipes[name]()
+    program = f"mnemos {command} {name}"
+    if wants_help(rest):
+        everything = "--help-all" in rest
+        show_help(config, program, everything=everything, own=own, description=describe(recipes[name]))
+    given = {word.partition("=")[0] for word in rest}
+    if "--data.path" in given and "--data.dataset" not in given:
+        # What a person names replaces the recipe's own source.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=None))
+    elif "--data.dataset" in given and "--data.path" not in given:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=()))
+    return parse_flags(config, rest, program, own)
+
+
+def parse_flags(default: Any, words: Sequence[str], program: str, own: Any = None) -> Any:
+    """A dataclass with flags over it. Raises UserError in one line instead of tyro's box; exits for --help.
+
+    `own`: as in `parse_run`.
+    """
+    import contextlib
+    import io
+
+    import tyro
+
+    from pipeline.commands.flag_help import flag_names, show_help
+
+    if wants_help(words):
+        show_help(default, program, everything="--help-all" in words, own=own)
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured):
+            parsed, unknown = tyro.cli(
+                type(default),
+                default=default,
+                args=words,
+                prog=program,
+                config=(tyro.conf.AvoidSubcommands,),
+                return_unknown_args=True,
+            )
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        raise UserError(f"{_message(captured.getvalue())} (see {program} --help)") from None
+    flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+    if flag is not None:
+        known = [*flag_names(default, *([own] if own is not None else [])), "--config", *HELP_WORDS]
+        meant = did_you_mean(nearest_flag(flag, known))
+        raise UserError(f"unknown flag {flag}{meant} (see {program} --help{'' if meant else '-all'})")
+    if unknown:
+        raise UserError(f"{unknown[0]!r} belongs to no flag (see {program} --help)")
+    return parsed
+
+
+def _message(box: str) -> str:
+    """What tyro's box says, in one line: its first paragraph."""
+    paragraphs = [""]
+    for line in box.splitlines():
+        text = line.strip("╭╮╰╯│─- \t") if not line.strip(" │").startswith("--") else line.strip(" │")
+        if line.startswith("╭") or not text.strip("─-"):
+            paragraphs.append("")
+        else:
+            paragraphs[-1] = f"{paragraphs[-1]} {text}".strip()
+    # A terminal's box has its title in the border; a plain one has it as a paragraph of its own.
+    found = [text for text in paragraphs if text]
+    return (found[0] if box.startswith("╭") else found[min(1, len(found) - 1)]).rstrip(".")
+
+
+def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of a flag, None where it is absent, and the words without it."""
+    for index, word in enumerate(words):
+        if word == flag:
+            if index + 1 == len(words):
+                raise UserError(f"{flag} needs a value")
+            return words[index + 1], words[:index] + words[index + 2 :]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2], words[:index] + words[index + 1 :]
+    return None, words
+
+
+def fit_ranks(config: RunConfig, words: Sequence[str], ranks: int) -> RunConfig:
+    """The recipe's sequence degree made to fit the ranks; one that a flag or a --config file gives is left alone, to be
+    refused."""
+    import math
+    from pathlib import Path
+
+    from pipeline.config_file import states
+
+    file, _ = take(list(words), "--config")
+    stated = file is not None and states(Path(file), "parallel", "sequence")
+    if stated or any(word.partition("=")[0] == "--parallel.sequence" for word in words):
+        return config
+    degree = math.gcd(config.parallel.sequence, ranks)
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=degree))
+
+
+def split_flags(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of the flags in `names` (with their values), and the others."""
+    own: list[str] = []
+    rest: list[str] = []
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        if word.lstrip("-").partition("=")[0] in names and word.startswith("--"):
+            own.append(word)
+            if "=" not in word and pending:
+                own.append(pending.pop(0))
+        else:
+            rest.append(word)
+    return own, rest

@@ -1,0 +1,54 @@
+"""Checks that need no rank, made before any is started."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+from pipeline.checkpoint.state import TRAINABLE, check_resumable, keep_global_batch, locate_checkpoint
+from pipeline.config import RunConfig
+from pipeline.engine import deepspeed_config, precision_of
+from pipeline.errors import UserError
+from pipeline.host.hardware import on_gpu
+from pipeline.parallel.topology import Topology, check_degrees
+from pipeline.parallel.weight_files import file_tensors
+from pipeline.runtime.folder_lock import FolderLock
+from pipeline.system import Phase, create_system
+
+MIN_FREE = 64 * 2**20
+"""Bytes without which a run is not started."""
+
+
+def preflight(config: RunConfig, ranks: int) -> None:
+    """Raises UserError for whatever can be known to fail with `ranks` ranks: layout, files, data, space."""
+    check_degrees(ranks, config.parallel.sequence)
+    topology = Topology(world=ranks, sequence=config.parallel.sequence)
+    create_system(config).check(topology)
+    with FolderLock() as lock:
+        lock.take(config.output_dir)
+        checkpoint = locate_checkpoint(config)
+    if checkpoint is not None:
+        check_resumable(config, checkpoint)
+        config = keep_global_batch(config, topology, checkpoint)
+    deepspeed_config(config)
+    system = create_system(config)
+    system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
+    missing = config.init_from is not None and not (config.init_from / TRAINABLE).is_file()
+    if missing and checkpoint is None:
+        raise UserError(f"--init-from {config.init_from}: no {TRAINABLE} there: give a checkpoint folder")
+    if config.init_from is not None and not missing:
+        file_tensors(config.init_from / TRAINABLE)
+    # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
+    system.loader(Phase("check", 1, ()), topology).next_step()
+    system.held_out(topology).next_step()
+    if config.report.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("--report.wandb needs the wandb package: pip install -e '.[wandb]'")
+    parent = config.output_dir.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output-dir {config.output_dir}: {parent} is not a folder that can be written: name another")
+    free = shutil.disk_usage(parent).free
+    if free < MIN_FREE:
+        raise UserError(f"--output-dir {config.output_dir}: {free / 2**20:.0f} MiB free, no space for a run: make room")

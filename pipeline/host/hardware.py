@@ -1,0 +1,116 @@
+"""What a device can do at most, and how much of it is used."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.host.devices import Device, find_device
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The most that a device can do, and where the figures come from."""
+
+    flops: float | None
+    """FLOP/s of matrix products in the dtype that is measured; None where it is not known."""
+    bandwidth: float | None
+    """Bytes/s of memory."""
+    source: str
+
+    def seconds(self, flops: float, moved: float) -> float | None:
+        """The least time that so many FLOPs and bytes can take (Williams et al., the roofline model, 2009)."""
+        if self.flops is None or self.bandwidth is None:
+            return None
+        return max(flops / self.flops, moved / self.bandwidth)
+
+    def higher(self, other: Roof) -> Roof:
+        """The higher of two that were measured on the same device."""
+        if self.flops is None or other.flops is None or self.bandwidth is None or other.bandwidth is None:
+            return self
+        return Roof(max(self.flops, other.flops), max(self.bandwidth, other.bandwidth), self.source)
+
+
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU.
+
+    DeepSpeed's launcher makes GPUs visible to a run that was started for the CPU, so visibility alone does not tell.
+    """
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+
+
+def peak_flops(stated_tflops: float | None = None) -> float | None:
+    """Peak FLOP/s of this device at bfloat16, or the stated one; None where it is not known."""
+    if stated_tflops is not None:
+        return stated_tflops * 1e12
+    device = this_device()
+    return None if device is None else device.tflops * 1e12
+
+
+def peak_bandwidth() -> float | None:
+    """Peak bytes/s of this GPU's memory; None where it is not known."""
+    device = this_device()
+    return None if device is None else device.bandwidth * 1e9
+
+
+def this_device() -> Device | None:
+    """This process's GPU in the table of devices; None on a CPU and for an unknown device."""
+    return find_device(torch.cuda.get_device_name()) if on_gpu() else None
+
+
+def roof(dtype: torch.dtype) -> Roof:
+    """The roof over matrix products in a dtype: data sheets for a GPU, measured now on a CPU.
+
+    On a GPU float32 counts as TF32, half the rate of bfloat16: what its matrix units do with such numbers at most.
+    """
+    if on_gpu():
+        peak = peak_flops()
+        if peak is not None and dtype != torch.bfloat16:
+            peak = peak / 2
+        return Roof(peak, peak_bandwidth(), "data sheet")
+    return Roof(measured_flops(dtype), measured_bandwidth(), "measured: matrix product, triad")
+
+
+def measured_flops(dtype: torch.dtype, size: int = 1536) -> float:
+    """FLOP/s of a square matrix product on this CPU, with as many threads as torch uses now; the best of a few."""
+    a, b = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out))
+
+
+def measured_bandwidth(size: int = 2**24) -> float:
+    """Bytes/s of a triad a = b + s c over 64 MiB vectors on this CPU (McCalpin, STREAM); the best of a few."""
+    b, c = torch.rand(size), torch.rand(size)
+    out = torch.empty_like(b)
+    return 3 * b.nbytes / _best(lambda: torch.add(b, c, alpha=3.0, out=out))
+
+
+def _best(work: Callable[[], object], repeats: int = 7) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds[1:])
+
+
+def utilisation(tok_s: float, flops_per_token: float, devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation; None where the peak is unknown, or wrong (a figure above 1)."""
+    if peak is None:
+        return None
+    share = tok_s * flops_per_token / (devices * peak)
+    return share if share <= 1 else None
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held: allocated on the GPU, or resident on a CPU."""
+    if on_gpu():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

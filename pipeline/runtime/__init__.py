@@ -1,0 +1,1 @@
+"""Processes: exit codes, signals, the folder lock, sync points, heartbeat."""

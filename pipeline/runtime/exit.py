@@ -1,0 +1,103 @@
+"""How a process ends: the exit codes, the last words, and leaving a launched job."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+from typing import NoReturn, TextIO
+
+from pipeline.errors import LostRankError, RankError, UserError
+from pipeline.runtime.stop import Stopped
+
+BUG = 1
+"""An exception that is nobody's request, with its traceback."""
+USER_ERROR = 2
+"""Something the user can mend: one line says what."""
+LOST_RANK = 3
+"""A rank died, stalled or cannot be reached: the same command starts again from the last checkpoint."""
+INTERRUPTED = 128 + signal.SIGINT
+"""A person did not wait for the checkpoint."""
+
+LOST_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout",
+    "remote process exited or there was a network error", "NCCL error",
+)  # fmt: skip
+"""What gloo and NCCL say on the ranks that are left when another has gone."""
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a disk is full, or a quota is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_a_file(error: BaseException) -> bool:
+    """Whether the system refuses a file by its name: it is not there, may not be read, or its disk fails."""
+    return isinstance(error, OSError) and error.filename is not None
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process exits with that this exception ends."""
+    if isinstance(error, Stopped):
+        return error.exit_code
+    if isinstance(error, LostRankError):
+        return error.code
+    if isinstance(error, UserError) or out_of_space(error) or of_a_file(error):
+        return USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return LOST_RANK if lost_peer(error) else BUG
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether it is raised on every rank alike, so that one of them says why."""
+    return isinstance(error, (Stopped, UserError)) and not isinstance(error, RankError)
+
+
+def last_words(error: Stopped | UserError | LostRankError) -> str:
+    """The one line that says why it is over, and what follows from it."""
+    again = "the same command goes on from the last checkpoint"
+    if isinstance(error, Stopped):
+        return f"stopped ({error}); {again}"
+    if isinstance(error, LostRankError):
+        return f"{error}; {again if error.code == LOST_RANK else 'its own lines, above or below, say why'}"
+    return str(error)
+
+
+def say(message: str) -> None:
+    """One line to the person who started it."""
+    try:
+        print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except OSError:
+        hush(sys.stderr)
+
+
+def hush(stream: TextIO) -> None:
+    """Lets go of a stream whose reader is gone: a pipe's, or the terminal. What it still holds would otherwise be
+    written when the interpreter ends, fail again, and change the exit code to 120."""
+    with contextlib.suppress(io.UnsupportedOperation):  # a stream that is no file
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a rank of a launched job.
+
+    Not by the interpreter's own exit: the threads of the collectives can abort that, and then a run that finished is
+    reported as one that failed, or one that failed loses its exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read it may be gone first, and the exit code still counts.
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,65 @@
+"""Where the ranks meet at the start: a limit of its own, and whose fault it is when they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from urllib.parse import parse_qs, urlsplit
+
+# First: it decides the accelerator that DeepSpeed picks when it is imported.
+import pipeline.parallel  # noqa: F401
+
+# isort: split
+import deepspeed
+import torch.distributed as dist
+
+from pipeline.errors import LostRankError, RankError
+from pipeline.runtime.exit import LOST_RANK, lost_peer
+
+SCHEME = "patient-env"
+
+
+def join(backend: str, timeout: timedelta, patience: timedelta) -> None:
+    """Joins the default process group, whose collectives give up after `timeout`.
+
+    Raises LostRankError when a rank stays away for `patience`, RankError when this one cannot meet the others at all.
+    """
+    with contextlib.suppress(RuntimeError):  # of an earlier start in this process
+        dist.register_rendezvous_handler(SCHEME, _meet)
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timeout,
+            init_method=f"{SCHEME}://?seconds={patience.total_seconds()}",
+        )
+    except (RuntimeError, ValueError) as error:
+        rank, where = os.environ["RANK"], f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = f"rank {rank}: the ranks do not meet at {where} ({str(error).strip().splitlines()[0]})"
+        if "EADDRINUSE" in str(error):
+            raise RankError(f"{reason}: give another --master_port") from error
+        if isinstance(error, (dist.DistStoreError, dist.DistNetworkError)) or lost_peer(error):
+            # Its own words may be far away, on another node.
+            speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+            reason += ": a rank or its node is gone, or the network between them is cut"
+            raise LostRankError(reason, code=LOST_RANK, speaks=speaks) from error
+        raise RankError(f"{reason}: see docs/multi_node.md") from error
+
+
+def _meet(url: str, **_: object) -> Iterator[tuple[dist.Store, int, int]]:
+    """torch's env://, which by itself would wait for a rank as long as a collective does."""
+    patience = timedelta(seconds=float(parse_qs(urlsplit(url).query)["seconds"][0]))
+    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    # By itself only the rank that serves the store waits for the others, and under torchrun none. That store outlives
+    # its ranks, which may come again, and in another number.
+    attempt = f"arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"
+    store.set(f"{attempt}/{rank}", "yes")
+    try:
+        store.wait([f"{attempt}/{other}" for other in range(world)], patience)
+    except dist.DistStoreError as error:
+        absent = [str(other) for other in range(world) if not store.check([f"{attempt}/{other}"])]
+        raise dist.DistStoreError(f"no sign of rank {', '.join(absent)}") from error
+    yield store, rank, world

@@ -1,0 +1,96 @@
+"""A run that has ended is told from one that has something left, and nothing is touched to tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint.finished import is_finished, nothing_left
+from pipeline.checkpoint.manifest import newest
+from pipeline.config import RunConfig
+from pipeline.parallel.topology import Topology
+from tests.checkpoint.small_runs import a_run, save
+
+STEPS = 20
+
+
+@pytest.fixture
+def ended(tmp_path: Path):
+    """The config and the checkpoint of a run that ended at `step`; `changes` are of the start after it."""
+
+    def make(step: int = STEPS, status: str = "finished", **changes: Any) -> tuple[RunConfig, Path]:
+        run = a_run(tmp_path / "run")
+        checkpoint = save(run, step)
+        (run.folder / "run.json").write_text(json.dumps({"status": status}))
+        (run.folder / "metrics.jsonl").write_text(json.dumps({"mode": "val", "step": step, "loss": 2.0}) + "\n")
+        return dataclasses.replace(run.config, steps=STEPS, **changes), checkpoint
+
+    return make
+
+
+def test_a_finished_run_says_what_to_do(ended, capsys: pytest.CaptureFixture[str]) -> None:
+    config, checkpoint = ended()
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in config.output_dir.glob("*.*")}
+    assert is_finished(config, checkpoint, Topology())
+    out = capsys.readouterr().out
+    assert out.startswith(f"{config.output_dir}: already finished at step 20 (--steps is 20)")
+    for advice in ("larger --steps", "another --output-dir", "--seed", f"mnemos eval {config.output_dir}"):
+        assert advice in out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in config.output_dir.glob("*.*")}
+
+
+def test_a_run_that_was_to_stop_there_says_how_to_go_on(ended) -> None:
+    message = nothing_left(*ended(step=8, status="stopped", stop_after=8))
+    assert message is not None
+    assert "already stopped at step 8 (--stop-after is 8)" in message and "leave --stop-after out" in message
+
+
+def test_fewer_steps_than_were_taken_leave_nothing_either(ended) -> None:
+    config, checkpoint = ended()
+    message = nothing_left(dataclasses.replace(config, steps=10), checkpoint)
+    assert message is not None and "finished at step 20 (--steps is 10)" in message
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+def test_a_run_that_ended_on_its_way_has_something_left(status: str, ended) -> None:
+    """Killed behind its last save, it owes an evaluation, or the word that it is finished."""
+    assert nothing_left(*ended(status=status)) is None
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '"finished"'])
+def test_a_run_file_that_says_nothing_is_no_finished_run(content: str | None, ended) -> None:
+    config, checkpoint = ended()
+    path = config.output_dir / "run.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert nothing_left(config, checkpoint) is None
+
+
+def test_an_evaluation_that_is_owed_is_something(ended) -> None:
+    config, checkpoint = ended()
+    (config.output_dir / "metrics.jsonl").write_text('{"mode": "val", "step": 0}\n{"mode": "train", "step": 20}\n')
+    assert nothing_left(config, checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": STEPS + 1}, {"dry_run": True}, {"output_dir": Path("elsewhere")}],
+    ids=["more steps", "a dry run", "another folder"],
+)
+def test_a_start_with_something_to_do_goes_on(changes: dict[str, Any], ended) -> None:
+    config, checkpoint = ended()
+    assert nothing_left(dataclasses.replace(config, **changes), checkpoint) is None
+
+
+def test_a_stop_that_lies_ahead_is_something(ended) -> None:
+    assert nothing_left(*ended(step=8, status="stopped", stop_after=9)) is None
+    assert nothing_left(*ended(step=8, status="stopped")) is None
+
+
+def test_no_checkpoint_is_no_finished_run(ended) -> None:
+    config, _ = ended()
+    assert nothing_left(config, None) is None
+    assert newest(config.output_dir / "checkpoints") is not None

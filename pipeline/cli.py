@@ -138,12 +138,19 @@ def without_local_rank(words: list[str]) -> list[str]:
     return kept
 
 
+def _choose_accelerator() -> None:
+    from pipeline.host.hardware import choose_accelerator
+
+    choose_accelerator()
+
+
 def _train(words: Sequence[str]) -> None:
     # Before the imports, which take seconds: a rank that a signal ends in them leaves the others waiting for it.
     with StopRequests() as requests:
         config = fit_ranks(parse_run(words, "train"), words, int(os.environ.get("WORLD_SIZE", "1")))
         requests.max_hours = config.max_hours
-        from pipeline.engine import stop
+        _choose_accelerator()
+        from pipeline.runtime.ranks import stop
         from pipeline.train import train
 
         try:
@@ -164,6 +171,7 @@ def _check(words: Sequence[str]) -> None:
     if world < 1:
         raise UserError(f"--launch-ranks is {ranks}: give a number of ranks above 0")
     config = fit_ranks(parse_run(rest, "check"), rest, world)
+    _choose_accelerator()
     from pipeline.commands.preflight import preflight
 
     preflight(config, ranks=world)
@@ -181,12 +189,14 @@ def _recipes(words: Sequence[str]) -> None:
 
 
 def _plan(words: Sequence[str]) -> None:
+    _choose_accelerator()
     from pipeline.plan import run_plan
 
     run_plan(words)
 
 
 def _eval(words: Sequence[str]) -> None:
+    _choose_accelerator()
     from pipeline.evals.command import run_eval
 
     run_eval(words)
@@ -199,6 +209,7 @@ def _checkpoint(words: Sequence[str]) -> None:
 
 
 def _bench(words: Sequence[str]) -> None:
+    _choose_accelerator()
     from pipeline.bench import run_bench
 
     run_bench(words)

@@ -1,4 +1,4 @@
-"""Whether DeepSpeed takes a configuration, asked before a rank starts: by its own models, and by what it looks up."""
+"""The DeepSpeed configuration of a run, and whether DeepSpeed takes it: asked before a rank starts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
-
-# First: it decides the accelerator that DeepSpeed picks when it is imported.
-import pipeline.parallel  # noqa: F401
-
-# isort: split
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from pipeline.config import RunConfig
 from pipeline.errors import UserError, brief, shown
+from pipeline.files.json_file import read_json
+from pipeline.host.hardware import on_gpu
+from pipeline.host.package import config_folder
+
+CONFIG_FOLDER = config_folder()
 
 ZERO = "zero_optimization"
 UNSAVED = ("elastic_checkpoint", "mics_shard_size", "round_robin_gradients")
@@ -40,6 +42,54 @@ UNSUPPORTED = {
     ("bf16", "bf16_master_weights_and_grads"): (True, "master weights are float32"),
 }
 """Values that DeepSpeed's models let pass, and why training stops at them."""
+
+
+def precision_of(config: RunConfig) -> torch.dtype:
+    """The dtype that the model computes in; master weights and optimizer state are float32 in any case."""
+    if config.precision == "auto":
+        return torch.bfloat16 if on_gpu() else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def config_path(name: str) -> Path:
+    """The file that `--zero NAME` means."""
+    path = Path(name) if name.endswith(".json") else CONFIG_FOLDER / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONFIG_FOLDER.glob("*.json")))
+        raise UserError(f"--zero {name}: no such DeepSpeed configuration; known: {known}, or the path of a JSON file")
+    return path
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the named file with every "auto" decided. Raises UserError."""
+    path = config_path(config.zero)
+    resolved = read_json(path, "correct the file")
+    check_settings(path, resolved)
+    decided = {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.grad_accum,
+        "gradient_clipping": config.clip,
+    }
+    for key, value in decided.items():
+        if resolved.get(key, "auto") not in ("auto", value):
+            given = shown(resolved[key])
+            raise UserError(f'{path}: {key} is {given} but the run says {value}: write "auto" there')
+        resolved[key] = value
+    resolved.pop("train_batch_size", None)
+    bf16 = resolved.setdefault("bf16", {})
+    if bf16.get("enabled", "auto") == "auto":
+        bf16["enabled"] = precision_of(config) == torch.bfloat16
+    resolved.setdefault("zero_allow_untested_optimizer", True)
+    # Which optimizer an offload takes is decided below, by the device.
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
+    resolved.setdefault("steps_per_print", 2**31)
+    check_accepted(path, resolved)
+    return resolved
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def check_settings(path: Path, content: Any) -> None:

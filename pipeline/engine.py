@@ -1,155 +1,37 @@
-"""DeepSpeed: start the ranks, build a sharded model, and initialise, backward, step."""
+"""DeepSpeed: build a sharded model, and initialise, backward, step."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import math
-import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
-# First: it decides the accelerator that DeepSpeed picks when it is imported.
-import pipeline.parallel  # noqa: F401
-
-# isort: split
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
 
 from pipeline.checkpoint.shards import ShardFiles
 from pipeline.checkpoint.universal_convert import Shards
 from pipeline.config import RunConfig
-from pipeline.ds_config import check_accepted, check_settings, offload_device
-from pipeline.errors import RankError, UserError, brief, shown
-from pipeline.files.json_file import read_json
+from pipeline.ds_config import offload_device, zero_stage
+from pipeline.errors import UserError, brief
 from pipeline.host.hardware import on_gpu
-from pipeline.host.local import Machine
-from pipeline.host.package import config_folder
-from pipeline.parallel.topology import Topology, create_topology, limit_waits
+from pipeline.parallel.topology import limit_waits
 from pipeline.parallel.weights import full_shape
-from pipeline.runtime.rendezvous import join
+from pipeline.runtime.ranks import collective_timeout
 from pipeline.system import Phase
 
-AFTER_THE_WATCH = datetime.timedelta(seconds=30)
 FLATTENED = ("bit16_groups", "bf16_groups", "fp16_groups")
 """Where DeepSpeed's optimizers (stages 1 and 2, bfloat16 beside them, stage 3 and none) hold parameters in the order of
 their shards."""
 SAVE_EVENTS = ("_optimizer_has_ckpt_event_prologue", "_optimizer_has_ckpt_event_epilogue")
-CONFIG_FOLDER = config_folder()
-
-
-def start(config: RunConfig) -> Topology:
-    """Joins the process group (one of a single rank without a launcher) and lays out the ranks."""
-    if "RANK" not in os.environ:
-        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if int(os.environ.get(name) or 1) > 1:
-                raise UserError(
-                    f"{name} is {os.environ[name]}, but RANK is not set: start the ranks with launch.sh or torchrun"
-                    " (docs/multi_node.md)"
-                )
-        port = Machine(os.environ).free_port()
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if on_gpu():
-        if local_rank >= torch.cuda.device_count():
-            raise RankError(
-                f"rank {os.environ['RANK']}: no GPU {local_rank} here (there are {torch.cuda.device_count()}):"
-                " start fewer ranks"
-            )
-        get_accelerator().set_device(local_rank)
-    deepspeed_logger.setLevel("WARNING")
-    # DeepSpeed calls collectives by names that newer torch releases rename: not the user's doing.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    if not on_gpu():
-        # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = _patience(config)
-    if not dist.is_initialized():
-        backend = get_accelerator().communication_backend_name() if on_gpu() else "gloo"
-        join(backend, timeout, datetime.timedelta(minutes=config.parallel.start_minutes))
-    # torchrun and DeepSpeed's launcher name the ranks of a node differently.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    return create_topology(
-        config.parallel.sequence,
-        local_rank=local_rank,
-        nodes=max(1, dist.get_world_size() // local),
-        timeout=timeout,
-    )
-
-
-def _patience(config: RunConfig) -> datetime.timedelta:
-    # The watch speaks first and names the rank; a collective that gives up only knows that it waited.
-    return datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
-
-
-def stop() -> None:
-    """Leaves the process group; gloo's threads abort the interpreter when it ends without this."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def device_of(topology: Topology) -> torch.device:
-    """The device of this rank."""
-    return torch.device("cuda", topology.local_rank) if on_gpu() else torch.device("cpu")
-
-
-def precision_of(config: RunConfig) -> torch.dtype:
-    """The dtype that the model computes in; master weights and optimizer state are float32 in any case."""
-    if config.precision == "auto":
-        return torch.bfloat16 if on_gpu() else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
-
-
-def config_path(name: str) -> Path:
-    """The file that `--zero NAME` means."""
-    path = Path(name) if name.endswith(".json") else CONFIG_FOLDER / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in CONFIG_FOLDER.glob("*.json")))
-        raise UserError(f"--zero {name}: no such DeepSpeed configuration; known: {known}, or the path of a JSON file")
-    return path
-
-
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the named file with every "auto" decided. Raises UserError."""
-    path = config_path(config.zero)
-    resolved = read_json(path, "correct the file")
-    check_settings(path, resolved)
-    decided = {
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": config.grad_accum,
-        "gradient_clipping": config.clip,
-    }
-    for key, value in decided.items():
-        if resolved.get(key, "auto") not in ("auto", value):
-            given = shown(resolved[key])
-            raise UserError(f'{path}: {key} is {given} but the run says {value}: write "auto" there')
-        resolved[key] = value
-    resolved.pop("train_batch_size", None)
-    bf16 = resolved.setdefault("bf16", {})
-    if bf16.get("enabled", "auto") == "auto":
-        bf16["enabled"] = precision_of(config) == torch.bfloat16
-    resolved.setdefault("zero_allow_untested_optimizer", True)
-    # Which optimizer an offload takes is decided below, by the device.
-    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
-    resolved.setdefault("steps_per_print", 2**31)
-    check_accepted(path, resolved)
-    return resolved
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed configuration."""
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 @contextlib.contextmanager
@@ -203,7 +85,7 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
-        limit_waits(_patience(config))
+        limit_waits(collective_timeout(config))
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             _undo_first_update(self.optimizer)
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]

@@ -71,7 +71,7 @@ class Meter:
         memory = torch.tensor(peak_memory(), device=run.device)
         if run.topology.world > 1:
             dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        run.progress.tokens += int(sum(float(count) for count in self.counts.values()))
+        run.progress.tokens += int(self.counts[run.system.token_term])
         run.progress.elapsed += elapsed
         tok_s = self.steps * run.tokens_per_step / elapsed
         self._clear()

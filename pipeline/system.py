@@ -182,6 +182,8 @@ class System(Protocol):
     """One research system. The engine owns devices, precision, sharding, time and files; a system owns its maths."""
 
     name: str
+    token_term: str = "cross_entropy"
+    """The loss term whose counts are tokens; the others average over whatever they like."""
     files: Listing | None = None
     """The files of `--data.path` as rank 0 has listed them, set before `loader` is called in a run; None: the process
     lists them itself."""

@@ -24,22 +24,20 @@ from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.checkpoint.manifest import clear_leftovers, named_checkpoints
 from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import (
-    check_resumable,
     find_checkpoint,
     has_trainable,
-    keep_global_batch,
-    load_trainable,
     restore,
     rng_state,
     seed_all,
 )
 from pipeline.config import RunConfig
 from pipeline.config_file import save_config
-from pipeline.data.build import list_data
 from pipeline.data.resume import different_rank
-from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
+from pipeline.ds_config import precision_of
+from pipeline.engine import Engine, StepResult
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.files.output import not_written, write_json
+from pipeline.load import checked_system, load_model, resolve
 from pipeline.meter import Meter
 from pipeline.parallel.collectives import agree, from_all, from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss
@@ -49,10 +47,11 @@ from pipeline.run import Run, write_run_file
 from pipeline.runtime.exit import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.heartbeat import Verdict, Watch
+from pipeline.runtime.ranks import device_of, start
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.runtime.sync import Pulse, next_step
 from pipeline.schedule import lr_multiple
-from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput, System, create_system
+from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput
 
 LAST_LOOK = 15.0
 """Seconds in which the watch may find out which rank a failed collective waited for."""
@@ -93,37 +92,25 @@ def _end_the_job(verdict: Verdict, speaks: bool) -> None:
 
 def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
     together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
+    # The layout first: what cannot run at all is no matter of resuming.
+    system = together(topology, lambda: checked_system(config, topology))
     checkpoint = find_checkpoint(config, topology)
-    config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
+    resolved = together(topology, lambda: resolve(config, system, topology, checkpoint))
+    config, system = resolved.config, resolved.system
     if is_finished(config, checkpoint, topology):
         return
-    # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read.
-    listed = together(topology, lambda: list_data(config) if topology.rank == 0 else None)
-    system.files = from_main(topology, listed)
     run = Run(config, topology, device_of(topology), system, config.output_dir, lock=lock)
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
-    with building(ds_config, precision_of(config)):
-        model = system.build()
-    system.initialise(model, topology)
-    if config.init_from is not None and (checkpoint is None or has_trainable(config.init_from, topology)):
+    weights = config.init_from
+    if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
         # A resume can do without: all that is trained comes from its checkpoint, and a hash tells frozen weights.
-        load_trainable(model, config.init_from, topology)
-    phases = system.phases(model)
-    if len(phases) != 1:
-        raise ValueError(f"{system.name} has {len(phases)} phases: the loop runs one until moments carry over by name")
-    Trainer(run, phases[0], model, ds_config, pulse).execute(checkpoint)
-
-
-def _prepare(
-    config: RunConfig, topology: Topology, checkpoint: Path | None
-) -> tuple[RunConfig, System, dict[str, object]]:
-    # The layout first: what cannot run at all is no matter of resuming.
-    create_system(config).check(topology)
-    if checkpoint is not None:
-        check_resumable(config, checkpoint)
-        config = keep_global_batch(config, topology, checkpoint)
-    return config, create_system(config), deepspeed_config(config)
+        weights = None
+    loaded = load_model(config, system, topology, ds_config=resolved.ds_config, weights=weights)
+    if len(loaded.phases) != 1:
+        count = len(loaded.phases)
+        raise ValueError(f"{system.name} has {count} phases: the loop runs one until moments carry over by name")
+    Trainer(run, loaded.phases[0], loaded.model, resolved.ds_config, pulse).execute(checkpoint)
 
 
 class Trainer:

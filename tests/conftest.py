@@ -6,6 +6,10 @@ import signal
 
 from hypothesis import settings
 
+from pipeline.host.hardware import choose_accelerator
+
+choose_accelerator()
+
 # How long an example takes is the machine's affair, which may be doing something else.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

@@ -282,7 +282,7 @@ def test_a_rank_that_alone_has_no_gpu_says_so(refusal, monkeypatch: pytest.Monke
     """As torchrun starts it, which counts no devices: two ranks on a machine of one GPU."""
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pipeline.engine.on_gpu", lambda: True)
+    monkeypatch.setattr("pipeline.runtime.ranks.on_gpu", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     line = refusal("train", "miras_recall")
     assert "rank 1" in line and "no GPU 1 here" in line
@@ -330,7 +330,7 @@ def test_a_lost_gpu_ends_the_process_at_once_with_one_line(
         raise SystemExit(code)
 
     monkeypatch.setattr("pipeline.train.train", train)
-    monkeypatch.setattr("pipeline.engine.stop", lambda: done.append("stopped"))
+    monkeypatch.setattr("pipeline.runtime.ranks.stop", lambda: done.append("stopped"))
     monkeypatch.setattr(cli, "leave", leave)
     with pytest.raises(SystemExit):
         main(["train", "miras_tiny"])

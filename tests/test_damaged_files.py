@@ -28,7 +28,7 @@ from pipeline.checkpoint.state import check_resumable, load_trainable, locate_ch
 from pipeline.commands.checkpoint import run_checkpoint
 from pipeline.config import replace
 from pipeline.config_file import load_config, save_config, to_plain
-from pipeline.engine import CONFIG_FOLDER, deepspeed_config
+from pipeline.ds_config import CONFIG_FOLDER, deepspeed_config
 from pipeline.errors import UserError
 from pipeline.launch.hosts import read_hostfile
 from pipeline.parallel.topology import Topology

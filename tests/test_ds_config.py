@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from pipeline.ds_config import DECIDED, offload_device
-from pipeline.engine import CONFIG_FOLDER, _answered_by, deepspeed_config
+from pipeline.ds_config import CONFIG_FOLDER, DECIDED, deepspeed_config, offload_device
+from pipeline.engine import _answered_by
 from pipeline.errors import UserError
 from pipeline.recipes.miras import miras_tiny
 

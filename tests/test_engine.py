@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.engine import start
 from pipeline.errors import UserError
 from pipeline.recipes.miras import miras_tiny
+from pipeline.runtime.ranks import start
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])

@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 def run(clock, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of 4 x 1024 tokens a step on one CPU rank, a thousand FLOPs a token."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    system = types.SimpleNamespace(flops=lambda length: Flops(400.0, 600.0))
+    system = types.SimpleNamespace(flops=lambda length: Flops(400.0, 600.0), token_term="cross_entropy")
     config = replace(miras_tiny(), parallel__sequence=1)
     return Run(config, Topology(), torch.device("cpu"), system, Path("nowhere"))  # type: ignore[arg-type]
 
@@ -106,6 +106,7 @@ def test_terms_are_added_up_and_said_one_by_one(run: Run, clock) -> None:
     clock(1.0)
     record = meter.record(1, DONE)
     assert record.loss == pytest.approx(2.5)
+    assert record.tokens == 4, "the modules of a regulariser are no tokens"
     assert record.metrics == {"loss/cross_entropy": 2.0, "loss/regulariser": 0.5}
 
 

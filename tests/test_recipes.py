@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.engine import CONFIG_FOLDER, config_path, deepspeed_config
+from pipeline.ds_config import CONFIG_FOLDER, config_path, deepspeed_config
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.recipes import all_recipes, describe

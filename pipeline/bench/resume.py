@@ -118,8 +118,8 @@ def run_case(words: Sequence[str]) -> None:
     repeats, steps, words = int(words[0]), int(words[1]), words[2:]
     config = fit_ranks(parse_run(words, "bench resume-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.bench.saves import Saves
-    from pipeline.engine import start, stop
     from pipeline.run import machine, versions
+    from pipeline.runtime.ranks import start, stop
 
     topology = start(config)
     try:

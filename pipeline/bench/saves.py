@@ -15,13 +15,14 @@ from pipeline.checkpoint.manifest import newest, read_manifest
 from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import TRAINABLE, restore, rng_state
 from pipeline.config import RunConfig
-from pipeline.engine import building, deepspeed_config, device_of, precision_of
+from pipeline.ds_config import precision_of
+from pipeline.load import checked_system, load_model, resolve
 from pipeline.meter import Meter
 from pipeline.parallel.collectives import from_all
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run
-from pipeline.system import create_system
+from pipeline.runtime.ranks import device_of
 from pipeline.train import Trainer
 
 
@@ -29,15 +30,10 @@ class Saves:
     """A run that can be stepped, saved and restored by hand. Seconds are those of the slowest rank."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
-        system = create_system(config)
-        system.check(topology)
-        self.run = Run(config, topology, device_of(topology), system, config.output_dir)
-        ds_config = deepspeed_config(config)
-        with building(ds_config, precision_of(config)):
-            model = system.build()
-        system.initialise(model, topology)
-        (phase, *_) = system.phases(model)
-        self.trainer = Trainer(self.run, phase, model, ds_config)
+        resolved = resolve(config, checked_system(config, topology), topology)
+        self.run = Run(config, topology, device_of(topology), resolved.system, config.output_dir)
+        loaded = load_model(config, resolved.system, topology, ds_config=resolved.ds_config)
+        self.trainer = Trainer(self.run, loaded.phases[0], loaded.model, resolved.ds_config)
         self.meter = Meter(self.run)
         self.saver: Saver = self.trainer.saver
         self._plain: torch.Tensor | None = None

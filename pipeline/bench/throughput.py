@@ -112,25 +112,20 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
 def run_case(words: Sequence[str]) -> None:
     """One length, on every rank: trains without saving or evaluating, and rank 0 prints the figures."""
     config = fit_ranks(parse_run(words, "bench throughput-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
-    from pipeline.engine import Engine, building, deepspeed_config, device_of, precision_of, start, stop
     from pipeline.host.hardware import peak_flops, utilisation
+    from pipeline.load import checked_system, load_model, resolve
     from pipeline.meter import Meter
     from pipeline.run import Run, machine, versions
-    from pipeline.system import create_system
+    from pipeline.runtime.ranks import device_of, start, stop
     from pipeline.train import Trainer
 
     topology = start(config)
     try:
-        system = create_system(config)
-        system.check(topology)
+        resolved = resolve(config, checked_system(config, topology), topology)
+        system = resolved.system
         run = Run(config, topology, device_of(topology), system, config.output_dir)
-        ds_config = deepspeed_config(config)
-        with building(ds_config, precision_of(config)):
-            model = system.build()
-        system.initialise(model, topology)
-        (phase, *_) = system.phases(model)
-        trainer = Trainer(run, phase, model, ds_config)
-        assert isinstance(trainer.engine, Engine)
+        loaded = load_model(config, system, topology, ds_config=resolved.ds_config)
+        trainer = Trainer(run, loaded.phases[0], loaded.model, resolved.ds_config)
         meter, seconds, records = Meter(run), [], []
         for step in range(1, config.steps + 1):
             begun = time.perf_counter()

@@ -6,15 +6,16 @@ import importlib.util
 import os
 import shutil
 
-from pipeline.checkpoint.state import TRAINABLE, check_resumable, keep_global_batch, locate_checkpoint
+from pipeline.checkpoint.state import TRAINABLE, locate_checkpoint
 from pipeline.config import RunConfig
-from pipeline.engine import deepspeed_config, precision_of
+from pipeline.ds_config import precision_of
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
+from pipeline.load import checked_system, resolve
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.runtime.folder_lock import FolderLock
-from pipeline.system import Phase, create_system
+from pipeline.system import Phase
 
 MIN_FREE = 64 * 2**20
 """Bytes without which a run is not started."""
@@ -24,15 +25,12 @@ def preflight(config: RunConfig, ranks: int) -> None:
     """Raises UserError for whatever can be known to fail with `ranks` ranks: layout, files, data, space."""
     check_degrees(ranks, config.parallel.sequence)
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
-    create_system(config).check(topology)
+    system = checked_system(config, topology)
     with FolderLock() as lock:
         lock.take(config.output_dir)
         checkpoint = locate_checkpoint(config)
-    if checkpoint is not None:
-        check_resumable(config, checkpoint)
-        config = keep_global_batch(config, topology, checkpoint)
-    deepspeed_config(config)
-    system = create_system(config)
+    resolved = resolve(config, system, topology, checkpoint)
+    config, system = resolved.config, resolved.system
     system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
     missing = config.init_from is not None and not (config.init_from / TRAINABLE).is_file()
     if missing and checkpoint is None:

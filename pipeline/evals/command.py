@@ -11,18 +11,16 @@ from pathlib import Path
 
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.checkpoint.manifest import problems
-from pipeline.checkpoint.state import load_trainable
 from pipeline.commands.flags import parse_flags
 from pipeline.config_file import load_config
-from pipeline.data.build import list_data
-from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.files.output import writing
-from pipeline.parallel.collectives import from_main, together
+from pipeline.load import checked_system, load_model
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
+from pipeline.runtime.ranks import device_of, start, stop
 from pipeline.runtime.sync import Pulse
-from pipeline.system import Curve, Evaluation, create_system
+from pipeline.system import Curve, Evaluation
 
 
 def run_eval(words: Sequence[str]) -> None:
@@ -40,15 +38,9 @@ def run_eval(words: Sequence[str]) -> None:
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=1))
     try:
         topology = start(config)
-        system = create_system(config)
-        system.check(topology)
-        system.files = from_main(topology, together(topology, lambda: None if topology.rank else list_data(config)))
-        with building({}, precision_of(config)):
-            model = system.build()
-        system.initialise(model, topology)
-        load_trainable(model, checkpoint, topology)
-        (phase, *_) = system.phases(model)
-        evaluation = system.evaluate(model.to(device_of(topology)), phase, Pulse(topology))
+        system = checked_system(config, topology)
+        loaded = load_model(config, system, topology, weights=checkpoint)
+        evaluation = system.evaluate(loaded.model.to(device_of(topology)), loaded.phases[0], Pulse(topology))
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -45,6 +45,15 @@ def on_gpu() -> bool:
     return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
 
 
+def choose_accelerator() -> None:
+    """Tells DeepSpeed, which chooses when it is imported, to compute on the CPU where this process does.
+
+    Without this it says on stdout that it found no GPU.
+    """
+    if not on_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def peak_flops(stated_tflops: float | None = None) -> float | None:
     """Peak FLOP/s of this device at bfloat16, or the stated one; None where it is not known."""
     if stated_tflops is not None:

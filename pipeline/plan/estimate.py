@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from pipeline.config import RunConfig
-from pipeline.engine import deepspeed_config
+from pipeline.ds_config import deepspeed_config
 from pipeline.errors import UserError
 from pipeline.host.devices import DEVICES, GIB, Device, find_device
+from pipeline.load import checked_system, model_without_storage
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.plan.zero import Counts, zero_bytes
-from pipeline.system import create_system
 
 RESERVE = 2 * GIB
 RESERVE_SHARE = 0.05
@@ -80,8 +78,7 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
         )
     check_degrees(options.ranks, config.parallel.sequence)
     topology = Topology(world=options.ranks, sequence=config.parallel.sequence)
-    system = create_system(config)
-    system.check(topology)
+    system = checked_system(config, topology)
     counts = counts or count_parameters(config)
     element = 2 if config.precision != "fp32" else 4
     flops = system.flops(config.sequence_length).total
@@ -113,9 +110,7 @@ def planned_device(name: str) -> Device:
 
 def count_parameters(config: RunConfig) -> Counts:
     """Of the whole model, built without storage."""
-    system = create_system(config)
-    with torch.device("meta"):
-        model = system.build()
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    trained = {name for phase in system.phases(model) for group in phase.groups for name in group.parameters}
+    loaded = model_without_storage(config)
+    sizes = {name: parameter.numel() for name, parameter in loaded.model.named_parameters()}
+    trained = {name for phase in loaded.phases for group in phase.groups for name in group.parameters}
     return Counts(sum(sizes.values()), sum(sizes[name] for name in trained), max(sizes.values()))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from urllib.parse import parse_qs, urlsplit
 
-# First: it decides the accelerator that DeepSpeed picks when it is imported.
-import pipeline.parallel  # noqa: F401
-
-# isort: split
 import deepspeed
 import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
 
 from pipeline.errors import LostRankError, RankError
+from pipeline.host.hardware import on_gpu
 from pipeline.runtime.exit import LOST_RANK, lost_peer
 
 SCHEME = "patient-env"
@@ -26,6 +25,7 @@ def join(backend: str, timeout: timedelta, patience: timedelta) -> None:
 
     Raises LostRankError when a rank stays away for `patience`, RankError when this one cannot meet the others at all.
     """
+    _quieten()
     with contextlib.suppress(RuntimeError):  # of an earlier start in this process
         dist.register_rendezvous_handler(SCHEME, _meet)
     try:
@@ -47,6 +47,15 @@ def join(backend: str, timeout: timedelta, patience: timedelta) -> None:
             reason += ": a rank or its node is gone, or the network between them is cut"
             raise LostRankError(reason, code=LOST_RANK, speaks=speaks) from error
         raise RankError(f"{reason}: see docs/multi_node.md") from error
+
+
+def _quieten() -> None:
+    deepspeed_logger.setLevel("WARNING")
+    # DeepSpeed calls collectives by names that newer torch releases rename: not the user's doing.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    if not on_gpu():
+        # DeepSpeed would compile an operation that only its inference uses, and stop where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _meet(url: str, **_: object) -> Iterator[tuple[dist.Store, int, int]]:

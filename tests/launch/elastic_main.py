@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from pipeline.checkpoint.universal import convert, load_universal
 from pipeline.cli import leave, without_local_rank
 from pipeline.config import RunConfig
-from pipeline.engine import Engine, building, deepspeed_config, precision_of, start, stop
+from pipeline.ds_config import deepspeed_config, precision_of
+from pipeline.engine import Engine, building
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
+from pipeline.runtime.ranks import start, stop
 from pipeline.system import ParameterGroup, Phase
 from tests.checkpoint.whole import write_whole
 from tests.launch.harness import ROOT

@@ -17,12 +17,14 @@ from transformers import Olmo2ForCausalLM
 
 from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
-from pipeline.engine import AFTER_THE_WATCH, Engine, building, deepspeed_config, precision_of, start, stop
+from pipeline.ds_config import deepspeed_config, precision_of
+from pipeline.engine import Engine, building
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import leave
+from pipeline.runtime.ranks import AFTER_HEARTBEAT, start, stop
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from tests.launch.parity_main import ROWS, base, micro_batches
@@ -96,7 +98,7 @@ def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
 
 def time_limits(config: RunConfig) -> dict[str, bool]:
     """Whether every process group, DeepSpeed's own too, waits longer than the watch, which names who is waited for."""
-    limit = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH
+    limit = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_HEARTBEAT
     groups = torch.distributed.distributed_c10d._world.pg_map
     found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
     return {"there are several": len(found) > 1, "all have the run's": set(found) == {limit}}

@@ -11,8 +11,8 @@ from pathlib import Path
 from pipeline.cli import without_local_rank
 from pipeline.commands.flags import fit_ranks, parse_run
 from pipeline.config import RunConfig
-from pipeline.engine import stop
 from pipeline.runtime.exit import leave
+from pipeline.runtime.ranks import stop
 from pipeline.train import train
 
 RECIPE = [

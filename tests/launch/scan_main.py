@@ -19,11 +19,11 @@ from torch import Tensor
 
 from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig
-from pipeline.engine import start, stop
 from pipeline.ops import miras_scan
 from pipeline.parallel.scan import sequence_scan
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import leave
+from pipeline.runtime.ranks import start, stop
 from tests.launch.parity_main import base
 from tests.ops.scan_cases import NAMES, make
 

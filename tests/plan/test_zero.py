@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import replace
-from pipeline.engine import deepspeed_config
+from pipeline.ds_config import deepspeed_config
 from pipeline.plan.zero import Counts, zero_bytes
 from pipeline.recipes.miras import miras_64k
 

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.config import replace
-from pipeline.engine import start
 from pipeline.errors import LostRankError, RankError
 from pipeline.recipes.miras import miras_tiny
 from pipeline.runtime import rendezvous
+from pipeline.runtime.ranks import start
 from tests.launch.harness import ROOT, environment, free_port
 
 HURRIED = replace(miras_tiny(), parallel__start_minutes=1 / 60)
@@ -50,9 +50,10 @@ def test_a_port_in_use_is_the_users_to_mend(rank) -> None:
 def test_the_limit_of_the_start_is_not_that_of_the_collectives() -> None:
     script = (
         "from datetime import timedelta; import torch; import torch.distributed as dist\n"
-        "from pipeline.engine import AFTER_THE_WATCH, start, stop; from pipeline.recipes.miras import miras_recall\n"
+        "from pipeline.runtime.ranks import AFTER_HEARTBEAT, start, stop\n"
+        "from pipeline.recipes.miras import miras_recall\n"
         "config = miras_recall(); start(config)\n"
-        "expected = timedelta(minutes=config.parallel.timeout_minutes) + AFTER_THE_WATCH\n"
+        "expected = timedelta(minutes=config.parallel.timeout_minutes) + AFTER_HEARTBEAT\n"
         "assert dist.distributed_c10d._get_default_store().timeout == expected\n"
         "assert dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout == expected\n"
         "stop()\n"

@@ -1,0 +1,88 @@
+"""From a config to a model with its weights: the one place where they are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.checkpoint.state import check_resumable, keep_global_batch, load_trainable
+from pipeline.config import RunConfig
+from pipeline.data.build import list_data
+from pipeline.ds_config import deepspeed_config, precision_of
+from pipeline.engine import building
+from pipeline.parallel.collectives import from_main, together
+from pipeline.parallel.topology import Topology
+from pipeline.system import Phase, System, create_system
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a run does, decided before anything is built."""
+
+    config: RunConfig
+    """With as many micro-batches as keep the global batch of the checkpoint that it goes on from."""
+    system: System
+    ds_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A system, its model and the phases of its training."""
+
+    system: System
+    model: nn.Module
+    phases: Sequence[Phase]
+
+
+def checked_system(config: RunConfig, topology: Topology) -> System:
+    """The system of a config. Raises UserError when it cannot run on this layout of ranks."""
+    system = create_system(config)
+    system.check(topology)
+    return system
+
+
+def resolve(config: RunConfig, system: System, topology: Topology, checkpoint: Path | None = None) -> Resolved:
+    """Decides what a run does that begins anew, or goes on from `checkpoint`. Raises UserError when it cannot."""
+    if checkpoint is not None:
+        check_resumable(config, checkpoint)
+        resumed = keep_global_batch(config, topology, checkpoint)
+        if resumed != config:
+            config, system = resumed, create_system(resumed)
+    return Resolved(config, system, deepspeed_config(config))
+
+
+def load_model(
+    config: RunConfig,
+    system: System,
+    topology: Topology,
+    *,
+    ds_config: dict[str, Any] | None = None,
+    weights: Path | None = None,
+) -> LoadedModel:
+    """Builds the model and fills it: pretrained or random weights, then those that the checkpoint `weights` trained.
+
+    `ds_config`: the configuration whose ZeRO stage shards it; None: it is whole on every rank. Collective; raises
+    UserError on every rank.
+    """
+    # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read.
+    listed = together(topology, lambda: list_data(config) if topology.rank == 0 else None)
+    system.files = from_main(topology, listed)
+    with building(ds_config or {}, precision_of(config)):
+        model = system.build()
+    system.initialise(model, topology)
+    if weights is not None:
+        load_trainable(model, weights, topology)
+    return LoadedModel(system, model, system.phases(model))
+
+
+def model_without_storage(config: RunConfig) -> LoadedModel:
+    """The whole model on the meta device: shapes, and no weights."""
+    system = create_system(config)
+    with torch.device("meta"):
+        model = system.build()
+    return LoadedModel(system, model, system.phases(model))

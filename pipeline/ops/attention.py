@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import attention_bands, attention_flash, attention_flex
-from .attention_bands import BandPlan
-from .attention_flash import VarlenPlan
-from .attention_sinks import CarryPlan, SinkPlan, WindowCarry, empty_carry
-from .rope import Rope, Rotation, rotate
+from pipeline.ops import attention_bands, attention_flash, attention_flex
+from pipeline.ops.attention_bands import BandPlan
+from pipeline.ops.attention_flash import VarlenPlan
+from pipeline.ops.attention_sinks import CarryPlan, SinkPlan, WindowCarry, empty_carry
+from pipeline.ops.rope import Rope, Rotation, rotate
 
 __all__ = [
     "AttentionPlan",

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_sinks import NO_TOKEN, PADDING, SinkPlan, WindowCarry, blocks
-from .rope import Rotation, rotate
+from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkPlan, WindowCarry, blocks
+from pipeline.ops.rope import Rotation, rotate
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_sinks import WindowCarry
-from .rope import Rotation, rotate
+from pipeline.ops.attention_sinks import WindowCarry
+from pipeline.ops.rope import Rotation, rotate
 
 MODULES = {"flash4": "flash_attn.cute", "flash3": "flash_attn_interface", "flash2": "flash_attn"}
 CAPABILITIES = {"flash4": (9, 12), "flash3": (9, 9), "flash2": (8, 12)}

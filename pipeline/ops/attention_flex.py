@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
-from .attention_sinks import SinkPlan, WindowCarry, blocks
-from .fuse import fused
-from .rope import Rotation, rotate, turn
+from pipeline.ops.attention_sinks import SinkPlan, WindowCarry, blocks
+from pipeline.ops.fuse import fused
+from pipeline.ops.rope import Rotation, rotate, turn
 
 TILE = 128
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rope import Rope, Rotation, turn
+from pipeline.ops.rope import Rope, Rotation, turn
 
 NO_TOKEN = -1
 PADDING = -2

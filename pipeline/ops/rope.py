@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fuse import fused
+from pipeline.ops.fuse import fused
 
 
 class Rotation(NamedTuple):

@@ -1,0 +1,109 @@
+"""Imports point one way: every module, those under TYPE_CHECKING and inside functions included."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = (
+    ("errors", "spelling", "host", "files"),
+    ("config", "schedule"),
+    ("parallel", "ops"),
+    ("data",),
+    ("lm",),
+    ("runtime",),
+    ("system",),
+    ("ds_config", "run", "callbacks", "engine", "checkpoint", "meter", "config_file"),
+    ("load",),
+    ("train",),
+    ("systems",),
+    ("recipes",),
+    ("commands", "plan", "evals", "bench"),
+    ("launch", "cli"),
+)
+"""The modules and folders of pipeline/, lowest first: each imports from its own layer and from those before it."""
+DEEPSPEED = ("engine", "ds_config", "parallel", "checkpoint", "runtime.rendezvous")
+CORE = LAYERS[: LAYERS.index(("systems",))]
+"""What knows no system by name: `create_system` finds one by what a config says."""
+
+
+def imports() -> dict[str, set[str]]:
+    """Every module of the package, and the modules (of any package) that it imports, wherever in it."""
+    paths = {module_name(path): path for path in (ROOT / "pipeline").rglob("*.py")}
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found[name].update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module, f"{path}: a relative import"
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found[name].add(whole if whole in paths else node.module)
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """The module or folder right under pipeline/; "" for the package itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+IMPORTS = imports()
+OWN = {name: {other for other in found if other in IMPORTS} for name, found in IMPORTS.items()}
+
+
+def test_no_circle() -> None:
+    try:
+        graphlib.TopologicalSorter(OWN).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join(reversed(error.args[1]))) from None
+
+
+def test_every_module_has_a_layer_and_imports_from_no_higher_one() -> None:
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
+    rooms = {room(name) for name in OWN} - {"", "__main__"}
+    assert rooms == set(layer), "name new folders and modules in LAYERS, and those that are gone no more"
+    wrong = [
+        f"{name} imports {other}"
+        for name, found in sorted(OWN.items())
+        for other in sorted(found)
+        if room(name) in layer and room(other) in layer and layer[room(other)] > layer[room(name)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_core_module_names_a_system() -> None:
+    systems = {path.name for path in (ROOT / "pipeline" / "systems").iterdir() if path.is_dir()} - {"__pycache__"}
+    core = {name for names in CORE for name in names}
+    wrong = []
+    for name in OWN:
+        if room(name) not in core:
+            continue
+        path = ROOT / Path(*name.split("."))
+        source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and node.value in systems:
+                wrong.append(f"{name}, line {node.lineno}: {node.value!r}")
+    assert systems and not wrong, "\n".join(wrong)
+
+
+def test_deepspeed_is_imported_in_few_places() -> None:
+    wrong = [
+        name
+        for name, found in IMPORTS.items()
+        if any(other.partition(".")[0] == "deepspeed" for other in found)
+        and not name.removeprefix("pipeline.").startswith(DEEPSPEED)
+    ]
+    assert not wrong
+
+
+def test_the_kernels_hold_no_package() -> None:
+    assert not list((ROOT / "kernels").rglob("__init__.py")), "a package `kernels` hides that of Hugging Face"

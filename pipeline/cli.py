@@ -150,8 +150,8 @@ def _train(words: Sequence[str]) -> None:
         config = fit_ranks(parse_run(words, "train"), words, int(os.environ.get("WORLD_SIZE", "1")))
         requests.max_hours = config.max_hours
         _choose_accelerator()
+        from pipeline.job import train
         from pipeline.runtime.ranks import stop
-        from pipeline.train import train
 
         try:
             train(config, requests)

@@ -2,171 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import math
-import os
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from tqdm import tqdm
-
 from pipeline.callbacks import Callback, create_callbacks
 from pipeline.callbacks.metrics import is_evaluated
-from pipeline.checkpoint.finished import is_finished
-from pipeline.checkpoint.frozen import frozen_weights
-from pipeline.checkpoint.manifest import clear_leftovers, named_checkpoints
 from pipeline.checkpoint.save import Moment, Saver
-from pipeline.checkpoint.state import (
-    find_checkpoint,
-    has_trainable,
-    restore,
-    rng_state,
-    seed_all,
-)
-from pipeline.config import RunConfig
-from pipeline.config_file import save_config
-from pipeline.data.resume import different_rank
-from pipeline.ds_config import precision_of
-from pipeline.engine import Engine, StepResult
-from pipeline.errors import LostRankError, RankError, UserError
-from pipeline.files.output import not_written, write_json
-from pipeline.load import checked_system, load_model, resolve
+from pipeline.checkpoint.state import restore, rng_state
+from pipeline.ending import end_run
+from pipeline.engine import StepResult
+from pipeline.errors import UserError
+from pipeline.files.output import not_written
 from pipeline.meter import Meter
-from pipeline.parallel.collectives import agree, from_all, from_main, together
+from pipeline.parallel.collectives import from_main, together
 from pipeline.parallel.loss import global_counts, scaled_loss
-from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import full_shape
-from pipeline.run import Run, write_run_file
-from pipeline.runtime.exit import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
-from pipeline.runtime.folder_lock import FolderLock
-from pipeline.runtime.heartbeat import Verdict, Watch
-from pipeline.runtime.ranks import device_of, start
-from pipeline.runtime.stop import Stopped, StopRequests
+from pipeline.run import Run
+from pipeline.run_folder import open_folder, write_run_file
+from pipeline.runtime.exit import out_of_space
+from pipeline.runtime.stop import Stopped
 from pipeline.runtime.sync import Pulse, next_step
 from pipeline.schedule import lr_multiple
-from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput
-
-LAST_LOOK = 15.0
-"""Seconds in which the watch may find out which rank a failed collective waited for."""
-
-
-def train(config: RunConfig, requests: StopRequests | None = None) -> None:
-    """Runs a recipe to its end, from wherever its newest checkpoint is.
-
-    Raises UserError or Stopped on every rank alike, and LostRankError on those that are left when one is gone.
-    `requests`: what may stop it, noted since the start of the process; without, since this call.
-    """
-    with contextlib.ExitStack() as stack:
-        requests = requests or stack.enter_context(StopRequests(config.max_hours))
-        topology = start(config)
-        timeout = 60 * config.parallel.timeout_minutes
-        with (
-            FolderLock() as lock,
-            Watch(topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, watch.speaks)) as watch,
-        ):
-            try:
-                _train(config, topology, Pulse(topology, requests, watch), lock)
-            except RuntimeError as error:
-                if not lost_peer(error):
-                    raise
-                verdict = watch.verdict(LAST_LOOK)
-                if verdict is not None:
-                    raise LostRankError(verdict.reason, code=verdict.code, speaks=watch.speaks) from error
-                reason = f"rank {topology.rank}: another rank is gone ({str(error).splitlines()[0]})"
-                raise LostRankError(reason, code=LOST_RANK, speaks=True) from error
-
-
-def _end_the_job(verdict: Verdict, speaks: bool) -> None:
-    # From the thread of the watch: the main thread may wait in a collective for ever.
-    if speaks:
-        say(last_words(LostRankError(verdict.reason, code=verdict.code, speaks=True)))
-    leave(verdict.code)
-
-
-def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
-    together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
-    # The layout first: what cannot run at all is no matter of resuming.
-    system = together(topology, lambda: checked_system(config, topology))
-    checkpoint = find_checkpoint(config, topology)
-    resolved = together(topology, lambda: resolve(config, system, topology, checkpoint))
-    config, system = resolved.config, resolved.system
-    if is_finished(config, checkpoint, topology):
-        return
-    run = Run(config, topology, device_of(topology), system, config.output_dir, lock=lock)
-    # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
-    seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
-    weights = config.init_from
-    if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
-        # A resume can do without: all that is trained comes from its checkpoint, and a hash tells frozen weights.
-        weights = None
-    loaded = load_model(config, system, topology, ds_config=resolved.ds_config, weights=weights)
-    if len(loaded.phases) != 1:
-        count = len(loaded.phases)
-        raise ValueError(f"{system.name} has {count} phases: the loop runs one until moments carry over by name")
-    Trainer(run, loaded.phases[0], loaded.model, resolved.ds_config, pulse).execute(checkpoint)
+from pipeline.skipped import count_skipped
+from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
 
 
 class Trainer:
-    """One phase: its engine, data and carry."""
+    """One phase of a run: its steps, and what they leave behind."""
 
-    def __init__(
-        self, run: Run, phase: Phase, model: nn.Module, ds_config: dict[str, object], pulse: Pulse | None = None
-    ) -> None:
-        self.run, self.phase, self.pulse = run, phase, pulse or Pulse(run.topology)
-        self.loader: StatefulLoader = together(run.topology, lambda: run.system.loader(phase, run.topology))
-        run.phase, run.progress.phase = phase, phase.name
-        self.ds_config = ds_config
-        trained = {name for group in phase.groups for name in group.parameters}
-        run.frozen = frozen_weights(model, trained, run.topology)
-        run.engine = self.engine = Engine(model, phase, run.config, ds_config)
-        run.chosen = self._chosen(model)
+    def __init__(self, run: Run, pulse: Pulse | None = None) -> None:
+        self.run, self.pulse = run, pulse or Pulse(run.topology)
+        self.loader, self.engine, self.phase = run.loader, run.engine, run.phase
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
-        first = run.topology.data_rank * run.config.grad_accum
-        rows = run.config.batch_size
-        self.streams: list[Sequence[int]] = [
-            range((first + micro) * rows, (first + micro + 1) * rows) for micro in range(run.config.grad_accum)
-        ]
         self.callbacks: list[Callback] = []
-        self.saver = Saver(run, self.streams)
+        self.saver = Saver(run, run.streams)
         self.outputs: list[StepOutput] = []
         """What the last step's micro-batches measured."""
         self.saved: int | None = None
         """The step of the newest checkpoint that was begun."""
-        # The first look at the data's fingerprint reads the data, which one rank may fail at.
-        together(run.topology, self._remember)
-        agree(run.topology, different_rank(from_all(run.topology, self.position["fingerprint"])))
+        self._remember()
 
     def _remember(self) -> None:
         """Where the data and the generators are after a completed step, for a checkpoint of it at any later moment."""
         self.position: dict[str, Any] = self.loader.state_dict()
         self.rng = rng_state()
 
-    def _chosen(self, model: nn.Module) -> dict[str, str]:
-        run, config, topology = self.run, self.run.config, self.run.topology
-        dtype = precision_of(config)
-        sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
-        trainable = sum(sizes[name] for group in self.phase.groups for name in group.parameters)
-        ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
-        return {
-            config.recipe: f"{ranks} (data {topology.data} x sequence {topology.sequence}),"
-            f" {config.zero}, {str(dtype).removeprefix('torch.')} on {run.device.type}",
-            "parameters": f"{sum(sizes.values()):,}, of which {trainable:,} are trained",
-            **run.system.describe(run.device.type, dtype),
-            "data": self.loader.describe(),
-        }
-
     def execute(self, checkpoint: Path | None) -> None:
         """Trains from `checkpoint` (or the start) to the phase's end."""
         run, config = self.run, self.run.config
         if checkpoint is not None:
-            carries = restore(run, checkpoint, self.loader, self.streams)
+            carries = restore(run, checkpoint, self.loader, run.streams)
             self.carries = carries or self.carries
             self._remember()
             self.saved = run.progress.step
@@ -176,7 +63,7 @@ class Trainer:
             self._dry_run()
             return
         # Only now: a start that was refused leaves the folder as it is.
-        _open_folder(run, self.ds_config)
+        open_folder(run)
         self.callbacks = together(run.topology, lambda: create_callbacks(run))
         status = "failed"
         shared: Stopped | UserError | None = None
@@ -206,34 +93,7 @@ class Trainer:
             shared = not_written(Path(error.filename or run.folder), error)
             raise shared from error
         finally:
-            self._end(status, shared)
-
-    def _end(self, status: str, shared: Stopped | UserError | None) -> None:
-        """How the run ends, and why, is said before anything that may take long or never come back.
-
-        `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
-        outcome counts.
-        """
-        if isinstance(shared, UserError) and self.pulse.watch is not None:
-            # The others end by the same error, and must not be held to have failed while this rank goes on.
-            self.pulse.watch.ends(shared)
-        if self.run.is_main and shared is not None:
-            with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
-                say(last_words(shared))
-            shared.said = True
-        last: list[tuple[str, Callable[[], None]]] = []
-        if self.run.is_main:
-            last.append(("run.json", lambda: write_run_file(self.run, status)))
-        # A run that fails says why before the others, who wait for it, take it for lost.
-        last.append(("the save", lambda: self.saver.close(waits=status != "failed")))
-        last += [(type(callback).__name__, functools.partial(callback.on_end, status)) for callback in self.callbacks]
-        for name, part in last:
-            try:
-                part()
-            except Exception as error:
-                # One line says what cannot be written; the other files of the folder would only repeat it.
-                if not (isinstance(error, RankError) and isinstance(shared, RankError)):
-                    warnings.warn(f"{name} did not end well: {error}", stacklevel=2)
+            end_run(run, status, shared, self.saver, self.callbacks, self.pulse.watch)
 
     def _steps(self, last: int, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
@@ -250,7 +110,10 @@ class Trainer:
                 self._record(meter)
             for callback in self.callbacks:
                 callback.after_step(step)
-            self._count_skipped(result)
+            if result.skipped:
+                count_skipped(self.run, self.outputs, self.position["streams"], self.callbacks)
+            else:
+                progress.skipped_in_a_row = 0
             self._remember()
             paused = time.perf_counter()
             self._committed(self.saver.poll())
@@ -308,39 +171,6 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(record)
 
-    def _count_skipped(self, result: StepResult) -> None:
-        progress, limit = self.run.progress, self.run.config.optimizer.max_skipped
-        if not result.skipped:
-            progress.skipped_in_a_row = 0
-            return
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        blamed = self._blamed()
-        for callback in self.callbacks:
-            callback.on_skip(progress.step, progress.skipped_in_a_row, blamed)
-        if progress.skipped_in_a_row >= limit:
-            raise UserError(
-                f"step {progress.step}: {limit} updates in a row had a non-finite loss or gradient and were skipped"
-                f" (training.log names their batches): lower --lr, or resume from an earlier checkpoint"
-            )
-
-    def _blamed(self) -> dict[str, Any]:
-        """Where the batch of a skipped step began, by stream: those with a non-finite loss, or else all. Collective."""
-        bad = {
-            str(int(stream))
-            for output, streams in zip(self.outputs, self.streams, strict=True)
-            if not all(bool(value.isfinite()) for value in output.sums.values())
-            for stream in streams
-        }
-        places = {
-            stream: {key: value for key, value in place.items() if isinstance(value, int)}
-            for stream, place in self.position["streams"].items()
-        }
-        mine = {stream: place for stream, place in places.items() if stream in bad}
-        everyone = from_all(self.run.topology, (mine, places))
-        found = {stream: place for blamed, _ in everyone for stream, place in blamed.items()}
-        return found or {stream: place for _, streams in everyone for stream, place in streams.items()}
-
     def _save(self, *, background: bool = False) -> None:
         progress = self.run.progress
         self.pulse.beat(f"saving checkpoint-{progress.step}")
@@ -388,25 +218,3 @@ def _measured(output: StepOutput) -> StepOutput:
 
 def _detached(carry: Carry) -> Carry:
     return {name: CarryEntry(entry.tensor.detach(), entry.streams, entry.heads) for name, entry in carry.items()}
-
-
-def _open_folder(run: Run, ds_config: dict[str, object]) -> None:
-    problem = None
-    if run.is_main:
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            taken = run.lock.take(run.folder)
-            checkpoints = run.folder / "checkpoints"
-            if taken and named_checkpoints(checkpoints):
-                raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")
-            clear_leftovers(checkpoints)
-            save_config(run.config, run.folder / "config.yaml")
-            write_json(run.folder / "ds_config.json", ds_config)
-            write_run_file(run, "running")
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"--output-dir {run.folder}: {error.strerror or error}: name a folder that can be written"
-        if problem is None and not os.access(run.folder, os.W_OK):
-            problem = f"--output-dir {run.folder}: not writable: name another folder"
-    agree(run.topology, problem)

@@ -22,8 +22,9 @@ from typing import Any
 
 from pipeline.bench.junit import read_junit
 from pipeline.host.provenance import ROOT, commit
+from pipeline.host.versions import versions
 from pipeline.parallel.topology import Topology
-from pipeline.run import machine, versions
+from pipeline.runtime.ranks import describe_devices
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def run(name: str, experiment: Experiment) -> dict[str, Any]:
     return {
         "name": name, "claim": experiment.claim, "accepted": code == 0 and tests["passed"] > 0, "tests": tests,
         "figures": tests["properties"], "seconds": seconds, "command": f"make accept NAME={name}", "commit": commit(),
-        "versions": versions(), "machine": machine(Topology()), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(), "machine": describe_devices(Topology()),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
 

@@ -329,7 +329,7 @@ def test_a_lost_gpu_ends_the_process_at_once_with_one_line(
         done.append(f"left with {code}")
         raise SystemExit(code)
 
-    monkeypatch.setattr("pipeline.train.train", train)
+    monkeypatch.setattr("pipeline.job.train", train)
     monkeypatch.setattr("pipeline.runtime.ranks.stop", lambda: done.append("stopped"))
     monkeypatch.setattr(cli, "leave", leave)
     with pytest.raises(SystemExit):
@@ -348,7 +348,7 @@ def test_a_signal_while_it_still_imports_is_left_to_all_ranks(monkeypatch: pytes
 
     found = []
     monkeypatch.setattr(cli, "parse_run", parse)
-    monkeypatch.setattr("pipeline.train.train", lambda config, requests: found.append(requests))
+    monkeypatch.setattr("pipeline.job.train", lambda config, requests: found.append(requests))
     assert main(["train", "miras_tiny"]) == 0
     assert found[0].pending == signal.SIGTERM and found[0].max_hours == 1
     assert signal.getsignal(signal.SIGTERM) == before

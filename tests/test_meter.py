@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def run(clock, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     system = types.SimpleNamespace(flops=lambda length: Flops(400.0, 600.0), token_term="cross_entropy")
     config = replace(miras_tiny(), parallel__sequence=1)
-    return Run(config, Topology(), torch.device("cpu"), system, Path("nowhere"))  # type: ignore[arg-type]
+    return Run(config, Topology(), torch.device("cpu"), system, None, None, None, {})  # type: ignore[arg-type]
 
 
 def output(loss: float, **metrics: tuple[float, float]) -> StepOutput:

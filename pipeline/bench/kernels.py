@@ -31,8 +31,9 @@ from pipeline.commands.flags import parse_flags
 from pipeline.errors import UserError
 from pipeline.files.output import writing
 from pipeline.host.hardware import Roof, on_gpu, roof
+from pipeline.host.versions import versions
 from pipeline.parallel.topology import Topology
-from pipeline.run import machine, versions
+from pipeline.runtime.ranks import describe_devices
 
 PASSES = ("forward", "forward+backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,7 +116,7 @@ def run_kernels(words: Sequence[str]) -> None:
     rows = [_with_rates(row, dtype, ceiling) for row in found]
     result = {
         "options": dataclasses.asdict(options),
-        "machine": machine(Topology()) | {"threads": torch.get_num_threads(), "vectors": _vectors()},
+        "machine": describe_devices(Topology()) | {"threads": torch.get_num_threads(), "vectors": _vectors()},
         "versions": versions() | {peer.package: peer.version for peer in PEERS},
         "roof": dataclasses.asdict(ceiling),
         "notes": list(dict.fromkeys(notes)),

@@ -118,8 +118,8 @@ def run_case(words: Sequence[str]) -> None:
     repeats, steps, words = int(words[0]), int(words[1]), words[2:]
     config = fit_ranks(parse_run(words, "bench resume-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.bench.saves import Saves
-    from pipeline.run import machine, versions
-    from pipeline.runtime.ranks import start, stop
+    from pipeline.host.versions import versions
+    from pipeline.runtime.ranks import describe_devices, start, stop
 
     topology = start(config)
     try:
@@ -133,7 +133,7 @@ def run_case(words: Sequence[str]) -> None:
                 "save_every": config.save_every,
                 "rounds": rounds,
                 **summary(rounds, config.save_every),
-                "machine": machine(topology),
+                "machine": describe_devices(topology),
                 "versions": versions(),
             }
         if topology.rank == 0:

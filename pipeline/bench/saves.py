@@ -15,14 +15,13 @@ from pipeline.checkpoint.manifest import newest, read_manifest
 from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import TRAINABLE, restore, rng_state
 from pipeline.config import RunConfig
+from pipeline.create import create_run
 from pipeline.ds_config import precision_of
-from pipeline.load import checked_system, load_model, resolve
+from pipeline.load import checked_system, resolve
 from pipeline.meter import Meter
 from pipeline.parallel.collectives import from_all
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
-from pipeline.run import Run
-from pipeline.runtime.ranks import device_of
 from pipeline.train import Trainer
 
 
@@ -31,9 +30,8 @@ class Saves:
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         resolved = resolve(config, checked_system(config, topology), topology)
-        self.run = Run(config, topology, device_of(topology), resolved.system, config.output_dir)
-        loaded = load_model(config, resolved.system, topology, ds_config=resolved.ds_config)
-        self.trainer = Trainer(self.run, loaded.phases[0], loaded.model, resolved.ds_config)
+        self.run = create_run(resolved, topology)
+        self.trainer = Trainer(self.run)
         self.meter = Meter(self.run)
         self.saver: Saver = self.trainer.saver
         self._plain: torch.Tensor | None = None
@@ -103,8 +101,8 @@ class Saves:
                     forget(file)
 
         def part() -> None:
-            self.trainer.carries = restore(self.run, path, self.trainer.loader, self.trainer.streams) or [
-                {} for _ in self.trainer.streams
+            self.trainer.carries = restore(self.run, path, self.trainer.loader, self.run.streams) or [
+                {} for _ in self.run.streams
             ]
 
         return self._timed(part)
@@ -135,7 +133,6 @@ class Saves:
 
     def parameters(self) -> dict[str, int]:
         """How many are trained, and how many in all."""
-        assert self.run.engine is not None and self.run.phase is not None
         sizes = {name: full_shape(p).numel() for name, p in self.run.engine.module.named_parameters()}
         trained = sum(sizes[name] for group in self.run.phase.groups for name in group.parameters)
         return {"trained": trained, "all": sum(sizes.values())}

@@ -112,20 +112,20 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
 def run_case(words: Sequence[str]) -> None:
     """One length, on every rank: trains without saving or evaluating, and rank 0 prints the figures."""
     config = fit_ranks(parse_run(words, "bench throughput-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
+    from pipeline.create import create_run
     from pipeline.host.hardware import peak_flops, utilisation
-    from pipeline.load import checked_system, load_model, resolve
+    from pipeline.host.versions import versions
+    from pipeline.load import checked_system, resolve
     from pipeline.meter import Meter
-    from pipeline.run import Run, machine, versions
-    from pipeline.runtime.ranks import device_of, start, stop
+    from pipeline.runtime.ranks import describe_devices, start, stop
     from pipeline.train import Trainer
 
     topology = start(config)
     try:
         resolved = resolve(config, checked_system(config, topology), topology)
         system = resolved.system
-        run = Run(config, topology, device_of(topology), system, config.output_dir)
-        loaded = load_model(config, system, topology, ds_config=resolved.ds_config)
-        trainer = Trainer(run, loaded.phases[0], loaded.model, resolved.ds_config)
+        run = create_run(resolved, topology)
+        trainer = Trainer(run)
         meter, seconds, records = Meter(run), [], []
         for step in range(1, config.steps + 1):
             begun = time.perf_counter()
@@ -146,7 +146,7 @@ def run_case(words: Sequence[str]) -> None:
             "peak_memory": records[-1].peak_memory,
             "first_step": {"loss": records[0].loss, "grad_norm": records[0].grad_norm},
             "planned_memory": _planned_memory(config, topology.world),
-            "facts": {"machine": machine(topology), "versions": versions()},
+            "facts": {"machine": describe_devices(topology), "versions": versions()},
         }
         if topology.rank == 0:
             print(MARK + json.dumps(figures), flush=True)

@@ -22,8 +22,9 @@ from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire
 from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
 from pipeline.config_file import save_config
 from pipeline.errors import UserError
+from pipeline.host.versions import versions
 from pipeline.parallel.collectives import agree, from_all
-from pipeline.run import Progress, Run, versions
+from pipeline.run import Progress, Run
 from pipeline.system import Carry
 
 SMALL_FILES = 2**20

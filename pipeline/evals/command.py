@@ -15,10 +15,10 @@ from pipeline.commands.flags import parse_flags
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.files.output import writing
+from pipeline.host.versions import versions
 from pipeline.load import checked_system, load_model
 from pipeline.recipes import all_recipes
-from pipeline.run import machine, versions
-from pipeline.runtime.ranks import device_of, start, stop
+from pipeline.runtime.ranks import describe_devices, device_of, start, stop
 from pipeline.runtime.sync import Pulse
 from pipeline.system import Curve, Evaluation
 
@@ -48,7 +48,7 @@ def run_eval(words: Sequence[str]) -> None:
             write(
                 evaluation,
                 folder,
-                {"versions": versions(), "machine": machine(topology), "checkpoint": checkpoint.name},
+                {"versions": versions(), "machine": describe_devices(topology), "checkpoint": checkpoint.name},
                 caption(config.recipe, system.caption(), checkpoint.name),
             )
             print(render(evaluation))

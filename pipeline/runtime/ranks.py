@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,3 +69,14 @@ def stop() -> None:
 def device_of(topology: Topology) -> torch.device:
     """The device of this rank."""
     return torch.device("cuda", topology.local_rank) if on_gpu() else torch.device("cpu")
+
+
+def describe_devices(topology: Topology) -> dict[str, Any]:
+    """The devices of a run, for run.json and every figure that is published."""
+    if on_gpu():
+        properties = torch.cuda.get_device_properties(topology.local_rank)
+        device = {"kind": "cuda", "name": properties.name, "memory": properties.total_memory}
+    else:
+        device = {"kind": "cpu", "name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return {"device": device, "ranks": topology.world, "data": topology.data, "sequence": topology.sequence,
+            "nodes": topology.nodes, "platform": platform.platform()}  # fmt: skip

@@ -14,7 +14,7 @@ from pipeline.config import replace
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Progress, Run
-from pipeline.system import System
+from pipeline.system import Phase, System
 
 
 class NamedSystem(System):
@@ -29,7 +29,17 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
     def make(step: int = 0, topology: Topology | None = None, **changes: Any) -> Run:
         config = replace(miras_tiny(), output_dir=tmp_path, parallel__sequence=1, **changes)
-        run = Run(config, topology or Topology(), torch.device("cpu"), NamedSystem(), tmp_path)
+        phase = Phase("train", config.steps, ())
+        run = Run(
+            config,
+            topology or Topology(),
+            torch.device("cpu"),
+            NamedSystem(),
+            phase,
+            None,
+            None,
+            {},  # type: ignore[arg-type]
+        )
         run.progress = Progress(step=step, tokens=100 * step, elapsed=2.0 * step)
         return run
 

@@ -75,9 +75,10 @@ class FakeLoader:
 def a_run(folder: Path, step: int = 0, keep: int = 2, topology: Topology | None = None) -> Run:
     """A run at `step` of two streams, whose model is one linear layer."""
     config = replace(miras_tiny(), output_dir=folder, keep=keep, parallel__sequence=1)
-    run = Run(config, topology or Topology(), torch.device("cpu"), None, folder)  # type: ignore[arg-type]
-    run.engine = FakeEngine()  # type: ignore[assignment]
-    run.phase = Phase("train", 150, (ParameterGroup("all", ("weight",)),))
+    phase = Phase("train", 150, (ParameterGroup("all", ("weight",)),))
+    run = Run(  # type: ignore[arg-type]
+        config, topology or Topology(), torch.device("cpu"), None, phase, FakeEngine(), FakeLoader(), {}
+    )
     run.progress = Progress(step=step, phase="train", tokens=10 * step, elapsed=0.5 * step)
     return run
 

@@ -269,7 +269,7 @@ class TestFindCheckpoint:
         config = replace(self.config(run, str(origin)), output_dir=tmp_path / "other")
         assert find_checkpoint(config, Topology()) == origin
         other = make_run()
-        other.folder = tmp_path / "other"
+        other.config = replace(other.config, output_dir=tmp_path / "other")
         own = save(other, 8)
         assert find_checkpoint(config, Topology()) == own, "the same command goes on"
 

@@ -13,13 +13,11 @@ from pipeline import train
 from pipeline.callbacks import Callback
 from pipeline.callbacks.metrics import MetricsFile
 from pipeline.callbacks.progress import ProgressLines
-from pipeline.checkpoint.save import Saver
 from pipeline.errors import RankError
 from pipeline.files.output import overwrite_json, write_json, writing
-from pipeline.run import write_run_file
-from pipeline.runtime.sync import Pulse
+from pipeline.run_folder import write_run_file
 from pipeline.system import Evaluation
-from tests.checkpoint.small_runs import STREAMS, a_run
+from tests.checkpoint.small_runs import a_run
 
 FULL = Path("/dev/full")
 """The device that is always full."""
@@ -138,10 +136,7 @@ def test_a_full_disk_under_a_library_ends_a_run_as_under_ourselves(
 
     run = a_run(tmp_path)
     monkeypatch.setattr(train, "create_callbacks", lambda run: [Picture()])
-    trainer = train.Trainer.__new__(train.Trainer)
-    trainer.run, trainer.phase, trainer.ds_config = run, run.phase, {}  # type: ignore[assignment]
-    trainer.pulse = Pulse(run.topology)
-    trainer.saver = Saver(run, STREAMS)
+    trainer = train.Trainer(run)
     with pytest.raises(RankError, match=rf"{name or tmp_path}: not written \(No space left on device\)") as caught:
         trainer.execute(None)
     assert capsys.readouterr().err == f"mnemos: {caught.value}\n" and caught.value.said

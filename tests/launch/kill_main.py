@@ -11,9 +11,9 @@ from pathlib import Path
 from pipeline.cli import without_local_rank
 from pipeline.commands.flags import fit_ranks, parse_run
 from pipeline.config import RunConfig
+from pipeline.job import train
 from pipeline.runtime.exit import leave
 from pipeline.runtime.ranks import stop
-from pipeline.train import train
 
 RECIPE = [
     "miras_tiny", "--sequence-length", "128", "--batch-size", "1", "--grad-accum", "2", "--evaluation.steps", "1",

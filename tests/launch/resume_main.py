@@ -15,10 +15,10 @@ import torch.distributed as dist
 from pipeline.callbacks.metrics import read_rows
 from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig, replace
+from pipeline.job import train
 from pipeline.recipes.miras import miras_tiny
 from pipeline.runtime.exit import leave
 from pipeline.runtime.ranks import stop
-from pipeline.train import train
 from tests.launch.comparing import differences
 
 LAST, MIDDLE = 6, 3

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.run_folder import open_folder
 from pipeline.runtime.folder_lock import FolderLock
-from pipeline.train import _open_folder
 from tests.checkpoint.small_runs import a_run
 
 HOLD = """
@@ -59,5 +59,5 @@ def test_a_run_that_came_and_went_while_another_waited_is_not_begun_anew(tmp_pat
     run = a_run(tmp_path)
     (run.folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     with run.lock, pytest.raises(UserError, match="another run has saved there meanwhile: start again"):
-        _open_folder(run, {})
+        open_folder(run)
     assert {path.name for path in run.folder.iterdir()} == {"checkpoints", ".lock"}

@@ -13,11 +13,11 @@ import pytest
 
 from pipeline import cli
 from pipeline.callbacks import Callback
+from pipeline.ending import end_run
 from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import DEADLINE, Stopped, StopRequests
 from pipeline.runtime.sync import Pulse, next_step
-from pipeline.train import Trainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -115,14 +115,10 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
             look()
             raise OSError("no connection")
 
-    monkeypatch.setattr("pipeline.train.write_run_file", lambda run, status: written.append(status))
-    trainer = Trainer.__new__(Trainer)
-    trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
-    trainer.pulse = Pulse(Topology(), watch=watch)  # type: ignore[arg-type]
-    trainer.saver = types.SimpleNamespace(close=look)  # type: ignore[assignment]
-    trainer.callbacks = [Slow(), Slow()]
+    monkeypatch.setattr("pipeline.ending.write_run_file", lambda run, status: written.append(status))
+    run, saver = types.SimpleNamespace(is_main=True), types.SimpleNamespace(close=look)
     with pytest.warns(UserWarning, match="Slow did not end well"):
-        trainer._end("failed", error)
+        end_run(run, "failed", error, saver, [Slow(), Slow()], watch)  # type: ignore[arg-type]
     said, before = known[0]
     assert said.splitlines() == [line] and error.said
     assert before == (["ended", "failed"] if isinstance(error, UserError) else ["failed"])
@@ -141,19 +137,20 @@ def test_what_one_rank_cannot_write_is_said_once_and_by_one_line(
     def fail(run: object, status: str) -> None:
         raise RankError("run/run.json: not written")
 
-    monkeypatch.setattr("pipeline.train.write_run_file", fail)
+    monkeypatch.setattr("pipeline.ending.write_run_file", fail)
     ended: list[BaseException] = []
-    trainer = Trainer.__new__(Trainer)
-    trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
-    trainer.pulse = Pulse(Topology(), watch=types.SimpleNamespace(ends=ended.append))  # type: ignore[arg-type]
-    trainer.saver = types.SimpleNamespace(close=lambda waits: None)  # type: ignore[assignment]
-    trainer.callbacks = [Full(), Full()]
+    run, saver = types.SimpleNamespace(is_main=True), types.SimpleNamespace(close=lambda waits: None)
+    watch = types.SimpleNamespace(ends=ended.append)
+
+    def end(status: str, error: UserError | Stopped) -> None:
+        end_run(run, status, error, saver, [Full(), Full()], watch)  # type: ignore[arg-type]
+
     error = RankError("run/metrics.jsonl: not written (No space left on device): make room there")
 
     def end_and_raise(words: object) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            trainer._end("failed", error)
+            end("failed", error)
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, "train", end_and_raise)
@@ -162,7 +159,7 @@ def test_what_one_rank_cannot_write_is_said_once_and_by_one_line(
     assert ended == [error], "the other ranks are told that this one ends by an error of its own"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer._end("stopped", Stopped(signal.SIGTERM))
+        end("stopped", Stopped(signal.SIGTERM))
     assert [str(warning.message).split(":")[0] for warning in caught] == [
         "run.json did not end well", "Full did not end well", "Full did not end well",
     ]  # fmt: skip

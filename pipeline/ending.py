@@ -1,0 +1,55 @@
+"""How a run ends, whatever ended it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+from pipeline.callbacks import Callback
+from pipeline.checkpoint.save import Saver
+from pipeline.errors import RankError, UserError
+from pipeline.run import Run
+from pipeline.run_folder import write_run_file
+from pipeline.runtime.exit import last_words, say
+from pipeline.runtime.heartbeat import Watch
+from pipeline.runtime.stop import Stopped
+
+
+def end_run(
+    run: Run,
+    status: str,
+    shared: Stopped | UserError | None,
+    saver: Saver,
+    callbacks: Sequence[Callback],
+    watch: Watch | None,
+) -> None:
+    """How the run ends, and why, is said before anything that may take long or never come back.
+
+    `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
+    outcome counts.
+    """
+    if isinstance(shared, UserError) and watch is not None:
+        # The others end by the same error, and must not be held to have failed while this rank goes on.
+        watch.ends(shared)
+    if run.is_main and shared is not None:
+        with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
+            say(last_words(shared))
+        shared.said = True
+    last: list[tuple[str, Callable[[], None]]] = []
+    if run.is_main:
+        last.append(("run.json", lambda: write_run_file(run, status)))
+    # A run that fails says why before the others, who wait for it, take it for lost.
+    last.append(("the save", lambda: saver.close(waits=status != "failed")))
+    last += [(type(callback).__name__, functools.partial(callback.on_end, status)) for callback in callbacks]
+    for name, part in last:
+        try:
+            part()
+        except Exception as error:
+            # One line says what cannot be written; the other files of the folder would only repeat it.
+            if not (isinstance(error, RankError) and isinstance(shared, RankError)):
+                warnings.warn(f"{name} did not end well: {error}", stacklevel=2)

@@ -1,0 +1,69 @@
+"""The run directory: opened for a run, and told how the run stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+
+from pipeline.checkpoint.manifest import clear_leftovers, named_checkpoints
+from pipeline.config_file import save_config
+from pipeline.errors import UserError
+from pipeline.files.output import overwrite_json, write_json, writing
+from pipeline.host.provenance import commit
+from pipeline.host.versions import versions
+from pipeline.parallel.collectives import agree
+from pipeline.run import Run
+from pipeline.runtime.ranks import describe_devices
+
+
+def open_folder(run: Run) -> None:
+    """Makes the run directory ready for a run. Collective; raises UserError on every rank."""
+    problem = None
+    if run.is_main:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            taken = run.lock.take(run.folder)
+            checkpoints = run.folder / "checkpoints"
+            if taken and named_checkpoints(checkpoints):
+                raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")
+            clear_leftovers(checkpoints)
+            save_config(run.config, run.folder / "config.yaml")
+            write_json(run.folder / "ds_config.json", run.ds_config)
+            write_run_file(run, "running")
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"--output-dir {run.folder}: {error.strerror or error}: name a folder that can be written"
+        if problem is None and not os.access(run.folder, os.W_OK):
+            problem = f"--output-dir {run.folder}: not writable: name another folder"
+    agree(run.topology, problem)
+
+
+def write_run_file(run: Run, status: str) -> None:
+    """run.json: versions, commit, devices, command, status, last checkpoint. Rank 0 only; raises RankError."""
+    path = run.folder / "run.json"
+    content = {
+        "recipe": run.config.recipe,
+        "status": status,
+        "last_checkpoint": run.last_checkpoint,
+        "progress": dataclasses.asdict(run.progress),
+        "command": sys.argv,
+        "versions": versions(),
+        "commit": commit(),
+        "machine": describe_devices(run.topology),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    with writing(path):
+        try:
+            write_json(path, content)
+        except OSError:
+            # On a full disk a status that is out of date would say that the run goes on.
+            try:
+                overwrite_json(path, content)
+            except OSError:
+                pass
+            else:
+                return
+            raise

@@ -1,0 +1,52 @@
+"""Updates that are skipped because a gradient was not finite: counted, told, and a limit to them in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.callbacks import Callback
+from pipeline.errors import UserError
+from pipeline.parallel.collectives import from_all
+from pipeline.run import Run
+from pipeline.system import StepOutput
+
+
+def count_skipped(
+    run: Run, outputs: Sequence[StepOutput], streams: Mapping[str, Mapping[str, Any]], callbacks: Iterable[Callback]
+) -> None:
+    """Counts the run's last step as skipped. Collective; raises UserError when too many in a row were.
+
+    `outputs`: what its micro-batches measured. `streams`: where its batch began, by this rank's streams.
+    """
+    progress, limit = run.progress, run.config.optimizer.max_skipped
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    found = non_finite_streams(run, outputs, streams)
+    for callback in callbacks:
+        callback.on_skip(progress.step, progress.skipped_in_a_row, found)
+    if progress.skipped_in_a_row >= limit:
+        raise UserError(
+            f"step {progress.step}: {limit} updates in a row had a non-finite loss or gradient and were skipped"
+            f" (training.log names their batches): lower --lr, or resume from an earlier checkpoint"
+        )
+
+
+def non_finite_streams(
+    run: Run, outputs: Sequence[StepOutput], streams: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Where the batch of a skipped step began, by stream: those with a non-finite loss, or else all. Collective."""
+    bad = {
+        str(int(stream))
+        for output, ids in zip(outputs, run.streams, strict=True)
+        if not all(bool(value.isfinite()) for value in output.sums.values())
+        for stream in ids
+    }
+    places = {
+        stream: {key: value for key, value in place.items() if isinstance(value, int)}
+        for stream, place in streams.items()
+    }
+    local = {stream: place for stream, place in places.items() if stream in bad}
+    everyone = from_all(run.topology, (local, places))
+    found = {stream: place for bad_ones, _ in everyone for stream, place in bad_ones.items()}
+    return found or {stream: place for _, all_of_them in everyone for stream, place in all_of_them.items()}

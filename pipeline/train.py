@@ -48,14 +48,14 @@ from pipeline.parallel.weights import full_shape
 from pipeline.run import Run, write_run_file
 from pipeline.runtime.exit import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
 from pipeline.runtime.folder_lock import FolderLock
-from pipeline.runtime.heartbeat import Verdict, Watch
+from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.runtime.sync import Pulse, next_step
 from pipeline.schedule import lr_multiple
 from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput, System, create_system
 
 LAST_LOOK = 15.0
-"""Seconds in which the watch may find out which rank a failed collective waited for."""
+"""Seconds in which the monitor may find out which rank a failed collective waited for."""
 
 
 def train(config: RunConfig, requests: StopRequests | None = None) -> None:
@@ -70,25 +70,27 @@ def train(config: RunConfig, requests: StopRequests | None = None) -> None:
         timeout = 60 * config.parallel.timeout_minutes
         with (
             FolderLock() as lock,
-            Watch(topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, watch.speaks)) as watch,
+            HeartbeatMonitor(
+                topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, monitor.should_report)
+            ) as monitor,
         ):
             try:
-                _train(config, topology, Pulse(topology, requests, watch), lock)
+                _train(config, topology, Pulse(topology, requests, monitor), lock)
             except RuntimeError as error:
                 if not lost_peer(error):
                     raise
-                verdict = watch.verdict(LAST_LOOK)
-                if verdict is not None:
-                    raise LostRankError(verdict.reason, code=verdict.code, speaks=watch.speaks) from error
+                diagnosis = monitor.diagnosis(LAST_LOOK)
+                if diagnosis is not None:
+                    raise LostRankError(diagnosis.reason, code=diagnosis.code, speaks=monitor.should_report) from error
                 reason = f"rank {topology.rank}: another rank is gone ({str(error).splitlines()[0]})"
                 raise LostRankError(reason, code=LOST_RANK, speaks=True) from error
 
 
-def _end_the_job(verdict: Verdict, speaks: bool) -> None:
-    # From the thread of the watch: the main thread may wait in a collective for ever.
+def _end_the_job(diagnosis: Diagnosis, speaks: bool) -> None:
+    # From the thread of the monitor: the main thread may wait in a collective for ever.
     if speaks:
-        say(last_words(LostRankError(verdict.reason, code=verdict.code, speaks=True)))
-    leave(verdict.code)
+        say(last_words(LostRankError(diagnosis.reason, code=diagnosis.code, speaks=True)))
+    leave(diagnosis.code)
 
 
 def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
@@ -227,9 +229,9 @@ class Trainer:
         `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
         outcome counts.
         """
-        if isinstance(shared, UserError) and self.pulse.watch is not None:
+        if isinstance(shared, UserError) and self.pulse.monitor is not None:
             # The others end by the same error, and must not be held to have failed while this rank goes on.
-            self.pulse.watch.ends(shared)
+            self.pulse.monitor.ends(shared)
         if self.run.is_main and shared is not None:
             with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
                 say(last_words(shared))

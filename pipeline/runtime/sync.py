@@ -8,7 +8,7 @@ import torch.distributed as dist
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import agree
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.heartbeat import Watch
+from pipeline.runtime.heartbeat import HeartbeatMonitor
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.system import Batch, StatefulLoader
 
@@ -16,21 +16,23 @@ from pipeline.system import Batch, StatefulLoader
 class Pulse:
     """One small reduction on the host, which no device waits for. Every rank calls it at the same places.
 
-    Without `requests` nothing but a problem stops the ranks; without `watch` nobody looks out for one that stalls.
+    Without `requests` nothing but a problem stops the ranks; without `monitor` nobody looks out for one that stalls.
     """
 
-    def __init__(self, topology: Topology, requests: StopRequests | None = None, watch: Watch | None = None) -> None:
-        self.topology, self.requests, self.watch = topology, requests, watch
+    def __init__(
+        self, topology: Topology, requests: StopRequests | None = None, monitor: HeartbeatMonitor | None = None
+    ) -> None:
+        self.topology, self.requests, self.monitor = topology, requests, monitor
 
     def beat(self, place: str) -> None:
         """Says where this rank is, and nothing more."""
-        if self.watch is not None:
-            self.watch.beat(place)
+        if self.monitor is not None:
+            self.monitor.at(place)
 
     def __call__(self, place: str, problem: str | None = None) -> None:
         """Raises one rank's `problem` as UserError, or Stopped, on every rank alike. Collective.
 
-        `place` says where this rank is ("step 12, micro-batch 1"), for the watch.
+        `place` says where this rank is ("step 12, micro-batch 1"), for the monitor.
         """
         self.beat(place)
         request = self.requests.pending if self.requests is not None else 0

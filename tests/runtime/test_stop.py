@@ -105,7 +105,7 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
     """A launcher kills rank 0 half a minute after another rank has left."""
     written: list[str] = []
     known: list[tuple[str, list[str]]] = []
-    watch = types.SimpleNamespace(ends=lambda error: written.append("ended"))
+    monitor = types.SimpleNamespace(ends=lambda error: written.append("ended"))
 
     def look(**_: object) -> None:
         known.append((capsys.readouterr().err, list(written)))
@@ -118,7 +118,7 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
     monkeypatch.setattr("pipeline.train.write_run_file", lambda run, status: written.append(status))
     trainer = Trainer.__new__(Trainer)
     trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
-    trainer.pulse = Pulse(Topology(), watch=watch)  # type: ignore[arg-type]
+    trainer.pulse = Pulse(Topology(), monitor=monitor)  # type: ignore[arg-type]
     trainer.saver = types.SimpleNamespace(close=look)  # type: ignore[assignment]
     trainer.callbacks = [Slow(), Slow()]
     with pytest.warns(UserWarning, match="Slow did not end well"):
@@ -145,7 +145,7 @@ def test_what_one_rank_cannot_write_is_said_once_and_by_one_line(
     ended: list[BaseException] = []
     trainer = Trainer.__new__(Trainer)
     trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
-    trainer.pulse = Pulse(Topology(), watch=types.SimpleNamespace(ends=ended.append))  # type: ignore[arg-type]
+    trainer.pulse = Pulse(Topology(), monitor=types.SimpleNamespace(ends=ended.append))  # type: ignore[arg-type]
     trainer.saver = types.SimpleNamespace(close=lambda waits: None)  # type: ignore[assignment]
     trainer.callbacks = [Full(), Full()]
     error = RankError("run/metrics.jsonl: not written (No space left on device): make room there")

@@ -46,7 +46,7 @@ from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run, write_run_file
-from pipeline.runtime.exit import LOST_RANK, last_words, leave, lost_peer, out_of_space, say
+from pipeline.runtime.exit import LOST_RANK, exit_message, exit_process, log_line, lost_peer, out_of_space
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
 from pipeline.runtime.stop import Stopped, StopRequests
@@ -81,20 +81,22 @@ def train(config: RunConfig, requests: StopRequests | None = None) -> None:
                     raise
                 diagnosis = monitor.diagnosis(LAST_LOOK)
                 if diagnosis is not None:
-                    raise LostRankError(diagnosis.reason, code=diagnosis.code, speaks=monitor.should_report) from error
+                    raise LostRankError(
+                        diagnosis.reason, code=diagnosis.code, should_report=monitor.should_report
+                    ) from error
                 reason = f"rank {topology.rank}: another rank is gone ({str(error).splitlines()[0]})"
-                raise LostRankError(reason, code=LOST_RANK, speaks=True) from error
+                raise LostRankError(reason, code=LOST_RANK, should_report=True) from error
 
 
-def _end_the_job(diagnosis: Diagnosis, speaks: bool) -> None:
+def _end_the_job(diagnosis: Diagnosis, should_report: bool) -> None:
     # From the thread of the monitor: the main thread may wait in a collective for ever.
-    if speaks:
-        say(last_words(LostRankError(diagnosis.reason, code=diagnosis.code, speaks=True)))
-    leave(diagnosis.code)
+    if should_report:
+        log_line(exit_message(LostRankError(diagnosis.reason, code=diagnosis.code, should_report=True)))
+    exit_process(diagnosis.code)
 
 
 def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
-    together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
+    together(topology, lambda: None if topology.rank or config.dry_run else lock.acquire(config.output_dir))
     checkpoint = find_checkpoint(config, topology)
     config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
     if is_finished(config, checkpoint, topology):
@@ -234,8 +236,8 @@ class Trainer:
             self.pulse.monitor.ends(shared)
         if self.run.is_main and shared is not None:
             with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
-                say(last_words(shared))
-            shared.said = True
+                log_line(exit_message(shared))
+            shared.reported = True
         last: list[tuple[str, Callable[[], None]]] = []
         if self.run.is_main:
             last.append(("run.json", lambda: write_run_file(self.run, status)))
@@ -410,7 +412,7 @@ def _open_folder(run: Run, ds_config: dict[str, object]) -> None:
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            taken = run.lock.take(run.folder)
+            taken = run.lock.acquire(run.folder)
             checkpoints = run.folder / "checkpoints"
             if taken and named_checkpoints(checkpoints):
                 raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")

@@ -26,7 +26,7 @@ def preflight(config: RunConfig, ranks: int) -> None:
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
     create_system(config).check(topology)
     with FolderLock() as lock:
-        lock.take(config.output_dir)
+        lock.acquire(config.output_dir)
         checkpoint = locate_checkpoint(config)
     if checkpoint is not None:
         check_resumable(config, checkpoint)

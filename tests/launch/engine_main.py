@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.parallel.collectives import together
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.exit import leave
+from pipeline.runtime.exit import exit_process
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from tests.launch.parity_main import ROWS, base, micro_batches
@@ -139,7 +139,7 @@ def main() -> None:
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))
     stop()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

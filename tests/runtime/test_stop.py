@@ -58,7 +58,7 @@ def test_a_deadline_that_is_known_later_counts_from_the_start() -> None:
 
 
 def test_a_person_who_asks_twice_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.runtime.stop.SECOND_THOUGHT", 0.0)
+    monkeypatch.setattr("pipeline.runtime.stop.REPEAT_TIMEOUT", 0.0)
     with StopRequests():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
@@ -124,7 +124,7 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
     with pytest.warns(UserWarning, match="Slow did not end well"):
         trainer._end("failed", error)
     said, before = known[0]
-    assert said.splitlines() == [line] and error.said
+    assert said.splitlines() == [line] and error.reported
     assert before == (["ended", "failed"] if isinstance(error, UserError) else ["failed"])
     assert len(known) == 3, "one that fails does not keep the next from ending"
 

@@ -41,7 +41,7 @@ from pipeline.engine import Engine, StepResult, building, deepspeed_config, devi
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.files.output import not_written, write_json
 from pipeline.meter import Meter
-from pipeline.parallel.collectives import agree, from_all, from_main, together
+from pipeline.parallel.collectives import all_gather_object, broadcast_object, raise_together, shared_errors
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
@@ -96,14 +96,18 @@ def _end_the_job(diagnosis: Diagnosis, should_report: bool) -> None:
 
 
 def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
-    together(topology, lambda: None if topology.rank or config.dry_run else lock.acquire(config.output_dir))
+    with shared_errors(topology):
+        if topology.rank == 0 and not config.dry_run:
+            lock.acquire(config.output_dir)
     checkpoint = find_checkpoint(config, topology)
-    config, system, ds_config = together(topology, lambda: _prepare(config, topology, checkpoint))
+    with shared_errors(topology):
+        config, system, ds_config = _prepare(config, topology, checkpoint)
     if is_finished(config, checkpoint, topology):
         return
     # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read.
-    listed = together(topology, lambda: list_data(config) if topology.rank == 0 else None)
-    system.files = from_main(topology, listed)
+    with shared_errors(topology):
+        listed = list_data(config) if topology.rank == 0 else None
+    system.files = broadcast_object(topology, listed)
     run = Run(config, topology, device_of(topology), system, config.output_dir, lock=lock)
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
@@ -137,7 +141,8 @@ class Trainer:
         self, run: Run, phase: Phase, model: nn.Module, ds_config: dict[str, object], pulse: Pulse | None = None
     ) -> None:
         self.run, self.phase, self.pulse = run, phase, pulse or Pulse(run.topology)
-        self.loader: StatefulLoader = together(run.topology, lambda: run.system.loader(phase, run.topology))
+        with shared_errors(run.topology):
+            self.loader: StatefulLoader = run.system.loader(phase, run.topology)
         run.phase, run.progress.phase = phase, phase.name
         self.ds_config = ds_config
         trained = {name for group in phase.groups for name in group.parameters}
@@ -157,8 +162,9 @@ class Trainer:
         self.saved: int | None = None
         """The step of the newest checkpoint that was begun."""
         # The first look at the data's fingerprint reads the data, which one rank may fail at.
-        together(run.topology, self._remember)
-        agree(run.topology, different_rank(from_all(run.topology, self.position["fingerprint"])))
+        with shared_errors(run.topology):
+            self._remember()
+        raise_together(run.topology, different_rank(all_gather_object(run.topology, self.position["fingerprint"])))
 
     def _remember(self) -> None:
         """Where the data and the generators are after a completed step, for a checkpoint of it at any later moment."""
@@ -194,7 +200,8 @@ class Trainer:
             return
         # Only now: a start that was refused leaves the folder as it is.
         _open_folder(run, self.ds_config)
-        self.callbacks = together(run.topology, lambda: create_callbacks(run))
+        with shared_errors(run.topology):
+            self.callbacks = create_callbacks(run)
         status = "failed"
         shared: Stopped | UserError | None = None
         try:
@@ -284,9 +291,11 @@ class Trainer:
         run, step = self.run, self.run.progress.step
         every = run.config.eval_every
         due = step == 0 or step >= last or bool(every and step % every == 0)
-        return due and not from_main(
-            run.topology, together(run.topology, lambda: run.is_main and is_evaluated(run.folder, step))
-        )
+        if not due:
+            return False
+        with shared_errors(run.topology):
+            evaluated = run.is_main and is_evaluated(run.folder, step)
+        return not broadcast_object(run.topology, evaluated)
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
@@ -354,7 +363,7 @@ class Trainer:
             for stream, place in self.position["streams"].items()
         }
         mine = {stream: place for stream, place in places.items() if stream in bad}
-        everyone = from_all(self.run.topology, (mine, places))
+        everyone = all_gather_object(self.run.topology, (mine, places))
         found = {stream: place for blamed, _ in everyone for stream, place in blamed.items()}
         return found or {stream: place for _, streams in everyone for stream, place in streams.items()}
 
@@ -426,4 +435,4 @@ def _open_folder(run: Run, ds_config: dict[str, object]) -> None:
             problem = f"--output-dir {run.folder}: {error.strerror or error}: name a folder that can be written"
         if problem is None and not os.access(run.folder, os.W_OK):
             problem = f"--output-dir {run.folder}: not writable: name another folder"
-    agree(run.topology, problem)
+    raise_together(run.topology, problem)

@@ -288,7 +288,7 @@ def test_a_rank_that_alone_has_no_gpu_says_so(refusal, monkeypatch: pytest.Monke
     assert "rank 1" in line and "no GPU 1 here" in line
 
 
-@pytest.mark.parametrize("error", [UserError("mend it"), Stopped(signal.SIGTERM)], ids=repr)
+@pytest.mark.parametrize("error", [UserError("fix it"), Stopped(signal.SIGTERM)], ids=repr)
 def test_what_has_been_said_is_not_said_again(
     error: UserError | Stopped, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from pipeline.checkpoint.state import TRAINABLE, restore, rng_state
 from pipeline.config import RunConfig
 from pipeline.engine import building, deepspeed_config, device_of, precision_of
 from pipeline.meter import Meter
-from pipeline.parallel.collectives import from_all
+from pipeline.parallel.collectives import all_gather_object
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Run
@@ -57,7 +57,7 @@ class Saves:
         part()
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
-        return max(from_all(self.run.topology, time.perf_counter() - begun))
+        return max(all_gather_object(self.run.topology, time.perf_counter() - begun))
 
     def step(self) -> float:
         """One step of training."""

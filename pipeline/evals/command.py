@@ -18,7 +18,7 @@ from pipeline.data.build import list_data
 from pipeline.engine import building, device_of, precision_of, start, stop
 from pipeline.errors import UserError
 from pipeline.files.output import writing
-from pipeline.parallel.collectives import from_main, together
+from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
 from pipeline.runtime.sync import Pulse
@@ -42,7 +42,9 @@ def run_eval(words: Sequence[str]) -> None:
         topology = start(config)
         system = create_system(config)
         system.check(topology)
-        system.files = from_main(topology, together(topology, lambda: None if topology.rank else list_data(config)))
+        with shared_errors(topology):
+            listed = None if topology.rank else list_data(config)
+        system.files = broadcast_object(topology, listed)
         with building({}, precision_of(config)):
             model = system.build()
         system.initialise(model, topology)

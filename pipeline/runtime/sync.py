@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError
-from pipeline.parallel.collectives import agree
+from pipeline.parallel.collectives import raise_together
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.heartbeat import HeartbeatMonitor
 from pipeline.runtime.stop import Stopped, StopRequests
@@ -42,7 +42,7 @@ class Pulse:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.topology.control)
             failed, request = map(int, flags)
         if failed:
-            agree(self.topology, problem)
+            raise_together(self.topology, problem)
         if request:
             raise Stopped(request)
 

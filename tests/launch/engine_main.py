@@ -19,7 +19,7 @@ from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
 from pipeline.engine import AFTER_THE_WATCH, Engine, building, deepspeed_config, precision_of, start, stop
 from pipeline.errors import UserError
-from pipeline.parallel.collectives import together
+from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import exit_process
@@ -104,14 +104,10 @@ def time_limits(config: RunConfig) -> dict[str, bool]:
 
 def agreement(topology: Topology) -> dict[str, bool]:
     """Whether a problem that the last rank alone has is raised on this one with its text."""
-
-    def part() -> int:
-        if topology.rank == topology.world - 1:
-            raise UserError("this node has no such folder")
-        return 1
-
     try:
-        together(topology, part)
+        with shared_errors(topology):
+            if topology.rank == topology.world - 1:
+                raise UserError("this node has no such folder")
     except UserError as error:
         return {"all stop with the same reason": str(error) == "this node has no such folder"}
     return {"all stop": False}

@@ -104,8 +104,8 @@ def test_the_job_exits_with_what_the_rank_to_blame_does(peers: list[Peer], code:
         (KeyError("no such thing"), 1),
         (RuntimeError("CUDA out of memory"), 1),
         (OSError(errno.EIO, "broken"), 1),
-        (UserError("mend it"), 2),
-        (RankError("mend it here"), 2),
+        (UserError("fix it"), 2),
+        (RankError("fix it here"), 2),
         (OSError(errno.ENOSPC, "no space"), 2),
         (LostRankError("gone", code=3, should_report=True), 3),
         (LostRankError("ended by KeyError", code=1, should_report=True), 1),
@@ -260,7 +260,7 @@ def test_a_stop_that_all_agreed_to_is_a_clean_end(job: Job) -> None:
     assert job.failures == {}
 
 
-@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), UserError("mend it")], ids=repr)
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), UserError("fix it")], ids=repr)
 def test_at_an_end_that_all_share_they_wait_for_the_first_rank_to_be_done(error: Exception) -> None:
     """Longer than an exception of one rank alone is left to explain itself."""
     job = Job(3, timeout=20, interval=0.1)
@@ -278,7 +278,7 @@ def test_at_an_end_that_all_share_they_wait_for_the_first_rank_to_be_done(error:
 def test_nobody_waits_for_a_first_rank_that_is_gone() -> None:
     job = Job(2, timeout=20, interval=0.1)
     job.progress(0.3, 0, 1)
-    waiting = job.leave(1, UserError("mend it"))
+    waiting = job.leave(1, UserError("fix it"))
     job.progress(0.3, 0)
     job.monitors[0].close(KeyError())
     waiting.join(2)

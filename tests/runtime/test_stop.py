@@ -95,7 +95,7 @@ def test_a_stop_wins_over_the_batch_that_was_read_but_not_over_its_problem() -> 
     ("error", "line"),
     [
         (Stopped(signal.SIGTERM), "mnemos: stopped (SIGTERM); the same command goes on from the last checkpoint"),
-        (UserError("step 9: mend\n it"), "mnemos: step 9: mend it"),
+        (UserError("step 9: fix\n it"), "mnemos: step 9: fix it"),
     ],
     ids=repr,
 )

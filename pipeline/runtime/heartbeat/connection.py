@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.parallel.collectives import from_all, from_main
+from pipeline.parallel.collectives import all_gather_object, broadcast_object
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.heartbeat.diagnosis import Diagnosis, Limits
 from pipeline.runtime.heartbeat.status import RUNS, RankStatus, packed
@@ -48,7 +48,7 @@ class Meeting:
 def meet(topology: Topology) -> Meeting | None:
     """Rank 0 listens, the others connect; None, with a warning, when one cannot. Collective."""
     server = listen() if topology.rank == 0 else None
-    port, token = from_main(topology, (server.getsockname()[1], secrets.token_hex(16)) if server else None)
+    port, token = broadcast_object(topology, (server.getsockname()[1], secrets.token_hex(16)) if server else None)
     meeting = Meeting((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), token, server)
     problem = None
     if server is None:
@@ -56,7 +56,7 @@ def meet(topology: Topology) -> Meeting | None:
             meeting.client = connect(meeting, topology.rank, CONNECT_TIMEOUT)
         except OSError as error:
             problem = f"rank {topology.rank} does not reach {meeting.address[0]}:{port} ({error})"
-    problems = [text for text in from_all(topology, problem) if text is not None]
+    problems = [text for text in all_gather_object(topology, problem) if text is not None]
     if not problems:
         return meeting
     for connection in (meeting.server, meeting.client):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data.synthetic import recall_gaps
-from pipeline.parallel.collectives import together
+from pipeline.parallel.collectives import shared_errors
 from pipeline.runtime.sync import Pulse, next_step
 from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
 from pipeline.systems.miras.config import MirasConfig
@@ -85,7 +85,8 @@ def _run(
 ) -> list[tuple[Batch, Tensor, Tensor | None]]:
     """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]."""
     device = next(model.parameters()).device
-    loader = together(pulse.topology, lambda: system.held_out(pulse.topology))
+    with shared_errors(pulse.topology):
+        loader = system.held_out(pulse.topology)
     results = []
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):
@@ -101,7 +102,8 @@ def _run(
 
 
 def _perplexity(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
-    byte_lengths = together(pulse.topology, system.byte_lengths)
+    with shared_errors(pulse.topology):
+        byte_lengths = system.byte_lengths()
     last = torch.tensor([system.config.sequence_length * system.config.evaluation.steps])
     bins = int(position_bins(last).item()) + 1
     sums: dict[str, _Sums] = {}
@@ -199,7 +201,8 @@ def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, mode
     where a sequence is too short to hold two passages.
     """
     device = next(model.parameters()).device
-    loader = together(pulse.topology, lambda: system.held_out(pulse.topology))
+    with shared_errors(pulse.topology):
+        loader = system.held_out(pulse.topology)
     first = next_step(loader, pulse, "evaluation")[0]
     tokens = first.input_ids
     rows, length = tokens.shape

@@ -35,6 +35,7 @@ from pipeline.checkpoint.state import (
 )
 from pipeline.config import RunConfig
 from pipeline.config_file import save_config
+from pipeline.data.batch import StatefulLoader
 from pipeline.data.build import list_data
 from pipeline.data.resume import different_rank
 from pipeline.engine import Engine, StepResult, building, deepspeed_config, device_of, precision_of, start
@@ -50,9 +51,9 @@ from pipeline.runtime.exit import LOST_RANK, exit_message, exit_process, log_lin
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
 from pipeline.runtime.stop import Stopped, StopRequests
-from pipeline.runtime.sync import Pulse, next_step
+from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.schedule import lr_multiple
-from pipeline.system import Carry, CarryEntry, Phase, StatefulLoader, StepContext, StepOutput, System, create_system
+from pipeline.system import Carry, CarryEntry, Phase, StepContext, StepOutput, System, create_system
 
 LAST_LOOK = 15.0
 """Seconds in which the monitor may find out which rank a failed collective waited for."""
@@ -75,7 +76,7 @@ def train(config: RunConfig, requests: StopRequests | None = None) -> None:
             ) as monitor,
         ):
             try:
-                _train(config, topology, Pulse(topology, requests, monitor), lock)
+                _train(config, topology, SyncPoint(topology, requests, monitor), lock)
             except RuntimeError as error:
                 if not lost_peer(error):
                     raise
@@ -95,7 +96,7 @@ def _end_the_job(diagnosis: Diagnosis, should_report: bool) -> None:
     exit_process(diagnosis.code)
 
 
-def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
+def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: FolderLock) -> None:
     with shared_errors(topology):
         if topology.rank == 0 and not config.dry_run:
             lock.acquire(config.output_dir)
@@ -120,7 +121,7 @@ def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock
     phases = system.phases(model)
     if len(phases) != 1:
         raise ValueError(f"{system.name} has {len(phases)} phases: the loop runs one until moments carry over by name")
-    Trainer(run, phases[0], model, ds_config, pulse).execute(checkpoint)
+    Trainer(run, phases[0], model, ds_config, sync_point).execute(checkpoint)
 
 
 def _prepare(
@@ -138,9 +139,14 @@ class Trainer:
     """One phase: its engine, data and carry."""
 
     def __init__(
-        self, run: Run, phase: Phase, model: nn.Module, ds_config: dict[str, object], pulse: Pulse | None = None
+        self,
+        run: Run,
+        phase: Phase,
+        model: nn.Module,
+        ds_config: dict[str, object],
+        sync_point: SyncPoint | None = None,
     ) -> None:
-        self.run, self.phase, self.pulse = run, phase, pulse or Pulse(run.topology)
+        self.run, self.phase, self.sync_point = run, phase, sync_point or SyncPoint(run.topology)
         with shared_errors(run.topology):
             self.loader: StatefulLoader = run.system.loader(phase, run.topology)
         run.phase, run.progress.phase = phase, phase.name
@@ -238,9 +244,9 @@ class Trainer:
         `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
         outcome counts.
         """
-        if isinstance(shared, UserError) and self.pulse.monitor is not None:
+        if isinstance(shared, UserError) and self.sync_point.monitor is not None:
             # The others end by the same error, and must not be held to have failed while this rank goes on.
-            self.pulse.monitor.ends(shared)
+            self.sync_point.monitor.ends(shared)
         if self.run.is_main and shared is not None:
             with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
                 log_line(exit_message(shared))
@@ -312,12 +318,12 @@ class Trainer:
     def _accumulate(self, context: StepContext, meter: Meter) -> list[Carry]:
         """Gradients of one step's micro-batches; returns what each carries on."""
         run = self.run
-        batches = next_step(self.loader, self.pulse, f"step {context.step}, micro-batch 1")
+        batches = next_step(self.loader, self.sync_point, f"step {context.step}, micro-batch 1")
         counts = global_counts([run.system.count(batch) for batch in batches], run.topology, run.device)
         carries, outputs = [], []
         for micro, (batch, carry) in enumerate(zip(batches, self.carries, strict=True), start=1):
             if micro > 1:
-                self.pulse(f"step {context.step}, micro-batch {micro}")
+                self.sync_point(f"step {context.step}, micro-batch {micro}")
             output = run.system.forward(self.engine.deepspeed, batch.to(run.device), carry, context)
             self.engine.backward(scaled_loss(output.sums, counts, run.topology))
             outputs.append(_measured(output))
@@ -369,7 +375,7 @@ class Trainer:
 
     def _save(self, *, background: bool = False) -> None:
         progress = self.run.progress
-        self.pulse.beat(f"saving checkpoint-{progress.step}")
+        self.sync_point.at(f"saving checkpoint-{progress.step}")
         self.saved = progress.step
         moment = Moment(dataclasses.replace(progress), self.position, self.rng, self.carries)
         self._committed(self.saver.save(moment, background=background))
@@ -391,7 +397,7 @@ class Trainer:
         self._save()
 
     def _evaluate(self, step: int) -> None:
-        evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.pulse)
+        evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.sync_point)
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
 

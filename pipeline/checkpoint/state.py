@@ -19,6 +19,7 @@ from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
 from pipeline.config_file import to_plain
+from pipeline.data.batch import StatefulLoader
 from pipeline.errors import RankError, UserError, brief, shown
 from pipeline.files.json_file import read_json
 from pipeline.host.hardware import on_gpu
@@ -27,7 +28,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.parallel.weights import generator_for, load_safetensors
 from pipeline.run import Progress, Run
-from pipeline.system import Carry, StatefulLoader
+from pipeline.system import Carry
 
 TRAINABLE = "trainable.safetensors"
 TRAINER_STATE = "trainer_state.json"

@@ -21,7 +21,7 @@ from pipeline.files.output import writing
 from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.recipes import all_recipes
 from pipeline.run import machine, versions
-from pipeline.runtime.sync import Pulse
+from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Curve, Evaluation, create_system
 
 
@@ -50,7 +50,7 @@ def run_eval(words: Sequence[str]) -> None:
         system.initialise(model, topology)
         load_trainable(model, checkpoint, topology)
         (phase, *_) = system.phases(model)
-        evaluation = system.evaluate(model.to(device_of(topology)), phase, Pulse(topology))
+        evaluation = system.evaluate(model.to(device_of(topology)), phase, SyncPoint(topology))
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from pipeline.data.batch import Batch, StatefulLoader
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import raise_together
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.heartbeat import HeartbeatMonitor
 from pipeline.runtime.stop import Stopped, StopRequests
-from pipeline.system import Batch, StatefulLoader
 
 
-class Pulse:
+class SyncPoint:
     """One small reduction on the host, which no device waits for. Every rank calls it at the same places.
 
     Without `requests` nothing but a problem stops the ranks; without `monitor` nobody looks out for one that stalls.
@@ -24,7 +24,7 @@ class Pulse:
     ) -> None:
         self.topology, self.requests, self.monitor = topology, requests, monitor
 
-    def beat(self, place: str) -> None:
+    def at(self, place: str) -> None:
         """Says where this rank is, and nothing more."""
         if self.monitor is not None:
             self.monitor.at(place)
@@ -34,7 +34,7 @@ class Pulse:
 
         `place` says where this rank is ("step 12, micro-batch 1"), for the monitor.
         """
-        self.beat(place)
+        self.at(place)
         request = self.requests.pending if self.requests is not None else 0
         failed = int(problem is not None)
         if self.topology.world > 1:
@@ -47,7 +47,7 @@ class Pulse:
             raise Stopped(request)
 
 
-def next_step(loader: StatefulLoader, pulse: Pulse, place: str) -> list[Batch]:
+def next_step(loader: StatefulLoader, sync_point: SyncPoint, place: str) -> list[Batch]:
     """A loader's next micro-batches; a document that one rank cannot use stops all of them. Collective."""
     problem: str | None = None
     batches: list[Batch] = []
@@ -55,5 +55,5 @@ def next_step(loader: StatefulLoader, pulse: Pulse, place: str) -> list[Batch]:
         batches = loader.next_step()
     except UserError as error:
         problem = str(error)
-    pulse(place, problem)
+    sync_point(place, problem)
     return batches

@@ -17,7 +17,7 @@ from pipeline.checkpoint.save import Saver
 from pipeline.errors import RankError
 from pipeline.files.output import overwrite_json, write_json, writing
 from pipeline.run import write_run_file
-from pipeline.runtime.sync import Pulse
+from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation
 from tests.checkpoint.small_runs import STREAMS, a_run
 
@@ -140,7 +140,7 @@ def test_a_full_disk_under_a_library_ends_a_run_as_under_ourselves(
     monkeypatch.setattr(train, "create_callbacks", lambda run: [Picture()])
     trainer = train.Trainer.__new__(train.Trainer)
     trainer.run, trainer.phase, trainer.ds_config = run, run.phase, {}  # type: ignore[assignment]
-    trainer.pulse = Pulse(run.topology)
+    trainer.sync_point = SyncPoint(run.topology)
     trainer.saver = Saver(run, STREAMS)
     with pytest.raises(RankError, match=rf"{name or tmp_path}: not written \(No space left on device\)") as caught:
         trainer.execute(None)

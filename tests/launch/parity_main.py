@@ -16,13 +16,14 @@ import torch.distributed as dist
 
 from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.engine import Engine, building, deepspeed_config, start, stop
 from pipeline.errors import UserError
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
 from pipeline.runtime.exit import exit_process
-from pipeline.system import IGNORED, Batch, StepContext
+from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
 from tests.launch.harness import ROOT

@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 from pipeline.parallel import collectives as agreement
 from pipeline.parallel.collectives import all_gather_object, broadcast_object, raise_together, shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.runtime import sync as pulse
-from pipeline.runtime.sync import Pulse
+from pipeline.runtime import sync
+from pipeline.runtime.sync import SyncPoint
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def world(monkeypatch: pytest.MonkeyPatch):
             all_gather_object=all_gather_object, all_reduce=all_reduce, ReduceOp=dist.ReduceOp
         )
         monkeypatch.setattr(agreement, "dist", stand_in)
-        monkeypatch.setattr(pulse, "dist", stand_in)
+        monkeypatch.setattr(sync, "dist", stand_in)
         return calls
 
     return make
@@ -48,8 +48,8 @@ PLACE = Topology(rank=2, world=3)
 
 def test_one_rank_agrees_with_itself() -> None:
     raise_together(Topology(), None)
-    Pulse(Topology())("here")
-    for call in (lambda: raise_together(Topology(), "broken"), lambda: Pulse(Topology())("here", "broken")):
+    SyncPoint(Topology())("here")
+    for call in (lambda: raise_together(Topology(), "broken"), lambda: SyncPoint(Topology())("here", "broken")):
         with pytest.raises(UserError, match=r"^broken$"):
             call()
     assert broadcast_object(Topology(), 3) == 3
@@ -59,7 +59,7 @@ def test_one_rank_agrees_with_itself() -> None:
 @pytest.mark.parametrize("mine", [None, "rank 2 is full"])
 def test_the_first_ranks_problem_is_everyones(world, mine: str | None) -> None:
     world(None, "rank 1 is full")
-    for call in (lambda: raise_together(PLACE, mine), lambda: Pulse(PLACE)("here", mine)):
+    for call in (lambda: raise_together(PLACE, mine), lambda: SyncPoint(PLACE)("here", mine)):
         with pytest.raises(UserError, match=r"^rank 1 is full$"):
             call()
 
@@ -67,12 +67,12 @@ def test_the_first_ranks_problem_is_everyones(world, mine: str | None) -> None:
 def test_ones_own_problem_is_enough(world) -> None:
     world(None, None)
     with pytest.raises(UserError, match=r"^rank 2 is full$"):
-        Pulse(PLACE)("here", "rank 2 is full")
+        SyncPoint(PLACE)("here", "rank 2 is full")
 
 
 def test_where_all_is_well_no_texts_travel(world) -> None:
     calls = world(None, None)
-    Pulse(PLACE)("here")
+    SyncPoint(PLACE)("here")
     assert calls == ["numbers"]
     raise_together(PLACE, None)
     assert calls == ["numbers", "texts"]

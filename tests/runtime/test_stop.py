@@ -16,22 +16,22 @@ from pipeline.callbacks import Callback
 from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import DEADLINE, Stopped, StopRequests
-from pipeline.runtime.sync import Pulse, next_step
+from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.train import Trainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_acted_on_at_the_next_pulse(number: signal.Signals) -> None:
+def test_a_signal_is_noted_and_acted_on_at_the_next_sync_point(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequests() as requests:
-        pulse = Pulse(Topology(), requests)
-        pulse("step 1, micro-batch 1")
+        sync_point = SyncPoint(Topology(), requests)
+        sync_point("step 1, micro-batch 1")
         # Launchers send the same signal more than once.
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
         assert requests.pending == number
         with pytest.raises(Stopped, match=number.name) as caught:
-            pulse("step 1, micro-batch 2")
+            sync_point("step 1, micro-batch 2")
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) == before
 
@@ -41,7 +41,7 @@ def test_a_deadline_is_a_request_too_and_a_signal_is_graver() -> None:
     time.sleep(0.01)
     assert requests.pending == DEADLINE
     with pytest.raises(Stopped, match="--max-hours") as caught:
-        Pulse(Topology(), requests)("here")
+        SyncPoint(Topology(), requests)("here")
     assert caught.value.exit_code == 0 and caught.value.signal is None
     with requests:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -87,8 +87,8 @@ def test_a_stop_wins_over_the_batch_that_was_read_but_not_over_its_problem() -> 
 
     requests = StopRequests(max_hours=1e-9)
     with pytest.raises(Stopped):
-        next_step(Loader(), Pulse(Topology(), requests), "here")  # type: ignore[arg-type]
-    assert next_step(Loader(), Pulse(Topology()), "here") == [1]  # type: ignore[arg-type, comparison-overlap]
+        next_step(Loader(), SyncPoint(Topology(), requests), "here")  # type: ignore[arg-type]
+    assert next_step(Loader(), SyncPoint(Topology()), "here") == [1]  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
     monkeypatch.setattr("pipeline.train.write_run_file", lambda run, status: written.append(status))
     trainer = Trainer.__new__(Trainer)
     trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
-    trainer.pulse = Pulse(Topology(), monitor=monitor)  # type: ignore[arg-type]
+    trainer.sync_point = SyncPoint(Topology(), monitor=monitor)  # type: ignore[arg-type]
     trainer.saver = types.SimpleNamespace(close=look)  # type: ignore[assignment]
     trainer.callbacks = [Slow(), Slow()]
     with pytest.warns(UserWarning, match="Slow did not end well"):
@@ -145,7 +145,7 @@ def test_what_one_rank_cannot_write_is_said_once_and_by_one_line(
     ended: list[BaseException] = []
     trainer = Trainer.__new__(Trainer)
     trainer.run = types.SimpleNamespace(is_main=True)  # type: ignore[assignment]
-    trainer.pulse = Pulse(Topology(), monitor=types.SimpleNamespace(ends=ended.append))  # type: ignore[arg-type]
+    trainer.sync_point = SyncPoint(Topology(), monitor=types.SimpleNamespace(ends=ended.append))  # type: ignore[arg-type]
     trainer.saver = types.SimpleNamespace(close=lambda waits: None)  # type: ignore[assignment]
     trainer.callbacks = [Full(), Full()]
     error = RankError("run/metrics.jsonl: not written (No space left on device): make room there")

@@ -10,8 +10,16 @@ from collections.abc import Callable, Sequence
 
 from pipeline import __version__
 from pipeline.commands.flags import fit_ranks, parse_run, take, wants_help
-from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief
-from pipeline.runtime.exit import LOST_RANK, exit_code, hush, last_words, leave, lost_peer, of_a_file, out_of_space, say
+from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief, of_a_file, out_of_space
+from pipeline.runtime.exit import (
+    LOST_RANK,
+    exit_code,
+    exit_message,
+    exit_process,
+    log_line,
+    lost_peer,
+    silence,
+)
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.spelling import did_you_mean, nearest
 
@@ -64,19 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(words[1:])
         sys.stdout.flush()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            leave(0)
+            exit_process(0)
         return 0
     except RankError as error:
         at_once = isinstance(error, DeviceLostError)
-        message = None if error.said else last_words(error)
+        message = None if error.reported else exit_message(error)
         return _end(message, exit_code(error), everywhere=True, at_once=at_once)
     except (UserError, Stopped) as error:
-        return _end(None if error.said else last_words(error), exit_code(error))
+        return _end(None if error.reported else exit_message(error), exit_code(error))
     except LostRankError as error:
-        return _end(last_words(error), error.code, everywhere=error.speaks)
+        return _end(exit_message(error), error.code, everywhere=error.should_report)
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":
-            say("interrupted; the newest complete checkpoint is kept")
+            log_line("interrupted; the newest complete checkpoint is kept")
         return exit_code(error)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and lost_peer(error):
@@ -85,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; nothing more must be written, not even at exit.
-        hush(sys.stdout)
+        silence(sys.stdout)
         return 0
     except OSError as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
@@ -114,12 +122,12 @@ def _end(message: str | None, code: int, everywhere: bool = False, at_once: bool
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if everywhere or os.environ.get("RANK", "0") == "0":
         if message is not None:
-            say(message)
+            log_line(message)
     elif ranks > 1:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
         time.sleep(LAST_WORDS)
     if ranks > 1 or at_once:
-        leave(code)
+        exit_process(code)
     return code
 
 
@@ -219,7 +227,7 @@ def _doctor(words: Sequence[str]) -> None:
     from pipeline.commands.doctor import run_doctor
 
     if run_doctor(words)["kernels"]["lost"]:
-        leave(0)  # as in `_end`
+        exit_process(0)  # as in `_end`
 
 
 HELP = {

@@ -10,17 +10,18 @@ from torch import nn
 
 from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.checkpoint.state import seed_all
+from pipeline.data.batch import StatefulLoader
 from pipeline.data.resume import different_rank
 from pipeline.ds_config import precision_of
 from pipeline.engine import Engine
 from pipeline.load import Resolved, load_model
-from pipeline.parallel.collectives import agree, from_all, together
+from pipeline.parallel.collectives import all_gather_object, raise_together, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.run import Progress, Run
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.ranks import device_of
-from pipeline.system import Phase, StatefulLoader
+from pipeline.system import Phase
 
 
 def create_run(
@@ -36,13 +37,15 @@ def create_run(
         count = len(loaded.phases)
         raise ValueError(f"{system.name} has {count} phases: the loop runs one until moments carry over by name")
     (phase,) = loaded.phases
-    loader: StatefulLoader = together(topology, lambda: system.loader(phase, topology))
+    with shared_errors(topology):
+        loader: StatefulLoader = system.loader(phase, topology)
     trained = {name for group in phase.groups for name in group.parameters}
     frozen = frozen_weights(model, trained, topology)
     engine = Engine(model, phase, config, resolved.ds_config)
     # The first look at the data's fingerprint reads the data, which one rank may fail at.
-    fingerprint = together(topology, lambda: loader.state_dict()["fingerprint"])
-    agree(topology, different_rank(from_all(topology, fingerprint)))
+    with shared_errors(topology):
+        fingerprint = loader.state_dict()["fingerprint"]
+    raise_together(topology, different_rank(all_gather_object(topology, fingerprint)))
     run = Run(
         config=config,
         topology=topology,

@@ -15,8 +15,8 @@ from pipeline.checkpoint.save import Saver
 from pipeline.errors import RankError, UserError
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
-from pipeline.runtime.exit import last_words, say
-from pipeline.runtime.heartbeat import Watch
+from pipeline.runtime.exit import exit_message, log_line
+from pipeline.runtime.heartbeat import HeartbeatMonitor
 from pipeline.runtime.stop import Stopped
 
 
@@ -26,20 +26,20 @@ def end_run(
     shared: Stopped | UserError | None,
     saver: Saver,
     callbacks: Sequence[Callback],
-    watch: Watch | None,
+    monitor: HeartbeatMonitor | None,
 ) -> None:
     """How the run ends, and why, is said before anything that may take long or never come back.
 
     `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
     outcome counts.
     """
-    if isinstance(shared, UserError) and watch is not None:
+    if isinstance(shared, UserError) and monitor is not None:
         # The others end by the same error, and must not be held to have failed while this rank goes on.
-        watch.ends(shared)
+        monitor.ends(shared)
     if run.is_main and shared is not None:
         with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # there may be a bar
-            say(last_words(shared))
-        shared.said = True
+            log_line(exit_message(shared))
+        shared.reported = True
     last: list[tuple[str, Callable[[], None]]] = []
     if run.is_main:
         last.append(("run.json", lambda: write_run_file(run, status)))

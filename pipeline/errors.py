@@ -1,12 +1,13 @@
 """Errors a user can cause, and that of a rank that is gone."""
 
+import errno
 import reprlib
 
 
 class UserError(Exception):
-    """Something the user can mend: one line naming the thing and the mend, printed without a traceback, exit code 2."""
+    """Something the user can fix: one line naming the thing and the fix, printed without a traceback, exit code 2."""
 
-    said = False
+    reported = False
     """Whether the person who started it has been told."""
 
 
@@ -22,12 +23,12 @@ class LostRankError(Exception):
     """Another rank cannot go on: it died, stalled, cannot be reached, or was ended by an exception of its own.
 
     `code`: what the job exits with: LOST_RANK, or the code of the exception there, which starting again would meet
-    again. `speaks`: whether this rank is the one to print it, of those that know.
+    again. `should_report`: whether this rank is the one to print it, of those that know.
     """
 
-    def __init__(self, reason: str, *, code: int, speaks: bool) -> None:
+    def __init__(self, reason: str, *, code: int, should_report: bool) -> None:
         super().__init__(reason)
-        self.code, self.speaks = code, speaks
+        self.code, self.should_report = code, should_report
 
 
 _REPR = reprlib.Repr()
@@ -47,3 +48,13 @@ def brief(value: object, limit: int = 160) -> str:
     line = " ".join(str(value).split())
     line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a disk is full, or a quota is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_a_file(error: BaseException) -> bool:
+    """Whether the system refuses a file by its name: it is not there, may not be read, or its disk fails."""
+    return isinstance(error, OSError) and error.filename is not None

@@ -10,18 +10,18 @@ from pipeline.config import RunConfig
 from pipeline.create import create_run
 from pipeline.errors import LostRankError
 from pipeline.load import checked_system, resolve
-from pipeline.parallel.collectives import together
+from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.exit import LOST_RANK, last_words, leave, lost_peer, say
+from pipeline.runtime.exit import LOST_RANK, exit_message, exit_process, log_line, lost_peer
 from pipeline.runtime.folder_lock import FolderLock
-from pipeline.runtime.heartbeat import Verdict, Watch
+from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
 from pipeline.runtime.ranks import start
 from pipeline.runtime.stop import StopRequests
-from pipeline.runtime.sync import Pulse
+from pipeline.runtime.sync import SyncPoint
 from pipeline.train import Trainer
 
 LAST_LOOK = 15.0
-"""Seconds in which the watch may find out which rank a failed collective waited for."""
+"""Seconds in which the monitor may find out which rank a failed collective waited for."""
 
 
 def train(config: RunConfig, requests: StopRequests | None = None) -> None:
@@ -36,37 +36,45 @@ def train(config: RunConfig, requests: StopRequests | None = None) -> None:
         timeout = 60 * config.parallel.timeout_minutes
         with (
             FolderLock() as lock,
-            Watch(topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, watch.speaks)) as watch,
+            HeartbeatMonitor(
+                topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, monitor.should_report)
+            ) as monitor,
         ):
             try:
-                _train(config, topology, Pulse(topology, requests, watch), lock)
+                _train(config, topology, SyncPoint(topology, requests, monitor), lock)
             except RuntimeError as error:
                 if not lost_peer(error):
                     raise
-                verdict = watch.verdict(LAST_LOOK)
-                if verdict is not None:
-                    raise LostRankError(verdict.reason, code=verdict.code, speaks=watch.speaks) from error
+                diagnosis = monitor.diagnosis(LAST_LOOK)
+                if diagnosis is not None:
+                    raise LostRankError(
+                        diagnosis.reason, code=diagnosis.code, should_report=monitor.should_report
+                    ) from error
                 reason = f"rank {topology.rank}: another rank is gone ({str(error).splitlines()[0]})"
-                raise LostRankError(reason, code=LOST_RANK, speaks=True) from error
+                raise LostRankError(reason, code=LOST_RANK, should_report=True) from error
 
 
-def _end_the_job(verdict: Verdict, speaks: bool) -> None:
-    # From the thread of the watch: the main thread may wait in a collective for ever.
-    if speaks:
-        say(last_words(LostRankError(verdict.reason, code=verdict.code, speaks=True)))
-    leave(verdict.code)
+def _end_the_job(diagnosis: Diagnosis, should_report: bool) -> None:
+    # From the thread of the monitor: the main thread may wait in a collective for ever.
+    if should_report:
+        log_line(exit_message(LostRankError(diagnosis.reason, code=diagnosis.code, should_report=True)))
+    exit_process(diagnosis.code)
 
 
-def _train(config: RunConfig, topology: Topology, pulse: Pulse, lock: FolderLock) -> None:
-    together(topology, lambda: None if topology.rank or config.dry_run else lock.take(config.output_dir))
+def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: FolderLock) -> None:
+    with shared_errors(topology):
+        if topology.rank == 0 and not config.dry_run:
+            lock.acquire(config.output_dir)
     # The layout first: what cannot run at all is no matter of resuming.
-    system = together(topology, lambda: checked_system(config, topology))
+    with shared_errors(topology):
+        system = checked_system(config, topology)
     checkpoint = find_checkpoint(config, topology)
-    resolved = together(topology, lambda: resolve(config, system, topology, checkpoint))
+    with shared_errors(topology):
+        resolved = resolve(config, system, topology, checkpoint)
     if is_finished(resolved.config, checkpoint, topology):
         return
     weights = config.init_from
     if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
         # A resume can do without: all that is trained comes from its checkpoint, and a hash tells frozen weights.
         weights = None
-    Trainer(create_run(resolved, topology, weights=weights, lock=lock), pulse).execute(checkpoint)
+    Trainer(create_run(resolved, topology, weights=weights, lock=lock), sync_point).execute(checkpoint)

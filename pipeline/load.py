@@ -15,7 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.data.build import list_data
 from pipeline.ds_config import deepspeed_config, precision_of
 from pipeline.engine import building
-from pipeline.parallel.collectives import from_main, together
+from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.system import Phase, System, create_system
 
@@ -70,8 +70,9 @@ def load_model(
     UserError on every rank.
     """
     # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read.
-    listed = together(topology, lambda: list_data(config) if topology.rank == 0 else None)
-    system.files = from_main(topology, listed)
+    with shared_errors(topology):
+        listed = list_data(config) if topology.rank == 0 else None
+    system.files = broadcast_object(topology, listed)
     with building(ds_config or {}, precision_of(config)):
         model = system.build()
     system.initialise(model, topology)

@@ -14,8 +14,9 @@ from pipeline.parallel.topology import Topology
 from pipeline.runtime.folder_lock import FolderLock
 
 if TYPE_CHECKING:
+    from pipeline.data.batch import StatefulLoader
     from pipeline.engine import Engine
-    from pipeline.system import Phase, StatefulLoader, System
+    from pipeline.system import Phase, System
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files.output import overwrite_json, write_json, writing
 from pipeline.host.provenance import commit
 from pipeline.host.versions import versions
-from pipeline.parallel.collectives import agree
+from pipeline.parallel.collectives import raise_together
 from pipeline.run import Run
 from pipeline.runtime.ranks import describe_devices
 
@@ -24,7 +24,7 @@ def open_folder(run: Run) -> None:
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            taken = run.lock.take(run.folder)
+            taken = run.lock.acquire(run.folder)
             checkpoints = run.folder / "checkpoints"
             if taken and named_checkpoints(checkpoints):
                 raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")
@@ -38,7 +38,7 @@ def open_folder(run: Run) -> None:
             problem = f"--output-dir {run.folder}: {error.strerror or error}: name a folder that can be written"
         if problem is None and not os.access(run.folder, os.W_OK):
             problem = f"--output-dir {run.folder}: not writable: name another folder"
-    agree(run.topology, problem)
+    raise_together(run.topology, problem)
 
 
 def write_run_file(run: Run, status: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.callbacks import Callback
 from pipeline.errors import UserError
-from pipeline.parallel.collectives import from_all
+from pipeline.parallel.collectives import all_gather_object
 from pipeline.run import Run
 from pipeline.system import StepOutput
 
@@ -47,6 +47,6 @@ def non_finite_streams(
         for stream, place in streams.items()
     }
     local = {stream: place for stream, place in places.items() if stream in bad}
-    everyone = from_all(run.topology, (local, places))
+    everyone = all_gather_object(run.topology, (local, places))
     found = {stream: place for bad_ones, _ in everyone for stream, place in bad_ones.items()}
     return found or {stream: place for _, all_of_them in everyone for stream, place in all_of_them.items()}

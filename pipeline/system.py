@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.batch import Batch, Counts, StatefulLoader
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,56 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.sources.listing import Listing
     from pipeline.host.devices import Device
     from pipeline.parallel.topology import Topology
-    from pipeline.runtime.sync import Pulse
-
-IGNORED = -100
-"""Label of a token that does not count in the loss."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one micro-batch, whole sequences (every sequence rank of a group holds the same ones).
-
-    input_ids, labels [rows, T] int64; labels are already shifted: labels[:, t] is the token after input_ids[:, t],
-    or `IGNORED` where that token starts a document. segment_ids [rows, T] int64: the stream's document ordinal, the
-    same in the next step when the document goes on there. positions [rows, T] int64: position within the document,
-    going on across steps. streams [rows] int64: global stream ids.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    segment_ids: Tensor
-    positions: Tensor
-    streams: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in Batch.__dataclass_fields__))
-
-
-Counts = Mapping[str, int]
-"""What each loss term averages over, e.g. {"cross_entropy": counted labels in the micro-batch}."""
-
-
-class StatefulLoader(Protocol):
-    """Yields one optimizer step at a time: the micro-batches of this data rank."""
-
-    def next_step(self) -> list[Batch]: ...
-
-    def describe(self) -> str:
-        """One line for the log: what is read, and how much of it."""
-        ...
-
-    def reset(self) -> None:
-        """Back to the first step."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """{"streams": {global stream id: cursor}, "fingerprint": ...}, JSON-ready; covers this data rank's streams."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the merged cursors of all streams and keeps its own."""
-        ...
+    from pipeline.runtime.sync import SyncPoint
 
 
 @dataclass(frozen=True)
@@ -234,8 +186,8 @@ class System(Protocol):
 
     def after_step(self, model: nn.Module, context: StepContext) -> None: ...
 
-    def evaluate(self, model: nn.Module, phase: Phase, pulse: Pulse) -> Evaluation:
-        """Held-out numbers. Calls `pulse` before each batch (`next_step` does), so that a stop need not wait for it."""
+    def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+        """Held-out numbers. `next_step` calls `sync_point` before each batch, so that a stop need not wait for it."""
         ...
 
     def flops(self, sequence_length: int) -> Flops: ...

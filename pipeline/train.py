@@ -14,16 +14,15 @@ from pipeline.checkpoint.save import Moment, Saver
 from pipeline.checkpoint.state import restore, rng_state
 from pipeline.ending import end_run
 from pipeline.engine import StepResult
-from pipeline.errors import UserError
+from pipeline.errors import UserError, out_of_space
 from pipeline.files.output import not_written
 from pipeline.meter import Meter
-from pipeline.parallel.collectives import from_main, together
+from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.run import Run
 from pipeline.run_folder import open_folder, write_run_file
-from pipeline.runtime.exit import out_of_space
 from pipeline.runtime.stop import Stopped
-from pipeline.runtime.sync import Pulse, next_step
+from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.schedule import lr_multiple
 from pipeline.skipped import count_skipped
 from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
@@ -32,8 +31,8 @@ from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
 class Trainer:
     """One phase of a run: its steps, and what they leave behind."""
 
-    def __init__(self, run: Run, pulse: Pulse | None = None) -> None:
-        self.run, self.pulse = run, pulse or Pulse(run.topology)
+    def __init__(self, run: Run, sync_point: SyncPoint | None = None) -> None:
+        self.run, self.sync_point = run, sync_point or SyncPoint(run.topology)
         self.loader, self.engine, self.phase = run.loader, run.engine, run.phase
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
         self.callbacks: list[Callback] = []
@@ -64,7 +63,8 @@ class Trainer:
             return
         # Only now: a start that was refused leaves the folder as it is.
         open_folder(run)
-        self.callbacks = together(run.topology, lambda: create_callbacks(run))
+        with shared_errors(run.topology):
+            self.callbacks = create_callbacks(run)
         status = "failed"
         shared: Stopped | UserError | None = None
         try:
@@ -93,7 +93,7 @@ class Trainer:
             shared = not_written(Path(error.filename or run.folder), error)
             raise shared from error
         finally:
-            end_run(run, status, shared, self.saver, self.callbacks, self.pulse.watch)
+            end_run(run, status, shared, self.saver, self.callbacks, self.sync_point.monitor)
 
     def _steps(self, last: int, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
@@ -130,9 +130,11 @@ class Trainer:
         run, step = self.run, self.run.progress.step
         every = run.config.eval_every
         due = step == 0 or step >= last or bool(every and step % every == 0)
-        return due and not from_main(
-            run.topology, together(run.topology, lambda: run.is_main and is_evaluated(run.folder, step))
-        )
+        if not due:
+            return False
+        with shared_errors(run.topology):
+            evaluated = run.is_main and is_evaluated(run.folder, step)
+        return not broadcast_object(run.topology, evaluated)
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
@@ -149,12 +151,12 @@ class Trainer:
     def _accumulate(self, context: StepContext, meter: Meter) -> list[Carry]:
         """Gradients of one step's micro-batches; returns what each carries on."""
         run = self.run
-        batches = next_step(self.loader, self.pulse, f"step {context.step}, micro-batch 1")
+        batches = next_step(self.loader, self.sync_point, f"step {context.step}, micro-batch 1")
         counts = global_counts([run.system.count(batch) for batch in batches], run.topology, run.device)
         carries, outputs = [], []
         for micro, (batch, carry) in enumerate(zip(batches, self.carries, strict=True), start=1):
             if micro > 1:
-                self.pulse(f"step {context.step}, micro-batch {micro}")
+                self.sync_point(f"step {context.step}, micro-batch {micro}")
             output = run.system.forward(self.engine.deepspeed, batch.to(run.device), carry, context)
             self.engine.backward(scaled_loss(output.sums, counts, run.topology))
             outputs.append(_measured(output))
@@ -173,7 +175,7 @@ class Trainer:
 
     def _save(self, *, background: bool = False) -> None:
         progress = self.run.progress
-        self.pulse.beat(f"saving checkpoint-{progress.step}")
+        self.sync_point.at(f"saving checkpoint-{progress.step}")
         self.saved = progress.step
         moment = Moment(dataclasses.replace(progress), self.position, self.rng, self.carries)
         self._committed(self.saver.save(moment, background=background))
@@ -195,7 +197,7 @@ class Trainer:
         self._save()
 
     def _evaluate(self, step: int) -> None:
-        evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.pulse)
+        evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.sync_point)
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
 

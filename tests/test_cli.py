@@ -288,7 +288,7 @@ def test_a_rank_that_alone_has_no_gpu_says_so(refusal, monkeypatch: pytest.Monke
     assert "rank 1" in line and "no GPU 1 here" in line
 
 
-@pytest.mark.parametrize("error", [UserError("mend it"), Stopped(signal.SIGTERM)], ids=repr)
+@pytest.mark.parametrize("error", [UserError("fix it"), Stopped(signal.SIGTERM)], ids=repr)
 def test_what_has_been_said_is_not_said_again(
     error: UserError | Stopped, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +298,7 @@ def test_what_has_been_said_is_not_said_again(
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
     code = code_of("train")
     assert code == exit_code(error) and len(capsys.readouterr().err.splitlines()) == 1
-    error.said = True
+    error.reported = True
     assert code_of("train") == code and capsys.readouterr().err == ""
 
 
@@ -309,7 +309,7 @@ def test_what_another_rank_exits_with_is_what_this_one_does(
     """The launcher of several nodes gives the largest code, and 3 means: start again."""
 
     def fail(words: object) -> None:
-        raise LostRankError("rank 1 (node-2): gone", code=code, speaks=True)
+        raise LostRankError("rank 1 (node-2): gone", code=code, should_report=True)
 
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
     assert code_of("train") == code
@@ -325,13 +325,13 @@ def test_a_lost_gpu_ends_the_process_at_once_with_one_line(
     def train(config: object, requests: object) -> None:
         raise DeviceLostError("cuda:0 is lost: start again with the backend 'torch'")
 
-    def leave(code: int) -> None:
+    def exit_process(code: int) -> None:
         done.append(f"left with {code}")
         raise SystemExit(code)
 
     monkeypatch.setattr("pipeline.job.train", train)
     monkeypatch.setattr("pipeline.runtime.ranks.stop", lambda: done.append("stopped"))
-    monkeypatch.setattr(cli, "leave", leave)
+    monkeypatch.setattr(cli, "exit_process", exit_process)
     with pytest.raises(SystemExit):
         main(["train", "miras_tiny"])
     assert done == ["left with 2"]

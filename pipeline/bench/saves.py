@@ -19,7 +19,7 @@ from pipeline.create import create_run
 from pipeline.ds_config import precision_of
 from pipeline.load import checked_system, resolve
 from pipeline.meter import Meter
-from pipeline.parallel.collectives import from_all
+from pipeline.parallel.collectives import all_gather_object
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.train import Trainer
@@ -51,7 +51,7 @@ class Saves:
         part()
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
-        return max(from_all(self.run.topology, time.perf_counter() - begun))
+        return max(all_gather_object(self.run.topology, time.perf_counter() - begun))
 
     def step(self) -> float:
         """One step of training."""

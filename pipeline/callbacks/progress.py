@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.files.output import writing
 from pipeline.run import Run
-from pipeline.runtime.exit import hush
+from pipeline.runtime.exit import silence
 from pipeline.system import Evaluation
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
@@ -103,7 +103,7 @@ class ProgressLines(Callback):
             except OSError:
                 # A launcher that is ending takes the terminal with it; the checkpoint that is due matters more.
                 self.watched = False
-                hush(sys.stdout if self.bar is None else sys.stderr)
+                silence(sys.stdout if self.bar is None else sys.stderr)
 
     def _write(self, line: str) -> None:
         path = self.run.folder / "training.log"

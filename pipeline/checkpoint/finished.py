@@ -8,15 +8,15 @@ from pipeline.callbacks.metrics import is_evaluated
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config import RunConfig
 from pipeline.files.json_file import parse_json
-from pipeline.parallel.collectives import from_main, together
+from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
 
 
 def is_finished(config: RunConfig, checkpoint: Path | None, topology: Topology) -> bool:
     """Whether nothing is left of a run, as rank 0 finds, which says so. Collective."""
-    message = from_main(
-        topology, together(topology, lambda: None if topology.rank else nothing_left(config, checkpoint))
-    )
+    with shared_errors(topology):
+        message = None if topology.rank else nothing_left(config, checkpoint)
+    message = broadcast_object(topology, message)
     if message is not None and topology.rank == 0:
         print(message, flush=True)
     return message is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.parallel.collectives import from_main
+from pipeline.parallel.collectives import broadcast_object
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import gathered
 
@@ -30,4 +30,4 @@ def frozen_weights(model: nn.Module, trained: Collection[str], topology: Topolog
                 digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
                 digest.update(parameter.detach().float().cpu().contiguous().view(-1).numpy().data)
     found = {"parameters": count, "sha256": digest.hexdigest()} if count else None
-    return from_main(topology, found)
+    return broadcast_object(topology, found)

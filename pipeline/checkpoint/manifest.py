@@ -226,5 +226,5 @@ def newest(folder: Path) -> Path | None:
     if not wrong:
         return last
     whole = [path for path in candidates if not problems(path, hashes=False)]
-    mend = f"go on from {whole[-1].name} with --resume {whole[-1]}" if whole else "use another --output-dir"
-    raise UserError(f"{wrong[0]}: restore the file, or {mend}")
+    fix = f"go on from {whole[-1].name} with --resume {whole[-1]}" if whole else "use another --output-dir"
+    raise UserError(f"{wrong[0]}: restore the file, or {fix}")

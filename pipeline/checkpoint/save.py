@@ -23,7 +23,7 @@ from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
 from pipeline.config_file import save_config
 from pipeline.errors import UserError
 from pipeline.host.versions import versions
-from pipeline.parallel.collectives import agree, from_all
+from pipeline.parallel.collectives import all_gather_object, raise_together
 from pipeline.run import Progress, Run
 from pipeline.system import Carry
 
@@ -105,7 +105,7 @@ class Saver:
         # Collectives first, files after: a rank that cannot write must not leave the others waiting in DeepSpeed.
         facts = _facts(self.run, moment, self._versions)
         collected = self._collect(moment, self._partial(step).name)
-        everyone = from_all(self.run.topology, (moment.cursors, sum(part.bytes for part in collected)))
+        everyone = all_gather_object(self.run.topology, (moment.cursors, sum(part.bytes for part in collected)))
         if self.run.is_main:
             collected += self._of_all(moment, [cursors for cursors, _ in everyone])
         self._on_main(step, lambda: self._make_room(self._partial(step), sum(size for _, size in everyone)))
@@ -215,7 +215,7 @@ class Saver:
             problem = str(error)
         except FAILURES as error:
             problem = self._sentence(pending.step, error)
-        everyone = from_all(self.run.topology, (problem, mine))
+        everyone = all_gather_object(self.run.topology, (problem, mine))
         problem = next((text for text, _ in everyone if text is not None), None)
         if problem is not None:
             self._pending = None
@@ -285,7 +285,7 @@ class Saver:
                 problem = self._sentence(step, error)
             if problem is not None:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
-        agree(self.run.topology, problem)
+        raise_together(self.run.topology, problem)
 
     def _sentence(self, step: int, error: BaseException) -> str:
         reason = " ".join(str(error).split())

@@ -19,15 +19,16 @@ from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.config import RunConfig
 from pipeline.config_file import to_plain
+from pipeline.data.batch import StatefulLoader
 from pipeline.errors import RankError, UserError, brief, shown
 from pipeline.files.json_file import read_json
 from pipeline.host.hardware import on_gpu
-from pipeline.parallel.collectives import from_main, together
+from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.parallel.weights import generator_for, load_safetensors
 from pipeline.run import Progress, Run
-from pipeline.system import Carry, StatefulLoader
+from pipeline.system import Carry
 
 TRAINABLE = "trainable.safetensors"
 TRAINER_STATE = "trainer_state.json"
@@ -36,13 +37,9 @@ RESTORE = "restore the file, or resume from another checkpoint with --resume PAT
 
 def find_checkpoint(config: RunConfig, topology: Topology) -> Path | None:
     """The checkpoint that `--resume` means, decided by rank 0; None for a fresh start. UserError on every rank."""
-
-    def locate() -> Path | None:
-        if topology.rank != 0:
-            return None
-        return locate_checkpoint(config)
-
-    return from_main(topology, together(topology, locate))
+    with shared_errors(topology):
+        checkpoint = locate_checkpoint(config) if topology.rank == 0 else None
+    return broadcast_object(topology, checkpoint)
 
 
 def locate_checkpoint(config: RunConfig) -> Path | None:
@@ -103,7 +100,8 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
         )
     progress = _progress(checkpoint)
     cursors = read_json(checkpoint / "loader.json", RESTORE)
-    together(run.topology, lambda: loader.load_state_dict(cursors))
+    with shared_errors(run.topology):
+        loader.load_state_dict(cursors)
     layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}
     if not is_universal(checkpoint) and all(manifest.get(key) == value for key, value in layout.items()):
         with _known_here(run.topology):
@@ -158,14 +156,11 @@ def _load_elsewhere(run: Run, checkpoint: Path) -> None:
         load_universal(run.engine, checkpoint, run.topology)
         return
     temporary = run.folder / "checkpoints" / f".{checkpoint.name}.universal"
-
-    def convert_it() -> None:
+    with shared_errors(run.topology):
         if run.is_main:
             temporary.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             convert(checkpoint, temporary)
-
-    together(run.topology, convert_it)
     try:
         load_universal(run.engine, temporary, run.topology)
     finally:
@@ -175,16 +170,13 @@ def _load_elsewhere(run: Run, checkpoint: Path) -> None:
 
 def verify_together(checkpoint: Path, topology: Topology) -> None:
     """Every byte against the manifest, each rank a share of the files. Collective; raises UserError."""
-
-    def verify_mine() -> None:
+    with shared_errors(topology):
         wrong = problems(checkpoint, hashes=True, part=(topology.rank, topology.world))
         if wrong:
             raise UserError(f"{wrong[0]}: {RESTORE}")
         for path in unlisted(checkpoint, read_manifest(checkpoint) or {}):
             if path.match("*_states.pt") or path.match("carry-*.safetensors"):
                 raise UserError(f"{checkpoint / path}: not in the manifest, and would be read like the rest: remove it")
-
-    together(topology, verify_mine)
 
 
 def check_resumable(config: RunConfig, checkpoint: Path) -> None:
@@ -236,15 +228,14 @@ def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[
 
 def has_trainable(checkpoint: Path, topology: Topology) -> bool:
     """Whether rank 0 sees trained weights in a folder. Collective."""
-    return from_main(topology, (checkpoint / TRAINABLE).is_file())
+    return broadcast_object(topology, (checkpoint / TRAINABLE).is_file())
 
 
 def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology) -> None:
     """Fills the parameters that a checkpoint trained. Collective; raises UserError."""
     path = checkpoint / TRAINABLE
     known = {name for name, _ in model.named_parameters()}
-
-    def read_names() -> list[str]:
+    with shared_errors(topology):
         if not path.is_file():
             raise UserError(f"{checkpoint}: no {TRAINABLE} there: give the folder of a checkpoint")
         if topology.rank == 0 and (checkpoint / MANIFEST).is_file():
@@ -257,9 +248,6 @@ def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology)
             raise UserError(
                 f"{path}: {shown(unknown[0])} is no parameter of this model: is it a checkpoint of another one?"
             )
-        return names
-
-    names = together(topology, read_names)
     load_safetensors(model, lambda: file_tensors(path), {name: name for name in names}, topology, what=str(path))
 
 

@@ -38,7 +38,7 @@ from pipeline.checkpoint.universal_convert import (
     is_universal,
 )
 from pipeline.errors import UserError
-from pipeline.parallel.collectives import agree, together
+from pipeline.parallel.collectives import raise_together, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, full_shape
 
@@ -57,13 +57,10 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
     # ZeRO has no state of a parameter without elements.
     named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and full_shape(p).numel()}
     names = {parameter: name for name, parameter in named.items()}
-
-    def check() -> tuple[list[_Flat], list[float]]:
+    with shared_errors(topology):
         saved.check(engine.module, named)
         flats = [flat for flat in _flats(engine.optimizer) if any(p in names for p in flat.parameters)]
-        return flats, [saved.step_of([names[p] for p in flat.parameters if p in names]) for flat in flats]
-
-    flats, steps = together(topology, check)
+        steps = [saved.step_of([names[p] for p in flat.parameters if p in names]) for flat in flats]
     partitions = hasattr(engine.optimizer, "checkpoint_event_prologue")
     if partitions:
         engine.optimizer.checkpoint_event_prologue()
@@ -80,7 +77,7 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
     for counter in COUNTERS:
         setattr(engine.deepspeed, counter, saved.states[counter])
     # Who called may remove the files as soon as this returns: no rank leaves before all have read.
-    agree(topology, None)
+    raise_together(topology, None)
 
 
 class _Saved:

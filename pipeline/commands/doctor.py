@@ -1,4 +1,4 @@
-"""What this machine has, as far as this project cares: devices, versions, backends, compilers, and what to mend.
+"""What this machine has, as far as this project cares: devices, versions, backends, compilers, and what to fix.
 
 Nothing here may fail because something is missing: what cannot be found is None, and what that costs is a warning.
 DeepSpeed is looked at from outside (its version, its built operation), because importing it picks an accelerator.

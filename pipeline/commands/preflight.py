@@ -27,7 +27,7 @@ def preflight(config: RunConfig, ranks: int) -> None:
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
     system = checked_system(config, topology)
     with FolderLock() as lock:
-        lock.take(config.output_dir)
+        lock.acquire(config.output_dir)
         checkpoint = locate_checkpoint(config)
     resolved = resolve(config, system, topology, checkpoint)
     config, system = resolved.config, resolved.system

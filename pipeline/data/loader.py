@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.data.batch import Batch
 from pipeline.data.packing import DocumentEncoder, StreamPacker
 from pipeline.data.records import RecordLog
 from pipeline.data.resume import accepted, check_settings, reads_the_same, refuse_source
 from pipeline.data.sources.base import Order, Place, Source
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
-from pipeline.system import Batch
 
 _Cursors = Mapping[str, dict[str, Any]]
 

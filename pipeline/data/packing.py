@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_128
 
+from pipeline.data.batch import IGNORED
 from pipeline.data.records import RecordLog
 from pipeline.data.sources.base import Document, Documents, Order
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
-from pipeline.system import IGNORED
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config import LARGEST
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.loader import stream_layout
 from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import digest
 from pipeline.errors import UserError, shown
-from pipeline.system import IGNORED, Batch
 
 
 @dataclass(frozen=True)

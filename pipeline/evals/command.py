@@ -19,7 +19,7 @@ from pipeline.host.versions import versions
 from pipeline.load import checked_system, load_model
 from pipeline.recipes import all_recipes
 from pipeline.runtime.ranks import describe_devices, device_of, start, stop
-from pipeline.runtime.sync import Pulse
+from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Curve, Evaluation
 
 
@@ -40,7 +40,7 @@ def run_eval(words: Sequence[str]) -> None:
         topology = start(config)
         system = checked_system(config, topology)
         loaded = load_model(config, system, topology, weights=checkpoint)
-        evaluation = system.evaluate(loaded.model.to(device_of(topology)), loaded.phases[0], Pulse(topology))
+        evaluation = system.evaluate(loaded.model.to(device_of(topology)), loaded.phases[0], SyncPoint(topology))
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RankError
-from pipeline.runtime.exit import out_of_space
+from pipeline.errors import RankError, out_of_space
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`./launch.sh [launcher flags] [RECIPE] [recipe flags]` as a DeepSpeed launch, or one line that says what to mend.
+"""`./launch.sh [launcher flags] [RECIPE] [recipe flags]` as a DeepSpeed launch, or one line that says what to fix.
 
 DeepSpeed's launcher answers a bad hostfile or a busy port with a traceback, starts more ranks than there are GPUs, and
 leaves the ranks behind when it is told to stop. So the flags are split and checked here, and the recipe by

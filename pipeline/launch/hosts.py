@@ -101,8 +101,8 @@ def select(pool: Mapping[str, int], request: Request, what: str) -> dict[str, li
     nodes, ranks = request.number("--num_nodes"), request.number("--num_gpus")
     if nodes is not None:
         if nodes > len(hosts):
-            mend = "add hosts to it, or" if "--hostfile" in request.launcher else "name a --hostfile, or"
-            raise UserError(f"--num_nodes is {nodes}, but only {', '.join(hosts)} is there: {mend} use fewer nodes")
+            fix = "add hosts to it, or" if "--hostfile" in request.launcher else "name a --hostfile, or"
+            raise UserError(f"--num_nodes is {nodes}, but only {', '.join(hosts)} is there: {fix} use fewer nodes")
         hosts = dict(list(hosts.items())[:nodes])
     if ranks is not None:
         for host in hosts:

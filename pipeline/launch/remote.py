@@ -107,10 +107,10 @@ def quoted(word: str) -> str:
     return re.sub(r"([\\$`])", r"\\\1", word)
 
 
-def check_plain(what: str, text: str, mend: str) -> None:
+def check_plain(what: str, text: str, fix: str) -> None:
     """Raises UserError for what DeepSpeed writes into the other nodes' command line without quotes."""
     if not PLAIN.fullmatch(text) or "%" in text:
-        raise UserError(f"{what} is {text!r}, which the shells of the other nodes would take apart: {mend}")
+        raise UserError(f"{what} is {text!r}, which the shells of the other nodes would take apart: {fix}")
 
 
 PDSH_SSH_ARGS = "-a -x %h"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -13,28 +14,30 @@ from pipeline.parallel.topology import Topology
 T = TypeVar("T")
 
 
-def agree(topology: Topology, problem: str | None) -> None:
+def raise_together(topology: Topology, problem: str | None) -> None:
     """Raises the first rank's problem as UserError on every rank. Collective."""
-    problem = next((text for text in from_all(topology, problem) if text is not None), None)
+    problem = next((text for text in all_gather_object(topology, problem) if text is not None), None)
     if problem is not None:
         raise UserError(problem)
 
 
-def together(topology: Topology, part: Callable[[], T]) -> T:
-    """Runs what a rank may fail at by itself (a file, a package); its UserError is raised on all. Collective."""
+@contextlib.contextmanager
+def shared_errors(topology: Topology) -> Iterator[None]:
+    """Around what a rank may fail at by itself (a file, a package): its UserError or OSError is raised on all ranks.
+
+    Collective at the block's end, so nothing inside may wait for other ranks. Any other exception ends this rank alone.
+    """
     problem: str | None = None
-    result: T | None = None
     try:
-        result = part()
+        yield
     except UserError as error:
         problem = str(error)
     except OSError as error:
-        problem = f"{error.filename or 'a file'}: {error.strerror or error}: mend it, or name another"
-    agree(topology, problem)
-    return cast(T, result)
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}: fix it, or name another"
+    raise_together(topology, problem)
 
 
-def from_all(topology: Topology, value: T) -> list[T]:
+def all_gather_object(topology: Topology, value: T) -> list[T]:
     """Every rank's value, in the order of ranks, on every rank. Collective."""
     if topology.world == 1:
         return [value]
@@ -43,7 +46,7 @@ def from_all(topology: Topology, value: T) -> list[T]:
     return everyone
 
 
-def from_main(topology: Topology, value: Any) -> Any:
+def broadcast_object(topology: Topology, value: Any) -> Any:
     """Rank 0's value on every rank. Collective."""
     if topology.world == 1:
         return value

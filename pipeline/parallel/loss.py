@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.data.batch import Counts
 from pipeline.parallel.topology import Topology
-from pipeline.system import Counts
 
 
 def global_counts(counts: Iterable[Counts], topology: Topology, device: torch.device) -> dict[str, Tensor]:

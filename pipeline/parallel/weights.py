@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, shown
-from pipeline.parallel.collectives import together
+from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import StoredTensor, open_safetensors
 
@@ -69,7 +69,8 @@ def load_safetensors(
     `find` says where the tensors are; every rank calls it, since each node reads its own files. Raises UserError on
     every rank, before anything is filled, when one cannot find a tensor, or finds one of another shape or kind.
     """
-    stored = together(topology, lambda: _checked(model, find(), rename, what))
+    with shared_errors(topology):
+        stored = _checked(model, find(), rename, what)
 
     def read(name: str, _: torch.Size) -> Tensor:
         with open_safetensors(stored[rename[name]].file) as handle:

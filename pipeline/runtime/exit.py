@@ -1,22 +1,21 @@
-"""How a process ends: the exit codes, the last words, and leaving a launched job."""
+"""How a process ends: the exit codes, the last message, and leaving a launched job."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import signal
 import sys
 from typing import NoReturn, TextIO
 
-from pipeline.errors import LostRankError, RankError, UserError
+from pipeline.errors import LostRankError, RankError, UserError, of_a_file, out_of_space
 from pipeline.runtime.stop import Stopped
 
 BUG = 1
 """An exception that is nobody's request, with its traceback."""
 USER_ERROR = 2
-"""Something the user can mend: one line says what."""
+"""Something the user can fix: one line says what."""
 LOST_RANK = 3
 """A rank died, stalled or cannot be reached: the same command starts again from the last checkpoint."""
 INTERRUPTED = 128 + signal.SIGINT
@@ -32,16 +31,6 @@ LOST_PEER = (
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
-
-
-def out_of_space(error: BaseException) -> bool:
-    """Whether a disk is full, or a quota is used up."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def of_a_file(error: BaseException) -> bool:
-    """Whether the system refuses a file by its name: it is not there, may not be read, or its disk fails."""
-    return isinstance(error, OSError) and error.filename is not None
 
 
 def exit_code(error: BaseException) -> int:
@@ -62,7 +51,7 @@ def is_shared(error: BaseException) -> bool:
     return isinstance(error, (Stopped, UserError)) and not isinstance(error, RankError)
 
 
-def last_words(error: Stopped | UserError | LostRankError) -> str:
+def exit_message(error: Stopped | UserError | LostRankError) -> str:
     """The one line that says why it is over, and what follows from it."""
     again = "the same command goes on from the last checkpoint"
     if isinstance(error, Stopped):
@@ -72,15 +61,15 @@ def last_words(error: Stopped | UserError | LostRankError) -> str:
     return str(error)
 
 
-def say(message: str) -> None:
+def log_line(message: str) -> None:
     """One line to the person who started it."""
     try:
         print(f"mnemos: {' '.join(message.split())}", file=sys.stderr, flush=True)
     except OSError:
-        hush(sys.stderr)
+        silence(sys.stderr)
 
 
-def hush(stream: TextIO) -> None:
+def silence(stream: TextIO) -> None:
     """Lets go of a stream whose reader is gone: a pipe's, or the terminal. What it still holds would otherwise be
     written when the interpreter ends, fail again, and change the exit code to 120."""
     with contextlib.suppress(io.UnsupportedOperation):  # a stream that is no file
@@ -90,7 +79,7 @@ def hush(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends a rank of a launched job.
 
     Not by the interpreter's own exit: the threads of the collectives can abort that, and then a run that finished is

@@ -11,17 +11,17 @@ from typing import IO
 from pipeline.errors import UserError
 
 LOCK = ".lock"
-PATIENCE = 75.0
+LOCK_TIMEOUT = 75.0
 """Seconds in which the run before may end: its ranks need a minute to see that others are lost."""
 
 
 class FolderLock:
-    """Taken by one process of a run and held until the context ends; a process that dies lets go of it."""
+    """Acquired by one process of a run and held until the context ends; a process that dies lets go of it."""
 
     def __init__(self) -> None:
         self._handle: IO[str] | None = None
 
-    def take(self, folder: Path, patience: float = PATIENCE) -> bool:
+    def acquire(self, folder: Path, timeout: float = LOCK_TIMEOUT) -> bool:
         """Locks a folder if it exists; False when it was locked here already. UserError when another run keeps it.
 
         On a file system that knows no locks it does nothing.
@@ -30,21 +30,21 @@ class FolderLock:
             return False
         handle = (folder / LOCK).open("a")
         begun = time.monotonic()
-        said = False
+        reported = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - begun >= patience:
+                if time.monotonic() - begun >= timeout:
                     handle.close()
                     raise UserError(
                         f"--output-dir {folder}: another run is writing there: wait for its end, or name another folder"
                     ) from None
             except OSError:
                 break
-            if not said:
-                said = True
+            if not reported:
+                reported = True
                 print(f"mnemos: waiting for another run in {folder} to end", file=sys.stderr, flush=True)
             time.sleep(0.2)
         self._handle = handle

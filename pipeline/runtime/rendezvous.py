@@ -43,9 +43,9 @@ def join(backend: str, timeout: timedelta, patience: timedelta) -> None:
             raise RankError(f"{reason}: give another --master_port") from error
         if isinstance(error, (dist.DistStoreError, dist.DistNetworkError)) or lost_peer(error):
             # Its own words may be far away, on another node.
-            speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+            should_report = os.environ.get("LOCAL_RANK", "0") == "0"
             reason += ": a rank or its node is gone, or the network between them is cut"
-            raise LostRankError(reason, code=LOST_RANK, speaks=speaks) from error
+            raise LostRankError(reason, code=LOST_RANK, should_report=should_report) from error
         raise RankError(f"{reason}: see docs/multi_node.md") from error
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 DEADLINE = 1
 """The request of a deadline; any other above 0 is the number of a signal."""
-SECOND_THOUGHT = 1.0
+REPEAT_TIMEOUT = 1.0
 """Seconds after which another SIGINT means that the person will not wait for the checkpoint. Launchers send several."""
 
 
 class Stopped(Exception):
     """All ranks agreed to stop; raised on every one between the same two micro-batches."""
 
-    said = False
+    reported = False
     """Whether the person who started it has been told."""
 
     def __init__(self, request: int) -> None:
@@ -59,7 +59,7 @@ class StopRequests:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self._signal and number == signal.SIGINT and now - self._since > SECOND_THOUGHT:
+        if self._signal and number == signal.SIGINT and now - self._since > REPEAT_TIMEOUT:
             raise KeyboardInterrupt
         if not self._signal:
             self._signal, self._since = number, now

@@ -5,34 +5,36 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from pipeline.data.batch import Batch, StatefulLoader
 from pipeline.errors import UserError
-from pipeline.parallel.collectives import agree
+from pipeline.parallel.collectives import raise_together
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.heartbeat import Watch
+from pipeline.runtime.heartbeat import HeartbeatMonitor
 from pipeline.runtime.stop import Stopped, StopRequests
-from pipeline.system import Batch, StatefulLoader
 
 
-class Pulse:
+class SyncPoint:
     """One small reduction on the host, which no device waits for. Every rank calls it at the same places.
 
-    Without `requests` nothing but a problem stops the ranks; without `watch` nobody looks out for one that stalls.
+    Without `requests` nothing but a problem stops the ranks; without `monitor` nobody looks out for one that stalls.
     """
 
-    def __init__(self, topology: Topology, requests: StopRequests | None = None, watch: Watch | None = None) -> None:
-        self.topology, self.requests, self.watch = topology, requests, watch
+    def __init__(
+        self, topology: Topology, requests: StopRequests | None = None, monitor: HeartbeatMonitor | None = None
+    ) -> None:
+        self.topology, self.requests, self.monitor = topology, requests, monitor
 
-    def beat(self, place: str) -> None:
+    def at(self, place: str) -> None:
         """Says where this rank is, and nothing more."""
-        if self.watch is not None:
-            self.watch.beat(place)
+        if self.monitor is not None:
+            self.monitor.at(place)
 
     def __call__(self, place: str, problem: str | None = None) -> None:
         """Raises one rank's `problem` as UserError, or Stopped, on every rank alike. Collective.
 
-        `place` says where this rank is ("step 12, micro-batch 1"), for the watch.
+        `place` says where this rank is ("step 12, micro-batch 1"), for the monitor.
         """
-        self.beat(place)
+        self.at(place)
         request = self.requests.pending if self.requests is not None else 0
         failed = int(problem is not None)
         if self.topology.world > 1:
@@ -40,12 +42,12 @@ class Pulse:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.topology.control)
             failed, request = map(int, flags)
         if failed:
-            agree(self.topology, problem)
+            raise_together(self.topology, problem)
         if request:
             raise Stopped(request)
 
 
-def next_step(loader: StatefulLoader, pulse: Pulse, place: str) -> list[Batch]:
+def next_step(loader: StatefulLoader, sync_point: SyncPoint, place: str) -> list[Batch]:
     """A loader's next micro-batches; a document that one rank cannot use stops all of them. Collective."""
     problem: str | None = None
     batches: list[Batch] = []
@@ -53,5 +55,5 @@ def next_step(loader: StatefulLoader, pulse: Pulse, place: str) -> list[Batch]:
         batches = loader.next_step()
     except UserError as error:
         problem = str(error)
-    pulse(place, problem)
+    sync_point(place, problem)
     return batches

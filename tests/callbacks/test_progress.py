@@ -206,10 +206,10 @@ def test_a_terminal_that_closes_is_missed_by_nobody(bar: str) -> None:
     """A write to it is an input/output error; the run goes on, and ends with its own code."""
     ours, theirs = pty.openpty()
     script = (
-        "import sys; from pipeline.runtime.exit import say\n"
+        "import sys; from pipeline.runtime.exit import log_line\n"
         "from tqdm import tqdm; from pipeline.callbacks.progress import ProgressLines\n"
         f"lines = ProgressLines.__new__(ProgressLines); lines.bar = {bar}; lines.watched = True\n"
-        "print('ready', flush=True); sys.stdin.readline(); lines._print('saved'); say('stopped'); sys.exit(7)\n"
+        "print('ready', flush=True); sys.stdin.readline(); lines._print('saved'); log_line('stopped'); sys.exit(7)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
     os.close(theirs)

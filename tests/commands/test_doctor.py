@@ -211,7 +211,7 @@ def test_a_device_that_a_check_breaks_is_reported_and_others_are_checked(
 
     left: list[int] = []
     monkeypatch.setattr(doctor, "collect", lambda: report)
-    monkeypatch.setattr(cli, "leave", left.append)
+    monkeypatch.setattr(cli, "exit_process", left.append)
     assert cli.main(["doctor"]) == 0
     assert left == [0], "the interpreter's own end may abort on a device that is lost"
     assert "cuda:0 is lost" in capsys.readouterr().out

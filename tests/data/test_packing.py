@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.loader import PackedLoader
 from pipeline.data.tokenizer import ByteTokenizer, load_tokenizer
-from pipeline.system import IGNORED, Batch
 from tests.data.conftest import MemorySource
 
 EOS = ByteTokenizer.eos_id

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.synthetic import RecallConfig, RecallLoader, recall_gaps
 from pipeline.errors import UserError
-from pipeline.system import IGNORED, Batch
 
 
 @st.composite

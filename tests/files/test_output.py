@@ -139,5 +139,5 @@ def test_a_full_disk_under_a_library_ends_a_run_as_under_ourselves(
     trainer = train.Trainer(run)
     with pytest.raises(RankError, match=rf"{name or tmp_path}: not written \(No space left on device\)") as caught:
         trainer.execute(None)
-    assert capsys.readouterr().err == f"mnemos: {caught.value}\n" and caught.value.said
+    assert capsys.readouterr().err == f"mnemos: {caught.value}\n" and caught.value.reported
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"

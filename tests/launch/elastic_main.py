@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from pipeline.checkpoint.universal import convert, load_universal
-from pipeline.cli import leave, without_local_rank
+from pipeline.cli import exit_process, without_local_rank
 from pipeline.config import RunConfig
 from pipeline.ds_config import deepspeed_config, precision_of
 from pipeline.engine import Engine, building
@@ -248,7 +248,7 @@ def main() -> None:
         if topology.rank == 0:
             (out / f"load-{topology.world}.json").write_text(json.dumps(found))
     stop()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

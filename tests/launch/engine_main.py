@@ -20,10 +20,10 @@ from pipeline.config import RunConfig
 from pipeline.ds_config import deepspeed_config, precision_of
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
-from pipeline.parallel.collectives import together
+from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.exit import leave
+from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import AFTER_HEARTBEAT, start, stop
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
@@ -97,7 +97,7 @@ def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
 
 
 def time_limits(config: RunConfig) -> dict[str, bool]:
-    """Whether every process group, DeepSpeed's own too, waits longer than the watch, which names who is waited for."""
+    """Whether every process group, DeepSpeed's own too, waits longer than the heartbeat, which names the rank."""
     limit = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_HEARTBEAT
     groups = torch.distributed.distributed_c10d._world.pg_map
     found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
@@ -106,14 +106,10 @@ def time_limits(config: RunConfig) -> dict[str, bool]:
 
 def agreement(topology: Topology) -> dict[str, bool]:
     """Whether a problem that the last rank alone has is raised on this one with its text."""
-
-    def part() -> int:
-        if topology.rank == topology.world - 1:
-            raise UserError("this node has no such folder")
-        return 1
-
     try:
-        together(topology, part)
+        with shared_errors(topology):
+            if topology.rank == topology.world - 1:
+                raise UserError("this node has no such folder")
     except UserError as error:
         return {"all stop with the same reason": str(error) == "this node has no such folder"}
     return {"all stop": False}
@@ -141,7 +137,7 @@ def main() -> None:
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))
     stop()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

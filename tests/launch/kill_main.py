@@ -12,7 +12,7 @@ from pipeline.cli import without_local_rank
 from pipeline.commands.flags import fit_ranks, parse_run
 from pipeline.config import RunConfig
 from pipeline.job import train
-from pipeline.runtime.exit import leave
+from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import stop
 
 RECIPE = [
@@ -37,7 +37,7 @@ def main() -> None:
         train(config(*words(stage, last, Path(folder) / f"straight{stage}")))
         train(config(*words(stage, last, Path(folder) / f"killed{stage}", "--resume", "must")))
     stop()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

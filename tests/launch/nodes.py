@@ -140,7 +140,7 @@ class Nodes:
         """Pulls the cable: nothing arrives, and nobody is told."""
         run("ip", "-n", self.spaces[1], "link", "set", INTERFACE, "down")
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         run("ip", "-n", self.spaces[1], "link", "set", INTERFACE, "up")
         until(lambda: self.answers(1), 20, "the second node does not come back")
 

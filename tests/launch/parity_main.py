@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.parallel.loss import global_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
-from pipeline.runtime.exit import leave
+from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
 from pipeline.system import IGNORED, Batch, StepContext
 from pipeline.systems.miras import create
@@ -243,7 +243,7 @@ def main() -> None:
         if topology.rank == 0:
             (out / f"causality-{name}.json").write_text(json.dumps(found))
     stop()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

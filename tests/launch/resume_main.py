@@ -17,7 +17,7 @@ from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig, replace
 from pipeline.job import train
 from pipeline.recipes.miras import miras_tiny
-from pipeline.runtime.exit import leave
+from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import stop
 from tests.launch.comparing import differences
 
@@ -73,7 +73,7 @@ def main() -> None:
             (out / "result.json").write_text(json.dumps(result))
         dist.barrier()
     stop()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

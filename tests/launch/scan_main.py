@@ -22,7 +22,7 @@ from pipeline.config import ParallelConfig
 from pipeline.ops import miras_scan
 from pipeline.parallel.scan import sequence_scan
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.exit import leave
+from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
 from tests.launch.parity_main import base
 from tests.ops.scan_cases import NAMES, make
@@ -146,7 +146,7 @@ def main() -> None:
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))
     stop()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_a_run_on_two_nodes_survives_what_happens_to_it(nodes: Nodes, one_host: 
     assert time.monotonic() - begun < 60 * TIMEOUT_MINUTES + 20
     assert "rank 1 (node-2): no sign of life for" in output and "step" in output, output
     until(lambda: not nodes.processes(), 30, f"left behind: {nodes.processes()}")
-    nodes.mend()
+    nodes.reconnect()
 
     # Each node by itself, from the last complete checkpoint.
     complete = latest(folder)

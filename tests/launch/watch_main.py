@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.heartbeat import Verdict, Watch
+from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
 from tests.launch.harness import free_port
 
 WORLD = 3
@@ -40,12 +40,12 @@ def rank_of(job: str, rank: int, out: Path) -> NoReturn:
     what, _, victim = job.partition("-")
     topology = Topology(rank, WORLD, local_rank=rank)
 
-    def fail(verdict: Verdict | None) -> NoReturn:
-        leave(None, 9) if verdict is None else leave(verdict.reason, verdict.code)
+    def fail(diagnosis: Diagnosis | None) -> NoReturn:
+        leave(None, 9) if diagnosis is None else leave(diagnosis.reason, diagnosis.code)
 
-    with Watch(topology, timeout=TIMEOUT, interval=INTERVAL, on_failure=fail) as watch:
+    with HeartbeatMonitor(topology, timeout=TIMEOUT, interval=INTERVAL, on_failure=fail) as monitor:
         for step in range(1, LAST + 1):
-            watch.beat(f"step {step}")
+            monitor.at(f"step {step}")
             time.sleep(2 * INTERVAL)  # every step is heard of
             if step == 3 and victim == str(rank):
                 begun = time.monotonic()
@@ -54,13 +54,13 @@ def rank_of(job: str, rank: int, out: Path) -> NoReturn:
                 elif what == "asleep":
                     time.sleep(60)
                 else:
-                    with contextlib.suppress(KeyError), watch:
+                    with contextlib.suppress(KeyError), monitor:
                         raise KeyError("no such thing")
                     leave(None, 1)
             try:
                 dist.all_reduce(torch.ones(1))
             except RuntimeError:
-                fail(watch.verdict(10))
+                fail(monitor.diagnosis(10))
         if rank == 1:
             time.sleep(2)  # at a clean end the others are not held to have died, nor this one to be late
     leave(None, 0)

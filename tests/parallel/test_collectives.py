@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from pipeline.errors import UserError
 from pipeline.parallel import collectives as agreement
-from pipeline.parallel.collectives import agree, from_all, from_main, together
+from pipeline.parallel.collectives import all_gather_object, broadcast_object, raise_together, shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.runtime import sync as pulse
-from pipeline.runtime.sync import Pulse
+from pipeline.runtime import sync
+from pipeline.runtime.sync import SyncPoint
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def world(monkeypatch: pytest.MonkeyPatch):
             all_gather_object=all_gather_object, all_reduce=all_reduce, ReduceOp=dist.ReduceOp
         )
         monkeypatch.setattr(agreement, "dist", stand_in)
-        monkeypatch.setattr(pulse, "dist", stand_in)
+        monkeypatch.setattr(sync, "dist", stand_in)
         return calls
 
     return make
@@ -47,19 +47,19 @@ PLACE = Topology(rank=2, world=3)
 
 
 def test_one_rank_agrees_with_itself() -> None:
-    agree(Topology(), None)
-    Pulse(Topology())("here")
-    for call in (lambda: agree(Topology(), "broken"), lambda: Pulse(Topology())("here", "broken")):
+    raise_together(Topology(), None)
+    SyncPoint(Topology())("here")
+    for call in (lambda: raise_together(Topology(), "broken"), lambda: SyncPoint(Topology())("here", "broken")):
         with pytest.raises(UserError, match=r"^broken$"):
             call()
-    assert from_main(Topology(), 3) == 3
-    assert from_all(Topology(), 3) == [3]
+    assert broadcast_object(Topology(), 3) == 3
+    assert all_gather_object(Topology(), 3) == [3]
 
 
 @pytest.mark.parametrize("mine", [None, "rank 2 is full"])
 def test_the_first_ranks_problem_is_everyones(world, mine: str | None) -> None:
     world(None, "rank 1 is full")
-    for call in (lambda: agree(PLACE, mine), lambda: Pulse(PLACE)("here", mine)):
+    for call in (lambda: raise_together(PLACE, mine), lambda: SyncPoint(PLACE)("here", mine)):
         with pytest.raises(UserError, match=r"^rank 1 is full$"):
             call()
 
@@ -67,14 +67,14 @@ def test_the_first_ranks_problem_is_everyones(world, mine: str | None) -> None:
 def test_ones_own_problem_is_enough(world) -> None:
     world(None, None)
     with pytest.raises(UserError, match=r"^rank 2 is full$"):
-        Pulse(PLACE)("here", "rank 2 is full")
+        SyncPoint(PLACE)("here", "rank 2 is full")
 
 
 def test_where_all_is_well_no_texts_travel(world) -> None:
     calls = world(None, None)
-    Pulse(PLACE)("here")
+    SyncPoint(PLACE)("here")
     assert calls == ["numbers"]
-    agree(PLACE, None)
+    raise_together(PLACE, None)
     assert calls == ["numbers", "texts"]
 
 
@@ -84,12 +84,24 @@ def test_everyone_takes_the_first_ranks_value(monkeypatch: pytest.MonkeyPatch) -
         box[0] = "from rank 0"
 
     monkeypatch.setattr(agreement, "dist", types.SimpleNamespace(broadcast_object_list=broadcast))
-    assert from_main(PLACE, "mine") == "from rank 0"
+    assert broadcast_object(PLACE, "mine") == "from rank 0"
 
 
 def test_a_file_that_cannot_be_read_is_a_problem_like_any_other() -> None:
-    def part() -> None:
+    with pytest.raises(UserError, match=r"^shard\.pt: Permission denied: fix it"), shared_errors(Topology()):
         raise PermissionError(13, "Permission denied", "shard.pt")
 
-    with pytest.raises(UserError, match=r"^shard\.pt: Permission denied: mend it"):
-        together(Topology(), part)
+
+def test_another_ranks_problem_ends_the_block_here_too(world) -> None:
+    calls = world(None, "rank 1 is full")
+    done = False
+    with pytest.raises(UserError, match=r"^rank 1 is full$"), shared_errors(PLACE):
+        done = True
+    assert done and calls == ["texts"]
+
+
+def test_what_is_no_users_error_is_told_to_nobody(world) -> None:
+    calls = world(None, None)
+    with pytest.raises(KeyError), shared_errors(PLACE):
+        raise KeyError("a bug")
+    assert calls == []

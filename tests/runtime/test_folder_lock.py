@@ -18,7 +18,7 @@ import sys, time
 from pathlib import Path
 from pipeline.runtime.folder_lock import FolderLock
 lock = FolderLock()
-lock.take(Path(sys.argv[1]))
+lock.acquire(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -29,11 +29,11 @@ def test_another_process_is_kept_out_until_this_one_dies(tmp_path: Path, capsys:
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with FolderLock() as lock, pytest.raises(UserError, match="another run is writing there"):
-            lock.take(tmp_path, patience=0.3)
+            lock.acquire(tmp_path, timeout=0.3)
         assert capsys.readouterr().err.count("waiting for another run") == 1
         other.kill()
         with FolderLock() as lock:
-            lock.take(tmp_path)
+            lock.acquire(tmp_path)
     finally:
         other.kill()
         other.wait()
@@ -42,15 +42,15 @@ def test_another_process_is_kept_out_until_this_one_dies(tmp_path: Path, capsys:
 def test_it_is_let_go_of_at_the_end_and_taken_once(tmp_path: Path) -> None:
     for _ in range(2):
         with FolderLock() as lock:
-            assert lock.take(tmp_path, patience=0)
-            assert not lock.take(tmp_path, patience=0)
+            assert lock.acquire(tmp_path, timeout=0)
+            assert not lock.acquire(tmp_path, timeout=0)
             with FolderLock() as second, pytest.raises(UserError):
-                second.take(tmp_path, patience=0)
+                second.acquire(tmp_path, timeout=0)
 
 
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     with FolderLock() as lock:
-        lock.take(tmp_path / "absent")
+        lock.acquire(tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Who is held to be lost, and that a watch neither costs anything nor blames anybody without reason."""
+"""Who is held to be lost, and that a monitor neither costs anything nor blames anybody without reason."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from pipeline.errors import LostRankError, RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import exit_code
-from pipeline.runtime.heartbeat import Verdict, Watch
-from pipeline.runtime.heartbeat.diagnosis import Limits, Peer, judge
+from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
+from pipeline.runtime.heartbeat.connection import Meeting, connect, listen
+from pipeline.runtime.heartbeat.diagnosis import Limits, Peer, diagnose
 from pipeline.runtime.heartbeat.status import ENDED, RUNS, Heartbeat, look
-from pipeline.runtime.heartbeat.wire import Meeting, connect, listen
 from pipeline.runtime.stop import DEADLINE, Stopped
 
 NOW = 1000.0
-LIMITS = Limits(stall=300, start=600, silence=60, last_words=10, broken=1)
+LIMITS = Limits(stall=300, start=600, silence=60, error=10, broken=1)
 SLACK = 10.0
 
 
@@ -31,7 +31,7 @@ def peer(
     age: float = 1.0,
     heard: float = 1.0,
     broken: float | None = None,
-    beats: int = 7,
+    progress: int = 7,
     waits: bool = True,
     line: str = "pipeline/engine.py:9",
     state: str = RUNS,
@@ -40,16 +40,16 @@ def peer(
     code: int = 0,
 ) -> Peer:
     """As seen at NOW: `heard`, `broken` and `over` seconds ago."""
-    said = Heartbeat(rank, f"node-{rank // 2}", beats, "step 12", age, waits, line, state, asks, code)
-    return Peer(NOW - heard, said, None if broken is None else NOW - broken, None if over is None else NOW - over)
+    heartbeat = Heartbeat(rank, f"node-{rank // 2}", progress, "step 12", age, waits, line, state, asks, code)
+    return Peer(NOW - heard, heartbeat, None if broken is None else NOW - broken, None if over is None else NOW - over)
 
 
-def judged(*peers: Peer) -> Verdict | None:
-    return judge(dict(enumerate(peers)), NOW, LIMITS, SLACK)
+def diagnosed(*peers: Peer) -> Diagnosis | None:
+    return diagnose(dict(enumerate(peers)), NOW, LIMITS, SLACK)
 
 
-def verdict(*peers: Peer) -> str | None:
-    found = judged(*peers)
+def sentence_of(*peers: Peer) -> str | None:
+    found = diagnosed(*peers)
     return None if found is None else found.reason
 
 
@@ -78,7 +78,7 @@ def verdict(*peers: Peer) -> str | None:
     ],
 )
 def test_who_is_lost(peers: list[Peer], sentence: str | None) -> None:
-    found = verdict(*peers)
+    found = sentence_of(*peers)
     assert found == sentence if sentence is None else str(found).startswith(sentence)
 
 
@@ -94,7 +94,7 @@ def test_who_is_lost(peers: list[Peer], sentence: str | None) -> None:
     ],
 )
 def test_the_job_exits_with_what_the_rank_to_blame_does(peers: list[Peer], code: int) -> None:
-    found = judged(*peers)
+    found = diagnosed(*peers)
     assert found is not None and found.code == code
 
 
@@ -104,11 +104,11 @@ def test_the_job_exits_with_what_the_rank_to_blame_does(peers: list[Peer], code:
         (KeyError("no such thing"), 1),
         (RuntimeError("CUDA out of memory"), 1),
         (OSError(errno.EIO, "broken"), 1),
-        (UserError("mend it"), 2),
-        (RankError("mend it here"), 2),
+        (UserError("fix it"), 2),
+        (RankError("fix it here"), 2),
         (OSError(errno.ENOSPC, "no space"), 2),
-        (LostRankError("gone", code=3, speaks=True), 3),
-        (LostRankError("ended by KeyError", code=1, speaks=True), 1),
+        (LostRankError("gone", code=3, should_report=True), 3),
+        (LostRankError("ended by KeyError", code=1, should_report=True), 1),
         (RuntimeError("Connection closed by peer"), 3),
         (KeyboardInterrupt(), 130),
         (Stopped(signal.SIGTERM), 143),
@@ -131,12 +131,15 @@ def test_what_an_exception_exits_with(error: BaseException, code: int) -> None:
         ([peer(0, age=301, waits=False), peer(1, age=280, waits=False)], None),
         # What it said last is too old to go by.
         ([peer(0, age=301), peer(1, age=301, waits=False, heard=11)], None),
-        # Before the first beat there is more time.
-        ([peer(0, age=301, beats=0), peer(1, age=301, beats=0, waits=False)], None),
-        ([peer(0, age=601, beats=0), peer(1, age=601, beats=0, waits=False)], "rank 1 (node-0): no progress for 602 s"),
+        # Before the first progress there is more time.
+        ([peer(0, age=301, progress=0), peer(1, age=301, progress=0, waits=False)], None),
+        (
+            [peer(0, age=601, progress=0), peer(1, age=601, progress=0, waits=False)],
+            "rank 1 (node-0): no progress for 602 s",
+        ),
         # Collectives that do not fit together.
         (
-            [peer(0, age=301, beats=9, line="a.py:1"), peer(1, age=301, line="b.py:2")],
+            [peer(0, age=301, progress=9, line="a.py:1"), peer(1, age=301, line="b.py:2")],
             "rank 1 (node-0): no progress for 302 s at step 12 (b.py:2), while the others are at step 12 (a.py:1)",
         ),
         ([peer(0, age=301), peer(1, age=301)], "all 2 ranks wait for each other since 302 s at step 12 (pipeline/eng"),
@@ -155,27 +158,27 @@ def test_what_an_exception_exits_with(error: BaseException, code: int) -> None:
     ],
 )
 def test_who_stalls(peers: list[Peer], sentence: str | None) -> None:
-    found = verdict(*peers)
+    found = sentence_of(*peers)
     assert found == sentence if sentence is None else str(found).startswith(sentence)
 
 
 def test_long_lists_are_cut() -> None:
-    sentence = verdict(peer(0), *[peer(rank, heard=70) for rank in range(1, 12)])
+    sentence = sentence_of(peer(0), *[peer(rank, heard=70) for rank in range(1, 12)])
     assert str(sentence).startswith("ranks 1 (node-0), 2, 3 (node-1), 4, 5 (node-2), 6, 7 (node-3), 8 (node-4) and 3 m")
 
 
-def test_a_beat_costs_nothing() -> None:
-    with Watch(Topology(), timeout=60, on_failure=pytest.fail) as watch:
+def test_reporting_progress_costs_nothing() -> None:
+    with HeartbeatMonitor(Topology(), timeout=60, on_failure=pytest.fail) as monitor:
         begun = time.perf_counter()
         for _ in range(100_000):
-            watch.beat("step 1, micro-batch 1")
+            monitor.at("step 1, micro-batch 1")
         assert time.perf_counter() - begun < 0.5
-        assert watch.verdict(0) is None
-    assert not [thread for thread in threading.enumerate() if thread.name == "watch"]
+        assert monitor.diagnosis(0) is None
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
 class Job:
-    """Watches of one job, all in this process."""
+    """Monitors of one job, all in this process."""
 
     def __init__(self, world: int, timeout: float, interval: float) -> None:
         self.failures: dict[int, str] = {}
@@ -183,37 +186,39 @@ class Job:
         self.token = "secret"
         server = listen()
         self.port = server.getsockname()[1]
-        self.watches = []
+        self.monitors = []
         for rank in range(world):
             meeting = Meeting(("127.0.0.1", self.port), self.token, server if rank == 0 else None)
             if rank:
                 meeting.client = connect(meeting, rank, 5)
             fail = self._failure(rank)
             topology = Topology(rank, world, local_rank=rank)
-            self.watches.append(Watch(topology, timeout=timeout, interval=interval, on_failure=fail, meeting=meeting))
+            self.monitors.append(
+                HeartbeatMonitor(topology, timeout=timeout, interval=interval, on_failure=fail, meeting=meeting)
+            )
 
-    def _failure(self, rank: int) -> Callable[[Verdict], None]:
-        def fail(found: Verdict) -> None:
+    def _failure(self, rank: int) -> Callable[[Diagnosis], None]:
+        def fail(found: Diagnosis) -> None:
             self.failures[rank] = found.reason
             self.codes.add(found.code)
 
         return fail
 
-    def beat(self, seconds: float, *ranks: int) -> None:
+    def progress(self, seconds: float, *ranks: int) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for rank in ranks:
-                self.watches[rank].beat("step 1")
+                self.monitors[rank].at("step 1")
             time.sleep(0.02)
 
     def leave(self, rank: int, error: BaseException | None = None) -> threading.Thread:
         """Ends a rank, which may wait for the others; returns what waits."""
-        thread = threading.Thread(target=self.watches[rank].close, args=(error,))
+        thread = threading.Thread(target=self.monitors[rank].close, args=(error,))
         thread.start()
         return thread
 
     def close(self) -> None:
-        for thread in [self.leave(rank) for rank in range(len(self.watches))]:
+        for thread in [self.leave(rank) for rank in range(len(self.monitors))]:
             thread.join()
 
 
@@ -223,46 +228,46 @@ def job() -> Iterator[Job]:
     yield made
     made.close()
     # One that waited in vain for as long as it may ends a little after its rank.
-    for thread in [thread for thread in threading.enumerate() if thread.name == "watch"]:
+    for thread in [thread for thread in threading.enumerate() if thread.name == "heartbeat"]:
         thread.join(2)
         assert not thread.is_alive()
 
 
-def test_all_is_well_while_all_beat(job: Job) -> None:
-    job.beat(1.5, 0, 1, 2)
+def test_all_is_well_while_all_make_progress(job: Job) -> None:
+    job.progress(1.5, 0, 1, 2)
     assert job.failures == {}
 
 
 def test_a_stall_is_told_to_all_and_printed_by_one(job: Job) -> None:
-    job.beat(0.3, 0, 1, 2)
-    job.beat(2.0, 0, 1)
+    job.progress(0.3, 0, 1, 2)
+    job.progress(2.0, 0, 1)
     assert set(job.failures) == {0, 1, 2} and len(set(job.failures.values())) == 1
     assert job.failures[0].startswith(f"rank 2 ({socket.gethostname()}): no progress for 1 s at step 1")
-    assert [watch.speaks for watch in job.watches] == [True, False, False]
+    assert [monitor.should_report for monitor in job.monitors] == [True, False, False]
 
 
-def test_a_closed_watch_is_not_missed(job: Job) -> None:
-    job.beat(0.3, 0, 1, 2)
+def test_a_closed_monitor_is_not_missed(job: Job) -> None:
+    job.progress(0.3, 0, 1, 2)
     job.leave(2)
-    job.beat(1.5, 0, 1)
+    job.progress(1.5, 0, 1)
     assert job.failures == {}
 
 
 def test_a_stop_that_all_agreed_to_is_a_clean_end(job: Job) -> None:
-    job.beat(0.3, 0, 1, 2)
+    job.progress(0.3, 0, 1, 2)
     job.leave(2, Stopped(signal.SIGTERM))
-    job.beat(1.5, 0, 1)
+    job.progress(1.5, 0, 1)
     assert job.failures == {}
 
 
-@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), UserError("mend it")], ids=repr)
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), UserError("fix it")], ids=repr)
 def test_at_an_end_that_all_share_they_wait_for_the_first_rank_to_be_done(error: Exception) -> None:
     """Longer than an exception of one rank alone is left to explain itself."""
     job = Job(3, timeout=20, interval=0.1)
-    job.beat(0.3, 0, 1, 2)
-    job.watches[0].ends(error)
+    job.progress(0.3, 0, 1, 2)
+    job.monitors[0].ends(error)
     others = [job.leave(rank, error) for rank in (1, 2)]
-    job.beat(1.5)
+    job.progress(1.5)
     assert job.failures == {} and all(thread.is_alive() for thread in others)
     begun = time.monotonic()
     for thread in [*others, job.leave(0, error)]:
@@ -272,53 +277,53 @@ def test_at_an_end_that_all_share_they_wait_for_the_first_rank_to_be_done(error:
 
 def test_nobody_waits_for_a_first_rank_that_is_gone() -> None:
     job = Job(2, timeout=20, interval=0.1)
-    job.beat(0.3, 0, 1)
-    waiting = job.leave(1, UserError("mend it"))
-    job.beat(0.3, 0)
-    job.watches[0].close(KeyError())
+    job.progress(0.3, 0, 1)
+    waiting = job.leave(1, UserError("fix it"))
+    job.progress(0.3, 0)
+    job.monitors[0].close(KeyError())
     waiting.join(2)
     assert not waiting.is_alive() and job.failures == {}
 
 
 def test_an_error_of_one_rank_alone_waits_for_nobody(job: Job) -> None:
-    job.beat(0.3, 0, 1, 2)
+    job.progress(0.3, 0, 1, 2)
     begun = time.monotonic()
-    job.watches[1].close(OSError(errno.ENOSPC, "no space"))
+    job.monitors[1].close(OSError(errno.ENOSPC, "no space"))
     assert time.monotonic() - begun < 0.5
-    job.beat(1.5, 0, 2)
+    job.progress(1.5, 0, 2)
     assert set(job.failures) == {0, 2} and job.codes == {2}
 
 
 def test_an_exception_is_named_once_the_others_had_time_to_end_by_it_too(job: Job) -> None:
-    job.beat(0.3, 0, 1, 2)
-    job.watches[2].close(KeyError())
-    job.beat(0.4, 0, 1)
+    job.progress(0.3, 0, 1, 2)
+    job.monitors[2].close(KeyError())
+    job.progress(0.4, 0, 1)
     assert job.failures == {}
-    job.beat(1.5, 0, 1)
+    job.progress(1.5, 0, 1)
     assert "rank 2" in job.failures[1] and "ended by KeyError at step 1" in job.failures[1]
     assert job.codes == {1}
 
 
 def test_the_training_thread_is_told_when_it_asks(job: Job) -> None:
-    job.beat(0.3, 0, 1, 2)
-    job.watches[2].close(KeyError())
-    job.watches[1].beat("step 1")
-    assert "ended by KeyError" in str(job.watches[1].verdict(5))
+    job.progress(0.3, 0, 1, 2)
+    job.monitors[2].close(KeyError())
+    job.monitors[1].at("step 1")
+    assert "ended by KeyError" in str(job.monitors[1].diagnosis(5))
     assert 1 not in job.failures
-    assert job.watches[1].verdict(5) is not None  # again: at once
+    assert job.monitors[1].diagnosis(5) is not None  # again: at once
 
 
 def test_nobody_is_named_when_nobody_is_lost(job: Job) -> None:
-    job.beat(0.2, 0, 1, 2)
-    assert job.watches[1].verdict(0.2) is None
+    job.progress(0.2, 0, 1, 2)
+    assert job.monitors[1].diagnosis(0.2) is None
 
 
 def test_an_interruption_of_one_connection_is_overcome(job: Job) -> None:
-    job.beat(0.3, 0, 1, 2)
-    post = job.watches[1]._post
-    assert post is not None
-    post.line.connection.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
-    job.beat(1.5, 0, 1, 2)
+    job.progress(0.3, 0, 1, 2)
+    client = job.monitors[1]._thread
+    assert client is not None
+    client.connection.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+    job.progress(1.5, 0, 1, 2)
     assert job.failures == {}
 
 
@@ -330,16 +335,16 @@ def test_strangers_are_turned_away(job: Job) -> None:
                 assert stranger.recv(1) == b""
             except ConnectionError:
                 pass
-    job.beat(0.5, 0, 1, 2)
+    job.progress(0.5, 0, 1, 2)
     assert job.failures == {}
 
 
 def test_time_in_which_the_machine_slept_counts_for_nobody() -> None:
     job = Job(2, timeout=60, interval=5)
-    hub = job.watches[0]._post
-    before = hub.peers[1].heard, job.watches[0]._own.beaten  # type: ignore[union-attr]
-    hub.forgive(1000)  # type: ignore[union-attr]
-    after = hub.peers[1].heard, job.watches[0]._own.beaten  # type: ignore[union-attr]
+    server = job.monitors[0]._thread
+    before = server.peers[1].heard, job.monitors[0]._own.progressed_at  # type: ignore[union-attr]
+    server.forgive(1000)  # type: ignore[union-attr]
+    after = server.peers[1].heard, job.monitors[0]._own.progressed_at  # type: ignore[union-attr]
     assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([1000, 1000], abs=5)
     job.close()
     assert job.failures == {}

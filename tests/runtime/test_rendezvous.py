@@ -37,7 +37,7 @@ def test_a_rank_that_stays_away_is_lost(number: int, rank) -> None:
     rank(number, free_port())
     with pytest.raises(LostRankError, match=f"rank {number}: the ranks do not meet at 127.0.0.1") as caught:
         start(HURRIED)
-    assert caught.value.code == 3 and caught.value.speaks
+    assert caught.value.code == 3 and caught.value.should_report
 
 
 def test_a_port_in_use_is_the_users_to_mend(rank) -> None:

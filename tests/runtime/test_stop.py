@@ -17,21 +17,21 @@ from pipeline.ending import end_run
 from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import DEADLINE, Stopped, StopRequests
-from pipeline.runtime.sync import Pulse, next_step
+from pipeline.runtime.sync import SyncPoint, next_step
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_acted_on_at_the_next_pulse(number: signal.Signals) -> None:
+def test_a_signal_is_noted_and_acted_on_at_the_next_sync_point(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequests() as requests:
-        pulse = Pulse(Topology(), requests)
-        pulse("step 1, micro-batch 1")
+        sync_point = SyncPoint(Topology(), requests)
+        sync_point("step 1, micro-batch 1")
         # Launchers send the same signal more than once.
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
         assert requests.pending == number
         with pytest.raises(Stopped, match=number.name) as caught:
-            pulse("step 1, micro-batch 2")
+            sync_point("step 1, micro-batch 2")
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) == before
 
@@ -41,7 +41,7 @@ def test_a_deadline_is_a_request_too_and_a_signal_is_graver() -> None:
     time.sleep(0.01)
     assert requests.pending == DEADLINE
     with pytest.raises(Stopped, match="--max-hours") as caught:
-        Pulse(Topology(), requests)("here")
+        SyncPoint(Topology(), requests)("here")
     assert caught.value.exit_code == 0 and caught.value.signal is None
     with requests:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -58,7 +58,7 @@ def test_a_deadline_that_is_known_later_counts_from_the_start() -> None:
 
 
 def test_a_person_who_asks_twice_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.runtime.stop.SECOND_THOUGHT", 0.0)
+    monkeypatch.setattr("pipeline.runtime.stop.REPEAT_TIMEOUT", 0.0)
     with StopRequests():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
@@ -87,15 +87,15 @@ def test_a_stop_wins_over_the_batch_that_was_read_but_not_over_its_problem() -> 
 
     requests = StopRequests(max_hours=1e-9)
     with pytest.raises(Stopped):
-        next_step(Loader(), Pulse(Topology(), requests), "here")  # type: ignore[arg-type]
-    assert next_step(Loader(), Pulse(Topology()), "here") == [1]  # type: ignore[arg-type, comparison-overlap]
+        next_step(Loader(), SyncPoint(Topology(), requests), "here")  # type: ignore[arg-type]
+    assert next_step(Loader(), SyncPoint(Topology()), "here") == [1]  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (Stopped(signal.SIGTERM), "mnemos: stopped (SIGTERM); the same command goes on from the last checkpoint"),
-        (UserError("step 9: mend\n it"), "mnemos: step 9: mend it"),
+        (UserError("step 9: fix\n it"), "mnemos: step 9: fix it"),
     ],
     ids=repr,
 )
@@ -105,7 +105,7 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
     """A launcher kills rank 0 half a minute after another rank has left."""
     written: list[str] = []
     known: list[tuple[str, list[str]]] = []
-    watch = types.SimpleNamespace(ends=lambda error: written.append("ended"))
+    monitor = types.SimpleNamespace(ends=lambda error: written.append("ended"))
 
     def look(**_: object) -> None:
         known.append((capsys.readouterr().err, list(written)))
@@ -118,9 +118,9 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
     monkeypatch.setattr("pipeline.ending.write_run_file", lambda run, status: written.append(status))
     run, saver = types.SimpleNamespace(is_main=True), types.SimpleNamespace(close=look)
     with pytest.warns(UserWarning, match="Slow did not end well"):
-        end_run(run, "failed", error, saver, [Slow(), Slow()], watch)  # type: ignore[arg-type]
+        end_run(run, "failed", error, saver, [Slow(), Slow()], monitor)  # type: ignore[arg-type]
     said, before = known[0]
-    assert said.splitlines() == [line] and error.said
+    assert said.splitlines() == [line] and error.reported
     assert before == (["ended", "failed"] if isinstance(error, UserError) else ["failed"])
     assert len(known) == 3, "one that fails does not keep the next from ending"
 
@@ -140,10 +140,10 @@ def test_what_one_rank_cannot_write_is_said_once_and_by_one_line(
     monkeypatch.setattr("pipeline.ending.write_run_file", fail)
     ended: list[BaseException] = []
     run, saver = types.SimpleNamespace(is_main=True), types.SimpleNamespace(close=lambda waits: None)
-    watch = types.SimpleNamespace(ends=ended.append)
+    monitor = types.SimpleNamespace(ends=ended.append)
 
     def end(status: str, error: UserError | Stopped) -> None:
-        end_run(run, status, error, saver, [Full(), Full()], watch)  # type: ignore[arg-type]
+        end_run(run, status, error, saver, [Full(), Full()], monitor)  # type: ignore[arg-type]
 
     error = RankError("run/metrics.jsonl: not written (No space left on device): make room there")
 

@@ -1,12 +1,14 @@
 """A rank that dies or stalls ends the job with its name, instead of leaving the others to wait for it.
 
-heartbeat.py   what a rank says of itself
-verdict.py     who is to blame, from what all ranks said
-wire.py        how it travels: every rank talks to rank 0, in a thread of its own
-watch.py       Watch: what the training loop holds
+status.py       what a rank reports of itself
+diagnosis.py    who is to blame, from what all ranks reported
+connection.py   how it travels: every rank talks to rank 0, in a thread of its own
+server.py       rank 0's end
+client.py       every other rank's end
+monitor.py      HeartbeatMonitor: what the training loop holds
 """
 
-from pipeline.runtime.heartbeat.diagnosis import Verdict
-from pipeline.runtime.heartbeat.monitor import Watch
+from pipeline.runtime.heartbeat.diagnosis import Diagnosis
+from pipeline.runtime.heartbeat.monitor import HeartbeatMonitor
 
-__all__ = ["Verdict", "Watch"]
+__all__ = ["Diagnosis", "HeartbeatMonitor"]

@@ -1,4 +1,4 @@
-"""Watch: what the training loop holds."""
+"""HeartbeatMonitor: what the training loop holds."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from types import TracebackType
 
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import exit_code, is_shared
-from pipeline.runtime.heartbeat.diagnosis import Limits, Verdict
-from pipeline.runtime.heartbeat.status import ENDED, RUNS, Whereabouts
-from pipeline.runtime.heartbeat.wire import Hub, Link, Meeting, Post, meet
+from pipeline.runtime.heartbeat.client import HeartbeatClient
+from pipeline.runtime.heartbeat.connection import HeartbeatThread, Meeting, meet
+from pipeline.runtime.heartbeat.diagnosis import Diagnosis, Limits
+from pipeline.runtime.heartbeat.server import HeartbeatServer
+from pipeline.runtime.heartbeat.status import ENDED, RUNS, RankStatus
 from pipeline.runtime.stop import Stopped
 
-GOODBYE = 2.0
-"""Seconds in which this rank's last word must be out."""
-PASSING_ON = 0.5
-"""Seconds that rank 0 leaves the others to read the verdict before it ends."""
+EXIT_TIMEOUT = 2.0
+"""Seconds in which this rank's last heartbeat must be out."""
+RELAY_DELAY = 0.5
+"""Seconds that rank 0 leaves the others to read the diagnosis before it ends."""
 
 
-class Watch:
+class HeartbeatMonitor:
     """Names the rank that died or stalls, on every rank. Made by all ranks together; of one rank it does nothing.
 
-    `timeout`: seconds without a beat until a rank is held to stall. A rank of which nothing is heard for that long, or
-    for a minute if that is less, is lost. `on_failure` is called once with the verdict, in a thread of the watch, while
-    the training thread may hang; it is meant to end the process. `speaks` then says whether this rank is the one to
-    print it.
+    `timeout`: seconds without progress until a rank is held to stall. A rank of which nothing is heard for that long,
+    or for a minute if that is less, is lost. `on_failure` is called once with the diagnosis, in a thread of the
+    monitor, while the training thread may hang; it is meant to end the process. `should_report` then says whether this
+    rank is the one to print it.
     """
 
     def __init__(
@@ -34,16 +36,16 @@ class Watch:
         topology: Topology,
         *,
         timeout: float,
-        on_failure: Callable[[Verdict], None],
+        on_failure: Callable[[Diagnosis], None],
         interval: float | None = None,
         meeting: Meeting | None = None,
     ) -> None:
-        self.speaks = False
+        self.should_report = False
         self._rank, self._timeout, self._on_failure = topology.rank, timeout, on_failure
-        self._own = Whereabouts(topology.rank)
-        self._verdict: Verdict | None = None
+        self._own = RankStatus(topology.rank)
+        self._diagnosis: Diagnosis | None = None
         self._decided = threading.Event()
-        self._post: Post | None = None
+        self._thread: HeartbeatThread | None = None
         if topology.world == 1:
             return
         meeting = meeting or meet(topology)
@@ -52,62 +54,62 @@ class Watch:
         interval = interval or min(5.0, timeout / 4)
         limits = Limits.of(timeout, interval)
         if topology.rank == 0:
-            self._post = Hub(self._own, interval, limits, self._decide, meeting, topology.world)
+            self._thread = HeartbeatServer(self._own, interval, limits, self._decide, meeting, topology.world)
         else:
-            self._post = Link(self._own, interval, limits, self._decide, meeting, topology.local_rank)
-        self._post.start()
+            self._thread = HeartbeatClient(self._own, interval, limits, self._decide, meeting, topology.local_rank)
+        self._thread.start()
 
-    def beat(self, place: str) -> None:
+    def at(self, place: str) -> None:
         """This rank has got to `place`. Costs less than a microsecond."""
-        self._own.beat(place)
+        self._own.at(place)
 
-    def verdict(self, wait: float) -> Verdict | None:
+    def diagnosis(self, wait: float) -> Diagnosis | None:
         """After a collective has failed: who is gone, as soon as that is known; None after `wait` seconds."""
-        if self._post is None:
+        if self._thread is None:
             return None
         self._own.asks = True
-        self._post.wake()
+        self._thread.wake()
         self._decided.wait(wait)
-        if self._verdict is None:
+        if self._diagnosis is None:
             self._own.asks = False
-        return self._verdict
+        return self._diagnosis
 
-    def _decide(self, verdict: Verdict, speaks: bool) -> None:
-        if self._verdict is not None:
+    def _decide(self, diagnosis: Diagnosis, should_report: bool) -> None:
+        if self._diagnosis is not None:
             return
-        self._verdict, self.speaks = verdict, speaks
+        self._diagnosis, self.should_report = diagnosis, should_report
         self._decided.set()
         if self._own.asks:
             return  # the training thread waits for it, and ends by itself
         if self._rank == 0:
-            time.sleep(PASSING_ON)
-        self._on_failure(verdict)
+            time.sleep(RELAY_DELAY)
+        self._on_failure(diagnosis)
 
     def ends(self, error: BaseException | None = None) -> None:
         """Training is over on this rank, by an exception or, without one, cleanly; it may have last things to do."""
         own = self._own
-        if self._post is None or own.state != RUNS:
+        if self._thread is None or own.state != RUNS:
             return
         is_agreed = error is None or isinstance(error, Stopped)
         own.waits_for_main = self._rank != 0 and (error is None or is_shared(error))
         own.code = 0 if error is None else exit_code(error)
         own.state = ENDED if is_agreed else type(error).__name__
-        self._post.wake()
+        self._thread.wake()
 
     def close(self, error: BaseException | None = None) -> None:
         """This rank leaves. At an end that all ranks share, they wait for rank 0 to have done its last things, because
         launchers kill what is left once a rank has exited with an error; rank 0 waits for the others to end."""
-        if self._post is None:
+        if self._thread is None:
             return
         self.ends(error)
         own = self._own
         own.left = True
-        self._post.wake()
+        self._thread.wake()
         waits = own.waits_for_main if self._rank else own.state == ENDED
-        self._post.join(self._timeout if waits else GOODBYE)
-        self._post = None
+        self._thread.join(self._timeout if waits else EXIT_TIMEOUT)
+        self._thread = None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> HeartbeatMonitor:
         return self
 
     def __exit__(

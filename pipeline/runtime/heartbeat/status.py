@@ -25,10 +25,11 @@ class Heartbeat:
 
     rank: int
     host: str
-    beats: int
+    progress: int
+    """Places that it has got to since its start."""
     place: str
     age: float
-    """Seconds since the last beat, by the rank's own clock."""
+    """Seconds since the last progress, by the rank's own clock."""
     waits: bool
     """Whether it is inside a collective."""
     line: str
@@ -51,27 +52,27 @@ class Heartbeat:
         return Heartbeat(**fields)  # type: ignore[arg-type]
 
 
-class Whereabouts:
-    """Where this rank is: the training thread sets it, the thread of the watch reads it."""
+class RankStatus:
+    """Where this rank is: the training thread sets it, the thread of the monitor reads it."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.host = rank, socket.gethostname()
         self.thread = threading.get_ident()
-        self.place, self.beats, self.beaten = "start", 0, time.monotonic()
+        self.place, self.progress, self.progressed_at = "start", 0, time.monotonic()
         self.state, self.asks, self.code, self.left = RUNS, False, 0, False
         self.waits_for_main = False
         """Whether it ends as rank 0 does, and stays until that has nothing more to do."""
 
-    def beat(self, place: str) -> None:
+    def at(self, place: str) -> None:
         self.place = place
-        self.beats += 1
-        self.beaten = time.monotonic()
+        self.progress += 1
+        self.progressed_at = time.monotonic()
 
     def read(self) -> Heartbeat:
         waits, line = look(self.thread)
-        age = max(0.0, time.monotonic() - self.beaten)
+        age = max(0.0, time.monotonic() - self.progressed_at)
         own = (self.state, self.asks, self.code, self.left)
-        return Heartbeat(self.rank, self.host, self.beats, self.place, age, waits, line, *own)
+        return Heartbeat(self.rank, self.host, self.progress, self.place, age, waits, line, *own)
 
 
 def look(thread: int) -> tuple[bool, str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.parallel.collectives import from_all
+from pipeline.parallel.collectives import all_gather_object
 from pipeline.parallel.topology import Topology
 
 RESAMPLES = 1000
@@ -44,7 +44,7 @@ class DocumentSums:
 
     def gather(self, topology: Topology) -> dict[str, Tensor]:
         """The sums of all ranks by name, each [documents, bins], the same on every rank. Collective."""
-        parts = [part for parts in from_all(topology, self._parts) for part in parts]
+        parts = [part for parts in all_gather_object(topology, self._parts) for part in parts]
         if not parts:
             return {}
         documents = torch.cat([keys for _, keys, _ in parts]).unique()

@@ -6,21 +6,22 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import Olmo2Config
 
+from pipeline.config import RunConfig
+from pipeline.data.batch import IGNORED, Batch, StatefulLoader
 from pipeline.data.synthetic import recall_gaps
-from pipeline.parallel.collectives import together
-from pipeline.runtime.sync import Pulse, next_step
-from pipeline.system import IGNORED, Batch, Carry, Curve, Evaluation, StepContext
+from pipeline.parallel.collectives import shared_errors
+from pipeline.parallel.topology import Topology
+from pipeline.runtime.sync import SyncPoint, next_step
+from pipeline.system import Carry, Curve, Evaluation, StepContext, StepOutput
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.documents import DocumentSums, documents_per_bin, interval
-
-if TYPE_CHECKING:
-    from pipeline.systems.miras.system import MirasSystem
 
 ON, OFF = "memory on", "memory off"
 RATIO = "memory off / on"
@@ -33,6 +34,20 @@ CUE = 8
 """Tokens at the start of a repeated passage that are not counted."""
 GAP_BIN = 20
 """Tokens of distance that share one bin of the recall curve."""
+
+
+class Evaluated(Protocol):
+    """What an evaluation asks of the system."""
+
+    config: RunConfig
+    sizes: MirasConfig
+    backbone: Olmo2Config
+
+    def held_out(self, topology: Topology) -> StatefulLoader: ...
+
+    def byte_lengths(self) -> Tensor | None: ...
+
+    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput: ...
 
 
 @dataclass
@@ -65,7 +80,7 @@ def position_bins(positions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(system: MirasSystem, model: nn.Module, pulse: Pulse) -> Evaluation:
+def evaluate(system: Evaluated, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
     """Held-out loss and curves; the same held-out rows every time. Leaves the model's mode as it found it."""
     was_training = model.training
     model.eval()
@@ -74,25 +89,26 @@ def evaluate(system: MirasSystem, model: nn.Module, pulse: Pulse) -> Evaluation:
         if system.sizes.memory.layers:
             modes[OFF] = False
         if system.sizes.recall is not None:
-            return _recall(system, model, pulse, modes)
-        return _perplexity(system, model, pulse, modes)
+            return _recall(system, model, sync_point, modes)
+        return _perplexity(system, model, sync_point, modes)
     finally:
         model.train(was_training)
 
 
 def _run(
-    system: MirasSystem, model: nn.Module, pulse: Pulse, memory: bool, predict: bool
+    system: Evaluated, model: nn.Module, sync_point: SyncPoint, memory: bool, predict: bool
 ) -> list[tuple[Batch, Tensor, Tensor | None]]:
     """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]."""
     device = next(model.parameters()).device
-    loader = together(pulse.topology, lambda: system.held_out(pulse.topology))
+    with shared_errors(sync_point.topology):
+        loader = system.held_out(sync_point.topology)
     results = []
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):
         context = StepContext(
-            pulse.topology, system.config.seed, "evaluation", step, {"memory": memory, "predict": predict}
+            sync_point.topology, system.config.seed, "evaluation", step, {"memory": memory, "predict": predict}
         )
-        for micro, batch in enumerate(next_step(loader, pulse, "evaluation")):
+        for micro, batch in enumerate(next_step(loader, sync_point, "evaluation")):
             batch = batch.to(device)
             output = system.forward(model, batch, carries.get(micro, {}), context)
             carries[micro] = output.carry
@@ -100,20 +116,21 @@ def _run(
     return results
 
 
-def _perplexity(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
-    byte_lengths = together(pulse.topology, system.byte_lengths)
+def _perplexity(system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: dict[str, bool]) -> Evaluation:
+    with shared_errors(sync_point.topology):
+        byte_lengths = system.byte_lengths()
     last = torch.tensor([system.config.sequence_length * system.config.evaluation.steps])
     bins = int(position_bins(last).item()) + 1
     sums: dict[str, _Sums] = {}
     documents = DocumentSums(bins)
     length = 0.0
     for mode, memory in modes.items():
-        results = _run(system, model, pulse, memory, predict=False)
+        results = _run(system, model, sync_point, memory, predict=False)
         device = results[0][1].device
         sums[mode] = _Sums.zeros(bins, device)
         covered = torch.zeros((), dtype=torch.float64, device=device)
         for batch, losses, _ in results:
-            mine = pulse.topology.shard(batch.labels.shape[1])
+            mine = sync_point.topology.shard(batch.labels.shape[1])
             labels, place = batch.labels[:, mine], position_bins(batch.positions[:, mine])
             counted = labels != IGNORED
             sums[mode].add(place, losses, counted, torch.zeros_like(counted))
@@ -125,7 +142,7 @@ def _perplexity(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict
         if dist.is_initialized():
             dist.all_reduce(covered)
         length = float(covered)
-    found = documents.gather(pulse.topology)
+    found = documents.gather(sync_point.topology)
     scalars: dict[str, float] = {}
     series = {}
     for mode, total in sums.items():
@@ -140,13 +157,13 @@ def _perplexity(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict
     scalars["labels"] = float(sums[ON].labels.sum())
     scalars["documents"] = float(found["labels"].shape[0])
     curves = {"perplexity_by_position": _by_position(system, series, found)}
-    repeated = _repeated_passages(system, model, pulse, modes)
+    repeated = _repeated_passages(system, model, sync_point, modes)
     if repeated is not None:
         curves["recall_by_distance"] = repeated
     return Evaluation(scalars, curves)
 
 
-def _by_position(system: MirasSystem, series: dict[str, tuple[float, ...]], sums: dict[str, Tensor]) -> Curve:
+def _by_position(system: Evaluated, series: dict[str, tuple[float, ...]], sums: dict[str, Tensor]) -> Curve:
     """Perplexity per bin of positions, and what it is without the memory over what it is with it."""
     counts = sums["labels"].sum(0)
     curve = Curve(
@@ -192,22 +209,25 @@ def reach(sizes: MirasConfig, layers: int, nearer: int = 0) -> dict[str, float]:
     return {label: float(tokens - nearer) for label, tokens in edges.items() if tokens > nearer}
 
 
-def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Curve | None:
+def _repeated_passages(
+    system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: dict[str, bool]
+) -> Curve | None:
     """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
 
     What a model that recalls nothing pays for the second copy, it paid for the first, but for the longer context. None
     where a sequence is too short to hold two passages.
     """
     device = next(model.parameters()).device
-    loader = together(pulse.topology, lambda: system.held_out(pulse.topology))
-    first = next_step(loader, pulse, "evaluation")[0]
+    with shared_errors(sync_point.topology):
+        loader = system.held_out(sync_point.topology)
+    first = next_step(loader, sync_point, "evaluation")[0]
     tokens = first.input_ids
     rows, length = tokens.shape
     gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
     if not gaps:
         return None
-    context = StepContext(pulse.topology, system.config.seed, "evaluation", 1)
-    mine = pulse.topology.shard(length)
+    context = StepContext(sync_point.topology, system.config.seed, "evaluation", 1)
+    mine = sync_point.topology.shard(length)
     documents = DocumentSums(len(gaps))
     for mode, memory in modes.items():
         for index, gap in enumerate(gaps):
@@ -222,7 +242,7 @@ def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, mode
             batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
             options = {"memory": memory}
             # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
-            pulse("evaluation")
+            sync_point("evaluation")
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
             again = batch.positions[:, mine] >= start
             place, segments = torch.full_like(batch.positions, index)[:, mine], batch.segment_ids[:, mine]
@@ -230,7 +250,7 @@ def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, mode
             values = {mode: losses * again, f"{mode}, first": losses * ~again}
             values |= {"labels": again} if memory else {}
             documents.add(first.streams.to(device), segments, place, counted, values)
-    sums = documents.gather(pulse.topology)
+    sums = documents.gather(sync_point.topology)
     total = {name: value.sum(0) for name, value in sums.items()}
 
     def saved(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -255,7 +275,7 @@ def _repeated_passages(system: MirasSystem, model: nn.Module, pulse: Pulse, mode
     )
 
 
-def _recall(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str, bool]) -> Evaluation:
+def _recall(system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: dict[str, bool]) -> Evaluation:
     task = system.sizes.recall
     assert task is not None
     bins = task.max_gap // GAP_BIN + 1
@@ -263,11 +283,11 @@ def _recall(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str
     series = {}
     documents = DocumentSums(bins)
     for mode, memory in modes.items():
-        results = _run(system, model, pulse, memory, predict=True)
+        results = _run(system, model, sync_point, memory, predict=True)
         total = _Sums.zeros(bins, results[0][1].device)
         for batch, losses, predictions in results:
             assert predictions is not None
-            mine = pulse.topology.shard(batch.labels.shape[1])
+            mine = sync_point.topology.shard(batch.labels.shape[1])
             labels = batch.labels[:, mine]
             place = recall_gaps(batch.input_ids, batch.labels)[:, mine] // GAP_BIN
             counted, right = labels != IGNORED, predictions == labels
@@ -281,7 +301,7 @@ def _recall(system: MirasSystem, model: nn.Module, pulse: Pulse, modes: dict[str
         scalars[f"{prefix}ppl"] = math.exp(min(scalars[f"{prefix}loss"], 700.0))
         scalars[f"{prefix}recall"] = float(total.right.sum()) / max(1.0, answers)
         series[mode] = tuple((total.right / total.labels).tolist())
-    sums = documents.gather(pulse.topology)
+    sums = documents.gather(sync_point.topology)
 
     def share(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
         return lambda total: total[mode] / total["labels"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
+from pipeline.data.batch import IGNORED, Batch, Counts, StatefulLoader
 from pipeline.data.build import build_loader, build_source
 from pipeline.data.sources.base import Source
 from pipeline.data.synthetic import RecallLoader
@@ -18,22 +19,8 @@ from pipeline.host.devices import Device
 from pipeline.ops.attention import WindowCarry
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
-from pipeline.runtime.sync import Pulse
-from pipeline.system import (
-    IGNORED,
-    Batch,
-    Carry,
-    CarryEntry,
-    Counts,
-    Evaluation,
-    Flops,
-    ParameterGroup,
-    Phase,
-    StatefulLoader,
-    StepContext,
-    StepOutput,
-    System,
-)
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import Carry, CarryEntry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
 from pipeline.systems.miras import weights, words
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.config import MirasConfig
@@ -220,10 +207,10 @@ class MirasSystem(System):
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         """Nothing here is kept outside the optimizer."""
 
-    def evaluate(self, model: nn.Module, phase: Phase, pulse: Pulse) -> Evaluation:
+    def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate
 
-        return evaluate(self, model, pulse)
+        return evaluate(self, model, sync_point)
 
     def flops(self, sequence_length: int) -> Flops:
         from pipeline.systems.miras.flops import count_flops

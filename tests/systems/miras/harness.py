@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill
-from pipeline.system import IGNORED, Batch, Carry, StepContext, StepOutput
+from pipeline.system import Carry, StepContext, StepOutput
 from pipeline.systems.miras import create
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.system import MirasSystem

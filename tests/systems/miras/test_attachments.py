@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.data.batch import IGNORED
 from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
-from pipeline.system import IGNORED
 from pipeline.systems.miras import create
 from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.config import BackboneConfig, MemoryConfig, MirasConfig, SwigluConfig

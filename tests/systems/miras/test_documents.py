@@ -64,7 +64,7 @@ def test_a_document_is_one_however_it_is_split(split: str, monkeypatch: pytest.M
         cut = {name: value[mine, here] for name, value in values.items()}
         target.add(streams[mine], *(part[mine, here] for part in whole[:3]), cut)
     if split != "steps":
-        monkeypatch.setattr(documents, "from_all", lambda topology, _: [part._parts for part in parts])
+        monkeypatch.setattr(documents, "all_gather_object", lambda topology, _: [part._parts for part in parts])
     expected, found = together.gather(Topology()), parts[0].gather(Topology())
     assert expected.keys() == found.keys()
     for name, value in expected.items():

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import replace
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.synthetic import RecallLoader
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.runtime.stop import Stopped, StopRequests
-from pipeline.runtime.sync import Pulse
-from pipeline.system import IGNORED, Batch, Carry, StepContext
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import Carry, StepContext
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.evaluation import GAP_BIN, OFF, ON, PASSAGE, RATIO, _repeated_passages, evaluate, reach
 
@@ -62,7 +63,7 @@ class System:
         return types.SimpleNamespace(tokens={"losses": losses}, carry={})
 
 
-class Counting(Pulse):
+class Counting(SyncPoint):
     """Asks for a stop at the call after `calls`."""
 
     def __init__(self, calls: int) -> None:
@@ -102,7 +103,7 @@ class Remembering(System):
 
 
 def test_perplexity_by_position_is_the_ratio_with_and_without_the_memory() -> None:
-    evaluation = evaluate(Remembering(512, steps=3), nn.Linear(1, 1), Pulse(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(Remembering(512, steps=3), nn.Linear(1, 1), SyncPoint(Topology()))  # type: ignore[arg-type]
     curve = evaluation.curves["perplexity_by_position"]
     labels, documents = 2 * 3 * 2 * 255, 2 * 3 * 2
     assert evaluation.scalars["labels"] == labels == sum(curve.counts)
@@ -128,14 +129,14 @@ def test_documents_that_differ_widen_the_interval() -> None:
         def loss(self, memory: bool, batch: Batch) -> Tensor:
             return super().loss(memory, batch) - memory * (0.1 + 0.2 * (batch.segment_ids % 2))
 
-    evaluation = evaluate(Uneven(512, steps=4), nn.Linear(1, 1), Pulse(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(Uneven(512, steps=4), nn.Linear(1, 1), SyncPoint(Topology()))  # type: ignore[arg-type]
     curve = evaluation.curves["perplexity_by_position"]
     low, high = (ends[0] for ends in curve.intervals[RATIO])
     assert math.exp(0.1) <= low < curve.series[RATIO][0] < high <= math.exp(0.3)
 
 
 def test_recall_of_a_passage_is_what_the_copy_saves_against_the_first() -> None:
-    curve = _repeated_passages(Remembering(512), nn.Linear(1, 1), Pulse(Topology()), MODES)  # type: ignore[arg-type]
+    curve = _repeated_passages(Remembering(512), nn.Linear(1, 1), SyncPoint(Topology()), MODES)  # type: ignore[arg-type]
     assert curve is not None and curve.x == (64.0, 128.0, 256.0)
     assert curve.series[f"saved, {ON}"] == pytest.approx((2.0,) * 3) and curve.series[ON] == pytest.approx((1.0,) * 3)
     assert curve.series[f"saved, {OFF}"] == (0.0,) * 3 and curve.series[OFF] == pytest.approx((3.0,) * 3)
@@ -149,7 +150,7 @@ def test_a_model_without_memory_has_its_own_perplexity_drawn() -> None:
     system = System(512)
     bare = dataclasses.replace(SIZES, memory=dataclasses.replace(SIZES.memory, layers=()))
     system.sizes = bare  # type: ignore[misc]
-    evaluation = evaluate(system, nn.Linear(1, 1), Pulse(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(system, nn.Linear(1, 1), SyncPoint(Topology()))  # type: ignore[arg-type]
     curve = evaluation.curves["perplexity_by_position"]
     assert set(curve.series) == {ON} and curve.drawn == () and not curve.levels and not curve.intervals
     assert set(evaluation.curves["recall_by_distance"].series) == {ON, f"saved, {ON}"}
@@ -185,7 +186,7 @@ def test_the_recall_task_shows_chance_and_reach() -> None:
                 carry={},
             )
 
-    evaluation = evaluate(Even(), nn.Linear(1, 1), Pulse(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(Even(), nn.Linear(1, 1), SyncPoint(Topology()))  # type: ignore[arg-type]
     curve = evaluation.curves["recall_by_distance"]
     assert curve.levels == {"chance, 1 in 16": 1 / 16} and task.values == 16
     assert curve.edges == {"window of 32": 32.0, "reach of 2 layers": 62.0}

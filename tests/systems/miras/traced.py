@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config import RunConfig
+from pipeline.data.batch import Batch
 from pipeline.ops import attention_flex, chunks, dual_scan, scan_native
 from pipeline.parallel.topology import Topology
-from pipeline.system import Batch, Carry, StepContext, create_system
+from pipeline.system import Carry, StepContext, create_system
 from pipeline.systems.miras import model as miras_model
 
 

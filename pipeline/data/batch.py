@@ -1,0 +1,59 @@
+"""Micro-batches, what their losses average over, and the protocol of the loaders that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a token that does not count in the loss."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one micro-batch, whole sequences (every sequence rank of a group holds the same ones).
+
+    input_ids, labels [rows, T] int64; labels are already shifted: labels[:, t] is the token after input_ids[:, t],
+    or `IGNORED` where that token starts a document. segment_ids [rows, T] int64: the stream's document ordinal, the
+    same in the next step when the document goes on there. positions [rows, T] int64: position within the document,
+    going on across steps. streams [rows] int64: global stream ids.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segment_ids: Tensor
+    positions: Tensor
+    streams: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in Batch.__dataclass_fields__))
+
+
+Counts = Mapping[str, int]
+"""What each loss term averages over, e.g. {"cross_entropy": counted labels in the micro-batch}."""
+
+
+class StatefulLoader(Protocol):
+    """Yields one optimizer step at a time: the micro-batches of this data rank."""
+
+    def next_step(self) -> list[Batch]: ...
+
+    def describe(self) -> str:
+        """One line for the log: what is read, and how much of it."""
+        ...
+
+    def reset(self) -> None:
+        """Back to the first step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"streams": {global stream id: cursor}, "fingerprint": ...}, JSON-ready; covers this data rank's streams."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the merged cursors of all streams and keeps its own."""
+        ...

@@ -170,15 +170,16 @@ class Engine:
     def collect(self, folder: Path, tag: str) -> dict[Path, Any]:
         """What DeepSpeed would write on this rank, by path under folder/tag, without frozen parameters. Collective.
 
-        The tensors are those that training goes on to change.
+        The parameters are those that training goes on to change. Buffers are copies: the next forward pass may change
+        them, and a save in the background makes the others wait for the next update alone.
         """
         with self._as_they_are():
             self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         collected = self._shards.take()
-        if self.stage == 3:
-            for content in collected.values():
-                if "module" in content:
-                    content["module"] = {name: content["module"][name] for name in content["buffer_names"]}
+        for content in collected.values():
+            if "module" in content:
+                buffers = {name: content["module"][name].clone() for name in content["buffer_names"]}
+                content["module"] = buffers if self.stage == 3 else {**content["module"], **buffers}
         return collected
 
     @contextlib.contextmanager

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import Tensor
 
 from pipeline.checkpoint.carry import carry_content, carry_file
 from pipeline.checkpoint.files import Entry, Staging, shard, small, sync_folder, tensor_bytes, tensors
 from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
-from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
+from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE, persistent_buffers
 from pipeline.config_file import save_config
 from pipeline.errors import UserError
 from pipeline.host.versions import versions
@@ -72,6 +73,8 @@ class _Pending:
     work: Future[Entries]
     """What this rank has to do now."""
     background: bool
+    buffers: dict[str, Tensor]
+    """Copies of the model's persistent buffers, on rank 0."""
     copied: Future[None]
     """Done when training may change what is being saved."""
     written: bool = False
@@ -105,7 +108,11 @@ class Saver:
         # Collectives first, files after: a rank that cannot write must not leave the others waiting in DeepSpeed.
         facts = _facts(self.run, moment, self._versions)
         collected = self._collect(moment, self._partial(step).name)
-        everyone = all_gather_object(self.run.topology, (moment.cursors, sum(part.bytes for part in collected)))
+        # At once, and not in the thread: the next forward pass may change them, which waits for no copy.
+        own = persistent_buffers(self.run.engine.module) if self.run.is_main else {}
+        buffers = {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in own.items()}
+        size = tensor_bytes(buffers) + sum(part.bytes for part in collected)
+        everyone = all_gather_object(self.run.topology, (moment.cursors, size))
         if self.run.is_main:
             collected += self._of_all(moment, [cursors for cursors, _ in everyone])
         self._on_main(step, lambda: self._make_room(self._partial(step), sum(size for _, size in everyone)))
@@ -119,7 +126,7 @@ class Saver:
                 copied.set_result(None)
             return {part.name: part.job()(self._partial(step) / part.name) for part in parts}
 
-        self._pending = _Pending(step, facts, self._begin(work, background), background, copied)
+        self._pending = _Pending(step, facts, self._begin(work, background), background, buffers, copied)
         return done if background else [*done, *self.finish()]
 
     def release(self) -> None:
@@ -190,7 +197,7 @@ class Saver:
         def write_weights_and_commit() -> Entries:
             # Of the shards that are on disk: gathering them from the ranks would hold up training.
             weights = engine.trained_weights(partial, {**pending.facts, "files": files}, names)
-            files[TRAINABLE] = tensors(weights)(partial / TRAINABLE)
+            files[TRAINABLE] = tensors({**weights, **pending.buffers})(partial / TRAINABLE)
             write_manifest(partial, pending.facts, files)
             commit(partial, self.folder / f"checkpoint-{step}", self.folder / LATEST)
             self._removal = self._thread.submit(_remove, self._retire(step))

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from pipeline.checkpoint.carry import load_carry
 from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, problems, read_manifest, recover, unlisted
@@ -25,7 +26,7 @@ from pipeline.files.json_file import read_json
 from pipeline.host.hardware import on_gpu
 from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weight_files import file_tensors
+from pipeline.parallel.weight_files import file_tensors, open_safetensors
 from pipeline.parallel.weights import generator_for, load_safetensors
 from pipeline.run import Progress, Run
 from pipeline.system import Carry
@@ -231,10 +232,24 @@ def has_trainable(checkpoint: Path, topology: Topology) -> bool:
     return broadcast_object(topology, (checkpoint / TRAINABLE).is_file())
 
 
-def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology) -> None:
-    """Fills the parameters that a checkpoint trained. Collective; raises UserError."""
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's `state_dict`, such as moving averages, by name: the model's own tensors.
+
+    They are whole on every rank at any ZeRO stage.
+    """
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in kept}
+
+
+def load_trainable(model: nn.Module, checkpoint: Path, topology: Topology) -> None:
+    """Fills the parameters that a checkpoint trained, and the persistent buffers that it holds. Collective.
+
+    Raises UserError on every rank, before anything is filled, when a tensor is not the model's or is of another shape
+    or kind. Buffers that the checkpoint lacks stay as they are: one of an older version holds none.
+    """
     path = checkpoint / TRAINABLE
-    known = {name for name, _ in model.named_parameters()}
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = persistent_buffers(model)
     with shared_errors(topology):
         if not path.is_file():
             raise UserError(f"{checkpoint}: no {TRAINABLE} there: give the folder of a checkpoint")
@@ -243,12 +258,38 @@ def load_trainable(model: torch.nn.Module, checkpoint: Path, topology: Topology)
             if wrong:
                 raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
         names = list(file_tensors(path))
-        unknown = [name for name in names if name not in known]
+        unknown = [name for name in names if name not in parameters and name not in buffers]
         if unknown:
             raise UserError(
                 f"{path}: {shown(unknown[0])} is no parameter of this model: is it a checkpoint of another one?"
             )
-    load_safetensors(model, lambda: file_tensors(path), {name: name for name in names}, topology, what=str(path))
+        values = _read_buffers(path, {name: buffers[name] for name in names if name not in parameters})
+    rename = {name: name for name in names if name in parameters}
+    load_safetensors(model, lambda: file_tensors(path), rename, topology, what=str(path))
+    with torch.no_grad():
+        for name, value in values.items():
+            buffers[name].copy_(value)
+
+
+def _read_buffers(path: Path, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file has for these buffers, each of which it has. Raises UserError for another shape or kind."""
+    values = {}
+    with open_safetensors(path) as handle:
+        for name, buffer in buffers.items():
+            value = values[name] = handle.get_tensor(name)
+            if value.shape != buffer.shape:
+                raise UserError(
+                    f"{path}: {shown(name)} is {tuple(value.shape)}, the model wants {tuple(buffer.shape)}: another"
+                    " model, or other sizes?"
+                )
+            # The precision may be another one, as it may for parameters; a count is no average.
+            both_floating = value.is_floating_point() and buffer.is_floating_point()
+            if value.dtype != buffer.dtype and not both_floating:
+                raise UserError(
+                    f"{path}: {shown(name)} is {value.dtype}, the model wants {buffer.dtype}: is it a checkpoint of"
+                    " another one?"
+                )
+    return values
 
 
 def rng_state() -> dict[str, Any]:

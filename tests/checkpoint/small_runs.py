@@ -33,6 +33,23 @@ class Unwritable:
         raise self.failure
 
 
+class Averaging(nn.Linear):
+    """Keeps a moving average and a count of what it saw, and a buffer that is no part of its `state_dict`."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("average", torch.zeros(3))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.average.lerp_(x, 0.5)
+            self.count += 1
+            self.scratch.copy_(x)
+        return super().forward(x)
+
+
 class FakeEngine:
     """DeepSpeed's part of a checkpoint: one file. Writing it raises `failure`."""
 
@@ -40,7 +57,7 @@ class FakeEngine:
     layout = {"optimizer": "none", "order": "none"}
 
     def __init__(self) -> None:
-        self.module = nn.Linear(3, 2)
+        self.module: nn.Module = nn.Linear(3, 2)
         self.failure: Exception | None = None
 
     def collect(self, folder: Path, tag: str) -> dict[Path, Any]:

@@ -22,7 +22,7 @@ from pipeline.checkpoint.save import Saver
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.recipes import all_recipes
-from tests.checkpoint.small_runs import STREAMS, FakeLoader, Unwritable, latest, moment, save, steps
+from tests.checkpoint.small_runs import STREAMS, Averaging, FakeLoader, Unwritable, latest, moment, save, steps
 
 
 def test_a_checkpoint_holds_everything_and_is_whole(make_run) -> None:
@@ -195,6 +195,19 @@ class TestInTheBackground:
         assert torch.equal(torch.load(folder / "shard.pt", weights_only=True)["weight"], weight)
         assert problems(folder, hashes=True) == [] and latest(run) == folder
         assert saver.finish() == saver.poll() == []
+
+    def test_it_holds_the_moving_averages_of_its_step(self, make_run) -> None:
+        """The forward pass changes them, and waits for no copy."""
+        run = make_run()
+        run.engine.module = model = Averaging()
+        model(torch.ones(3))
+        saver = Saver(run, STREAMS)
+        saver.save(moment(run, 5), background=True)
+        model(torch.ones(3))
+        (name,) = saver.finish()
+        saver.close()
+        content = load_file(run.folder / "checkpoints" / name / "trainable.safetensors")
+        assert content["average"].tolist() == [0.5] * 3 and content["count"] == 1
 
     def test_nothing_is_committed_before_it_is_on_disk(self, make_run, monkeypatch: pytest.MonkeyPatch) -> None:
         run, go = make_run(), threading.Event()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.checkpoint import state
@@ -34,7 +34,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Progress, Run
 from pipeline.systems.miras.config import MirasConfig
-from tests.checkpoint.small_runs import STREAMS, FakeLoader, save
+from tests.checkpoint.small_runs import STREAMS, Averaging, FakeLoader, save
 from tests.checkpoint.whole import change_facts, write_whole
 
 
@@ -307,6 +307,50 @@ class TestLoadTrainable:
         load_trainable(model, folder, Topology())
         assert torch.equal(model.weight, run.engine.module.weight)
         assert torch.equal(model.bias, bias)
+
+    def test_moving_averages_come_back_with_the_weights(self, make_run) -> None:
+        run = make_run()
+        run.engine.module = trained = Averaging()
+        trained(torch.tensor([1.0, 2.0, 4.0]))
+        folder = save(run, 5)
+        assert set(load_file(folder / "trainable.safetensors")) == {"weight", "average", "count"}
+        model = Averaging()
+        load_trainable(model, folder, Topology())
+        assert torch.equal(model.weight, trained.weight)
+        assert model.average.tolist() == [0.5, 1, 2] and model.count == 1
+        assert not model.scratch.any(), "it is in no state_dict"
+
+    def test_they_may_be_of_another_precision(self, tmp_path: Path) -> None:
+        save_file({"average": torch.full((3,), 0.5, dtype=torch.bfloat16)}, tmp_path / "trainable.safetensors")
+        model = Averaging()
+        load_trainable(model, tmp_path, Topology())
+        assert model.average.tolist() == [0.5] * 3 and model.average.dtype == torch.float32
+
+    def test_a_checkpoint_without_them_leaves_them_as_they_are(self, make_run) -> None:
+        run = make_run()
+        folder = save(run, 5)
+        model = Averaging()
+        model(torch.ones(3))
+        load_trainable(model, folder, Topology())
+        assert torch.equal(model.weight, run.engine.module.weight)
+        assert model.average.tolist() == [0.5] * 3 and model.count == 1
+
+    @pytest.mark.parametrize(
+        "stored, message",
+        [
+            ({"average": torch.ones(4)}, r"'average' is \(4,\), the model wants \(3,\)"),
+            ({"count": torch.tensor(0.5)}, r"'count' is torch\.float32, the model wants torch\.int64"),
+            ({"scratch": torch.ones(3)}, "'scratch' is no parameter of this model"),
+        ],
+    )
+    def test_buffers_of_another_model_are_named_before_anything_is_filled(
+        self, tmp_path: Path, stored: dict[str, torch.Tensor], message: str
+    ) -> None:
+        save_file({"weight": torch.full((2, 3), 7.0), **stored}, tmp_path / "trainable.safetensors")
+        model = Averaging()
+        with pytest.raises(UserError, match=message):
+            load_trainable(model, tmp_path, Topology())
+        assert not model.weight.eq(7).any()
 
     def test_a_flipped_byte_is_found_where_there_is_a_hash(self, make_run) -> None:
         run = make_run()

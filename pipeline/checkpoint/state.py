@@ -18,7 +18,7 @@ from pipeline.checkpoint.carry import load_carry
 from pipeline.checkpoint.manifest import MANIFEST, named_checkpoints, newest, problems, read_manifest, recover, unlisted
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
-from pipeline.config import RunConfig
+from pipeline.config import MAY_CHANGE, RunConfig
 from pipeline.config_file import to_plain
 from pipeline.data.batch import StatefulLoader
 from pipeline.errors import RankError, UserError, brief, shown
@@ -210,11 +210,9 @@ def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[
     """The first field in which a saved section, as plain values, is another model than `section`, whose are `plain`."""
     if not (isinstance(saved, dict) and dataclasses.is_dataclass(section)):
         return None if saved == plain else (flag, saved, plain)
-    # Which backend computes a thing, and in what pieces, leaves the model the same; so does what the section does
-    # not use, as it says itself.
-    idle = {"backend", "chunk", "lr_scale", *getattr(section, "idle", ())}
+    ignored = getattr(section, "ignored_fields", ())
     for field in dataclasses.fields(section):
-        if field.name in idle:
+        if field.name in ignored or MAY_CHANGE.items() <= field.metadata.items():
             continue
         value = getattr(section, field.name)
         # A run of before the field existed did what its default does.

@@ -156,6 +156,32 @@ def test_a_run_of_before_a_field_existed_did_what_its_default_does(
         check_resumable(now, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "section, changes, refused",
+    [
+        ("attention", {"backend": "sdpa"}, None),
+        ("memory", {"backend": "torch", "chunk": 16}, None),
+        ("backbone", {"lr_scale": 0.5}, None),
+        ("memory", {"gradient_chunk": 5, "context": 7}, None),
+        ("memory", {"conv": 3}, "--model.memory.conv 4, this run has 3"),
+        ("backbone", {"norm_eps": 1e-5}, "--model.backbone.norm-eps 1e-06, this run has 1e-05"),
+    ],
+)
+def test_a_resume_may_change_what_leaves_the_model_the_same(
+    make_run, section: str, changes: dict[str, Any], refused: str | None
+) -> None:
+    """The fields say so themselves; the memory ignores what its rule and attachment do not use."""
+    run = make_run()
+    folder = save(run, 7)
+    model = run.config.model
+    now = replace(
+        run.config,
+        model=dataclasses.replace(model, **{section: dataclasses.replace(getattr(model, section), **changes)}),
+    )
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        check_resumable(now, folder)
+
+
 @pytest.mark.parametrize("name", ["carry-00007.safetensors", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
 def test_a_file_of_another_checkpoint_is_not_read_with_this_one(make_run, name: str) -> None:
     """They are found by their names: a stray carry would give a stream heads, or a state, that are another one's."""

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
 
 from pipeline.checkpoint.carry import carry_content, carry_file
 from pipeline.checkpoint.files import Entry, Staging, shard, small, sync_folder, tensor_bytes, tensors
 from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
-from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE, persistent_buffers
+from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
+from pipeline.checkpoint.trainable import trainable_content
 from pipeline.config_file import save_config
 from pipeline.errors import UserError
 from pipeline.host.versions import versions
@@ -55,6 +55,8 @@ class _Part:
     name: str
     content: Any
     writer: Callable[[Any], Callable[[Path], Entry]]
+    copied: bool = False
+    """Whether the content is in host memory that training does not change."""
 
     @property
     def bytes(self) -> int:
@@ -66,15 +68,13 @@ class _Part:
 
 @dataclass
 class _Pending:
-    """A save under way: first every rank writes its files, then rank 0 the trained weights out of all of them."""
+    """A save under way: first every rank writes its files, then rank 0 the manifest over all of them."""
 
     step: int
     facts: dict[str, Any]
     work: Future[Entries]
     """What this rank has to do now."""
     background: bool
-    buffers: dict[str, Tensor]
-    """Copies of the model's persistent buffers, on rank 0."""
     copied: Future[None]
     """Done when training may change what is being saved."""
     written: bool = False
@@ -108,11 +108,7 @@ class Saver:
         # Collectives first, files after: a rank that cannot write must not leave the others waiting in DeepSpeed.
         facts = _facts(self.run, moment, self._versions)
         collected = self._collect(moment, self._partial(step).name)
-        # At once, and not in the thread: the next forward pass may change them, which waits for no copy.
-        own = persistent_buffers(self.run.engine.module) if self.run.is_main else {}
-        buffers = {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in own.items()}
-        size = tensor_bytes(buffers) + sum(part.bytes for part in collected)
-        everyone = all_gather_object(self.run.topology, (moment.cursors, size))
+        everyone = all_gather_object(self.run.topology, (moment.cursors, sum(part.bytes for part in collected)))
         if self.run.is_main:
             collected += self._of_all(moment, [cursors for cursors, _ in everyone])
         self._on_main(step, lambda: self._make_room(self._partial(step), sum(size for _, size in everyone)))
@@ -126,7 +122,7 @@ class Saver:
                 copied.set_result(None)
             return {part.name: part.job()(self._partial(step) / part.name) for part in parts}
 
-        self._pending = _Pending(step, facts, self._begin(work, background), background, buffers, copied)
+        self._pending = _Pending(step, facts, self._begin(work, background), background, copied)
         return done if background else [*done, *self.finish()]
 
     def release(self) -> None:
@@ -189,21 +185,15 @@ class Saver:
         """Waits for the files of all ranks; then rank 0 begins with the rest. Collective; raises UserError."""
         files = self._result(pending)
         pending.written = True
-        engine, phase, step = self.run.engine, self.run.phase, pending.step
-        assert engine is not None and phase is not None
-        names = [name for group in phase.groups for name in group.parameters]
-        partial = self._partial(step)
+        step, partial = pending.step, self._partial(pending.step)
 
-        def write_weights_and_commit() -> Entries:
-            # Of the shards that are on disk: gathering them from the ranks would hold up training.
-            weights = engine.trained_weights(partial, {**pending.facts, "files": files}, names)
-            files[TRAINABLE] = tensors({**weights, **pending.buffers})(partial / TRAINABLE)
+        def commit_it() -> Entries:
             write_manifest(partial, pending.facts, files)
             commit(partial, self.folder / f"checkpoint-{step}", self.folder / LATEST)
             self._removal = self._thread.submit(_remove, self._retire(step))
             return {}
 
-        pending.work = self._begin(write_weights_and_commit if self.run.is_main else dict, pending.background)
+        pending.work = self._begin(commit_it if self.run.is_main else dict, pending.background)
 
     def _retire(self, step: int) -> list[Path]:
         try:
@@ -234,10 +224,12 @@ class Saver:
     def _collect(self, moment: Moment, tag: str) -> list[_Part]:
         """What this rank writes. Collective. The tensors are those that training goes on to change."""
         run = self.run
-        assert run.engine is not None and run.phase is not None
         rank = f"{run.topology.rank:05d}"
         carried, layout = carry_content(moment.carries, self.streams, run.topology)
+        names = [name for group in run.phase.groups for name in group.parameters]
+        trainable, copied = trainable_content(run.engine.module, names, run.topology)
         return [
+            *([_Part(TRAINABLE, trainable, tensors, copied)] if run.is_main else []),
             _Part(f"carry-{rank}.safetensors", carried, lambda content: carry_file(content, layout)),
             _Part(f"rng-{rank}.pt", moment.rng, shard),
             *(_Part(path.name, content, shard) for path, content in run.engine.collect(self.folder, tag).items()),
@@ -254,20 +246,24 @@ class Saver:
 
     def _stage(self, parts: Sequence[_Part], ready: Any) -> list[_Part]:
         """Copies of what training changes, in host memory; `ready` is when the weights on a GPU are what is meant."""
+
+        def copies() -> list[_Part]:
+            return [
+                part if part.copied else dataclasses.replace(part, content=self._staging.copy(part.content, part.name))
+                for part in parts
+            ]
+
         if ready is None:
-            return [dataclasses.replace(part, content=self._staging.copy(part.content, part.name)) for part in parts]
+            return copies()
         with torch.cuda.stream(torch.cuda.Stream(self.run.device)) as _:
             stream = torch.cuda.current_stream()
             stream.wait_event(ready)
-            copies = [dataclasses.replace(part, content=self._staging.copy(part.content, part.name)) for part in parts]
+            staged = copies()
             stream.synchronize()
-        return copies
+        return staged
 
     def _make_room(self, partial: Path, needed: int) -> None:
-        assert self.run.engine is not None and self.run.phase is not None
-        needed += SMALL_FILES + self.run.engine.trained_bytes(
-            name for group in self.run.phase.groups for name in group.parameters
-        )
+        needed += SMALL_FILES
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             sync_folder(self.run.folder)

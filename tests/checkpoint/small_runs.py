@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +62,6 @@ class FakeEngine:
     def collect(self, folder: Path, tag: str) -> dict[Path, Any]:
         content = self.module.state_dict() if self.failure is None else Unwritable(self.failure)
         return {folder / tag / "shard.pt": content}
-
-    def trained_bytes(self, names: Iterable[str]) -> int:
-        return 24
-
-    def trained_weights(self, folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:
-        assert "shard.pt" in manifest["files"]
-        found = torch.load(folder / "shard.pt", weights_only=True)
-        return {name: found[name] for name in names}
 
     def load(self, checkpoint: Path) -> None:
         self.module.load_state_dict(torch.load(checkpoint / "shard.pt", weights_only=True))

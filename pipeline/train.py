@@ -10,8 +10,9 @@ from typing import Any
 
 from pipeline.callbacks import Callback, create_callbacks
 from pipeline.callbacks.metrics import is_evaluated
+from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.save import Moment, Saver
-from pipeline.checkpoint.state import restore, rng_state
 from pipeline.ending import end_run
 from pipeline.engine import StepResult
 from pipeline.errors import UserError, out_of_space

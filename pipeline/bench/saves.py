@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint.manifest import newest, read_manifest
+from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.save import Moment, Saver
-from pipeline.checkpoint.state import TRAINABLE, restore, rng_state
+from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.create import create_run
 from pipeline.ds_config import precision_of

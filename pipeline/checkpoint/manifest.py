@@ -23,6 +23,8 @@ LATEST = "latest"
 COUNTS = ("step", "world", "data", "sequence", "zero_stage", "global_batch")
 SEAL = "xxh128"
 """Where the manifest has the hash of the rest of itself."""
+RESTORE = "restore the file, or resume from another checkpoint with --resume PATH"
+"""What to do about a file that is missing or differs."""
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entry]) -> None:
@@ -61,6 +63,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or content != sealed(content) or not _is_manifest(content):
         raise UserError(f"{path}: damaged")
     return {key: value for key, value in content.items() if key != SEAL}
+
+
+def manifest_with(checkpoint: Path, *facts: str) -> dict[str, Any]:
+    """The manifest of a checkpoint, which says all of `facts`. Raises UserError."""
+    manifest = read_manifest(checkpoint) or {}
+    missing = next((fact for fact in facts if fact not in manifest), None)
+    if missing is not None:
+        raise UserError(
+            f"{checkpoint / MANIFEST}: says nothing of {missing!r}: it is of another version of this program; take the"
+            " weights alone with --init-from"
+        )
+    return manifest
 
 
 def _is_manifest(content: Mapping[str, Any]) -> bool:

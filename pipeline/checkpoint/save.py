@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from pipeline.checkpoint.carry import carry_content, carry_file
 from pipeline.checkpoint.files import Entry, Staging, shard, small, sync_folder, tensor_bytes, tensors
 from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
-from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
-from pipeline.checkpoint.trainable import trainable_content
+from pipeline.checkpoint.restore import TRAINER_STATE
+from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
 from pipeline.config_file import save_config
 from pipeline.errors import UserError
 from pipeline.host.versions import versions

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.manifest import LATEST, complete_checkpoints
+from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.save import Moment, Saver
-from pipeline.checkpoint.state import rng_state
 from pipeline.config import replace
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology

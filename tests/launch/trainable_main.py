@@ -15,8 +15,7 @@ from torch import nn
 
 from pipeline.checkpoint.files import tensors
 from pipeline.checkpoint.manifest import complete_checkpoints, read_manifest
-from pipeline.checkpoint.state import TRAINABLE
-from pipeline.checkpoint.trainable import trainable_content
+from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
 from pipeline.checkpoint.universal_convert import Shards
 from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig

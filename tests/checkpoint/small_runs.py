@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.checkpoint.contents import Snapshot
 from pipeline.checkpoint.manifest import LATEST, complete_checkpoints
 from pipeline.checkpoint.rng import rng_state
-from pipeline.checkpoint.save import Moment, Saver
+from pipeline.checkpoint.save import Saver
 from pipeline.config import replace
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
@@ -91,16 +92,16 @@ def a_run(folder: Path, step: int = 0, keep: int = 2, topology: Topology | None 
     return run
 
 
-def moment(run: Run, step: int) -> Moment:
+def snapshot(run: Run, step: int) -> Snapshot:
     run.progress.step = step
     carries = [{"x": CarryEntry(torch.tensor([step, -step]))}]
-    return Moment(dataclasses.replace(run.progress), FakeLoader().state_dict(), rng_state(), carries)
+    return Snapshot(dataclasses.replace(run.progress), FakeLoader().state_dict(), rng_state(), carries)
 
 
 def save(run: Run, step: int) -> Path:
     saver = Saver(run, STREAMS)
     try:
-        (name,) = saver.save(moment(run, step))
+        (name,) = saver.save(snapshot(run, step))
     finally:
         saver.close()
     return run.folder / "checkpoints" / name

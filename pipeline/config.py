@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -18,11 +19,18 @@ from pipeline.errors import UserError, shown
 
 LARGEST = 2**31 - 1
 """Of what is counted or sized: more is a slip, and overflows where it is used."""
+MAY_CHANGE: Mapping[str, bool] = {"may_change_at_resume": True}
+"""Metadata of a field of a model's section that leaves the model the same, such as a choice of backend: a resume does
+not compare it."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a system is made of. Each system derives its own section from this one."""
+    """What a system is made of. Each system derives its own section from this one.
+
+    A resume compares all fields but those with the metadata MAY_CHANGE and those that the section they are in names in
+    a property `ignored_fields`, since they mean nothing beside its other values.
+    """
 
     common: ClassVar[tuple[str, ...]] = ()
     """Dotted names of the fields whose flags `train RECIPE --help` shows; `--help-all` shows all."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.frozen import frozen_weights
-from pipeline.checkpoint.state import seed_all
+from pipeline.checkpoint.rng import seed_all
 from pipeline.data.batch import StatefulLoader
 from pipeline.data.resume import different_rank
 from pipeline.ds_config import precision_of

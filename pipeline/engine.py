@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from pipeline.checkpoint.shards import ShardFiles
-from pipeline.checkpoint.universal_convert import Shards
 from pipeline.config import RunConfig
 from pipeline.ds_config import offload_device, zero_stage
 from pipeline.errors import UserError, brief
@@ -170,15 +169,16 @@ class Engine:
     def collect(self, folder: Path, tag: str) -> dict[Path, Any]:
         """What DeepSpeed would write on this rank, by path under folder/tag, without frozen parameters. Collective.
 
-        The tensors are those that training goes on to change.
+        The parameters are those that training goes on to change. Buffers are copies: the next forward pass may change
+        them, and a save in the background makes the others wait for the next update alone.
         """
         with self._as_they_are():
             self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         collected = self._shards.take()
-        if self.stage == 3:
-            for content in collected.values():
-                if "module" in content:
-                    content["module"] = {name: content["module"][name] for name in content["buffer_names"]}
+        for content in collected.values():
+            if "module" in content:
+                buffers = {name: content["module"][name].clone() for name in content["buffer_names"]}
+                content["module"] = buffers if self.stage == 3 else {**content["module"], **buffers}
         return collected
 
     @contextlib.contextmanager
@@ -193,22 +193,6 @@ class Engine:
         finally:
             for name, method in before.items():
                 setattr(self.deepspeed, name, method)
-
-    def trained_bytes(self, names: Iterable[str]) -> int:
-        """Bytes of the named parameters in the precision that the model computes in."""
-        parameters = dict(self.module.named_parameters())
-        return sum(math.prod(full_shape(parameters[name])) * parameters[name].element_size() for name in names)
-
-    def trained_weights(self, folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
-        """The named parameters, whole, out of the shards in `folder`, rounded as the model rounds them."""
-        parameters = dict(self.module.named_parameters())
-        shards = Shards(folder, manifest, moments=False)
-        found = {saved.name: saved.tensors["fp32"].to(parameters[saved.name].dtype) for saved in shards.parameters()}
-        for name in names:
-            # ZeRO has no shard of a parameter without elements.
-            if not math.prod(full_shape(parameters[name])):
-                found[name] = torch.empty(full_shape(parameters[name]), dtype=parameters[name].dtype)
-        return {name: found[name] for name in names}
 
     def load(self, checkpoint: Path) -> None:
         """Reads DeepSpeed's shards of a checkpoint folder. Collective."""

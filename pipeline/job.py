@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from pipeline.checkpoint.finished import is_finished
-from pipeline.checkpoint.state import find_checkpoint, has_trainable
+from pipeline.checkpoint.locate import find_checkpoint
+from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
 from pipeline.create import create_run
 from pipeline.errors import LostRankError

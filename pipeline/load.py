@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoint.state import check_resumable, keep_global_batch, load_trainable
+from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
+from pipeline.checkpoint.trainable import load_trainable
 from pipeline.config import RunConfig
 from pipeline.data.build import list_data
 from pipeline.ds_config import deepspeed_config, precision_of

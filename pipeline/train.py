@@ -10,8 +10,10 @@ from typing import Any
 
 from pipeline.callbacks import Callback, create_callbacks
 from pipeline.callbacks.metrics import is_evaluated
-from pipeline.checkpoint.save import Moment, Saver
-from pipeline.checkpoint.state import restore, rng_state
+from pipeline.checkpoint.contents import Snapshot
+from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.rng import rng_state
+from pipeline.checkpoint.save import Saver
 from pipeline.ending import end_run
 from pipeline.engine import StepResult
 from pipeline.errors import UserError, out_of_space
@@ -177,8 +179,8 @@ class Trainer:
         progress = self.run.progress
         self.sync_point.at(f"saving checkpoint-{progress.step}")
         self.saved = progress.step
-        moment = Moment(dataclasses.replace(progress), self.position, self.rng, self.carries)
-        self._committed(self.saver.save(moment, background=background))
+        snapshot = Snapshot(dataclasses.replace(progress), self.position, self.rng, self.carries)
+        self._committed(self.saver.save(snapshot, background=background))
 
     def _committed(self, names: Iterable[str]) -> None:
         for name in names:

@@ -22,9 +22,12 @@ from transformers import Olmo2Config
 
 from pipeline import cli
 from pipeline.callbacks.metrics import MetricsFile, is_evaluated, read_rows
+from pipeline.checkpoint.compatibility import check_resumable
 from pipeline.checkpoint.finished import nothing_left
-from pipeline.checkpoint.manifest import sealed
-from pipeline.checkpoint.state import check_resumable, load_trainable, locate_checkpoint, restore
+from pipeline.checkpoint.locate import locate_checkpoint
+from pipeline.checkpoint.manifest import with_checksum
+from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.trainable import load_trainable
 from pipeline.commands.checkpoint import run_checkpoint
 from pipeline.config import replace
 from pipeline.config_file import load_config, save_config, to_plain
@@ -208,7 +211,7 @@ def test_a_manifest_that_somebody_else_sealed(checkpoint: Path, capsys: pytest.C
         for what, content in mutations(path.read_bytes(), 360, seed=21):
             try:
                 value = json.loads(content)
-                yield what, json.dumps(sealed(value)).encode() if isinstance(value, dict) else content
+                yield what, json.dumps(with_checksum(value)).encode() if isinstance(value, dict) else content
             except (ValueError, RecursionError):
                 continue
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.checkpoint.contents import Snapshot
 from pipeline.checkpoint.manifest import newest, read_manifest
-from pipeline.checkpoint.save import Moment, Saver
-from pipeline.checkpoint.state import TRAINABLE, restore, rng_state
+from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.rng import rng_state
+from pipeline.checkpoint.save import Saver
+from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.create import create_run
 from pipeline.ds_config import precision_of
@@ -63,18 +66,18 @@ class Saves:
 
         return self._timed(part)
 
-    def _moment(self) -> Moment:
+    def _snapshot(self) -> Snapshot:
         trainer = self.trainer
         progress = dataclasses.replace(self.run.progress)
-        return Moment(progress, trainer.loader.state_dict(), rng_state(), trainer.carries)
+        return Snapshot(progress, trainer.loader.state_dict(), rng_state(), trainer.carries)
 
     def save(self) -> float:
         """A synchronous save, from its start to the replaced `latest`."""
-        return self._timed(lambda: self.saver.save(self._moment()))
+        return self._timed(lambda: self.saver.save(self._snapshot()))
 
     def begin(self) -> float:
         """Starts an asynchronous save; returns how long training waits for the copy."""
-        return self._timed(lambda: self.saver.save(self._moment(), background=True))
+        return self._timed(lambda: self.saver.save(self._snapshot(), background=True))
 
     def poll(self) -> tuple[float, bool]:
         """What the loop asks after every step: how long it waits, and whether the save is committed."""

@@ -77,8 +77,8 @@ def load_carry(folder: Path, streams: Sequence[Sequence[int]], topology: Topolog
                 whole.append(parts[0][2] if heads_dim is None else torch.cat([p[2] for p in parts], dim=heads_dim))
             tensor = torch.cat(whole, dim=stream_dim)
             if heads_dim is not None:
-                mine = topology.heads(tensor.shape[heads_dim])
-                tensor = tensor.narrow(heads_dim, mine.start, mine.stop - mine.start)
+                local = topology.heads(tensor.shape[heads_dim])
+                tensor = tensor.narrow(heads_dim, local.start, local.stop - local.start)
             carry[name] = CarryEntry(tensor.contiguous().to(device), stream_dim, heads_dim)
         carries.append(carry)
     return carries if dims else []

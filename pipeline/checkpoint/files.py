@@ -57,14 +57,14 @@ class _Hashed:
 def small(write: Callable[[Path], None]) -> Callable[[Path], Entry]:
     """A job of a function that writes a file by itself; it is read back for its hash."""
 
-    def write_and_seal(path: Path) -> Entry:
+    def write_and_checksum(path: Path) -> Entry:
         write(path)
-        return seal(path)
+        return checksum(path)
 
-    return write_and_seal
+    return write_and_checksum
 
 
-def seal(path: Path) -> Entry:
+def checksum(path: Path) -> Entry:
     """Syncs a file that was written and hashes it."""
     with path.open("rb") as handle:
         digest = _digest(handle)

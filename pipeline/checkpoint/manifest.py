@@ -21,8 +21,10 @@ from pipeline.files.output import write_json
 MANIFEST = "manifest.json"
 LATEST = "latest"
 COUNTS = ("step", "world", "data", "sequence", "zero_stage", "global_batch")
-SEAL = "xxh128"
+CHECKSUM = "xxh128"
 """Where the manifest has the hash of the rest of itself."""
+RESTORE = "restore the file, or resume from another checkpoint with --resume PATH"
+"""What to do about a file that is missing or differs."""
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entry]) -> None:
@@ -43,7 +45,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: Mapping[str, Entr
     before = max((_written(path) for path in complete_checkpoints(folder.parent)), default=0)
     written = max(time.time_ns(), before + 1)
     content = {**facts, "written": written, "files": dict(sorted(files.items()))}
-    write_json(folder / MANIFEST, sealed(content))
+    write_json(folder / MANIFEST, with_checksum(content))
     sync_folder(folder)
 
 
@@ -58,9 +60,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         content = None
-    if not isinstance(content, dict) or content != sealed(content) or not _is_manifest(content):
+    if not isinstance(content, dict) or content != with_checksum(content) or not _is_manifest(content):
         raise UserError(f"{path}: damaged")
-    return {key: value for key, value in content.items() if key != SEAL}
+    return {key: value for key, value in content.items() if key != CHECKSUM}
+
+
+def manifest_with(checkpoint: Path, *facts: str) -> dict[str, Any]:
+    """The manifest of a checkpoint, which says all of `facts`. Raises UserError."""
+    manifest = read_manifest(checkpoint) or {}
+    missing = next((fact for fact in facts if fact not in manifest), None)
+    if missing is not None:
+        raise UserError(
+            f"{checkpoint / MANIFEST}: says nothing of {missing!r}: it is of another version of this program; take the"
+            " weights alone with --init-from"
+        )
+    return manifest
 
 
 def _is_manifest(content: Mapping[str, Any]) -> bool:
@@ -75,7 +89,7 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and _is_count(entry.get("size")) and isinstance(entry.get(SEAL), str)
+    return isinstance(entry, dict) and _is_count(entry.get("size")) and isinstance(entry.get(CHECKSUM), str)
 
 
 def _is_count(value: Any) -> bool:
@@ -89,11 +103,11 @@ def unlisted(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
     return [path for path in held if path.as_posix() not in listed and not path.name.startswith(".")]
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a manifest with its hash."""
     # As it is read back.
-    plain = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
-    return {**plain, SEAL: xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())}
+    plain = json.loads(json.dumps({key: value for key, value in content.items() if key != CHECKSUM}))
+    return {**plain, CHECKSUM: xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())}
 
 
 def problems(
@@ -150,19 +164,19 @@ def _write_latest(path: Path, name: str) -> None:
         os.fsync(handle.fileno())
 
 
-def retire_old(folder: Path, keep: int, saved: int) -> list[Path]:
+def prune_old(folder: Path, keep: int, saved: int) -> list[Path]:
     """Takes their names from complete checkpoints up to step `saved` beyond the `keep` newest; returns what may be
     removed. A run that went back to an earlier step leaves later ones alone until it saves them anew.
 
     What is half removed is never taken for a checkpoint, and removing, which takes time, can wait.
     """
     ours = [path for path in complete_checkpoints(folder) if step_of(path) <= saved]
-    retired = []
+    pruned = []
     for old in ours[:-keep]:
         hidden = _hidden(old, "removed")
         os.replace(old, hidden)
-        retired.append(hidden)
-    return retired
+        pruned.append(hidden)
+    return pruned
 
 
 def recover(folder: Path) -> None:

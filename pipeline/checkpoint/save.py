@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,16 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from pipeline.checkpoint.carry import carry_content, carry_file
-from pipeline.checkpoint.files import Entry, Staging, shard, small, sync_folder, tensor_bytes, tensors
-from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, retire_old, write_manifest
-from pipeline.checkpoint.state import TRAINABLE, TRAINER_STATE
-from pipeline.config_file import save_config
+from pipeline.checkpoint.contents import Part, Snapshot, manifest_facts, rank_parts, shared_parts
+from pipeline.checkpoint.files import Entry, Staging, sync_folder
+from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, prune_old, write_manifest
 from pipeline.errors import UserError
 from pipeline.host.versions import versions
 from pipeline.parallel.collectives import all_gather_object, raise_together
-from pipeline.run import Progress, Run
-from pipeline.system import Carry
+from pipeline.run import Run
 
 SMALL_FILES = 2**20
 """Bytes set aside for files that hold no tensors of the model."""
@@ -33,39 +29,12 @@ FAILURES = (OSError, RuntimeError, SafetensorError)
 """What the libraries raise when a file cannot be written."""
 
 
-@dataclass(frozen=True)
-class Moment:
-    """A completed step: what a checkpoint of it holds besides what the engine does."""
-
-    progress: Progress
-    cursors: dict[str, Any]
-    """The loader's `state_dict`: this rank's streams."""
-    rng: dict[str, Any]
-    carries: Sequence[Carry]
-
-
 Entries = dict[str, Entry]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One file of this rank: what is in it, and how it is written."""
-
-    name: str
-    content: Any
-    writer: Callable[[Any], Callable[[Path], Entry]]
-
-    @property
-    def bytes(self) -> int:
-        return tensor_bytes(self.content)
-
-    def job(self) -> Callable[[Path], Entry]:
-        return self.writer(self.content)
 
 
 @dataclass
 class _Pending:
-    """A save under way: first every rank writes its files, then rank 0 the trained weights out of all of them."""
+    """A save under way: first every rank writes its files, then rank 0 the manifest over all of them."""
 
     step: int
     facts: dict[str, Any]
@@ -94,20 +63,20 @@ class Saver:
         self._pending: _Pending | None = None
         self._removal: Future[None] | None = None
 
-    def save(self, moment: Moment, *, background: bool = False) -> list[str]:
-        """Saves `moment`, whose weights the engine still has; returns the checkpoints that became complete by it.
+    def save(self, snapshot: Snapshot, *, background: bool = False) -> list[str]:
+        """Saves `snapshot`, whose weights the engine still has; returns the checkpoints that became complete by it.
 
         With `background` it returns at once, `release` must come before the next change of the weights, and `poll` and
         `finish` commit. Collective; raises UserError on every rank when one cannot write.
         """
         done = self.finish()
-        step = moment.progress.step
+        step = snapshot.progress.step
         # Collectives first, files after: a rank that cannot write must not leave the others waiting in DeepSpeed.
-        facts = _facts(self.run, moment, self._versions)
-        collected = self._collect(moment, self._partial(step).name)
-        everyone = all_gather_object(self.run.topology, (moment.cursors, sum(part.bytes for part in collected)))
+        facts = manifest_facts(self.run, snapshot, self._versions)
+        collected = rank_parts(self.run, self.streams, snapshot, self.folder, self._partial(step).name)
+        everyone = all_gather_object(self.run.topology, (snapshot.cursors, sum(part.bytes for part in collected)))
         if self.run.is_main:
-            collected += self._of_all(moment, [cursors for cursors, _ in everyone])
+            collected += shared_parts(self.run, snapshot, [cursors for cursors, _ in everyone])
         self._on_main(step, lambda: self._make_room(self._partial(step), sum(size for _, size in everyone)))
         copied: Future[None] = Future()
         ready = torch.cuda.current_stream().record_event() if self.run.device.type == "cuda" else None
@@ -182,25 +151,19 @@ class Saver:
         """Waits for the files of all ranks; then rank 0 begins with the rest. Collective; raises UserError."""
         files = self._result(pending)
         pending.written = True
-        engine, phase, step = self.run.engine, self.run.phase, pending.step
-        assert engine is not None and phase is not None
-        names = [name for group in phase.groups for name in group.parameters]
-        partial = self._partial(step)
+        step, partial = pending.step, self._partial(pending.step)
 
-        def write_weights_and_commit() -> Entries:
-            # Of the shards that are on disk: gathering them from the ranks would hold up training.
-            weights = engine.trained_weights(partial, {**pending.facts, "files": files}, names)
-            files[TRAINABLE] = tensors(weights)(partial / TRAINABLE)
+        def commit_it() -> Entries:
             write_manifest(partial, pending.facts, files)
             commit(partial, self.folder / f"checkpoint-{step}", self.folder / LATEST)
-            self._removal = self._thread.submit(_remove, self._retire(step))
+            self._removal = self._thread.submit(_remove, self._prune(step))
             return {}
 
-        pending.work = self._begin(write_weights_and_commit if self.run.is_main else dict, pending.background)
+        pending.work = self._begin(commit_it if self.run.is_main else dict, pending.background)
 
-    def _retire(self, step: int) -> list[Path]:
+    def _prune(self, step: int) -> list[Path]:
         try:
-            return retire_old(self.folder, self.run.config.keep, step)
+            return prune_old(self.folder, self.run.config.keep, step)
         except OSError as error:
             # The save is complete; room that was not made shows when it is needed.
             warnings.warn(f"an old checkpoint was not removed: {error}", stacklevel=2)
@@ -208,14 +171,14 @@ class Saver:
 
     def _result(self, pending: _Pending) -> Entries:
         """What all ranks have written by now; UserError on all when one could not. Collective."""
-        problem, mine = None, {}
+        problem, local = None, {}
         try:
-            mine = pending.work.result()
+            local = pending.work.result()
         except UserError as error:
             problem = str(error)
         except FAILURES as error:
             problem = self._sentence(pending.step, error)
-        everyone = all_gather_object(self.run.topology, (problem, mine))
+        everyone = all_gather_object(self.run.topology, (problem, local))
         problem = next((text for text, _ in everyone if text is not None), None)
         if problem is not None:
             self._pending = None
@@ -224,43 +187,26 @@ class Saver:
             raise UserError(problem)
         return {file: entry for _, entries in everyone for file, entry in entries.items()}
 
-    def _collect(self, moment: Moment, tag: str) -> list[_Part]:
-        """What this rank writes. Collective. The tensors are those that training goes on to change."""
-        run = self.run
-        assert run.engine is not None and run.phase is not None
-        rank = f"{run.topology.rank:05d}"
-        carried, layout = carry_content(moment.carries, self.streams, run.topology)
-        return [
-            _Part(f"carry-{rank}.safetensors", carried, lambda content: carry_file(content, layout)),
-            _Part(f"rng-{rank}.pt", moment.rng, shard),
-            *(_Part(path.name, content, shard) for path, content in run.engine.collect(self.folder, tag).items()),
-        ]
-
-    def _of_all(self, moment: Moment, cursors: Sequence[dict[str, Any]]) -> list[_Part]:
-        """What rank 0 writes for all ranks."""
-        config = self.run.config
-        plain = {TRAINER_STATE: dataclasses.asdict(moment.progress), "loader.json": _merged(cursors)}
-        return [
-            *(_Part(name, content, _json) for name, content in plain.items()),
-            _Part("config.yaml", None, lambda _: small(lambda path: save_config(config, path))),
-        ]
-
-    def _stage(self, parts: Sequence[_Part], ready: Any) -> list[_Part]:
+    def _stage(self, parts: Sequence[Part], ready: Any) -> list[Part]:
         """Copies of what training changes, in host memory; `ready` is when the weights on a GPU are what is meant."""
+
+        def copies() -> list[Part]:
+            return [
+                part if part.copied else dataclasses.replace(part, content=self._staging.copy(part.content, part.name))
+                for part in parts
+            ]
+
         if ready is None:
-            return [dataclasses.replace(part, content=self._staging.copy(part.content, part.name)) for part in parts]
+            return copies()
         with torch.cuda.stream(torch.cuda.Stream(self.run.device)) as _:
             stream = torch.cuda.current_stream()
             stream.wait_event(ready)
-            copies = [dataclasses.replace(part, content=self._staging.copy(part.content, part.name)) for part in parts]
+            staged = copies()
             stream.synchronize()
-        return copies
+        return staged
 
     def _make_room(self, partial: Path, needed: int) -> None:
-        assert self.run.engine is not None and self.run.phase is not None
-        needed += SMALL_FILES + self.run.engine.trained_bytes(
-            name for group in self.run.phase.groups for name in group.parameters
-        )
+        needed += SMALL_FILES
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             sync_folder(self.run.folder)
@@ -295,36 +241,3 @@ class Saver:
 def _remove(folders: Sequence[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder)
-
-
-def _facts(run: Run, moment: Moment, packages: dict[str, str | None]) -> dict[str, Any]:
-    assert run.engine is not None
-    return {
-        "step": moment.progress.step,
-        "recipe": run.config.recipe,
-        "system": run.config.model.system,
-        "world": run.topology.world,
-        "data": run.topology.data,
-        "sequence": run.topology.sequence,
-        "zero_stage": run.engine.stage,
-        **run.engine.layout,
-        "global_batch": run.config.batch_size * run.config.grad_accum * run.topology.data,
-        "frozen": run.frozen,
-        "versions": packages,
-        "data_fingerprint": moment.cursors.get("fingerprint"),
-    }
-
-
-def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    streams = {key: value for state in states for key, value in state.get("streams", {}).items()}
-    return {**states[0], "streams": streams}
-
-
-def _json(content: Any) -> Callable[[Path], Entry]:
-    return small(lambda path: _write_json(path, content))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with path.open("w") as handle:
-        json.dump(content, handle, indent=1)
-        handle.write("\n")

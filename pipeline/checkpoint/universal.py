@@ -214,6 +214,6 @@ def _part(value: Tensor, parameter: nn.Parameter) -> Tensor:
     holder: Any = parameter
     size, rank = holder.partition_numel(), holder.ds_zero_partition_rank
     part = torch.zeros(size, dtype=torch.float32)
-    mine = value.reshape(-1)[rank * size : (rank + 1) * size]
-    part[: mine.numel()] = mine
+    local = value.reshape(-1)[rank * size : (rank + 1) * size]
+    part[: local.numel()] = local
     return part

@@ -6,7 +6,8 @@ import importlib.util
 import os
 import shutil
 
-from pipeline.checkpoint.state import TRAINABLE, locate_checkpoint
+from pipeline.checkpoint.locate import locate_checkpoint
+from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.ds_config import precision_of
 from pipeline.errors import UserError

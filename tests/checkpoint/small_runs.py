@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.checkpoint.contents import Snapshot
 from pipeline.checkpoint.manifest import LATEST, complete_checkpoints
-from pipeline.checkpoint.save import Moment, Saver
-from pipeline.checkpoint.state import rng_state
+from pipeline.checkpoint.rng import rng_state
+from pipeline.checkpoint.save import Saver
 from pipeline.config import replace
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
@@ -33,6 +33,23 @@ class Unwritable:
         raise self.failure
 
 
+class Averaging(nn.Linear):
+    """Keeps a moving average and a count of what it saw, and a buffer that is no part of its `state_dict`."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("average", torch.zeros(3))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.average.lerp_(x, 0.5)
+            self.count += 1
+            self.scratch.copy_(x)
+        return super().forward(x)
+
+
 class FakeEngine:
     """DeepSpeed's part of a checkpoint: one file. Writing it raises `failure`."""
 
@@ -40,20 +57,12 @@ class FakeEngine:
     layout = {"optimizer": "none", "order": "none"}
 
     def __init__(self) -> None:
-        self.module = nn.Linear(3, 2)
+        self.module: nn.Module = nn.Linear(3, 2)
         self.failure: Exception | None = None
 
     def collect(self, folder: Path, tag: str) -> dict[Path, Any]:
         content = self.module.state_dict() if self.failure is None else Unwritable(self.failure)
         return {folder / tag / "shard.pt": content}
-
-    def trained_bytes(self, names: Iterable[str]) -> int:
-        return 24
-
-    def trained_weights(self, folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:
-        assert "shard.pt" in manifest["files"]
-        found = torch.load(folder / "shard.pt", weights_only=True)
-        return {name: found[name] for name in names}
 
     def load(self, checkpoint: Path) -> None:
         self.module.load_state_dict(torch.load(checkpoint / "shard.pt", weights_only=True))
@@ -83,16 +92,16 @@ def a_run(folder: Path, step: int = 0, keep: int = 2, topology: Topology | None 
     return run
 
 
-def moment(run: Run, step: int) -> Moment:
+def snapshot(run: Run, step: int) -> Snapshot:
     run.progress.step = step
     carries = [{"x": CarryEntry(torch.tensor([step, -step]))}]
-    return Moment(dataclasses.replace(run.progress), FakeLoader().state_dict(), rng_state(), carries)
+    return Snapshot(dataclasses.replace(run.progress), FakeLoader().state_dict(), rng_state(), carries)
 
 
 def save(run: Run, step: int) -> Path:
     saver = Saver(run, STREAMS)
     try:
-        (name,) = saver.save(moment(run, step))
+        (name,) = saver.save(snapshot(run, step))
     finally:
         saver.close()
     return run.folder / "checkpoints" / name

@@ -8,7 +8,7 @@ import pytest
 import torch
 import xxhash
 
-from pipeline.checkpoint.files import BLOCK, Staging, hash_of, seal, shard, small, tensor_bytes
+from pipeline.checkpoint.files import BLOCK, Staging, checksum, hash_of, shard, small, tensor_bytes
 
 
 @pytest.mark.parametrize("numbers", [3, BLOCK // 4 - 1, BLOCK // 4, 3 * BLOCK // 4 + 5])
@@ -18,7 +18,7 @@ def test_a_shard_is_what_torch_saves_and_its_entry_is_of_the_file(tmp_path: Path
     found = torch.load(tmp_path / "shard.pt", weights_only=True)
     assert torch.equal(found["a"], content["a"]) and found["b"][1:] == ["text", 3]
     data = (tmp_path / "shard.pt").read_bytes()
-    assert entry == {"size": len(data), "xxh128": xxhash.xxh3_128_hexdigest(data)} == seal(tmp_path / "shard.pt")
+    assert entry == {"size": len(data), "xxh128": xxhash.xxh3_128_hexdigest(data)} == checksum(tmp_path / "shard.pt")
 
 
 def test_other_files_are_read_back_for_their_hash(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import files, manifest
+from pipeline.checkpoint import contents, files, manifest
 from pipeline.checkpoint import save as saving
 from pipeline.checkpoint.manifest import LATEST, newest, problems, read_manifest
 from pipeline.checkpoint.save import Saver
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.recipes import all_recipes
-from tests.checkpoint.small_runs import STREAMS, FakeLoader, Unwritable, latest, moment, save, steps
+from tests.checkpoint.small_runs import STREAMS, Averaging, FakeLoader, Unwritable, latest, save, snapshot, steps
 
 
 def test_a_checkpoint_holds_everything_and_is_whole(make_run) -> None:
@@ -113,7 +113,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(make_run,
 
 @pytest.mark.parametrize(
     "owner, step",
-    [(files, "save_file"), (saving, "_write_json"), (saving, "save_config"), (files.os, "fsync"),
+    [(files, "save_file"), (contents, "_write_json"), (contents, "save_config"), (files.os, "fsync"),
      (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace"), (manifest, "_write_latest")],
 )  # fmt: skip
 def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
@@ -173,7 +173,7 @@ def test_an_interrupted_save_is_cleared_by_the_next(make_run) -> None:
 
 def test_cursors_of_all_data_ranks_are_saved_together() -> None:
     other = {"streams": {"2": {"offset": 1}}, "fingerprint": {"texts": 3}}
-    merged = saving._merged([FakeLoader().state_dict(), other])
+    merged = contents._merged([FakeLoader().state_dict(), other])
     assert merged["streams"] == {"0": {"offset": 5}, "1": {"offset": 9}, "2": {"offset": 1}}
     assert merged["fingerprint"] == {"texts": 3}
 
@@ -184,7 +184,7 @@ class TestInTheBackground:
         saver = Saver(run, STREAMS)
         for step in (5, 6):
             weight = run.engine.module.weight.clone()
-            assert saver.save(moment(run, step), background=True) == ([] if step == 5 else ["checkpoint-5"])
+            assert saver.save(snapshot(run, step), background=True) == ([] if step == 5 else ["checkpoint-5"])
             saver.release()
             with torch.no_grad():
                 run.engine.module.weight.add_(1)
@@ -196,13 +196,26 @@ class TestInTheBackground:
         assert problems(folder, hashes=True) == [] and latest(run) == folder
         assert saver.finish() == saver.poll() == []
 
+    def test_it_holds_the_moving_averages_of_its_step(self, make_run) -> None:
+        """The forward pass changes them, and waits for no copy."""
+        run = make_run()
+        run.engine.module = model = Averaging()
+        model(torch.ones(3))
+        saver = Saver(run, STREAMS)
+        saver.save(snapshot(run, 5), background=True)
+        model(torch.ones(3))
+        (name,) = saver.finish()
+        saver.close()
+        content = load_file(run.folder / "checkpoints" / name / "trainable.safetensors")
+        assert content["average"].tolist() == [0.5] * 3 and content["count"] == 1
+
     def test_nothing_is_committed_before_it_is_on_disk(self, make_run, monkeypatch: pytest.MonkeyPatch) -> None:
         run, go = make_run(), threading.Event()
         older = save(run, 5)
-        write = saving._write_json
-        monkeypatch.setattr(saving, "_write_json", lambda *arguments: go.wait() and write(*arguments))
+        write = contents._write_json
+        monkeypatch.setattr(contents, "_write_json", lambda *arguments: go.wait() and write(*arguments))
         saver = Saver(run, STREAMS)
-        saver.save(moment(run, 6), background=True)
+        saver.save(snapshot(run, 6), background=True)
         assert saver.poll() == [] and latest(run) == older and steps(run) == [5]
         go.set()
         assert saver.finish() == ["checkpoint-6"]
@@ -215,7 +228,7 @@ class TestInTheBackground:
         saver = Saver(run, STREAMS)
         staging = saver._staging.copy
         saver._staging.copy = lambda value, *place: value if isinstance(value, Unwritable) else staging(value, *place)
-        saver.save(moment(run, 6), background=True)
+        saver.save(snapshot(run, 6), background=True)
         with pytest.raises(UserError, match=r"checkpoint-6 was not saved .*No space left"):
             saver.finish()
         saver.close()

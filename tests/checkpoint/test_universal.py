@@ -90,7 +90,7 @@ def stage0(folder: Path) -> None:
 STAGES = {0: stage0, 1: stage1, 3: stage3}
 
 
-def seal(folder: Path, stage: int) -> Path:
+def with_manifest(folder: Path, stage: int) -> Path:
     write_whole(folder, {"world": 2, "zero_stage": stage, "step": 7, "versions": {"deepspeed": "x"}})
     return folder
 
@@ -100,7 +100,7 @@ def checkpoint(folder: Path, stage: int) -> Path:
     STAGES[stage](folder)
     (folder / "trainer_state.json").write_text('{"step": 7}')
     (folder / "rng-00000.pt").write_bytes(b"as it is")
-    return seal(folder, stage)
+    return with_manifest(folder, stage)
 
 
 def change(folder: Path, name: str, part: Change) -> None:
@@ -146,7 +146,7 @@ def test_before_the_first_update_the_moments_are_zero(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "checkpoint-7", 1)
     for name in OPTIMIZERS:
         change(source, name, lambda content: content["optimizer_state_dict"]["base_optimizer_state"]["state"].clear())
-    convert(seal(source, 1), tmp_path / "out")
+    convert(with_manifest(source, 1), tmp_path / "out")
     assert torch.equal(read(tmp_path / "out", "a", "fp32"), VALUES["fp32"]["a"])
     assert not read(tmp_path / "out", "a", "exp_avg").any() and read(tmp_path / "out", "a", "step") == 0
 
@@ -210,7 +210,7 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     source = checkpoint(tmp_path / "checkpoint-7", stage)
     for name, part in changes.items():
         change(source, name, part)
-    refused(seal(source, stage), tmp_path / "out", reason)
+    refused(with_manifest(source, stage), tmp_path / "out", reason)
 
 
 def refused(source: Path, out: Path, reason: str) -> None:
@@ -228,11 +228,11 @@ def test_what_is_damaged_incomplete_there_or_done_already_is_refused(tmp_path: P
     refused(out, tmp_path / "again", "universal format already")
     (source / OPTIMIZERS[1]).unlink()
     refused(source, tmp_path / "again", f"{OPTIMIZERS[1]}: missing")
-    refused(seal(source, 1), tmp_path / "again", f"{OPTIMIZERS[1]}: missing, of 2 ranks")
+    refused(with_manifest(source, 1), tmp_path / "again", f"{OPTIMIZERS[1]}: missing, of 2 ranks")
     stage1(source)
     (source / "offloaded_tensors").mkdir()
     (source / "offloaded_tensors" / "0.swp").write_bytes(b"")
-    refused(seal(source, 1), tmp_path / "again", "NVMe")
+    refused(with_manifest(source, 1), tmp_path / "again", "NVMe")
     with (source / MODEL).open("r+b") as handle:
         handle.seek(300)
         handle.write(b"?")
@@ -261,7 +261,7 @@ def test_a_write_that_fails_leaves_nothing(
 def test_zero_cannot_take_steps_that_differ_within_a_group(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "checkpoint-7", 0)
     change(source, MODEL, lambda content: content["optimizer"]["state"][1]["step"].add_(1))
-    convert(seal(source, 0), tmp_path / "out")
+    convert(with_manifest(source, 0), tmp_path / "out")
     saved = universal._Saved(tmp_path / "out")
     assert (saved.step_of(["a"]), saved.step_of(["b"])) == (8.0, 7.0)
     with pytest.raises(UserError, match=r"'b' was updated 7 times and 'a' 8 times, .* with --zero zero0"):

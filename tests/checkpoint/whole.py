@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.files import seal
-from pipeline.checkpoint.manifest import MANIFEST, sealed, write_manifest
+from pipeline.checkpoint.files import checksum
+from pipeline.checkpoint.manifest import MANIFEST, with_checksum, write_manifest
 
 
 def write_whole(folder: Path, facts: dict[str, Any]) -> None:
     """Makes a folder a complete checkpoint with these facts."""
     present = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-    write_manifest(folder, facts, {str(path.relative_to(folder)): seal(path) for path in present})
+    write_manifest(folder, facts, {str(path.relative_to(folder)): checksum(path) for path in present})
 
 
 def change_facts(folder: Path, **changes: Any) -> None:
     """A checkpoint that says other things of itself, as one that somebody else saved."""
     path = folder / MANIFEST
-    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), **changes})))
+    path.write_text(json.dumps(with_checksum({**json.loads(path.read_text()), **changes})))

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from pipeline.config import LARGEST, ModelConfig
+from pipeline.config import LARGEST, MAY_CHANGE, ModelConfig
 from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError, shown
 from pipeline.ops.gates import MAX_MOMENTUM
@@ -26,7 +26,7 @@ class BackboneConfig:
     """Revision of a hub name."""
     trainable: bool = False
     """Train the backbone too, not the memory alone."""
-    lr_scale: float = 1.0
+    lr_scale: float = field(default=1.0, metadata=MAY_CHANGE)
     """Learning rate of a trainable backbone, as a multiple of --lr."""
     layers: int = 16
     """Decoder layers."""
@@ -69,7 +69,7 @@ class AttentionConfig:
     """Tokens that a windowed query sees, itself included."""
     sinks: int = 4
     """First tokens of a document that every windowed query sees as well (attention sinks)."""
-    backend: Literal["auto", "sdpa", "flex", "flash2", "flash3", "flash4"] = "auto"
+    backend: Literal["auto", "sdpa", "flex", "flash2", "flash3", "flash4"] = field(default="auto", metadata=MAY_CHANGE)
     """What computes it; auto takes the fastest that fits."""
 
     def __post_init__(self) -> None:
@@ -181,7 +181,7 @@ class MemoryConfig:
     """titans: momentum and forgetting; delta: no momentum. These are exact. The others take their gradients at the
     start of a chunk (docs/memory_family.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
     retention; mlp: a two-layer memory; swiglu: a SwiGLU memory in large chunks."""
-    backend: Literal["auto", "torch", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "torch", "cpu", "cuda"] = field(default="auto", metadata=MAY_CHANGE)
     """Backend of the memory scan; auto takes the fastest that fits. cpu and cuda: native, titans and delta alone."""
     attachment: Literal["residual", "mac", "mag", "mal"] = "residual"
     """How the memory meets its layer. residual: beside it; mac: read as context of its attention, written with what
@@ -192,7 +192,7 @@ class MemoryConfig:
     """Memories per layer."""
     head_dim: int = 128
     """Size of a key, and of a value: each memory is head_dim x head_dim."""
-    chunk: int = 64
+    chunk: int = field(default=64, metadata=MAY_CHANGE)
     """Tokens that one step of the scan of titans and delta takes at a time; the result does not depend on it."""
     gradient_chunk: int = 16
     """Tokens whose gradients moneta, yaad, memora and mlp take at the memory that the first of them finds. It is part
@@ -241,7 +241,7 @@ class MemoryConfig:
         return self.swiglu.gradient_chunk if self.rule == "swiglu" else self.gradient_chunk
 
     @property
-    def idle(self) -> set[str]:
+    def ignored_fields(self) -> set[str]:
         """Fields that this rule and attachment do not use: two runs that differ in them alone train the same model."""
         unused = {"moneta", "yaad", "memora", "mlp", "swiglu"} - {self.rule}
         if self.rule in ("titans", "delta", "swiglu"):

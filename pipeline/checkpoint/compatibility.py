@@ -1,0 +1,69 @@
+"""Whether a run can go on from a checkpoint: the same system, model and global batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems
+from pipeline.config import MAY_CHANGE, RunConfig
+from pipeline.config_file import to_plain
+from pipeline.errors import UserError, brief
+from pipeline.parallel.topology import Topology
+
+
+def check_resumable(config: RunConfig, checkpoint: Path) -> None:
+    """Raises UserError when a run cannot go on from a checkpoint: another system, or another model.
+
+    It reads the manifest and the archived config alone, so it can be asked before anything is built.
+    """
+    import yaml
+
+    wrong = problems(checkpoint, hashes=True, only=("config.yaml",))
+    if wrong:
+        raise UserError(f"{wrong[0]}: {RESTORE}")
+    system = manifest_with(checkpoint, "system")["system"]
+    if system != config.model.system:
+        raise UserError(
+            f"{checkpoint} was saved with system {brief(system)}, this run has {config.model.system}: resume with its"
+            " recipe"
+        )
+    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
+    different = _first_difference(saved, config.model, to_plain(config)["model"], "--model")
+    if different is not None:
+        flag, before, now = different
+        raise UserError(
+            f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take what fits with"
+            " --init-from"
+        )
+
+
+def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[str, Any, Any] | None:
+    """The first field in which a saved section, as plain values, is another model than `section`, whose are `plain`."""
+    if not (isinstance(saved, dict) and dataclasses.is_dataclass(section)):
+        return None if saved == plain else (flag, saved, plain)
+    ignored = getattr(section, "ignored_fields", ())
+    for field in dataclasses.fields(section):
+        if field.name in ignored or MAY_CHANGE.items() <= field.metadata.items():
+            continue
+        value = getattr(section, field.name)
+        # A run of before the field existed did what its default does.
+        if field.name not in saved and value == field.default:
+            continue
+        words = f"{flag}.{field.name.replace('_', '-')}"
+        found = _first_difference(saved.get(field.name), value, plain[field.name], words)
+        if found is not None:
+            return found
+    return None
+
+
+def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path) -> RunConfig:
+    """The config with as many micro-batches as keep the checkpoint's global batch on this layout. Raises UserError."""
+    rows, whole = config.batch_size * topology.data, manifest_with(checkpoint, "global_batch")["global_batch"]
+    if whole % rows:
+        raise UserError(
+            f"{checkpoint} was trained with {whole} sequences per step, and --batch-size {config.batch_size} on"
+            f" {topology.data} data ranks makes steps of {rows}: choose a batch size that divides it"
+        )
+    return dataclasses.replace(config, grad_accum=whole // rows)

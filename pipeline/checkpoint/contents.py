@@ -1,0 +1,108 @@
+"""What a checkpoint of a run holds: the parts that every rank writes, and what the manifest says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.carry import carry_content, carry_file
+from pipeline.checkpoint.files import Entry, shard, small, tensor_bytes, tensors
+from pipeline.checkpoint.restore import TRAINER_STATE
+from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
+from pipeline.config_file import save_config
+from pipeline.run import Progress, Run
+from pipeline.system import Carry
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A completed step: what a checkpoint of it holds besides what the engine does."""
+
+    progress: Progress
+    cursors: dict[str, Any]
+    """The loader's `state_dict`: this rank's streams."""
+    rng: dict[str, Any]
+    carries: Sequence[Carry]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of this rank: what is in it, and how it is written."""
+
+    name: str
+    content: Any
+    writer: Callable[[Any], Callable[[Path], Entry]]
+    copied: bool = False
+    """Whether the content is in host memory that training does not change."""
+
+    @property
+    def bytes(self) -> int:
+        return tensor_bytes(self.content)
+
+    def job(self) -> Callable[[Path], Entry]:
+        return self.writer(self.content)
+
+
+def rank_parts(run: Run, streams: Sequence[Sequence[int]], snapshot: Snapshot, folder: Path, tag: str) -> list[Part]:
+    """What this rank writes, under folder/tag. Collective.
+
+    `streams` are the rank's, per micro-batch. Tensors are those that training goes on to change, but of parts that say
+    they are copied.
+    """
+    rank = f"{run.topology.rank:05d}"
+    carried, layout = carry_content(snapshot.carries, streams, run.topology)
+    names = [name for group in run.phase.groups for name in group.parameters]
+    trainable, copied = trainable_content(run.engine.module, names, run.topology)
+    return [
+        *([Part(TRAINABLE, trainable, tensors, copied)] if run.is_main else []),
+        Part(f"carry-{rank}.safetensors", carried, lambda content: carry_file(content, layout)),
+        Part(f"rng-{rank}.pt", snapshot.rng, shard),
+        *(Part(path.name, content, shard) for path, content in run.engine.collect(folder, tag).items()),
+    ]
+
+
+def shared_parts(run: Run, snapshot: Snapshot, cursors: Sequence[dict[str, Any]]) -> list[Part]:
+    """What rank 0 writes for all ranks, whose data cursors are given."""
+    config = run.config
+    plain = {TRAINER_STATE: dataclasses.asdict(snapshot.progress), "loader.json": _merged(cursors)}
+    return [
+        *(Part(name, content, _json) for name, content in plain.items()),
+        Part("config.yaml", None, lambda _: small(lambda path: save_config(config, path))),
+    ]
+
+
+def manifest_facts(run: Run, snapshot: Snapshot, packages: dict[str, str | None]) -> dict[str, Any]:
+    """What the manifest says of a checkpoint besides its files. `packages` are versions by name."""
+    return {
+        "step": snapshot.progress.step,
+        "recipe": run.config.recipe,
+        "system": run.config.model.system,
+        "world": run.topology.world,
+        "data": run.topology.data,
+        "sequence": run.topology.sequence,
+        "zero_stage": run.engine.stage,
+        **run.engine.layout,
+        "global_batch": run.config.batch_size * run.config.grad_accum * run.topology.data,
+        "frozen": run.frozen,
+        "versions": packages,
+        "data_fingerprint": snapshot.cursors.get("fingerprint"),
+    }
+
+
+def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    streams = {key: value for state in states for key, value in state.get("streams", {}).items()}
+    return {**states[0], "streams": streams}
+
+
+def _json(content: Any) -> Callable[[Path], Entry]:
+    return small(lambda path: _write_json(path, content))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with path.open("w") as handle:
+        json.dump(content, handle, indent=1)
+        handle.write("\n")

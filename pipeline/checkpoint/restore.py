@@ -1,0 +1,107 @@
+"""Putting a run back where a checkpoint was saved, after every byte of it was verified."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.checkpoint.carry import load_carry
+from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems, read_manifest, unlisted
+from pipeline.checkpoint.rng import seed_all, set_rng_state
+from pipeline.checkpoint.safe import load_pickle
+from pipeline.checkpoint.universal import convert, is_universal, load_universal
+from pipeline.data.batch import StatefulLoader
+from pipeline.errors import RankError, UserError
+from pipeline.files.json_file import read_json
+from pipeline.parallel.collectives import shared_errors
+from pipeline.parallel.topology import Topology
+from pipeline.run import Progress, Run
+from pipeline.system import Carry
+
+TRAINER_STATE = "trainer_state.json"
+
+
+def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequence[Sequence[int]]) -> list[Carry]:
+    """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective.
+
+    A checkpoint of other ranks, or another ZeRO stage, precision or offload, goes through DeepSpeed's universal format.
+    Raises UserError on every rank, before anything is changed, when a byte of the checkpoint, the data or a frozen
+    weight differs.
+    """
+    assert run.engine is not None
+    verify_together(checkpoint, run.topology)
+    manifest = manifest_with(checkpoint, "step", "world", "zero_stage", "frozen")
+    if manifest["frozen"] != run.frozen:
+        raise UserError(
+            f"{checkpoint} was trained on other frozen weights than this run has: give the pretrained weights it was"
+            " trained on, or take what it trained alone with --init-from"
+        )
+    progress = _progress(checkpoint)
+    cursors = read_json(checkpoint / "loader.json", RESTORE)
+    with shared_errors(run.topology):
+        loader.load_state_dict(cursors)
+    layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}
+    if not is_universal(checkpoint) and all(manifest.get(key) == value for key, value in layout.items()):
+        with _known_here(run.topology):
+            run.engine.load(checkpoint)
+    else:
+        _load_elsewhere(run, checkpoint)
+    if manifest["world"] == run.topology.world:
+        with _known_here(run.topology):
+            set_rng_state(load_pickle(checkpoint / f"rng-{run.topology.rank:05d}.pt"))
+    else:
+        # Ranks have no successor among more or fewer of them; nothing that is trained may depend on their states.
+        seed_all(run.config.seed, f"step {manifest['step']}, rank {run.topology.rank} of {run.topology.world}")
+    run.progress = progress
+    run.last_checkpoint = checkpoint.name
+    return load_carry(checkpoint, streams, run.topology, run.device)
+
+
+def _progress(checkpoint: Path) -> Progress:
+    path = checkpoint / TRAINER_STATE
+    content = read_json(path, RESTORE)
+    try:
+        return Progress(**content)
+    except TypeError:
+        raise UserError(f"{path}: not the progress of a run of this version: {RESTORE}") from None
+
+
+@contextlib.contextmanager
+def _known_here(topology: Topology) -> Iterator[None]:
+    """What is wrong with a file that this rank alone reads, between collectives, is for this rank to say."""
+    try:
+        yield
+    except UserError as error:
+        raise RankError(f"rank {topology.rank}: {error}") from error
+
+
+def _load_elsewhere(run: Run, checkpoint: Path) -> None:
+    """Fills the engine from a checkpoint of another layout, through a universal one that is removed again."""
+    assert run.engine is not None
+    if is_universal(checkpoint):
+        load_universal(run.engine, checkpoint, run.topology)
+        return
+    temporary = run.folder / "checkpoints" / f".{checkpoint.name}.universal"
+    with shared_errors(run.topology):
+        if run.is_main:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            convert(checkpoint, temporary)
+    try:
+        load_universal(run.engine, temporary, run.topology)
+    finally:
+        if run.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify_together(checkpoint: Path, topology: Topology) -> None:
+    """Every byte against the manifest, each rank a share of the files. Collective; raises UserError."""
+    with shared_errors(topology):
+        wrong = problems(checkpoint, hashes=True, part=(topology.rank, topology.world))
+        if wrong:
+            raise UserError(f"{wrong[0]}: {RESTORE}")
+        for path in unlisted(checkpoint, read_manifest(checkpoint) or {}):
+            if path.match("*_states.pt") or path.match("carry-*.safetensors"):
+                raise UserError(f"{checkpoint / path}: not in the manifest, and would be read like the rest: remove it")

@@ -1,0 +1,90 @@
+"""Which checkpoints a run can go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.checkpoint.compatibility import check_resumable
+from pipeline.config import replace
+from pipeline.config_file import to_plain
+from pipeline.errors import UserError
+from pipeline.recipes.miras import miras_tiny
+from pipeline.systems.miras.config import MirasConfig
+from tests.checkpoint.small_runs import save
+from tests.checkpoint.whole import change_facts, write_whole
+
+
+def test_a_checkpoint_of_another_system_is_refused(make_run) -> None:
+    folder = save(make_run(), 7)
+    change_facts(folder, system="olmo")
+    with pytest.raises(UserError, match=rf"{folder} was saved with system olmo, this run has miras"):
+        check_resumable(make_run().config, folder)
+
+
+@pytest.mark.parametrize("flipped", [1, 128])
+def test_a_flip_in_the_archived_config_is_damage_and_no_difference_of_models(make_run, flipped: int) -> None:
+    folder = save(make_run(), 7)
+    path = folder / "config.yaml"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ flipped]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"config\.yaml: content differs from its hash: restore the file"):
+            check_resumable(make_run().config, folder)
+
+
+@pytest.mark.parametrize(
+    "flags, refused",
+    [
+        ({}, None),
+        ({"context": 7, "gradient_chunk": 5}, None),
+        ({"attachment": "mag"}, "--model.memory.attachment None, this run has mag"),
+        ({"rule": "delta"}, "--model.memory.rule titans, this run has delta"),
+    ],
+)
+def test_a_run_of_before_a_field_existed_did_what_its_default_does(
+    tmp_path: Path, flags: dict[str, Any], refused: str | None
+) -> None:
+    """Fields that the rule and the attachment do not use are no difference either."""
+    config = miras_tiny()
+    saved = to_plain(config)
+    for new in ("attachment", "context", "gradient_chunk", "moneta", "yaad", "memora", "mlp", "swiglu"):
+        del saved["model"]["memory"][new]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    write_whole(tmp_path, {"format": 1, "system": "miras", "world": 2, "zero_stage": 3})
+    assert isinstance(config.model, MirasConfig)
+    memory = dataclasses.replace(config.model.memory, **flags)
+    now = replace(config, model=dataclasses.replace(config.model, memory=memory))
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        check_resumable(now, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "section, changes, refused",
+    [
+        ("attention", {"backend": "sdpa"}, None),
+        ("memory", {"backend": "torch", "chunk": 16}, None),
+        ("backbone", {"lr_scale": 0.5}, None),
+        ("memory", {"gradient_chunk": 5, "context": 7}, None),
+        ("memory", {"conv": 3}, "--model.memory.conv 4, this run has 3"),
+        ("backbone", {"norm_eps": 1e-5}, "--model.backbone.norm-eps 1e-06, this run has 1e-05"),
+    ],
+)
+def test_a_resume_may_change_what_leaves_the_model_the_same(
+    make_run, section: str, changes: dict[str, Any], refused: str | None
+) -> None:
+    """The fields say so themselves; the memory ignores what its rule and attachment do not use."""
+    run = make_run()
+    folder = save(run, 7)
+    model = run.config.model
+    now = replace(
+        run.config,
+        model=dataclasses.replace(model, **{section: dataclasses.replace(getattr(model, section), **changes)}),
+    )
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        check_resumable(now, folder)

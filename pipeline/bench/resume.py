@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags, take, wants_help
+from pipeline.commands.flags import parse_flags, parse_run, split_flags, take, wants_help
 from pipeline.errors import UserError
 from pipeline.files.output import writing
 from pipeline.host.local import Machine
@@ -116,7 +116,7 @@ def _start(rest: Sequence[str], folder: Path, options: ResumeOptions) -> dict[st
 def run_case(words: Sequence[str]) -> None:
     """The measurement, on every rank, given repeats, steps and the recipe's words; rank 0 prints the figures."""
     repeats, steps, words = int(words[0]), int(words[1]), words[2:]
-    config = fit_ranks(parse_run(words, "bench resume-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
+    config = parse_run(words, "bench resume-case", ranks=int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.bench.saves import Saves
     from pipeline.host.versions import versions
     from pipeline.runtime.ranks import describe_devices, start, stop

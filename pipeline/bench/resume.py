@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.commands.flags import parse_flags, parse_run, split_flags, take, wants_help
 from pipeline.errors import UserError
 from pipeline.files.output import writing
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 
 if TYPE_CHECKING:
     from pipeline.bench.saves import Saves
@@ -100,9 +100,9 @@ def _start(rest: Sequence[str], folder: Path, options: ResumeOptions) -> dict[st
         launcher = Path(sys.executable).parent / "deepspeed"
         command = [
             *(str(launcher), "--hostfile", os.devnull, "--num_gpus", str(options.ranks)),
-            *("--master_port", str(Machine(os.environ).free_port()), "--module", *words),
+            *("--master_port", str(LocalHost(os.environ).free_port()), "--module", *words),
         ]
-    threads = str(max(1, Machine(os.environ).cores() // options.ranks))
+    threads = str(max(1, LocalHost(os.environ).cores() // options.ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)

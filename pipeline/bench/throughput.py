@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.commands.flags import parse_flags, parse_run, split_flags
 from pipeline.errors import UserError
 from pipeline.files.output import writing
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -95,7 +95,7 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
         launcher = Path(sys.executable).parent / "deepspeed"
         command = [
             *(str(launcher), "--hostfile", os.devnull, "--num_gpus", str(options.ranks)),
-            *("--master_port", str(Machine(os.environ).free_port()), "--module", *words),
+            *("--master_port", str(LocalHost(os.environ).free_port()), "--module", *words),
         ]
     done = subprocess.run(command, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 
 
-def host_facts(machine: Machine) -> dict[str, Any]:
+def host_facts(machine: LocalHost) -> dict[str, Any]:
     """Platform, processor, cores, memory and disk in bytes, and the NVIDIA driver."""
     memory = memory_free = None
     with contextlib.suppress(Exception):
@@ -109,7 +109,7 @@ def _first_line(command: str, flag: str) -> str | None:
     return path
 
 
-def deepspeed_facts(machine: Machine, warnings: list[str]) -> dict[str, Any]:
+def deepspeed_facts(machine: LocalHost, warnings: list[str]) -> dict[str, Any]:
     """The accelerator and the backend that DeepSpeed will take; appends to ``warnings`` why one cannot be told."""
     accelerator = "cpu"
     try:

@@ -8,14 +8,14 @@ from typing import Any
 
 from pipeline.commands.doctor.host import installed_version
 from pipeline.commands.doctor.table import gib
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 from pipeline.host.package import how_to_set_up
 
 LOW_DISK = 10 * 2**30
 SETUP = how_to_set_up()
 
 
-def warnings_of(report: Mapping[str, Any], machine: Machine) -> Iterator[str]:
+def warnings_of(report: Mapping[str, Any], machine: LocalHost) -> Iterator[str]:
     """A line for each, which says what to do."""
     if report["torch"]["error"]:
         yield f"torch does not load ({report['torch']['error'].splitlines()[0]}): {SETUP}"

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.commands.doctor.backends import attention_backends, kernel_facts
 from pipeline.commands.doctor.host import deepspeed_facts, gpus, host_facts, installed_version, tools, torch_facts
 from pipeline.commands.doctor.problems import warnings_of
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 
 PACKAGES = (
     *("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "einops", "safetensors"),
@@ -27,7 +27,7 @@ Report = dict[str, Any]
 
 def collect() -> Report:
     """Everything `render` shows, ready for JSON: one mapping per section, and a list of warnings."""
-    machine = Machine(os.environ)
+    machine = LocalHost(os.environ)
     report: Report = {
         "python": {"version": platform.python_version(), "executable": sys.executable, "prefix": sys.prefix},
         "machine": host_facts(machine),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
-from pipeline.commands.flags import fit_ranks, parse_run, take, wants_help
+from pipeline.commands.flags import parse_run, take, wants_help
 from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief, of_a_file, out_of_space
 from pipeline.runtime.exit import (
     LOST_RANK,
@@ -155,7 +155,7 @@ def _choose_accelerator() -> None:
 def _train(words: Sequence[str]) -> None:
     # Before the imports, which take seconds: a rank that a signal ends in them leaves the others waiting for it.
     with StopRequests() as requests:
-        config = fit_ranks(parse_run(words, "train"), words, int(os.environ.get("WORLD_SIZE", "1")))
+        config = parse_run(words, "train", ranks=int(os.environ.get("WORLD_SIZE", "1")))
         requests.max_hours = config.max_hours
         _choose_accelerator()
         from pipeline.job import train
@@ -178,7 +178,7 @@ def _check(words: Sequence[str]) -> None:
     world = int(ranks) if ranks is not None and ranks.isdigit() else 1 if ranks is None else 0
     if world < 1:
         raise UserError(f"--launch-ranks is {ranks}: give a number of ranks above 0")
-    config = fit_ranks(parse_run(rest, "check"), rest, world)
+    config = parse_run(rest, "check", ranks=world)
     _choose_accelerator()
     from pipeline.commands.preflight import preflight
 

@@ -28,7 +28,7 @@ from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.resume import ResumeOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
-from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags, take
+from pipeline.commands.flags import parse_flags, parse_run, split_flags, take
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
@@ -213,7 +213,7 @@ def _train_once(given: tuple[str, ...], ranks: int) -> tuple[str, ...] | None:
     words = list(given)
     if "--help" in words or "--help-all" in words:
         return ("train", *words)
-    config = fit_ranks(parse_run(words, "train"), words, ranks)
+    config = parse_run(words, "train", ranks=ranks)
     check_degrees(ranks, config.parallel.sequence)
     create_system(config).check(Topology(world=ranks, sequence=config.parallel.sequence))
     if config.model.backbone.pretrained is not None:  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline import __version__, cli
 from pipeline.cli import main, without_local_rank
-from pipeline.commands.flags import fit_ranks, parse_run
+from pipeline.commands.flags import parse_run
 from pipeline.config import RunConfig, replace
 from pipeline.config_file import save_config
 from pipeline.errors import DeviceLostError, LostRankError, UserError
@@ -342,7 +342,7 @@ def test_a_signal_while_it_still_imports_is_left_to_all_ranks(monkeypatch: pytes
     """A rank that it ended there would leave the others waiting for it."""
     before = signal.getsignal(signal.SIGTERM)
 
-    def parse(words: object, name: str) -> RunConfig:
+    def parse(words: object, name: str, ranks: int) -> RunConfig:
         os.kill(os.getpid(), signal.SIGTERM)
         return replace(miras_tiny(), max_hours=1.0)
 
@@ -425,7 +425,7 @@ def test_flags_of_sections() -> None:
 def test_a_recipes_sequence_degree_fits_the_ranks_and_a_stated_one_is_left_alone(
     words: str, ranks: int, degree: int
 ) -> None:
-    assert fit_ranks(miras_tiny(), words.split(), ranks).parallel.sequence == degree
+    assert parse_run(["miras_tiny", *words.split()], "train", ranks=ranks).parallel.sequence == degree
 
 
 @pytest.mark.parametrize("flag", ["--config run.yaml", "--config=run.yaml"])
@@ -444,7 +444,7 @@ def test_a_config_file_of_a_few_fields_fits_the_ranks_unless_it_states_the_degre
     """On one rank the recipe's own degree was held against a file that says nothing of it."""
     (tmp_path / "run.yaml").write_text(f"recipe: miras_tiny\n{fields}\n")
     command = f"{flag}{words}".split()
-    assert fit_ranks(parse_run(command, "train"), command, 1).parallel.sequence == degree
+    assert parse_run(command, "train", ranks=1).parallel.sequence == degree
 
 
 def test_no_flags_are_the_recipe() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "spelling", "host", "files"),
+    ("errors", "spelling", "units", "host", "files"),
     ("config", "schedule"),
     ("parallel", "ops", "data"),
     ("runtime",),

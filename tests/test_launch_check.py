@@ -17,16 +17,16 @@ import pytest
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 from pipeline.launch import request as request_module
 from pipeline.launch.__main__ import main
 from pipeline.launch.hosts import parse_filter, read_hostfile
-from pipeline.launch.plan import Launch, plan
+from pipeline.launch.layout import Launch, lay_out
 from pipeline.launch.remote import environment_file
 from pipeline.launch.request import Request, split
 
 
-class FakeMachine(Machine):
+class FakeHost(LocalHost):
     """A machine with devices, cores, ports and neighbours of the test's choice."""
 
     def __init__(self, gpus: int = 0, cores: int = 2, environment: dict[str, str] | None = None, **traits: object):
@@ -60,11 +60,11 @@ class FakeMachine(Machine):
         return [host for host in hosts if host in self.silent_hosts]
 
 
-def launch(words: str, machine: Machine | None = None) -> Launch:
-    return plan(split(words.split()), machine or FakeMachine())
+def launch(words: str, machine: LocalHost | None = None) -> Launch:
+    return lay_out(split(words.split()), machine or FakeHost())
 
 
-def flags(words: str, machine: Machine | None = None) -> set[str]:
+def flags(words: str, machine: LocalHost | None = None) -> set[str]:
     return set(launch(words, machine).flags)
 
 
@@ -188,24 +188,24 @@ def test_cpu_starts_two_ranks_or_as_many_as_are_asked_for() -> None:
 
 
 def test_threads_share_the_cores() -> None:
-    assert launch("--num_gpus 3 x", FakeMachine(cores=8)).environment["OMP_NUM_THREADS"] == "2"
-    chosen = FakeMachine(environment={"OMP_NUM_THREADS": "5"})
+    assert launch("--num_gpus 3 x", FakeHost(cores=8)).environment["OMP_NUM_THREADS"] == "2"
+    chosen = FakeHost(environment={"OMP_NUM_THREADS": "5"})
     assert "OMP_NUM_THREADS" not in launch("", chosen).environment
 
 
 def test_gpus_are_all_used_and_never_exceeded() -> None:
-    all_of_them = launch("", FakeMachine(gpus=4))
+    all_of_them = launch("", FakeHost(gpus=4))
     assert all_of_them.ranks == 4 and all_of_them.gpus == 4
     assert not any(flag.startswith(("--num_gpus", "--include")) for flag in all_of_them.flags)
     assert "DS_ACCELERATOR" not in all_of_them.environment
     with pytest.raises(UserError, match="--num_gpus is 5, but localhost has 4 GPUs"):
-        launch("--num_gpus 5 x", FakeMachine(gpus=4))
+        launch("--num_gpus 5 x", FakeHost(gpus=4))
     with pytest.raises(UserError, match="no slot 4: localhost has 4 GPUs"):
-        launch("--include localhost:0,4 x", FakeMachine(gpus=4))
+        launch("--include localhost:0,4 x", FakeHost(gpus=4))
 
 
 def test_visible_gpus_stay_the_chosen_ones() -> None:
-    machine = FakeMachine(gpus=8, environment={"CUDA_VISIBLE_DEVICES": "5,2,7"})
+    machine = FakeHost(gpus=8, environment={"CUDA_VISIBLE_DEVICES": "5,2,7"})
     assert launch("", machine).ranks == 3
     assert "--include=localhost:5,2" in flags("--num_gpus 2 x", machine)
     assert launch("", machine).environment["CUDA_VISIBLE_DEVICES"] is None
@@ -217,16 +217,16 @@ def test_visible_gpus_stay_the_chosen_ones() -> None:
     "hidden", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}]
 )
 def test_hidden_gpus_mean_the_cpu(hidden: dict[str, str]) -> None:
-    assert launch("", FakeMachine(gpus=8, environment=hidden)).environment["DS_ACCELERATOR"] == "cpu"
+    assert launch("", FakeHost(gpus=8, environment=hidden)).environment["DS_ACCELERATOR"] == "cpu"
 
 
 def test_devices_that_cannot_be_used_are_named() -> None:
     with pytest.raises(UserError, match="UUID"):
-        launch("", FakeMachine(gpus=8, environment={"CUDA_VISIBLE_DEVICES": "GPU-1234"}))
+        launch("", FakeHost(gpus=8, environment={"CUDA_VISIBLE_DEVICES": "GPU-1234"}))
     with pytest.raises(UserError, match="torch sees no GPU"):
-        launch("", FakeMachine(environment={"DS_ACCELERATOR": "cuda"}))
+        launch("", FakeHost(environment={"DS_ACCELERATOR": "cuda"}))
     with pytest.raises(UserError, match="give cuda or cpu"):
-        launch("", FakeMachine(environment={"DS_ACCELERATOR": "tpu"}))
+        launch("", FakeHost(environment={"DS_ACCELERATOR": "tpu"}))
 
 
 def test_only_a_named_hostfile_is_used() -> None:
@@ -306,7 +306,7 @@ def test_parse_filter() -> None:
     ],
 )
 def test_slots_of_a_hostfile(hostfile: str, words: str, hosts: dict[str, list[int]]) -> None:
-    chosen = launch(f"--hostfile {hostfile} {words} x", FakeMachine(gpus=8))
+    chosen = launch(f"--hostfile {hostfile} {words} x", FakeHost(gpus=8))
     assert chosen.hosts == hosts
     assert chosen.ranks == sum(map(len, hosts.values()))
     assert f"--hostfile={hostfile}" in chosen.flags
@@ -329,31 +329,31 @@ def test_slots_of_a_hostfile(hostfile: str, words: str, hosts: dict[str, list[in
 )
 def test_hostfile_launches_that_cannot_start(hostfile: str, words: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        launch(f"--hostfile {hostfile} {words} x", FakeMachine())
+        launch(f"--hostfile {hostfile} {words} x", FakeHost())
 
 
 def test_hosts_are_reached_before_ranks_start(hostfile: str) -> None:
     words = f"--hostfile {hostfile} x"
     with pytest.raises(UserError, match="pdsh is not installed"):
-        launch(words, FakeMachine(commands=set()))
+        launch(words, FakeHost(commands=set()))
     with pytest.raises(UserError, match="no ssh without a password to worker-2:"):
-        launch(words, FakeMachine(silent_hosts={"worker-2"}))
-    assert launch(f"--no_ssh_check {words}", FakeMachine(silent_hosts={"worker-2"})).ranks == 6
+        launch(words, FakeHost(silent_hosts={"worker-2"}))
+    assert launch(f"--no_ssh_check {words}", FakeHost(silent_hosts={"worker-2"})).ranks == 6
 
 
 def test_this_machine_needs_no_ssh_and_has_the_slots_it_claims(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("localhost slots=4\n")
-    chosen = flags(f"--hostfile {path} --num_gpus 2 x", FakeMachine(commands=set()))
+    chosen = flags(f"--hostfile {path} --num_gpus 2 x", FakeHost(commands=set()))
     assert {"--no_ssh_check", "--master_addr=127.0.0.1", "--master_port=40000"} <= chosen
     with pytest.raises(UserError, match="localhost has 4 slots but 2 GPUs"):
-        launch(f"--hostfile {path} x", FakeMachine(gpus=2))
-    assert launch(f"--hostfile {path} x", FakeMachine(gpus=0, cores=1)).ranks == 4
+        launch(f"--hostfile {path} x", FakeHost(gpus=2))
+    assert launch(f"--hostfile {path} x", FakeHost(gpus=0, cores=1)).ranks == 4
 
 
 def test_nodes_started_by_hand(hostfile: str) -> None:
     words = f"--hostfile {hostfile} --no_ssh --node_rank {{}} --master_addr 10.0.0.1 x"
-    busy = FakeMachine(commands=set(), busy_ports={29500})
+    busy = FakeHost(commands=set(), busy_ports={29500})
     assert launch(words.format(1), busy).ranks == 6  # the port belongs to node 0, which has taken it
     with pytest.raises(UserError, match="port 29500 cannot be used"):
         launch(words.format(0), busy)
@@ -363,7 +363,7 @@ def test_ports() -> None:
     assert "--master_port=40000" in flags("")
     assert "--master_port=29501" in flags("--master_port 29501 x")
     with pytest.raises(UserError, match=r"--master_port: port 29501 cannot be used .*already in use.*: give another"):
-        launch("--master_port 29501 x", FakeMachine(busy_ports={29501}))
+        launch("--master_port 29501 x", FakeHost(busy_ports={29501}))
     for words, message in (
         ("--force_multi x", "--force_multi"),
         ("--num_nodes 2 x", "--num_nodes"),
@@ -374,7 +374,7 @@ def test_ports() -> None:
 
 
 def test_a_port_in_use_is_seen() -> None:
-    machine = Machine(os.environ)
+    machine = LocalHost(os.environ)
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "")):
         with socket.socket(family) as listener:
             listener.bind((address, 0))
@@ -384,7 +384,7 @@ def test_a_port_in_use_is_seen() -> None:
 
 
 def test_this_machine_knows_its_names() -> None:
-    machine = Machine(os.environ)
+    machine = LocalHost(os.environ)
     assert machine.is_local("localhost") and machine.is_local("127.0.0.1") and machine.is_local(socket.gethostname())
     assert not machine.is_local("192.0.2.1")  # reserved for documentation
     assert not machine.is_local("no-such-host.invalid")
@@ -405,7 +405,7 @@ def test_command_and_check() -> None:
 def test_core_binding_needs_numactl() -> None:
     with pytest.raises(UserError, match="numactl is not installed"):
         launch("--bind_cores_to_rank x")
-    assert "--bind_cores_to_rank" in flags("--bind_cores_to_rank x", FakeMachine(commands={"numactl"}))
+    assert "--bind_cores_to_rank" in flags("--bind_cores_to_rank x", FakeHost(commands={"numactl"}))
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_the_nodes_get_what_their_ranks_need(hostfile: str, in_folder: Path) -> 
     }  # fmt: skip
     (in_folder / "home" / ".deepspeed_env").write_text("# mine\n\nHF_HOME=/shared/hf\nOMP_NUM_THREADS=2\n")
     (in_folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=8\nNOTE=two words; and more\n")
-    made = launch(f"--hostfile {hostfile} x", FakeMachine(environment=settings))
+    made = launch(f"--hostfile {hostfile} x", FakeHost(environment=settings))
     assert made.launcher == "pdsh"
     assert made.exports == {
         "PATH": "/venv/bin:/usr/bin", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_DEBUG_FILE": "/tmp/%h.log",
@@ -455,8 +455,8 @@ def test_the_nodes_get_what_their_ranks_need(hostfile: str, in_folder: Path) -> 
     assert "NCCL_DEBUG_FILE=/tmp/%%h.log\n" in environment_file(made.exports, "pdsh")
     # One's own devices say nothing about those of the nodes.
     assert "DS_ACCELERATOR" not in made.exports
-    assert launch(f"--hostfile {hostfile} x", FakeMachine(own_names={"worker-2"})).exports["DS_ACCELERATOR"] == "cpu"
-    assert launch("x", FakeMachine(environment=settings)).exports == {}
+    assert launch(f"--hostfile {hostfile} x", FakeHost(own_names={"worker-2"})).exports["DS_ACCELERATOR"] == "cpu"
+    assert launch("x", FakeHost(environment=settings)).exports == {}
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_an_environment_file_is_no_shell_script(hostfile: str, in_folder: Path, 
 
 def test_variables_that_deepspeed_passes_on_are_checked(hostfile: str, in_folder: Path) -> None:
     with pytest.raises(UserError, match="environment variable NCCL_X has '`'"):
-        launch(f"--hostfile {hostfile} x", FakeMachine(environment={"NCCL_X": "`touch x`"}))
+        launch(f"--hostfile {hostfile} x", FakeHost(environment={"NCCL_X": "`touch x`"}))
 
 
 def test_secrets_on_command_lines_are_warned_of(hostfile: str, in_folder: Path) -> None:
@@ -493,7 +493,7 @@ def test_secrets_on_command_lines_are_warned_of(hostfile: str, in_folder: Path) 
 
 
 def test_a_silent_node_ends_its_ssh_session(hostfile: str, in_folder: Path) -> None:
-    mine = FakeMachine(environment={"PDSH_SSH_ARGS_APPEND": "-i key -o ServerAliveInterval=3"})
+    mine = FakeHost(environment={"PDSH_SSH_ARGS_APPEND": "-i key -o ServerAliveInterval=3"})
     options = str(launch(f"--hostfile {hostfile} x", mine).environment["PDSH_SSH_ARGS_APPEND"])
     assert options.startswith("-i key -o ServerAliveInterval=3 ") and "ServerAliveCountMax" in options
 
@@ -501,7 +501,7 @@ def test_a_silent_node_ends_its_ssh_session(hostfile: str, in_folder: Path) -> N
 def test_the_user_of_a_node_is_the_one_that_ssh_is_told_of(hostfile: str, in_folder: Path) -> None:
     """Some builds of pdsh name the local user, against which ~/.ssh/config counts nothing."""
     assert "%u" not in str(launch(f"--hostfile {hostfile} x").environment["PDSH_SSH_ARGS"])
-    mine = FakeMachine(environment={"PDSH_SSH_ARGS": "-l%u %h"})
+    mine = FakeHost(environment={"PDSH_SSH_ARGS": "-l%u %h"})
     assert launch(f"--hostfile {hostfile} x", mine).environment["PDSH_SSH_ARGS"] == "-l%u %h"
 
 
@@ -524,7 +524,7 @@ def test_words_pass_through_the_shell_of_a_node(hostfile: str, in_folder: Path) 
         "a'b",
         "~",
     ]
-    made = plan(split(["--hostfile", hostfile, *words]), FakeMachine())
+    made = lay_out(split(["--hostfile", hostfile, *words]), FakeHost())
     sent = made.command()[made.command().index("train") + 1 :]
     # What DeepSpeed's PDSHRunner.parse_user_args and pdsh itself make of them.
     told = [f'"{word.replace(chr(34), chr(92) + chr(34))}"' if " " in word else word for word in sent]

@@ -53,7 +53,7 @@ SUPERVISOR = """
     import os, sys
     import psutil
     from pipeline.launch import supervise
-    from pipeline.launch.plan import Launch
+    from pipeline.launch.layout import Launch
     from pipeline.launch.request import split
     class Fake(Launch):
         def command(self):

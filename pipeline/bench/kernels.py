@@ -10,13 +10,9 @@ the time that was taken.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
-import math
-import statistics
 import textwrap
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,8 @@ import torch
 from pipeline.bench.contenders import computes, leaves_out, prepare, relative_error
 from pipeline.bench.kernel_memory import both_passes, empty_cache, peak_ratios
 from pipeline.bench.kernel_ops import Op, Shape, ops, parse_shape
+from pipeline.bench.kernel_table import PASSES, render
+from pipeline.bench.kernel_timing import sample, spread
 from pipeline.bench.peers import PEERS, Run
 from pipeline.commands.flags import parse_flags
 from pipeline.errors import UserError
@@ -35,19 +33,8 @@ from pipeline.host.versions import versions
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.ranks import describe_devices
 
-PASSES = ("forward", "forward+backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_SHAPES = {"cpu": ("1x2048x4x64", "1x8192x4x64", "1x32Kx4x64"), "cuda": ("1x8Kx16x128", "1x64Kx16x128")}
-SAMPLE = 0.005
-"""Seconds of a sample at least; a shorter pass is run several times in a row."""
-BUDGET = 4.0
-"""Seconds that the samples of one contender may take; a slow one gets fewer of them, but three."""
-
-WIDTH = 100
-HEAD = (
-    f"{'backend':<18} {'pass':<7} {'ms':>9} {'20-80 %':>15} {'us/tok':>7} {'GFLOP/s':>8} {'GB/s':>6} {'roof':>5}"
-    f" {'memory':>6} {'error':>8}"
-)
 
 
 @dataclass(frozen=True)
@@ -236,77 +223,6 @@ def _reason(error: Exception) -> str:
     return said if isinstance(error, ValueError) and said else f"{type(error).__name__}{said and ': '}{said}"
 
 
-def sample(
-    contenders: Mapping[str, tuple[Callable[[], object], list[float]]],
-    repeats: int,
-    device: torch.device,
-    drop: Callable[[str, Exception], bool],
-) -> set[str]:
-    """Appends seconds per call to each contender's list: `repeats` rounds, all contenders in turn.
-
-    Returns the names of those that failed and that ``drop``, asked with the name and the error, left out of the rest.
-    """
-    plans: dict[str, tuple[int, float]] = {}
-    failed: set[str] = set()
-
-    def attempt(name: str, calls: int) -> float | None:
-        try:
-            return timed(contenders[name][0], calls, device)
-        except Exception as error:
-            if not drop(name, error):
-                raise
-        failed.add(name)
-        empty_cache(device)
-        return None
-
-    for name in contenders:
-        if attempt(name, 1) is not None and (seconds := attempt(name, 1)) is not None:
-            plans[name] = (max(1, math.ceil(SAMPLE / max(seconds, 1e-7))), max(3, BUDGET / max(seconds, SAMPLE)))
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        for index in range(repeats):
-            for name, (calls, most) in plans.items():
-                if index < most and name not in failed and (seconds := attempt(name, calls)) is not None:
-                    contenders[name][1].append(seconds)
-    finally:
-        if enabled:
-            gc.enable()
-    return failed
-
-
-def timed(work: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds per call."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            work()
-        end.record()
-        torch.cuda.synchronize(device)
-        return begin.elapsed_time(end) / 1e3 / calls
-    begun = time.perf_counter()
-    for _ in range(calls):
-        work()
-    return (time.perf_counter() - begun) / calls
-
-
-def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """The median, the 20 % and 80 % quantiles and the best of samples."""
-    ordered = sorted(samples)
-
-    def quantile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = ordered[math.floor(place)]
-        return low + (ordered[math.ceil(place)] - low) * (place - math.floor(place))
-
-    return {
-        "seconds": statistics.median(ordered), "low": quantile(0.2), "high": quantile(0.8), "best": ordered[0],
-        "samples": len(ordered),
-    }  # fmt: skip
-
-
 def _add_memory(
     rows: Sequence[dict[str, Any]],
     op: str,
@@ -346,37 +262,3 @@ def _with_rates(row: dict[str, Any], dtype: torch.dtype, ceiling: Roof) -> dict[
 def _vectors() -> str | None:
     """The widest vector instructions that torch uses on this CPU."""
     return None if on_gpu() else torch.backends.cpu.get_cpu_capability()
-
-
-def render(result: dict[str, Any]) -> str:
-    """The results as tables under the machine and the versions."""
-    device = result["machine"]["device"]
-    used = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    where = device["name"] if device["kind"] == "cuda" else f"{device['name']}, {result['machine']['threads']} threads"
-    lines = textwrap.wrap(f"{where}; {used}", WIDTH)
-    ceiling = result["roof"]
-    if ceiling["flops"] is not None and ceiling["bandwidth"] is not None:
-        lines.append(
-            f"roof: {ceiling['flops'] / 1e9:.0f} GFLOP/s, {ceiling['bandwidth'] / 1e9:.1f} GB/s ({ceiling['source']})"
-        )
-    previous = None
-    for row in result["rows"]:
-        group = (row["op"], row["shape"], row["dtype"])
-        if group != previous:
-            lines += ["", f"{row['op']} {row['shape']} {row['dtype']}", HEAD]
-            previous = group
-        cells = [
-            f"{row['backend']:<18} {'fwd' if row['pass'] == PASSES[0] else 'fwd+bwd':<7} {1e3 * row['seconds']:>9.2f}",
-            f"{1e3 * row['low']:.2f}-{1e3 * row['high']:.2f}".rjust(15),
-            f"{row['us_per_token']:>7.2f}",
-            "-".rjust(8) if row["flop_s"] is None else f"{row['flop_s'] / 1e9:>8.1f}",
-            "-".rjust(6) if row["byte_s"] is None else f"{row['byte_s'] / 1e9:>6.1f}",
-            "-".rjust(5) if row["roof"] is None else f"{row['roof']:>5.0%}",
-            "-".rjust(6) if row["memory"] is None else f"{row['memory']:>5.2f}x",
-            "-".rjust(8) if row["error"] is None else f"{row['error']:>8.1e}",
-        ]
-        lines.append(" ".join(cells))
-    ran = {row["backend"]: row["implementation"] for row in result["rows"] if row["implementation"]}
-    notes = [*(f"{name}: {what}" for name, what in ran.items()), *(f"left out: {note}" for note in result["notes"])]
-    lines += [""] * bool(notes) + notes
-    return "\n".join(lines)

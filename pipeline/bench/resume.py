@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags, take, wants_help
+from pipeline.commands.flags import parse_flags, parse_run, split_flags, take, wants_help
 from pipeline.errors import UserError
 from pipeline.files.output import writing
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 
 if TYPE_CHECKING:
     from pipeline.bench.saves import Saves
@@ -100,9 +100,9 @@ def _start(rest: Sequence[str], folder: Path, options: ResumeOptions) -> dict[st
         launcher = Path(sys.executable).parent / "deepspeed"
         command = [
             *(str(launcher), "--hostfile", os.devnull, "--num_gpus", str(options.ranks)),
-            *("--master_port", str(Machine(os.environ).free_port()), "--module", *words),
+            *("--master_port", str(LocalHost(os.environ).free_port()), "--module", *words),
         ]
-    threads = str(max(1, Machine(os.environ).cores() // options.ranks))
+    threads = str(max(1, LocalHost(os.environ).cores() // options.ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
@@ -116,7 +116,7 @@ def _start(rest: Sequence[str], folder: Path, options: ResumeOptions) -> dict[st
 def run_case(words: Sequence[str]) -> None:
     """The measurement, on every rank, given repeats, steps and the recipe's words; rank 0 prints the figures."""
     repeats, steps, words = int(words[0]), int(words[1]), words[2:]
-    config = fit_ranks(parse_run(words, "bench resume-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
+    config = parse_run(words, "bench resume-case", ranks=int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.bench.saves import Saves
     from pipeline.host.versions import versions
     from pipeline.runtime.ranks import describe_devices, start, stop

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags
+from pipeline.commands.flags import parse_flags, parse_run, split_flags
 from pipeline.errors import UserError
 from pipeline.files.output import writing
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -95,7 +95,7 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
         launcher = Path(sys.executable).parent / "deepspeed"
         command = [
             *(str(launcher), "--hostfile", os.devnull, "--num_gpus", str(options.ranks)),
-            *("--master_port", str(Machine(os.environ).free_port()), "--module", *words),
+            *("--master_port", str(LocalHost(os.environ).free_port()), "--module", *words),
         ]
     done = subprocess.run(command, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
@@ -111,7 +111,7 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
 
 def run_case(words: Sequence[str]) -> None:
     """One length, on every rank: trains without saving or evaluating, and rank 0 prints the figures."""
-    config = fit_ranks(parse_run(words, "bench throughput-case"), words, int(os.environ.get("WORLD_SIZE", "1")))
+    config = parse_run(words, "bench throughput-case", ranks=int(os.environ.get("WORLD_SIZE", "1")))
     from pipeline.create import create_run
     from pipeline.host.hardware import peak_flops, utilisation
     from pipeline.host.versions import versions

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.callbacks.base import Callback
 from pipeline.callbacks.metrics import read_rows
-from pipeline.callbacks.progress import human
 from pipeline.run import Run
 from pipeline.system import Curve, Evaluation
+from pipeline.units import human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +137,11 @@ def _draw_counts(axis: Axes, curve: Curve) -> None:
         axis.bar(left, count, width=right - left, align="edge", color="tab:gray", edgecolor="white")
         if count:
             middle = math.sqrt(left * right) if curve.log_x else (left + right) / 2
-            text = f"{human(count)}\n/ {human(curve.documents[index])}" if curve.documents else human(count)
+            text = (
+                f"{human_count(count)}\n/ {human_count(curve.documents[index])}"
+                if curve.documents
+                else human_count(count)
+            )
             axis.annotate(text, (middle, count), ha="center", va="bottom", fontsize="xx-small")
     axis.set_ylim(0, 1.6 * max(1, *curve.counts))
     axis.set_yticks([])

@@ -15,6 +15,7 @@ from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.runtime.exit import silence
 from pipeline.system import Evaluation
+from pipeline.units import human_count
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
 """What the bar shows; it takes the columns that the text leaves of a terminal's width."""
@@ -47,7 +48,7 @@ class ProgressLines(Callback):
         self.seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
         eta = f"ETA {clock(self.seconds_per_step * (self.last - record.step))}"
         norm = "skipped" if record.grad_norm is None else f"{record.grad_norm:.3f}"
-        loss, lr, speed = f"loss {record.loss:.4f}", f"lr {record.lr:.2e}", f"{human(record.tok_s)} tok/s"
+        loss, lr, speed = f"loss {record.loss:.4f}", f"lr {record.lr:.2e}", f"{human_count(record.tok_s)} tok/s"
         parts = [
             self._step(record.step),
             f"{loss:<12}",
@@ -110,15 +111,6 @@ class ProgressLines(Callback):
         # The name of a folder may be no text.
         with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-
-
-def human(value: float) -> str:
-    """1234567 as 1.23M."""
-    for unit in ("", "K", "M", "G"):
-        if abs(value) < 999.5:  # what rounds to 1000 belongs to the next unit
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}T"
 
 
 def clock(seconds: float) -> str:

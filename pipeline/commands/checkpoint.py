@@ -14,6 +14,7 @@ from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, rea
 from pipeline.commands.flags import wants_help
 from pipeline.errors import UserError
 from pipeline.spelling import did_you_mean, nearest, nearest_flag
+from pipeline.units import human_bytes
 
 USAGE = """\
 usage: mnemos checkpoint verify PATH ... [--quick]
@@ -236,21 +237,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["problem"] is not None:
         return [row["name"], "-", "-", "-", "-", "-"]
     ranks = f"{row['world']} (data {row['data']} x sequence {row['sequence']})"
-    return [row["name"], str(row["step"]), human(row["bytes"]), ranks, str(row["zero_stage"]), str(row["format"])]
+    return [row["name"], str(row["step"]), human_bytes(row["bytes"]), ranks, str(row["zero_stage"]), str(row["format"])]
 
 
 def _line(*cells: str) -> str:
     name, step, size, ranks, stage, kind, end = cells
     return f"{name:<18} {step:>8} {size:>10}  {ranks:<26} {stage:>4}  {kind:<9}  {end}".rstrip()
-
-
-def human(size: float) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def _convert(words: Sequence[str], flags: set[str]) -> None:
@@ -271,7 +263,7 @@ def _convert(words: Sequence[str], flags: set[str]) -> None:
     begun = time.perf_counter()
     convert(checkpoint, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{checkpoint} -> {out}: {human(size)} in the universal format, {time.perf_counter() - begun:.1f} s")
+    print(f"{checkpoint} -> {out}: {human_bytes(size)} in the universal format, {time.perf_counter() - begun:.1f} s")
     print(f"resume from it on any number of ranks and any ZeRO stage: train RECIPE --resume {out} --output-dir NEW_DIR")
 
 

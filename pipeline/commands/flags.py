@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 HELP_WORDS = ("-h", "--help", "--help-all")
+RECORDED = ("parallel.sequence", "data.path", "data.dataset")
+"""Fields whose flags mean more than their value: that a person chose it."""
 
 
 def wants_help(words: Sequence[str]) -> bool:
@@ -20,15 +22,18 @@ def wants_help(words: Sequence[str]) -> bool:
     return not set(HELP_WORDS).isdisjoint(words)
 
 
-def parse_run(words: Sequence[str], command: str, own: Any = None) -> RunConfig:
+def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | None = None) -> RunConfig:
     """The config that `RECIPE [--config FILE] [flags]` means. Raises UserError; exits for --help and --help-all.
 
     `own`: the command's own options, a dataclass, for its help and for what a misspelt flag may have meant.
+    `ranks`: how many there will be. The recipe's own sequence degree is made to fit them; one that a flag or a --config
+    file gives is left alone, to be refused. None: the degree stays as it is.
     """
     from pathlib import Path
 
     from pipeline.commands.flag_help import show_help
-    from pipeline.config_file import load_config
+    from pipeline.config import replace
+    from pipeline.config_file import load_config, states
     from pipeline.recipes import all_recipes, describe
 
     recipes = all_recipes()
@@ -59,19 +64,24 @@ def parse_run(words: Sequence[str], command: str, own: Any = None) -> RunConfig:
     if wants_help(rest):
         everything = "--help-all" in rest
         show_help(config, program, everything=everything, own=own, description=describe(recipes[name]))
-    given = {word.partition("=")[0] for word in rest}
-    if "--data.path" in given and "--data.dataset" not in given:
-        # What a person names replaces the recipe's own source.
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=None))
-    elif "--data.dataset" in given and "--data.path" not in given:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=()))
-    return parse_flags(config, rest, program, own)
+    given: set[str] = set()
+    # Parsed without the recipe's own source, which what a person names replaces.
+    parsed: RunConfig = parse_flags(replace(config, data__path=(), data__dataset=None), rest, program, own, given)
+    if given.isdisjoint(("data.path", "data.dataset")):
+        parsed = replace(parsed, data__path=config.data.path, data__dataset=config.data.dataset)
+    if file is not None and states(Path(file), "parallel", "sequence"):
+        given.add("parallel.sequence")
+    if ranks is not None and "parallel.sequence" not in given:
+        parsed = replace(parsed, parallel__sequence=math.gcd(parsed.parallel.sequence, ranks))
+    return parsed
 
 
-def parse_flags(default: Any, words: Sequence[str], program: str, own: Any = None) -> Any:
+def parse_flags(
+    default: Any, words: Sequence[str], program: str, own: Any = None, given: set[str] | None = None
+) -> Any:
     """A dataclass with flags over it. Raises UserError in one line instead of tyro's box; exits for --help.
 
-    `own`: as in `parse_run`.
+    `own`: as in `parse_run`. `given`, for a run: takes those of RECORDED whose flags are among the words.
     """
     import contextlib
     import io
@@ -79,6 +89,7 @@ def parse_flags(default: Any, words: Sequence[str], program: str, own: Any = Non
     import tyro
 
     from pipeline.commands.flag_help import flag_names, show_help
+    from pipeline.commands.given import recording
 
     if wants_help(words):
         show_help(default, program, everything="--help-all" in words, own=own)
@@ -92,6 +103,7 @@ def parse_flags(default: Any, words: Sequence[str], program: str, own: Any = Non
                 prog=program,
                 config=(tyro.conf.AvoidSubcommands,),
                 return_unknown_args=True,
+                registry=None if given is None else recording(default, RECORDED, given),
             )
     except SystemExit as error:
         if error.code in (0, None):
@@ -131,22 +143,6 @@ def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
         if word.startswith(f"{flag}="):
             return word.partition("=")[2], words[:index] + words[index + 1 :]
     return None, words
-
-
-def fit_ranks(config: RunConfig, words: Sequence[str], ranks: int) -> RunConfig:
-    """The recipe's sequence degree made to fit the ranks; one that a flag or a --config file gives is left alone, to be
-    refused."""
-    import math
-    from pathlib import Path
-
-    from pipeline.config_file import states
-
-    file, _ = take(list(words), "--config")
-    stated = file is not None and states(Path(file), "parallel", "sequence")
-    if stated or any(word.partition("=")[0] == "--parallel.sequence" for word in words):
-        return config
-    degree = math.gcd(config.parallel.sequence, ranks)
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=degree))
 
 
 def split_flags(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.host.package import how_to_set_up
 
 
-class Machine:
+class LocalHost:
     """The devices, cores, ports and neighbours of this machine, as an environment sees them."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:

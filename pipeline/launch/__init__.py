@@ -6,7 +6,7 @@ leaves the ranks behind when it is told to stop. So the flags are split and chec
 
     request.py     the words, split and checked one by one
     hosts.py       hostfiles and slots
-    plan.py        the layout of the ranks, and whether they can start
+    layout.py      the layout of the ranks, and whether they can start
     remote.py      what other nodes are told: the environment, quoted words
     supervise.py   signals and exit codes while it runs
     ranks.py       the rank processes of a launch on one machine

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from pipeline.commands.flags import wants_help
 from pipeline.errors import UserError
-from pipeline.host.local import Machine
-from pipeline.launch.plan import plan
+from pipeline.host.local import LocalHost
+from pipeline.launch.layout import lay_out
 from pipeline.launch.request import split
 
 
@@ -21,8 +21,8 @@ def main(words: Sequence[str]) -> int:
         if wants_help(request.recipe_flags):
             command = [sys.executable, "-m", "pipeline", "train", *request.run]
             os.execv(command[0], command)
-        machine = Machine(os.environ)
-        launch = plan(request, machine)
+        machine = LocalHost(os.environ)
+        launch = lay_out(request, machine)
     except UserError as error:
         print(f"launch.sh: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from types import FrameType
 
 import psutil
 
-from pipeline.launch.plan import Launch
+from pipeline.launch.layout import Launch
 from pipeline.launch.ranks import MARK, ranks, send
 from pipeline.launch.remote import environment_file
 from pipeline.runtime.exit import LOST_RANK

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.commands.flags import fit_ranks, parse_flags, parse_run, split_flags
+from pipeline.commands.flags import parse_flags, parse_run, split_flags
 from pipeline.config import RunConfig
 from pipeline.host.devices import DEVICES, GIB
 from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
@@ -29,7 +29,7 @@ def run_plan(words: Sequence[str]) -> None:
     switches = [word for word in words if word == "--all-devices"]
     own, rest = split_flags([word for word in words if word not in switches], OWN)
     options: CommandOptions = parse_flags(CommandOptions(), [*own, *switches], "mnemos plan")
-    config = fit_ranks(parse_run(rest, "plan", options), rest, options.ranks)
+    config = parse_run(rest, "plan", options, options.ranks)
     print(render_devices(config, options, rest) if options.all_devices else render(config, options))
 
 

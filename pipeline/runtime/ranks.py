@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pipeline.config import RunConfig
 from pipeline.errors import RankError, UserError
 from pipeline.host.hardware import on_gpu
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 from pipeline.parallel.topology import Topology, create_topology
 from pipeline.runtime.rendezvous import join
 
@@ -30,7 +30,7 @@ def start(config: RunConfig) -> Topology:
                     f"{name} is {os.environ[name]}, but RANK is not set: start the ranks with launch.sh or torchrun"
                     " (docs/multi_node.md)"
                 )
-        port = Machine(os.environ).free_port()
+        port = LocalHost(os.environ).free_port()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu():

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.bench import contenders, kernel_memory, kernel_ops, kernels, peers
+from pipeline.bench import contenders, kernel_memory, kernel_ops, kernel_timing, kernels, peers
 from pipeline.bench.contenders import relative_error
 from pipeline.bench.kernel_ops import CHUNK, Op, Shape, memory_inputs, ops, parse_shape
 from pipeline.cli import main
@@ -216,11 +216,11 @@ def test_contenders_take_turns_and_a_slow_one_fewer(monkeypatch: pytest.MonkeyPa
 
         return work
 
-    monkeypatch.setattr(kernels.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(kernel_timing.time, "perf_counter", lambda: clock[0])
     samples: list[list[float]] = [[], [], []]
     works = [contender("quick", 0.002), contender("even", 0.1), contender("slow", 9.0)]
     plans = dict(zip("qes", zip(works, samples, strict=True), strict=True))
-    assert kernels.sample(plans, 7, CPU, lambda name, error: False) == set()
+    assert kernel_timing.sample(plans, 7, CPU, lambda name, error: False) == set()
     # Two calls each to warm up and to see how long one takes.
     turns = "".join(name[0] for name in calls[6:])
     assert calls[:6] == ["quick"] * 2 + ["even"] * 2 + ["slow"] * 2
@@ -231,9 +231,9 @@ def test_contenders_take_turns_and_a_slow_one_fewer(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_spread_of_samples() -> None:
-    found = kernels.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    found = kernel_timing.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
     assert found == {"seconds": 3.5, "low": 2.0, "high": 5.0, "best": 1.0, "samples": 6}
-    assert kernels.spread([2.0]) == {"seconds": 2.0, "low": 2.0, "high": 2.0, "best": 2.0, "samples": 1}
+    assert kernel_timing.spread([2.0]) == {"seconds": 2.0, "low": 2.0, "high": 2.0, "best": 2.0, "samples": 1}
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, device: str = "cpu", **options) -> tuple[list[dict], list[str]]:

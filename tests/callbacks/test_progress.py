@@ -12,10 +12,8 @@ import termios
 from typing import Any
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
-from pipeline.callbacks.progress import ProgressLines, clock, human
+from pipeline.callbacks.progress import ProgressLines, clock
 from pipeline.system import Evaluation, System
 
 
@@ -220,25 +218,6 @@ def test_a_terminal_that_closes_is_missed_by_nobody(bar: str) -> None:
     os.close(ours)
     process.communicate(b"\n", timeout=60)
     assert process.returncode == 7
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [(0, "0"), (12.34, "12.3"), (999, "999"), (1000, "1K"), (1234, "1.23K"), (45_600, "45.6K"), (1_234_567, "1.23M"),
-     (2.5e9, "2.5G"), (7e12, "7T")],
-)  # fmt: skip
-def test_human(value: float, text: str) -> None:
-    assert human(value) == text
-
-
-@given(st.floats(1, 9e14))
-@example(999.9)
-def test_human_is_three_digits_and_a_unit_and_no_power_of_ten(value: float) -> None:
-    text = human(value)
-    number = text.rstrip("KMGT")
-    scale = 1000 ** " KMGT".index(text.removeprefix(number) or " ")
-    assert "e" not in text
-    assert float(number) * scale == pytest.approx(value, rel=0.006)
 
 
 @pytest.mark.parametrize(

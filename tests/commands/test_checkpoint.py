@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.checkpoint.manifest import LATEST, MANIFEST, commit
 from pipeline.commands import checkpoint as command
-from pipeline.commands.checkpoint import human, run_checkpoint
+from pipeline.commands.checkpoint import run_checkpoint
 from pipeline.errors import UserError
 from tests.checkpoint.whole import write_whole
 
@@ -270,13 +270,6 @@ def test_refusals(run: Path, tmp_path: Path, say: Say, words: list[str], part: s
 def test_help(say: Say, words: list[str]) -> None:
     lines, error = say(*words)
     assert error is None and lines[0].startswith("usage: mnemos checkpoint")
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**30, "3.0 GiB"), (2**51, "2048.0 TiB")]
-)
-def test_sizes(size: int, text: str) -> None:
-    assert human(size) == text
 
 
 def test_verify_needs_no_deepspeed(run: Path) -> None:

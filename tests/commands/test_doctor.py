@@ -16,6 +16,7 @@ import torch
 
 from pipeline import cli
 from pipeline.commands import doctor
+from pipeline.commands.doctor import backends, command, problems
 from pipeline.errors import UserError
 from pipeline.ops import affine_scan_native, native, scan_native
 
@@ -34,7 +35,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             raise ImportError(f"no {name} here")
         return real_import(name, *arguments, **options)
 
-    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    monkeypatch.setattr(backends, "PACKAGE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -82,7 +83,7 @@ def test_an_impossible_accelerator_is_a_warning(monkeypatch: pytest.MonkeyPatch)
 def test_requirements_that_are_not_met_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     stated = ["torch>=99", "no-such-package", "einops", 'hypothesis>=999; extra == "dev"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: stated)
-    warnings = list(doctor._unmet_requirements())
+    warnings = list(problems.unmet_requirements())
     assert len(warnings) == 2
     assert warnings[0].startswith("torch ") and "is not >=99" in warnings[0]
     assert warnings[1].startswith("no-such-package is missing")
@@ -90,7 +91,7 @@ def test_requirements_that_are_not_met_are_named(monkeypatch: pytest.MonkeyPatch
 
 def test_deepspeed_is_not_imported() -> None:
     script = "import sys; from pipeline.commands import doctor; doctor.collect(); print('deepspeed' in sys.modules)"
-    root = Path(doctor.__file__).parents[2]
+    root = Path(doctor.__file__).parents[3]
     answer = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
 
@@ -98,7 +99,7 @@ def test_deepspeed_is_not_imported() -> None:
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A package without libraries, in a process that has loaded and checked none."""
-    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    monkeypatch.setattr(backends, "PACKAGE", tmp_path)
     monkeypatch.setattr(native, "PACKAGE", tmp_path)
     monkeypatch.setattr(native, "_verdicts", {})
     native.why_not.cache_clear()
@@ -210,7 +211,7 @@ def test_a_device_that_a_check_breaks_is_reported_and_others_are_checked(
     ) in text
 
     left: list[int] = []
-    monkeypatch.setattr(doctor, "collect", lambda: report)
+    monkeypatch.setattr(command, "collect", lambda: report)
     monkeypatch.setattr(cli, "exit_process", left.append)
     assert cli.main(["doctor"]) == 0
     assert left == [0], "the interpreter's own end may abort on a device that is lost"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pipeline.cli import without_local_rank
-from pipeline.commands.flags import fit_ranks, parse_run
+from pipeline.commands.flags import parse_run
 from pipeline.config import RunConfig
 from pipeline.job import train
 from pipeline.runtime.exit import exit_process
@@ -28,7 +28,7 @@ def words(stage: int, last: int, folder: Path, *more: str) -> list[str]:
 
 
 def config(*of: str) -> RunConfig:
-    return fit_ranks(parse_run(of, "train"), of, RANKS)
+    return parse_run(of, "train", ranks=RANKS)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands.flags import fit_ranks, parse_run
+from pipeline.commands.flags import parse_run
 from pipeline.host.devices import find_device
 from pipeline.plan import Plan, PlanOptions, make_plan
 from pipeline.plan.zero import Counts
@@ -48,7 +48,7 @@ FOUND = [(page, *command) for page in PAGES for command in commands((ROOT / page
 
 @pytest.mark.parametrize("page, words, ranks, device", FOUND)
 def test_a_command_of_a_page_fits_the_device_that_it_names(page: str, words: str, ranks: int, device: str) -> None:
-    config = fit_ranks(parse_run(words.split(), "plan"), words.split(), ranks)
+    config = parse_run(words.split(), "plan", ranks=ranks)
     counts = Counts(parameters=1_553_721_536, trainable=68_804_800, largest=205_520_896)
     plan: Plan = make_plan(config, PlanOptions(ranks=ranks, device=device), counts)
     assert plan.fits, f"{page}: {words} on {ranks} x {device} needs {plan.memory / 2**30:.1f} GiB"

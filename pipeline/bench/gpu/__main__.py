@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pipeline.bench.gpu.packages import install_missing, versions
 from pipeline.bench.gpu.runner import BAD, Facts, finished, run_step
-from pipeline.bench.gpu.steps import STAGE_SECONDS, STAGES, steps_of
+from pipeline.bench.gpu.step import STAGE_SECONDS
+from pipeline.bench.gpu.steps import STAGES, steps_of
 from pipeline.bench.gpu.table import line, render
 from pipeline.bench.gpu.target import device_environment, find_target
 from pipeline.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.bench.kernels import timed
+from pipeline.bench.kernel_timing import timed
 from pipeline.host.hardware import on_gpu
 
 ROUNDS = 5

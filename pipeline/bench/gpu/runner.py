@@ -19,7 +19,7 @@ from typing import Any
 from xml.etree.ElementTree import ParseError
 
 from pipeline.bench.gpu.packages import lacking
-from pipeline.bench.gpu.steps import PYTHON, RESULT, SCRATCH, Step
+from pipeline.bench.gpu.step import PYTHON, RESULT, SCRATCH, Step
 from pipeline.bench.junit import read_junit
 from pipeline.host.provenance import ROOT
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
-
+from pipeline.bench.gpu.judges import all_passed, flex_passed, has_both_passes, kernels_checked
+from pipeline.bench.gpu.step import PYTHON, RESULT, SCRATCH, Step
 from pipeline.bench.gpu.target import Target
 
 STAGES = ("correct", "speed", "train")
-STAGE_SECONDS = 530.0
-"""A stage ends within nine minutes: a step starts only where some of this is left, and gets no more than that."""
-
-PYTHON, RESULT, SCRATCH = "{python}", "{result}", "{scratch}"
-"""Stand in a command for this Python, the file that a step writes its figures to, and a folder that is removed."""
-
 TESTS = ("pytest", "pytest_timeout")
 BENCH = ("tyro", "numpy")
 ENGINE = (
@@ -30,60 +21,6 @@ PEER_MODULES = {
     "fla-momentum": ("fla", "triton"),
     "titans-pytorch": ("titans_pytorch",),
 }
-
-Figures = Mapping[str, Any]
-Judge = Callable[[Figures], str | None]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One process."""
-
-    name: str
-    shows: str
-    """What a reader of docs/results.md learns from it."""
-    command: tuple[str, ...]
-    limit: float
-    """Seconds."""
-    needs: tuple[str, ...] = ()
-    """Modules that it imports."""
-    tools: tuple[str, ...] = ()
-    """Commands that it runs."""
-    writes: Literal["json", "junit", "nothing"] = "nothing"
-    """What is in the file RESULT."""
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    judge: Judge = lambda _: None
-    """From the figures of a step whose process ended well: why it has not passed, or None."""
-    measures: bool = False
-    """Whether it asks what the device can do, so that running out of memory is an answer."""
-    peer: bool = False
-    """Whether it runs somebody else's code, whose failure is not ours."""
-    always: bool = False
-    """Whether it runs again although it has passed: what it leaves behind may be gone."""
-
-
-def all_passed(figures: Figures) -> str | None:
-    """A test run that passes has run something, and left nothing out but what needs a package that is not there."""
-    if not figures.get("passed"):
-        return "no test ran"
-    unexplained = [reason for reason in figures["reasons"] if "not installed" not in reason]
-    return f"tests were skipped: {unexplained[0]}" if unexplained else None
-
-
-def kernels_checked(figures: Figures) -> str | None:
-    """`doctor` never fails; a native kernel that is not used here does."""
-    library = figures["kernels"]["libraries"]["cuda"]
-    if not library["loaded"]:
-        return f"the library for the GPU does not load: {library['state']}"
-    failed = [check for check in figures["kernels"]["checks"] if check["failure"]]
-    return f"{failed[0]['op']} ({failed[0]['case']}): {failed[0]['failure']}" if failed else None
-
-
-def has_both_passes(figures: Figures) -> str | None:
-    """`bench kernels` leaves out what cannot run, and says why."""
-    if {row["pass"] for row in figures["rows"]} == {"forward", "forward+backward"}:
-        return None
-    return "; ".join(figures["notes"]) or "nothing was measured"
 
 
 def pytest(*words: str) -> tuple[str, ...]:
@@ -183,11 +120,6 @@ def _other_tests() -> list[Step]:
         for tool in ("memcheck", "racecheck", "initcheck")
     ]  # fmt: skip
     return [*attention, lost, *sanitizers]
-
-
-def flex_passed(figures: Figures) -> str | None:
-    """FlexAttention is in every torch for CUDA; other backends that are not installed are skipped and counted."""
-    return None if any("flex" in name for name in figures["names"]) else "no case of FlexAttention passed"
 
 
 def _emulated_tests() -> list[Step]:

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from pipeline.bench.gpu import runner
+from pipeline.bench.gpu.judges import has_both_passes
 from pipeline.bench.gpu.runner import Facts, finished, result_file, run_step
-from pipeline.bench.gpu.steps import Step, has_both_passes
+from pipeline.bench.gpu.step import Step
 
 FACTS = Facts("NVIDIA H200", "580.1", {"torch": "2.11"}, "abc", "digest", 2**37)
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"

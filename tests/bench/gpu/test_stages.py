@@ -12,17 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench.gpu import __main__ as gpu
-from pipeline.bench.gpu import steps as steps_module
+from pipeline.bench.gpu.judges import all_passed, flex_passed, kernels_checked
 from pipeline.bench.gpu.packages import install_missing
-from pipeline.bench.gpu.steps import (
-    STAGES,
-    Step,
-    all_passed,
-    all_steps,
-    flex_passed,
-    kernels_checked,
-    steps_of,
-)
+from pipeline.bench.gpu.step import STAGE_SECONDS, Step
+from pipeline.bench.gpu.steps import STAGES, all_steps, steps_of
 from pipeline.bench.gpu.target import EMULATED, Target, device_environment, find_target
 from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
@@ -141,7 +134,7 @@ def test_steps_have_names_of_their_own_and_stages_their_time() -> None:
     for target in (H200, EMULATOR):
         names = [(stage, step.name) for stage, step in all_steps(target)]
         assert len(names) == len(set(names))
-    assert steps_module.STAGE_SECONDS <= 540
+    assert STAGE_SECONDS <= 540
     cases = [step for step in steps_of("speed", H200) if not step.always and "compiles" not in step.name]
     assert all(step.limit <= 60 for step in cases), "a case that hangs must not cost the others"
 

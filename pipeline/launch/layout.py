@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.host.local import Machine
+from pipeline.host.local import LocalHost
 from pipeline.launch.hosts import parse_filter, read_hostfile, select
 from pipeline.launch.remote import PDSH_SSH_ARGS, check_plain, exports, quoted, secrets, ssh_options
 from pipeline.launch.request import CPU_RANKS, DEFAULT_PORT, MULTI_NODE_COMMANDS, Request
@@ -57,7 +57,7 @@ class Launch:
         ]
 
 
-def plan(request: Request, machine: Machine) -> Launch:
+def lay_out(request: Request, machine: LocalHost) -> Launch:
     """Lays the ranks out and checks that they can start. Raises UserError."""
     gpus = machine.gpus()
     environment: dict[str, str | None] = {}
@@ -69,9 +69,9 @@ def plan(request: Request, machine: Machine) -> Launch:
 
     flags = {flag: value for flag, value in request.launcher.items() if flag != "--module"}
     if "--hostfile" in request.launcher:
-        hosts, launcher = _plan_hosts(request, machine, gpus, flags)
+        hosts, launcher = _lay_out_hosts(request, machine, gpus, flags)
     else:
-        hosts = _plan_local(request, machine, gpus, flags, environment)
+        hosts = _lay_out_local(request, machine, gpus, flags, environment)
     if "--quiet" not in flags:
         flags.setdefault("--log_level", "error")  # its INFO lines would bury the run's own
     if "OMP_NUM_THREADS" not in machine.environment:
@@ -89,8 +89,8 @@ def plan(request: Request, machine: Machine) -> Launch:
     return Launch(request, words, environment, hosts, gpus, launcher, variables)
 
 
-def _plan_local(
-    request: Request, machine: Machine, gpus: int, flags: dict[str, str | None], environment: dict[str, str | None]
+def _lay_out_local(
+    request: Request, machine: LocalHost, gpus: int, flags: dict[str, str | None], environment: dict[str, str | None]
 ) -> dict[str, list[int]]:
     """Ranks on this machine; completes `flags` and `environment`."""
     if request.number("--node_rank"):
@@ -129,8 +129,8 @@ def _local_gpus(request: Request, gpus: int, visible: list[int] | None) -> dict[
     return {"localhost": [visible[slot] for slot in slots]}
 
 
-def _plan_hosts(
-    request: Request, machine: Machine, gpus: int, flags: dict[str, str | None]
+def _lay_out_hosts(
+    request: Request, machine: LocalHost, gpus: int, flags: dict[str, str | None]
 ) -> tuple[dict[str, list[int]], str | None]:
     """Ranks on the hosts of a hostfile, and what starts them if they are several; completes `flags`."""
     path = request.text("--hostfile")
@@ -193,7 +193,7 @@ def _plan_hosts(
     return hosts, launcher
 
 
-def _settle_port(request: Request, machine: Machine, flags: dict[str, str | None]) -> None:
+def _settle_port(request: Request, machine: LocalHost, flags: dict[str, str | None]) -> None:
     """The rendezvous port of a single node: the one that was asked for, or any free one.
 
     Not the same one every time: two runs that start together on one machine must not meet.
@@ -204,7 +204,7 @@ def _settle_port(request: Request, machine: Machine, flags: dict[str, str | None
         flags["--master_port"] = str(machine.free_port())
 
 
-def _check_port(request: Request, machine: Machine) -> None:
+def _check_port(request: Request, machine: LocalHost) -> None:
     port = request.number("--master_port") or DEFAULT_PORT
     problem = machine.port_problem(port)
     if problem:

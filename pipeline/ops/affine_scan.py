@@ -44,15 +44,17 @@ def affine_scan(
         state: h before the first token, ``[batch, *features]``; float32, or float64 when a or b is. Zeros when None.
         segment_ids: ``[batch, sequence]``, any integer type. The state restarts at zero where the id differs from the
             token before; ``state`` belongs to the first token's segment. Nothing crosses a border, a NaN neither.
-        backend: ``auto`` takes the fastest that fits and copies what is not contiguous; ``torch`` runs on any device;
-            ``cpu`` and ``cuda`` are the native kernels, for float32 and bfloat16.
+        backend: ``auto`` takes the fastest that fits; ``torch`` runs on any device; ``cpu`` and ``cuda`` are the native
+            kernels, for float32 and bfloat16. Every backend takes strided tensors, of which a native kernel gets
+            contiguous copies.
 
     Returns:
         h, ``[batch, sequence, *features]`` in b's dtype, and the state after the last token, ``[batch, *features]`` in
         the state's dtype.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or layout; the message names it.
+        ValueError: an argument has the wrong shape, dtype or device, or one that a backend asked for by name does
+            not take, and the message names it; or that backend is not built, or fails its check.
 
     Source: prefix sums of affine maps (Blelloch, "Prefix Sums and Their Applications", 1990, section 1.4.1).
     """
@@ -110,8 +112,6 @@ def _choose(a: Tensor, b: Tensor, state: Tensor | None, backend: str) -> str:
             wrong = f"a {backend} tensor"
         elif x.dtype not in affine_scan_native.DTYPES:
             wrong = "float32 or bfloat16"
-        elif not x.is_contiguous():
-            wrong = "a contiguous tensor, and makes no copy"
         if wrong is not None:
             raise not_taken(backend, name, x, wrong)
     if (failure := affine_scan_native.why_not(device, a.dtype, b.dtype)) is not None:

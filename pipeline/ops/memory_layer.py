@@ -182,9 +182,6 @@ class MemoryLayer(nn.Module):
         goes_on = (state.tail_segments[:, -1] == segments[:, self.conv_taps - 1])[:, None, None, None]
         before = (state.memory.where(goes_on, 0), state.momentum.where(goes_on, 0))
         inputs = [q, k, v, gates.alpha, gates.eta, gates.theta]
-        if self.backend in ("cpu", "cuda"):
-            # Asked for by name, a native kernel makes no copies.
-            inputs, before = [z.contiguous() for z in inputs], (before[0].contiguous(), before[1].contiguous())
         read, (memory, momentum) = miras_scan(
             *inputs, state=before, segment_ids=segment_ids, rule=self.rule, backend=self.backend, chunk=self.chunk
         )

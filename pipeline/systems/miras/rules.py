@@ -113,12 +113,8 @@ class ExactRule(MemoryRule):
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, segment_ids: Tensor | None, heads: slice
     ) -> tuple[Tensor, State]:
         config = self.config
-        tensors = [q, k, v, gates.alpha, gates.eta, gates.theta]
-        if config.backend in ("cpu", "cuda"):
-            # Asked for by name, a native kernel makes no copies.
-            tensors, state = [x.contiguous() for x in tensors], (state[0].contiguous(), state[1].contiguous())
         return miras_scan(
-            *tensors, state=state, segment_ids=segment_ids,
+            q, k, v, gates.alpha, gates.eta, gates.theta, state=state, segment_ids=segment_ids,
             rule="titans" if config.has_momentum else "delta", backend=config.backend, chunk=config.chunk,
         )  # fmt: skip
 

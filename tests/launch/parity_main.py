@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
@@ -24,7 +25,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
-from pipeline.system import IGNORED, Batch, StepContext
+from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
 from tests.launch.harness import ROOT

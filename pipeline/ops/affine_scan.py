@@ -58,13 +58,13 @@ def affine_scan(
 
     Source: prefix sums of affine maps (Blelloch, "Prefix Sums and Their Applications", 1990, section 1.4.1).
     """
-    wide = _check(a, b, state, segment_ids)
+    accumulate_dtype = _check(a, b, state, segment_ids)
     chosen = _choose(a, b, state, backend)
     resets = None
     if segment_ids is not None:
         resets = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=False)
     batch, sequence, features = b.shape[0], b.shape[1], b.shape[2:]
-    initial = b.new_zeros(batch, *features, dtype=wide) if state is None else state
+    initial = b.new_zeros(batch, *features, dtype=accumulate_dtype) if state is None else state
     flat = (a.expand(b.shape).flatten(2), b.flatten(2)) if features else (a.unsqueeze(-1), b.unsqueeze(-1))
     initial = initial.flatten(1) if features else initial.unsqueeze(-1)
     if chosen == "torch":
@@ -88,11 +88,11 @@ def _check(a: Tensor, b: Tensor, state: Tensor | None, segment_ids: Tensor | Non
     for name, tokens in (("a", a), ("b", b)):
         check_dtype(name, tokens, TOKENS)
     check_device("a", a, b, "b")
-    wide = sum_dtype(a, b)
+    accumulate_dtype = sum_dtype(a, b)
     if state is not None:
-        check_tensor("state", state, (b.shape[0], *b.shape[2:]), (wide,), b, "b")
+        check_tensor("state", state, (b.shape[0], *b.shape[2:]), (accumulate_dtype,), b, "b")
     check_segment_ids(segment_ids, b, "b")
-    return wide
+    return accumulate_dtype
 
 
 def _choose(a: Tensor, b: Tensor, state: Tensor | None, backend: str) -> str:

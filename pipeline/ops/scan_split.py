@@ -131,8 +131,8 @@ def miras_scan_split(
     ids = (None, None) if segment_ids is None else segment_ids.split(cuts, dim=1)
     y, memory, momentum = _SplitScan.apply(scan, count, ids[0], *(part[0] for part in parts), *state)
     if segment_ids is not None:
-        goes_on = (segment_ids[:, whole] == segment_ids[:, whole - 1])[:, None, None, None]
-        memory, momentum = (x.where(goes_on, 0) for x in (memory, momentum))
+        same_document = (segment_ids[:, whole] == segment_ids[:, whole - 1])[:, None, None, None]
+        memory, momentum = (x.where(same_document, 0) for x in (memory, momentum))
     last, state = scan([part[1] for part in parts], (memory, momentum), ids[1])
     return torch.cat([y, last], dim=1), state
 

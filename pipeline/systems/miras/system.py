@@ -183,10 +183,10 @@ class MirasSystem(System):
         return {TERM: int((batch.labels != IGNORED).sum())}
 
     def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput:
-        mine = context.topology.shard(batch.input_ids.shape[1])
+        local = context.topology.shard(batch.input_ids.shape[1])
         output = model(
-            batch.input_ids[:, mine],
-            batch.labels[:, mine],
+            batch.input_ids[:, local],
+            batch.labels[:, local],
             batch.segment_ids,
             batch.positions,
             unpack_carry(carry, self.backbone.num_hidden_layers),
@@ -196,7 +196,7 @@ class MirasSystem(System):
         )
         metrics = self._health(output.health)
         if self.sizes.attention.kind == "window":
-            reach = batch.positions[:, mine] >= self.sizes.attention.window
+            reach = batch.positions[:, local] >= self.sizes.attention.window
             metrics["beyond_window"] = (reach.sum(), reach.new_full((), reach.numel(), dtype=torch.float64))
         tokens = {"losses": output.losses.detach()}
         if output.predictions is not None:

@@ -44,25 +44,27 @@ def affine_scan(
         state: h before the first token, ``[batch, *features]``; float32, or float64 when a or b is. Zeros when None.
         segment_ids: ``[batch, sequence]``, any integer type. The state restarts at zero where the id differs from the
             token before; ``state`` belongs to the first token's segment. Nothing crosses a border, a NaN neither.
-        backend: ``auto`` takes the fastest that fits and copies what is not contiguous; ``torch`` runs on any device;
-            ``cpu`` and ``cuda`` are the native kernels, for float32 and bfloat16.
+        backend: ``auto`` takes the fastest that fits; ``torch`` runs on any device; ``cpu`` and ``cuda`` are the native
+            kernels, for float32 and bfloat16. Every backend takes strided tensors, of which a native kernel gets
+            contiguous copies.
 
     Returns:
         h, ``[batch, sequence, *features]`` in b's dtype, and the state after the last token, ``[batch, *features]`` in
         the state's dtype.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or layout; the message names it.
+        ValueError: an argument has the wrong shape, dtype or device, or one that a backend asked for by name does
+            not take, and the message names it; or that backend is not built, or fails its check.
 
     Source: prefix sums of affine maps (Blelloch, "Prefix Sums and Their Applications", 1990, section 1.4.1).
     """
-    wide = _check(a, b, state, segment_ids)
+    accumulate_dtype = _check(a, b, state, segment_ids)
     chosen = _choose(a, b, state, backend)
     resets = None
     if segment_ids is not None:
         resets = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=False)
     batch, sequence, features = b.shape[0], b.shape[1], b.shape[2:]
-    initial = b.new_zeros(batch, *features, dtype=wide) if state is None else state
+    initial = b.new_zeros(batch, *features, dtype=accumulate_dtype) if state is None else state
     flat = (a.expand(b.shape).flatten(2), b.flatten(2)) if features else (a.unsqueeze(-1), b.unsqueeze(-1))
     initial = initial.flatten(1) if features else initial.unsqueeze(-1)
     if chosen == "torch":
@@ -86,11 +88,11 @@ def _check(a: Tensor, b: Tensor, state: Tensor | None, segment_ids: Tensor | Non
     for name, tokens in (("a", a), ("b", b)):
         check_dtype(name, tokens, TOKENS)
     check_device("a", a, b, "b")
-    wide = sum_dtype(a, b)
+    accumulate_dtype = sum_dtype(a, b)
     if state is not None:
-        check_tensor("state", state, (b.shape[0], *b.shape[2:]), (wide,), b, "b")
+        check_tensor("state", state, (b.shape[0], *b.shape[2:]), (accumulate_dtype,), b, "b")
     check_segment_ids(segment_ids, b, "b")
-    return wide
+    return accumulate_dtype
 
 
 def _choose(a: Tensor, b: Tensor, state: Tensor | None, backend: str) -> str:
@@ -110,8 +112,6 @@ def _choose(a: Tensor, b: Tensor, state: Tensor | None, backend: str) -> str:
             wrong = f"a {backend} tensor"
         elif x.dtype not in affine_scan_native.DTYPES:
             wrong = "float32 or bfloat16"
-        elif not x.is_contiguous():
-            wrong = "a contiguous tensor, and makes no copy"
         if wrong is not None:
             raise not_taken(backend, name, x, wrong)
     if (failure := affine_scan_native.why_not(device, a.dtype, b.dtype)) is not None:

@@ -73,7 +73,7 @@ def scan_spans(
     return torch.cat(outputs, dim=1), carry, update
 
 
-def goes_on(segment_ids: Tensor) -> Tensor:
+def same_document(segment_ids: Tensor) -> Tensor:
     """[batch, sequence] bool: the token is of the same segment as the one before.
 
     The first token of all goes on with the given state.
@@ -89,7 +89,7 @@ def boundaries(segment_ids: Tensor | None, chunk: int, shape: Sequence[int]) -> 
     """
     if segment_ids is None:
         return None, None
-    same = goes_on(segment_ids)
+    same = same_document(segment_ids)
     length = same.shape[1]
     chunks = F.pad(same, (0, -length % chunk), value=True).unflatten(1, (-1, chunk))
     inside = chunks.int().cumprod(dim=-1).bool().flatten(1)[:, :length]

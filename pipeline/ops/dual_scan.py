@@ -210,8 +210,8 @@ def _span(
     starts, signals, reads = [], [], []
     place = 0
     reading = zip(c.state.unbind(0), c.update.unbind(0), q.unbind(0), k.unbind(0), strict=True)
-    for keys, values, mine, cut in zip(groups, v.split(per_chunk), own, cuts, strict=True):
-        signal = _signal(maps, keys, values, carry[:, :key_dim], mine, cut)
+    for keys, values, in_segment, cut in zip(groups, v.split(per_chunk), own, cuts, strict=True):
+        signal = _signal(maps, keys, values, carry[:, :key_dim], in_segment, cut)
         for part in signal.unbind(0):
             if maps.link is None:
                 starts.append(carry)

@@ -54,10 +54,10 @@ class GateLinear(nn.Linear):
     the forget rate of a long memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         assert self.bias is not None
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+            return F.linear(x.to(accumulate_dtype), self.weight.to(accumulate_dtype), self.bias.to(accumulate_dtype))
 
 
 def logit(probability: float) -> float:

@@ -179,12 +179,9 @@ class MemoryLayer(nn.Module):
         q, k, v = mixed.split([self.head_dim, self.head_dim, self.value_dim], dim=-1)
         q, k = (F.normalize(z.to(sum_dtype(z)), dim=-1, eps=SMALLEST_NORM).to(z.dtype) for z in (q, k))
         gates = self.gates(x)
-        goes_on = (state.tail_segments[:, -1] == segments[:, self.conv_taps - 1])[:, None, None, None]
-        before = (state.memory.where(goes_on, 0), state.momentum.where(goes_on, 0))
+        same_document = (state.tail_segments[:, -1] == segments[:, self.conv_taps - 1])[:, None, None, None]
+        before = (state.memory.where(same_document, 0), state.momentum.where(same_document, 0))
         inputs = [q, k, v, gates.alpha, gates.eta, gates.theta]
-        if self.backend in ("cpu", "cuda"):
-            # Asked for by name, a native kernel makes no copies.
-            inputs, before = [z.contiguous() for z in inputs], (before[0].contiguous(), before[1].contiguous())
         read, (memory, momentum) = miras_scan(
             *inputs, state=before, segment_ids=segment_ids, rule=self.rule, backend=self.backend, chunk=self.chunk
         )
@@ -202,10 +199,10 @@ class MemoryLayer(nn.Module):
     def empty_state(self, like: Tensor) -> MemoryState:
         """The state before any token, for as many rows as ``like`` has and on its device."""
         matrix, _, tail, ids = self._state_shapes(like.shape[0])
-        wide = sum_dtype(like)
+        accumulate_dtype = sum_dtype(like)
         return MemoryState(
-            like.new_zeros(matrix, dtype=wide),
-            like.new_zeros(matrix, dtype=wide),
+            like.new_zeros(matrix, dtype=accumulate_dtype),
+            like.new_zeros(matrix, dtype=accumulate_dtype),
             like.new_zeros(tail),
             torch.full(ids, -1, dtype=torch.int64, device=like.device),
         )

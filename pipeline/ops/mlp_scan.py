@@ -176,8 +176,8 @@ def _span(
     starts, units, backs, errors = [], [], [], []
     # Unbound, not indexed: the gradient of an index is as large as what it is taken from.
     columns = (c.state_end.unbind(0), c.update_end.unbind(0), k.unbind(0), v.unbind(0), own)
-    for end, weights, keys, values, mine in zip(*columns, strict=True):
-        x, back, error = _gradients(keys, values, carry[:, :hidden], first, second, mine, clip)
+    for end, weights, keys, values, in_segment in zip(*columns, strict=True):
+        x, back, error = _gradients(keys, values, carry[:, :hidden], first, second, in_segment, clip)
         starts.append(carry)
         units.append(x)
         backs.append(back)

@@ -76,7 +76,8 @@ def miras_scan(
         backend: ``auto`` takes the native kernel of q's device where it is built, passes its check at first use, and
             takes the arguments: key dim 32, 64 or 128, value dim a multiple of 16, q, k and v all float32 or all
             bfloat16, gates and state float32. Else it takes the PyTorch path, as ``torch`` always does. ``cpu`` and
-            ``cuda`` name a native kernel, refuse what it does not take, and copy nothing: every tensor is contiguous.
+            ``cuda`` name a native kernel, and refuse what it does not take. Every backend takes strided tensors, of
+            which a native kernel gets contiguous copies.
         chunk: tokens that the PyTorch path solves together. It changes speed and memory only; 64 suits head dimensions
             from 64 to 128.
 
@@ -113,7 +114,7 @@ def check_backend(
     theta: Tensor,
     state: State | None,
 ) -> dict[str, Tensor]:
-    """The tensors by name, which a backend that is asked for by name takes as they are; ``eta`` is None for ``delta``.
+    """The tensors by name, which a backend that is asked for by name takes; ``eta`` is None for ``delta``.
 
     Raises:
         ValueError: there is no such backend, or it does not take one of them; the message names it.
@@ -127,9 +128,6 @@ def check_backend(
     if backend in ("auto", "torch"):
         return tensors
     wrong = scan_native.unsupported(backend, tensors)
-    if wrong is None:
-        strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
-        wrong = (strided[0], "a contiguous tensor, and makes no copy") if strided else None
     if wrong is not None:
         name, expected = wrong
         raise not_taken(backend, name, tensors[name], expected)

@@ -55,8 +55,7 @@ class Scan(NamedTuple):
         return 1 if self.rule == "delta" else 2
 
     def __call__(self, tokens: Sequence[Tensor | None], state: State | None, segment_ids: Tensor | None) -> Any:
-        # Contiguous: a backend that is asked for by name takes nothing else, and parts of a batch are not.
-        q, k, v, alpha, eta, theta = (None if x is None else x.contiguous() for x in tokens)
+        q, k, v, alpha, eta, theta = tokens
         assert q is not None and k is not None and v is not None and alpha is not None and theta is not None
         return miras_scan(
             q, k, v, alpha, eta, theta,
@@ -105,7 +104,7 @@ def miras_scan_split(
         ValueError: as ``miras_scan``, or ``pieces`` is not a positive integer.
     """
     check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
-    # Before the pieces are cut, and copied for a backend that copies nothing.
+    # Before any piece is scanned: the message is then of the tensors that the caller gave.
     check_backend(backend, q, k, v, alpha, None if rule == "delta" else eta, theta, state)
     batch, sequence, heads, _ = q.shape
     slices = max(1, -(-v.shape[-1] // SLICE))
@@ -132,8 +131,8 @@ def miras_scan_split(
     ids = (None, None) if segment_ids is None else segment_ids.split(cuts, dim=1)
     y, memory, momentum = _SplitScan.apply(scan, count, ids[0], *(part[0] for part in parts), *state)
     if segment_ids is not None:
-        goes_on = (segment_ids[:, whole] == segment_ids[:, whole - 1])[:, None, None, None]
-        memory, momentum = (x.where(goes_on, 0) for x in (memory, momentum))
+        same_document = (segment_ids[:, whole] == segment_ids[:, whole - 1])[:, None, None, None]
+        memory, momentum = (x.where(same_document, 0) for x in (memory, momentum))
     last, state = scan([part[1] for part in parts], (memory, momentum), ids[1])
     return torch.cat([y, last], dim=1), state
 
@@ -250,7 +249,7 @@ def scan_backward(
     starts [rows, heads, J Dk, Dv], grad_y [rows, tokens, heads, Dv], grad_ends [rows, heads, 2 Dk, Dv].
     """
     leaves = [None if x is None else x.detach().requires_grad_() for x in tokens]
-    states = [x.contiguous().requires_grad_() for x in starts.detach().chunk(scan.states, dim=-2)]
+    states = [x.requires_grad_() for x in starts.detach().chunk(scan.states, dim=-2)]
     if scan.states == 1:
         states.append(torch.zeros_like(states[0], requires_grad=True))
     with torch.enable_grad():

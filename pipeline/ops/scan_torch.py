@@ -34,9 +34,9 @@ from pipeline.ops.checks import sum_dtype
 from pipeline.ops.chunks import (
     coefficients,
     from_chunks,
-    goes_on,
     learns,
     outer,
+    same_document,
     scan_spans,
     span_tokens,
     stack_state,
@@ -85,7 +85,7 @@ def scan_torch(
     chunk = min(chunk, sequence)
     keep = None
     if segment_ids is not None:
-        keep = goes_on(segment_ids).unsqueeze(-1).expand(batch, sequence, heads)
+        keep = same_document(segment_ids).unsqueeze(-1).expand(batch, sequence, heads)
 
     sizes = {"key_dim": key_dim, "value_dim": value_dim, "states": states, "chunk": chunk}
     carry = stack_state(state, states, (batch, heads, key_dim, value_dim), q.new_empty(0, dtype=dtype))

@@ -164,18 +164,18 @@ def _chunk(
 
     offset, momentum = carry.split(dim, dim=-1)
     # The chunk's own state is the last token's: that of the chunk's start, or an empty one where its segment is new.
-    goes_on = None if inside is None else by_head(inside[:, -1:]).unsqueeze(-1)
+    same_document = None if inside is None else by_head(inside[:, -1:]).unsqueeze(-1)
     y = apply_swiglu(by_head(q), _weights(initial, offset))
     if inside is not None:
         y = torch.where(by_head(inside).unsqueeze(-1) > 0, y, apply_swiglu(by_head(q), initial))
 
     retain, theta = by_head(retain), by_head(theta)
     count: Tensor | int = retain.shape[1]
-    if goes_on is not None and writes is not None:
-        offset, momentum = offset * goes_on, momentum * goes_on
-        mine = by_head(writes)
-        retain, theta, count = torch.where(mine > 0, retain, 1.0), theta * mine, mine.sum(dim=1)
-        eta = None if eta is None else by_head(eta) * mine
+    if same_document is not None and writes is not None:
+        offset, momentum = offset * same_document, momentum * same_document
+        written = by_head(writes)
+        retain, theta, count = torch.where(written > 0, retain, 1.0), theta * written, written.sum(dim=1)
+        eta = None if eta is None else by_head(eta) * written
     else:
         eta = None if eta is None else by_head(eta)
     update = torch.cat(_ascent(by_head(k), by_head(v), theta, _weights(initial, offset)), dim=-2)

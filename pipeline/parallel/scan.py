@@ -77,7 +77,7 @@ def sequence_scan(
         ValueError: as ``miras_scan``.
     """
     check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
-    # Before the parts are made contiguous, for a backend that copies nothing.
+    # Before any collective: every rank refuses by itself what the backend does not take.
     check_backend(backend, q, k, v, alpha, None if rule == "delta" else eta, theta, state)
     if topology.sequence == 1:
         return Scan(rule, backend, chunk)((q, k, v, alpha, eta, theta), state, segment_ids)

@@ -59,6 +59,11 @@ def segments(batch: int, sequence: int, starts: Sequence[int]) -> Tensor:
     return change.cumsum(dim=1) % 2
 
 
+def swapped(x: Tensor) -> Tensor:
+    """The same numbers with the strides of a tensor whose first two dimensions are swapped."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def run(x: Sequence[Tensor], **options) -> list[Tensor]:
     y, state = miras_scan(*x[:6], state=(x[6], x[7]), **options)
     return [y, *state]

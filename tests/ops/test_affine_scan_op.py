@@ -21,6 +21,7 @@ from tests.ops.affine_scan_cases import (
 )
 from tests.ops.affine_scan_reference import affine_loop
 from tests.ops.saved import saved_by
+from tests.ops.scan_cases import swapped
 
 
 @pytest.mark.parametrize("change", [None, 0.3])
@@ -104,11 +105,27 @@ def test_autocast_does_not_lower_the_precision(backend: str) -> None:
     assert_same(actual, expected)
 
 
-def test_strided_inputs() -> None:
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 5), (3, 40, 4, 6)], ids=str)
+def test_strided_inputs_give_the_same_bits(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, ids = make(*shape, a=dtype), segments(3, 40, 0.1)
+    assert ids is not None
+    expected = results(x, backend=backend, segment_ids=ids)
+    strided, strided_ids = [swapped(z.detach()).requires_grad_() for z in x], swapped(ids)
+    assert not any(z.is_contiguous() for z in (*strided, strided_ids))
+    # All of them, and each alone.
+    for chosen in (range(3), *([index] for index in range(3))):
+        mixed = [strided[i] if i in chosen else x[i] for i in range(3)]
+        assert_same(results(mixed, backend=backend, segment_ids=strided_ids), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_gradients_of_the_results_give_the_same_bits(backend: str) -> None:
     x = make(3, 40, 5, a=torch.float32)
-    strided = [z.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for z in x]
-    for backend in ("auto", "torch"):
-        assert_same(results(strided, backend=backend), results(x, backend=backend))
+    outputs, given = affine_scan(x[0], x[1], state=x[2], backend=backend), cotangents(x)
+    expected = torch.autograd.grad(outputs, x, given, retain_graph=True)
+    assert_same(torch.autograd.grad(outputs, x, [swapped(z) for z in given]), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

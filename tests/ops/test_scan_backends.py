@@ -18,6 +18,7 @@ from tests.ops.scan_cases import (
     place,
     run,
     segments,
+    swapped,
 )
 
 
@@ -139,12 +140,31 @@ def test_autocast_does_not_lower_the_precision_of_any_backend(backend: str) -> N
         assert torch.equal(a, b)
 
 
-def test_auto_copies_what_is_not_contiguous_and_a_named_backend_refuses_it() -> None:
-    x = place(make(sequence=70, key_dim=32, value_dim=32, gates="model"), "cpu")
-    strided = [z.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for z in x]
-    for a, b in zip(gradients(run(strided), strided), gradients(run(x), x), strict=True):
-        assert torch.equal(a, b)
-    for index, name in enumerate(("q", "k", "v", "alpha", "eta", "theta", r"state\[0\] \(M\)", r"state\[1\] \(S\)")):
-        mixed = [*x[:index], strided[index], *x[index + 1 :]]
-        with pytest.raises(ValueError, match=rf"^{name} is float32 \[2, .*strides .*'cpu' expects a contiguous tensor"):
-            run(mixed, backend="cpu")
+@pytest.mark.parametrize("rule", ["titans", "delta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_strided_arguments_give_every_backend_the_same_bits(backend: str, dtype: torch.dtype, rule: str) -> None:
+    x = place(
+        make(sequence=70, key_dim=32, value_dim=32, gates="model"), "cpu" if backend == "auto" else backend, dtype
+    )
+    ids = segments(2, 70, (40,)).to(x[0].device)
+    outputs = run(x, backend=backend, rule=rule, segment_ids=ids)
+    expected = outputs + gradients(outputs, x)
+    strided, strided_ids = [swapped(z.detach()).requires_grad_() for z in x], swapped(ids)
+    assert not any(z.is_contiguous() for z in (*strided, strided_ids))
+    # All of them, and each alone.
+    for chosen in (range(8), *([index] for index in range(8))):
+        mixed = [strided[i] if i in chosen else x[i] for i in range(8)]
+        outputs = run(mixed, backend=backend, rule=rule, segment_ids=strided_ids)
+        for actual, wanted in zip(outputs + gradients(outputs, mixed), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_gradients_of_the_results_give_the_same_bits(backend: str) -> None:
+    x = place(make(sequence=70, key_dim=32, value_dim=32, gates="model"), backend)
+    outputs = run(x, backend=backend)
+    given = [torch.randn_like(z) for z in outputs]
+    expected = torch.autograd.grad(outputs, x, given, retain_graph=True)
+    for actual, wanted in zip(torch.autograd.grad(outputs, x, [swapped(z) for z in given]), expected, strict=True):
+        assert torch.equal(actual, wanted)

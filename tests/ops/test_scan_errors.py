@@ -83,17 +83,22 @@ def test_what_a_named_backend_does_not_take_is_named(index: int, change, message
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("index", "name"), [(0, "q"), (4, "eta"), (7, r"state\[1\] \(S\)")])
 def test_over_sequence_ranks_the_same_is_refused_before_any_collective(ranks: int, index: int, name: str) -> None:
-    """As in one process, although the parts themselves are copied; the rule ``delta`` has no eta to refuse."""
+    """As in one process: the group is none that could be asked. The rule ``delta`` has no eta to refuse."""
     x = [z.detach() for z in place(make(sequence=6, key_dim=32, value_dim=32), "cpu")]
-    x[index] = x[index].transpose(0, 1).contiguous().transpose(0, 1)
+    wrong = [*x[:index], x[index].double(), *x[index + 1 :]]
+    state = (wrong[6], wrong[7]) if index != 0 else None
     topology = Topology(0, ranks, ranks, object())  # type: ignore[arg-type]
-    options = {"topology": topology, "state": (x[6], x[7])}
-    with pytest.raises(ValueError, match=rf"^{name} is float32 .* strides .*'cpu' expects a contiguous tensor"):
-        sequence_scan(*x[:6], **options, backend="cpu")
+    options = {"topology": topology, "state": state}
+    if index != 7:
+        with pytest.raises(ValueError, match=rf"^{name} is float64 .* backend 'cpu' expects float32"):
+            sequence_scan(*wrong[:6], **options, backend="cpu")
+    else:
+        with pytest.raises(ValueError, match=rf"^{name} is float64; expected float32"):
+            sequence_scan(*wrong[:6], **options, backend="cpu")
     with pytest.raises(ValueError, match="backend is 'fast'"):
-        sequence_scan(*x[:6], **options, backend="fast")
+        sequence_scan(*x[:6], topology=topology, state=(x[6], x[7]), backend="fast")
     if ranks == 1 and index == 4:
-        sequence_scan(*x[:6], **options, backend="cpu", rule="delta")
+        sequence_scan(*wrong[:6], **options, backend="cpu", rule="delta")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,20 @@ from pipeline.ops import miras_scan, scan_split
 from pipeline.ops.scan_split import miras_scan_split, pieces_for
 from tests.ops.reference import token_loop
 from tests.ops.saved import saved_by
-from tests.ops.scan_cases import NAMES, OUTPUTS, TIGHT, assert_close, error, gradients, make, segments, truth
+from tests.ops.scan_cases import (
+    BACKENDS,
+    NAMES,
+    OUTPUTS,
+    TIGHT,
+    assert_close,
+    error,
+    gradients,
+    make,
+    place,
+    segments,
+    swapped,
+    truth,
+)
 
 CPU = torch.device("cpu")
 
@@ -257,13 +270,17 @@ def test_errors_name_what_was_given() -> None:
         miras_scan_split(*(z[:0] for z in x[:6]))
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_a_named_backend_refuses_what_is_not_contiguous(pieces: int) -> None:
-    """As for the plain scan, although the pieces themselves are copies."""
-    q, *rest = (z.detach().float() for z in make(2, 6, 2, 32, 32)[:6])
-    strided = q.mT.contiguous().mT
-    with pytest.raises(ValueError, match=r"q is float32 \[2, 6, 2, 32\] .*; backend 'cpu' expects a contiguous tensor"):
-        miras_scan_split(strided, *rest, pieces=pieces, backend="cpu")
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_strided_arguments_give_the_same_bits(backend: str, pieces: int) -> None:
+    x = place(make(2, 70, 2, 32, 32, gates="model"), "cpu" if backend == "auto" else backend)
+    strided = [swapped(z.detach()).requires_grad_() for z in x]
+    results = []
+    for inputs in (x, strided):
+        outputs = run(miras_scan_split, inputs, pieces=pieces, backend=backend)
+        results.append([*outputs, *gradients(outputs, inputs)])
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_several_threads_at_once() -> None:

@@ -82,7 +82,7 @@ class ContextInputs(nn.Module):
     def forward(self, hidden: Tensor) -> ContextTokens:
         """hidden [batch, sequence / degree, width]."""
         normed = self.norm(hidden)
-        precise = normed.to(_wide(hidden))
+        precise = normed.to(_accumulate_dtype(hidden))
         logits = [gate(precise) for gate in (self.alpha_proj, self.beta_proj, self.context_gate)]
         return ContextTokens(self.q_proj(normed).unflatten(-1, (self.heads, -1)), torch.stack(logits, dim=-1))
 
@@ -132,16 +132,16 @@ class ContextMemory(nn.Module):
         """tokens, attention's queries q before RoPE, values v and output `attended` [batch, sequence, heads / degree,
         attention dim] (v: key-value heads), segment_ids [batch, sequence] give the output (like attended), the new
         carry and the health."""
-        mine = topology.heads(self.config.heads)
+        local = topology.heads(self.config.heads)
         dim, taps = self.config.head_dim, self.config.conv
-        wide = _wide(attended)
+        accumulate_dtype = _accumulate_dtype(attended)
         if carry is None:
             carry = self._empty_carry(tokens, plan.reach)
         old_queries, old_written, old_logits = carry.tail.split([dim, 3 * dim, 2], dim=-1)
         queries = torch.cat([old_queries.to(q.dtype), tokens.queries], dim=1)
         ids = torch.cat([carry.tail_segments, segment_ids], dim=1)
         before = q.new_zeros(*old_written.shape[:3], q.shape[-1])
-        kernel = self.conv[mine]
+        kernel = self.conv[local]
         v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
 
         # What does not wait for the memory, for all segments at once.
@@ -154,18 +154,18 @@ class ContextMemory(nn.Module):
             strict=True,
         )
         # The first stage's tokens from the carry, and those that its convolution reaches back to.
-        replayed = rows_at(old_written, plan.again_at)
-        past, past_ids = rows_at(old_written, plan.past).to(q.dtype), rows_at(ids, plan.past)
+        replayed = rows_at(old_written, plan.replay_index)
+        past, past_ids = rows_at(old_written, plan.history_index).to(q.dtype), rows_at(ids, plan.history_index)
         state = (carry.memory, carry.momentum)
         outs, writes, gates = [], [], []
         for index, (read, logit, query, value, base) in enumerate(stages):
             args = (read, logit, query, value, base, replayed if index == 0 else None, past, past_ids)
             if self.recompute and torch.is_grad_enabled():
                 out, written, state, gate = checkpoint(
-                    self._stage, index, plan, *args, state, mine, scale, use_reentrant=False, preserve_rng_state=False
+                    self._stage, index, plan, *args, state, local, scale, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                out, written, state, gate = self._stage(index, plan, *args, state, mine, scale)
+                out, written, state, gate = self._stage(index, plan, *args, state, local, scale)
             past = torch.cat([past, written], dim=1)[:, 1 - taps :]
             past_ids = torch.cat([past_ids, plan.segment_ids[index]], dim=1)[:, 1 - taps :]
             outs.append(out)
@@ -174,7 +174,7 @@ class ContextMemory(nn.Module):
 
         with torch.no_grad():
             latest = [tokens.queries, plan.scatter(writes, plan.reach), tokens.logits[..., :2]]
-            fresh = torch.cat([x[:, -plan.reach :].to(wide) for x in latest], dim=-1)
+            fresh = torch.cat([x[:, -plan.reach :].to(accumulate_dtype) for x in latest], dim=-1)
             tail = torch.cat([carry.tail, fresh], dim=1)[:, -plan.reach :].clone()
             new = MemoryCarry(state[0].detach(), state[1].detach(), tail, ids[:, -plan.reach :].clone())
             health = memory_health(dim, new, *(plan.scatter(x) for x in zip(*gates, strict=True)))
@@ -193,42 +193,42 @@ class ContextMemory(nn.Module):
         past: Tensor,
         past_ids: Tensor,
         state: State,
-        mine: slice,
+        local: slice,
         scale: float,
     ) -> tuple[Tensor, Tensor, State, tuple[Tensor, Tensor, Tensor]]:
         """One stage of all rows: its output, what it wrote before the convolution, the state after it, its gates."""
         ids = plan.segment_ids[index]
-        found = _where(plan.enters[index], state)
-        read = self.rule.read(reads, found, mine)
+        found = _where(plan.receives_state[index], state)
+        read = self.rule.read(reads, found, local)
         if plan.mixed[index]:
-            other = self.rule.read(reads, _where(plan.enters[index].new_zeros(()), state), mine)
-            read = read.where(plan.inside[index][..., None, None], other)
-        context = self._attend(read, query, ids, mine, scale)
+            other = self.rule.read(reads, _where(plan.receives_state[index].new_zeros(()), state), local)
+            read = read.where(plan.in_first_document[index][..., None, None], other)
+        context = self._attend(read, query, ids, local, scale)
         mixed = base + torch.tanh(logits[..., 2:]).to(base.dtype) * (context - base)
 
         given = torch.cat([F.rms_norm(x, x.shape[-1:], eps=self.norm_eps) for x in (mixed, value)], dim=-1)
-        written = torch.einsum("bthi,hoi->btho", given, self.write[mine])
+        written = torch.einsum("bthi,hoi->btho", given, self.write[local])
         if replayed is not None:
-            written = torch.where(plan.again[..., None, None], replayed.to(written.dtype), written)
+            written = torch.where(plan.replay_mask[..., None, None], replayed.to(written.dtype), written)
         dim = self.config.head_dim
         convolved = causal_convolution(
-            torch.cat([past, written], dim=1), torch.cat([past_ids, ids], dim=1), self.conv[mine][..., dim:]
+            torch.cat([past, written], dim=1), torch.cat([past_ids, ids], dim=1), self.conv[local][..., dim:]
         )
         q, k, v = F.silu(convolved).chunk(3, dim=-1)
         q, k = self._unit(q), self._unit(k)
-        answer, after, gates = self.rule(q, k, v, logits[..., 0], logits[..., 1], self.eta_logits, found, ids, mine)
-        normed = F.rms_norm(answer, answer.shape[-1:], eps=self.norm_eps) * self.head_norm[mine]
-        out = mixed * output_gate(torch.einsum("bthi,hoi->btho", normed.to(mixed.dtype), self.out_gate[mine]))
+        answer, after, gates = self.rule(q, k, v, logits[..., 0], logits[..., 1], self.eta_logits, found, ids, local)
+        normed = F.rms_norm(answer, answer.shape[-1:], eps=self.norm_eps) * self.head_norm[local]
+        out = mixed * output_gate(torch.einsum("bthi,hoi->btho", normed.to(mixed.dtype), self.out_gate[local]))
         # A segment that goes on in the next step is done again there, from the state that it found here.
-        left = _where(plan.complete[index], after, _where(plan.keeps[index], state))
+        left = _where(plan.complete[index], after, _where(plan.passes_through[index], state))
         return out, written, left, (gates.alpha.detach(), gates.eta.detach(), gates.theta.detach())
 
-    def _attend(self, read: Tensor, query: Tensor, ids: Tensor, mine: slice, scale: float) -> Tensor:
+    def _attend(self, read: Tensor, query: Tensor, ids: Tensor, local: slice, scale: float) -> Tensor:
         """Attention of query [batch, length, heads, attention dim] to the persistent pairs and to what was read."""
-        read = F.rms_norm(read, read.shape[-1:], eps=self.norm_eps) * self.context_norm[mine]
-        k, v = torch.einsum("bthi,hoi->btho", read.to(query.dtype), self.context_kv[mine]).chunk(2, dim=-1)
+        read = F.rms_norm(read, read.shape[-1:], eps=self.norm_eps) * self.context_norm[local]
+        k, v = torch.einsum("bthi,hoi->btho", read.to(query.dtype), self.context_kv[local]).chunk(2, dim=-1)
         batch = ids.shape[0]
-        pairs = [x[mine].transpose(0, 1).expand(batch, -1, -1, -1) for x in (self.persistent_k, self.persistent_v)]
+        pairs = [x[local].transpose(0, 1).expand(batch, -1, -1, -1) for x in (self.persistent_k, self.persistent_v)]
         keys, values = (torch.cat([pair.to(x.dtype), x], dim=1) for pair, x in zip(pairs, (k, v), strict=True))
         # Documents apart, and a token sees no later one; itself it always sees.
         seen = (ids[:, :, None] == ids[:, None, :]).tril()
@@ -239,7 +239,7 @@ class ContextMemory(nn.Module):
         return out.transpose(1, 2)
 
     def _unit(self, x: Tensor) -> Tensor:
-        return F.normalize(x.to(_wide(x)), dim=-1).to(x.dtype)
+        return F.normalize(x.to(_accumulate_dtype(x)), dim=-1).to(x.dtype)
 
     def _empty_carry(self, tokens: ContextTokens, reach: int) -> MemoryCarry:
         batch, _, heads, dim = tokens.queries.shape
@@ -260,7 +260,7 @@ class ContextBranch(nn.Module):
         self.core = ContextMemory(config, attention_dim, norm_eps, recompute=recompute)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import tyro
 
-from pipeline.config import LARGEST, MAY_CHANGE, ModelConfig
+from pipeline.config import MAY_CHANGE, ModelConfig
 from pipeline.data.synthetic import RecallConfig
-from pipeline.errors import UserError, shown
+from pipeline.errors import UserError
 from pipeline.ops.gates import MAX_MOMENTUM
+from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig, at_least
 
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 
@@ -48,7 +48,7 @@ class BackboneConfig:
     """Standard deviation of random matrices."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "backbone", "layers", "width", "heads", "kv_heads", "ffn", "vocabulary")
+        at_least(1, self, "backbone", "layers", "width", "heads", "kv_heads", "ffn", "vocabulary")
         if self.width % self.heads:
             raise UserError(
                 f"--model.backbone.width {self.width} is not divisible by --model.backbone.heads {self.heads}"
@@ -73,102 +73,8 @@ class AttentionConfig:
     """What computes it; auto takes the fastest that fits."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "attention", "window")
-        _at_least(0, self, "attention", "sinks")
-
-
-@dataclass(frozen=True)
-class MonetaConfig:
-    """The rule moneta: p-norm bias, q-norm retention (MIRAS, arXiv 2504.13173)."""
-
-    p: float = 3.0
-    """Exponent of the loss |e|_p^p on the error e; its error signal is p sign(e) |e|^(p - 1)."""
-    q: float = 4.0
-    """Exponent of the norm that links the dual state to the memory; 2 is the identity."""
-    link: Literal["mirror", "printed"] = "mirror"
-    """mirror: the mirror map |A|_q^(2 - q) |A|^(q - 1) sign(A), of degree 1; printed: the paper's A / |A|_q^(q - 2),
-    which grows without bound near an empty memory when q is above 3."""
-    smooth: Literal["none", "sqrt", "tanh"] = "none"
-    """Error signal near 0. none: as it is (p of 2 or more); sqrt: |e| as sqrt(e^2 + eps); tanh: sign(e) as well."""
-    clip: float = 10.0
-    """Largest norm of a token's gradient: the memory then grows linearly at most."""
-    momentum: bool = False
-    """Add momentum as titans has it; the paper has none."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.p < math.inf or (self.p < 2 and self.smooth == "none"):
-            raise UserError(f"--model.memory.moneta.p {self.p}: give 2 or more, or 1 or more with a --...moneta.smooth")
-        if not 2 <= self.q < math.inf:
-            raise UserError(f"--model.memory.moneta.q {self.q}: give 2 or more")
-        if not self.clip > 0:
-            raise UserError(f"--model.memory.moneta.clip {self.clip}: give a value above 0")
-
-
-@dataclass(frozen=True)
-class YaadConfig:
-    """The rule yaad: Huber bias, local and global L2 retention (MIRAS, arXiv 2504.13173)."""
-
-    form: Literal["elementwise", "norm"] = "elementwise"
-    """Where the error is cut: each component at delta, or its norm."""
-    threshold: Literal["head", "token"] = "token"
-    """head: delta is one learned number per head; token: a learned function of the token's key."""
-    delta: float = 0.5
-    """Initial delta of every head."""
-    momentum: bool = False
-    """Add momentum as titans has it; the paper has none."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.delta < math.inf:
-            raise UserError(f"--model.memory.yaad.delta {self.delta}: give a value above 0")
-
-
-@dataclass(frozen=True)
-class MemoraConfig:
-    """The rule memora: rows of the memory are scaled distributions (MIRAS, arXiv 2504.13173)."""
-
-    scale: float = 8.0
-    """What the entries of a row add up to."""
-    momentum: bool = False
-    """Add momentum as titans has it; the paper has none."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise UserError(f"--model.memory.memora.scale {self.scale}: give a value above 0")
-
-
-@dataclass(frozen=True)
-class MlpConfig:
-    """The rule mlp: the memory is a perceptron with one hidden layer (Titans, arXiv 2501.00663)."""
-
-    hidden: int = 4
-    """Width of the hidden layer, as a multiple of head_dim."""
-    clip: float = 10.0
-    """Largest norm of a token's gradient: the memory then grows linearly at most."""
-    momentum: bool = True
-    """Momentum as titans has it."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, self, "memory.mlp", "hidden")
-        if not self.clip > 0:
-            raise UserError(f"--model.memory.mlp.clip {self.clip}: give a value above 0")
-
-
-@dataclass(frozen=True)
-class SwigluConfig:
-    """The rule swiglu: SwiGLU fast weights, updated once per large chunk (LaCT, arXiv 2505.23884)."""
-
-    gradient_chunk: int = 2048
-    """Tokens that make one update, read by the chunks after it: attention has to cover what lies in a token's own.
-    It is part of the result."""
-    hidden: int = 2
-    """Width of the hidden layer, as a multiple of head_dim."""
-    muon: bool = False
-    """Orthogonalise each update by five Newton-Schulz steps."""
-    momentum: bool = True
-    """Add each update, damped by the momentum, to the next."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, self, "memory.swiglu", "gradient_chunk", "hidden")
+        at_least(1, self, "attention", "window")
+        at_least(0, self, "attention", "sinks")
 
 
 @dataclass(frozen=True)
@@ -251,9 +157,9 @@ class MemoryConfig:
         return unused
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "memory", "heads", "head_dim", "chunk", "gradient_chunk", "gate_rank", "context")
-        _at_least(2, self, "memory", "conv")
-        _at_least(0, self, "memory", "persistent")
+        at_least(1, self, "memory", "heads", "head_dim", "chunk", "gradient_chunk", "gate_rank", "context")
+        at_least(2, self, "memory", "conv")
+        at_least(0, self, "memory", "persistent")
         if not 0 < self.momentum < MAX_MOMENTUM:
             raise UserError(f"--model.memory.momentum {self.momentum}: give a value between 0 and {MAX_MOMENTUM}")
         for flag, values in (("step-size", self.step_size), ("half-life", self.half_life)):
@@ -297,11 +203,3 @@ class MirasConfig(ModelConfig):
                 f"--model.memory.layers {' '.join(map(str, self.memory.layers))}: the backbone has layers 0 to"
                 f" {self.backbone.layers - 1}"
             )
-
-
-def _at_least(least: int, section: object, name: str, *fields: str) -> None:
-    for key in fields:
-        value = getattr(section, key)
-        if not least <= value <= LARGEST:
-            fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
-            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")

@@ -130,12 +130,12 @@ def _perplexity(system: Evaluated, model: nn.Module, sync_point: SyncPoint, mode
         sums[mode] = _Sums.zeros(bins, device)
         covered = torch.zeros((), dtype=torch.float64, device=device)
         for batch, losses, _ in results:
-            mine = sync_point.topology.shard(batch.labels.shape[1])
-            labels, place = batch.labels[:, mine], position_bins(batch.positions[:, mine])
+            local = sync_point.topology.shard(batch.labels.shape[1])
+            labels, place = batch.labels[:, local], position_bins(batch.positions[:, local])
             counted = labels != IGNORED
             sums[mode].add(place, losses, counted, torch.zeros_like(counted))
             values = {mode: losses, "labels": counted} if memory else {mode: losses}
-            documents.add(batch.streams, batch.segment_ids[:, mine], place, counted, values)
+            documents.add(batch.streams, batch.segment_ids[:, local], place, counted, values)
             if byte_lengths is not None:
                 covered += byte_lengths.to(device)[labels[counted]].sum()
         sums[mode].reduce()
@@ -227,7 +227,7 @@ def _repeated_passages(
     if not gaps:
         return None
     context = StepContext(sync_point.topology, system.config.seed, "evaluation", 1)
-    mine = sync_point.topology.shard(length)
+    local = sync_point.topology.shard(length)
     documents = DocumentSums(len(gaps))
     for mode, memory in modes.items():
         for index, gap in enumerate(gaps):
@@ -244,9 +244,9 @@ def _repeated_passages(
             # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
             sync_point("evaluation")
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
-            again = batch.positions[:, mine] >= start
-            place, segments = torch.full_like(batch.positions, index)[:, mine], batch.segment_ids[:, mine]
-            losses, counted = output.tokens["losses"], batch.labels[:, mine] != IGNORED
+            again = batch.positions[:, local] >= start
+            place, segments = torch.full_like(batch.positions, index)[:, local], batch.segment_ids[:, local]
+            losses, counted = output.tokens["losses"], batch.labels[:, local] != IGNORED
             values = {mode: losses * again, f"{mode}, first": losses * ~again}
             values |= {"labels": again} if memory else {}
             documents.add(first.streams.to(device), segments, place, counted, values)
@@ -287,13 +287,13 @@ def _recall(system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: d
         total = _Sums.zeros(bins, results[0][1].device)
         for batch, losses, predictions in results:
             assert predictions is not None
-            mine = sync_point.topology.shard(batch.labels.shape[1])
-            labels = batch.labels[:, mine]
-            place = recall_gaps(batch.input_ids, batch.labels)[:, mine] // GAP_BIN
+            local = sync_point.topology.shard(batch.labels.shape[1])
+            labels = batch.labels[:, local]
+            place = recall_gaps(batch.input_ids, batch.labels)[:, local] // GAP_BIN
             counted, right = labels != IGNORED, predictions == labels
             total.add(place, losses, counted, right)
             values = {mode: right, "labels": counted} if memory else {mode: right}
-            documents.add(batch.streams, batch.segment_ids[:, mine], place, counted, values)
+            documents.add(batch.streams, batch.segment_ids[:, local], place, counted, values)
         total.reduce()
         prefix = "" if mode == ON else "memory_off/"
         answers = float(total.labels.sum())

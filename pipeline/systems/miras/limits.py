@@ -12,12 +12,9 @@ as large as the weights.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from pipeline.ops.gates import STEP_MARGIN
-
-if TYPE_CHECKING:
-    from pipeline.systems.miras.config import MemoryConfig
+from pipeline.systems.miras.config import MemoryConfig
 
 
 def largest_step(config: MemoryConfig) -> float:

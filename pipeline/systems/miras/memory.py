@@ -77,30 +77,30 @@ class MemoryBranch(nn.Module):
         """hidden [batch, sequence / degree, width] and segment_ids [batch, sequence] give what is added to the residual
         stream (like hidden), the new carry and the health."""
         config = self.config
-        mine = topology.heads(config.heads)
+        local = topology.heads(config.heads)
         normed = self.norm(hidden)
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (config.heads, -1))
 
         qkv = torch.cat([split(proj(normed)) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        precise = normed.to(wide)
+        accumulate_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        precise = normed.to(accumulate_dtype)
         logits = torch.stack([self.alpha_proj(precise), self.beta_proj(precise)], dim=-1)
         qkv, logits = to_heads([qkv, logits], topology)
 
         if carry is None:
             carry = self.empty_carry(qkv)
-        mixed, tail, tail_segments = self._convolve(qkv, segment_ids, carry, self.conv[mine])
+        mixed, tail, tail_segments = self._convolve(qkv, segment_ids, carry, self.conv[local])
         q, k, v = F.silu(mixed).chunk(3, dim=-1)
-        q, k = (F.normalize(x.to(wide), dim=-1).to(x.dtype) for x in (q, k))
+        q, k = (F.normalize(x.to(accumulate_dtype), dim=-1).to(x.dtype) for x in (q, k))
         # The state belongs to the document of the last token before this step; another document starts from zero.
-        goes_on = (carry.tail_segments[:, -1] == segment_ids[:, 0])[:, None, None, None]
-        state = (carry.memory.where(goes_on, 0), carry.momentum.where(goes_on, 0))
+        same_document = (carry.tail_segments[:, -1] == segment_ids[:, 0])[:, None, None, None]
+        state = (carry.memory.where(same_document, 0), carry.momentum.where(same_document, 0))
         read, (memory, momentum), gates = self.rule(
-            q, k, v, logits[..., 0], logits[..., 1], self.eta_logits, state, segment_ids, mine
+            q, k, v, logits[..., 0], logits[..., 1], self.eta_logits, state, segment_ids, local
         )
-        read = self._head_norm(read, self.head_norm[mine]) + self._persistent(q, mine)
+        read = self._head_norm(read, self.head_norm[local]) + self._persistent(q, local)
 
         (read,) = to_sequence([read], topology)
         gate = torch.sigmoid(self.gate_up(self.gate_down(normed)))
@@ -133,11 +133,11 @@ class MemoryBranch(nn.Module):
     def _head_norm(self, read: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(read, (read.shape[-1],), eps=self.norm_eps) * weight
 
-    def _persistent(self, q: Tensor, mine: slice) -> Tensor:
+    def _persistent(self, q: Tensor, local: slice) -> Tensor:
         if self.config.persistent == 0:
             return torch.zeros_like(q)
-        scores = torch.einsum("bthd,hnd->bthn", q, self.persistent_k[mine])
-        return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[mine])
+        scores = torch.einsum("bthd,hnd->bthn", q, self.persistent_k[local])
+        return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[local])
 
 
 def memory_health(head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:

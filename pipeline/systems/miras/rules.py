@@ -101,9 +101,9 @@ class MemoryRule(nn.Module):
 
     def empty_state(self, batch: int, heads: slice, like: Tensor) -> State:
         """(M, S) before any token, on the device of `like`; float64 when it is, else float32."""
-        wide = sum_dtype(like)
+        accumulate_dtype = sum_dtype(like)
         shape = (batch, heads.stop - heads.start, self.config.state_rows, self.config.head_dim)
-        return like.new_zeros(shape, dtype=wide), like.new_zeros(shape, dtype=wide)
+        return like.new_zeros(shape, dtype=accumulate_dtype), like.new_zeros(shape, dtype=accumulate_dtype)
 
 
 class ExactRule(MemoryRule):
@@ -113,12 +113,8 @@ class ExactRule(MemoryRule):
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, segment_ids: Tensor | None, heads: slice
     ) -> tuple[Tensor, State]:
         config = self.config
-        tensors = [q, k, v, gates.alpha, gates.eta, gates.theta]
-        if config.backend in ("cpu", "cuda"):
-            # Asked for by name, a native kernel makes no copies.
-            tensors, state = [x.contiguous() for x in tensors], (state[0].contiguous(), state[1].contiguous())
         return miras_scan(
-            *tensors, state=state, segment_ids=segment_ids,
+            q, k, v, gates.alpha, gates.eta, gates.theta, state=state, segment_ids=segment_ids,
             rule="titans" if config.has_momentum else "delta", backend=config.backend, chunk=config.chunk,
         )  # fmt: skip
 
@@ -171,10 +167,12 @@ class YaadRule(DualRule):
         self.delta_weight = nn.Parameter(torch.empty(config.heads, config.head_dim)) if per_token else None
 
     def threshold(self, k: Tensor, heads: slice) -> Tensor | None:
-        wide = sum_dtype(k)
-        logits = self.delta_bias[heads].to(wide).expand(k.shape[:3])
+        accumulate_dtype = sum_dtype(k)
+        logits = self.delta_bias[heads].to(accumulate_dtype).expand(k.shape[:3])
         if self.delta_weight is not None:
-            logits = logits + torch.einsum("bthd,hd->bth", k.to(wide), self.delta_weight[heads].to(wide))
+            logits = logits + torch.einsum(
+                "bthd,hd->bth", k.to(accumulate_dtype), self.delta_weight[heads].to(accumulate_dtype)
+            )
         return F.softplus(logits)
 
 
@@ -210,10 +208,10 @@ class MlpRule(MemoryRule):
         )  # fmt: skip
 
     def recall(self, q: Tensor, state: State, heads: slice) -> Tensor:
-        wide = state[0].dtype
-        initial = (self.w_in[heads].to(wide), self.w_out[heads].to(wide))
+        accumulate_dtype = state[0].dtype
+        initial = (self.w_in[heads].to(accumulate_dtype), self.w_out[heads].to(accumulate_dtype))
         below, above = (w + part for w, part in zip(initial, state[0].chunk(2, dim=-2), strict=True))
-        hidden, _ = gelu(torch.einsum("bthd,bhfd->bthf", q.to(wide), below))
+        hidden, _ = gelu(torch.einsum("bthd,bhfd->bthf", q.to(accumulate_dtype), below))
         return torch.einsum("bthf,bhfd->bthd", hidden, above)
 
 
@@ -240,10 +238,12 @@ class SwigluRule(MemoryRule):
         )  # fmt: skip
 
     def recall(self, q: Tensor, state: State, heads: slice) -> Tensor:
-        wide = state[0].dtype
+        accumulate_dtype = state[0].dtype
         initial = (self.w_gate[heads], self.w_up[heads], self.w_down[heads])
-        weights = Weights(*(w.to(wide) + part for w, part in zip(initial, state[0].chunk(3, dim=-2), strict=True)))
-        return apply_swiglu(q.to(wide).movedim(2, 1), weights).movedim(1, 2)
+        weights = Weights(
+            *(w.to(accumulate_dtype) + part for w, part in zip(initial, state[0].chunk(3, dim=-2), strict=True))
+        )
+        return apply_swiglu(q.to(accumulate_dtype).movedim(2, 1), weights).movedim(1, 2)
 
 
 RULES: dict[str, type[MemoryRule]] = {

@@ -26,25 +26,25 @@ class SegmentPlan:
     """
 
     reach: int
-    take: Tensor
+    gather_index: Tensor
     """[stages * batch * length] int64 into extended rows laid end to end; past their end where there is no token."""
-    put: Tensor
+    scatter_index: Tensor
     """[batch, tokens] int64 into the stages' places laid end to end: where each of this step's tokens is."""
-    past: Tensor
+    history_index: Tensor
     """[batch, taps - 1] int64 into the carry's tokens: those before the first stage."""
     segment_ids: Tensor
     """[stages, batch, length] int64, PAD where there is no token."""
-    again: Tensor
+    replay_mask: Tensor
     """[batch, length] bool: the tokens of the first stage that come from the carry."""
-    again_at: Tensor
+    replay_index: Tensor
     """[batch, length] int64 into the carry's tokens: where those are."""
-    enters: Tensor
+    receives_state: Tensor
     """[stages, batch] bool: the first document of the stage finds the state; else the stage starts from none."""
-    inside: Tensor
+    in_first_document: Tensor
     """[stages, batch, length] bool: the tokens of that first document."""
     complete: Tensor
     """[stages, batch] bool: the stage ends at a segment's end, and its state is passed on."""
-    keeps: Tensor
+    passes_through: Tensor
     """[stages, batch] bool: it ends within the segment that it found, or has no token: the state from before it is."""
     mixed: tuple[bool, ...]
     """Per stage: in some row the first document finds a state, and another one begins behind it."""
@@ -57,12 +57,12 @@ class SegmentPlan:
         """extended [batch, reach + tokens, ...] as [stages, batch, length, ...], zeros where there is no token."""
         flat = extended.flatten(0, 1)
         flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-        return flat.index_select(0, self.take).unflatten(0, self.segment_ids.shape)
+        return flat.index_select(0, self.gather_index).unflatten(0, self.segment_ids.shape)
 
     def scatter(self, stages: Sequence[Tensor], last: int | None = None) -> Tensor:
         """A tensor [batch, length, ...] per stage as [batch, tokens, ...]: this step's own tokens, or the last ones."""
-        put = self.put if last is None else self.put[:, -last:]
-        return torch.stack(list(stages)).flatten(0, 2).index_select(0, put.flatten()).unflatten(0, put.shape)
+        index = self.scatter_index if last is None else self.scatter_index[:, -last:]
+        return torch.stack(list(stages)).flatten(0, 2).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ class _Cuts:
     `SegmentPlan`."""
 
     pieces: list[list[tuple[int, int, int]]] = field(default_factory=list)
-    enters: list[bool] = field(default_factory=list)
+    receives_state: list[bool] = field(default_factory=list)
     complete: list[bool] = field(default_factory=list)
-    keeps: list[bool] = field(default_factory=list)
+    passes_through: list[bool] = field(default_factory=list)
     mixed: list[bool] = field(default_factory=list)
 
 
@@ -109,51 +109,51 @@ def plan_segments(
     rows = [_cut(ids[row], places[row], reach, length, min(grain, length)) for row in range(batch)]
     stages = max(len(row.pieces) for row in rows)
     extended = reach + tokens
-    take = torch.full((stages, batch, length), batch * extended)
+    gather_index = torch.full((stages, batch, length), batch * extended)
     for index, row in enumerate(rows):
         for stage, pieces in enumerate(row.pieces):
             for first, start, end in pieces:
-                take[stage, index, first : first + end - start] = torch.arange(start, end) + index * extended
-    present = take < batch * extended
-    stage_ids = torch.where(present, ids.flatten()[take.clamp(max=batch * extended - 1)], PAD)
+                gather_index[stage, index, first : first + end - start] = torch.arange(start, end) + index * extended
+    present = gather_index < batch * extended
+    stage_ids = torch.where(present, ids.flatten()[gather_index.clamp(max=batch * extended - 1)], PAD)
 
     row_index = torch.arange(batch)[:, None]
-    within = take - row_index * extended
+    within = gather_index - row_index * extended
     own = present & (within >= reach)
-    put = torch.empty(batch * tokens, dtype=torch.int64)
-    put[(within - reach + row_index * tokens)[own]] = own.flatten().nonzero().squeeze(1)
+    scatter_index = torch.empty(batch * tokens, dtype=torch.int64)
+    scatter_index[(within - reach + row_index * tokens)[own]] = own.flatten().nonzero().squeeze(1)
     begins = torch.tensor([[row.pieces[0][0][1]] for row in rows])
-    again = present[0] & (within[0] < reach)
+    replay_mask = present[0] & (within[0] < reach)
 
     def flags(name: str, rest: bool) -> Tensor:
         """[stages, batch]; `rest` for the stages that a row does not have."""
         lists = [getattr(row, name) for row in rows]
         return torch.tensor([values + [rest] * (stages - len(values)) for values in lists]).T.contiguous()
 
-    enters = flags("enters", False)
+    receives_state = flags("receives_state", False)
     return SegmentPlan(
         reach,
-        take.flatten().to(device),
-        put.unflatten(0, (batch, tokens)).to(device),
+        gather_index.flatten().to(device),
+        scatter_index.unflatten(0, (batch, tokens)).to(device),
         (begins + torch.arange(1 - taps, 0)).to(device),
         stage_ids.to(device),
-        again.to(device),
-        torch.where(again, within[0], 0).to(device),
-        enters.to(device),
-        (enters[..., None] & (stage_ids == stage_ids[..., :1])).to(device),
+        replay_mask.to(device),
+        torch.where(replay_mask, within[0], 0).to(device),
+        receives_state.to(device),
+        (receives_state[..., None] & (stage_ids == stage_ids[..., :1])).to(device),
         flags("complete", False).to(device),
-        flags("keeps", True).to(device),
+        flags("passes_through", True).to(device),
         tuple(flags("mixed", False).any(dim=1).tolist()),
     )
 
 
 def _cut(ids: Tensor, positions: Tensor, reach: int, length: int, grain: int) -> _Cuts:
     """ids [reach + tokens] of an extended row, positions [tokens] of its own tokens."""
-    again = 0
+    replayed = 0
     if bool(ids[reach - 1] == ids[reach]):
         # There are fewer tokens than the position says when the stream began within the document.
         known = int((ids[reach - (length - 1) : reach] == ids[reach]).sum())
-        again = min(int(positions[0]) % length, known)
+        replayed = min(int(positions[0]) % length, known)
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[1:] = ids[reach + 1 :] != ids[reach:-1]
     new = {index + reach for index in begins.nonzero().squeeze(1).tolist()}
@@ -161,9 +161,9 @@ def _cut(ids: Tensor, positions: Tensor, reach: int, length: int, grain: int) ->
     ends = [*(bound for bound in bounds.tolist() if bound > reach), ids.shape[0]]
 
     cuts = _Cuts()
-    start = reach - again
+    start = reach - replayed
     # The place of the first token in its segment: not 0 only where the stream began within a document.
-    place = (int(positions[0]) - again) % length
+    place = (int(positions[0]) - replayed) % length
     found = place == 0 and bool(ids[reach - 1] == ids[reach])
     upcoming = 0
     while start < ids.shape[0]:
@@ -178,9 +178,9 @@ def _cut(ids: Tensor, positions: Tensor, reach: int, length: int, grain: int) ->
             start = end
         complete = bool((positions[end - 1 - reach] + 1) % length == 0)
         cuts.pieces.append(pieces)
-        cuts.enters.append(found)
+        cuts.receives_state.append(found)
         cuts.complete.append(complete)
-        cuts.keeps.append(found and len(pieces) == 1 and not complete)
+        cuts.passes_through.append(found and len(pieces) == 1 and not complete)
         cuts.mixed.append(found and len(pieces) > 1)
         start, place, found = end, 0, end not in new
     return cuts

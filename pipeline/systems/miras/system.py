@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,16 @@ from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
-from pipeline.ops.attention import WindowCarry
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, CarryEntry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
 from pipeline.systems.miras import weights, words
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
+from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
-from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth
-from pipeline.systems.miras.model import ATTENTION_NAME, LayerCarry, MirasModel, attention_backend
+from pipeline.systems.miras.memory import MemoryHealth
+from pipeline.systems.miras.model import ATTENTION_NAME, MirasModel, attention_backend
 from pipeline.systems.miras.rules import memory_backend
 
 TERM = "cross_entropy"
@@ -184,10 +183,10 @@ class MirasSystem(System):
         return {TERM: int((batch.labels != IGNORED).sum())}
 
     def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput:
-        mine = context.topology.shard(batch.input_ids.shape[1])
+        local = context.topology.shard(batch.input_ids.shape[1])
         output = model(
-            batch.input_ids[:, mine],
-            batch.labels[:, mine],
+            batch.input_ids[:, local],
+            batch.labels[:, local],
             batch.segment_ids,
             batch.positions,
             unpack_carry(carry, self.backbone.num_hidden_layers),
@@ -197,7 +196,7 @@ class MirasSystem(System):
         )
         metrics = self._health(output.health)
         if self.sizes.attention.kind == "window":
-            reach = batch.positions[:, mine] >= self.sizes.attention.window
+            reach = batch.positions[:, local] >= self.sizes.attention.window
             metrics["beyond_window"] = (reach.sum(), reach.new_full((), reach.numel(), dtype=torch.float64))
         tokens = {"losses": output.losses.detach()}
         if output.predictions is not None:
@@ -259,39 +258,3 @@ class MirasSystem(System):
             "memory/theta": (total.theta, total.gates),
             "memory/half_life": (total.half_life, total.gates),
         }
-
-
-# Where the heads are in each carried tensor; the others are whole on every sequence rank.
-_HEADS = {
-    "attention.k": 2,
-    "attention.v": 2,
-    "attention.sink_k": 2,
-    "attention.sink_v": 2,
-    "memory.memory": 1,
-    "memory.momentum": 1,
-    "memory.tail": 2,
-}
-
-
-def pack_carry(layers: Sequence[LayerCarry]) -> Carry:
-    """A flat, named carry of the layers' states: `LAYER.attention.k` and so on."""
-    carry: Carry = {}
-    for index, layer in enumerate(layers):
-        for part, state in zip(LayerCarry._fields, layer, strict=True):
-            for field, tensor in zip(state._fields, state, strict=True) if state is not None else ():
-                carry[f"{index}.{part}.{field}"] = CarryEntry(tensor, heads=_HEADS.get(f"{part}.{field}"))
-    return carry
-
-
-def unpack_carry(carry: Mapping[str, CarryEntry], layers: int) -> list[LayerCarry] | None:
-    """The inverse of `pack_carry`; None when there is nothing yet."""
-    if not carry:
-        return None
-
-    def part(index: int, name: str, kind: Any) -> Any:
-        fields = [carry.get(f"{index}.{name}.{field}") for field in kind._fields]
-        return None if fields[0] is None else kind(*(entry.tensor for entry in fields if entry is not None))
-
-    return [
-        LayerCarry(part(index, "attention", WindowCarry), part(index, "memory", MemoryCarry)) for index in range(layers)
-    ]

@@ -23,16 +23,9 @@ from pipeline.systems.miras.activations import (
     scan_bytes,
     step_bytes,
 )
-from pipeline.systems.miras.config import (
-    AttentionConfig,
-    BackboneConfig,
-    MemoryConfig,
-    MirasConfig,
-    MlpConfig,
-    SwigluConfig,
-    YaadConfig,
-)
+from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch
+from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
 from pipeline.systems.miras.rules import memory_backend
 from pipeline.systems.miras.weights import backbone_config
 from tests.ops.saved import saved_by

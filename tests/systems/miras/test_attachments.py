@@ -18,8 +18,9 @@ from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
 from pipeline.systems.miras import create
 from pipeline.systems.miras.attachments import check_attachment
-from pipeline.systems.miras.config import BackboneConfig, MemoryConfig, MirasConfig, SwigluConfig
+from pipeline.systems.miras.config import BackboneConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.model import MirasModel
+from pipeline.systems.miras.rule_config import SwigluConfig
 from pipeline.systems.miras.system import MirasSystem
 from pipeline.systems.miras.weights import backbone_config
 from tests.launch.parity_main import CONTEXT as SEGMENT

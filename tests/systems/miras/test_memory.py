@@ -13,8 +13,9 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.ops import MemoryLayer
 from pipeline.parallel.topology import Topology
-from pipeline.systems.miras.config import MemoryConfig, SwigluConfig
+from pipeline.systems.miras.config import MemoryConfig
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
+from pipeline.systems.miras.rule_config import SwigluConfig
 
 WIDTH, HEADS, DIM = 12, 2, 4
 ALONE = Topology()

@@ -16,17 +16,10 @@ from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
 from pipeline.system import Evaluation, System, create_system
 from pipeline.systems.miras import weights
-from pipeline.systems.miras.config import (
-    MemoraConfig,
-    MemoryConfig,
-    MirasConfig,
-    MlpConfig,
-    MonetaConfig,
-    SwigluConfig,
-    YaadConfig,
-)
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.limits import largest_step
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry
+from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
 from pipeline.systems.miras.rules import RULES, MemoryRule, memory_backend, memory_rule
 
 HEADS, DIM, CHUNK = 3, 4, 8

@@ -68,10 +68,10 @@ def check(plan, which: int, row: Stream, now: list[Token], length: int, grain: i
     first = which * len(extended)
     found = []
     for stage in range(plan.stages):
-        places = plan.take.view(plan.segment_ids.shape)[stage, which].tolist()
+        places = plan.gather_index.view(plan.segment_ids.shape)[stage, which].tolist()
         tokens = [extended[place - first] if 0 <= place - first < len(extended) else None for place in places]
         assert plan.segment_ids[stage, which].tolist() == [PAD if token is None else token[0] for token in tokens]
-        state = row.state if plan.enters[stage, which] else []
+        state = row.state if plan.receives_state[stage, which] else []
         written, document, begin = [], None, 0
         for place, token in enumerate(tokens):
             # As a scan does: the state is the first document's, and restarts where the document changes.
@@ -82,24 +82,24 @@ def check(plan, which: int, row: Stream, now: list[Token], length: int, grain: i
                     assert begin % min(grain, length) == 0
             if token is None:
                 continue
-            inside = bool(plan.inside[stage, which, place])
-            assert inside == (bool(plan.enters[stage, which]) and begin == 0)
+            inside = bool(plan.in_first_document[stage, which, place])
+            assert inside == (bool(plan.receives_state[stage, which]) and begin == 0)
             context = [other for other in tokens[: place + 1] if other is not None and other[0] == document]
             written.append(token)
             found.append((token, state if inside else [], context, list(written)))
         if plan.complete[stage, which]:
             assert tokens[-1] is not None
             row.state = written
-        elif not plan.keeps[stage, which]:
+        elif not plan.passes_through[stage, which]:
             row.state = []
         if stage == 0:
-            again = plan.again[which].tolist()
-            assert again == [place - first < len(row.before) for place in places]
+            replayed = plan.replay_mask[which].tolist()
+            assert replayed == [place - first < len(row.before) for place in places]
             for place, token in enumerate(tokens):
-                if again[place]:
-                    assert row.before[int(plan.again_at[which, place])] == token
+                if replayed[place]:
+                    assert row.before[int(plan.replay_index[which, place])] == token
             begins = next(place for place in places if 0 <= place - first < len(extended)) - first
-            assert plan.past[which].tolist() == list(range(begins - plan.past.shape[1], begins))
+            assert plan.history_index[which].tolist() == list(range(begins - plan.history_index.shape[1], begins))
     own = found[len(found) - len(now) :]
     assert [token for token, *_ in own] == now
     for (document, position), state, context, written in own:
@@ -128,7 +128,7 @@ def test_a_long_document_is_one_stage_per_segment() -> None:
     ids = torch.zeros(1, 40, dtype=torch.int64)
     plan = plan_segments(ids, torch.arange(40)[None], None, length=8, taps=4)
     assert plan.stages == 5 and not plan.mixed[0]
-    assert plan.enters[:, 0].tolist() == [False, True, True, True, True]
+    assert plan.receives_state[:, 0].tolist() == [False, True, True, True, True]
 
 
 def test_short_documents_share_a_stage() -> None:

@@ -178,7 +178,10 @@ class Engine:
         for content in collected.values():
             if "module" in content:
                 buffers = {name: content["module"][name].clone() for name in content["buffer_names"]}
-                content["module"] = buffers if self.stage == 3 else {**content["module"], **buffers}
+                if self.stage == 3:
+                    content["module"] = buffers
+                else:
+                    content["module"].update(buffers)  # in place: the kind of mapping is part of the file
         return collected
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ from pipeline.runtime.exit import (
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.spelling import did_you_mean, nearest
 
-LAST_WORDS = 3.0
+REPORT_DELAY = 3.0
 """Seconds that the other ranks leave rank 0 to say why a job ends."""
 
 USAGE = """\
@@ -125,7 +125,7 @@ def _end(message: str | None, code: int, everywhere: bool = False, at_once: bool
             log_line(message)
     elif ranks > 1:
         # The launcher kills every rank once one has ended: rank 0 must have said why by then.
-        time.sleep(LAST_WORDS)
+        time.sleep(REPORT_DELAY)
     if ranks > 1 or at_once:
         exit_process(code)
     return code

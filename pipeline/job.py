@@ -8,7 +8,7 @@ from pipeline.checkpoint.finished import is_finished
 from pipeline.checkpoint.locate import find_checkpoint
 from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
-from pipeline.create import create_run
+from pipeline.create_run import create_run
 from pipeline.errors import LostRankError
 from pipeline.load import checked_system, resolve
 from pipeline.parallel.collectives import shared_errors

@@ -14,7 +14,7 @@ from pipeline.checkpoint.contents import Snapshot
 from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.save import Saver
-from pipeline.ending import end_run
+from pipeline.end_run import end_run
 from pipeline.engine import StepResult
 from pipeline.errors import UserError, out_of_space
 from pipeline.files.output import not_written
@@ -26,7 +26,7 @@ from pipeline.run_folder import open_folder, write_run_file
 from pipeline.runtime.stop import Stopped
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.schedule import lr_multiple
-from pipeline.skipped import count_skipped
+from pipeline.skipped_updates import count_skipped
 from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
 
 
@@ -38,7 +38,7 @@ class Trainer:
         self.loader, self.engine, self.phase = run.loader, run.engine, run.phase
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
         self.callbacks: list[Callback] = []
-        self.saver = Saver(run, run.streams)
+        self.saver = Saver(run)
         self.outputs: list[StepOutput] = []
         """What the last step's micro-batches measured."""
         self.saved: int | None = None
@@ -54,7 +54,7 @@ class Trainer:
         """Trains from `checkpoint` (or the start) to the phase's end."""
         run, config = self.run, self.run.config
         if checkpoint is not None:
-            carries = restore(run, checkpoint, self.loader, run.streams)
+            carries = restore(run, checkpoint)
             self.carries = carries or self.carries
             self._remember()
             self.saved = run.progress.step

@@ -41,7 +41,7 @@ from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.system import Evaluation
 from pipeline.systems.miras.config import BackboneConfig
 from pipeline.systems.miras.weights import backbone_config
-from tests.checkpoint.small_runs import STREAMS, FakeLoader, a_run, save
+from tests.checkpoint.small_runs import a_run, save
 from tests.mutations import mutations
 
 Mutants = Iterable[tuple[str, bytes]]
@@ -178,7 +178,7 @@ def resume(checkpoint: Path) -> None:
     found = locate_checkpoint(run.config)
     assert found == checkpoint
     check_resumable(run.config, found)
-    restore(run, found, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    restore(run, found)
     load_trainable(torch.nn.Linear(3, 2), found, Topology())
     assert run.progress.step == 10
 
@@ -219,7 +219,7 @@ def test_a_manifest_that_somebody_else_sealed(checkpoint: Path, capsys: pytest.C
         run_checkpoint(["list", str(checkpoint.parents[1])])
         run = a_run(checkpoint.parents[1])
         check_resumable(run.config, checkpoint)
-        restore(run, checkpoint, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(run, checkpoint)
 
     found = list(mutants())
     assert len(found) >= 100

@@ -63,7 +63,7 @@ SUPERVISOR = """
                 while guard.status() != psutil.STATUS_ZOMBIE:
                     pass
             return [sys.executable, "launcher.py", sys.argv[1]]
-    supervise.MERCY = 1.0
+    supervise.KILL_TIMEOUT = 1.0
     supervise.GRACE = float(os.environ.get("GRACE", 20))
     launcher = os.environ.get("LAUNCHER")
     sys.exit(supervise.supervise(Fake(split([]), (), {}, {"localhost": [0, 1]}, 0, launcher), os.environ))

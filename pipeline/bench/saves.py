@@ -18,7 +18,7 @@ from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.save import Saver
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
-from pipeline.create import create_run
+from pipeline.create_run import create_run
 from pipeline.ds_config import precision_of
 from pipeline.load import checked_system, resolve
 from pipeline.meter import Meter
@@ -104,9 +104,7 @@ class Saves:
                     forget(file)
 
         def part() -> None:
-            self.trainer.carries = restore(self.run, path, self.trainer.loader, self.run.streams) or [
-                {} for _ in self.run.streams
-            ]
+            self.trainer.carries = restore(self.run, path) or [{} for _ in self.run.streams]
 
         return self._timed(part)
 

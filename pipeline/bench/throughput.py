@@ -112,7 +112,7 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
 def run_case(words: Sequence[str]) -> None:
     """One length, on every rank: trains without saving or evaluating, and rank 0 prints the figures."""
     config = parse_run(words, "bench throughput-case", ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    from pipeline.create import create_run
+    from pipeline.create_run import create_run
     from pipeline.host.hardware import peak_flops, utilisation
     from pipeline.host.versions import versions
     from pipeline.load import checked_system, resolve

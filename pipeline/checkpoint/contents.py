@@ -47,14 +47,13 @@ class Part:
         return self.writer(self.content)
 
 
-def rank_parts(run: Run, streams: Sequence[Sequence[int]], snapshot: Snapshot, folder: Path, tag: str) -> list[Part]:
+def rank_parts(run: Run, snapshot: Snapshot, folder: Path, tag: str) -> list[Part]:
     """What this rank writes, under folder/tag. Collective.
 
-    `streams` are the rank's, per micro-batch. Tensors are those that training goes on to change, but of parts that say
-    they are copied.
+    Tensors are those that training goes on to change, but of parts that say they are copied.
     """
     rank = f"{run.topology.rank:05d}"
-    carried, layout = carry_content(snapshot.carries, streams, run.topology)
+    carried, layout = carry_content(snapshot.carries, run.streams, run.topology)
     names = [name for group in run.phase.groups for name in group.parameters]
     trainable, copied = trainable_content(run.engine.module, names, run.topology)
     return [

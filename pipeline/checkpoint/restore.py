@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.checkpoint.carry import load_carry
@@ -12,7 +12,6 @@ from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems, read_
 from pipeline.checkpoint.rng import seed_all, set_rng_state
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
-from pipeline.data.batch import StatefulLoader
 from pipeline.errors import RankError, UserError
 from pipeline.files.json_file import read_json
 from pipeline.parallel.collectives import shared_errors
@@ -23,14 +22,13 @@ from pipeline.system import Carry
 TRAINER_STATE = "trainer_state.json"
 
 
-def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequence[Sequence[int]]) -> list[Carry]:
+def restore(run: Run, checkpoint: Path) -> list[Carry]:
     """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective.
 
     A checkpoint of other ranks, or another ZeRO stage, precision or offload, goes through DeepSpeed's universal format.
     Raises UserError on every rank, before anything is changed, when a byte of the checkpoint, the data or a frozen
     weight differs.
     """
-    assert run.engine is not None
     verify_together(checkpoint, run.topology)
     manifest = manifest_with(checkpoint, "step", "world", "zero_stage", "frozen")
     if manifest["frozen"] != run.frozen:
@@ -41,7 +39,7 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
     progress = _progress(checkpoint)
     cursors = read_json(checkpoint / "loader.json", RESTORE)
     with shared_errors(run.topology):
-        loader.load_state_dict(cursors)
+        run.loader.load_state_dict(cursors)
     layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}
     if not is_universal(checkpoint) and all(manifest.get(key) == value for key, value in layout.items()):
         with _known_here(run.topology):
@@ -56,7 +54,7 @@ def restore(run: Run, checkpoint: Path, loader: StatefulLoader, streams: Sequenc
         seed_all(run.config.seed, f"step {manifest['step']}, rank {run.topology.rank} of {run.topology.world}")
     run.progress = progress
     run.last_checkpoint = checkpoint.name
-    return load_carry(checkpoint, streams, run.topology, run.device)
+    return load_carry(checkpoint, run.streams, run.topology, run.device)
 
 
 def _progress(checkpoint: Path) -> Progress:
@@ -79,7 +77,6 @@ def _known_here(topology: Topology) -> Iterator[None]:
 
 def _load_elsewhere(run: Run, checkpoint: Path) -> None:
     """Fills the engine from a checkpoint of another layout, through a universal one that is removed again."""
-    assert run.engine is not None
     if is_universal(checkpoint):
         load_universal(run.engine, checkpoint, run.topology)
         return

@@ -54,8 +54,8 @@ class Saver:
     gives the folder its name, and replaces `latest`. A save that fails leaves neither.
     """
 
-    def __init__(self, run: Run, streams: Sequence[Sequence[int]]) -> None:
-        self.run, self.streams = run, streams
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.folder = run.folder / "checkpoints"
         self._staging = Staging()
         self._versions = versions()
@@ -73,7 +73,7 @@ class Saver:
         step = snapshot.progress.step
         # Collectives first, files after: a rank that cannot write must not leave the others waiting in DeepSpeed.
         facts = manifest_facts(self.run, snapshot, self._versions)
-        collected = rank_parts(self.run, self.streams, snapshot, self.folder, self._partial(step).name)
+        collected = rank_parts(self.run, snapshot, self.folder, self._partial(step).name)
         everyone = all_gather_object(self.run.topology, (snapshot.cursors, sum(part.bytes for part in collected)))
         if self.run.is_main:
             collected += shared_parts(self.run, snapshot, [cursors for cursors, _ in everyone])

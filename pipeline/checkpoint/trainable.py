@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from pipeline.checkpoint.manifest import MANIFEST, problems
@@ -34,9 +33,7 @@ def trainable_content(model: nn.Module, names: Iterable[str], topology: Topology
             copied = False
             found[name] = parameter.detach().contiguous()
             continue
-        # ZeRO-3 keeps small parameters whole, and a `gathered` would part with them at its end.
-        apart = parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
-        with torch.no_grad(), gathered([parameter] if apart else []):
+        with torch.no_grad(), gathered([parameter]):
             if main:
                 found[name] = parameter.detach().to("cpu", copy=True).contiguous()
     if not main:

@@ -96,9 +96,10 @@ def show_help(default: Any, program: str, *, everything: bool, own: Any = None, 
     raise SystemExit(0)
 
 
-def _registry(hidden: set[tuple[type, str]]) -> ConstructorRegistry:
-    """Rules of tyro's that leave out the flags in `hidden`, and aliases with them, and let docstrings flow."""
+def changed_fields(change: Callable[[type, StructFieldSpec], StructFieldSpec]) -> ConstructorRegistry:
+    """tyro's own rules, with `change(owner, field)` in the place of every field of a dataclass."""
     registry = ConstructorRegistry()
+    # While tyro's own rule is asked for a type, this one is asked too.
     busy = False
 
     @registry.struct_rule
@@ -113,7 +114,13 @@ def _registry(hidden: set[tuple[type, str]]) -> ConstructorRegistry:
             busy = False
         if not isinstance(found, StructConstructorSpec):
             return None
-        return dataclasses.replace(found, fields=tuple(field(info.type, part) for part in found.fields))
+        return dataclasses.replace(found, fields=tuple(change(info.type, part) for part in found.fields))
+
+    return registry
+
+
+def _registry(hidden: set[tuple[type, str]]) -> ConstructorRegistry:
+    """Rules of tyro's that leave out the flags in `hidden`, and aliases with them, and let docstrings flow."""
 
     def field(owner: type, part: StructFieldSpec) -> StructFieldSpec:
         kind: Any = part.type
@@ -123,7 +130,7 @@ def _registry(hidden: set[tuple[type, str]]) -> ConstructorRegistry:
             kind = kind.__origin__
         return dataclasses.replace(part, type=kind, helptext=_flowing(part.helptext))
 
-    return registry
+    return changed_fields(field)
 
 
 def _flowing(text: str | Callable[[], str | None] | None) -> Callable[[], str | None]:

@@ -13,12 +13,10 @@ from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
     PrimitiveTypeInfo,
-    StructConstructorSpec,
     StructFieldSpec,
-    StructTypeInfo,
 )
 
-from pipeline.commands.flag_help import leaves
+from pipeline.commands.flag_help import changed_fields, leaves
 
 
 def recording(default: Any, names: Collection[str], given: set[str]) -> ConstructorRegistry:
@@ -29,29 +27,12 @@ def recording(default: Any, names: Collection[str], given: set[str]) -> Construc
     """
     recorded = {(leaf.owner, leaf.name.rpartition(".")[2]): leaf.name for leaf in leaves(default) if leaf.name in names}
     assert len(recorded) == len(names), "a field that is not there, or a section that is there twice"
-    registry = ConstructorRegistry()
-    # While tyro's own rule is asked for a type, this one is asked too.
-    busy = False
 
-    @registry.struct_rule
-    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-        nonlocal busy
-        if busy or not any(owner is info.type for owner, _ in recorded):
-            return None
-        busy = True
-        try:
-            found = ConstructorRegistry.get_struct_spec(info)
-        finally:
-            busy = False
-        if not isinstance(found, StructConstructorSpec):
-            return None
-        fields = tuple(
-            _recorded(part, recorded[info.type, part.name], given) if (info.type, part.name) in recorded else part
-            for part in found.fields
-        )
-        return dataclasses.replace(found, fields=fields)
+    def field(owner: type, part: StructFieldSpec) -> StructFieldSpec:
+        name = recorded.get((owner, part.name))
+        return part if name is None else _recorded(part, name, given)
 
-    return registry
+    return changed_fields(field)
 
 
 def _recorded(part: StructFieldSpec, name: str, given: set[str]) -> StructFieldSpec:

@@ -84,5 +84,5 @@ def build_loader(
         prefetch=not held_out,
         skip_bad_records=data.on_bad_record == "skip",
         accept_change=data.on_change == "accept",
-        speaks=topology.sequence_rank == 0,
+        should_report=topology.sequence_rank == 0,
     )

@@ -35,8 +35,8 @@ class PackedLoader:
     With `prefetch` a thread prepares the next step while the current one is trained on. The state is that of the steps
     handed out, whatever the thread has read since.
 
-    `skip_bad_records` and `accept_change` are `--data.on-bad-record skip` and `--data.on-change accept`; `speaks`:
-    whether this is the one that says what is found in the records, of the ranks that read them.
+    `skip_bad_records` and `accept_change` are `--data.on-bad-record skip` and `--data.on-change accept`.
+    `should_report`: whether this rank, of those that read the same records, tells what is found in them.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class PackedLoader:
         prefetch: bool = False,
         skip_bad_records: bool = False,
         accept_change: bool = False,
-        speaks: bool = True,
+        should_report: bool = True,
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self.sequence_length, self.batch_size, self.grad_accum = sequence_length, batch_size, grad_accum
         self.held_out, self.min_tokens = held_out, min_tokens
         self.streams, self.mine = stream_layout(batch_size, grad_accum, data_rank, data_degree)
-        self._accept_change, self._speaks = accept_change, speaks
+        self._accept_change, self._should_report = accept_change, should_report
         self._order = order = Order(
             self.streams, self.mine, held_out=held_out, holdout=holdout, shuffle=shuffle, seed=seed
         )
@@ -77,7 +77,7 @@ class PackedLoader:
         }
         self._documents = source.open(order)
         self._encode = DocumentEncoder(tokenizer, min_tokens=min_tokens, vocab_size=vocab_size)
-        self._log = RecordLog(skip=skip_bad_records, remedy=source.remedy, speaks=speaks)
+        self._log = RecordLog(skip=skip_bad_records, remedy=source.remedy, should_report=should_report)
         self._packers = {
             stream: StreamPacker(stream, self._documents, order, self._encode, self._require_a_document, self._log)
             for stream in self.mine
@@ -144,7 +144,7 @@ class PackedLoader:
         if not self.source.same_numbering(saved):
             why = "its records have other numbers now, or more may have changed than can be told"
         elif reads_the_same(self._documents, self._order, cursors):
-            if self._speaks and self._order.mine.start == 0:
+            if self._should_report and self._order.mine.start == 0:
                 logger.warning(
                     "the data (%s) has changed, in no record that was read: the run goes on. What is held out may have"
                     " changed, and evaluations with it",
@@ -156,7 +156,7 @@ class PackedLoader:
             why = "records that this run has read have changed, or it began before they were accounted for"
         if not self._accept_change:
             raise refuse_source(saved, self.fingerprint["source"], why)
-        if self._speaks:
+        if self._should_report:
             logger.warning(
                 "the data (%s) has changed, and --data.on-change accept goes on with it: the run is no longer bit for"
                 " bit the one that an unchanged corpus gives; documents of this epoch may be read twice or not at all;"

@@ -16,11 +16,11 @@ _NAMED = 1000
 class RecordLog:
     """Stops at a record that has a problem or, with `skip`, names and counts it; counts what is read as U+FFFD.
 
-    A record that comes again is told of once. `speaks`: whether anything is told here, counted it is in any case.
+    A record that comes again is reported once. `should_report`: whether this rank reports; every rank counts.
     """
 
-    def __init__(self, *, skip: bool, remedy: str, speaks: bool = True) -> None:
-        self._skip, self._remedy, self._speaks = skip, remedy, speaks
+    def __init__(self, *, skip: bool, remedy: str, should_report: bool = True) -> None:
+        self._skip, self._remedy, self._should_report = skip, remedy, should_report
         self.skipped = self.undecodable = 0
         self.first_problem: str | None = None
         self._named: set[str] = set()
@@ -33,14 +33,14 @@ class RecordLog:
         self.first_problem = self.first_problem or document.problem
         if self._is_new(document):
             self.skipped += 1
-            if self._speaks and (len(self._named) < _NAMED or _is_round(self.skipped)):
+            if self._should_report and (len(self._named) < _NAMED or _is_round(self.skipped)):
                 logger.warning("%s: passed over (%d so far)", document.problem, self.skipped)
 
     def note(self, document: Document) -> None:
         """Says at the 1st, 10th, 100th, ... document that holds what is no text."""
         if document.undecodable and self._is_new(document):
             self.undecodable += 1
-            if self._speaks and _is_round(self.undecodable):
+            if self._should_report and _is_round(self.undecodable):
                 logger.warning(
                     "%s holds what is no text in its encoding, which is read as U+FFFD (%d documents so far)",
                     document.name,

@@ -25,9 +25,9 @@ from pipeline.launch.ranks import MARK, ranks, send
 from pipeline.launch.remote import environment_file
 from pipeline.runtime.exit import LOST_RANK
 
-SECOND_THOUGHT = 1.0
+REPEAT_TIMEOUT = 1.0
 """Seconds after which another Ctrl-C means that the person will not wait for the checkpoint."""
-MERCY = 5.0
+KILL_TIMEOUT = 5.0
 """Seconds between SIGTERM and SIGKILL for a launcher that must end now."""
 GRACE = 30.0
 """Seconds for ranks that are saving when their launcher has ended: as many as DeepSpeed's own gives them."""
@@ -121,7 +121,7 @@ class Supervisor:
             self.signalled, self.since = signal.SIGTERM if number == signal.SIGHUP else number, time.monotonic()
             if self.process is not None:
                 self._pass_on(self.signalled)
-        elif number == signal.SIGINT and time.monotonic() - self.since >= SECOND_THOUGHT and not self.ending:
+        elif number == signal.SIGINT and time.monotonic() - self.since >= REPEAT_TIMEOUT and not self.ending:
             _say("interrupted again: the ranks are ended without a checkpoint")
             self.ending = True
             threading.Thread(target=self._end, daemon=True).start()
@@ -168,11 +168,11 @@ class Supervisor:
 
 
 def end_group(group: int, mark: str) -> None:
-    """Ends a launcher and its ranks: SIGTERM, and SIGKILL to what is left after MERCY seconds."""
+    """Ends a launcher and its ranks: SIGTERM, and SIGKILL to what is left after KILL_TIMEOUT seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGTERM)
     send(mark, signal.SIGTERM)
-    end = time.monotonic() + MERCY
+    end = time.monotonic() + KILL_TIMEOUT
     while time.monotonic() < end and (ranks(mark) or _exists(group)):
         time.sleep(0.1)
     send(mark, signal.SIGKILL)

@@ -28,7 +28,7 @@ Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")
 
 
-class Verdict(NamedTuple):
+class KernelCheck(NamedTuple):
     """What the check of one kernel found."""
 
     op: str
@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
 LOCK = threading.RLock()
 
 # Filled by `verify`, `lacks` and `refusal`; a process's own, never saved.
-_verdicts: dict[tuple[str, str, str], Verdict] = {}
+_checked: dict[tuple[str, str, str], KernelCheck] = {}
 
 
 def library(kind: Kind) -> Path | None:
@@ -93,7 +93,7 @@ def lacks(op: str, device: str, case: str) -> str | None:
     if hasattr(torch.ops.mnemos, op):
         return None
     failure = f"the library is older than {op}: {how_to_set_up()}"
-    _verdicts[op, device, case] = Verdict(op, device, case, None, failure)
+    _checked[op, device, case] = KernelCheck(op, device, case, None, failure)
     return failure
 
 
@@ -115,20 +115,20 @@ def verify(op: str, device: str, case: str, run: Callable[[], float], tolerance:
             GPU before the check has failed.
     """
     key = (op, device, case)
-    if key not in _verdicts:
+    if key not in _checked:
         with LOCK:
-            if key not in _verdicts:
+            if key not in _checked:
                 if device.startswith("cuda"):
                     _prepare_gpu(*key)
-                _verdicts[key] = _check(*key, run, tolerance)
-    if _verdicts[key].lost is not None:
-        raise _device_lost(_verdicts[key])
-    return _verdicts[key].failure
+                _checked[key] = _check(*key, run, tolerance)
+    if _checked[key].lost is not None:
+        raise _device_lost(_checked[key])
+    return _checked[key].failure
 
 
-def lost_devices() -> dict[str, Verdict]:
+def lost_devices() -> dict[str, KernelCheck]:
     """The GPUs that run nothing more in this process, each with the check that it was lost in."""
-    return {verdict.device: verdict for verdict in verdicts() if verdict.lost is not None}
+    return {check.device: check for check in kernel_checks() if check.lost is not None}
 
 
 def _prepare_gpu(op: str, device: str, case: str) -> None:
@@ -143,7 +143,7 @@ def _prepare_gpu(op: str, device: str, case: str) -> None:
     torch.cuda.synchronize(torch.device(device))
 
 
-def _check(op: str, device: str, case: str, run: Callable[[], float], tolerance: float) -> Verdict:
+def _check(op: str, device: str, case: str, run: Callable[[], float], tolerance: float) -> KernelCheck:
     error, failure, lost = None, None, None
     try:
         error = _apart(run)
@@ -156,13 +156,13 @@ def _check(op: str, device: str, case: str, run: Callable[[], float], tolerance:
     if lost is not None:
         failure = f"it ends in {lost!r}, after which nothing runs on the device"
     finite = error if error is None or math.isfinite(error) else None
-    return Verdict(op, device, case, finite, failure, lost)
+    return KernelCheck(op, device, case, finite, failure, lost)
 
 
-def _device_lost(verdict: Verdict) -> DeviceLostError:
+def _device_lost(check: KernelCheck) -> DeviceLostError:
     return DeviceLostError(
-        f"{verdict.device} is lost: the check of the native kernel of {verdict.op} ({verdict.case}) ended in"
-        f" {verdict.lost!r}, after which nothing runs there, PyTorch neither: start again with the backend 'torch'"
+        f"{check.device} is lost: the check of the native kernel of {check.op} ({check.case}) ended in"
+        f" {check.lost!r}, after which nothing runs there, PyTorch neither: start again with the backend 'torch'"
         f" (--model.memory.backend torch), or without {library('cuda') or 'the library'}, and report it with the output"
         f" of `mnemos doctor`"
     )
@@ -207,19 +207,19 @@ def refusal(kernel: Kernel) -> str | None:
     if (reason := lacks(kernel.op, kernel.device, kernel.case)) is not None:
         return reason
     key = (kernel.op, kernel.device, kernel.case)
-    if kernel.kind == "cuda" and key not in _verdicts:
+    if kernel.kind == "cuda" and key not in _checked:
         architectures = build_report().get("libraries", {}).get("cuda", {}).get("architectures")
         reason = cuda_devices.obstacle(kernel.device, kernel.shared_memory, architectures)
         if reason is not None:
-            _verdicts[key] = Verdict(*key, None, reason)
+            _checked[key] = KernelCheck(*key, None, reason)
     with LOCK:
         kernel.register()
     return verify(kernel.op, kernel.device, kernel.case, kernel.error, kernel.tolerance)
 
 
-def verdicts() -> Iterator[Verdict]:
+def kernel_checks() -> Iterator[KernelCheck]:
     """What has been checked so far in this process."""
-    return iter(tuple(_verdicts.values()))
+    return iter(tuple(_checked.values()))
 
 
 @functools.cache

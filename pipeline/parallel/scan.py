@@ -109,8 +109,8 @@ class _SequenceScan(torch.autograd.Function):
             keep = None
             if ids:
                 ends = ids[0]
-                goes_on = ends[1:, :, 0] == ends[:-1, :, 1]
-                keep = torch.cat([torch.ones_like(goes_on[:1]), goes_on])
+                same_document = ends[1:, :, 0] == ends[:-1, :, 1]
+                keep = torch.cat([torch.ones_like(same_document[:1]), same_document])
             first = torch.cat([memory, momentum][: scan.states], dim=-2)
             starts, end = join(first, matrices, offsets, keep)
             start = starts[place.rank].clone()

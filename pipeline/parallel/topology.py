@@ -77,7 +77,7 @@ def limit_waits(timeout: timedelta) -> None:
     """Every process group of this rank gives up after `timeout`, those that DeepSpeed makes for itself included.
 
     A group is made with its backend's default, 10 minutes with NCCL, whatever the first group was given: the ranks that
-    wait for a stalled one would be aborted long before the watch can name it.
+    wait for a stalled one would be aborted long before the heartbeat can name it.
     """
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timeout, group)

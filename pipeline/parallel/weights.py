@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, shown
@@ -23,7 +25,10 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
     """Makes parameters whole on every rank; with `modify`, what rank 0 writes is kept and scattered again."""
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    sharded: list[Any] = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not modify:
+        # ZeRO-3 keeps small parameters whole; DeepSpeed's context would part with them at its end.
+        sharded = [parameter for parameter in sharded if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None, enabled=bool(sharded)):
         yield
 

@@ -56,7 +56,7 @@ def start(config: RunConfig) -> Topology:
 
 def collective_timeout(config: RunConfig) -> datetime.timedelta:
     """How long a collective may wait before it gives up."""
-    # The watch speaks first and names the rank; a collective that gives up only knows that it waited.
+    # The heartbeat names the rank first; a collective that gives up only knows that it waited.
     return datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_HEARTBEAT
 
 

@@ -17,13 +17,13 @@ from pipeline.errors import LostRankError, RankError
 from pipeline.host.hardware import on_gpu
 from pipeline.runtime.exit import LOST_RANK, lost_peer
 
-SCHEME = "patient-env"
+SCHEME = "timeout-env"
 
 
-def join(backend: str, timeout: timedelta, patience: timedelta) -> None:
+def join(backend: str, timeout: timedelta, start_timeout: timedelta) -> None:
     """Joins the default process group, whose collectives give up after `timeout`.
 
-    Raises LostRankError when a rank stays away for `patience`, RankError when this one cannot meet the others at all.
+    Raises LostRankError when a rank stays away for `start_timeout`, RankError when this one cannot meet the others.
     """
     _quieten()
     with contextlib.suppress(RuntimeError):  # of an earlier start in this process
@@ -34,7 +34,7 @@ def join(backend: str, timeout: timedelta, patience: timedelta) -> None:
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timeout,
-            init_method=f"{SCHEME}://?seconds={patience.total_seconds()}",
+            init_method=f"{SCHEME}://?seconds={start_timeout.total_seconds()}",
         )
     except (RuntimeError, ValueError) as error:
         rank, where = os.environ["RANK"], f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -60,14 +60,14 @@ def _quieten() -> None:
 
 def _meet(url: str, **_: object) -> Iterator[tuple[dist.Store, int, int]]:
     """torch's env://, which by itself would wait for a rank as long as a collective does."""
-    patience = timedelta(seconds=float(parse_qs(urlsplit(url).query)["seconds"][0]))
-    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    start_timeout = timedelta(seconds=float(parse_qs(urlsplit(url).query)["seconds"][0]))
+    store, rank, world = next(dist.rendezvous("env://", timeout=start_timeout))
     # By itself only the rank that serves the store waits for the others, and under torchrun none. That store outlives
     # its ranks, which may come again, and in another number.
     attempt = f"arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}"
     store.set(f"{attempt}/{rank}", "yes")
     try:
-        store.wait([f"{attempt}/{other}" for other in range(world)], patience)
+        store.wait([f"{attempt}/{other}" for other in range(world)], start_timeout)
     except dist.DistStoreError as error:
         absent = [str(other) for other in range(world) if not store.check([f"{attempt}/{other}"])]
         raise dist.DistStoreError(f"no sign of rank {', '.join(absent)}") from error

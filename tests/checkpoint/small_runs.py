@@ -20,8 +20,6 @@ from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Progress, Run
 from pipeline.system import CarryEntry, ParameterGroup, Phase
 
-STREAMS = [range(2)]
-
 
 class Unwritable:
     """Raises `failure` when it is written."""
@@ -83,7 +81,7 @@ class FakeLoader:
 
 def a_run(folder: Path, step: int = 0, keep: int = 2, topology: Topology | None = None) -> Run:
     """A run at `step` of two streams, whose model is one linear layer."""
-    config = replace(miras_tiny(), output_dir=folder, keep=keep, parallel__sequence=1)
+    config = replace(miras_tiny(), output_dir=folder, keep=keep, batch_size=2, parallel__sequence=1)
     phase = Phase("train", 150, (ParameterGroup("all", ("weight",)),))
     run = Run(  # type: ignore[arg-type]
         config, topology or Topology(), torch.device("cpu"), None, phase, FakeEngine(), FakeLoader(), {}
@@ -99,7 +97,7 @@ def snapshot(run: Run, step: int) -> Snapshot:
 
 
 def save(run: Run, step: int) -> Path:
-    saver = Saver(run, STREAMS)
+    saver = Saver(run)
     try:
         (name,) = saver.save(snapshot(run, step))
     finally:

@@ -16,7 +16,7 @@ from pipeline.checkpoint.rng import seed_all
 from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.run import Progress
-from tests.checkpoint.small_runs import STREAMS, FakeLoader, save
+from tests.checkpoint.small_runs import save
 from tests.checkpoint.whole import change_facts, write_whole
 
 
@@ -28,9 +28,9 @@ def test_restore_puts_everything_back(make_run) -> None:
     folder = save(run, 7)
     expected = (random.random(), np.random.rand(), torch.rand(2).tolist())
     resumed = make_run()
-    loader = FakeLoader()
+    loader = resumed.loader
     loader.state = {}
-    (carry,) = restore(resumed, folder, loader, STREAMS)  # type: ignore[arg-type]
+    (carry,) = restore(resumed, folder)
     assert resumed.progress == Progress(step=7, phase="train", tokens=0, elapsed=0.0)
     assert torch.equal(resumed.engine.module.weight, run.engine.module.weight)
     assert loader.state["streams"]["1"] == {"offset": 9}
@@ -45,7 +45,7 @@ def test_other_frozen_weights_are_refused_before_anything_changes(make_run) -> N
     run = make_run()
     before = run.engine.module.weight.clone()
     with pytest.raises(UserError, match="other frozen weights"):
-        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(run, folder)
     assert torch.equal(run.engine.module.weight, before) and run.progress.step == 0
 
 
@@ -56,7 +56,7 @@ def test_a_flipped_byte_is_refused_before_anything_changes(make_run) -> None:
     (folder / "shard.pt").write_bytes(content)
     run = make_run()
     with pytest.raises(UserError, match=r"shard\.pt: content differs from its hash: restore the file"):
-        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(run, folder)
     assert run.progress.step == 0
 
 
@@ -70,7 +70,7 @@ def test_what_one_rank_alone_finds_is_said_by_that_rank(make_run, monkeypatch: p
     run = make_run()
     monkeypatch.setattr(*((run.engine, "load", refuse) if place == "shard" else (restoring, "load_pickle", refuse)))
     with pytest.raises(RankError, match=f"rank 0: {place}: holds something else"):
-        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(run, folder)
 
 
 @pytest.mark.parametrize("key", ["world", "zero_stage", "optimizer", "order"])
@@ -79,7 +79,7 @@ def test_shards_of_another_layout_are_not_loaded_by_place(make_run, monkeypatch:
     change_facts(folder, **{key: 2})
     converted = []
     monkeypatch.setattr(restoring, "_load_elsewhere", lambda run, checkpoint: converted.append(checkpoint))
-    restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    restore(make_run(), folder)
     assert converted == [folder]
 
 
@@ -99,11 +99,11 @@ def test_a_file_of_another_checkpoint_is_not_read_with_this_one(make_run, name: 
     """They are found by their names: a stray carry would give a stream heads, or a state, that are another one's."""
     folder = save(make_run(), 7)
     (folder / "notes.txt").write_text("mine")
-    restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+    restore(make_run(), folder)
     (folder / name).write_bytes(next(folder.glob("carry-*")).read_bytes())
     run = make_run()
     with pytest.raises(UserError, match=f"{folder / name}: not in the manifest, and would be read like the rest"):
-        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(run, folder)
     assert run.progress.step == 0
 
 
@@ -117,7 +117,7 @@ def test_a_manifest_of_another_version_is_told_from_a_damaged_one(make_run, fact
         config = make_run().config
         check_resumable(config, folder)
         keep_global_batch(config, Topology(), folder)
-        restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(make_run(), folder)
 
     with pytest.raises(UserError, match=rf"manifest\.json: says nothing of '{fact}': it is of another version"):
         go_on()
@@ -132,7 +132,7 @@ def test_a_progress_of_another_version_is_refused_before_anything_changes(make_r
     run = make_run()
     before = run.engine.module.weight.clone()
     with pytest.raises(UserError, match=r"trainer_state\.json: not .*restore the file, or resume from another"):
-        restore(run, folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(run, folder)
     assert torch.equal(run.engine.module.weight, before) and run.progress.step == 0
 
 
@@ -141,4 +141,4 @@ def test_other_data_is_refused_in_the_loaders_words(make_run) -> None:
     (folder / "loader.json").write_text('{"streams": {}, "fingerprint": {"texts": 4}}')
     write_whole(folder, read_manifest(folder) or {})
     with pytest.raises(UserError, match="the data differs"):
-        restore(make_run(), folder, FakeLoader(), STREAMS)  # type: ignore[arg-type]
+        restore(make_run(), folder)

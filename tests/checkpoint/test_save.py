@@ -22,7 +22,7 @@ from pipeline.checkpoint.save import Saver
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.recipes import all_recipes
-from tests.checkpoint.small_runs import STREAMS, Averaging, FakeLoader, Unwritable, latest, save, snapshot, steps
+from tests.checkpoint.small_runs import Averaging, FakeLoader, Unwritable, latest, save, snapshot, steps
 
 
 def test_a_checkpoint_holds_everything_and_is_whole(make_run) -> None:
@@ -181,7 +181,7 @@ def test_cursors_of_all_data_ranks_are_saved_together() -> None:
 class TestInTheBackground:
     def test_it_holds_what_the_weights_were_when_it_began(self, make_run) -> None:
         run = make_run()
-        saver = Saver(run, STREAMS)
+        saver = Saver(run)
         for step in (5, 6):
             weight = run.engine.module.weight.clone()
             assert saver.save(snapshot(run, step), background=True) == ([] if step == 5 else ["checkpoint-5"])
@@ -201,7 +201,7 @@ class TestInTheBackground:
         run = make_run()
         run.engine.module = model = Averaging()
         model(torch.ones(3))
-        saver = Saver(run, STREAMS)
+        saver = Saver(run)
         saver.save(snapshot(run, 5), background=True)
         model(torch.ones(3))
         (name,) = saver.finish()
@@ -214,7 +214,7 @@ class TestInTheBackground:
         older = save(run, 5)
         write = contents._write_json
         monkeypatch.setattr(contents, "_write_json", lambda *arguments: go.wait() and write(*arguments))
-        saver = Saver(run, STREAMS)
+        saver = Saver(run)
         saver.save(snapshot(run, 6), background=True)
         assert saver.poll() == [] and latest(run) == older and steps(run) == [5]
         go.set()
@@ -225,7 +225,7 @@ class TestInTheBackground:
         run = make_run()
         older = save(run, 5)
         run.engine.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        saver = Saver(run, STREAMS)
+        saver = Saver(run)
         staging = saver._staging.copy
         saver._staging.copy = lambda value, *place: value if isinstance(value, Unwritable) else staging(value, *place)
         saver.save(snapshot(run, 6), background=True)

@@ -101,7 +101,7 @@ def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A package without libraries, in a process that has loaded and checked none."""
     monkeypatch.setattr(backends, "PACKAGE", tmp_path)
     monkeypatch.setattr(native, "PACKAGE", tmp_path)
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     native.why_not.cache_clear()
     yield tmp_path
     native.why_not.cache_clear()
@@ -159,7 +159,7 @@ def test_a_kernel_for_gpus_is_called_not_yet_run_where_there_is_none(
 
 
 def test_a_kernel_that_fails_its_check_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     native.verify("miras_scan", "cpu", "float32, key dim 64", lambda: 0.5, 1e-4)
     report = doctor.collect()
     assert "failed: float32, key dim 64: its results differ" in doctor.render(report)
@@ -180,7 +180,7 @@ def test_a_device_that_a_check_breaks_is_reported_and_others_are_checked(
             raise torch.AcceleratorError(f"{illegal}\nadvice")
         return 1e-7
 
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     monkeypatch.setattr(native, "why_not", lambda kind: None)
     monkeypatch.setattr(scan_native, "self_check", check)
     monkeypatch.setattr(affine_scan_native, "_largest_error", lambda *_: 1e-7)
@@ -220,7 +220,7 @@ def test_a_device_that_a_check_breaks_is_reported_and_others_are_checked(
 
 def test_a_library_from_before_there_was_an_op_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.load("cpu")
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     monkeypatch.setattr(torch.ops, "mnemos", SimpleNamespace())
     report = doctor.collect()
     for op in ("miras_scan", "affine_scan"):

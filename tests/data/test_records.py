@@ -288,7 +288,7 @@ def test_undecodable_documents_are_told_at_the_1st_10th_and_100th(
 
 
 def test_a_rank_that_reads_the_same_as_another_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    log = RecordLog(skip=True, remedy="", speaks=False)
+    log = RecordLog(skip=True, remedy="", should_report=False)
     log.refuse_or_skip(Document("a", "", "a is broken"))
     log.note(Document("b", "\ufffd", undecodable=True))
     assert (log.skipped, log.undecodable) == (1, 1) and not caplog.records

@@ -48,7 +48,7 @@ def test_a_device_that_is_lost_in_a_check_ends_the_run() -> None:
 def test_a_first_use_within_the_capture_of_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (torch.rand(1, 50, 6, device="cuda") for _ in range(2))
     expected = affine_scan(a, b, backend="cuda")[0]
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     graph = torch.cuda.CUDAGraph()
     with (
         torch.cuda.graph(graph),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
 
 from pipeline.checkpoint.files import tensors
@@ -37,6 +38,15 @@ def is_rounded(checkpoint: Path, precision: str, scratch: Path) -> bool:
     shards = Shards(checkpoint, manifest, moments=False).parameters()
     tensors({saved.name: saved.tensors["fp32"].to(dtype) for saved in shards})(scratch)
     return scratch.read_bytes() == (checkpoint / TRAINABLE).read_bytes()
+
+
+def deepspeed_reads(checkpoint: Path) -> bool:
+    """Whether DeepSpeed's own zero_to_fp32 finds the very masters in it."""
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
+    masters = {saved.name: saved.tensors["fp32"] for saved in Shards(checkpoint, manifest, moments=False).parameters()}
+    return all(torch.equal(found[name], master) for name, master in masters.items())
 
 
 class Averaging(nn.Module):
@@ -102,6 +112,8 @@ def main() -> None:
             saved = complete_checkpoints(folder / "checkpoints")
             precision = str(changes["precision"])
             found[case] = {path.name: is_rounded(path, precision, out / "expected") for path in saved}
+            if changes["zero"] != "zero0":  # which has no parts to join
+                found[case]["zero_to_fp32"] = deepspeed_reads(saved[-1])
             assert len(saved) == 3
         dist.barrier()
     topology = start(base(out, data))

@@ -151,7 +151,7 @@ def test_what_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
 def test_a_kernel_that_fails_its_check_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make(1, 40, 3, a=torch.float32)
     expected = results(x, backend="torch")
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     monkeypatch.setattr(affine_scan_native, "_largest_error", lambda *_: math.nan)
     native.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="affine_scan is not used on cpu"):

@@ -47,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device.properties)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: device.work("synchronize"))
     monkeypatch.setattr(cuda_devices, "probe", lambda _: device.work("probe"))
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     monkeypatch.setattr(native, "why_not", lambda kind: None)
     monkeypatch.setattr(native, "build_report", lambda: {"libraries": {"cuda": {"architectures": ["8.0", "9.0a"]}}})
     monkeypatch.setattr(torch.ops, "mnemos", SimpleNamespace(op=None))
@@ -154,7 +154,7 @@ def test_what_failed_before_the_check_is_not_blamed_on_the_kernel(gpu: Gpu) -> N
     gpu.error = "CUDA error: device-side assert triggered"
     with pytest.raises(torch.AcceleratorError, match="device-side assert"):
         native.fits(kernel())
-    assert native.lost_devices() == {} and list(native.verdicts()) == []
+    assert native.lost_devices() == {} and list(native.kernel_checks()) == []
 
 
 def test_a_first_use_while_a_graph_is_captured_is_refused(gpu: Gpu) -> None:

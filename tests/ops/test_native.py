@@ -31,7 +31,7 @@ HERE = [kind for kind in native.KINDS if native.load(kind)]
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process in which nothing was loaded, checked or said yet. What torch knows of the ops stays."""
-    monkeypatch.setattr(native, "_verdicts", {})
+    monkeypatch.setattr(native, "_checked", {})
     native.why_not.cache_clear()
     native.warn_once.cache_clear()
     yield
@@ -68,11 +68,11 @@ def test_kernels_pass_their_check_at_first_use(fresh: None, kind: str) -> None:
     for dtype in scan_native.DTYPES:
         for key_dim in scan_native.KEY_DIMS:
             assert scan_native.why_not(device, dtype, key_dim) is None
-    found = list(native.verdicts())
+    found = list(native.kernel_checks())
     assert len(found) == 6
-    assert {verdict.device for verdict in found} == {device}
-    assert all(0 < verdict.error < 1e-5 for verdict in found if "float32" in verdict.case)
-    assert all(0 < verdict.error < 1e-2 for verdict in found)
+    assert {check.device for check in found} == {device}
+    assert all(0 < check.error < 1e-5 for check in found if "float32" in check.case)
+    assert all(0 < check.error < 1e-2 for check in found)
 
 
 def test_a_library_that_is_not_there_is_named_with_the_reason(
@@ -175,7 +175,7 @@ def test_the_first_use_may_be_compiled(fresh: None) -> None:
     torch._dynamo.reset()
     x = floats()
     compiled = torch.compile(lambda *z: run(z), fullgraph=True, backend="aot_eager")(*x)
-    assert [verdict.device for verdict in native.verdicts()] == ["cpu"]
+    assert [check.device for check in native.kernel_checks()] == ["cpu"]
     for a, b in zip(compiled, run(x, backend="cpu"), strict=True):
         assert torch.equal(a, b)
 
@@ -201,9 +201,9 @@ def test_the_check_at_first_use_is_not_seen_by_what_is_around_it(fresh: None, ar
         with torch.autograd.graph.saved_tensors_hooks(lambda z: packed.append(z) or z, lambda z: z):
             run(x)
         assert len(packed) == 8, "q, k, v, the gates, residuals and states"
-    (verdict,) = native.verdicts()
-    assert verdict.failure is None
-    assert verdict.error < 1e-5
+    (check,) = native.kernel_checks()
+    assert check.failure is None
+    assert check.error < 1e-5
 
 
 def test_random_numbers_do_not_depend_on_the_check(fresh: None) -> None:
@@ -260,8 +260,8 @@ def test_a_broken_kernel_falls_back_with_one_warning(
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="backend 'cpu' cannot run: " + message):
         run(x, backend="cpu")
-    (verdict,) = native.verdicts()
-    assert re.match(message, verdict.failure or "")
+    (check,) = native.kernel_checks()
+    assert re.match(message, check.failure or "")
 
 
 @pytest.mark.parametrize("op", ["miras_scan", "affine_scan"])
@@ -453,4 +453,4 @@ def test_verdicts_of_other_ops_go_by_the_same_rules(fresh: None) -> None:
     assert len(seen) == 1
     assert native.verify("op", "cpu", "another case", lambda: 1e-3, 1e-5) is not None
     assert native.verify("other", "cpu", "case", lambda: math.nan, 1e-5) is not None
-    assert [verdict.error for verdict in native.verdicts()] == [1e-7, 1e-3, None]
+    assert [check.error for check in native.kernel_checks()] == [1e-7, 1e-3, None]

@@ -69,7 +69,7 @@ def test_a_store_that_outlives_its_ranks_serves_those_that_come_next(monkeypatch
     def meet(restart: int, rank: int, world: int) -> None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
         monkeypatch.setattr(rendezvous.dist, "rendezvous", lambda *_, **__: iter([(store, rank, world)]))
-        next(rendezvous._meet("patient-env://?seconds=0.1"))
+        next(rendezvous._meet("timeout-env://?seconds=0.1"))
 
     for rank in range(3):
         with pytest.raises(dist.DistStoreError, match="no sign of rank" if rank < 2 else "no sign of rank 3$"):

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.callbacks import Callback
-from pipeline.ending import end_run
+from pipeline.end_run import end_run
 from pipeline.errors import RankError, UserError
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import DEADLINE, Stopped, StopRequests
@@ -115,7 +115,7 @@ def test_why_and_how_a_run_ends_is_said_before_what_may_take_long(
             look()
             raise OSError("no connection")
 
-    monkeypatch.setattr("pipeline.ending.write_run_file", lambda run, status: written.append(status))
+    monkeypatch.setattr("pipeline.end_run.write_run_file", lambda run, status: written.append(status))
     run, saver = types.SimpleNamespace(is_main=True), types.SimpleNamespace(close=look)
     with pytest.warns(UserWarning, match="Slow did not end well"):
         end_run(run, "failed", error, saver, [Slow(), Slow()], monitor)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_what_one_rank_cannot_write_is_said_once_and_by_one_line(
     def fail(run: object, status: str) -> None:
         raise RankError("run/run.json: not written")
 
-    monkeypatch.setattr("pipeline.ending.write_run_file", fail)
+    monkeypatch.setattr("pipeline.end_run.write_run_file", fail)
     ended: list[BaseException] = []
     run, saver = types.SimpleNamespace(is_main=True), types.SimpleNamespace(close=lambda waits: None)
     monitor = types.SimpleNamespace(ends=ended.append)

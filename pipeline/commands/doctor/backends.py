@@ -75,7 +75,7 @@ def kernel_facts(device: str) -> dict[str, Any]:
                     affine_scan_native.why_not(where, dtype, dtype)
             except (DeviceLostError, RuntimeError) as error:  # no other check can run there
                 report["lost"][where] = str(error).partition("\n")[0]
-    report["checks"] = [verdict._asdict() for verdict in native.verdicts()]
+    report["checks"] = [check._asdict() for check in native.kernel_checks()]
     for backend in ("cuda", "cpu", "torch"):
         where = "cpu" if backend == "cpu" else device
         if where == "cuda" and f"cuda:{torch.cuda.current_device()}" in report["lost"]:

@@ -6,48 +6,27 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Olmo2Config
 
-from pipeline.config import RunConfig
-from pipeline.data.batch import IGNORED, Batch, StatefulLoader
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.synthetic import recall_gaps
 from pipeline.parallel.collectives import shared_errors
-from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint, next_step
-from pipeline.system import Carry, Curve, Evaluation, StepContext, StepOutput
-from pipeline.systems.miras.config import MirasConfig
+from pipeline.system import Carry, Curve, Evaluation, StepContext
 from pipeline.systems.miras.documents import DocumentSums, documents_per_bin, interval
+from pipeline.systems.miras.evaluated import Evaluated, reach
+from pipeline.systems.miras.passages import repeated_passages
 
 ON, OFF = "memory on", "memory off"
 RATIO = "memory off / on"
 """Series of the curves."""
 FIRST_BIN = 16
 """Positions below this share one bin; above, each bin doubles."""
-PASSAGE = 64
-"""Tokens of a passage that is repeated in held-out text."""
-CUE = 8
-"""Tokens at the start of a repeated passage that are not counted."""
 GAP_BIN = 20
 """Tokens of distance that share one bin of the recall curve."""
-
-
-class Evaluated(Protocol):
-    """What an evaluation asks of the system."""
-
-    config: RunConfig
-    sizes: MirasConfig
-    backbone: Olmo2Config
-
-    def held_out(self, topology: Topology) -> StatefulLoader: ...
-
-    def byte_lengths(self) -> Tensor | None: ...
-
-    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput: ...
 
 
 @dataclass
@@ -157,7 +136,7 @@ def _perplexity(system: Evaluated, model: nn.Module, sync_point: SyncPoint, mode
     scalars["labels"] = float(sums[ON].labels.sum())
     scalars["documents"] = float(found["labels"].shape[0])
     curves = {"perplexity_by_position": _by_position(system, series, found)}
-    repeated = _repeated_passages(system, model, sync_point, modes)
+    repeated = repeated_passages(system, model, sync_point, modes)
     if repeated is not None:
         curves["recall_by_distance"] = repeated
     return Evaluation(scalars, curves)
@@ -191,87 +170,6 @@ def _by_position(system: Evaluated, series: dict[str, tuple[float, ...]], sums: 
         drawn_label=f"perplexity, {RATIO}",
         intervals={RATIO: interval(sums, ratio)},
         levels={"no difference": 1.0},
-    )
-
-
-def reach(sizes: MirasConfig, layers: int, nearer: int = 0) -> dict[str, float]:
-    """From where on attention does not see: a layer's window, and what `layers` of them reach one after the other.
-
-    `nearer`: tokens by which what is asked for is further away than the x axis says.
-    """
-    attention = sizes.attention
-    if attention.kind == "full":
-        return {}
-    edges = {
-        f"window of {attention.window}": attention.window,
-        f"reach of {layers} layers": layers * (attention.window - 1),
-    }
-    return {label: float(tokens - nearer) for label, tokens in edges.items() if tokens > nearer}
-
-
-def _repeated_passages(
-    system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: dict[str, bool]
-) -> Curve | None:
-    """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
-
-    What a model that recalls nothing pays for the second copy, it paid for the first, but for the longer context. None
-    where a sequence is too short to hold two passages.
-    """
-    device = next(model.parameters()).device
-    with shared_errors(sync_point.topology):
-        loader = system.held_out(sync_point.topology)
-    first = next_step(loader, sync_point, "evaluation")[0]
-    tokens = first.input_ids
-    rows, length = tokens.shape
-    gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
-    if not gaps:
-        return None
-    context = StepContext(sync_point.topology, system.config.seed, "evaluation", 1)
-    local = sync_point.topology.shard(length)
-    documents = DocumentSums(len(gaps))
-    for mode, memory in modes.items():
-        for index, gap in enumerate(gaps):
-            # The filler is the text that follows the passage, and the passage then comes again.
-            start = PASSAGE + gap
-            ids = torch.cat([tokens[:, :start], tokens[:, :PASSAGE], tokens[:, start : length - PASSAGE]], dim=1)
-            labels = torch.full_like(ids, IGNORED)
-            # The first few tokens of the copy only show that it is one.
-            for copy in (0, start):
-                labels[:, copy + CUE : copy + PASSAGE - 1] = ids[:, CUE + 1 : PASSAGE]
-            positions = torch.arange(length).expand(rows, -1)
-            batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
-            options = {"memory": memory}
-            # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
-            sync_point("evaluation")
-            output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
-            again = batch.positions[:, local] >= start
-            place, segments = torch.full_like(batch.positions, index)[:, local], batch.segment_ids[:, local]
-            losses, counted = output.tokens["losses"], batch.labels[:, local] != IGNORED
-            values = {mode: losses * again, f"{mode}, first": losses * ~again}
-            values |= {"labels": again} if memory else {}
-            documents.add(first.streams.to(device), segments, place, counted, values)
-    sums = documents.gather(sync_point.topology)
-    total = {name: value.sum(0) for name, value in sums.items()}
-
-    def saved(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        return lambda total: (total[f"{mode}, first"] - total[mode]) / total["labels"]
-
-    return Curve(
-        "Recall by distance: a repeated passage",
-        "tokens between a passage and its copy",
-        "nats per token of the copy",
-        tuple(map(float, gaps)),
-        {mode: tuple((total[mode] / total["labels"]).tolist()) for mode in modes}
-        | {f"saved, {mode}": tuple(saved(mode)(total).tolist()) for mode in modes},
-        log_x=True,
-        drawn=tuple(f"saved, {mode}" for mode in modes),
-        drawn_label="nats per token saved\nagainst the first copy",
-        intervals={f"saved, {mode}": interval(sums, saved(mode)) for mode in modes},
-        counts=tuple(total["labels"].long().tolist()),
-        documents=documents_per_bin(sums["labels"]),
-        levels={"nothing saved": 0.0},
-        # What predicts a token of the copy looks for it a passage further back than the gap.
-        edges=reach(system.sizes, system.backbone.num_hidden_layers, nearer=PASSAGE - 1),
     )
 
 

@@ -20,7 +20,9 @@ from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, StepContext
 from pipeline.systems.miras.config import MirasConfig
-from pipeline.systems.miras.evaluation import GAP_BIN, OFF, ON, PASSAGE, RATIO, _repeated_passages, evaluate, reach
+from pipeline.systems.miras.evaluated import reach
+from pipeline.systems.miras.evaluation import GAP_BIN, OFF, ON, RATIO, evaluate
+from pipeline.systems.miras.passages import PASSAGE, repeated_passages
 
 MODES = {ON: True, OFF: False}
 SIZES = miras_tiny().model
@@ -83,12 +85,12 @@ def test_repeated_passages_are_left_between_any_two_forward_passes(passages: int
     system, model = System(passages * PASSAGE), nn.Linear(1, 1)
     reading = 1
     whole = Counting(1000)
-    curve = _repeated_passages(system, model, whole, MODES)  # type: ignore[arg-type]
+    curve = repeated_passages(system, model, whole, MODES)  # type: ignore[arg-type]
     assert curve is not None and system.forwards == len(MODES) * len(curve.x) == 1000 - whole.calls - reading
     for done in range(system.forwards):
         part = System(passages * PASSAGE)
         with pytest.raises(Stopped) as caught:
-            _repeated_passages(part, model, Counting(reading + done), MODES)  # type: ignore[arg-type]
+            repeated_passages(part, model, Counting(reading + done), MODES)  # type: ignore[arg-type]
         assert caught.value.signal is None and part.forwards == done
 
 
@@ -136,7 +138,7 @@ def test_documents_that_differ_widen_the_interval() -> None:
 
 
 def test_recall_of_a_passage_is_what_the_copy_saves_against_the_first() -> None:
-    curve = _repeated_passages(Remembering(512), nn.Linear(1, 1), SyncPoint(Topology()), MODES)  # type: ignore[arg-type]
+    curve = repeated_passages(Remembering(512), nn.Linear(1, 1), SyncPoint(Topology()), MODES)  # type: ignore[arg-type]
     assert curve is not None and curve.x == (64.0, 128.0, 256.0)
     assert curve.series[f"saved, {ON}"] == pytest.approx((2.0,) * 3) and curve.series[ON] == pytest.approx((1.0,) * 3)
     assert curve.series[f"saved, {OFF}"] == (0.0,) * 3 and curve.series[OFF] == pytest.approx((3.0,) * 3)

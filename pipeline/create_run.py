@@ -46,10 +46,11 @@ def create_run(
     with shared_errors(topology):
         fingerprint = loader.state_dict()["fingerprint"]
     raise_together(topology, different_rank(all_gather_object(topology, fingerprint)))
-    run = Run(
+    device = device_of(topology)
+    return Run(
         config=config,
         topology=topology,
-        device=device_of(topology),
+        device=device,
         system=system,
         phase=phase,
         engine=engine,
@@ -57,11 +58,9 @@ def create_run(
         ds_config=resolved.ds_config,
         frozen=frozen,
         progress=Progress(phase=phase.name),
-        chosen=describe(resolved, phase, model, loader, topology, device_of(topology)),
+        lock=lock or FolderLock(),
+        chosen=describe(resolved, phase, model, loader, topology, device),
     )
-    if lock is not None:
-        run.lock = lock
-    return run
 
 
 def describe(

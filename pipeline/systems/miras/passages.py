@@ -1,0 +1,87 @@
+"""Recall by distance in text: what a passage costs that stood in the document before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.batch import IGNORED, Batch
+from pipeline.parallel.collectives import shared_errors
+from pipeline.runtime.sync import SyncPoint, next_step
+from pipeline.system import Curve, StepContext
+from pipeline.systems.miras.documents import DocumentSums, documents_per_bin, interval
+from pipeline.systems.miras.evaluated import Evaluated, reach
+
+PASSAGE = 64
+"""Tokens of a passage that is repeated in held-out text."""
+CUE = 8
+"""Tokens at the start of a repeated passage that are not counted."""
+
+
+def repeated_passages(
+    system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: dict[str, bool]
+) -> Curve | None:
+    """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
+
+    What a model that recalls nothing pays for the second copy, it paid for the first, but for the longer context. None
+    where a sequence is too short to hold two passages.
+    """
+    device = next(model.parameters()).device
+    with shared_errors(sync_point.topology):
+        loader = system.held_out(sync_point.topology)
+    first = next_step(loader, sync_point, "evaluation")[0]
+    tokens = first.input_ids
+    rows, length = tokens.shape
+    gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
+    if not gaps:
+        return None
+    context = StepContext(sync_point.topology, system.config.seed, "evaluation", 1)
+    local = sync_point.topology.shard(length)
+    documents = DocumentSums(len(gaps))
+    for mode, memory in modes.items():
+        for index, gap in enumerate(gaps):
+            # The filler is the text that follows the passage, and the passage then comes again.
+            start = PASSAGE + gap
+            ids = torch.cat([tokens[:, :start], tokens[:, :PASSAGE], tokens[:, start : length - PASSAGE]], dim=1)
+            labels = torch.full_like(ids, IGNORED)
+            # The first few tokens of the copy only show that it is one.
+            for copy in (0, start):
+                labels[:, copy + CUE : copy + PASSAGE - 1] = ids[:, CUE + 1 : PASSAGE]
+            positions = torch.arange(length).expand(rows, -1)
+            batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
+            options = {"memory": memory}
+            # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
+            sync_point("evaluation")
+            output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
+            again = batch.positions[:, local] >= start
+            place, segments = torch.full_like(batch.positions, index)[:, local], batch.segment_ids[:, local]
+            losses, counted = output.tokens["losses"], batch.labels[:, local] != IGNORED
+            values = {mode: losses * again, f"{mode}, first": losses * ~again}
+            values |= {"labels": again} if memory else {}
+            documents.add(first.streams.to(device), segments, place, counted, values)
+    sums = documents.gather(sync_point.topology)
+    total = {name: value.sum(0) for name, value in sums.items()}
+
+    def saved(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return lambda total: (total[f"{mode}, first"] - total[mode]) / total["labels"]
+
+    return Curve(
+        "Recall by distance: a repeated passage",
+        "tokens between a passage and its copy",
+        "nats per token of the copy",
+        tuple(map(float, gaps)),
+        {mode: tuple((total[mode] / total["labels"]).tolist()) for mode in modes}
+        | {f"saved, {mode}": tuple(saved(mode)(total).tolist()) for mode in modes},
+        log_x=True,
+        drawn=tuple(f"saved, {mode}" for mode in modes),
+        drawn_label="nats per token saved\nagainst the first copy",
+        intervals={f"saved, {mode}": interval(sums, saved(mode)) for mode in modes},
+        counts=tuple(total["labels"].long().tolist()),
+        documents=documents_per_bin(sums["labels"]),
+        levels={"nothing saved": 0.0},
+        # What predicts a token of the copy looks for it a passage further back than the gap.
+        edges=reach(system.sizes, system.backbone.num_hidden_layers, nearer=PASSAGE - 1),
+    )

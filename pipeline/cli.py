@@ -10,16 +10,18 @@ from collections.abc import Callable, Sequence
 
 from pipeline import __version__
 from pipeline.commands.flags import parse_run, take, wants_help
-from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief, of_a_file, out_of_space
-from pipeline.runtime.exit import (
+from pipeline.errors import (
     LOST_RANK,
-    exit_code,
-    exit_message,
-    exit_process,
-    log_line,
+    DeviceLostError,
+    LostRankError,
+    RankError,
+    UserError,
+    brief,
     lost_peer,
-    silence,
+    of_a_file,
+    out_of_space,
 )
+from pipeline.runtime.exit import exit_code, exit_message, exit_process, log_line, silence
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.spelling import did_you_mean, nearest
 

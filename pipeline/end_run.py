@@ -6,18 +6,47 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
 from pipeline.callbacks import Callback
 from pipeline.checkpoint.save import Saver
-from pipeline.errors import RankError, UserError
+from pipeline.errors import RankError, UserError, out_of_space
+from pipeline.files.output import not_written
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.exit import exit_message, log_line
 from pipeline.runtime.heartbeat import HeartbeatMonitor
 from pipeline.runtime.stop import Stopped
+
+
+@contextlib.contextmanager
+def ends(run: Run, saver: Saver, callbacks: Sequence[Callback], monitor: HeartbeatMonitor | None) -> Iterator[None]:
+    """Around the steps of a run: whatever ends them, its files say so, and the save and the callbacks end too."""
+    status = "failed"
+    shared: Stopped | UserError | None = None
+    try:
+        yield
+        status = "finished" if run.progress.step >= run.phase.steps else "stopped"
+    except Stopped as stop:
+        status, shared = "stopped" if stop.signal is None else "interrupted", stop
+        raise
+    except UserError as error:
+        shared = error
+        raise
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except OSError as error:
+        if not out_of_space(error):
+            raise
+        # Libraries write pictures, events and traces; they name no file.
+        shared = not_written(Path(error.filename or run.folder), error)
+        raise shared from error
+    finally:
+        end_run(run, status, shared, saver, callbacks, monitor)
 
 
 def end_run(

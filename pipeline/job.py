@@ -9,11 +9,11 @@ from pipeline.checkpoint.locate import find_checkpoint
 from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
 from pipeline.create_run import create_run
-from pipeline.errors import LostRankError
+from pipeline.errors import LOST_RANK, LostRankError, lost_peer
 from pipeline.load import checked_system, resolve
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.exit import LOST_RANK, exit_message, exit_process, log_line, lost_peer
+from pipeline.runtime.exit import exit_message, exit_process, log_line
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
 from pipeline.runtime.ranks import start

@@ -24,7 +24,7 @@ LAYERS = (
     ("launch", "cli"),
 )
 """The modules and folders of pipeline/, lowest first: each imports from its own layer and from those before it."""
-DEEPSPEED = ("engine", "ds_config", "parallel", "checkpoint", "runtime.rendezvous")
+DEEPSPEED = ("engine", "ds_config", "parallel", "checkpoint")
 CORE = LAYERS[: LAYERS.index(("systems",))]
 """What knows no system by name: `create_system` finds one by what a config says."""
 

@@ -20,10 +20,10 @@ from types import FrameType
 
 import psutil
 
+from pipeline.errors import LOST_RANK
 from pipeline.launch.layout import Launch
 from pipeline.launch.ranks import MARK, ranks, send
 from pipeline.launch.remote import environment_file
-from pipeline.runtime.exit import LOST_RANK
 
 REPEAT_TIMEOUT = 1.0
 """Seconds after which another Ctrl-C means that the person will not wait for the checkpoint."""

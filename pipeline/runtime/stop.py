@@ -10,6 +10,7 @@ from typing import Any
 
 DEADLINE = 1
 """The request of a deadline; any other above 0 is the number of a signal."""
+REQUESTS = (DEADLINE, signal.SIGINT, signal.SIGTERM)
 REPEAT_TIMEOUT = 1.0
 """Seconds after which another SIGINT means that the person will not wait for the checkpoint. Launchers send several."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pipeline.runtime.exit import LOST_RANK
+from pipeline.errors import LOST_RANK
 from pipeline.runtime.heartbeat.status import ENDED, RUNS, Heartbeat
 
 START_TIMEOUT = 300.0

@@ -24,7 +24,7 @@ from pipeline.runtime.stop import Stopped
 
 @contextlib.contextmanager
 def ends(run: Run, saver: Saver, callbacks: Sequence[Callback], monitor: HeartbeatMonitor | None) -> Iterator[None]:
-    """Around the steps of a run: whatever ends them, its files say so, and the save and the callbacks end too."""
+    """Around the steps of a run: whatever ends them, run.json records it, and the save and the callbacks end too."""
     status = "failed"
     shared: Stopped | UserError | None = None
     try:
@@ -57,7 +57,7 @@ def end_run(
     callbacks: Sequence[Callback],
     monitor: HeartbeatMonitor | None,
 ) -> None:
-    """How the run ends, and why, is said before anything that may take long or never come back.
+    """How the run ends, and why, is printed before anything that may take long or never return.
 
     `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
     outcome counts.
@@ -72,13 +72,13 @@ def end_run(
     last: list[tuple[str, Callable[[], None]]] = []
     if run.is_main:
         last.append(("run.json", lambda: write_run_file(run, status)))
-    # A run that fails says why before the others, who wait for it, take it for lost.
+    # A run that fails prints the reason before the other ranks, which wait for it, take it for lost.
     last.append(("the save", lambda: saver.close(waits=status != "failed")))
     last += [(type(callback).__name__, functools.partial(callback.on_end, status)) for callback in callbacks]
     for name, part in last:
         try:
             part()
         except Exception as error:
-            # One line says what cannot be written; the other files of the folder would only repeat it.
+            # One line names what cannot be written; the other files of the folder would only repeat it.
             if not (isinstance(error, RankError) and isinstance(shared, RankError)):
                 warnings.warn(f"{name} did not end well: {error}", stacklevel=2)

@@ -16,15 +16,15 @@ class UserError(Exception):
     """Something the user can fix: one line naming the thing and the fix, printed without a traceback, exit code 2."""
 
     reported = False
-    """Whether the person who started it has been told."""
+    """Whether it has been printed."""
 
 
 class RankError(UserError):
-    """A UserError that one rank alone knows of, before the ranks can agree: that rank prints it."""
+    """A UserError of one rank alone, where the ranks cannot share it: that rank prints it."""
 
 
 class DeviceLostError(RankError):
-    """A GPU that runs nothing more in this process, after an illegal access, say: no other path can take over there."""
+    """A GPU that runs nothing more in this process, as after an illegal access: no other path can take over."""
 
 
 class LostRankError(Exception):

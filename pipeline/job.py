@@ -76,6 +76,6 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
         return
     weights = config.init_from
     if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
-        # A resume can do without: all that is trained comes from its checkpoint, and a hash tells frozen weights.
+        # A resume can do without: its checkpoint has all that is trained, and a hash identifies the frozen weights.
         weights = None
     Trainer(create_run(resolved, topology, weights=weights, lock=lock), sync_point).execute(checkpoint)

@@ -18,7 +18,7 @@ from pipeline.system import StepOutput
 
 
 class Meter:
-    """Everything since the last record. Nothing leaves the device, and no rank waits for another, between records."""
+    """Everything since the last record. Until the next, nothing is copied from the device and no rank waits."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

@@ -1,4 +1,4 @@
-"""The run directory: opened for a run, and told how the run stands."""
+"""The run directory: opened for a run, and run.json in it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pipeline.parallel.topology import Topology
 
 
 def is_finished(config: RunConfig, checkpoint: Path | None, topology: Topology) -> bool:
-    """Whether nothing is left of a run, as rank 0 finds, which says so. Collective."""
+    """Whether nothing is left of a run; rank 0 decides and prints it. Collective."""
     with shared_errors(topology):
         message = None if topology.rank else nothing_left(config, checkpoint)
     message = broadcast_object(topology, message)
@@ -22,7 +22,7 @@ def is_finished(config: RunConfig, checkpoint: Path | None, topology: Topology) 
 
 
 def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
-    """What to tell a person who starts a run that ended where this start would end; None when something is left.
+    """The message for a start of a run that ended where this start would end; None when something is left.
 
     A run that ended on its way has an evaluation or its exit message left. Reads the run directory and changes nothing.
     """

@@ -1,4 +1,4 @@
-"""What the run.json of an earlier start says to the next one."""
+"""What the next start reads in the run.json of an earlier one."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Stopped(Exception):
     """All ranks agreed to stop; raised on every one between the same two micro-batches."""
 
     reported = False
-    """Whether the person who started it has been told."""
+    """Whether it has been printed."""
 
     def __init__(self, request: int) -> None:
         self.signal = None if request == DEADLINE else signal.Signals(request)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.files import Entry, tensors
+from pipeline.checkpoint.files import Entry, write_tensors
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, CarryEntry
 
@@ -40,11 +40,11 @@ def carry_content(
     return content, {"layout": json.dumps(layout)}
 
 
-def carry_file(content: dict[str, Tensor], layout: dict[str, str]) -> Callable[[Path], Entry]:
-    """A job that writes what `carry_content` returned."""
+def write_carry(content: dict[str, Tensor], path: Path, layout: dict[str, str]) -> Entry:
+    """Writes what `carry_content` returned."""
     # A file of its own bytes: views would share theirs, or hold those of a larger tensor.
     own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
-    return tensors(own, layout)
+    return write_tensors(own, path, layout)
 
 
 def load_carry(folder: Path, streams: Sequence[Sequence[int]], topology: Topology, device: torch.device) -> list[Carry]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.carry import carry_content, carry_file
-from pipeline.checkpoint.files import Entry, shard, small, tensor_bytes, tensors
+from pipeline.checkpoint.carry import carry_content, write_carry
+from pipeline.checkpoint.files import Entry, checksum, tensor_bytes, write_shard, write_tensors
 from pipeline.checkpoint.restore import TRAINER_STATE
 from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
+from pipeline.config import RunConfig
 from pipeline.config_file import save_config
 from pipeline.run import Progress, Run
 from pipeline.system import Carry
@@ -41,16 +43,14 @@ class Part:
 
     name: str
     content: Any
-    writer: Callable[[Any], Callable[[Path], Entry]]
+    write: Callable[[Any, Path], Entry]
+    """Of `content`, to a path."""
     copied: bool = False
     """Whether the content is in host memory that training does not change."""
 
     @property
     def bytes(self) -> int:
         return tensor_bytes(self.content)
-
-    def job(self) -> Callable[[Path], Entry]:
-        return self.writer(self.content)
 
 
 def rank_parts(run: Run, snapshot: Snapshot, folder: Path, tag: str) -> list[Part]:
@@ -63,10 +63,10 @@ def rank_parts(run: Run, snapshot: Snapshot, folder: Path, tag: str) -> list[Par
     names = [name for group in run.phase.groups for name in group.parameters]
     trainable, copied = trainable_content(run.engine.module, names, run.topology)
     return [
-        *([Part(TRAINABLE, trainable, tensors, copied)] if run.is_main else []),
-        Part(f"carry-{rank}.safetensors", carried, lambda content: carry_file(content, layout)),
-        Part(f"rng-{rank}.pt", snapshot.rng, shard),
-        *(Part(path.name, content, shard) for path, content in run.engine.collect(folder, tag).items()),
+        *([Part(TRAINABLE, trainable, write_tensors, copied)] if run.is_main else []),
+        Part(f"carry-{rank}.safetensors", carried, functools.partial(write_carry, layout=layout)),
+        Part(f"rng-{rank}.pt", snapshot.rng, write_shard),
+        *(Part(path.name, content, write_shard) for path, content in run.engine.collect(folder, tag).items()),
     ]
 
 
@@ -75,8 +75,8 @@ def shared_parts(run: Run, snapshot: Snapshot, cursors: Sequence[dict[str, Any]]
     config = run.config
     plain = {TRAINER_STATE: dataclasses.asdict(snapshot.progress), "loader.json": _merged(cursors)}
     return [
-        *(Part(name, content, _json) for name, content in plain.items()),
-        Part("config.yaml", None, lambda _: small(lambda path: save_config(config, path))),
+        *(Part(name, content, _write_json) for name, content in plain.items()),
+        Part("config.yaml", config, _write_config),
     ]
 
 
@@ -103,11 +103,13 @@ def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**states[0], "streams": streams}
 
 
-def _json(content: Any) -> Callable[[Path], Entry]:
-    return small(lambda path: _write_json(path, content))
-
-
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(content: Any, path: Path) -> Entry:
     with path.open("w") as handle:
         json.dump(content, handle, indent=1)
         handle.write("\n")
+    return checksum(path)
+
+
+def _write_config(config: RunConfig, path: Path) -> Entry:
+    save_config(config, path)
+    return checksum(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,23 +21,20 @@ Entry = dict[str, Any]
 as the writing, and neither keeps out somebody who may write the manifest too."""
 
 
-def shard(content: Any) -> Callable[[Path], Entry]:
-    """A job that writes `content` as torch.save does."""
-
-    def write(path: Path) -> Entry:
-        with path.open("wb") as handle:
-            out = _Hashed(handle)
-            torch.save(content, out)  # type: ignore[arg-type]
-            handle.flush()
-            os.fsync(handle.fileno())
-            return {"size": handle.tell(), "xxh128": out.digest.hexdigest()}
-
-    return write
+def write_shard(content: Any, path: Path) -> Entry:
+    """Writes `content` as torch.save does."""
+    with path.open("wb") as handle:
+        out = _Hashed(handle)
+        torch.save(content, out)  # type: ignore[arg-type]
+        handle.flush()
+        os.fsync(handle.fileno())
+        return {"size": handle.tell(), "xxh128": out.digest.hexdigest()}
 
 
-def tensors(content: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Callable[[Path], Entry]:
-    """A job that writes a safetensors file."""
-    return small(lambda path: save_file(content, path, metadata))
+def write_tensors(content: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> Entry:
+    """Writes a safetensors file."""
+    save_file(content, path, metadata)
+    return checksum(path)
 
 
 class _Hashed:
@@ -54,18 +51,8 @@ class _Hashed:
         self.handle.flush()
 
 
-def small(write: Callable[[Path], None]) -> Callable[[Path], Entry]:
-    """A job of a function that writes a file by itself; it is read back for its hash."""
-
-    def write_and_checksum(path: Path) -> Entry:
-        write(path)
-        return checksum(path)
-
-    return write_and_checksum
-
-
 def checksum(path: Path) -> Entry:
-    """Syncs a file that was written and hashes it."""
+    """Syncs a file that a library wrote, and reads it back for its hash."""
     with path.open("rb") as handle:
         digest = _digest(handle)
         os.fsync(handle.fileno())

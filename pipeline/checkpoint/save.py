@@ -86,7 +86,7 @@ class Saver:
                 parts = self._stage(collected, ready) if background else collected
             finally:
                 copied.set_result(None)
-            return {part.name: part.job()(self._partial(step) / part.name) for part in parts}
+            return {part.name: part.write(part.content, self._partial(step) / part.name) for part in parts}
 
         self._pending = _Pending(step, facts, self._begin(work, background), background, copied)
         return done if background else [*done, *self.finish()]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.files import Entry, shard, small, sync_folder
+from pipeline.checkpoint.files import Entry, checksum, sync_folder, write_shard
 from pipeline.checkpoint.manifest import problems, read_manifest, write_manifest
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.errors import UserError
@@ -93,7 +93,7 @@ def _write(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> dict[str
     def write(name: str, content: Any) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        files[name] = shard(content)(path)
+        files[name] = write_shard(content, path)
 
     shapes = {}
     for saved in source.parameters():
@@ -108,12 +108,9 @@ def _write(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> dict[str
         if not name.endswith("_states.pt"):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            files[name] = small(lambda path, name=name: _copy(checkpoint / name, path))(path)  # type: ignore[misc]
+            shutil.copyfile(checkpoint / name, path)
+            files[name] = checksum(path)
     return files
-
-
-def _copy(source: Path, path: Path) -> None:
-    shutil.copyfile(source, path)
 
 
 class Shards:

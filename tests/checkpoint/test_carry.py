@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint.carry import carry_content, carry_file, load_carry
+from pipeline.checkpoint.carry import carry_content, load_carry, write_carry
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, CarryEntry
 
@@ -21,7 +21,7 @@ STREAMS, HEADS = 24, 4
 
 def save_carry(folder: Path, carries: Sequence[Carry], streams: Sequence[Sequence[int]], topology: Topology) -> None:
     tensors, metadata = carry_content(carries, streams, topology)
-    carry_file(tensors, metadata)(folder / f"carry-{topology.rank:05d}.safetensors")
+    write_carry(tensors, folder / f"carry-{topology.rank:05d}.safetensors", metadata)
 
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import pytest
 import torch
 import xxhash
 
-from pipeline.checkpoint.files import BLOCK, Staging, checksum, hash_of, shard, small, tensor_bytes
+from pipeline.checkpoint.files import BLOCK, Staging, checksum, hash_of, tensor_bytes, write_shard, write_tensors
 
 
 @pytest.mark.parametrize("numbers", [3, BLOCK // 4 - 1, BLOCK // 4, 3 * BLOCK // 4 + 5])
 def test_a_shard_is_what_torch_saves_and_its_entry_is_of_the_file(tmp_path: Path, numbers: int) -> None:
     content = {"a": torch.randn(numbers), "b": [torch.arange(7), "text", 3]}
-    entry = shard(content)(tmp_path / "shard.pt")
+    entry = write_shard(content, tmp_path / "shard.pt")
     found = torch.load(tmp_path / "shard.pt", weights_only=True)
     assert torch.equal(found["a"], content["a"]) and found["b"][1:] == ["text", 3]
     data = (tmp_path / "shard.pt").read_bytes()
@@ -22,8 +22,9 @@ def test_a_shard_is_what_torch_saves_and_its_entry_is_of_the_file(tmp_path: Path
 
 
 def test_other_files_are_read_back_for_their_hash(tmp_path: Path) -> None:
-    entry = small(lambda path: path.write_text("text") and None)(tmp_path / "file")
-    assert entry == {"size": 4, "xxh128": xxhash.xxh3_128_hexdigest(b"text")}
+    entry = write_tensors({"x": torch.arange(3.0)}, tmp_path / "file", {"key": "value"})
+    data = (tmp_path / "file").read_bytes()
+    assert entry == {"size": len(data), "xxh128": xxhash.xxh3_128_hexdigest(data)} == checksum(tmp_path / "file")
     assert hash_of(tmp_path / "file") == entry["xxh128"]
 
 

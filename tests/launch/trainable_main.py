@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
 
-from pipeline.checkpoint.files import tensors
+from pipeline.checkpoint.files import write_tensors
 from pipeline.checkpoint.manifest import complete_checkpoints, read_manifest
 from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
 from pipeline.checkpoint.universal_convert import Shards
@@ -36,7 +36,7 @@ def is_rounded(checkpoint: Path, precision: str, scratch: Path) -> bool:
     manifest = read_manifest(checkpoint)
     assert manifest is not None
     shards = Shards(checkpoint, manifest, moments=False).parameters()
-    tensors({saved.name: saved.tensors["fp32"].to(dtype) for saved in shards})(scratch)
+    write_tensors({saved.name: saved.tensors["fp32"].to(dtype) for saved in shards}, scratch)
     return scratch.read_bytes() == (checkpoint / TRAINABLE).read_bytes()
 
 

@@ -107,3 +107,18 @@ def test_deepspeed_is_imported_in_few_places() -> None:
 
 def test_the_kernels_hold_no_package() -> None:
     assert not list((ROOT / "kernels").rglob("__init__.py")), "a package `kernels` hides that of Hugging Face"
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_loop_is_read_in_one_sitting() -> None:
+    assert lines(ROOT / "pipeline" / "train.py") < 300
+    assert len(OWN["pipeline.train"]) <= 15
+
+
+def test_modules_are_short_but_for_the_mathematics_of_ops() -> None:
+    ops = ROOT / "pipeline" / "ops"
+    long = [str(path) for path in (ROOT / "pipeline").rglob("*.py") if lines(path) > 300 and path.parent != ops]
+    assert not long

@@ -9,22 +9,24 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
-from pipeline.commands.flags import parse_run, take, wants_help
-from pipeline.errors import DeviceLostError, LostRankError, RankError, UserError, brief, of_a_file, out_of_space
-from pipeline.runtime.exit import (
+from pipeline.commands.flags import parse_run, pop_flag, wants_help
+from pipeline.errors import (
     LOST_RANK,
-    exit_code,
-    exit_message,
-    exit_process,
-    log_line,
+    DeviceLostError,
+    LostRankError,
+    RankError,
+    UserError,
+    brief,
     lost_peer,
-    silence,
+    of_a_file,
+    out_of_space,
 )
+from pipeline.runtime.exit import exit_code, exit_message, exit_process, log_line, silence
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.spelling import did_you_mean, nearest
 
 REPORT_DELAY = 3.0
-"""Seconds that the other ranks leave rank 0 to say why a job ends."""
+"""Seconds that the other ranks give rank 0 to print why a job ends."""
 
 USAGE = """\
 usage: mnemos COMMAND [arguments]        (or: python -m pipeline COMMAND)
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and lost_peer(error):
-            # Another rank has ended, and has said why; a traceback of the wait for it would only hide that.
+            # Another rank has ended and printed the reason, which a traceback of the wait for it would hide.
             return _end("another rank ended first: its own line, above or below, says why", LOST_RANK)
         raise
     except BrokenPipeError:
@@ -124,7 +126,7 @@ def _end(message: str | None, code: int, everywhere: bool = False, at_once: bool
         if message is not None:
             log_line(message)
     elif ranks > 1:
-        # The launcher kills every rank once one has ended: rank 0 must have said why by then.
+        # The launcher kills every rank once one has ended: rank 0 must have printed the reason by then.
         time.sleep(REPORT_DELAY)
     if ranks > 1 or at_once:
         exit_process(code)
@@ -172,9 +174,9 @@ def _train(words: Sequence[str]) -> None:
 
 
 def _check(words: Sequence[str]) -> None:
-    ranks, rest = take(list(words), "--launch-ranks")
+    ranks, rest = pop_flag(list(words), "--launch-ranks")
     for flag in ("--launch-nodes", "--launch-gpus-per-node"):
-        _, rest = take(rest, flag)
+        _, rest = pop_flag(rest, flag)
     world = int(ranks) if ranks is not None and ranks.isdigit() else 1 if ranks is None else 0
     if world < 1:
         raise UserError(f"--launch-ranks is {ranks}: give a number of ranks above 0")

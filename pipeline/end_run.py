@@ -6,18 +6,47 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
 from pipeline.callbacks import Callback
 from pipeline.checkpoint.save import Saver
-from pipeline.errors import RankError, UserError
+from pipeline.errors import RankError, UserError, out_of_space
+from pipeline.files.output import not_written
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.exit import exit_message, log_line
 from pipeline.runtime.heartbeat import HeartbeatMonitor
 from pipeline.runtime.stop import Stopped
+
+
+@contextlib.contextmanager
+def ends(run: Run, saver: Saver, callbacks: Sequence[Callback], monitor: HeartbeatMonitor | None) -> Iterator[None]:
+    """Around the steps of a run: whatever ends them, run.json records it, and the save and the callbacks end too."""
+    status = "failed"
+    shared: Stopped | UserError | None = None
+    try:
+        yield
+        status = "finished" if run.progress.step >= run.phase.steps else "stopped"
+    except Stopped as stop:
+        status, shared = "stopped" if stop.signal is None else "interrupted", stop
+        raise
+    except UserError as error:
+        shared = error
+        raise
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except OSError as error:
+        if not out_of_space(error):
+            raise
+        # Libraries write pictures, events and traces; they name no file.
+        shared = not_written(Path(error.filename or run.folder), error)
+        raise shared from error
+    finally:
+        end_run(run, status, shared, saver, callbacks, monitor)
 
 
 def end_run(
@@ -28,7 +57,7 @@ def end_run(
     callbacks: Sequence[Callback],
     monitor: HeartbeatMonitor | None,
 ) -> None:
-    """How the run ends, and why, is said before anything that may take long or never come back.
+    """How the run ends, and why, is printed before anything that may take long or never return.
 
     `shared`: what all ranks end by, or what this one alone cannot write. Whatever goes wrong here, the run's own
     outcome counts.
@@ -43,13 +72,13 @@ def end_run(
     last: list[tuple[str, Callable[[], None]]] = []
     if run.is_main:
         last.append(("run.json", lambda: write_run_file(run, status)))
-    # A run that fails says why before the others, who wait for it, take it for lost.
+    # A run that fails prints the reason before the other ranks, which wait for it, take it for lost.
     last.append(("the save", lambda: saver.close(waits=status != "failed")))
     last += [(type(callback).__name__, functools.partial(callback.on_end, status)) for callback in callbacks]
     for name, part in last:
         try:
             part()
         except Exception as error:
-            # One line says what cannot be written; the other files of the folder would only repeat it.
+            # One line names what cannot be written; the other files of the folder would only repeat it.
             if not (isinstance(error, RankError) and isinstance(shared, RankError)):
                 warnings.warn(f"{name} did not end well: {error}", stacklevel=2)

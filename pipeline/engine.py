@@ -174,7 +174,7 @@ class Engine:
         """
         with self._as_they_are():
             self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-        collected = self._shards.take()
+        collected = self._shards.pop_collected()
         for content in collected.values():
             if "module" in content:
                 buffers = {name: content["module"][name].clone() for name in content["buffer_names"]}
@@ -207,7 +207,7 @@ class Engine:
         )
         if path is None:
             raise UserError(f"{checkpoint}: DeepSpeed found no shards there")
-        # What a group is called and how it decays is said by this run, as it is on other ranks.
+        # A group's name and weight decay are those of this run, as on a load with other ranks.
         for group, given in zip(self.optimizer.param_groups, self._groups, strict=True):
             group.update(given)
 

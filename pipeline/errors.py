@@ -3,20 +3,28 @@
 import errno
 import reprlib
 
+LOST_RANK = 3
+"""Exit code: a rank died, stalled or cannot be reached. The same command starts again from the last checkpoint."""
+LOST_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout",
+    "remote process exited or there was a network error", "NCCL error",
+)  # fmt: skip
+"""What gloo and NCCL say on the ranks that are left when another has gone."""
+
 
 class UserError(Exception):
     """Something the user can fix: one line naming the thing and the fix, printed without a traceback, exit code 2."""
 
     reported = False
-    """Whether the person who started it has been told."""
+    """Whether it has been printed."""
 
 
 class RankError(UserError):
-    """A UserError that one rank alone knows of, before the ranks can agree: that rank prints it."""
+    """A UserError of one rank alone, where the ranks cannot share it: that rank prints it."""
 
 
 class DeviceLostError(RankError):
-    """A GPU that runs nothing more in this process, after an illegal access, say: no other path can take over there."""
+    """A GPU that runs nothing more in this process, as after an illegal access: no other path can take over."""
 
 
 class LostRankError(Exception):
@@ -29,6 +37,11 @@ class LostRankError(Exception):
     def __init__(self, reason: str, *, code: int, should_report: bool) -> None:
         super().__init__(reason)
         self.code, self.should_report = code, should_report
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
 
 
 _REPR = reprlib.Repr()

@@ -9,11 +9,11 @@ from pipeline.checkpoint.locate import find_checkpoint
 from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
 from pipeline.create_run import create_run
-from pipeline.errors import LostRankError
+from pipeline.errors import LOST_RANK, LostRankError, lost_peer
 from pipeline.load import checked_system, resolve
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.runtime.exit import LOST_RANK, exit_message, exit_process, log_line, lost_peer
+from pipeline.runtime.exit import exit_message, exit_process, log_line
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
 from pipeline.runtime.ranks import start
@@ -76,6 +76,6 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
         return
     weights = config.init_from
     if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
-        # A resume can do without: all that is trained comes from its checkpoint, and a hash tells frozen weights.
+        # A resume can do without: its checkpoint has all that is trained, and a hash identifies the frozen weights.
         weights = None
     Trainer(create_run(resolved, topology, weights=weights, lock=lock), sync_point).execute(checkpoint)

@@ -18,7 +18,7 @@ from pipeline.system import StepOutput
 
 
 class Meter:
-    """Everything since the last record. Nothing leaves the device, and no rank waits for another, between records."""
+    """Everything since the last record. Until the next, nothing is copied from the device and no rank waits."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -28,7 +28,7 @@ class Meter:
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
         self.steps = 0
         self.begun = time.perf_counter()
 
@@ -44,11 +44,11 @@ class Meter:
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def add_counts(self, counts: Mapping[str, Tensor]) -> None:
+    def add_counts(self, counts: Mapping[str, float]) -> None:
         """The global counts of one step."""
         self.steps += 1
         for term, count in counts.items():
-            self.counts[term] = self.counts[term] + count if term in self.counts else count
+            self.counts[term] = self.counts.get(term, 0) + count
 
     def seconds(self) -> float:
         """Time since the last record."""
@@ -59,15 +59,14 @@ class Meter:
         run, elapsed = self.run, self.seconds()
         totals = reduce_sums(self.sums, run.topology, run.device)
         # `loss` is what is minimised: each term's mean, added up.
-        loss = sum(float(totals[f"loss/{term}"] / count.clamp_min(1)) for term, count in self.counts.items())
+        means = {term: float(totals[f"loss/{term}"]) / max(1, count) for term, count in self.counts.items()}
         metrics = {}
         for name, value in totals.items():
             kind, _, metric = name.partition("/")
             if kind == "metric":
                 metrics[metric] = float(value / totals[f"count/{metric}"].clamp_min(1))
-        if len(self.counts) > 1:
-            for term, count in self.counts.items():
-                metrics[f"loss/{term}"] = float(totals[f"loss/{term}"] / count.clamp_min(1))
+        if len(means) > 1:
+            metrics |= {f"loss/{term}": mean for term, mean in means.items()}
         memory = torch.tensor(peak_memory(), device=run.device)
         if run.topology.world > 1:
             dist.all_reduce(memory, op=dist.ReduceOp.MAX)
@@ -77,7 +76,7 @@ class Meter:
         self._clear()
         return StepRecord(
             step=step,
-            loss=loss,
+            loss=sum(means.values()),
             lr=result.lr,
             grad_norm=None if result.skipped else result.grad_norm,
             tok_s=tok_s,

@@ -1,4 +1,4 @@
-"""The run directory: opened for a run, and told how the run stands."""
+"""The run directory: opened for a run, and run.json in it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pipeline.checkpoint.manifest import clear_leftovers, named_checkpoints
 from pipeline.config_file import save_config
 from pipeline.errors import UserError
 from pipeline.files.output import overwrite_json, write_json, writing
+from pipeline.files.run_file import NAME, read_run_file
 from pipeline.host.provenance import commit
 from pipeline.host.versions import versions
-from pipeline.parallel.collectives import raise_together
+from pipeline.parallel.collectives import broadcast_object, raise_together
 from pipeline.run import Run
 from pipeline.runtime.ranks import describe_devices
 
@@ -29,6 +30,8 @@ def open_folder(run: Run) -> None:
             if taken and named_checkpoints(checkpoints):
                 raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")
             clear_leftovers(checkpoints)
+            # A start from scratch evaluates before its first step again.
+            run.evaluated = read_run_file(run.folder).evaluated if run.progress.step else None
             save_config(run.config, run.folder / "config.yaml")
             write_json(run.folder / "ds_config.json", run.ds_config)
             write_run_file(run, "running")
@@ -39,15 +42,18 @@ def open_folder(run: Run) -> None:
         if problem is None and not os.access(run.folder, os.W_OK):
             problem = f"--output-dir {run.folder}: not writable: name another folder"
     raise_together(run.topology, problem)
+    run.evaluated = broadcast_object(run.topology, run.evaluated)
 
 
 def write_run_file(run: Run, status: str) -> None:
-    """run.json: versions, commit, devices, command, status, last checkpoint. Rank 0 only; raises RankError."""
-    path = run.folder / "run.json"
+    """run.json: versions, commit, devices, command, status, last checkpoint and evaluation. Rank 0 only; raises
+    RankError."""
+    path = run.folder / NAME
     content = {
         "recipe": run.config.recipe,
         "status": status,
         "last_checkpoint": run.last_checkpoint,
+        "evaluated": run.evaluated,
         "progress": dataclasses.asdict(run.progress),
         "command": sys.argv,
         "versions": versions(),

@@ -1,4 +1,4 @@
-"""Updates that are skipped because a gradient was not finite: counted, told, and a limit to them in a row."""
+"""Updates that are skipped because a gradient was not finite: counted, logged, and limited in a row."""
 
 from __future__ import annotations
 

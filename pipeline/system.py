@@ -149,7 +149,7 @@ class System(Protocol):
         ...
 
     def caption(self) -> str:
-        """What tells this run from another of its recipe, in a few words for the titles of plots: "window 64"."""
+        """What distinguishes this run from others of its recipe, in a few words for titles of plots: "window 64"."""
         return ""
 
     def headline(self, evaluation: Evaluation) -> str:

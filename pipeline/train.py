@@ -6,25 +6,19 @@ import dataclasses
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pipeline.callbacks import Callback, create_callbacks
-from pipeline.callbacks.metrics import is_evaluated
-from pipeline.checkpoint.contents import Snapshot
+from pipeline.checkpoint.contents import take_snapshot
 from pipeline.checkpoint.restore import restore
-from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.save import Saver
-from pipeline.end_run import end_run
+from pipeline.end_run import ends
 from pipeline.engine import StepResult
-from pipeline.errors import UserError, out_of_space
-from pipeline.files.output import not_written
 from pipeline.meter import Meter
-from pipeline.parallel.collectives import broadcast_object, shared_errors
-from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.loss import scaled_loss
 from pipeline.run import Run
 from pipeline.run_folder import open_folder, write_run_file
 from pipeline.runtime.stop import Stopped
-from pipeline.runtime.sync import SyncPoint, next_step
+from pipeline.runtime.sync import SyncPoint, next_counted_step
 from pipeline.schedule import lr_multiple
 from pipeline.skipped_updates import count_skipped
 from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
@@ -43,12 +37,8 @@ class Trainer:
         """What the last step's micro-batches measured."""
         self.saved: int | None = None
         """The step of the newest checkpoint that was begun."""
-        self._remember()
-
-    def _remember(self) -> None:
-        """Where the data and the generators are after a completed step, for a checkpoint of it at any later moment."""
-        self.position: dict[str, Any] = self.loader.state_dict()
-        self.rng = rng_state()
+        self.snapshot = take_snapshot(run, self.carries)
+        """The last completed step."""
 
     def execute(self, checkpoint: Path | None) -> None:
         """Trains from `checkpoint` (or the start) to the phase's end."""
@@ -56,7 +46,7 @@ class Trainer:
         if checkpoint is not None:
             carries = restore(run, checkpoint)
             self.carries = carries or self.carries
-            self._remember()
+            self.snapshot = take_snapshot(run, self.carries)
             self.saved = run.progress.step
             run.chosen["resumed"] = f"from {checkpoint}"
         last = min(self.phase.steps, config.stop_after or self.phase.steps)
@@ -65,11 +55,8 @@ class Trainer:
             return
         # Only now: a start that was refused leaves the folder as it is.
         open_folder(run)
-        with shared_errors(run.topology):
-            self.callbacks = create_callbacks(run)
-        status = "failed"
-        shared: Stopped | UserError | None = None
-        try:
+        self.callbacks = create_callbacks(run)
+        with ends(run, self.saver, self.callbacks, self.sync_point.monitor):
             for callback in self.callbacks:
                 callback.on_start()
             meter = Meter(run)
@@ -78,24 +65,6 @@ class Trainer:
             except Stopped:
                 self._save_what_is_done(meter)
                 raise
-            status = "finished" if run.progress.step >= self.phase.steps else "stopped"
-        except Stopped as stop:
-            status, shared = "stopped" if stop.signal is None else "interrupted", stop
-            raise
-        except UserError as error:
-            shared = error
-            raise
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        except OSError as error:
-            if not out_of_space(error):
-                raise
-            # Libraries write pictures, events and traces; they name no file.
-            shared = not_written(Path(error.filename or run.folder), error)
-            raise shared from error
-        finally:
-            end_run(run, status, shared, self.saver, self.callbacks, self.sync_point.monitor)
 
     def _steps(self, last: int, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
@@ -113,10 +82,10 @@ class Trainer:
             for callback in self.callbacks:
                 callback.after_step(step)
             if result.skipped:
-                count_skipped(self.run, self.outputs, self.position["streams"], self.callbacks)
+                count_skipped(self.run, self.outputs, self.snapshot.cursors["streams"], self.callbacks)
             else:
                 progress.skipped_in_a_row = 0
-            self._remember()
+            self.snapshot = take_snapshot(self.run, self.carries)
             paused = time.perf_counter()
             self._committed(self.saver.poll())
             if due:
@@ -129,14 +98,9 @@ class Trainer:
 
     def _owes_evaluation(self, last: int) -> bool:
         """Whether the step that the run stands at is evaluated before it goes on: a run may have ended meanwhile."""
-        run, step = self.run, self.run.progress.step
-        every = run.config.eval_every
+        step, every = self.run.progress.step, self.run.config.eval_every
         due = step == 0 or step >= last or bool(every and step % every == 0)
-        if not due:
-            return False
-        with shared_errors(run.topology):
-            evaluated = run.is_main and is_evaluated(run.folder, step)
-        return not broadcast_object(run.topology, evaluated)
+        return due and self.run.evaluated != step
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
@@ -153,8 +117,8 @@ class Trainer:
     def _accumulate(self, context: StepContext, meter: Meter) -> list[Carry]:
         """Gradients of one step's micro-batches; returns what each carries on."""
         run = self.run
-        batches = next_step(self.loader, self.sync_point, f"step {context.step}, micro-batch 1")
-        counts = global_counts([run.system.count(batch) for batch in batches], run.topology, run.device)
+        place = f"step {context.step}, micro-batch 1"
+        batches, counts = next_counted_step(self.loader, self.sync_point, place, run.system.count)
         carries, outputs = [], []
         for micro, (batch, carry) in enumerate(zip(batches, self.carries, strict=True), start=1):
             if micro > 1:
@@ -179,7 +143,8 @@ class Trainer:
         progress = self.run.progress
         self.sync_point.at(f"saving checkpoint-{progress.step}")
         self.saved = progress.step
-        snapshot = Snapshot(dataclasses.replace(progress), self.position, self.rng, self.carries)
+        # Its tokens and seconds may have been recorded since.
+        snapshot = dataclasses.replace(self.snapshot, progress=dataclasses.replace(progress))
         self._committed(self.saver.save(snapshot, background=background))
 
     def _committed(self, names: Iterable[str]) -> None:
@@ -202,6 +167,9 @@ class Trainer:
         evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.sync_point)
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
+        self.run.evaluated = step
+        if self.run.is_main:
+            write_run_file(self.run, "running")
 
     def _dry_run(self) -> None:
         meter = Meter(self.run)

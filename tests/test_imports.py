@@ -24,7 +24,7 @@ LAYERS = (
     ("launch", "cli"),
 )
 """The modules and folders of pipeline/, lowest first: each imports from its own layer and from those before it."""
-DEEPSPEED = ("engine", "ds_config", "parallel", "checkpoint", "runtime.rendezvous")
+DEEPSPEED = ("engine", "ds_config", "parallel", "checkpoint")
 CORE = LAYERS[: LAYERS.index(("systems",))]
 """What knows no system by name: `create_system` finds one by what a config says."""
 
@@ -51,7 +51,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module: str) -> str:
+def top_name(module: str) -> str:
     """The module or folder right under pipeline/; "" for the package itself."""
     return module.partition(".")[2].partition(".")[0]
 
@@ -69,13 +69,13 @@ def test_no_circle() -> None:
 
 def test_every_module_has_a_layer_and_imports_from_no_higher_one() -> None:
     layer = {name: number for number, names in enumerate(LAYERS) for name in names}
-    rooms = {room(name) for name in OWN} - {"", "__main__"}
-    assert rooms == set(layer), "name new folders and modules in LAYERS, and those that are gone no more"
+    names = {top_name(name) for name in OWN} - {"", "__main__"}
+    assert names == set(layer), "name new folders and modules in LAYERS, and those that are gone no more"
     wrong = [
         f"{name} imports {other}"
         for name, found in sorted(OWN.items())
         for other in sorted(found)
-        if room(name) in layer and room(other) in layer and layer[room(other)] > layer[room(name)]
+        if top_name(name) in layer and top_name(other) in layer and layer[top_name(other)] > layer[top_name(name)]
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -85,7 +85,7 @@ def test_no_core_module_names_a_system() -> None:
     core = {name for names in CORE for name in names}
     wrong = []
     for name in OWN:
-        if room(name) not in core:
+        if top_name(name) not in core:
             continue
         path = ROOT / Path(*name.split("."))
         source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.flags import parse_flags, parse_run, split_flags, take, wants_help
+from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags, wants_help
 from pipeline.errors import UserError
 from pipeline.files.output import writing
 from pipeline.host.local import LocalHost
@@ -61,7 +61,7 @@ def run_resume(words: Sequence[str]) -> None:
     for name in ("ranks", "bench-steps", "repeats"):
         if getattr(options, name.replace("-", "_")) < 1:
             raise UserError(f"--{name} is {getattr(options, name.replace('-', '_'))}: give 1 or more")
-    if not wants_help(rest) and (not rest or (rest[0].startswith("-") and take(rest, "--config")[0] is None)):
+    if not wants_help(rest) and (not rest or (rest[0].startswith("-") and pop_flag(rest, "--config")[0] is None)):
         rest = [*DEFAULT, *rest]
     config = parse_run(rest, "bench resume", options)
     if options.json is not None and not options.json.absolute().parent.is_dir():
@@ -91,7 +91,7 @@ def _existing(path: Path) -> Path:
 
 
 def _start(rest: Sequence[str], folder: Path, options: ResumeOptions) -> dict[str, Any]:
-    _, rest = take(list(rest), "--output-dir")
+    _, rest = pop_flag(list(rest), "--output-dir")
     counts = [str(options.repeats), str(options.bench_steps)]
     words = ["pipeline", "bench", "resume-case", *counts, *rest, "--output-dir", str(folder)]
     if options.ranks == 1:

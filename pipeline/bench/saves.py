@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -11,10 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoint.contents import Snapshot
+from pipeline.checkpoint.contents import Snapshot, take_snapshot
 from pipeline.checkpoint.manifest import newest, read_manifest
 from pipeline.checkpoint.restore import restore
-from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.save import Saver
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
@@ -67,9 +65,7 @@ class Saves:
         return self._timed(part)
 
     def _snapshot(self) -> Snapshot:
-        trainer = self.trainer
-        progress = dataclasses.replace(self.run.progress)
-        return Snapshot(progress, trainer.loader.state_dict(), rng_state(), trainer.carries)
+        return take_snapshot(self.run, self.trainer.carries)
 
     def save(self) -> float:
         """A synchronous save, from its start to the replaced `latest`."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.parallel.collectives import shared_errors
 from pipeline.run import Run
 
-__all__ = ["Callback", "StepRecord", "create_callbacks"]
+__all__ = ["Callback", "StepRecord", "create_callbacks", "local_callbacks"]
 
 
 def create_callbacks(run: Run) -> list[Callback]:
-    """The callbacks of a run, in the order they are called; those that write exist on rank 0 alone."""
+    """The callbacks of a run, in the order they are called. Collective; raises UserError."""
+    with shared_errors(run.topology):
+        return local_callbacks(run)
+
+
+def local_callbacks(run: Run) -> list[Callback]:
+    """Those of this rank: a profiler everywhere, those that write on rank 0 alone."""
     from pipeline.callbacks.dashboards import TensorBoard, WeightsAndBiases
     from pipeline.callbacks.metrics import MetricsFile
     from pipeline.callbacks.plots import Plots

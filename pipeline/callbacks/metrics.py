@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,12 @@ class MetricsFile(Callback):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.path = run.folder / "metrics.jsonl"
+        self._begun: int | None = None
 
     def on_start(self) -> None:
-        if self.path.exists():
-            # A start from scratch evaluates before its first step again.
-            done = self.run.progress.step
-            kept = [row for row in read_rows(self.path) if row["step"] <= done] if done else []
-            partial = self.path.with_name(".metrics.jsonl.partial")
-            with writing(self.path):
-                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-                partial.replace(self.path)
+        # A start from scratch evaluates before its first step again.
+        done = self._begun = self.run.progress.step
+        self._keep(lambda row: 0 < done >= row["step"])
 
     def on_step(self, record: StepRecord) -> None:
         self._write(
@@ -54,10 +51,22 @@ class MetricsFile(Callback):
         )
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        if step == self._begun:
+            # Of an evaluation that run.json does not know of: one row is enough.
+            self._keep(lambda row: row["mode"] != "val" or row["step"] != step)
         progress = self.run.progress
         self._write(
             {"mode": "val", "step": step, **evaluation.scalars, "tokens": progress.tokens, "elapsed": progress.elapsed}
         )
+
+    def _keep(self, stays: Callable[[dict[str, Any]], bool]) -> None:
+        if not self.path.exists():
+            return
+        kept = [row for row in read_rows(self.path) if stays(row)]
+        partial = self.path.with_name(".metrics.jsonl.partial")
+        with writing(self.path):
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.path)
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a reader in another language would stop at it.
@@ -105,9 +114,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max)
-
-
-def is_evaluated(folder: Path, step: int) -> bool:
-    """Whether the metrics file of a run has a `val` row of a step."""
-    path = folder / "metrics.jsonl"
-    return path.exists() and any(row["mode"] == "val" and row["step"] == step for row in read_rows(path))

@@ -37,7 +37,7 @@ class ProgressLines(Callback):
 
     def on_start(self) -> None:
         for what, text in self.run.chosen.items():
-            self._say(f"{what}: {text}")
+            self._log(f"{what}: {text}")
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.last, initial=self.run.progress.step, bar_format=BAR, dynamic_ncols=True)
 
@@ -74,23 +74,23 @@ class ProgressLines(Callback):
 
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
         where = json.dumps(batch, sort_keys=True)
-        self._say(f"step {step}: non-finite loss or gradient, update skipped ({in_a_row} in a row); batch: {where}")
+        self._log(f"step {step}: non-finite loss or gradient, update skipped ({in_a_row} in a row); batch: {where}")
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._say(f"{self._step(step)}  {self.run.system.headline(evaluation)}")
+        self._log(f"{self._step(step)}  {self.run.system.headline(evaluation)}")
         health = self.run.system.health(self.metrics) if self.metrics else ""
         if health:
-            self._say(f"{'':<{len(self._step(step))}}  {health}")
+            self._log(f"{'':<{len(self._step(step))}}  {health}")
 
     def on_checkpoint(self, name: str) -> None:
-        self._say(f"saved {self.run.folder / 'checkpoints' / name}")
+        self._log(f"saved {self.run.folder / 'checkpoints' / name}")
 
     def on_end(self, status: str) -> None:
         if self.bar is not None:
             self.bar.close()
-        self._say(f"{status} at step {self.run.progress.step}: {self.run.folder}")
+        self._log(f"{status} at step {self.run.progress.step}: {self.run.folder}")
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         self._print(line)
         self._write(line)
 

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.checkpoint.carry import carry_content, carry_file
 from pipeline.checkpoint.files import Entry, shard, small, tensor_bytes, tensors
 from pipeline.checkpoint.restore import TRAINER_STATE
+from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
 from pipeline.config_file import save_config
 from pipeline.run import Progress, Run
@@ -27,6 +28,11 @@ class Snapshot:
     """The loader's `state_dict`: this rank's streams."""
     rng: dict[str, Any]
     carries: Sequence[Carry]
+
+
+def take_snapshot(run: Run, carries: Sequence[Carry]) -> Snapshot:
+    """Where the data and the generators are after a completed step, for a checkpoint of it at any later moment."""
+    return Snapshot(dataclasses.replace(run.progress), run.loader.state_dict(), rng_state(), carries)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.callbacks.metrics import is_evaluated
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config import RunConfig
-from pipeline.files.json_file import parse_json
+from pipeline.files.run_file import read_run_file
 from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
 
 
 def is_finished(config: RunConfig, checkpoint: Path | None, topology: Topology) -> bool:
-    """Whether nothing is left of a run, as rank 0 finds, which says so. Collective."""
+    """Whether nothing is left of a run; rank 0 decides and prints it. Collective."""
     with shared_errors(topology):
         message = None if topology.rank else nothing_left(config, checkpoint)
     message = broadcast_object(topology, message)
@@ -23,9 +22,9 @@ def is_finished(config: RunConfig, checkpoint: Path | None, topology: Topology) 
 
 
 def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
-    """What to tell a person who starts a run that ended where this start would end; None when something is left.
+    """The message for a start of a run that ended where this start would end; None when something is left.
 
-    A run that ended on its way has an evaluation or its last words left. Reads the run directory and changes nothing.
+    A run that ended on its way has an evaluation or its exit message left. Reads the run directory and changes nothing.
     """
     folder = config.output_dir
     if config.dry_run or checkpoint is None or checkpoint.resolve().parent != (folder / "checkpoints").resolve():
@@ -33,7 +32,8 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
     manifest = read_manifest(checkpoint)
     step = 0 if manifest is None else int(manifest["step"])
     last = min(config.steps, config.stop_after or config.steps)
-    if step < last or _status(folder) not in ("finished", "stopped") or not is_evaluated(folder, step):
+    before = read_run_file(folder)
+    if step < last or before.status not in ("finished", "stopped") or before.evaluated != step:
         return None
     if step >= config.steps:
         how = f"already finished at step {step} (--steps is {config.steps})"
@@ -49,11 +49,3 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
             f"  to evaluate it     mnemos eval {folder}",
         ]
     )
-
-
-def _status(folder: Path) -> str | None:
-    """What run.json says; None where it says nothing."""
-    try:
-        return str(parse_json((folder / "run.json").read_bytes())["status"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

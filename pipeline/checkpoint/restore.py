@@ -68,7 +68,7 @@ def _progress(checkpoint: Path) -> Progress:
 
 @contextlib.contextmanager
 def _known_here(topology: Topology) -> Iterator[None]:
-    """What is wrong with a file that this rank alone reads, between collectives, is for this rank to say."""
+    """Between collectives, an error in a file that this rank alone reads is printed by this rank."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Reading what torch.save wrote without running what a pickle says: tensors, plain values and a few named types."""
+"""Reading what torch.save wrote without running the code in a pickle: tensors, plain values and a few named types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving: collect, write, agree, commit. At once, or with the writing in a thread."""
+"""Saving: collect, write, compare, commit. At once, or with the writing in a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a checkpoint, in our hands: it says what belongs in which file, we write and read the files."""
+"""DeepSpeed's part of a checkpoint: DeepSpeed decides what belongs in which file; we write and read the files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.checkpoint.safe import load_pickle, plain
 
 
 class ShardFiles(CheckpointEngine):
-    """Collects what DeepSpeed would write; loads without running what a pickle says.
+    """Collects what DeepSpeed would write; loads without running the code in a pickle.
 
     DeepSpeed saves between collectives: a rank whose disk is full would leave the others waiting in the next one.
     """
@@ -36,7 +36,7 @@ class ShardFiles(CheckpointEngine):
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True
 
-    def take(self) -> dict[Path, Any]:
+    def pop_collected(self) -> dict[Path, Any]:
         """What was collected, by the path that DeepSpeed would have written."""
         collected, self.collected = self.collected, {}
         return collected

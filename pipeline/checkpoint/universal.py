@@ -76,7 +76,7 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
         engine.optimizer.checkpoint_event_epilogue()
     for counter in COUNTERS:
         setattr(engine.deepspeed, counter, saved.states[counter])
-    # Who called may remove the files as soon as this returns: no rank leaves before all have read.
+    # The caller may remove the files as soon as this returns: no rank returns before all have read.
     raise_together(topology, None)
 
 

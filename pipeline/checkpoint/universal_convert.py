@@ -1,6 +1,6 @@
 """From DeepSpeed's shards to its universal layout: every parameter whole, in files of its own.
 
-DeepSpeed's own converter (deepspeed.checkpoint.ds_to_universal) is not called. It knows no ZeRO-0; from ZeRO-3 it
+DeepSpeed's own converter (deepspeed.checkpoint.ds_to_universal) is not called. It cannot read ZeRO-0; from ZeRO-3 it
 drops `step`; it unpickles whatever it finds, takes folder names for regular expressions and writes a file per
 parameter, state and rank before it merges them. Its layout is kept, and tests compare the two.
 """
@@ -194,7 +194,7 @@ class Shards:
                 offset += part
 
     def _flat(self) -> Iterator[Saved]:
-        """A group is one flat tensor cut in equal parts; each rank says where in its part a parameter's piece is."""
+        """A group is one flat tensor in equal parts; a rank's shard has the places of its parameters' pieces."""
         for index, shapes in enumerate(self._model["param_shapes"]):
             if any(not isinstance(optimizer["base_optimizer_state"], dict) for optimizer in self._optimizers):
                 self._refuse("zero_optimization.elastic_checkpoint leaves out what is needed: save without it")
@@ -214,7 +214,7 @@ class Shards:
                 yield self._join(name, shape, pieces, step)
 
     def _whole(self) -> Iterator[Saved]:
-        """Without ZeRO torch's optimizer counts the parameters in the order of its groups and knows no names."""
+        """Without ZeRO torch's optimizer counts the parameters in the order of its groups and has no names."""
         content, state_dict = self._model["optimizer"], self._torch_state()
         if content is not state_dict and "fp32_groups" not in content:
             self._refuse("its optimizer is one that this program does not use")

@@ -39,7 +39,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     recipes = all_recipes()
     rest = list(words)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    file, rest = take(rest, "--config")
+    file, rest = pop_flag(rest, "--config")
     if file is not None:
         config = load_config(Path(file), recipes)
         if name is not None and name != config.recipe:
@@ -133,7 +133,7 @@ def _message(box: str) -> str:
     return (found[0] if box.startswith("╭") else found[min(1, len(found) - 1)]).rstrip(".")
 
 
-def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
+def pop_flag(words: list[str], flag: str) -> tuple[str | None, list[str]]:
     """The value of a flag, None where it is absent, and the words without it."""
     for index, word in enumerate(words):
         if word == flag:

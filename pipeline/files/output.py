@@ -14,7 +14,7 @@ from pipeline.errors import RankError, out_of_space
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says of writing `path` into a RankError, since only the rank that writes knows of it.
+    """Turns the system's error in writing `path` into a RankError, since only the rank that writes knows of it.
 
     An error of a full disk comes without a name when what was written reaches the disk.
     """

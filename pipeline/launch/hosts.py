@@ -23,7 +23,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--hostfile {path}: cannot be read ({reason}): give a file of `HOST slots=N` lines") from None
     hosts: dict[str, int] = {}
-    # At the ends of lines that DeepSpeed knows, which reads the file as well.
+    # At the line ends that DeepSpeed splits at, which reads the file as well.
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if not line or line.startswith("#"):

@@ -11,7 +11,7 @@ import sys
 import psutil
 
 MARK = "MNEMOS_LAUNCH"
-"""The environment variable that tells the ranks of one launch from those of another."""
+"""The environment variable that distinguishes the ranks of one launch from those of another."""
 
 
 def ranks(mark: str) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""What other nodes are told through a shell: environment variables and the words of the recipe.
+"""What reaches other nodes through a shell: environment variables and the words of the recipe.
 
 DeepSpeed writes both into a command line that ssh gives to a shell, and quotes only some of it.
 """

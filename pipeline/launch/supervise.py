@@ -1,7 +1,8 @@
 """Stays while the launcher runs: passes signals to the ranks themselves, and the exit code on.
 
 DeepSpeed's `deepspeed` command forgets its ranks when it is ended, and its per-node launcher ends them one after the
-other, with SIGKILL after 30 seconds. Here each rank of this machine is told once; they agree, save and leave.
+other, with SIGKILL after 30 seconds. Here each rank of this machine gets the signal once;
+all stop at the same step, save and exit.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from types import FrameType
 
 import psutil
 
+from pipeline.errors import LOST_RANK
 from pipeline.launch.layout import Launch
 from pipeline.launch.ranks import MARK, ranks, send
 from pipeline.launch.remote import environment_file
-from pipeline.runtime.exit import LOST_RANK
 
 REPEAT_TIMEOUT = 1.0
 """Seconds after which another Ctrl-C means that the person will not wait for the checkpoint."""
@@ -57,7 +58,7 @@ class Supervisor:
         self.process: subprocess.Popen[bytes] | None = None
         self.signalled: int | None = None
         self.since = 0.0
-        self.told: list[psutil.Process] = []
+        self.reached: list[psutil.Process] = []
         self.ending = False
 
     def run(self) -> int:
@@ -82,17 +83,17 @@ class Supervisor:
                 self._let_save()
             left = ranks(self.mark)
             if left:
-                _say(f"the launcher is gone, {len(left)} of its ranks are not: they are ended too")
+                _log(f"the launcher is gone, {len(left)} of its ranks are not: they are ended too")
                 self._end()
                 code = code or LOST_RANK
             elif code == 0 and self.launch.launcher == "pdsh" and self._pass_on_to_a_node(signal.SIGTERM):
                 # DeepSpeed reports a pdsh that was killed as one that finished; the nodes' ranks do not end with it.
-                _say(f"the launcher is gone, the ranks of {next(iter(self.launch.hosts))} are not: all save and leave")
+                _log(f"the launcher is gone, the ranks of {next(iter(self.launch.hosts))} are not: all save and leave")
                 code = LOST_RANK
         return code
 
     def _let_save(self) -> None:
-        """Waits, for up to GRACE seconds, for ranks that were told to save and whose launcher has not waited for them.
+        """Waits, for up to GRACE seconds, for ranks that got the signal and whose launcher has not waited for them.
 
         DeepSpeed's command dies of a SIGTERM at once, and systemd, Slurm and `pkill -f` send it to every process.
         """
@@ -101,8 +102,8 @@ class Supervisor:
             time.sleep(0.2)
 
     def _saving(self) -> bool:
-        # What a rank forked and left behind was not told, and saves nothing.
-        return any(process in self.told for process in ranks(self.mark))
+        # Processes that a rank forked and left behind got no signal and save nothing.
+        return any(process in self.reached for process in ranks(self.mark))
 
     def _code(self, code: int) -> int:
         if self.ending and self.signalled is not None:
@@ -112,7 +113,7 @@ class Supervisor:
         # DeepSpeed's launcher exits with -N, which is 256 - N to a shell, for a rank that signal N ended.
         number = -code if code < 0 else 256 - code if code > 255 - signal.NSIG else 0
         if number == signal.SIGKILL:
-            return LOST_RANK  # the launcher was faster to see it than the other ranks, who would have said the same
+            return LOST_RANK  # the launcher saw it before the other ranks, which would exit with the same code
         return 128 + number if number else code
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -122,30 +123,30 @@ class Supervisor:
             if self.process is not None:
                 self._pass_on(self.signalled)
         elif number == signal.SIGINT and time.monotonic() - self.since >= REPEAT_TIMEOUT and not self.ending:
-            _say("interrupted again: the ranks are ended without a checkpoint")
+            _log("interrupted again: the ranks are ended without a checkpoint")
             self.ending = True
             threading.Thread(target=self._end, daemon=True).start()
 
     def _pass_on(self, number: int) -> None:
         name = signal.Signals(number).name
-        self.told = send(self.mark, number)
-        if not self.told and self.launch.launcher == "pdsh" and self._pass_on_to_a_node(number):
-            _say(f"{name} is passed on to the ranks of {next(iter(self.launch.hosts))}: all save and leave")
-        elif self.told:
+        self.reached = send(self.mark, number)
+        if not self.reached and self.launch.launcher == "pdsh" and self._pass_on_to_a_node(number):
+            _log(f"{name} is passed on to the ranks of {next(iter(self.launch.hosts))}: all save and leave")
+        elif self.reached:
             again = "; Ctrl-C again ends them at once" if number == signal.SIGINT else ""
-            _say(f"{name} is passed on to the ranks of this machine ({len(self.told)}): they save and leave{again}")
+            _log(f"{name} is passed on to the ranks of this machine ({len(self.reached)}): they save and leave{again}")
         elif self.launch.launcher is not None and self.process is not None:
-            # None that can be found from here: the launcher knows where they are.
+            # No rank can be found from here: the launcher has their addresses.
             self.ending = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
         else:
-            _say(f"{name} before a rank has started: nothing is left to save")
+            _log(f"{name} before a rank has started: nothing is left to save")
             self.ending = True
             threading.Thread(target=self._end, daemon=True).start()
 
     def _pass_on_to_a_node(self, number: int) -> bool:
-        """One rank that is told is enough: they agree. DeepSpeed would end every launch of the user's on the nodes."""
+        """A signal to one rank is enough. DeepSpeed would end every launch of the user's on the nodes."""
         host = next(iter(self.launch.hosts))
         port = self.launch.request.number("--ssh_port")
         options = self.environment.get("PDSH_SSH_ARGS_APPEND", "") + (f" -p {port}" if port else "")
@@ -190,7 +191,7 @@ def _exists(group: int) -> bool:
 
 @contextlib.contextmanager
 def _guard(mark: str) -> Iterator[Callable[[int], None]]:
-    """A second process that tells the ranks to save and leave when this one dies without a word, by SIGKILL say."""
+    """A second process that signals the ranks to save and exit when this one dies without notice, as by SIGKILL."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -228,7 +229,7 @@ def _stand_guard(reader: int, mark: str) -> None:
         end_group(int(lines[0]), mark)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     # Whoever reads it may have gone with the terminal, or by the same Ctrl-C: the exit code still counts.
     with contextlib.suppress(OSError):
         os.write(2, f"launch.sh: {text}\n".encode())

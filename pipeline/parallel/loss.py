@@ -17,23 +17,16 @@ from pipeline.data.batch import Counts
 from pipeline.parallel.topology import Topology
 
 
-def global_counts(counts: Iterable[Counts], topology: Topology, device: torch.device) -> dict[str, Tensor]:
-    """Counts of one optimizer step, per loss term, over micro-batches and data ranks; float64 scalars on `device`.
-
-    Every sequence rank counts the whole rows of its group, so the sum over ranks holds each row `sequence` times.
-    """
+def add_counts(counts: Iterable[Counts]) -> dict[str, int]:
+    """What each loss term averages over, added up over micro-batches."""
     totals: dict[str, int] = {}
     for micro in counts:
         for term, count in micro.items():
             totals[term] = totals.get(term, 0) + int(count)
-    names = sorted(totals)
-    packed = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=device)
-    if topology.world > 1:
-        dist.all_reduce(packed)
-    return {name: packed[index] / topology.sequence for index, name in enumerate(names)}
+    return totals
 
 
-def scaled_loss(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], topology: Topology) -> Tensor:
+def scaled_loss(sums: Mapping[str, Tensor], counts: Mapping[str, float], topology: Topology) -> Tensor:
     """The scalar to call backward on: this rank's sums, each over its global count, times the ranks that are averaged.
 
     A non-finite loss is turned into NaN, so that its gradients are NaN and the update is skipped without a host
@@ -41,7 +34,7 @@ def scaled_loss(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], topolo
     """
     total: Tensor | None = None
     for term, value in sums.items():
-        part = value * (topology.world / counts[term].clamp_min(1)).to(value.dtype)
+        part = value * (topology.world / max(1, counts[term]))
         total = part if total is None else total + part
     if total is None:
         raise ValueError("the system returned no loss term")

@@ -31,7 +31,7 @@ class Way:
     ranks: int
     plan: Plan
     flags: dict[str, str]
-    """Flags that say it, without dashes, and their values; "" for a flag that is a switch."""
+    """The flags for it, without dashes, and their values; "" for a flag that is a switch."""
     note: str
     """What becomes of the global batch."""
 

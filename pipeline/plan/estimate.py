@@ -53,13 +53,13 @@ class Plan:
         return sum(self.held.values())
 
     @property
-    def room(self) -> int:
+    def available(self) -> int:
         """What may be held."""
         return self.device.memory - self.reserve
 
     @property
     def fits(self) -> bool:
-        return self.memory <= self.room
+        return self.memory <= self.available
 
 
 def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = None) -> Plan:

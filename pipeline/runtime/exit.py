@@ -9,28 +9,15 @@ import signal
 import sys
 from typing import NoReturn, TextIO
 
-from pipeline.errors import LostRankError, RankError, UserError, of_a_file, out_of_space
+from pipeline.errors import LOST_RANK, LostRankError, RankError, UserError, lost_peer, of_a_file, out_of_space
 from pipeline.runtime.stop import Stopped
 
 BUG = 1
 """An exception that is nobody's request, with its traceback."""
 USER_ERROR = 2
 """Something the user can fix: one line says what."""
-LOST_RANK = 3
-"""A rank died, stalled or cannot be reached: the same command starts again from the last checkpoint."""
 INTERRUPTED = 128 + signal.SIGINT
 """A person did not wait for the checkpoint."""
-
-LOST_PEER = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout",
-    "remote process exited or there was a network error", "NCCL error",
-)  # fmt: skip
-"""What gloo and NCCL say on the ranks that are left when another has gone."""
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
 
 
 def exit_code(error: BaseException) -> int:

@@ -24,7 +24,7 @@ class FolderLock:
     def acquire(self, folder: Path, timeout: float = LOCK_TIMEOUT) -> bool:
         """Locks a folder if it exists; False when it was locked here already. UserError when another run keeps it.
 
-        On a file system that knows no locks it does nothing.
+        On a file system without locks it does nothing.
         """
         if self._handle is not None or not folder.is_dir():
             return False

@@ -14,8 +14,8 @@ from pipeline.config import RunConfig
 from pipeline.errors import RankError, UserError
 from pipeline.host.hardware import on_gpu
 from pipeline.host.local import LocalHost
+from pipeline.parallel.rendezvous import join
 from pipeline.parallel.topology import Topology, create_topology
-from pipeline.runtime.rendezvous import join
 
 AFTER_HEARTBEAT = datetime.timedelta(seconds=30)
 """Time in which the heartbeat can name a rank before a collective that waits for it gives up."""

@@ -10,6 +10,7 @@ from typing import Any
 
 DEADLINE = 1
 """The request of a deadline; any other above 0 is the number of a signal."""
+REQUESTS = (DEADLINE, signal.SIGINT, signal.SIGTERM)
 REPEAT_TIMEOUT = 1.0
 """Seconds after which another SIGINT means that the person will not wait for the checkpoint. Launchers send several."""
 
@@ -18,7 +19,7 @@ class Stopped(Exception):
     """All ranks agreed to stop; raised on every one between the same two micro-batches."""
 
     reported = False
-    """Whether the person who started it has been told."""
+    """Whether it has been printed."""
 
     def __init__(self, request: int) -> None:
         self.signal = None if request == DEADLINE else signal.Signals(request)

@@ -1,16 +1,22 @@
-"""What ranks tell each other between two micro-batches: go on, a problem, or a stop."""
+"""What ranks tell each other between two micro-batches: go on, a problem, or a stop; and what a step counts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 
-from pipeline.data.batch import Batch, StatefulLoader
+from pipeline.data.batch import Batch, Counts, StatefulLoader
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import raise_together
+from pipeline.parallel.loss import add_counts
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.heartbeat import HeartbeatMonitor
-from pipeline.runtime.stop import Stopped, StopRequests
+from pipeline.runtime.stop import REQUESTS, Stopped, StopRequests
+
+MAX_TERMS = 16
+"""Loss terms that a step may count: all ranks send as many numbers, also one that failed before it counted."""
 
 
 class SyncPoint:
@@ -29,31 +35,52 @@ class SyncPoint:
         if self.monitor is not None:
             self.monitor.at(place)
 
-    def __call__(self, place: str, problem: str | None = None) -> None:
+    def __call__(
+        self, place: str, problem: str | None = None, counts: Mapping[str, int] | None = None
+    ) -> dict[str, float]:
         """Raises one rank's `problem` as UserError, or Stopped, on every rank alike. Collective.
 
-        `place` says where this rank is ("step 12, micro-batch 1"), for the monitor.
+        `place` says where this rank is ("step 12, micro-batch 1"), for the monitor. `counts`, of whole rows and of the
+        same names on every rank, are returned summed over data ranks: the ranks of a sequence group hold the same rows.
         """
         self.at(place)
-        request = self.requests.pending if self.requests is not None else 0
-        failed = int(problem is not None)
+        names = sorted(counts or ())
+        if len(names) > MAX_TERMS:
+            raise ValueError(f"{len(names)} loss terms: at most {MAX_TERMS} are counted")
+        pending = self.requests.pending if self.requests is not None else 0
+        flags = [int(problem is not None), *(int(pending == request) for request in REQUESTS)]
+        numbers = torch.zeros(len(flags) + MAX_TERMS, dtype=torch.int64)
+        numbers[: len(flags)] = torch.tensor(flags)
+        numbers[len(flags) : len(flags) + len(names)] = torch.tensor([counts[name] for name in names] if counts else [])
         if self.topology.world > 1:
-            flags = torch.tensor([failed, request])
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.topology.control)
-            failed, request = map(int, flags)
+            dist.all_reduce(numbers, group=self.topology.control)
+        failed, *requested = numbers[: len(flags)].tolist()
         if failed:
             raise_together(self.topology, problem)
-        if request:
-            raise Stopped(request)
+        if any(requested):
+            raise Stopped(max(request for request, ranks in zip(REQUESTS, requested, strict=True) if ranks))
+        totals = numbers[len(flags) :].tolist()
+        return {name: total / self.topology.sequence for name, total in zip(names, totals, strict=False)}
 
 
 def next_step(loader: StatefulLoader, sync_point: SyncPoint, place: str) -> list[Batch]:
     """A loader's next micro-batches; a document that one rank cannot use stops all of them. Collective."""
+    return next_counted_step(loader, sync_point, place, lambda _: {})[0]
+
+
+def next_counted_step(
+    loader: StatefulLoader, sync_point: SyncPoint, place: str, count: Callable[[Batch], Counts]
+) -> tuple[list[Batch], dict[str, float]]:
+    """As `next_step`, with what each loss term of the step averages over, over all its micro-batches and data ranks.
+
+    `count` says it of one micro-batch.
+    """
     problem: str | None = None
     batches: list[Batch] = []
+    counts: dict[str, int] = {}
     try:
         batches = loader.next_step()
+        counts = add_counts(map(count, batches))
     except UserError as error:
         problem = str(error)
-    sync_point(place, problem)
-    return batches
+    return batches, sync_point(place, problem, counts)

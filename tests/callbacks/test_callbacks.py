@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.callbacks import create_callbacks
+from pipeline.callbacks import local_callbacks
 from pipeline.callbacks.profiler import Profiler
 from pipeline.parallel.topology import Topology
 
 
 def names(run) -> list[str]:
-    return [type(callback).__name__ for callback in create_callbacks(run)]
+    return [type(callback).__name__ for callback in local_callbacks(run)]
 
 
 def test_rank_0_writes(make_run) -> None:

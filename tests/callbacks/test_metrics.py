@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.callbacks.metrics import MetricsFile, is_evaluated, perplexity, read_rows
+from pipeline.callbacks.metrics import MetricsFile, perplexity, read_rows
 from pipeline.system import Evaluation
 
 TRAIN = {"mode", "step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed", "peak_memory"}
@@ -206,7 +206,7 @@ def test_several_spoilt_lines_make_one_warning(make_run, record) -> None:
     with file.path.open("ab") as handle:
         handle.write(b"\n".join([*SPOILT.values(), b""]))
     with pytest.warns(UserWarning, match=f"{len(SPOILT)} of {len(SPOILT) + 1} lines") as caught:
-        assert is_evaluated(run.folder, 2) and not is_evaluated(run.folder, 3)
+        assert [row["step"] for row in read_rows(file.path)] == [2]
     assert {str(warning.message) for warning in caught} == {str(caught[0].message)}
 
 
@@ -226,3 +226,16 @@ def test_perplexity(loss: float, expected: float) -> None:
 
 def test_the_perplexity_of_an_unknown_loss_is_unknown() -> None:
     assert math.isnan(perplexity(math.nan))
+
+
+def test_an_evaluation_that_is_made_again_has_one_row(make_run) -> None:
+    """A crash between the row and run.json leaves an evaluation that the next start makes again."""
+    run = make_run(step=2)
+    file = MetricsFile(run)
+    for step in (0, 2):
+        file.on_evaluation(step, Evaluation({"loss": 2.0}))
+    after = MetricsFile(run)
+    after.on_start()
+    after.on_evaluation(2, Evaluation({"loss": 3.0}))
+    after.on_evaluation(4, Evaluation({"loss": 1.0}))
+    assert [(row["step"], row["loss"]) for row in read_rows(file.path)] == [(0, 2.0), (2, 3.0), (4, 1.0)]

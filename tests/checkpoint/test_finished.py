@@ -25,8 +25,7 @@ def ended(tmp_path: Path):
     def make(step: int = STEPS, status: str = "finished", **changes: Any) -> tuple[RunConfig, Path]:
         run = a_run(tmp_path / "run")
         checkpoint = save(run, step)
-        (run.folder / "run.json").write_text(json.dumps({"status": status}))
-        (run.folder / "metrics.jsonl").write_text(json.dumps({"mode": "val", "step": step, "loss": 2.0}) + "\n")
+        (run.folder / "run.json").write_text(json.dumps({"status": status, "evaluated": step}))
         return dataclasses.replace(run.config, steps=STEPS, **changes), checkpoint
 
     return make
@@ -71,8 +70,10 @@ def test_a_run_file_that_says_nothing_is_no_finished_run(content: str | None, en
 
 def test_an_evaluation_that_is_owed_is_something(ended) -> None:
     config, checkpoint = ended()
-    (config.output_dir / "metrics.jsonl").write_text('{"mode": "val", "step": 0}\n{"mode": "train", "step": 20}\n')
-    assert nothing_left(config, checkpoint) is None
+    for evaluated in (None, 0, True, "20"):
+        content = {"status": "finished", "evaluated": evaluated}
+        (config.output_dir / "run.json").write_text(json.dumps(content))
+        assert nothing_left(config, checkpoint) is None
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from pipeline.ds_config import deepspeed_config, precision_of
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import shared_errors
-from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.loss import add_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import AFTER_HEARTBEAT, start, stop
+from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from tests.launch.parity_main import ROWS, base, micro_batches
@@ -54,7 +55,7 @@ def skips(config: RunConfig, topology: Topology) -> dict[str, bool]:
     history = []
     for step in range(1, 4):
         before = weights(engine)
-        counts = global_counts([system.count(batch) for batch in batches], topology, torch.device("cpu"))
+        counts = SyncPoint(topology)("step 1", counts=add_counts(map(system.count, batches)))
         for batch in batches:
             output = system.forward(engine.deepspeed, batch, {}, StepContext(topology, 0, "train", step))
             sums = dict(output.sums)

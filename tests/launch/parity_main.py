@@ -20,11 +20,12 @@ from pipeline.data.batch import IGNORED, Batch
 from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
-from pipeline.parallel.loss import global_counts, scaled_loss
+from pipeline.parallel.loss import add_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
+from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
@@ -154,7 +155,7 @@ def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
     (phase,) = system.phases(model)
     engine = Engine(model, phase, config, ds_config)
     batches = micro_batches(topology, config.grad_accum)
-    counts = global_counts([system.count(batch) for batch in batches], topology, torch.device("cpu"))
+    counts = SyncPoint(topology)("step 1", counts=add_counts(map(system.count, batches)))
     context = StepContext(topology, 0, "train", 1)
     losses = []
     for batch in batches:

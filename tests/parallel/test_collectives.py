@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import types
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pipeline.errors import UserError
 from pipeline.parallel import collectives as agreement
 from pipeline.parallel.collectives import all_gather_object, broadcast_object, raise_together, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.runtime import sync
-from pipeline.runtime.sync import SyncPoint
+from pipeline.runtime.stop import DEADLINE, REQUESTS, Stopped
+from pipeline.runtime.sync import MAX_TERMS, SyncPoint, next_counted_step
 
 
 @pytest.fixture
@@ -28,14 +29,11 @@ def world(monkeypatch: pytest.MonkeyPatch):
             calls.append("texts")
             everyone[:] = [*others, mine]
 
-        def all_reduce(tensor: torch.Tensor, op: Any, group: Any) -> None:
+        def all_reduce(tensor: torch.Tensor, group: Any) -> None:
             calls.append("numbers")
-            assert op == dist.ReduceOp.MAX
-            tensor[0] = max(int(tensor[0]), *(int(problem is not None) for problem in others))
+            tensor[0] += sum(problem is not None for problem in others)
 
-        stand_in = types.SimpleNamespace(
-            all_gather_object=all_gather_object, all_reduce=all_reduce, ReduceOp=dist.ReduceOp
-        )
+        stand_in = types.SimpleNamespace(all_gather_object=all_gather_object, all_reduce=all_reduce)
         monkeypatch.setattr(agreement, "dist", stand_in)
         monkeypatch.setattr(sync, "dist", stand_in)
         return calls
@@ -76,6 +74,54 @@ def test_where_all_is_well_no_texts_travel(world) -> None:
     assert calls == ["numbers"]
     raise_together(PLACE, None)
     assert calls == ["numbers", "texts"]
+
+
+def ranks_that_ask(monkeypatch: pytest.MonkeyPatch, *others: int) -> None:
+    """The other ranks of a world have these requests to stop, and 10 labels each."""
+
+    def all_reduce(tensor: torch.Tensor, group: Any) -> None:
+        for request in others:
+            tensor[1:4] += torch.tensor([int(request == each) for each in REQUESTS])
+            tensor[4] += 10
+
+    monkeypatch.setattr(sync, "dist", types.SimpleNamespace(all_reduce=all_reduce))
+
+
+def test_the_gravest_request_of_all_ranks_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {
+        (DEADLINE, 0): "--max-hours",
+        (signal.SIGINT, DEADLINE): "SIGINT",
+        (signal.SIGINT, signal.SIGTERM): "SIGTERM",
+        (signal.SIGTERM, signal.SIGTERM): "SIGTERM",
+    }
+    for others, expected in cases.items():
+        ranks_that_ask(monkeypatch, *others)
+        with pytest.raises(Stopped, match=expected):
+            SyncPoint(PLACE)("here", counts={"ce": 1})
+
+
+def test_what_a_step_counts_travels_with_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks_that_ask(monkeypatch, 0, 0)
+    assert SyncPoint(PLACE)("here", counts={"ce": 7}) == {"ce": 27.0}
+    assert SyncPoint(PLACE)("here") == {}
+
+
+def test_more_loss_terms_than_are_sent_are_refused() -> None:
+    many = {f"term {index}": 1 for index in range(MAX_TERMS)}
+    assert SyncPoint(Topology())("here", counts=many) == many
+    with pytest.raises(ValueError, match="17 loss terms"):
+        SyncPoint(Topology())("here", counts={**many, "one more": 1})
+
+
+def test_a_batch_that_one_rank_cannot_count_stops_all() -> None:
+    def fails(batch: object) -> dict[str, int]:
+        raise UserError(f"batch {batch} has no labels")
+
+    loader = types.SimpleNamespace(next_step=lambda: [1, 2])
+    with pytest.raises(UserError, match="batch 1 has no labels"):
+        next_counted_step(loader, SyncPoint(Topology()), "here", fails)  # type: ignore[arg-type]
+    found = next_counted_step(loader, SyncPoint(Topology()), "here", lambda batch: {"ce": 5})  # type: ignore[arg-type]
+    assert found == ([1, 2], {"ce": 10})
 
 
 def test_everyone_takes_the_first_ranks_value(monkeypatch: pytest.MonkeyPatch) -> None:

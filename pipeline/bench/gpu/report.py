@@ -17,7 +17,7 @@ from pipeline.bench.gpu.runner import FINAL, slug
 from pipeline.bench.gpu.steps import STAGES, all_steps
 from pipeline.bench.gpu.table import headline
 from pipeline.bench.gpu.target import Target
-from pipeline.commands.flags import take
+from pipeline.commands.flags import pop_flag
 from pipeline.errors import UserError
 from pipeline.host.provenance import ROOT, commit, sources_digest
 
@@ -44,7 +44,7 @@ Result = dict[str, Any]
 
 def run_report(words: Sequence[str]) -> None:
     """The command."""
-    docs, rest = take(list(words), "--docs")
+    docs, rest = pop_flag(list(words), "--docs")
     if {"-h", "--help"} & set(rest):
         print(USAGE)
         return

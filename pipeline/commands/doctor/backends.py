@@ -1,4 +1,4 @@
-"""Which attention backends and native kernels run here, and what set-up said when it built them."""
+"""Which attention backends and native kernels run here, and what set-up printed when it built them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attention_backends(device: str) -> dict[str, Any]:
 
 
 def kernel_facts(device: str) -> dict[str, Any]:
-    """The native libraries, the checks of their kernels on every device here, and what set-up said when it built them.
+    """The native libraries, the checks of their kernels on every device here, and the output of set-up's build.
 
     ``miras_scan`` holds the backends that run here, in the order `auto` prefers; ``lost``, by GPU, why nothing runs
     there any more.

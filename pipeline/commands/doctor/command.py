@@ -8,13 +8,13 @@ from pathlib import Path
 
 from pipeline.commands.doctor.report import Report, collect
 from pipeline.commands.doctor.table import render
-from pipeline.commands.flags import take
+from pipeline.commands.flags import pop_flag
 from pipeline.errors import UserError
 
 
 def run_doctor(words: Sequence[str]) -> Report:
     """The command: `doctor [--json FILE]`; returns what it shows."""
-    file, rest = take(list(words), "--json")
+    file, rest = pop_flag(list(words), "--json")
     if rest:
         raise UserError(f"doctor takes --json FILE alone, got {rest[0]!r}")
     report = collect()

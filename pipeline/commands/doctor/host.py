@@ -103,14 +103,14 @@ def _first_line(command: str, flag: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         answer = subprocess.run([path, flag], capture_output=True, text=True, timeout=20, check=False)
         lines = [line for line in answer.stdout.splitlines() if line.strip()]
-        # nvcc says its release in a later line.
+        # nvcc prints its release in a later line.
         release = [line for line in lines if "release" in line]
         return (release or lines or [path])[0].strip()
     return path
 
 
 def deepspeed_facts(machine: LocalHost, warnings: list[str]) -> dict[str, Any]:
-    """The accelerator and the backend that DeepSpeed will take; appends to ``warnings`` why one cannot be told."""
+    """The accelerator and the backend that DeepSpeed will take; appends to ``warnings`` why one cannot be found."""
     accelerator = "cpu"
     try:
         accelerator = "cuda" if machine.gpus() else "cpu"

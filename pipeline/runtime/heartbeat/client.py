@@ -13,7 +13,7 @@ from pipeline.runtime.heartbeat.status import ENDED, RUNS, Heartbeat, RankStatus
 
 
 class HeartbeatClient(HeartbeatThread):
-    """Any other rank's end: says where it is, and diagnoses rank 0 alone."""
+    """Any other rank's end: sends its heartbeat to rank 0, and diagnoses rank 0 alone."""
 
     def __init__(
         self,

@@ -132,7 +132,7 @@ class HeartbeatThread(threading.Thread):
     def __init__(
         self, own: RankStatus, interval: float, limits: Limits, decide: Callable[[Diagnosis, bool], None]
     ) -> None:
-        """`decide(diagnosis, should_report)` is told the diagnosis, and whether this rank is the one to print it."""
+        """`decide(diagnosis, should_report)` gets the diagnosis, and whether this rank is the one to print it."""
         super().__init__(name="heartbeat", daemon=True)
         self.own, self.interval, self.limits, self.decide = own, interval, limits, decide
         self.selector = selectors.DefaultSelector()
@@ -161,7 +161,7 @@ class HeartbeatThread(threading.Thread):
         due = woke
         while True:
             now = time.monotonic()
-            # The sooner they know of each other that they have ended, the sooner all can leave.
+            # The sooner each learns that the others have ended, the sooner all can exit.
             quick = self.alarmed or self.own.state != RUNS
             pause = HURRIED_TICK if self.hurried else QUICK_TICK if quick else self.interval
             tick = min(self.interval, pause)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pipeline.runtime.exit import LOST_RANK
+from pipeline.errors import LOST_RANK
 from pipeline.runtime.heartbeat.status import ENDED, RUNS, Heartbeat
 
 START_TIMEOUT = 300.0
@@ -23,9 +23,9 @@ class Limits:
     start: float
     """The same before the first progress."""
     silence: float
-    """Without a word."""
+    """Without a heartbeat."""
     error: float
-    """Since it said that an exception ended it: the others may end by the same one, and say more."""
+    """Since it reported that an exception ended it: the others may end by the same one, and report more."""
     broken: float
     """Since its connection was closed: it may come back."""
 
@@ -66,7 +66,7 @@ class Peer:
     broken: float | None = None
     """When its connection was closed."""
     over: float | None = None
-    """When it first said that it had ended."""
+    """When it first reported that it had ended."""
 
     def hear(self, heartbeat: Heartbeat, now: float) -> None:
         self.last_heartbeat, self.heard = heartbeat, now
@@ -86,12 +86,12 @@ class Peer:
         return self.state != RUNS or self.broken is not None
 
     def age(self, now: float) -> float:
-        """Seconds since its last progress, as far as one knows here."""
+        """Seconds since its last progress, as its last heartbeat had it."""
         return 0.0 if self.last_heartbeat is None else self.last_heartbeat.age + now - self.heard
 
 
 def diagnose(peers: Mapping[int, Peer], now: float, limits: Limits, slack: float) -> Diagnosis | None:
-    """What to hold against whom; None while all is well.
+    """Which rank failed, and how; None while none has.
 
     `slack`: seconds by which ranks that fall silent together may differ.
     """
@@ -105,11 +105,11 @@ def diagnose(peers: Mapping[int, Peer], now: float, limits: Limits, slack: float
         return Diagnosis(f"{names(silent, peers)}: no sign of life for {longest:.0f} s, {last_seen(peers[silent[0]])}")
     since = {rank: peer.ended_for(now) for rank, peer in peers.items()}
     raised = {rank: seconds for rank, seconds in since.items() if seconds is not None and seconds >= limits.error}
-    # Where all have ended, each by its own or by the same, there is nobody left to be told.
+    # Where all have ended, no rank is left to report to.
     if raised and any(peer.state == RUNS for peer in peers.values()):
         return ended(max(raised, key=lambda rank: raised[rank]), peers)
     if any(seconds > slack for seconds in quiet.values()):
-        return None  # what it said last is too old to go by; its silence will be
+        return None  # its last heartbeat is too old to judge by; the limit of silence decides
     reason = _stalled({r: p for r, p in peers.items() if not p.done and p.last_heartbeat is not None}, now, limits)
     return None if reason is None else Diagnosis(reason)
 

@@ -19,7 +19,7 @@ from pipeline.runtime.stop import Stopped
 EXIT_TIMEOUT = 2.0
 """Seconds in which this rank's last heartbeat must be out."""
 RELAY_DELAY = 0.5
-"""Seconds that rank 0 leaves the others to read the diagnosis before it ends."""
+"""Seconds that rank 0 gives the others to read the diagnosis before it exits."""
 
 
 class HeartbeatMonitor:
@@ -97,8 +97,8 @@ class HeartbeatMonitor:
         self._thread.wake()
 
     def close(self, error: BaseException | None = None) -> None:
-        """This rank leaves. At an end that all ranks share, they wait for rank 0 to have done its last things, because
-        launchers kill what is left once a rank has exited with an error; rank 0 waits for the others to end."""
+        """This rank ends. At an end that all ranks share, the others wait until rank 0 has written its files, because
+        launchers kill the rest once a rank has exited with an error; rank 0 waits for the others to end."""
         if self._thread is None:
             return
         self.ends(error)

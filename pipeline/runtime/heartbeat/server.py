@@ -13,7 +13,7 @@ from pipeline.runtime.heartbeat.status import ENDED, RUNS, Heartbeat, RankStatus
 
 
 class HeartbeatServer(HeartbeatThread):
-    """Rank 0's end: hears everybody, answers, diagnoses, and tells all of them the diagnosis."""
+    """Rank 0's end: receives every rank's heartbeat, answers, diagnoses, and sends the diagnosis to all."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class HeartbeatServer(HeartbeatThread):
                 self.decide(self.diagnosis, True)
         if heartbeat.left:
             others = [peer for rank, peer in self.peers.items() if rank]
-            # The others lose their server with this process: at a clean end it is the last to leave.
+            # The others lose their server with this process: at a clean end it is the last to exit.
             if heartbeat.state != ENDED or self.diagnosis is not None or all(peer.done for peer in others):
                 self._tell(now)
                 for connection in self.connections.values():

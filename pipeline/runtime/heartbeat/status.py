@@ -1,4 +1,4 @@
-"""What a rank says of itself every few seconds."""
+"""What a rank sends of its own state every few seconds."""
 
 from __future__ import annotations
 

@@ -72,12 +72,14 @@ class Counting(SyncPoint):
         super().__init__(Topology(), StopRequests())
         self.calls = calls
 
-    def __call__(self, place: str, problem: str | None = None) -> None:
+    def __call__(
+        self, place: str, problem: str | None = None, counts: Mapping[str, int] | None = None
+    ) -> dict[str, float]:
         assert self.requests is not None
         self.calls -= 1
         if self.calls < 0:
             self.requests.max_hours = 0
-        super().__call__(place, problem)
+        return super().__call__(place, problem, counts)
 
 
 @pytest.mark.parametrize("passages", [3, 4, 17])

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from pipeline.config import replace
 from pipeline.errors import LostRankError, RankError
+from pipeline.parallel import rendezvous
 from pipeline.recipes.miras import miras_tiny
-from pipeline.runtime import rendezvous
 from pipeline.runtime.ranks import start
 from tests.launch.harness import ROOT, environment, free_port
 

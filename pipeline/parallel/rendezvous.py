@@ -13,9 +13,8 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
-from pipeline.errors import LostRankError, RankError
+from pipeline.errors import LOST_RANK, LostRankError, RankError, lost_peer
 from pipeline.host.hardware import on_gpu
-from pipeline.runtime.exit import LOST_RANK, lost_peer
 
 SCHEME = "timeout-env"
 

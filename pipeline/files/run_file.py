@@ -1,0 +1,33 @@
+"""What the next start reads in the run.json of an earlier one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.files.json_file import parse_json
+
+NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """How a run ended, and the step of its newest evaluation; None where the file does not say."""
+
+    status: str | None = None
+    evaluated: int | None = None
+
+
+def read_run_file(folder: Path) -> RunFile:
+    """What is known of the run in a folder. A file that is absent or damaged says nothing."""
+    try:
+        content = parse_json((folder / NAME).read_bytes())
+    except (OSError, ValueError):
+        return RunFile()
+    if not isinstance(content, dict):
+        return RunFile()
+    status, evaluated = content.get("status"), content.get("evaluated")
+    return RunFile(
+        status if isinstance(status, str) else None,
+        evaluated if type(evaluated) is int else None,
+    )

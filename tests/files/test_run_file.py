@@ -1,0 +1,42 @@
+"""What an earlier start of a run tells the next one, and what a damaged file does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.files.run_file import RunFile, read_run_file
+from pipeline.run_folder import open_folder, write_run_file
+from tests.checkpoint.small_runs import a_run
+
+
+def test_a_run_says_how_it_ended_and_what_it_evaluated(tmp_path: Path) -> None:
+    run = a_run(tmp_path, step=8)
+    run.evaluated = 8
+    write_run_file(run, "stopped")
+    assert read_run_file(tmp_path) == RunFile("stopped", 8)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "3", '{"status": 1, "evaluated": true}', '{"evaluated": "8"}', "\xff"]
+)
+def test_a_file_that_says_nothing(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content, encoding="latin-1")
+    assert read_run_file(tmp_path) == RunFile()
+
+
+@pytest.mark.parametrize(("step", "known"), [(8, 8), (0, None)])
+def test_a_resume_knows_of_the_evaluation_and_a_start_from_scratch_makes_it_again(
+    tmp_path: Path, step: int, known: int | None
+) -> None:
+    before = a_run(tmp_path, step=8)
+    before.evaluated = 8
+    write_run_file(before, "stopped")
+    run = a_run(tmp_path, step=step)
+    with run.lock:
+        open_folder(run)
+    assert run.evaluated == known
+    assert json.loads((tmp_path / "run.json").read_text())["evaluated"] == known

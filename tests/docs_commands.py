@@ -28,7 +28,7 @@ from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.resume import ResumeOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
-from pipeline.commands.flags import parse_flags, parse_run, split_flags, take
+from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
@@ -220,8 +220,8 @@ def _train_once(given: tuple[str, ...], ranks: int) -> tuple[str, ...] | None:
         return None
     # A dry run is one step, that saves nothing, in any case.
     for flag in ("--output-dir", "--stop-after", "--seed"):
-        _, words = take(words, flag)
-    path, words = take(words, "--data.path")
+        _, words = pop_flag(words, flag)
+    path, words = pop_flag(words, "--data.path")
     return ("train", *words, *(["--data.path", TEXTS] if path else []), "--batch-size", "1", "--dry-run")
 
 
@@ -256,10 +256,10 @@ def _bench(words: list[str]) -> None:
 def _pytest(words: list[str]) -> None:
     files = [word for word in words if word.startswith("tests")]
     names = " ".join(path.read_text() for file in files for path in _sources(ROOT / file))
-    chosen, rest = take(words, "-k")
+    chosen, rest = pop_flag(words, "-k")
     for word in re.findall(r"\w+", chosen or ""):
         _expect(word in ("and", "or", "not") or word in names, words)
-    marks, rest = take(rest, "-m")
+    marks, rest = pop_flag(rest, "-m")
     known = re.findall(r'^ +"(\w+):', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     _expect(set(re.findall(r"\w+", marks or "")) <= {"and", "or", "not", *known}, words)
     _expect({word for word in rest if word not in files} <= {"-s", "-rP", "-q"}, words)

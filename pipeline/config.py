@@ -260,3 +260,13 @@ def replace(config: RunConfig, **changes: object) -> RunConfig:
     for section, values in sections.items():
         plain[section] = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **plain)  # type: ignore[arg-type]
+
+
+def at_least(least: int, section: object, name: str, *fields: str) -> None:
+    """Raises UserError where one of the fields of a model's section lies below `least` or above what any size is;
+    `name` is the section's in flags, `memory.mlp`."""
+    for key in fields:
+        value = getattr(section, key)
+        if not least <= value <= LARGEST:
+            fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
+            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")

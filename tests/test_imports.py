@@ -13,6 +13,7 @@ LAYERS = (
     ("parallel", "ops", "data"),
     ("runtime",),
     ("system",),
+    ("lm",),
     ("ds_config", "run", "callbacks", "engine", "checkpoint", "meter", "config_file"),
     ("load", "run_folder", "skipped_updates"),
     ("create_run", "end_run"),

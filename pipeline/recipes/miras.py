@@ -15,7 +15,8 @@ from pipeline.config import (
     replace,
 )
 from pipeline.data.synthetic import RecallConfig
-from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig, Rule
+from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig, Rule
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig
 
 DOLMA = DataConfig(dataset="allenai/dolma3_mix-6T-1025", tokenizer="allenai/OLMo-2-0425-1B", min_tokens=8192)

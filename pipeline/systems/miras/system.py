@@ -15,6 +15,8 @@ from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
+from pipeline.lm.attention import ATTENTION_NAME, attention_backend
+from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
@@ -24,7 +26,7 @@ from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryHealth
-from pipeline.systems.miras.model import ATTENTION_NAME, MirasModel, attention_backend
+from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rules import memory_backend
 
 TERM = "cross_entropy"
@@ -39,7 +41,7 @@ class MirasSystem(System):
         assert isinstance(config.model, MirasConfig)
         self.config = config
         self.sizes = config.model
-        self.backbone = weights.backbone_config(config.model.backbone)
+        self.backbone = backbone_config(config.model.backbone)
         if self.sizes.memory.layers and max(self.sizes.memory.layers) >= self.backbone.num_hidden_layers:
             raise UserError(
                 f"--model.memory.layers {' '.join(map(str, self.sizes.memory.layers))}: the backbone has layers 0 to"
@@ -56,8 +58,8 @@ class MirasSystem(System):
         weights are not whole."""
         if not self.sizes.memory.layers and not self.sizes.backbone.trainable:
             raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
-        if weights.is_local(self.sizes.backbone):
-            weights.pretrained_tensors(self.sizes.backbone)
+        if is_local(self.sizes.backbone):
+            pretrained_tensors(self.sizes.backbone)
         degree = topology.sequence
         counts = {
             "sequence length": self.config.sequence_length,

@@ -14,15 +14,16 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED
 from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
+from pipeline.lm.config import BackboneConfig
+from pipeline.lm.pretrained import backbone_config
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
 from pipeline.systems.miras import create
 from pipeline.systems.miras.attachments import check_attachment
-from pipeline.systems.miras.config import BackboneConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rule_config import SwigluConfig
 from pipeline.systems.miras.system import MirasSystem
-from pipeline.systems.miras.weights import backbone_config
 from tests.launch.parity_main import CONTEXT as SEGMENT
 from tests.launch.parity_main import LENGTH, VOCABULARY, attached
 from tests.systems.miras.harness import (

@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "spelling", "units", "host", "files"),
+    ("data_config",),
     ("config", "schedule"),
     ("parallel", "ops", "data"),
     ("runtime",),

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from pipeline.data.batch import IGNORED
-from pipeline.data.synthetic import RecallConfig, recall_gaps
+from pipeline.data.synthetic import recall_gaps
+from pipeline.data_config import RecallConfig
 from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
 from pipeline.lm.held_out import BinSums, Evaluated, Modes, first_mode, run_held_out, scalar_prefix
 from pipeline.runtime.sync import SyncPoint

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.data.batch import Batch
-from pipeline.data.synthetic import RecallConfig, RecallLoader
+from pipeline.data.synthetic import RecallLoader
+from pipeline.data_config import RecallConfig
 from pipeline.lm.recall import GAP_BIN, evaluate_recall
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint

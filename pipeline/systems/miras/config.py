@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import tyro
 
 from pipeline.config import MAY_CHANGE, ModelConfig, at_least
-from pipeline.data.synthetic import RecallConfig
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.ops.gates import MAX_MOMENTUM
@@ -130,8 +129,6 @@ class MirasConfig(ModelConfig):
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    recall: RecallConfig | None = None
-    """The synthetic recall task in place of documents."""
 
     def __post_init__(self) -> None:
         if not self.memory.layers:

@@ -47,7 +47,7 @@ def evaluate(system: EvaluatedMiras, model: nn.Module, sync_point: SyncPoint) ->
 
 
 def _evaluate(system: EvaluatedMiras, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
-    modes, task = evaluation_modes(system.sizes.memory), system.sizes.recall
+    modes, task = evaluation_modes(system.sizes.memory), system.config.data.recall
     edges = window_edges(system.sizes.attention, system.backbone.num_hidden_layers)
     if task is not None:
         return evaluate_recall(system, model, sync_point, modes, task, edges=edges)

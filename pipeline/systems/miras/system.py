@@ -11,7 +11,6 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED, Batch, Counts, StatefulLoader
 from pipeline.data.build import build_loader, build_source
 from pipeline.data.sources.base import Source
-from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
@@ -68,10 +67,11 @@ class MirasSystem(System):
         }
         if self.sizes.memory.layers:
             counts["memory heads"] = self.sizes.memory.heads
-        if self.sizes.recall is not None and self.sizes.recall.vocab_size > self.backbone.vocab_size:
+        task = self.config.data.recall
+        if task is not None and task.vocab_size > self.backbone.vocab_size:
             raise UserError(
                 f"--model.backbone.vocabulary {self.backbone.vocab_size}: the recall task has"
-                f" {self.sizes.recall.vocab_size} ids: give as many or more"
+                f" {task.vocab_size} ids: give as many or more"
             )
         memory = self.sizes.memory
         # A segment of mac is a chunk at the longest.
@@ -152,25 +152,10 @@ class MirasSystem(System):
 
     def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader:
         """Training or held-out data of this data rank."""
-        if self.sizes.recall is None:
+        if self.config.data.recall is None:
             self._source = self._source or build_source(self.config, self.files)
-            return build_loader(
-                self.config,
-                topology,
-                vocab_size=self.backbone.vocab_size,
-                held_out=held_out,
-                source=self._source,
-            )
-        rows = (held_out and self.config.evaluation.batch_size) or self.config.batch_size
-        return RecallLoader(
-            self.sizes.recall,
-            sequence_length=self.config.sequence_length,
-            batch_size=rows,
-            grad_accum=1 if held_out else self.config.grad_accum,
-            data_rank=topology.data_rank,
-            data_degree=topology.data,
-            seed=self.config.seed,
-            held_out=held_out,
+        return build_loader(
+            self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
         )
 
     def held_out(self, topology: Topology) -> StatefulLoader:
@@ -241,7 +226,7 @@ class MirasSystem(System):
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
-        if self.sizes.recall is not None:
+        if self.config.data.recall is not None:
             return None
         return load_tokenizer(self.config.data.tokenizer, self.config.data.trust_remote_code).byte_lengths()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED
-from pipeline.data.synthetic import RecallConfig
+from pipeline.data_config import DataConfig, RecallConfig
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
 from pipeline.lm.pretrained import backbone_config
@@ -254,9 +254,10 @@ def test_training_learns_to_recall_beyond_the_window(
         backbone=dataclasses.replace(recipe.model.backbone, vocabulary=25),
         attention=dataclasses.replace(recipe.model.attention, window=8),
         memory=dataclasses.replace(recipe.model.memory, attachment=attachment, context=8),
-        recall=RecallConfig(keys=8, values=8, fillers=8, pairs=4, queries=4, min_gap=24, max_gap=60),
     )
-    system = create(dataclasses.replace(recipe, model=model_config, sequence_length=64))
+    task = RecallConfig(keys=8, values=8, fillers=8, pairs=4, queries=4, min_gap=24, max_gap=60)
+    data = DataConfig(recall=task)
+    system = create(dataclasses.replace(recipe, model=model_config, data=data, sequence_length=64))
     assert isinstance(system, MirasSystem)
     model = system.build()
     system.initialise(model, Topology())

@@ -15,10 +15,9 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from pipeline.data_config import LARGEST, DataConfig
 from pipeline.errors import UserError, shown
 
-LARGEST = 2**31 - 1
-"""Of what is counted or sized: more is a slip, and overflows where it is used."""
 MAY_CHANGE: Mapping[str, bool] = {"may_change_at_resume": True}
 """Metadata of a field of a model's section that leaves the model the same, such as a choice of backend: a resume does
 not compare it."""
@@ -48,44 +47,6 @@ class ParallelConfig:
     """How long a collective may wait for a rank before the job ends instead of hanging."""
     start_minutes: float = 5.0
     """How long the ranks wait for each other to appear at the start. Raise it where nodes are started one by one."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where documents come from and how they are cut."""
-
-    path: tuple[str, ...] = ()
-    """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents, text and JSON also with .gz or
-    .zst behind it. Empty: see `dataset`."""
-    dataset: str | None = None
-    """A Hugging Face data set to stream (NAME or NAME@REVISION), or `stdlib`: the source files of this machine's Python
-    standard library."""
-    dataset_config: str | None = None
-    """Configuration (subset) of the Hugging Face data set."""
-    split: str = "train"
-    """Split of the Hugging Face data set. Held-out documents are taken out of it."""
-    text_field: str = "text"
-    """Column or key that holds a document's text."""
-    tokenizer: str = "bytes"
-    """`bytes`, a sentencepiece .model file, or the folder or hub name of a Hugging Face tokenizer (NAME or
-    NAME@REVISION)."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a tokenizer: that of NAME@ and a full commit hash, or of a local folder,
-    whose content counts at a resume."""
-    min_tokens: int = 0
-    """Documents shorter than this many tokens are left out, so that a long-context run trains on long documents."""
-    holdout: float = 0.02
-    """Share of documents kept out of training for evaluation, chosen by a hash of the document's identity. Of a corpus
-    of one document: this share of it, at its end."""
-    shuffle: bool = True
-    """Visit documents in a new seeded order each epoch (a streamed data set: within a buffer)."""
-    shuffle_buffer: int = 1000
-    """How many documents of a streamed data set are shuffled together."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
-    """stop: a record that cannot be read ends the run; skip: it is passed over, named on standard error and counted."""
-    on_change: Literal["stop", "accept"] = "stop"
-    """stop: a resume refuses a corpus in which more has changed than records it has not read; accept: it goes on with
-    it, and says what is lost."""
 
 
 @dataclass(frozen=True)
@@ -260,3 +221,13 @@ def replace(config: RunConfig, **changes: object) -> RunConfig:
     for section, values in sections.items():
         plain[section] = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **plain)  # type: ignore[arg-type]
+
+
+def at_least(least: int, section: object, name: str, *fields: str) -> None:
+    """Raises UserError where one of the fields of a model's section lies below `least` or above what any size is;
+    `name` is the section's in flags, `memory.mlp`."""
+    for key in fields:
+        value = getattr(section, key)
+        if not least <= value <= LARGEST:
+            fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
+            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")

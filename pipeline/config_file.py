@@ -15,6 +15,8 @@ from pipeline.errors import UserError, brief, shown
 
 LONGEST = 4096
 """Bytes of the longest path, and so of any text in a config."""
+MOVED = {("model", "recall"): ("data", "recall")}
+"""Where keys stood in files of before (section, key), and where they stand now."""
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -60,11 +62,25 @@ def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
     if not isinstance(name, str) or name not in recipes:
         raise UserError(f"--config {path}: `recipe` must name one of {', '.join(sorted(recipes))}")
     try:
-        config = merge(recipes[name](), content, str(path))
+        config = merge(recipes[name](), with_moved_keys(content, str(path)), str(path))
     except UserError as error:
         # What a section says of its own values names flags, not the file.
         raise error if str(path) in str(error) else UserError(f"--config {path}: {error}") from None
     return dataclasses.replace(config, data=dataclasses.replace(config.data, trust_remote_code=False))
+
+
+def with_moved_keys(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """The content of a config.yaml with its keys of before where they stand now. Raises UserError for a key that is
+    given at both places. Sections that are none are left for others to refuse."""
+    for (before, key), (section, name) in MOVED.items():
+        old, new = content.get(before), content.get(section, {})
+        if not isinstance(old, dict) or key not in old or not isinstance(new, dict):
+            continue
+        if name in new:
+            raise UserError(f"{where}: {before}: {key} is now {section}: {name}, and both are given: keep the latter")
+        rest = {other: value for other, value in old.items() if other != key}
+        content = {**content, before: rest, section: {**new, name: old[key]}}
+    return content
 
 
 def states(path: Path, *keys: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -177,9 +179,14 @@ def test_a_number_that_no_run_can_mean_is_refused(field: str) -> None:
         replace(miras_tiny(), **{field: 10**40})
 
 
+def test_a_config_is_imported_without_torch() -> None:
+    code = "import sys, pipeline.config; print(*sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
 @pytest.mark.parametrize("changes", [{"pairs": 0}, {"keys": 4}, {"queries": 9}, {"max_gap": 10}, {"fillers": 2**31}])
 def test_a_recall_task_that_has_no_room_is_refused(changes: dict) -> None:
-    recall = miras_recall().model.recall
+    recall = miras_recall().data.recall
     (field,) = changes
     with pytest.raises(UserError, match=field):
         dataclasses.replace(recall, **changes)

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.config import RunConfig, replace
 from pipeline.config_file import load_config, merge, save_config, states, to_plain
-from pipeline.data.synthetic import RecallConfig
+from pipeline.data_config import RecallConfig
 from pipeline.errors import UserError
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_recall, miras_tiny
@@ -83,20 +83,62 @@ def test_a_file_of_a_few_keys_stands_on_its_recipe(file: Path) -> None:
 
 def test_an_optional_section_is_read_where_the_recipe_has_none(file: Path) -> None:
     file.write_text(
-        "recipe: miras_tiny\nmodel:\n  recall: {keys: 16, values: 8, fillers: 8, pairs: 2, queries: 2, max_gap: 90}\n"
+        "recipe: miras_tiny\ndata:\n  recall: {keys: 16, values: 8, fillers: 8, pairs: 2, queries: 2, max_gap: 90}\n"
     )
     expected = RecallConfig(keys=16, values=8, fillers=8, pairs=2, queries=2, max_gap=90)
-    assert load_config(file, RECIPES).model.recall == expected
+    assert load_config(file, RECIPES).data.recall == expected
 
 
 def test_an_optional_section_is_taken_away_by_null(file: Path) -> None:
-    file.write_text("recipe: miras_recall\nmodel:\n  recall: null\n")
-    assert load_config(file, RECIPES).model.recall is None
+    file.write_text("recipe: miras_recall\ndata:\n  recall: null\n")
+    assert load_config(file, RECIPES).data.recall is None
+
+
+def before(config: RunConfig) -> dict:
+    """The config as files of before have it, when the recall task stood in the model's section."""
+    plain = to_plain(config)
+    plain["model"]["recall"] = plain["data"].pop("recall")
+    return plain
+
+
+@pytest.mark.parametrize("recipe", ["miras_recall", "miras_recall_moneta", "miras_tiny"])
+def test_a_file_of_before_means_the_same(file: Path, recipe: str) -> None:
+    config = RECIPES[recipe]()
+    file.write_text(yaml.safe_dump(before(config)))
+    assert load_config(file, RECIPES) == config
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("recipe: miras_recall\nmodel: {recall: {pairs: 4, queries: 4}}", RecallConfig(16, 16, 16, pairs=4, queries=4)),
+        ("recipe: miras_tiny\nmodel: {recall: {keys: 9}}\ndata: {min_tokens: 0}", RecallConfig(keys=9)),
+        ("recipe: miras_recall\nmodel: {recall: null}", None),
+    ],
+)
+def test_a_task_in_the_models_section_is_read_as_before(file: Path, content: str, expected: object) -> None:
+    file.write_text(content)
+    assert load_config(file, RECIPES).data.recall == expected
+
+
+def test_a_task_at_both_places_is_refused(file: Path) -> None:
+    both = {"recipe": "miras_recall", "model": {"recall": {"keys": 9}}, "data": {"recall": {"keys": 8}}}
+    assert "model: recall is now data: recall, and both are given" in refusal(file, both)
+
+
+@pytest.mark.parametrize("recipe", ["miras_recall", "miras_tiny"])
+def test_an_unknown_key_of_the_task_of_before_is_named(file: Path, recipe: str) -> None:
+    assert "'gaps'" in refusal(file, {"recipe": recipe, "model": {"recall": {"gaps": 3}}})
+
+
+@pytest.mark.parametrize("content", [{"model": {"recall": {}}, "data": 3}, {"model": 3, "data": {}}, {"model": [1]}])
+def test_sections_that_are_none_are_refused_with_a_task_of_before_too(file: Path, content: dict) -> None:
+    assert refusal(file, {"recipe": "miras_recall", **content})
 
 
 @pytest.mark.parametrize("recipe", ["miras_recall", "miras_tiny"])
 def test_an_unknown_key_of_an_optional_section_is_named(file: Path, recipe: str) -> None:
-    assert "'gaps'" in refusal(file, {"recipe": recipe, "model": {"recall": {"gaps": 3}}})
+    assert "'gaps'" in refusal(file, {"recipe": recipe, "data": {"recall": {"gaps": 3}}})
 
 
 @pytest.mark.parametrize(

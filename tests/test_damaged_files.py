@@ -34,13 +34,13 @@ from pipeline.config_file import load_config, save_config, to_plain
 from pipeline.ds_config import CONFIG_FOLDER, deepspeed_config
 from pipeline.errors import UserError
 from pipeline.launch.hosts import read_hostfile
+from pipeline.lm.config import BackboneConfig
+from pipeline.lm.pretrained import backbone_config
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import INDEX, SINGLE, model_tensors, open_safetensors
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.system import Evaluation
-from pipeline.systems.miras.config import BackboneConfig
-from pipeline.systems.miras.weights import backbone_config
 from tests.checkpoint.small_runs import a_run, save
 from tests.mutations import mutations
 

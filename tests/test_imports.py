@@ -9,10 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "spelling", "units", "host", "files"),
+    ("data_config",),
     ("config", "schedule"),
     ("parallel", "ops", "data"),
     ("runtime",),
     ("system",),
+    ("lm",),
     ("ds_config", "run", "callbacks", "engine", "checkpoint", "meter", "config_file"),
     ("load", "run_folder", "skipped_updates"),
     ("create_run", "end_run"),

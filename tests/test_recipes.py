@@ -150,4 +150,4 @@ def test_the_recall_recipes_differ_in_the_rule_alone() -> None:
 
 def test_only_a_memory_can_answer_in_the_recall_recipe() -> None:
     config = RECIPES["miras_recall"]()
-    assert config.model.recall.min_gap > config.model.attention.window + config.model.attention.sinks
+    assert config.data.recall.min_gap > config.model.attention.window + config.model.attention.sinks

@@ -83,5 +83,6 @@ def test_the_words_of_a_suggestion() -> None:
 
 def test_the_names_of_flags_are_those_that_are_taken() -> None:
     names = set(flag_names(miras_recall()))
-    assert {"--steps", "--max-steps", "--bs", "--report.no-plots", "--no-dry-run", "--model.recall.pairs"} <= names
-    assert not {"--recipe", "--model.system", "--model.recall"} & names
+    assert {"--steps", "--max-steps", "--bs", "--report.no-plots", "--no-dry-run", "--data.recall.pairs"} <= names
+    assert "--model.recall.pairs" in names
+    assert not {"--recipe", "--model.system", "--model.recall", "--data.recall"} & names

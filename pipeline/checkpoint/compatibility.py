@@ -8,13 +8,13 @@ from typing import Any
 
 from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems
 from pipeline.config import MAY_CHANGE, RunConfig
-from pipeline.config_file import to_plain
+from pipeline.config_file import to_plain, with_moved_keys
 from pipeline.errors import UserError, brief
 from pipeline.parallel.topology import Topology
 
 
 def check_resumable(config: RunConfig, checkpoint: Path) -> None:
-    """Raises UserError when a run cannot go on from a checkpoint: another system, or another model.
+    """Raises UserError when a run cannot go on from a checkpoint: another system, another model, or another task.
 
     It reads the manifest and the archived config alone, so it can be asked before anything is built.
     """
@@ -29,8 +29,13 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
             f"{checkpoint} was saved with system {brief(system)}, this run has {config.model.system}: resume with its"
             " recipe"
         )
-    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
-    different = _first_difference(saved, config.model, to_plain(config)["model"], "--model")
+    path = checkpoint / "config.yaml"
+    saved, plain = with_moved_keys(yaml.safe_load(path.read_text()), str(path)), to_plain(config)
+    different = _first_difference(saved["model"], config.model, plain["model"], "--model")
+    if different is None:
+        # Of documents the loader knows better what may change; a task is what the model is made for.
+        task = saved.get("data", {}).get("recall")
+        different = _first_difference(task, config.data.recall, plain["data"]["recall"], "--data.recall")
     if different is not None:
         flag, before, now = different
         raise UserError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.data.batch import StatefulLoader
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.listing import Listing, list_files
+from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 
@@ -58,15 +60,33 @@ def build_loader(
     files: Listing | None = None,
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
-) -> PackedLoader:
-    """The loader of this data rank. `vocab_size` is the model's: a token id beyond it is refused. `files` are as in
-    `build_source`; training and held-out loader may share a `source`, which is then indexed once.
+) -> StatefulLoader:
+    """The loader of this data rank: of documents, or of the recall task where the configuration has one.
+
+    `vocab_size` is the model's: a token id beyond it is refused. `files` are as in `build_source`; training and
+    held-out loader may share a `source`, which is then indexed once. Raises UserError.
 
     The held-out loader reads in an order that no seed changes; `reset()` it before each evaluation. Unless
     `--evaluation.batch-size` sets its rows, they are those of training, and a run that resumes on other ranks evaluates
     the same text.
     """
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
+    if data.recall is not None:
+        if data.recall.vocab_size > vocab_size:
+            raise UserError(
+                f"--data.recall: the task has {data.recall.vocab_size} token ids and the model {vocab_size}: give fewer"
+                " keys, values and fillers, or the model a larger vocabulary"
+            )
+        return RecallLoader(
+            data.recall,
+            sequence_length=config.sequence_length,
+            batch_size=rows or config.batch_size,
+            grad_accum=1 if held_out else config.grad_accum,
+            data_rank=topology.data_rank,
+            data_degree=topology.data,
+            seed=config.seed,
+            held_out=held_out,
+        )
     return PackedLoader(
         source or build_source(config, files),
         tokenizer or load_tokenizer(data.tokenizer, data.trust_remote_code),

@@ -2,91 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import LARGEST
 from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.loader import stream_layout
 from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import digest
-from pipeline.errors import UserError, shown
+from pipeline.data_config import RecallConfig
+from pipeline.errors import UserError
 
 
-@dataclass(frozen=True)
-class RecallConfig:
-    """The recall task.
-
-    A sequence is one document: `pairs` x (key, value), a separator, then filler among which stand the queries, a key of
-    the start each, followed by its value. Ids: 0 separates, then come keys, values and fillers.
-    """
-
-    keys: int = 64
-    """Different keys; those of one sequence are distinct."""
-    values: int = 64
-    """Different values."""
-    fillers: int = 64
-    """Different filler tokens."""
-    pairs: int = 8
-    """Pairs stored in a sequence."""
-    queries: int = 8
-    """Pairs asked for in a sequence, each at most once."""
-    min_gap: int = 64
-    """Least distance, in tokens, from a value to the query for it; above the attention window only a memory answers."""
-    max_gap: int = 240
-    """Largest distance from a value to the query for it."""
-
-    def __post_init__(self) -> None:
-        for flag in ("keys", "values", "fillers", "pairs", "queries", "min_gap"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"recall {flag} is {getattr(self, flag)}: give 1 or more")
-        for flag in ("keys", "values", "fillers", "max_gap"):
-            if getattr(self, flag) > LARGEST:
-                raise UserError(f"recall {flag} is {shown(getattr(self, flag))}: give at most {LARGEST}")
-        if self.keys < self.pairs:
-            raise UserError(f"recall has {self.keys} keys for {self.pairs} pairs: give at least a key per pair")
-        if self.queries > self.pairs:
-            raise UserError(f"recall has {self.queries} queries for {self.pairs} pairs: give at most a query per pair")
-        if len(self._slots(0)) < self.queries:
-            raise UserError(
-                f"recall has no room for {self.queries} queries on {self.pairs} pairs from min_gap {self.min_gap} to"
-                f" max_gap {self.max_gap}: raise max_gap to {self._slots(0).start + 2 * self.queries - 3} or more"
-            )
-
-    @property
-    def vocab_size(self) -> int:
-        return 1 + self.keys + self.values + self.fillers
-
-    @property
-    def least_length(self) -> int:
-        """Shortest sequence in which every query and its answer fit."""
-        return self.max_gap + 3
-
-    def _slots(self, shift: int) -> range:
-        """Positions at which any of the pairs may be asked for: the last value bounds them below, the first above."""
-        return range(max(2 * self.pairs - 1 + self.min_gap, 2 * self.pairs + 1) + shift, self.max_gap + 2, 2)
-
-    def example(self, length: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
-        """(input ids, labels), each [length] int64: a function of the config and `key` alone."""
-        draw = np.random.Generator(np.random.Philox(key=[digest("recall", 0, *key), digest("recall", 1, *key)]))
-        keys = 1 + draw.choice(self.keys, self.pairs, replace=False)
-        values = 1 + self.keys + draw.integers(self.values, size=self.pairs)
-        ids = 1 + self.keys + self.values + draw.integers(self.fillers, size=length)
-        ids[: 2 * self.pairs : 2], ids[1 : 2 * self.pairs : 2] = keys, values
-        ids[2 * self.pairs] = 0
-        asked = draw.choice(self.pairs, self.queries, replace=False)
-        slots = self._slots(int(draw.integers(2)))  # the shift makes gaps of both parities
-        if len(slots) < self.queries:
-            slots = self._slots(0)
-        places = draw.choice(np.array(slots), self.queries, replace=False)
-        ids[places], ids[places + 1] = keys[asked], values[asked]
-        labels = np.full(length, IGNORED)
-        labels[places] = values[asked]
-        return ids, labels
+def recall_example(task: RecallConfig, length: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
+    """(input ids, labels), each [length] int64: a function of the task and `key` alone."""
+    draw = np.random.Generator(np.random.Philox(key=[digest("recall", 0, *key), digest("recall", 1, *key)]))
+    keys = 1 + draw.choice(task.keys, task.pairs, replace=False)
+    values = 1 + task.keys + draw.integers(task.values, size=task.pairs)
+    ids = 1 + task.keys + task.values + draw.integers(task.fillers, size=length)
+    ids[: 2 * task.pairs : 2], ids[1 : 2 * task.pairs : 2] = keys, values
+    ids[2 * task.pairs] = 0
+    asked = draw.choice(task.pairs, task.queries, replace=False)
+    slots = task.query_slots(int(draw.integers(2)))  # the shift makes gaps of both parities
+    if len(slots) < task.queries:
+        slots = task.query_slots(0)
+    places = draw.choice(np.array(slots), task.queries, replace=False)
+    ids[places], ids[places + 1] = keys[asked], values[asked]
+    labels = np.full(length, IGNORED)
+    labels[places] = values[asked]
+    return ids, labels
 
 
 def recall_gaps(input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -135,7 +82,7 @@ class RecallLoader:
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of one optimizer step, on the CPU; the step's number is the segment id."""
-        examples = [self.config.example(self.sequence_length, *self._key, i, self._step) for i in self.mine]
+        examples = [recall_example(self.config, self.sequence_length, *self._key, i, self._step) for i in self.mine]
         input_ids, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*examples, strict=True))
         segment_ids = torch.full_like(input_ids, self._step)
         positions = torch.arange(self.sequence_length).repeat(len(self.mine), 1)

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from pipeline.config import (
-    DataConfig,
     EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -14,8 +13,9 @@ from pipeline.config import (
     RunConfig,
     replace,
 )
-from pipeline.data.synthetic import RecallConfig
-from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig, Rule
+from pipeline.data_config import DataConfig, RecallConfig
+from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig, Rule
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig
 
 DOLMA = DataConfig(dataset="allenai/dolma3_mix-6T-1025", tokenizer="allenai/OLMo-2-0425-1B", min_tokens=8192)
@@ -104,7 +104,6 @@ def miras_recall() -> RunConfig:
                 mlp=MlpConfig(hidden=2),
                 swiglu=SwigluConfig(gradient_chunk=32),
             ),
-            recall=RecallConfig(keys=16, values=16, fillers=16),
         ),
         steps=300,
         warmup_steps=20,
@@ -115,6 +114,7 @@ def miras_recall() -> RunConfig:
         save_every=0,
         eval_every=100,
         output_dir=Path("outputs/miras_recall"),
+        data=DataConfig(recall=RecallConfig(keys=16, values=16, fillers=16)),
         optimizer=OptimizerConfig(betas=(0.9, 0.98)),
         report=ReportConfig(log_every=10),
         evaluation=EvaluationConfig(steps=8),
@@ -128,11 +128,8 @@ def miras_recall_delta() -> RunConfig:
 
 def miras_recall_moneta() -> RunConfig:
     """A smaller recall task, half as long, for p-norm bias and q-norm retention (MONETA), which is slower to learn."""
-    recipe = _recall("moneta")
-    assert isinstance(recipe.model, MirasConfig)
     task = RecallConfig(keys=8, values=8, fillers=8, pairs=4, queries=4, max_gap=110)
-    model = dataclasses.replace(recipe.model, recall=task)
-    return replace(recipe, model=model, sequence_length=128, batch_size=32)
+    return replace(_recall("moneta"), data__recall=task, sequence_length=128, batch_size=32)
 
 
 def miras_recall_yaad() -> RunConfig:

@@ -13,8 +13,9 @@ import yaml
 from pipeline.checkpoint.compatibility import check_resumable
 from pipeline.config import replace
 from pipeline.config_file import to_plain
+from pipeline.data_config import RecallConfig
 from pipeline.errors import UserError
-from pipeline.recipes.miras import miras_tiny
+from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.systems.miras.config import MirasConfig
 from tests.checkpoint.small_runs import save
 from tests.checkpoint.whole import change_facts, write_whole
@@ -62,6 +63,43 @@ def test_a_run_of_before_a_field_existed_did_what_its_default_does(
     now = replace(config, model=dataclasses.replace(config.model, memory=memory))
     with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
         check_resumable(now, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["model", "data"])
+@pytest.mark.parametrize(
+    "saved, now, refused",
+    [
+        ({}, {}, None),
+        ({"pairs": 4, "queries": 4}, {"pairs": 4, "queries": 4}, None),
+        ({}, {"pairs": 4, "queries": 4}, "--data.recall.pairs 8, this run has 4"),
+        ({"max_gap": 200}, {}, "--data.recall.max-gap 200, this run has 240"),
+        (None, None, None),
+        (None, {}, r"--data.recall None, this run has \{'keys': 16,"),
+        ({}, None, r"--data.recall \{.*'keys': 16.*\}, this run has None"),
+    ],
+)
+def test_another_recall_task_is_refused_wherever_the_checkpoint_has_it(
+    tmp_path: Path, place: str, saved: dict[str, Any] | None, now: dict[str, Any] | None, refused: str | None
+) -> None:
+    """Once it stood in the model's section."""
+
+    def task(changes: dict[str, Any] | None) -> RecallConfig | None:
+        return None if changes is None else RecallConfig(**{"keys": 16, "values": 16, "fillers": 16, **changes})
+
+    plain = to_plain(replace(miras_recall(), data__recall=task(saved)))
+    plain[place]["recall"] = plain["data"].pop("recall")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    write_whole(tmp_path, {"format": 1, "system": "miras", "world": 1, "zero_stage": 1})
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        check_resumable(replace(miras_recall(), data__recall=task(now)), tmp_path)
+
+
+def test_a_checkpoint_of_before_the_recall_task_existed_had_none(tmp_path: Path) -> None:
+    plain = to_plain(miras_tiny())
+    del plain["data"]["recall"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    write_whole(tmp_path, {"format": 1, "system": "miras", "world": 2, "zero_stage": 3})
+    check_resumable(miras_tiny(), tmp_path)
 
 
 @pytest.mark.parametrize(

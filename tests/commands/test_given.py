@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from pipeline.commands.flags import RECORDED, parse_flags, parse_run
 from pipeline.config import RunConfig, replace
 from pipeline.errors import UserError
 from pipeline.recipes import all_recipes
-from pipeline.recipes.miras import miras_tiny
+from pipeline.recipes.miras import miras_recall, miras_tiny
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,15 @@ def test_a_flag_is_given_whatever_its_value(words: str, names: set[str]) -> None
     parsed: RunConfig = parse_flags(default, words.split(), "train", given=given)
     assert given == names
     assert parsed == parse_flags(default, words.split(), "train"), "recording changes no value"
+
+
+@pytest.mark.parametrize("command", ["train", "check", "plan", "bench throughput"])
+@pytest.mark.parametrize(
+    "words", ["--data.recall.max-gap 100", "--model.recall.max-gap=100", "--model.recall.max_gap 100"]
+)
+def test_the_recall_task_has_the_flags_of_before_too(command: str, words: str) -> None:
+    config = parse_run(["miras_recall", *words.split()], command)
+    assert config == replace(miras_recall(), data__recall=dataclasses.replace(miras_recall().data.recall, max_gap=100))
 
 
 def test_every_recipe_has_the_fields_whose_flags_are_recorded() -> None:

@@ -11,14 +11,27 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
+from pipeline.config import EvaluationConfig, ModelConfig, RunConfig
 from pipeline.data.build import build_loader, build_source
+from pipeline.data_config import DataConfig, RecallConfig
 from pipeline.parallel.topology import Topology
 
 
 def config(data: DataConfig | None = None, **changes: Any) -> RunConfig:
     plain = {"steps": 1, "batch_size": 2, "sequence_length": 32, "lr": 1e-3, "grad_accum": 2}
     return RunConfig("test", ModelConfig(), data=data or DataConfig(), **(plain | changes))
+
+
+def test_a_recall_task_stands_in_the_place_of_documents(refusal: Callable[..., str]) -> None:
+    data = DataConfig(path=("absent.txt",), recall=RecallConfig(pairs=2, queries=2, min_gap=2, max_gap=20))
+    loader = build_loader(config(data, grad_accum=2), Topology(), vocab_size=193)
+    assert "synthetic recall" in loader.describe() and len(loader.next_step()) == 2
+    held_out = build_loader(config(data, grad_accum=2), Topology(), vocab_size=193, held_out=True)
+    (batch,) = held_out.next_step()
+    assert batch.input_ids.shape == (config().batch_size, config().sequence_length)
+    assert not torch.equal(batch.input_ids, loader.next_step()[0].input_ids)
+    few = refusal(build_loader, config(data), Topology(), vocab_size=192)
+    assert few.startswith("--data.recall: the task has 193 token ids and the model 192")
 
 
 def test_the_default_is_the_standard_library() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import IGNORED, Batch
-from pipeline.data.synthetic import RecallConfig, RecallLoader, recall_gaps
+from pipeline.data.synthetic import RecallLoader, recall_gaps
+from pipeline.data_config import RecallConfig
 from pipeline.errors import UserError
 
 

@@ -20,6 +20,7 @@ from pipeline.data.batch import IGNORED, Batch
 from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
+from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.parallel.loss import add_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
@@ -28,7 +29,7 @@ from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
-from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from tests.launch.harness import ROOT
 
 ROWS = 2

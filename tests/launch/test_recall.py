@@ -29,18 +29,18 @@ def test_every_gap_is_beyond_the_reach_of_attention() -> None:
     recipes = [recipe for name, recipe in all_recipes().items() if name.startswith("miras_recall")]
     assert len(recipes) == 7
     for recipe in recipes:
-        model = recipe().model
-        assert isinstance(model, MirasConfig) and model.recall is not None
+        model, task = recipe().model, recipe().data.recall
+        assert isinstance(model, MirasConfig) and task is not None
         assert model.attention.kind == "window" and model.attention.window == 32 and model.attention.sinks == 0
-        assert model.recall.min_gap > model.backbone.layers * (model.attention.window - 1)
-        assert model.recall.max_gap == (110 if model.memory.rule == "moneta" else 240)
+        assert task.min_gap > model.backbone.layers * (model.attention.window - 1)
+        assert task.max_gap == (110 if model.memory.rule == "moneta" else 240)
 
 
 def test_pairs_and_queries_lie_in_different_chunks() -> None:
     """A large chunk is read before it is written: what is asked for in a pair's own chunk, no memory knows."""
-    model = miras_recall().model
-    assert isinstance(model, MirasConfig) and model.recall is not None
-    assert model.memory.swiglu.gradient_chunk <= model.recall.min_gap
+    model, task = miras_recall().model, miras_recall().data.recall
+    assert isinstance(model, MirasConfig) and task is not None
+    assert model.memory.swiglu.gradient_chunk <= task.min_gap
 
 
 def trained(recipe: str, folder: Path, timeout: float) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def _train(target: Target) -> list[Step]:
         runs: list[tuple[str, int, tuple[str, ...]]] = [
             ("window", 256, ("miras_tiny", "--parallel.sequence", "1", "--batch-size", "1"))
         ]
-        recall: tuple[str, ...] = ("--sequence-length", "128", "--batch-size", "2", "--model.recall.max-gap", "100")
+        recall: tuple[str, ...] = ("--sequence-length", "128", "--batch-size", "2", "--data.recall.max-gap", "100")
     else:
         # Random weights, and the longest texts that are on every machine. A document fills the sequence, or attention
         # would reach less far than the FLOPs that are counted.

@@ -7,74 +7,13 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from pipeline.config import MAY_CHANGE, ModelConfig
-from pipeline.data.synthetic import RecallConfig
+from pipeline.config import MAY_CHANGE, ModelConfig, at_least
 from pipeline.errors import UserError
+from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.ops.gates import MAX_MOMENTUM
-from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig, at_least
+from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
 
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """The `Olmo2ForCausalLM` under the memory."""
-
-    pretrained: str | None = None
-    """Local folder or hub name of OLMo2 weights (allenai/OLMo-2-0425-1B); None: random weights of the sizes below."""
-    revision: str = "main"
-    """Revision of a hub name."""
-    trainable: bool = False
-    """Train the backbone too, not the memory alone."""
-    lr_scale: float = field(default=1.0, metadata=MAY_CHANGE)
-    """Learning rate of a trainable backbone, as a multiple of --lr."""
-    layers: int = 16
-    """Decoder layers."""
-    width: int = 2048
-    """Hidden size."""
-    heads: int = 16
-    """Attention heads; the head size is width / heads."""
-    kv_heads: int = 16
-    """Key-value heads."""
-    ffn: int = 8192
-    """Width of the feed-forward layers."""
-    vocabulary: int = 100352
-    """Token ids."""
-    rope_theta: float = 500000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
-    """Epsilon of the RMS norms."""
-    initializer_range: float = 0.02
-    """Standard deviation of random matrices."""
-
-    def __post_init__(self) -> None:
-        at_least(1, self, "backbone", "layers", "width", "heads", "kv_heads", "ffn", "vocabulary")
-        if self.width % self.heads:
-            raise UserError(
-                f"--model.backbone.width {self.width} is not divisible by --model.backbone.heads {self.heads}"
-            )
-        if self.heads % self.kv_heads:
-            raise UserError(
-                f"--model.backbone.heads {self.heads} is not divisible by --model.backbone.kv-heads {self.kv_heads}"
-            )
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """What attention sees; beyond it, the memory is the only way back."""
-
-    kind: Literal["window", "full"] = "window"
-    """window: the last `window` tokens of the document, across steps; full: the document's tokens in this sequence."""
-    window: int = 4096
-    """Tokens that a windowed query sees, itself included."""
-    sinks: int = 4
-    """First tokens of a document that every windowed query sees as well (attention sinks)."""
-    backend: Literal["auto", "sdpa", "flex", "flash2", "flash3", "flash4"] = field(default="auto", metadata=MAY_CHANGE)
-    """What computes it; auto takes the fastest that fits."""
-
-    def __post_init__(self) -> None:
-        at_least(1, self, "attention", "window")
-        at_least(0, self, "attention", "sinks")
 
 
 @dataclass(frozen=True)
@@ -190,8 +129,6 @@ class MirasConfig(ModelConfig):
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    recall: RecallConfig | None = None
-    """The synthetic recall task in place of documents."""
 
     def __post_init__(self) -> None:
         if not self.memory.layers:

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, Olmo2Config, Olmo2ForCausalLM
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from pipeline.errors import UserError
-from pipeline.ops.attention import (
-    AttentionPlan,
-    Rope,
-    WindowCarry,
-    choose_attention,
-    full_attention,
-    plan_full_attention,
-    plan_window_attention,
-    window_attention,
-)
-from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
-from pipeline.parallel.exchange import to_heads, to_sequence
+from pipeline.lm.attention import AttentionCall, Beside, plan_attention, rope_of
+from pipeline.lm.loss_head import LossHead
+from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import (
     ContextBranch,
-    ContextMemory,
     ContextTokens,
     check_attachment,
     output_gate,
 )
-from pipeline.systems.miras.config import AttentionConfig, MirasConfig
+from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
-
-ATTENTION_NAME = "mnemos"
-"""The name under which transformers knows our attention."""
 
 
 class LayerCarry(NamedTuple):
@@ -56,40 +40,15 @@ class ModelOutput(NamedTuple):
     health: list[MemoryHealth]
 
 
-@dataclass
-class _AttentionCall:
-    """What one forward pass hands to attention through transformers' layers, and gets back from it."""
+class _Step(NamedTuple):
+    """What the layers of one forward pass share, and what their memories leave."""
 
-    plan: AttentionPlan
-    topology: Topology
+    attention: AttentionCall
     segment_ids: Tensor
     before: list[LayerCarry]
     segments: SegmentPlan | None
     """For memories that are context of attention."""
-    attention: dict[int, WindowCarry] = field(default_factory=dict)
-    memory: dict[int, tuple[MemoryCarry, MemoryHealth]] = field(default_factory=dict)
-
-
-class _LayerMemory(NamedTuple):
-    """What attention of one layer meets of its memory: a gate of its output, or the memory itself with its tokens."""
-
-    gate: Tensor | None = None
-    """[batch, sequence / degree, width]."""
-    context: tuple[ContextMemory, ContextTokens] | None = None
-
-
-class LossHead(nn.Linear):
-    """The output embedding, which turns hidden states into losses without holding the logits of a sequence."""
-
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels: Tensor | None = None, predict: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
-        if labels is None:
-            return super().forward(hidden)
-        flat = hidden.flatten(0, 1)
-        losses = linear_cross_entropy(flat, self.weight, labels.flatten()).view_as(labels)
-        predictions = linear_argmax(flat, self.weight).view_as(labels) if predict else None
-        return losses, predictions
+    memory: dict[int, tuple[MemoryCarry, MemoryHealth]]
 
 
 class MirasModel(nn.Module):
@@ -127,23 +86,26 @@ class MirasModel(nn.Module):
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
         attachment = self.config.memory.attachment
-        call = _AttentionCall(
+        call = AttentionCall(
             self._plan(segment_ids, positions, before[0].attention, hidden),
             topology,
+            [carry.attention for carry in before],
+        )
+        step = _Step(
+            call,
             segment_ids,
             before,
             self._segments(segment_ids, positions, before) if use_memory and attachment == "mac" else None,
+            {},
         )
         # transformers rotates before attention; here rotation comes after the exchange, where positions can be rebased.
         unrotated = (hidden.new_ones(1, 1, 1), hidden.new_zeros(1, 1, 1))
 
         def block(index: int, hidden: Tensor, gate: Tensor | None) -> Tensor:
-            memory = _LayerMemory(gate)
-            if call.segments is not None and str(index) in self.memory:
-                branch = self.memory[str(index)]
-                assert isinstance(branch, ContextBranch)
-                memory = _LayerMemory(context=(branch.core, branch.inputs(hidden)))
-            return layers[index](hidden, position_embeddings=unrotated, attention_call=call, layer_memory=memory)
+            beside = Beside(gate)
+            if step.segments is not None and str(index) in self.memory:
+                beside = self._context(index, hidden, step)
+            return layers[index](hidden, position_embeddings=unrotated, attention_call=call, beside=beside)
 
         def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
             return self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
@@ -158,7 +120,7 @@ class MirasModel(nn.Module):
                     added, *rest = checkpoint(remember, index, hidden, use_reentrant=False)
                 else:
                     added, *rest = remember(index, hidden)
-                call.memory[index] = (rest[0], rest[1])
+                step.memory[index] = (rest[0], rest[1])
                 if attachment == "mal":
                     hidden, added = hidden + added, None
                 elif attachment == "mag":
@@ -173,8 +135,8 @@ class MirasModel(nn.Module):
                 hidden = hidden + added
         hidden = self.backbone.model.norm(hidden)
         losses, predictions = self.backbone.lm_head(hidden, labels, predict)
-        memories = [call.memory.get(index, (None, None)) for index in range(len(layers))]
-        after = [LayerCarry(call.attention.get(index), memory) for index, (memory, _) in enumerate(memories)]
+        memories = [step.memory.get(index, (None, None)) for index in range(len(layers))]
+        after = [LayerCarry(call.after.get(index), memory) for index, (memory, _) in enumerate(memories)]
         return ModelOutput(losses, predictions, after, [health for _, health in memories if health is not None])
 
     def _branch(self, recompute: bool) -> nn.Module:
@@ -184,6 +146,20 @@ class MirasModel(nn.Module):
         if memory.attachment == "mac":
             return ContextBranch(width, width // backbone.num_attention_heads, memory, eps, recompute=recompute)
         return MemoryBranch(width, memory, eps)
+
+    def _context(self, index: int, hidden: Tensor, step: _Step) -> Beside:
+        """The memory of a layer as context of its attention, of hidden [batch, sequence / degree, width]."""
+        branch, segments = self.memory[str(index)], step.segments
+        assert isinstance(branch, ContextBranch) and segments is not None
+
+        def refine(q: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
+            carry, topology = step.before[index].memory, step.attention.topology
+            arguments = (ContextTokens(*tokens), q, v, out, step.segment_ids, segments, carry, topology, scale)
+            refined, memory, health = branch.core(*arguments)
+            step.memory[index] = (memory, health)
+            return refined
+
+        return Beside(tokens=branch.inputs(hidden), refine=refine)
 
     def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
         memory = self.config.memory
@@ -197,70 +173,7 @@ class MirasModel(nn.Module):
 
     def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
         if self._rope is None:
-            rotary = Olmo2RotaryEmbedding(self.backbone.config)
-            self._rope = Rope(rotary.inv_freq.double(), float(rotary.attention_scaling))
-        attention = self.config.attention
-        backend = attention_backend(attention, self.backbone.config, hidden.device.type, hidden.dtype)
-        if attention.kind == "full":
-            return plan_full_attention(segment_ids, positions, rope=self._rope, backend=backend, dtype=hidden.dtype)
-        return plan_window_attention(
-            segment_ids, positions, rope=self._rope, window=attention.window, sinks=attention.sinks, carry=carry,
-            backend=backend, dtype=hidden.dtype,
-        )  # fmt: skip
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    attention_call: _AttentionCall,
-    layer_memory: _LayerMemory,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: q, k, v [batch, heads, sequence / degree, dim], unrotated.
-
-    What it gives goes to the layer's output projection, [batch, sequence / degree, heads, dim].
-    """
-    call, topology = attention_call, attention_call.topology
-    core, tokens = layer_memory.context or (None, ())
-    q, k, v, *rest = to_heads([*(x.transpose(1, 2) for x in (query, key, value)), *tokens], topology)
-    index = int(module.layer_idx)  # type: ignore[arg-type]
-    if call.plan.kind == "full":
-        out = full_attention(q, k, v, call.plan, scale=scaling)
-    else:
-        out, carry = window_attention(q, k, v, call.plan, call.before[index].attention, scale=scaling)
-        call.attention[index] = carry
-    if core is not None:
-        assert call.segments is not None
-        out, memory, health = core(
-            ContextTokens(*rest),
-            q,
-            v,
-            out,
-            call.segment_ids,
-            call.segments,
-            call.before[index].memory,
-            topology,
-            scaling,
+            self._rope = rope_of(self.backbone.config)
+        return plan_attention(
+            self.config.attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden
         )
-        call.memory[index] = (memory, health)
-    (out,) = to_sequence([out], topology)
-    if layer_memory.gate is not None:
-        out = out * layer_memory.gate.view_as(out)
-    return out, None
-
-
-AttentionInterface.register(ATTENTION_NAME, attend)
-
-
-def attention_backend(config: AttentionConfig, backbone: Olmo2Config, device_type: str, dtype: torch.dtype) -> str:
-    """The attention backend's name. Raises UserError when the one that was asked for cannot do it."""
-    head_dim = backbone.hidden_size // backbone.num_attention_heads
-    try:
-        return choose_attention(config.kind, config.sinks, device_type, dtype, head_dim, config.backend)
-    except ValueError as error:
-        raise UserError(f"--model.attention.backend {config.backend}: {error}") from None

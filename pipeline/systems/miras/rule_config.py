@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import LARGEST
-from pipeline.errors import UserError, shown
+from pipeline.config import at_least
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,3 @@ class SwigluConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "memory.swiglu", "gradient_chunk", "hidden")
-
-
-def at_least(least: int, section: object, name: str, *fields: str) -> None:
-    """Raises UserError where one of the fields of a section lies below `least` or above what any size is; `name` is the
-    section's in flags, `memory.mlp`."""
-    for key in fields:
-        value = getattr(section, key)
-        if not least <= value <= LARGEST:
-            fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
-            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")

@@ -11,10 +11,11 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED, Batch, Counts, StatefulLoader
 from pipeline.data.build import build_loader, build_source
 from pipeline.data.sources.base import Source
-from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
+from pipeline.lm.attention import ATTENTION_NAME, attention_backend
+from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
@@ -24,7 +25,7 @@ from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.memory import MemoryHealth
-from pipeline.systems.miras.model import ATTENTION_NAME, MirasModel, attention_backend
+from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rules import memory_backend
 
 TERM = "cross_entropy"
@@ -39,7 +40,7 @@ class MirasSystem(System):
         assert isinstance(config.model, MirasConfig)
         self.config = config
         self.sizes = config.model
-        self.backbone = weights.backbone_config(config.model.backbone)
+        self.backbone = backbone_config(config.model.backbone)
         if self.sizes.memory.layers and max(self.sizes.memory.layers) >= self.backbone.num_hidden_layers:
             raise UserError(
                 f"--model.memory.layers {' '.join(map(str, self.sizes.memory.layers))}: the backbone has layers 0 to"
@@ -56,8 +57,8 @@ class MirasSystem(System):
         weights are not whole."""
         if not self.sizes.memory.layers and not self.sizes.backbone.trainable:
             raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
-        if weights.is_local(self.sizes.backbone):
-            weights.pretrained_tensors(self.sizes.backbone)
+        if is_local(self.sizes.backbone):
+            pretrained_tensors(self.sizes.backbone)
         degree = topology.sequence
         counts = {
             "sequence length": self.config.sequence_length,
@@ -66,10 +67,11 @@ class MirasSystem(System):
         }
         if self.sizes.memory.layers:
             counts["memory heads"] = self.sizes.memory.heads
-        if self.sizes.recall is not None and self.sizes.recall.vocab_size > self.backbone.vocab_size:
+        task = self.config.data.recall
+        if task is not None and task.vocab_size > self.backbone.vocab_size:
             raise UserError(
                 f"--model.backbone.vocabulary {self.backbone.vocab_size}: the recall task has"
-                f" {self.sizes.recall.vocab_size} ids: give as many or more"
+                f" {task.vocab_size} ids: give as many or more"
             )
         memory = self.sizes.memory
         # A segment of mac is a chunk at the longest.
@@ -150,25 +152,10 @@ class MirasSystem(System):
 
     def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader:
         """Training or held-out data of this data rank."""
-        if self.sizes.recall is None:
+        if self.config.data.recall is None:
             self._source = self._source or build_source(self.config, self.files)
-            return build_loader(
-                self.config,
-                topology,
-                vocab_size=self.backbone.vocab_size,
-                held_out=held_out,
-                source=self._source,
-            )
-        rows = (held_out and self.config.evaluation.batch_size) or self.config.batch_size
-        return RecallLoader(
-            self.sizes.recall,
-            sequence_length=self.config.sequence_length,
-            batch_size=rows,
-            grad_accum=1 if held_out else self.config.grad_accum,
-            data_rank=topology.data_rank,
-            data_degree=topology.data,
-            seed=self.config.seed,
-            held_out=held_out,
+        return build_loader(
+            self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
         )
 
     def held_out(self, topology: Topology) -> StatefulLoader:
@@ -239,7 +226,7 @@ class MirasSystem(System):
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
-        if self.sizes.recall is not None:
+        if self.config.data.recall is not None:
             return None
         return load_tokenizer(self.config.data.tokenizer, self.config.data.trust_remote_code).byte_lengths()
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from pipeline.config import RunConfig, replace
 from pipeline.host.devices import find_device
+from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.lm.pretrained import backbone_config
 from pipeline.ops import chunks, native, scan_native
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_64k
@@ -23,11 +25,10 @@ from pipeline.systems.miras.activations import (
     scan_bytes,
     step_bytes,
 )
-from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
 from pipeline.systems.miras.rules import memory_backend
-from pipeline.systems.miras.weights import backbone_config
 from tests.ops.saved import saved_by
 from tests.systems.miras.traced import traced_step
 

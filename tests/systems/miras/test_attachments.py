@@ -12,17 +12,18 @@ from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED
-from pipeline.data.synthetic import RecallConfig
+from pipeline.data_config import DataConfig, RecallConfig
 from pipeline.errors import UserError
+from pipeline.lm.config import BackboneConfig
+from pipeline.lm.pretrained import backbone_config
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
 from pipeline.systems.miras import create
 from pipeline.systems.miras.attachments import check_attachment
-from pipeline.systems.miras.config import BackboneConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rule_config import SwigluConfig
 from pipeline.systems.miras.system import MirasSystem
-from pipeline.systems.miras.weights import backbone_config
 from tests.launch.parity_main import CONTEXT as SEGMENT
 from tests.launch.parity_main import LENGTH, VOCABULARY, attached
 from tests.systems.miras.harness import (
@@ -253,9 +254,10 @@ def test_training_learns_to_recall_beyond_the_window(
         backbone=dataclasses.replace(recipe.model.backbone, vocabulary=25),
         attention=dataclasses.replace(recipe.model.attention, window=8),
         memory=dataclasses.replace(recipe.model.memory, attachment=attachment, context=8),
-        recall=RecallConfig(keys=8, values=8, fillers=8, pairs=4, queries=4, min_gap=24, max_gap=60),
     )
-    system = create(dataclasses.replace(recipe, model=model_config, sequence_length=64))
+    task = RecallConfig(keys=8, values=8, fillers=8, pairs=4, queries=4, min_gap=24, max_gap=60)
+    data = DataConfig(recall=task)
+    system = create(dataclasses.replace(recipe, model=model_config, data=data, sequence_length=64))
     assert isinstance(system, MirasSystem)
     model = system.build()
     system.initialise(model, Topology())

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from pipeline.config import RunConfig
+from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.lm.pretrained import backbone_config
 from pipeline.recipes.miras import miras_64k
 from pipeline.system import Flops, create_system
-from pipeline.systems.miras.config import AttentionConfig, BackboneConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.flops import attention_reach, count_flops, scan_flops
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
-from pipeline.systems.miras.weights import backbone_config
 
 TINY = {"trainable": True, "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 260}
 MEMORY = {"heads": 4, "head_dim": 32, "persistent": 4, "gate_rank": 16, "chunk": 64}

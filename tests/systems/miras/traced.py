@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import Batch
+from pipeline.lm import attention
 from pipeline.ops import attention_flex, chunks, dual_scan, scan_native
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, StepContext, create_system
-from pipeline.systems.miras import model as miras_model
 
 
 class LiveBytes(TorchDispatchMode):
@@ -126,7 +126,7 @@ def traced_step(
 
 
 def _act_like_a_gpu(monkeypatch: pytest.MonkeyPatch, degree: int, natively: bool) -> None:
-    monkeypatch.setattr(miras_model, "attention_backend", lambda *_: "flex")
+    monkeypatch.setattr(attention, "attention_backend", lambda *_: "flex")
     monkeypatch.setattr(attention_flex, "rotate", lambda x, rotation: _rotate(x, *rotation))
     monkeypatch.setattr(
         attention_flex, "_attend", lambda q, k, v, mask, scale: _flex(*(x.transpose(1, 2) for x in (q, k, v)))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import IGNORED, Batch
+from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
+from pipeline.lm.held_out import Evaluated, Modes, first_mode
 from pipeline.parallel.collectives import shared_errors
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.system import Curve, StepContext
-from pipeline.systems.miras.documents import DocumentSums, documents_per_bin, interval
-from pipeline.systems.miras.evaluated import Evaluated, reach
 
 PASSAGE = 64
 """Tokens of a passage that is repeated in held-out text."""
@@ -22,12 +22,14 @@ CUE = 8
 
 
 def repeated_passages(
-    system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: dict[str, bool]
+    system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: Modes, *, edges: Mapping[str, float]
 ) -> Curve | None:
     """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
 
     What a model that recalls nothing pays for the second copy, it paid for the first, but for the longer context. None
-    where a sequence is too short to hold two passages.
+    where a sequence is too short to hold two passages. Collective.
+
+    `edges`: the distances, in tokens by label, from which on a model does not see; the curve's vertical lines.
     """
     device = next(model.parameters()).device
     with shared_errors(sync_point.topology):
@@ -41,7 +43,7 @@ def repeated_passages(
     context = StepContext(sync_point.topology, system.config.seed, "evaluation", 1)
     local = sync_point.topology.shard(length)
     documents = DocumentSums(len(gaps))
-    for mode, memory in modes.items():
+    for mode, options in modes.items():
         for index, gap in enumerate(gaps):
             # The filler is the text that follows the passage, and the passage then comes again.
             start = PASSAGE + gap
@@ -52,7 +54,6 @@ def repeated_passages(
                 labels[:, copy + CUE : copy + PASSAGE - 1] = ids[:, CUE + 1 : PASSAGE]
             positions = torch.arange(length).expand(rows, -1)
             batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
-            options = {"memory": memory}
             # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
             sync_point("evaluation")
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
@@ -60,9 +61,11 @@ def repeated_passages(
             place, segments = torch.full_like(batch.positions, index)[:, local], batch.segment_ids[:, local]
             losses, counted = output.tokens["losses"], batch.labels[:, local] != IGNORED
             values = {mode: losses * again, f"{mode}, first": losses * ~again}
-            values |= {"labels": again} if memory else {}
+            values |= {"labels": again} if mode == first_mode(modes) else {}
             documents.add(first.streams.to(device), segments, place, counted, values)
     sums = documents.gather(sync_point.topology)
+    # What predicts a token of the copy looks for it a passage further back than the gap.
+    further = PASSAGE - 1
     total = {name: value.sum(0) for name, value in sums.items()}
 
     def saved(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -82,6 +85,5 @@ def repeated_passages(
         counts=tuple(total["labels"].long().tolist()),
         documents=documents_per_bin(sums["labels"]),
         levels={"nothing saved": 0.0},
-        # What predicts a token of the copy looks for it a passage further back than the gap.
-        edges=reach(system.sizes, system.backbone.num_hidden_layers, nearer=PASSAGE - 1),
+        edges={label: tokens - further for label, tokens in edges.items() if tokens > further},
     )

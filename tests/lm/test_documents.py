@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.lm import documents
+from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
 from pipeline.parallel.topology import Topology
-from pipeline.systems.miras import documents
-from pipeline.systems.miras.documents import DocumentSums, documents_per_bin, interval
 
 BINS = 3
 

@@ -1,0 +1,1 @@
+"""What language-model systems share: attention, loss head, pretrained weights, held-out perplexity and recall."""

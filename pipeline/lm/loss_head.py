@@ -1,0 +1,23 @@
+"""The output embedding of a language model, fused with its loss."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
+
+
+class LossHead(nn.Linear):
+    """The output embedding, which turns hidden states into losses without holding the logits of a sequence."""
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None = None, predict: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Losses in nats of hidden [batch, sequence, width] and labels [batch, sequence], 0 where ignored, and
+        predictions alike, int64, when `predict` asks for them; without labels the logits, as transformers has them."""
+        if labels is None:
+            return super().forward(hidden)
+        flat = hidden.flatten(0, 1)
+        losses = linear_cross_entropy(flat, self.weight, labels.flatten()).view_as(labels)
+        predictions = linear_argmax(flat, self.weight).view_as(labels) if predict else None
+        return losses, predictions

@@ -1,0 +1,95 @@
+"""Pretrained weights: those of the model's own files, from a folder or the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.errors import UserError
+from pipeline.lm.config import BackboneConfig
+from pipeline.lm.pretrained import backbone_config, pretrained_tensors
+from pipeline.parallel.weight_files import SINGLE
+from tests.lm.small_olmo import save_olmo
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_olmo(tmp_path / "olmo")
+
+
+def backbone(folder: Path) -> BackboneConfig:
+    return BackboneConfig(pretrained=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_size": "abc"}, "no usable config.json there"),
+        ({"hidden_size": 0}, "hidden_size in its config.json is 0"),
+        ({"num_attention_heads": -2}, "num_attention_heads in its config.json is -2"),
+        ({"num_attention_heads": 3}, "do not divide one another"),
+        ({"vocab_size": 10**40}, "vocab_size in its config.json"),
+        ({"model_type": "llama"}, "its model type is 'llama', not 'olmo2'"),
+        ({"model_type": "x" * 5000}, "no usable config.json there"),
+        ({"tie_word_embeddings": True}, "ties its embeddings"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(folder: Path, change: dict[str, Any], reason: str) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(UserError) as caught:
+        backbone_config(backbone(folder))
+    message = str(caught.value)
+    assert reason in message and "\n" not in message and len(message) < 400
+
+
+class Hub:
+    """Stands in for the hub: a folder that is handed out by patterns."""
+
+    def __init__(self, source: Path, cache: Path) -> None:
+        self.source, self.cache = source, cache / "snapshots" / ("c0ffee" * 7)[:40]
+        self.asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(self, name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        self.asked.append((revision, sorted(allow_patterns)))
+        self.cache.mkdir(parents=True, exist_ok=True)
+        for pattern in allow_patterns:
+            for path in self.source.glob(pattern):
+                (self.cache / path.name).write_bytes(path.read_bytes())
+        return str(self.cache)
+
+
+def test_of_a_hub_name_the_models_own_files_are_downloaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"x": torch.zeros(2)}, folder / "consolidated.safetensors")
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    hub = Hub(folder, tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    found = pretrained_tensors(BackboneConfig(pretrained="someone/olmo", revision="main"))
+    assert found["lm_head.weight"].shape == (300, 16)
+    # The shards of the very commit that the index is of.
+    assert hub.asked == [("main", ["*.json"]), (hub.cache.name, shards)]
+
+
+def test_a_hub_name_without_an_index_means_the_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").mkdir()
+    save_file({"x": torch.zeros(2)}, tmp_path / "source" / SINGLE)
+    hub = Hub(tmp_path / "source", tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    assert set(pretrained_tensors(BackboneConfig(pretrained="someone/olmo"))) == {"x"}
+
+
+def test_a_hub_that_does_not_answer_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"someone/olmo: cannot be downloaded \(ConnectionError\): give a local folder"):
+        pretrained_tensors(BackboneConfig(pretrained="someone/olmo"))

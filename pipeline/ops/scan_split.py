@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -233,7 +234,8 @@ def add_reads(piece: Piece, starts: Tensor) -> Tensor:
 
 def grad_from_outputs(reads: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
     """F^T dy [rows, heads, J Dk, Dv]: what the outputs of a piece ask of the state before it."""
-    return reads.permute(0, 2, 3, 1).to(dtype) @ grad_y.transpose(1, 2).to(dtype)
+    reads = rearrange(reads, "rows tokens heads keys -> rows heads keys tokens")
+    return reads.to(dtype) @ grad_y.transpose(1, 2).to(dtype)
 
 
 def scan_backward(
@@ -310,19 +312,19 @@ class _SplitScan(torch.autograd.Function):
 
 def _fold(x: Any, pieces: int) -> Any:
     """[batch, sequence, ...] to [batch x pieces, sequence / pieces, ...]."""
-    return None if x is None else x.unflatten(1, (pieces, -1)).flatten(0, 1)
+    return None if x is None else rearrange(x, "batch (pieces tokens) ... -> (batch pieces) tokens ...", pieces=pieces)
 
 
 def _unfold(x: Tensor, pieces: int) -> Tensor:
     """The inverse of ``_fold``."""
-    return x.unflatten(0, (-1, pieces)).flatten(1, 2)
+    return rearrange(x, "(batch pieces) tokens ... -> batch (pieces tokens) ...", pieces=pieces)
 
 
 def _by_piece(x: Tensor, pieces: int) -> Tensor:
     """[batch x pieces, ...] to [pieces, batch, ...]."""
-    return x.unflatten(0, (-1, pieces)).transpose(0, 1)
+    return rearrange(x, "(batch pieces) ... -> pieces batch ...", pieces=pieces)
 
 
 def _by_row(x: Tensor) -> Tensor:
     """The inverse of ``_by_piece``."""
-    return x.transpose(0, 1).flatten(0, 1)
+    return rearrange(x, "pieces batch ... -> (batch pieces) ...")

@@ -7,11 +7,12 @@ from pipeline.bench.gpu.step import PYTHON, RESULT, SCRATCH, Step
 from pipeline.bench.gpu.target import Target
 
 STAGES = ("correct", "speed", "train")
-TESTS = ("pytest", "pytest_timeout")
-BENCH = ("tyro", "numpy")
+OPS = ("torch", "einops")
+TESTS = ("pytest", "pytest_timeout", "einops")
+BENCH = ("tyro", "numpy", "einops")
 ENGINE = (
     *BENCH,
-    *("deepspeed", "transformers", "datasets", "einops", "safetensors", "pydantic", "psutil", "xxhash", "yaml"),
+    *("deepspeed", "transformers", "datasets", "safetensors", "pydantic", "psutil", "xxhash", "yaml"),
 )
 
 PEERLESS: tuple[str, ...] = ("torch",)
@@ -52,7 +53,7 @@ def _correct(target: Target) -> list[Step]:
     )  # fmt: skip
     doctor = Step(
         "doctor", "every kernel agrees with PyTorch on the device at its first use",
-        module("pipeline", "doctor", "--json", RESULT), 120, needs=("torch",), writes="json",
+        module("pipeline", "doctor", "--json", RESULT), 120, needs=OPS, writes="json",
         judge=(lambda _: None) if target.emulated else kernels_checked,
     )  # fmt: skip
     training = Step(
@@ -157,7 +158,7 @@ def _speed(target: Target) -> list[Step]:
         native, dtype, rest = "cuda", "bfloat16", (*PEERLESS, *PEER_MODULES)
     ceilings = Step(
         "ceilings", "the device's own limits: copies, and matrix products",
-        module("pipeline.bench.gpu.ceilings", RESULT), 60, needs=("torch",), writes="json",
+        module("pipeline.bench.gpu.ceilings", RESULT), 60, needs=OPS, writes="json",
     )  # fmt: skip
     times = [
         Step(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Olmo2Config
@@ -84,7 +85,9 @@ class ContextInputs(nn.Module):
         normed = self.norm(hidden)
         precise = normed.to(_accumulate_dtype(hidden))
         logits = [gate(precise) for gate in (self.alpha_proj, self.beta_proj, self.context_gate)]
-        return ContextTokens(self.q_proj(normed).unflatten(-1, (self.heads, -1)), torch.stack(logits, dim=-1))
+        queries = self.q_proj(normed)
+        queries = rearrange(queries, "batch sequence (heads dim) -> batch sequence heads dim", heads=self.heads)
+        return ContextTokens(queries, torch.stack(logits, dim=-1))
 
 
 class ContextMemory(nn.Module):
@@ -228,7 +231,10 @@ class ContextMemory(nn.Module):
         read = F.rms_norm(read, read.shape[-1:], eps=self.norm_eps) * self.context_norm[local]
         k, v = torch.einsum("bthi,hoi->btho", read.to(query.dtype), self.context_kv[local]).chunk(2, dim=-1)
         batch = ids.shape[0]
-        pairs = [x[local].transpose(0, 1).expand(batch, -1, -1, -1) for x in (self.persistent_k, self.persistent_v)]
+        pairs = [
+            repeat(x[local], "heads pairs dim -> batch pairs heads dim", batch=batch)
+            for x in (self.persistent_k, self.persistent_v)
+        ]
         keys, values = (torch.cat([pair.to(x.dtype), x], dim=1) for pair, x in zip(pairs, (k, v), strict=True))
         # Documents apart, and a token sees no later one; itself it always sees.
         seen = (ids[:, :, None] == ids[:, None, :]).tril()

@@ -115,6 +115,10 @@ def test_every_command_for_a_gpu_is_one_that_its_program_takes() -> None:
             parse_run([*words[4:], "--steps", "1", "--precision", "bf16"], "train")
 
 
+def test_steps_that_run_an_op_are_skipped_without_einops() -> None:
+    assert {step.name for _, step in all_steps(H200) if "einops" not in step.needs} == {"build", "versions"}
+
+
 def test_the_marks_that_select_tests_on_a_gpu_select_some_of_both_scans() -> None:
     for name, wanted in (("test_miras_scan_cuda", {"full_size", "small"}), ("test_affine_scan_cuda", {"small"})):
         tests = [test for name, test in vars(import_module(f"tests.gpu.{name}")).items() if name.startswith("test_")]

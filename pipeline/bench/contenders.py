@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def _run(op: Op, contender: str, inputs: Sequence[Tensor]) -> Run:
     found = peer(op.name, contender)
     if found is not None:
         return found.prepare(inputs)
-    return Run(lambda: op.call(inputs, contender), list(inputs))
+    return Run(partial(op.call, inputs, contender), list(inputs))
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -42,7 +42,7 @@ def _kernel(device: str, a: torch.dtype, b: torch.dtype) -> native.Kernel:
     names = [dtype_name(x) for x in (a, b)]
     case = names[0] if a == b else f"a {names[0]}, b {names[1]}"
     tolerance = 1e-2 if torch.bfloat16 in (a, b) else 1e-5
-    return native.Kernel(OP, device, case, _register, lambda: _largest_error(device, a, b), tolerance)
+    return native.Kernel(OP, device, case, _register, functools.partial(_largest_error, device, a, b), tolerance)
 
 
 def affine_scan_native(a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:

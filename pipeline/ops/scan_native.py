@@ -80,8 +80,8 @@ def why_not(device: str, dtype: torch.dtype, key_dim: int) -> str | None:
 
 def _kernel(device: str, dtype: torch.dtype, key_dim: int) -> native.Kernel:
     case = f"{dtype_name(dtype)}, key dim {key_dim}"
-    run = lambda: self_check(device, dtype, key_dim)  # noqa: E731
-    return native.Kernel(OP, device, case, _register, run, TOLERANCE[dtype], SHARED_MEMORY[dtype][key_dim])
+    check = functools.partial(self_check, device, dtype, key_dim)
+    return native.Kernel(OP, device, case, _register, check, TOLERANCE[dtype], SHARED_MEMORY[dtype][key_dim])
 
 
 def scan_native(

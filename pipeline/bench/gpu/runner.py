@@ -172,7 +172,7 @@ def _outcome(
     last = _last_line(text)
     if code == 0 and unreadable is None:
         try:
-            failure = step.judge(figures)
+            failure = None if step.judge is None else step.judge(figures)
         except (KeyError, TypeError, IndexError) as error:
             failure = f"its figures are not as expected ({type(error).__name__}: {error})"
         if failure is None:

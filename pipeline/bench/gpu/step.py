@@ -34,8 +34,8 @@ class Step:
     writes: Literal["json", "junit", "nothing"] = "nothing"
     """What is in the file RESULT."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    judge: Judge = lambda _: None
-    """From the figures of a step whose process ended well: why it has not passed, or None."""
+    judge: Judge | None = None
+    """From the figures of a step whose process ended well: why it has not passed, or None. Without one it has."""
     measures: bool = False
     """Whether it asks what the device can do, so that running out of memory is an answer."""
     peer: bool = False

@@ -54,7 +54,7 @@ def _correct(target: Target) -> list[Step]:
     doctor = Step(
         "doctor", "every kernel agrees with PyTorch on the device at its first use",
         module("pipeline", "doctor", "--json", RESULT), 120, needs=OPS, writes="json",
-        judge=(lambda _: None) if target.emulated else kernels_checked,
+        judge=None if target.emulated else kernels_checked,
     )  # fmt: skip
     training = Step(
         "training step", "loss and gradient norm of one step in bfloat16 beside float32",

@@ -228,7 +228,7 @@ class CompressedJsonLinesFile:
             return Document(name, "", f"{name} cannot be read: {found.problem}")
         index = row % self._together
         line = found.text[found.starts[index] : found.starts[index + 1]]
-        return parse_record(line, self._field, name, lambda: name)
+        return parse_record(line, self._field, name)
 
     def read_group(self, group: int) -> _Lines | _Broken:
         first = group * self._together

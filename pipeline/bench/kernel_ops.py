@@ -1,4 +1,4 @@
-"""What `bench kernels` measures: each op with its inputs, its backends, and the work that its definition asks for."""
+"""What `bench kernels` measures: each op with its inputs, its backends, and the FLOPs of its definition."""
 
 from __future__ import annotations
 

@@ -221,9 +221,9 @@ def _warmed_up(name: str, run: Run) -> Contender:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line; its kind where it is no refusal of ours."""
-    said = textwrap.shorten(str(error), 200, placeholder=" ...")
-    return said if isinstance(error, ValueError) and said else f"{type(error).__name__}{said and ': '}{said}"
+    """An error's message in one line; with its type, unless it is a ValueError of the op's own checks."""
+    text = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}{text and ': '}{text}"
 
 
 def _add_memory(

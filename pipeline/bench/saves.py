@@ -109,7 +109,7 @@ class Saves:
         return found
 
     def load(self) -> float:
-        """Goes back to the newest checkpoint, read from the disk where the system lets go of pages on request."""
+        """Goes back to the newest checkpoint, read from the disk where the system can drop its page cache."""
         path = self.newest
         if self.run.is_main:
             for file in path.rglob("*"):

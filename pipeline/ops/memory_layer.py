@@ -24,7 +24,7 @@ from pipeline.ops.gates import (
 from pipeline.ops.scan import Backend, Rule, miras_scan
 
 GATE_WEIGHT_STD = 0.02
-"""Of the projections to gate logits: what a token says begins as a small change of what the bias says."""
+"""Of the initial projections to gate logits: what a token adds to a logit is small beside the bias."""
 SMALLEST_NORM = 1e-3
 """A query or key shorter than this is not stretched to unit length: the gradient of padding would have no bound."""
 

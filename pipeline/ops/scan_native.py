@@ -65,9 +65,9 @@ def unsupported(backend: str, tensors: dict[str, Tensor]) -> tuple[str, str] | N
 # Called while tracing, both answers are constants of the graph.
 @torch.compiler.assume_constant_result
 def fits(device: str, dtype: torch.dtype, key_dim: int) -> bool:
-    """Whether the kernel is the path to take for tokens of a dtype and key dim on a device, ``cpu`` or ``cuda:INDEX``.
+    """Whether to use the kernel for tokens of a dtype and key dim on a device, ``cpu`` or ``cuda:INDEX``.
 
-    One that is built but fails its check is not, and that is said once.
+    One that is built but fails its check is not used, with one warning.
     """
     return native.fits(_kernel(device, dtype, key_dim))
 

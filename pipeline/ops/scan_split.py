@@ -105,7 +105,7 @@ def miras_scan_split(
         ValueError: as ``miras_scan``, or ``pieces`` is not a positive integer.
     """
     check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
-    # Before any piece is scanned: the message is then of the tensors that the caller gave.
+    # Not left to the calls on pieces: the message names the tensors that the caller gave.
     check_backend(backend, q, k, v, alpha, None if rule == "delta" else eta, theta, state)
     batch, sequence, heads, _ = q.shape
     slices = max(1, -(-v.shape[-1] // SLICE))
@@ -233,7 +233,7 @@ def add_reads(piece: Piece, starts: Tensor) -> Tensor:
 
 
 def grad_from_outputs(reads: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
-    """F^T dy [rows, heads, J Dk, Dv]: what the outputs of a piece ask of the state before it."""
+    """F^T dy [rows, heads, J Dk, Dv]: the gradient of the state before a piece through the piece's outputs."""
     reads = rearrange(reads, "rows tokens heads keys -> rows heads keys tokens")
     return reads.to(dtype) @ grad_y.transpose(1, 2).to(dtype)
 

@@ -1,7 +1,7 @@
 """The scan of a SwiGLU memory in large chunks: read with the weights of the chunk's start, then one update.
 
 All products are of a whole chunk with whole weight matrices, so a device runs them at the speed of matrix products,
-where chunks of some tens of tokens are bound by memory traffic. What a token's own chunk says it cannot read.
+where chunks of some tens of tokens are bound by memory traffic. A token reads nothing of its own chunk.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.parallel.topology import Topology
 
-# Of what a rank sends, and of what it has received, a part per rank.
+# How a rank cuts a tensor into one part per rank to send, and joins the parts that it receives.
 SCATTER_HEADS = "batch sequence (ranks heads) ... -> ranks batch sequence heads ..."
 GATHER_SEQUENCE = "ranks batch sequence heads ... -> batch (ranks sequence) heads ..."
 SCATTER_SEQUENCE = "batch (ranks sequence) heads ... -> ranks batch sequence heads ..."

@@ -73,7 +73,7 @@ def run(stages: Sequence[str]) -> int:
             before = finished(folder, stage, step, facts)
             left = STAGE_SECONDS - (time.perf_counter() - begun)
             result = before or run_step(stage, step, folder, facts, environment, left)
-            print(line(result, again=before is not None), flush=True)
+            print(line(result, earlier=before is not None), flush=True)
             results.append(result)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{render(results)}")

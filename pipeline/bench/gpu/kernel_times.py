@@ -24,7 +24,7 @@ CALLS = 3
 OTHER = "other"
 """What PyTorch runs around the op: casts, the output's gradient."""
 CLOCK = 1.75e9
-"""Cycles per second of an H200 under load, where torch does not say."""
+"""Cycles per second of an H200 under load, where torch does not have it."""
 
 
 def kernel_times(shape: Shape, dtype: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _predicted(
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
-    # Not every version of torch that runs here tells the clock.
+    # Not every supported version of torch has the clock rate.
     clock = 1e3 * getattr(properties, "clock_rate", CLOCK / 1e3)
     estimates = predict(
         shape.batch, shape.tokens, shape.heads, shape.dim, shape.dim, dtype, bandwidth=copy, l2_bandwidth=cached,

@@ -39,10 +39,11 @@ Tables = Iterator[tuple[Any, Any]]
 ReadRow = Callable[[dict[str, Any]], Document]
 
 
-def take_rows(builder: Any, split: str, field: str) -> tuple[Any, ReadRow | None]:
-    """The streaming data set of a builder, and what reads its rows; None where they are the library's own.
+def record_stream(builder: Any, split: str, field: str) -> tuple[Any, ReadRow | None]:
+    """The streaming data set of a builder, and the function that reads its rows; None where the rows are the library's.
 
-    Raises TypeError with a sentence when a parquet column is missing or no text, and whatever the library raises.
+    Raises TypeError, with a message for the user, when a parquet column is missing or no text, and whatever the library
+    raises.
     """
     read: ReadRow
     download = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
@@ -87,8 +88,8 @@ def _parquet_document(row: dict[str, Any]) -> Document:
 
 
 def _packed(name: str, data: bytes, problem: str = "") -> bytes:
-    told = f"{name}\0{problem}\0".encode("utf-8", "surrogatepass")
-    return told + data
+    header = f"{name}\0{problem}\0".encode("utf-8", "surrogatepass")
+    return header + data
 
 
 def _unpacked(row: dict[str, Any]) -> tuple[str, str | None, bytes]:
@@ -101,8 +102,8 @@ def _table(records: list[bytes]) -> Any:
 
 
 def _broken(name: str, error: Exception) -> Any:
-    said = first_line(error).replace("\0", "")
-    return _table([_packed(name, b"", f"{name} cannot be read, nor what follows it ({said})")])
+    message = first_line(error).replace("\0", "")
+    return _table([_packed(name, b"", f"{name} cannot be read, nor what follows it ({message})")])
 
 
 def _json_tables(

@@ -125,7 +125,7 @@ class LocalFiles:
         current = self.fingerprint()
         if "layout" in saved:
             return saved == current
-        # A checkpoint of before says nothing of the order, which the text column's size decided then.
+        # A checkpoint of an earlier version has no layout: there the size of the text column decided the order.
         parquet = [reader.largest_text() for reader in self._readers if isinstance(reader, ParquetFile)]
         known = {key: value for key, value in current.items() if key != "layout"}
         return saved == known and _together(parquet) == self.together

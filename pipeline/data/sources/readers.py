@@ -85,7 +85,7 @@ class JsonLinesFile:
         with self.path.open("rb") as file:
             file.seek(start)
             line = file.readline()
-            # Offsets of before would cut records anywhere.
+            # The file has changed, so the offsets of its index no longer are starts of lines.
             if _size_and_time(file.fileno()) != self._as_indexed and not line.strip():
                 self._changed()
             name = f"{self.path} (byte {start})"

@@ -1,4 +1,4 @@
-"""Bytes to text, by one policy for every format: what is no text becomes U+FFFD and is told, never an exception."""
+"""Bytes to text, by one policy for every format: what is no text becomes U+FFFD and is reported, never an exception."""
 
 from __future__ import annotations
 

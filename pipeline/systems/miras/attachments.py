@@ -158,19 +158,19 @@ class ContextMemory(nn.Module):
         )
         # The first stage's tokens from the carry, and those that its convolution reaches back to.
         replayed = rows_at(old_written, plan.replay_index)
-        past, past_ids = rows_at(old_written, plan.history_index).to(q.dtype), rows_at(ids, plan.history_index)
+        history, history_ids = rows_at(old_written, plan.history_index).to(q.dtype), rows_at(ids, plan.history_index)
         state = (carry.memory, carry.momentum)
         outs, writes, gates = [], [], []
         for index, (read, logit, query, value, base) in enumerate(stages):
-            args = (read, logit, query, value, base, replayed if index == 0 else None, past, past_ids)
+            args = (read, logit, query, value, base, replayed if index == 0 else None, history, history_ids)
             if self.recompute and torch.is_grad_enabled():
                 out, written, state, gate = checkpoint(
                     self._stage, index, plan, *args, state, local, scale, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 out, written, state, gate = self._stage(index, plan, *args, state, local, scale)
-            past = torch.cat([past, written], dim=1)[:, 1 - taps :]
-            past_ids = torch.cat([past_ids, plan.segment_ids[index]], dim=1)[:, 1 - taps :]
+            history = torch.cat([history, written], dim=1)[:, 1 - taps :]
+            history_ids = torch.cat([history_ids, plan.segment_ids[index]], dim=1)[:, 1 - taps :]
             outs.append(out)
             writes.append(written)
             gates.append(gate)
@@ -193,8 +193,8 @@ class ContextMemory(nn.Module):
         value: Tensor,
         base: Tensor,
         replayed: Tensor | None,
-        past: Tensor,
-        past_ids: Tensor,
+        history: Tensor,
+        history_ids: Tensor,
         state: State,
         local: slice,
         scale: float,
@@ -215,7 +215,7 @@ class ContextMemory(nn.Module):
             written = torch.where(plan.replay_mask[..., None, None], replayed.to(written.dtype), written)
         dim = self.config.head_dim
         convolved = causal_convolution(
-            torch.cat([past, written], dim=1), torch.cat([past_ids, ids], dim=1), self.conv[local][..., dim:]
+            torch.cat([history, written], dim=1), torch.cat([history_ids, ids], dim=1), self.conv[local][..., dim:]
         )
         q, k, v = F.silu(convolved).chunk(3, dim=-1)
         q, k = self._unit(q), self._unit(k)

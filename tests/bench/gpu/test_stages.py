@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench.gpu import __main__ as gpu
-from pipeline.bench.gpu.judges import all_passed, flex_passed, kernels_checked
+from pipeline.bench.gpu.checks import all_passed, flex_passed, kernels_checked
 from pipeline.bench.gpu.packages import install_missing
 from pipeline.bench.gpu.step import STAGE_SECONDS, Step
 from pipeline.bench.gpu.steps import STAGES, all_steps, steps_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def peer(op: str, contender: str) -> Peer | None:
 
 
 def computes(op: Op, contender: str) -> bool:
-    """Whether a contender's result is the op's, so that errors, FLOPs and bytes can be told of it."""
+    """Whether a contender computes the op itself, so that the op's reference, FLOPs and bytes apply to it."""
     found = peer(op.name, contender)
     return op.has(contender) or (found is not None and found.exact)
 
@@ -33,16 +34,16 @@ def _run(op: Op, contender: str, inputs: Sequence[Tensor]) -> Run:
     found = peer(op.name, contender)
     if found is not None:
         return found.prepare(inputs)
-    return Run(lambda: op.call(inputs, contender), list(inputs))
+    return Run(partial(op.call, inputs, contender), list(inputs))
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an allocator had no more to give: torch's on a GPU or a CPU, or C++'s."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        words in said for words in ("out of memory", "can't allocate memory", "bad_alloc")
+        words in message for words in ("out of memory", "can't allocate memory", "bad_alloc")
     )
 
 

@@ -1,4 +1,4 @@
-"""What a test run says of itself in pytest's JUnit report."""
+"""Results of a test run, from pytest's JUnit report."""
 
 from __future__ import annotations
 

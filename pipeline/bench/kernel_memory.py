@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,15 +34,11 @@ WARM_UP = 256
 """Tokens of the run that loads what is loaded once."""
 
 
-def both_passes(run: Run) -> Callable[[], int]:
-    """The forward and backward pass, which returns the bytes of the output."""
-
-    def work() -> int:
-        y = run.forward()
-        torch.autograd.grad(y, run.leaves, torch.ones_like(y), allow_unused=True)
-        return y.nbytes
-
-    return work
+def both_passes(run: Run) -> int:
+    """Runs the forward and the backward pass; returns the bytes of the output."""
+    y = run.forward()
+    torch.autograd.grad(y, run.leaves, torch.ones_like(y), allow_unused=True)
+    return y.nbytes
 
 
 def peak_ratios(
@@ -84,7 +80,7 @@ def run_case(words: Sequence[str]) -> None:
         shape = parse_shape(text)
         short = Shape(shape.batch, min(shape.tokens, WARM_UP), shape.heads, shape.dim)
         try:
-            both_passes(prepare(case["op"], name, short, dtype, device))()
+            both_passes(prepare(case["op"], name, short, dtype, device))
             ratios.append(_resident(prepare(case["op"], name, shape, dtype, device)))
         except Exception as error:
             if not leaves_out(case["op"], name, error):
@@ -98,7 +94,7 @@ def _resident(run: Run) -> float | None:
     gc.collect()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    output = both_passes(run)()
+    output = both_passes(run)
     if inputs + output < SMALLEST:
         return None
     return (_status("VmHWM") - before + inputs) / (inputs + output)
@@ -107,12 +103,12 @@ def _resident(run: Run) -> float | None:
 def _on_gpu(op: str, contender: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> float | None:
     try:
         run = prepare(op, contender, shape, dtype, device)
-        both_passes(run)()
+        both_passes(run)
         inputs = sum(x.nbytes for x in run.leaves)
         gc.collect()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        output = both_passes(run)()
+        output = both_passes(run)
         return (torch.cuda.max_memory_allocated(device) - before + inputs) / (inputs + output)
     except Exception as error:
         if not leaves_out(op, contender, error):

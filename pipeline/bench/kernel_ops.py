@@ -1,4 +1,4 @@
-"""What `bench kernels` measures: each op with its inputs, its backends, and the work that its definition asks for."""
+"""What `bench kernels` measures: each op with its inputs, its backends, and the FLOPs of its definition."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -116,11 +117,12 @@ def exact_flops(shape: Shape, states: int = 2) -> tuple[float, float]:
     return shape.vectors * forward, shape.vectors * backward
 
 
-def _miras(rule: str) -> Callable[[Sequence[Tensor], str], Tensor]:
-    def call(x: Sequence[Tensor], backend: str) -> Tensor:
-        return miras_scan(*x, rule=rule, backend=backend)[0]  # type: ignore[arg-type]
+def _titans(x: Sequence[Tensor], backend: str) -> Tensor:
+    return miras_scan(*x, rule="titans", backend=backend)[0]  # type: ignore[arg-type]
 
-    return call
+
+def _delta(x: Sequence[Tensor], backend: str) -> Tensor:
+    return miras_scan(*x, rule="delta", backend=backend)[0]  # type: ignore[arg-type]
 
 
 def _split(x: Sequence[Tensor], contender: str) -> Tensor:
@@ -148,17 +150,13 @@ def _affine(x: Sequence[Tensor], backend: str) -> Tensor:
     return affine_scan(x[0], x[1], backend=backend)[0]  # type: ignore[arg-type]
 
 
-def deep_inputs(matrices: int, hidden: int) -> Callable[[Shape, torch.dtype, torch.device], list[Tensor]]:
+def deep_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, *, matrices: int, hidden: int) -> list[Tensor]:
     """As `memory_inputs`, and the initial weights of a deep memory, each [heads, hidden x dim, dim]."""
-
-    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        tokens = memory_inputs(shape, dtype, device)
-        generator = torch.Generator().manual_seed(2)
-        size = (matrices, shape.heads, hidden * shape.dim, shape.dim)
-        weights = torch.randn(size, generator=generator) / math.sqrt(shape.dim)
-        return tokens + [w.to(device, tokens[3].dtype).requires_grad_() for w in weights]
-
-    return inputs
+    tokens = memory_inputs(shape, dtype, device)
+    generator = torch.Generator().manual_seed(2)
+    size = (matrices, shape.heads, hidden * shape.dim, shape.dim)
+    weights = torch.randn(size, generator=generator) / math.sqrt(shape.dim)
+    return tokens + [w.to(device, tokens[3].dtype).requires_grad_() for w in weights]
 
 
 def _moneta(x: Sequence[Tensor], backend: str) -> Tensor:
@@ -190,14 +188,14 @@ def ops() -> dict[str, Op]:
     """Every op by name. The family has PyTorch paths alone; its rules are called with what their recipes default to."""
     native = ("torch", "cpu", "cuda")
     found = [
-        Op("miras_scan", native, memory_inputs, _miras("titans"), exact_flops),
-        Op("miras_scan_delta", native, memory_inputs, _miras("delta"), lambda shape: exact_flops(shape, states=1)),
+        Op("miras_scan", native, memory_inputs, _titans, exact_flops),
+        Op("miras_scan_delta", native, memory_inputs, _delta, partial(exact_flops, states=1)),
         Op("miras_scan_split", native, memory_inputs, _split, exact_flops, splits=True),
         Op("affine_scan", native, affine_inputs, _affine, affine_flops),
         Op("moneta", ("torch",), memory_inputs, _moneta, None),
         Op("yaad", ("torch",), memory_inputs, _yaad, None),
         Op("memora", ("torch",), memory_inputs, _memora, None),
-        Op("mlp", ("torch",), deep_inputs(2, 4), _mlp, None),
-        Op("swiglu", ("torch",), deep_inputs(3, 2), _swiglu, None),
+        Op("mlp", ("torch",), partial(deep_inputs, matrices=2, hidden=4), _mlp, None),
+        Op("swiglu", ("torch",), partial(deep_inputs, matrices=3, hidden=2), _swiglu, None),
     ]
     return {op.name: op for op in found}

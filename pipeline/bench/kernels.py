@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +64,25 @@ class KernelOptions:
     """File for the results."""
 
 
+def _no_samples() -> dict[str, list[float]]:
+    return {name: [] for name in PASSES}
+
+
 @dataclass
 class Contender:
     """A backend or a peer at one shape."""
 
     name: str
     run: Run
-    samples: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PASSES})
+    samples: dict[str, list[float]] = field(default_factory=_no_samples)
 
-    def work(self, name: str) -> Callable[[], object]:
+    def call(self, name: str) -> None:
+        """One of `PASSES`, once."""
         if name == PASSES[1]:
-            return both_passes(self.run)
-
-        def forward() -> None:
+            both_passes(self.run)
+        else:
             with torch.no_grad():
                 self.run.forward()
-
-        return forward
 
 
 def run_kernels(words: Sequence[str]) -> None:
@@ -198,7 +201,7 @@ def measure(
     samples = {contender.name: contender.samples for contender in contenders}
     implementations = {contender.name: contender.run.implementation for contender in contenders}
     for each in PASSES:
-        works = {contender.name: (contender.work(each), contender.samples[each]) for contender in contenders}
+        works = {contender.name: (partial(contender.call, each), contender.samples[each]) for contender in contenders}
         failed = sample(works, options.repeats, device, drop)
         del works
         contenders = [contender for contender in contenders if contender.name not in failed]
@@ -213,14 +216,14 @@ def measure(
 
 def _warmed_up(name: str, run: Run) -> Contender:
     contender = Contender(name, run)
-    contender.work(PASSES[1])()
+    contender.call(PASSES[1])
     return contender
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line; its kind where it is no refusal of ours."""
-    said = textwrap.shorten(str(error), 200, placeholder=" ...")
-    return said if isinstance(error, ValueError) and said else f"{type(error).__name__}{said and ': '}{said}"
+    """An error's message in one line; with its type, unless it is a ValueError of the op's own checks."""
+    text = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}{text and ': '}{text}"
 
 
 def _add_memory(

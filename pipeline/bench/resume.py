@@ -107,8 +107,8 @@ def _start(rest: Sequence[str], folder: Path, options: ResumeOptions) -> dict[st
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
     if line is None:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        reason = next((text for text in said if text.startswith("mnemos: ")), said[-1] if said else "no output")
+        output = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        reason = next((text for text in output if text.startswith("mnemos: ")), output[-1])
         raise UserError(f"the run that saves failed: {reason.removeprefix('mnemos: ')}")
     return json.loads(line.removeprefix(MARK))
 

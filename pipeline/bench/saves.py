@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +28,11 @@ from pipeline.parallel.weights import full_shape
 from pipeline.train import Trainer
 
 
+@dataclass
+class _Timer:
+    seconds: float = 0.0
+
+
 class Saves:
     """A run that can be stepped, saved and restored by hand. Seconds are those of the slowest rank."""
 
@@ -43,47 +50,53 @@ class Saves:
     def __exit__(self, *_: object) -> None:
         self.saver.close()
 
-    def _timed(self, part: Callable[[], object]) -> float:
+    @contextmanager
+    def _timed(self) -> Iterator[_Timer]:
+        timer = _Timer()
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
         if self.run.topology.world > 1:
             dist.barrier(group=self.run.topology.control)
         begun = time.perf_counter()
-        part()
+        yield timer
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
-        return max(all_gather_object(self.run.topology, time.perf_counter() - begun))
+        timer.seconds = max(all_gather_object(self.run.topology, time.perf_counter() - begun))
 
     def step(self) -> float:
         """One step of training."""
-
-        def part() -> None:
+        with self._timed() as timer:
             step = self.run.progress.step + 1
             self.meter.record(step, self.trainer.step(step, self.meter))
             self.run.progress.step = step
-
-        return self._timed(part)
+        return timer.seconds
 
     def _snapshot(self) -> Snapshot:
         return take_snapshot(self.run, self.trainer.carries)
 
     def save(self) -> float:
         """A synchronous save, from its start to the replaced `latest`."""
-        return self._timed(lambda: self.saver.save(self._snapshot()))
+        with self._timed() as timer:
+            self.saver.save(self._snapshot())
+        return timer.seconds
 
     def begin(self) -> float:
         """Starts an asynchronous save; returns how long training waits for the copy."""
-        return self._timed(lambda: self.saver.save(self._snapshot(), background=True))
+        with self._timed() as timer:
+            self.saver.save(self._snapshot(), background=True)
+        return timer.seconds
 
     def poll(self) -> tuple[float, bool]:
         """What the loop asks after every step: how long it waits, and whether the save is committed."""
-        done: list[str] = []
-        waited = self._timed(lambda: done.extend(self.saver.poll()))
-        return waited, bool(done)
+        with self._timed() as timer:
+            done = self.saver.poll()
+        return timer.seconds, bool(done)
 
     def finish(self) -> float:
         """Waits for the save that is under way."""
-        return self._timed(self.saver.finish)
+        with self._timed() as timer:
+            self.saver.finish()
+        return timer.seconds
 
     @property
     def newest(self) -> Path:
@@ -92,17 +105,15 @@ class Saves:
         return found
 
     def load(self) -> float:
-        """Goes back to the newest checkpoint, read from the disk where the system lets go of pages on request."""
+        """Goes back to the newest checkpoint, read from the disk where the system can drop its page cache."""
         path = self.newest
         if self.run.is_main:
             for file in path.rglob("*"):
                 if file.is_file():
                     forget(file)
-
-        def part() -> None:
+        with self._timed() as timer:
             self.trainer.carries = restore(self.run, path) or [{} for _ in self.run.streams]
-
-        return self._timed(part)
+        return timer.seconds
 
     def plain(self) -> tuple[float, float]:
         """Every rank writes as many bytes as a checkpoint has per rank with torch.save, syncs them, and loads them."""
@@ -110,8 +121,7 @@ class Saves:
             elements = self.bytes_by_kind()["total"] // self.run.topology.world // 4
             self._plain = torch.rand(elements)
         path, content = self.run.folder / f"plain-{self.run.topology.rank:05d}.pt", {"x": self._plain}
-
-        def write() -> None:
+        with self._timed() as saving:
             with path.open("wb") as handle:
                 torch.save(content, handle)
                 handle.flush()
@@ -121,12 +131,11 @@ class Saves:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-
-        saved = self._timed(write)
         forget(path)
-        loaded = self._timed(lambda: torch.load(path, weights_only=True))
+        with self._timed() as loading:
+            torch.load(path, weights_only=True)
         path.unlink()
-        return saved, loaded
+        return saving.seconds, loading.seconds
 
     def parameters(self) -> dict[str, int]:
         """How many are trained, and how many in all."""

@@ -103,7 +103,7 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
         if "Traceback" in done.stderr:
             print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
         tail = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
-        # A launcher says more after the line that counts.
+        # A launcher prints more lines after that of the error.
         why = next((line for line in reversed(tail) if "OutOfMemoryError" in line), tail[-1])
         raise UserError(f"the run at {length} tokens failed: {why.strip()}")
     return json.loads(line.removeprefix(MARK))

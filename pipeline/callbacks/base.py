@@ -1,4 +1,4 @@
-"""What a callback is told."""
+"""The events of a run that callbacks receive."""
 
 from __future__ import annotations
 

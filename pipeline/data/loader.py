@@ -36,7 +36,7 @@ class PackedLoader:
     handed out, whatever the thread has read since.
 
     `skip_bad_records` and `accept_change` are `--data.on-bad-record skip` and `--data.on-change accept`.
-    `should_report`: whether this rank, of those that read the same records, tells what is found in them.
+    `should_report`: whether this rank, of those that read the same records, reports what is found in them.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class PackedLoader:
         self.source, self.tokenizer = source, tokenizer
         self.sequence_length, self.batch_size, self.grad_accum = sequence_length, batch_size, grad_accum
         self.held_out, self.min_tokens = held_out, min_tokens
-        self.streams, self.mine = stream_layout(batch_size, grad_accum, data_rank, data_degree)
+        self.streams, self.local_streams = stream_layout(batch_size, grad_accum, data_rank, data_degree)
         self._accept_change, self._should_report = accept_change, should_report
         self._order = order = Order(
-            self.streams, self.mine, held_out=held_out, holdout=holdout, shuffle=shuffle, seed=seed
+            self.streams, self.local_streams, held_out=held_out, holdout=holdout, shuffle=shuffle, seed=seed
         )
         self._settings = {
             "seed": seed,
@@ -80,7 +80,7 @@ class PackedLoader:
         self._log = RecordLog(skip=skip_bad_records, remedy=source.remedy, should_report=should_report)
         self._packers = {
             stream: StreamPacker(stream, self._documents, order, self._encode, self._require_a_document, self._log)
-            for stream in self.mine
+            for stream in self.local_streams
         }
         self._fingerprint: dict[str, Any] | None = None
         self._some_document = False
@@ -99,11 +99,11 @@ class PackedLoader:
         return batches
 
     def _prepare(self) -> tuple[list[Batch], _Cursors]:
-        shape = (len(self.mine), self.sequence_length)
+        shape = (len(self.local_streams), self.sequence_length)
         arrays = [np.empty(shape, np.int64) for _ in range(4)]
         for row, packer in enumerate(self._packers.values()):
             packer.fill(*(array[row] for array in arrays))
-        tensors = [*map(torch.from_numpy, arrays), torch.tensor(self.mine)]
+        tensors = [*map(torch.from_numpy, arrays), torch.tensor(self.local_streams)]
         batches = [Batch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)]
         return batches, self._read_cursors()
 
@@ -122,19 +122,19 @@ class PackedLoader:
         return {"streams": self._cursors, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError unless the run goes on with the same data, or with what may stand for it.
+        """Raises UserError unless the run may go on with this corpus.
 
-        That is a corpus in which nothing that the run has read is another, found by reading it again, or any corpus
-        where a change is accepted.
+        It may where the corpus is the same, where all that the run has read of it is the same (which is read again to
+        find out), and where a change is accepted.
         """
         check_settings(state["fingerprint"], self.fingerprint)
         cursors: _Cursors = state["streams"]
         saved = state["fingerprint"].get("source") or {}
         if not self.source.same_documents(saved):
-            cursors = self._after_a_change(saved, self._mine_of(cursors))
+            cursors = self._after_a_change(saved, self._local_cursors(cursors))
         self._load_cursors(cursors)
         self._log.skipped, self._log.undecodable = (
-            sum(int(cursor.get(count, 0)) for cursor in self._mine_of(cursors).values())
+            sum(int(cursor.get(count, 0)) for cursor in self._local_cursors(cursors).values())
             for count in ("skipped", "undecodable")
         )
 
@@ -144,7 +144,7 @@ class PackedLoader:
         if not self.source.same_numbering(saved):
             why = "its records have other numbers now, or more may have changed than can be told"
         elif reads_the_same(self._documents, self._order, cursors):
-            if self._should_report and self._order.mine.start == 0:
+            if self._should_report and self._order.local_streams.start == 0:
                 logger.warning(
                     "the data (%s) has changed, in no record that was read: the run goes on. What is held out may have"
                     " changed, and evaluations with it",
@@ -180,10 +180,10 @@ class PackedLoader:
 
     def _load_cursors(self, cursors: _Cursors) -> None:
         self._forget_pending()
-        mine = self._mine_of(cursors)
-        for stream, cursor in mine.items():
+        local = self._local_cursors(cursors)
+        for stream, cursor in local.items():
             self._packers[stream].load_state_dict(cursor)
-        self._documents.seek({stream: _place(cursor, cursor.get("reader")) for stream, cursor in mine.items()})
+        self._documents.seek({stream: _place(cursor, cursor.get("reader")) for stream, cursor in local.items()})
         self._cursors = self._read_cursors()
 
     def _forget_pending(self) -> None:
@@ -191,12 +191,12 @@ class PackedLoader:
             self._pending.exception()  # waits; that step is thrown away, and its error with it
             self._pending = None
 
-    def _mine_of(self, cursors: _Cursors) -> dict[int, dict[str, Any]]:
+    def _local_cursors(self, cursors: _Cursors) -> dict[int, dict[str, Any]]:
         """Cursors of this rank's streams."""
-        for stream in self.mine:
+        for stream in self.local_streams:
             if str(stream) not in cursors:
                 raise UserError(f"the checkpoint holds no data position for stream {stream}: resume from another one")
-        return {stream: cursors[str(stream)] for stream in self.mine}
+        return {stream: cursors[str(stream)] for stream in self.local_streams}
 
     def _require_a_document(self) -> None:
         """Called when a stream has found nothing in an epoch: raises UserError unless there is something to find."""

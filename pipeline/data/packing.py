@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 
 @dataclass
 class Cursor:
-    """Where a stream stands: `offset` tokens into the document at (epoch, position), its `segment`-th document."""
+    """The position of a stream: `offset` tokens into the document at (epoch, position), its `segment`-th document."""
 
     epoch: int
     position: int
@@ -162,7 +162,7 @@ class StreamPacker:
         return asdict(self._cursor) | ({"reader": hint} if hint is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a cursor of this version or of one before it, whose cursors hold less."""
+        """Takes a cursor of this version or of an earlier one, which has fewer fields."""
         self._cursor = Cursor(
             epoch=int(state["epoch"]),
             position=int(state["position"]),

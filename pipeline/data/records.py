@@ -1,4 +1,4 @@
-"""What becomes of records that cannot be used, and who is told of it."""
+"""Records that cannot be used: refused, or skipped and reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RecordLog:
                 logger.warning("%s: passed over (%d so far)", document.problem, self.skipped)
 
     def note(self, document: Document) -> None:
-        """Says at the 1st, 10th, 100th, ... document that holds what is no text."""
+        """Counts documents that hold what is no text, and warns at the 1st, 10th, 100th, ... of them."""
         if document.undecodable and self._is_new(document):
             self.undecodable += 1
             if self._should_report and _is_round(self.undecodable):

@@ -53,9 +53,9 @@ def _refusal(key: str, old: Any, new: Any, fix: str = ": restore it, or start a 
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         changed = [key for key in new if old.get(key) != new[key]]
-        # A digest tells a person nothing where something else differs too.
-        told = [key for key in changed if key not in ("digest", "layout")] or changed
-        return ", ".join(f"{key} {_difference(old.get(key), new[key])}" for key in told)
+        # A digest means nothing to a person: it is named where nothing else differs.
+        named = [key for key in changed if key not in ("digest", "layout")] or changed
+        return ", ".join(f"{key} {_difference(old.get(key), new[key])}" for key in named)
     return f"{old}, now {new}"
 
 
@@ -73,9 +73,9 @@ def different_rank(fingerprints: Sequence[dict[str, Any]]) -> str | None:
 
 
 def reads_the_same(documents: Documents, order: Order, cursors: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Whether `documents` give each stream, up to its cursor, what it has read by the cursor's own account.
+    """Whether `documents` give each stream, up to its cursor, what it has read by the digests in the cursor.
 
-    Reads all of that again, the streams side by side. False also where a cursor of before has no account.
+    Reads all of that again, the streams side by side. False also for a cursor of an earlier version, without digests.
     """
     if any(cursor.get("read") is None for cursor in cursors.values()):
         return False
@@ -109,8 +109,8 @@ def reads_the_same(documents: Documents, order: Order, cursors: Mapping[int, Map
 
 
 def accepted(documents: Documents, cursor: Mapping[str, Any]) -> dict[str, Any]:
-    """A cursor for a corpus that is another one now: the document that it stands in is gone on with if it is still
-    there, and else given up. What was read before can no longer be accounted for."""
+    """The cursor with which a stream goes on in a changed corpus: within its document if that is still there, else at
+    the start of the one in its place. It has no digest of what was read before."""
     found = {**cursor, "read": None}
     found.pop("reader", None)
     if cursor["offset"]:

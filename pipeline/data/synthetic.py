@@ -70,7 +70,7 @@ class RecallLoader:
                 f" {config.least_length} or more, or lower max_gap"
             )
         self.config, self.sequence_length, self.batch_size = config, sequence_length, batch_size
-        self.streams, self.mine = stream_layout(batch_size, grad_accum, data_rank, data_degree)
+        self.streams, self.local_streams = stream_layout(batch_size, grad_accum, data_rank, data_degree)
         self._key = (seed, "held out" if held_out else "training")
         self._step = 0
         self.fingerprint: dict[str, Any] = {
@@ -82,20 +82,22 @@ class RecallLoader:
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of one optimizer step, on the CPU; the step's number is the segment id."""
-        examples = [recall_example(self.config, self.sequence_length, *self._key, i, self._step) for i in self.mine]
+        examples = [
+            recall_example(self.config, self.sequence_length, *self._key, i, self._step) for i in self.local_streams
+        ]
         input_ids, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*examples, strict=True))
         segment_ids = torch.full_like(input_ids, self._step)
-        positions = torch.arange(self.sequence_length).repeat(len(self.mine), 1)
+        positions = torch.arange(self.sequence_length).repeat(len(self.local_streams), 1)
         self._step += 1
-        tensors = (input_ids, labels, segment_ids, positions, torch.tensor(self.mine))
+        tensors = (input_ids, labels, segment_ids, positions, torch.tensor(self.local_streams))
         return [Batch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"streams": {str(i): {"step": self._step} for i in self.mine}, "fingerprint": self.fingerprint}
+        return {"streams": {str(i): {"step": self._step} for i in self.local_streams}, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_fingerprint(state["fingerprint"], self.fingerprint)
-        self._step = int(state["streams"][str(self.mine[0])]["step"])
+        self._step = int(state["streams"][str(self.local_streams[0])]["step"])
 
     def describe(self) -> str:
         """One line for logs."""

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str: ...
 
     def byte_lengths(self) -> Tensor | None:
-        """UTF-8 bytes of text that each id stands for, [vocab_size] int64, specials 0; None where ids do not tell."""
+        """UTF-8 bytes of text that each id stands for, [vocab_size] int64, specials 0; None where not known."""
         ...
 
     @property
@@ -172,7 +172,7 @@ def _backend(tokenizer: Any) -> Any:
 
 
 def _piece_bytes(description: dict[str, Any], vocabulary: dict[str, int], size: int) -> Tensor | None:
-    """Bytes per id from a tokenizer.json, [size], or None where pieces do not tell."""
+    """Bytes per id from a tokenizer.json, [size], or None where the pieces do not give them."""
     normalizers = list(_components(description["normalizer"], "normalizers"))
     decoders = [part["type"] for part in _components(description["decoder"], "decoders")]
     added = {token["id"]: token for token in description["added_tokens"]}

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from pipeline.ops import affine_scan_native, native
@@ -65,15 +66,15 @@ def affine_scan(
         resets = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=False)
     batch, sequence, features = b.shape[0], b.shape[1], b.shape[2:]
     initial = b.new_zeros(batch, *features, dtype=accumulate_dtype) if state is None else state
-    flat = (a.expand(b.shape).flatten(2), b.flatten(2)) if features else (a.unsqueeze(-1), b.unsqueeze(-1))
-    initial = initial.flatten(1) if features else initial.unsqueeze(-1)
+    a, b = (rearrange(x, "batch sequence ... -> batch sequence (...)") for x in (a.expand(b.shape), b))
+    initial = rearrange(initial, "batch ... -> batch (...)")
     if chosen == "torch":
         # Autocast may change the dtype of a sum.
         with torch.autocast(device_type=b.device.type, enabled=False):
-            h, after = affine_scan_torch(*flat, initial, resets)
+            h, after = affine_scan_torch(a, b, initial, resets)
     else:
-        first, second, third = (x.contiguous() for x in (*flat, initial))
-        h, after = affine_scan_native.affine_scan_native(first, second, third, resets)
+        a, b, initial = (x.contiguous() for x in (a, b, initial))
+        h, after = affine_scan_native.affine_scan_native(a, b, initial, resets)
     return h.reshape(batch, sequence, *features), after.reshape(batch, *features)
 
 

@@ -25,9 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @torch.compiler.assume_constant_result
 def fits(device: str, a: torch.dtype, b: torch.dtype) -> bool:
-    """Whether the kernel is the path to take for a and b of these dtypes on a device, ``cpu`` or ``cuda:INDEX``.
+    """Whether to use the kernel for a and b of these dtypes on a device, ``cpu`` or ``cuda:INDEX``.
 
-    One that is built but fails its check is not, and that is said once.
+    One that is built but fails its check is not used, with one warning.
     """
     return {a, b} <= set(DTYPES) and native.fits(_kernel(device, a, b))
 
@@ -42,11 +42,11 @@ def _kernel(device: str, a: torch.dtype, b: torch.dtype) -> native.Kernel:
     names = [dtype_name(x) for x in (a, b)]
     case = names[0] if a == b else f"a {names[0]}, b {names[1]}"
     tolerance = 1e-2 if torch.bfloat16 in (a, b) else 1e-5
-    return native.Kernel(OP, device, case, _register, lambda: _largest_error(device, a, b), tolerance)
+    return native.Kernel(OP, device, case, _register, functools.partial(_largest_error, device, a, b), tolerance)
 
 
 def affine_scan_native(a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``affine_scan`` for contiguous arguments of a device and dtypes that `why_not` has nothing against.
+    """``affine_scan`` for contiguous arguments, of a device and dtypes for which `why_not` is None.
 
     a, b ``[batch, sequence, features]``, state ``[batch, features]``, resets ``[batch, sequence]`` bool.
     """

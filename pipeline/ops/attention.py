@@ -239,17 +239,17 @@ def window_attention(
     scale = _check_call("window", q, k, v, plan, scale)
     if (carry is None) != (plan.carry_rotation is None):
         raise ValueError("the plan and the call must both have a carry or both have none")
-    past = carry
+    rotated = carry
     if carry is not None and plan.carry_rotation is not None:
-        past = carry._replace(k=rotate(carry.k, plan.carry_rotation))
+        rotated = carry._replace(k=rotate(carry.k, plan.carry_rotation))
     layout = plan.layout
     if isinstance(layout, BandPlan):
-        out = attention_bands.window_attention(q, k, v, past, layout, plan.rotation, plan.sinks, scale)
+        out = attention_bands.window_attention(q, k, v, rotated, layout, plan.rotation, plan.sinks, scale)
     elif isinstance(layout, BlockMask):
-        out = attention_flex.window_attention(q, k, v, past, layout, plan.rotation, plan.sinks, scale)
+        out = attention_flex.window_attention(q, k, v, rotated, layout, plan.rotation, plan.sinks, scale)
     else:
         assert isinstance(layout, VarlenPlan)
-        out = attention_flash.attention(q, k, v, past, layout, plan.rotation, plan.window, plan.backend, scale)
+        out = attention_flash.attention(q, k, v, rotated, layout, plan.rotation, plan.window, plan.backend, scale)
     assert plan.carry is not None
     return out, plan.carry.cut(k, v, carry)
 

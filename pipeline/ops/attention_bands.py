@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -56,7 +57,7 @@ class BandPlan:
 
     def queries(self, q: Tensor) -> Tensor:
         """q [batch, tokens, heads, dim] as [batch * blocks, heads, block, dim]."""
-        return blocks(q, self.block, 0).flatten(0, 1).transpose(1, 2)
+        return rearrange(blocks(q, self.block, 0), "batch blocks block heads dim -> (batch blocks) heads block dim")
 
     def keys(self, k: Tensor, before: Tensor | None) -> Tensor:
         """k [batch, tokens, kv_heads, dim] as overlapping bands [batch * blocks, kv_heads, reach + block, dim]."""
@@ -66,7 +67,8 @@ class BandPlan:
             if before is None:
                 before = k.new_zeros(batch, self.reach, heads, dim)
             k = torch.cat((before.to(k.dtype), k, k.new_zeros(batch, padding, heads, dim)), dim=1)
-        return k.unfold(1, self.reach + self.block, self.block).transpose(-1, -2).flatten(0, 1)
+        bands = k.unfold(1, self.reach + self.block, self.block)
+        return rearrange(bands, "batch blocks kv_heads dim keys -> (batch blocks) kv_heads keys dim")
 
 
 def block_length(tokens: int, window: int) -> int:
@@ -96,16 +98,18 @@ def window_attention(
     if sinks is None:
         out = F.scaled_dot_product_attention(*band, attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     else:
+        by_block = "batch blocks sinks kv_heads dim -> (batch blocks) kv_heads sinks dim"
         out = _BandWithSinks.apply(
             *band,
             plan.queries(rotate(q, sinks.query_rotation)),
-            sinks.keys(k, carry.sink_k if carry else None).flatten(0, 1).transpose(1, 2),
-            sinks.values(v, carry.sink_v if carry else None).flatten(0, 1).transpose(1, 2),
+            rearrange(sinks.keys(k, carry.sink_k if carry else None), by_block),
+            rearrange(sinks.values(v, carry.sink_v if carry else None), by_block),
             mask,
             sinks.visible.flatten(0, 1),
             scale,
         )
-    return out.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :tokens]
+    out = rearrange(out, "(batch blocks) heads block dim -> batch (blocks block) heads dim", batch=batch)
+    return out[:, :tokens]
 
 
 class _BandWithSinks(torch.autograd.Function):

@@ -109,6 +109,6 @@ def _rows(x: Tensor, before: Tensor | None, carried: tuple[int, ...]) -> Tensor:
     if before is None or not any(carried):
         return x.flatten(0, 1)
     pieces = []
-    for row, past, count in zip(x, before.to(x.dtype), carried, strict=True):
-        pieces += [past[past.shape[0] - count :], row]
+    for row, earlier, count in zip(x, before.to(x.dtype), carried, strict=True):
+        pieces += [earlier[earlier.shape[0] - count :], row]
     return torch.cat(pieces)

@@ -6,7 +6,7 @@ differentiable log-sum-exp; the sinks, whose queries are rotated differently, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def window_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, aux = _fused_flex()(
+    out, aux = _fused_flex(
         q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True)
     )
     assert aux.lse is not None
@@ -140,6 +140,6 @@ def _merge(
     return merged.reshape(q.shape[0], -1, q.shape[2], dim)[:, :tokens].to(out.dtype)
 
 
-def _fused_flex() -> Callable[..., tuple[Tensor, AuxOutput]]:
+def _fused_flex(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, AuxOutput]:
     # Uncompiled, FlexAttention materialises every score; an error is better than running out of memory in its place.
-    return fused(flex_attention, fullgraph=True)
+    return fused(flex_attention, fullgraph=True)(q, k, v, **options)

@@ -59,7 +59,7 @@ class SinkIndex:
     index: Tensor
     """[batch, sets, sinks] int64 into the step's tokens (clamped)."""
     carried: Tensor
-    """[batch, sets, sinks] bool: take it from the carry instead."""
+    """[batch, sets, sinks] bool: it lies in the carry instead."""
     present: Tensor
     """[batch, sets, sinks] bool: it exists."""
 
@@ -80,10 +80,10 @@ class SinkIndex:
             present = present & (~carried | (carry_ids[:, -1:] == segment_ids[:, tokens])[..., None])
         return cls(index.clamp(0, positions.shape[1] - 1), carried, present)
 
-    def take(self, x: Tensor, carried: Tensor | None) -> Tensor:
+    def gather(self, x: Tensor, carried: Tensor | None) -> Tensor:
         """The sinks' rows of x [batch, tokens, heads, dim] or carried [batch, sinks, heads, dim].
 
-        Returns [batch, sets, sinks, heads, dim]; what is not `present` is some row or other.
+        Returns [batch, sets, sinks, heads, dim]; where a sink is not `present`, an arbitrary row stands.
         """
         rows = x[torch.arange(x.shape[0], device=x.device)[:, None, None], self.index]
         if carried is None:
@@ -101,7 +101,7 @@ class SinkPlan:
     """
 
     block: int
-    at: SinkIndex
+    sinks: SinkIndex
     visible: Tensor
     """[batch, blocks, block, sinks] bool."""
     query_rotation: Rotation
@@ -124,24 +124,24 @@ class SinkPlan:
     ) -> SinkPlan:
         device = segment_ids.device
         first = torch.arange(0, segment_ids.shape[1], block, device=device)
-        at = SinkIndex.of(first, segment_ids, positions, carry_ids, sinks)
+        index = SinkIndex.of(first, segment_ids, positions, carry_ids, sinks)
         order = torch.arange(sinks, device=device)
         beyond = blocks(positions, block, 0)[..., None] - order >= window
         return cls(
             block,
-            at,
-            beyond & at.present[:, :, None],
+            index,
+            beyond & index.present[:, :, None],
             rope.rotation(positions.clamp(max=window + sinks - 1), dtype),
             rope.rotation(order, dtype),
         )
 
     def keys(self, k: Tensor, carried: Tensor | None) -> Tensor:
         """The rotated sink keys of every block, [batch, blocks, sinks, kv_heads, dim]; k comes before RoPE."""
-        return turn(self.at.take(k, carried), *self.key_rotation)
+        return turn(self.sinks.gather(k, carried), *self.key_rotation)
 
     def values(self, v: Tensor, carried: Tensor | None) -> Tensor:
         """The sink values of every block, [batch, blocks, sinks, kv_heads, dim]."""
-        return self.at.take(v, carried)
+        return self.sinks.gather(v, carried)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,29 +151,34 @@ class CarryPlan:
     window: int
     segment_ids: Tensor
     positions: Tensor
-    at: SinkIndex
+    sinks: SinkIndex
 
     @classmethod
     def build(
         cls, segment_ids: Tensor, positions: Tensor, before: tuple[Tensor, Tensor] | None, *, window: int, sinks: int
     ) -> CarryPlan:
         last = torch.full((1,), segment_ids.shape[1] - 1, device=segment_ids.device)
-        at = SinkIndex.of(last, segment_ids, positions, before[0] if before else None, sinks)
-        ids, past = before if before else (None, None)
-        return cls(window, latest(segment_ids, ids, window, NO_TOKEN), latest(positions, past, window, 0), at)
+        index = SinkIndex.of(last, segment_ids, positions, before[0] if before else None, sinks)
+        carry_ids, carry_positions = before if before else (None, None)
+        return cls(
+            window,
+            latest(segment_ids, carry_ids, window, NO_TOKEN),
+            latest(positions, carry_positions, window, 0),
+            index,
+        )
 
     @torch.no_grad()
     def cut(self, k: Tensor, v: Tensor, carry: WindowCarry | None) -> WindowCarry:
         """The carry after k and v [batch, tokens, kv_heads, dim], detached and in storage of its own."""
         before = (carry.k, carry.v, carry.sink_k, carry.sink_v) if carry else (None,) * 4
-        present = self.at.present[:, 0, :, None, None]
+        present = self.sinks.present[:, 0, :, None, None]
         return WindowCarry(
             latest(k, before[0], self.window, 0),
             latest(v, before[1], self.window, 0),
             self.segment_ids,
             self.positions,
-            self.at.take(k, before[2])[:, 0] * present,
-            self.at.take(v, before[3])[:, 0] * present,
+            self.sinks.gather(k, before[2])[:, 0] * present,
+            self.sinks.gather(v, before[3])[:, 0] * present,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -81,8 +82,8 @@ def same_document(segment_ids: Tensor) -> Tensor:
     return F.pad(segment_ids[:, 1:] == segment_ids[:, :-1], (1, 0), value=True)
 
 
-def boundaries(segment_ids: Tensor | None, chunk: int, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-    """(keep, inside), each ``shape`` = [batch, sequence, heads], bool; (None, None) without segments.
+def boundaries(segment_ids: Tensor | None, chunk: int, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """(keep, inside), each [batch, sequence, heads], bool; (None, None) without segments.
 
     keep: the token is of the same segment as the one before. inside: it is of the segment that its chunk found, so the
     memory at the chunk's start is its own.
@@ -91,9 +92,11 @@ def boundaries(segment_ids: Tensor | None, chunk: int, shape: Sequence[int]) -> 
         return None, None
     same = same_document(segment_ids)
     length = same.shape[1]
-    chunks = F.pad(same, (0, -length % chunk), value=True).unflatten(1, (-1, chunk))
-    inside = chunks.int().cumprod(dim=-1).bool().flatten(1)[:, :length]
-    return same.unsqueeze(-1).expand(*shape), inside.unsqueeze(-1).expand(*shape)
+    padded = F.pad(same, (0, -length % chunk), value=True)
+    chunks = rearrange(padded, "batch (chunks tokens) -> batch chunks tokens", tokens=chunk)
+    inside = rearrange(chunks.int().cumprod(dim=-1).bool(), "batch chunks tokens -> batch (chunks tokens)")[:, :length]
+    keep, inside = (repeat(x, "batch sequence -> batch sequence heads", heads=heads) for x in (same, inside))
+    return keep, inside
 
 
 def to_chunks(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
@@ -106,12 +109,13 @@ def to_chunks(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     if ragged:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, ragged))
     # Contiguous: of a view, which a batch of one stays, every product would make and keep a copy of its own.
-    return x.unflatten(1, (-1, chunk)).movedim(3, 2).movedim(1, 0).flatten(1, 2).contiguous()
+    return rearrange(x, "batch (chunks tokens) heads ... -> chunks (batch heads) tokens ...", tokens=chunk).contiguous()
 
 
 def from_chunks(y: Tensor, batch: int, heads: int, length: int) -> Tensor:
     """[n, N, C, D] to [batch, length, heads, D]: the inverse of `to_chunks`, padding left out."""
-    return y.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    y = rearrange(y, "chunks (batch heads) tokens dim -> batch (chunks tokens) heads dim", batch=batch, heads=heads)
+    return y[:, :length]
 
 
 def outer(weights: Tensor, rows: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ def stack_state(state: tuple[Tensor, Tensor] | None, states: int, shape: Sequenc
     batch, heads, rows, dim = shape
     if state is None:
         return like.new_zeros(batch * heads, states * rows, dim)
-    return torch.cat(state[:states], dim=-2).reshape(batch * heads, states * rows, dim)
+    return rearrange(torch.cat(state[:states], dim=-2), "batch heads rows dim -> (batch heads) rows dim")
 
 
 def unstack_state(carry: Tensor, update: Tensor | None, states: int, batch: int, heads: int) -> tuple[Tensor, Tensor]:

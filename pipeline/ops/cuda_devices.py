@@ -70,8 +70,8 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def loss(device: str, error: BaseException | None = None) -> str | None:
-    """None while a device, ``cuda:INDEX``, still computes, else the error that nothing runs there after.
+def fatal_error(device: str, error: BaseException | None = None) -> str | None:
+    """None while a device, ``cuda:INDEX``, still computes, else the error after which nothing runs there.
 
     ``error``: what has just failed there, if anything did. Most errors, also of a kernel that cannot start, leave the
     device as it was.

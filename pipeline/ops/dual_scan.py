@@ -155,7 +155,7 @@ def _dual_scan(
     dtype, device = sum_dtype(q), q.device.type
     (batch, sequence, heads, key_dim), value_dim = k.shape, v.shape[-1]
     rows, states = batch * heads, 1 if eta is None else 2
-    keep, inside = boundaries(segment_ids, chunk, (batch, sequence, heads))
+    keep, inside = boundaries(segment_ids, chunk, heads)
     # The chunk itself is not cut to the sequence: where chunks begin is part of the result, how they end is not.
     sizes = {"key_dim": key_dim, "value_dim": value_dim}
     carry = stack_state(state, states, (batch, heads, key_dim, value_dim), q.new_empty(0, dtype=dtype))

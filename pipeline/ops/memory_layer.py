@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.ops.checks import check_device, check_segment_ids, sum_dtype
@@ -23,7 +24,7 @@ from pipeline.ops.gates import (
 from pipeline.ops.scan import Backend, Rule, miras_scan
 
 GATE_WEIGHT_STD = 0.02
-"""Of the projections to gate logits: what a token says begins as a small change of what the bias says."""
+"""Of the initial projections to gate logits: what a token adds to a logit is small beside the bias."""
 SMALLEST_NORM = 1e-3
 """A query or key shorter than this is not stretched to unit length: the gradient of padding would have no bound."""
 
@@ -167,8 +168,7 @@ class MemoryLayer(nn.Module):
         check_segment_ids(segment_ids, x, "x")
         if segment_ids is None:
             segment_ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
-        projections = [proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)]
-        qkv = torch.cat(projections, dim=-1)
+        qkv = torch.cat([self._by_head(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         if state is None:
             state = self.empty_state(qkv)
         self._check_state(state, qkv)
@@ -188,9 +188,12 @@ class MemoryLayer(nn.Module):
 
         read = F.rms_norm(read, (self.value_dim,), eps=self.norm_eps) * self.head_norm
         gate = torch.sigmoid(self.gate_up(self.gate_down(x)))
-        y = self.o_proj(read.flatten(-2).to(gate.dtype) * gate)
+        y = self.o_proj(rearrange(read, "batch sequence heads dim -> batch sequence (heads dim)").to(gate.dtype) * gate)
         length = x.shape[1]
         return y, MemoryState(memory, momentum, tokens[:, length:], segments[:, length:])
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return rearrange(x, "batch sequence (heads dim) -> batch sequence heads dim", heads=self.heads)
 
     def gates(self, x: Tensor) -> Gates:
         """Forget rate, momentum and step size of tokens [batch, sequence, width]: each [batch, sequence, heads]."""

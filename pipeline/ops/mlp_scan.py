@@ -18,6 +18,7 @@ import math
 from functools import partial
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from pipeline.ops import chunks
@@ -128,12 +129,12 @@ def _mlp_scan(
     dtype = sum_dtype(q)
     (batch, sequence, heads, dim), hidden = q.shape, initial[0].shape[1]
     rows, states = batch * heads, 1 if eta is None else 2
-    keep, inside = boundaries(segment_ids, chunk, (batch, sequence, heads))
+    keep, inside = boundaries(segment_ids, chunk, heads)
     # Per layer [N, J hidden, dim], side by side, so that one recurrence carries both.
     parts = [None, None] if state is None else list(zip(*(x.chunk(2, dim=-2) for x in state), strict=True))
     like, shape = q.new_empty(0, dtype=dtype), (batch, heads, hidden, dim)
     carry = torch.cat([stack_state(part, states, shape, like) for part in parts], dim=-1)
-    first, second = (w.to(dtype).expand(batch, *w.shape).flatten(0, 1) for w in initial)
+    first, second = (repeat(w.to(dtype), "heads hidden dim -> (batch heads) hidden dim", batch=batch) for w in initial)
     inputs = (q, k, v, 1 - alpha, eta, theta, keep, inside)
     kept = kept_bytes(rows, sequence, dim, hidden, states=states, chunk=chunk, element=dtype.itemsize)
     sizes = {"key_dim": dim, "value_dim": 2 * hidden, "states": states, "chunk": chunk}

@@ -39,7 +39,7 @@ class KernelCheck(NamedTuple):
     lost: str | None = None  # the error after which nothing runs on the device any more
 
 
-# Threads may use a kernel first at the same time: held while torch is told of its op, and while it is checked.
+# Two threads may be the first to use a kernel at the same time: held while its op is registered and checked.
 LOCK = threading.RLock()
 
 # Filled by `verify`, `lacks` and `refusal`; a process's own, never saved.
@@ -146,13 +146,13 @@ def _prepare_gpu(op: str, device: str, case: str) -> None:
 def _check(op: str, device: str, case: str, run: Callable[[], float], tolerance: float) -> KernelCheck:
     error, failure, lost = None, None, None
     try:
-        error = _apart(run)
+        error = _in_own_thread(run)
         if not error <= tolerance:
             failure = f"its results differ from PyTorch's by {error:.1e}, more than {tolerance:.0e}"
-            lost = cuda_devices.loss(device) if device.startswith("cuda") else None
+            lost = cuda_devices.fatal_error(device) if device.startswith("cuda") else None
     except Exception as exception:  # whatever a broken binary raises, there is another path, unless the GPU is lost
         failure = f"it fails with {type(exception).__name__}: {cuda_devices.first_line(exception)}"
-        lost = cuda_devices.loss(device, exception) if device.startswith("cuda") else None
+        lost = cuda_devices.fatal_error(device, exception) if device.startswith("cuda") else None
     if lost is not None:
         failure = f"it ends in {lost!r}, after which nothing runs on the device"
     finite = error if error is None or math.isfinite(error) else None
@@ -174,7 +174,7 @@ class Kernel(NamedTuple):
     op: str
     device: str  # ``cpu`` or ``cuda:INDEX``
     case: str  # what else the binary depends on: "float32, head size 64"
-    register: Callable[[], object]  # tells torch of the op's shapes and gradient, once; needs the library loaded
+    register: Callable[[], object]  # registers the op's shapes and gradient with torch, once; needs the library loaded
     error: Callable[[], float]  # the ``run`` of `verify`
     tolerance: float
     shared_memory: int = 0  # bytes that its most demanding block asks for, on a GPU
@@ -191,7 +191,7 @@ def place(device: torch.device) -> str:
 
 
 def fits(kernel: Kernel) -> bool:
-    """Whether a kernel is the path to take. One that is built but fails its check is not, and that is said once."""
+    """Whether to use a kernel. One that is built but fails its check is not used, with one warning."""
     if not load(kernel.kind):
         return False
     failure = refusal(kernel)
@@ -235,11 +235,11 @@ def fall_back(op: str, device: str, case: str, failure: str) -> None:
         warn_once(f"{what}: {failure}. {op} runs on PyTorch, slower")
 
 
-def _apart(run: Callable[[], float]) -> float:
-    """Call in a thread of its own.
+def _in_own_thread(run: Callable[[], float]) -> float:
+    """Call in a new thread.
 
-    The first use of an op may come under activation checkpointing, autocast, inference mode or a tracer. All of them
-    are a thread's own, and would see, count or change the operations of the check.
+    The first use of an op may come under activation checkpointing, autocast, inference mode or a tracer. Each of them
+    applies to one thread, and would see, count or change the operations of the check.
     """
     result: list[float] = []
     failure: list[BaseException] = []

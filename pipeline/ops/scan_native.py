@@ -65,9 +65,9 @@ def unsupported(backend: str, tensors: dict[str, Tensor]) -> tuple[str, str] | N
 # Called while tracing, both answers are constants of the graph.
 @torch.compiler.assume_constant_result
 def fits(device: str, dtype: torch.dtype, key_dim: int) -> bool:
-    """Whether the kernel is the path to take for tokens of a dtype and key dim on a device, ``cpu`` or ``cuda:INDEX``.
+    """Whether to use the kernel for tokens of a dtype and key dim on a device, ``cpu`` or ``cuda:INDEX``.
 
-    One that is built but fails its check is not, and that is said once.
+    One that is built but fails its check is not used, with one warning.
     """
     return native.fits(_kernel(device, dtype, key_dim))
 
@@ -80,8 +80,8 @@ def why_not(device: str, dtype: torch.dtype, key_dim: int) -> str | None:
 
 def _kernel(device: str, dtype: torch.dtype, key_dim: int) -> native.Kernel:
     case = f"{dtype_name(dtype)}, key dim {key_dim}"
-    run = lambda: self_check(device, dtype, key_dim)  # noqa: E731
-    return native.Kernel(OP, device, case, _register, run, TOLERANCE[dtype], SHARED_MEMORY[dtype][key_dim])
+    check = functools.partial(self_check, device, dtype, key_dim)
+    return native.Kernel(OP, device, case, _register, check, TOLERANCE[dtype], SHARED_MEMORY[dtype][key_dim])
 
 
 def scan_native(

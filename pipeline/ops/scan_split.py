@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -104,7 +105,7 @@ def miras_scan_split(
         ValueError: as ``miras_scan``, or ``pieces`` is not a positive integer.
     """
     check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
-    # Before any piece is scanned: the message is then of the tensors that the caller gave.
+    # Not left to the calls on pieces: the message names the tensors that the caller gave.
     check_backend(backend, q, k, v, alpha, None if rule == "delta" else eta, theta, state)
     batch, sequence, heads, _ = q.shape
     slices = max(1, -(-v.shape[-1] // SLICE))
@@ -232,8 +233,9 @@ def add_reads(piece: Piece, starts: Tensor) -> Tensor:
 
 
 def grad_from_outputs(reads: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
-    """F^T dy [rows, heads, J Dk, Dv]: what the outputs of a piece ask of the state before it."""
-    return reads.permute(0, 2, 3, 1).to(dtype) @ grad_y.transpose(1, 2).to(dtype)
+    """F^T dy [rows, heads, J Dk, Dv]: the gradient of the state before a piece through the piece's outputs."""
+    reads = rearrange(reads, "rows tokens heads keys -> rows heads keys tokens")
+    return reads.to(dtype) @ grad_y.transpose(1, 2).to(dtype)
 
 
 def scan_backward(
@@ -310,19 +312,19 @@ class _SplitScan(torch.autograd.Function):
 
 def _fold(x: Any, pieces: int) -> Any:
     """[batch, sequence, ...] to [batch x pieces, sequence / pieces, ...]."""
-    return None if x is None else x.unflatten(1, (pieces, -1)).flatten(0, 1)
+    return None if x is None else rearrange(x, "batch (pieces tokens) ... -> (batch pieces) tokens ...", pieces=pieces)
 
 
 def _unfold(x: Tensor, pieces: int) -> Tensor:
     """The inverse of ``_fold``."""
-    return x.unflatten(0, (-1, pieces)).flatten(1, 2)
+    return rearrange(x, "(batch pieces) tokens ... -> batch (pieces tokens) ...", pieces=pieces)
 
 
 def _by_piece(x: Tensor, pieces: int) -> Tensor:
     """[batch x pieces, ...] to [pieces, batch, ...]."""
-    return x.unflatten(0, (-1, pieces)).transpose(0, 1)
+    return rearrange(x, "(batch pieces) ... -> pieces batch ...", pieces=pieces)
 
 
 def _by_row(x: Tensor) -> Tensor:
     """The inverse of ``_by_piece``."""
-    return x.transpose(0, 1).flatten(0, 1)
+    return rearrange(x, "pieces batch ... -> (batch pieces) ...")

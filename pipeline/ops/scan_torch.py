@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -85,7 +86,7 @@ def scan_torch(
     chunk = min(chunk, sequence)
     keep = None
     if segment_ids is not None:
-        keep = same_document(segment_ids).unsqueeze(-1).expand(batch, sequence, heads)
+        keep = repeat(same_document(segment_ids), "batch sequence -> batch sequence heads", heads=heads)
 
     sizes = {"key_dim": key_dim, "value_dim": value_dim, "states": states, "chunk": chunk}
     carry = stack_state(state, states, (batch, heads, key_dim, value_dim), q.new_empty(0, dtype=dtype))

@@ -1,7 +1,7 @@
 """The scan of a SwiGLU memory in large chunks: read with the weights of the chunk's start, then one update.
 
 All products are of a whole chunk with whole weight matrices, so a device runs them at the speed of matrix products,
-where chunks of some tens of tokens are bound by memory traffic. What a token's own chunk says it cannot read.
+where chunks of some tens of tokens are bound by memory traffic. A token reads nothing of its own chunk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from pipeline.ops import chunks
@@ -115,14 +116,16 @@ def _swiglu_scan(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     dtype = sum_dtype(q)
     (batch, sequence, heads, dim), hidden = q.shape, initial[0].shape[1]
-    _, inside = boundaries(segment_ids, chunk, (batch, sequence, heads))
-    writes = None if segment_ids is None else _writers(segment_ids, chunk).unsqueeze(-1).expand(batch, sequence, heads)
+    _, inside = boundaries(segment_ids, chunk, heads)
+    writes = None
+    if segment_ids is not None:
+        writes = repeat(_writers(segment_ids, chunk), "batch sequence -> batch sequence heads", heads=heads)
     shape = (batch * heads, 3 * hidden, dim)
     if state is None:
         carry = q.new_zeros((*shape[:2], 2 * dim), dtype=dtype)
     else:
-        carry = torch.cat([part.reshape(shape) for part in state], dim=-1)
-    w0 = Weights(*(w.to(dtype).expand(batch, *w.shape).flatten(0, 1) for w in initial))
+        carry = rearrange(torch.cat(state, dim=-1), "batch heads rows columns -> (batch heads) rows columns")
+    w0 = Weights(*(repeat(w.to(dtype), "heads hidden dim -> (batch heads) hidden dim", batch=batch) for w in initial))
     inputs = (q, k, v, 1 - alpha, eta, theta, inside, writes)
     kept = kept_bytes(batch * heads, sequence, dim, hidden, chunk=chunk, muon=muon, element=dtype.itemsize)
     recompute = learns((*inputs, *initial, carry)) and kept > chunks.KEEP
@@ -137,9 +140,11 @@ def _writers(segment_ids: Tensor, chunk: int) -> Tensor:
     length = segment_ids.shape[1]
     ends = F.pad(segment_ids[:, 1:] == segment_ids[:, :-1], (0, 1), value=True)
     # What follows the last token is padding, and no other segment; a chunk's last token ends nothing within it.
-    chunks = F.pad(ends, (0, -length % chunk), value=True).unflatten(1, (-1, chunk)).clone()
+    padded = F.pad(ends, (0, -length % chunk), value=True)
+    chunks = rearrange(padded, "batch (chunks tokens) -> batch chunks tokens", tokens=chunk).clone()
     chunks[..., -1] = True
-    return chunks.int().flip(-1).cumprod(dim=-1).flip(-1).bool().flatten(1)[:, :length]
+    writes = chunks.int().flip(-1).cumprod(dim=-1).flip(-1).bool()
+    return rearrange(writes, "batch chunks tokens -> batch (chunks tokens)")[:, :length]
 
 
 def _chunk(
@@ -160,7 +165,7 @@ def _chunk(
     dim = q.shape[-1]
 
     def by_head(x: Tensor) -> Tensor:
-        return x.to(carry.dtype).movedim(2, 1).flatten(0, 1)
+        return rearrange(x.to(carry.dtype), "batch tokens heads ... -> (batch heads) tokens ...")
 
     offset, momentum = carry.split(dim, dim=-1)
     # The chunk's own state is the last token's: that of the chunk's start, or an empty one where its segment is new.
@@ -187,7 +192,8 @@ def _chunk(
     after = _renormalise(_weights(initial, moved), initial)
     offset = torch.cat([now - start for now, start in zip(after, initial, strict=True)], dim=-2)
     heads = q.shape[2]
-    return y.unflatten(0, (-1, heads)).movedim(1, 2), torch.cat([offset, update], dim=-1), None
+    y = rearrange(y, "(batch heads) tokens dim -> batch tokens heads dim", heads=heads)
+    return y, torch.cat([offset, update], dim=-1), None
 
 
 def _product(x: Tensor) -> Tensor:

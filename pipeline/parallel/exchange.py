@@ -11,9 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from pipeline.parallel.topology import Topology
+
+# How a rank cuts a tensor into one part per rank to send, and joins the parts that it receives.
+SCATTER_HEADS = "batch sequence (ranks heads) ... -> ranks batch sequence heads ..."
+GATHER_SEQUENCE = "ranks batch sequence heads ... -> batch (ranks sequence) heads ..."
+SCATTER_SEQUENCE = "batch (ranks sequence) heads ... -> ranks batch sequence heads ..."
+GATHER_HEADS = "ranks batch sequence heads ... -> batch sequence (ranks heads) ..."
 
 
 def to_heads(tensors: Sequence[Tensor], topology: Topology) -> list[Tensor]:
@@ -62,14 +69,11 @@ class _Exchange(torch.autograd.Function):
 
 def _all_to_all(tensors: list[Tensor], group: dist.ProcessGroup, gather: bool) -> list[Tensor]:
     degree = dist.get_world_size(group)
-    # Dimension that is scattered over the ranks on the way out; the other one is gathered on the way in.
-    scattered = 2 if gather else 1
+    scatter, join = (SCATTER_HEADS, GATHER_SEQUENCE) if gather else (SCATTER_SEQUENCE, GATHER_HEADS)
     outgoing = []
     parts = []
     for tensor in tensors:
-        shape = tensor.shape
-        split = tensor.reshape(*shape[:scattered], degree, shape[scattered] // degree, *shape[scattered + 1 :])
-        part = split.movedim(scattered, 0).contiguous()
+        part = rearrange(tensor, scatter, ranks=degree).contiguous()
         parts.append((part.shape, part.dtype))
         outgoing.append(part.reshape(degree, -1).view(torch.uint8))
     widths = [piece.shape[1] for piece in outgoing]
@@ -79,7 +83,5 @@ def _all_to_all(tensors: list[Tensor], group: dist.ProcessGroup, gather: bool) -
     results = []
     for piece, (shape, dtype) in zip(received.split(widths, dim=1), parts, strict=True):
         part = piece.contiguous().view(dtype).reshape(shape)
-        gathered = 1 if gather else 2
-        joined = part.movedim(0, gathered)
-        results.append(joined.flatten(gathered, gathered + 1))
+        results.append(rearrange(part, join))
     return results

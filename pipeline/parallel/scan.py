@@ -5,7 +5,7 @@ own P and c, one all-gather makes them known to all, and every rank then joins t
 the size of a few states, 4 (2 Dk)(2 Dk + Dv) bytes per head and rank, however long the sequence is. The exchange of
 heads (``pipeline.parallel.exchange``) moves the tokens instead, does half the work, and needs a head per rank.
 
-The backward pass does one more all-gather, of what the outputs of a part ask of the state before it.
+The backward pass does one more all-gather, of the gradients that the outputs of a part give the state before it.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class _SequenceScan(torch.autograd.Function):
         assert memory is not None and momentum is not None
         with torch.autocast(device_type=memory.device.type, enabled=False):
             piece = scan_piece(scan, tokens, segment_ids)
-            mine = [piece.matrix, piece.offset]
+            local = [piece.matrix, piece.offset]
             if segment_ids is not None:
-                mine.append(segment_ids[:, [0, -1]].to(torch.int64))
-            matrices, offsets, *ids = all_gather(mine, place)
+                local.append(segment_ids[:, [0, -1]].to(torch.int64))
+            matrices, offsets, *ids = all_gather(local, place)
             keep = None
             if ids:
                 ends = ids[0]
@@ -127,8 +127,8 @@ class _SequenceScan(torch.autograd.Function):
         scan, place = ctx.scan, ctx.place
         with torch.autocast(device_type=grad_y.device.type, enabled=False):
             grad_end = torch.cat([grad_memory, grad_momentum], dim=-2)
-            mine = [grad_from_outputs(reads, grad_y, start.dtype), grad_end]
-            from_outputs, grad_ends = all_gather(mine, place)
+            local = [grad_from_outputs(reads, grad_y, start.dtype), grad_end]
+            from_outputs, grad_ends = all_gather(local, place)
             after = join_backward(matrices, keep, from_outputs, grad_ends.double().sum(dim=0))[place.rank]
             grads, states = scan_backward(scan, tokens, segment_ids, start, grad_y, after)
         if place.rank:

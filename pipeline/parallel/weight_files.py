@@ -15,7 +15,7 @@ from pipeline.files.json_file import is_inside, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-AGAIN = "copy or download the folder again"
+REMEDY = "copy or download the folder again"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name. Raises UserError."""
     if not path.is_file():
         gone = " (it is a link to a file that is gone)" if path.is_symlink() else ""
-        raise UserError(f"{path}: no such file{gone}: {AGAIN}")
+        raise UserError(f"{path}: no such file{gone}: {REMEDY}")
     with open_safetensors(path) as handle:
         names: list[str] = handle.keys()
         slices = {name: handle.get_slice(name) for name in names}
@@ -49,14 +49,14 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
 def index_files(folder: Path) -> dict[str, str]:
     """What the index of a folder says: the file's name of every tensor. Raises UserError."""
     path = folder / INDEX
-    content = read_json(path, AGAIN)
+    content = read_json(path, REMEDY)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
-        raise UserError(f"{path}: has no `weight_map` of tensors and files: {AGAIN}")
+        raise UserError(f"{path}: has no `weight_map` of tensors and files: {REMEDY}")
     for tensor, name in names.items():
         if not is_inside(name):
             raise UserError(
-                f"{path}: {shown(tensor)} is said to be in {shown(name)}, which is no file of the folder: {AGAIN}"
+                f"{path}: {shown(tensor)} is said to be in {shown(name)}, which is no file of the folder: {REMEDY}"
             )
     return names
 
@@ -77,24 +77,24 @@ def model_tensors(folder: Path) -> dict[str, StoredTensor]:
     for name in sorted(set(index.values())):
         path = folder / name
         if not path.is_file():
-            fix = f"{AGAIN}, or remove the index if {SINGLE} is the model" if (folder / SINGLE).exists() else AGAIN
+            fix = f"{REMEDY}, or remove the index if {SINGLE} is the model" if (folder / SINGLE).exists() else REMEDY
             raise UserError(f"{folder / INDEX}: names {name}, which is not there: {fix}")
         tensors = file_tensors(path)
         twice = next((tensor for tensor in tensors if tensor in found), None)
         if twice is not None:
             raise UserError(
                 f"{folder / INDEX}: {shown(twice)} is in two of the files it names, {found[twice].file.name} and"
-                f" {name}: {AGAIN}"
+                f" {name}: {REMEDY}"
             )
         found.update(tensors)
-    return {tensor: _as_said(folder, tensor, name, found) for tensor, name in index.items()}
+    return {tensor: _as_indexed(folder, tensor, name, found) for tensor, name in index.items()}
 
 
-def _as_said(folder: Path, tensor: str, name: str, found: Mapping[str, StoredTensor]) -> StoredTensor:
+def _as_indexed(folder: Path, tensor: str, name: str, found: Mapping[str, StoredTensor]) -> StoredTensor:
     stored = found.get(tensor)
     if stored is None or stored.file != folder / name:
         where = "" if stored is None else f" (it is in {stored.file.name})"
-        raise UserError(f"{folder / INDEX}: says that {shown(tensor)} is in {name}, which lacks it{where}: {AGAIN}")
+        raise UserError(f"{folder / INDEX}: says that {shown(tensor)} is in {name}, which lacks it{where}: {REMEDY}")
     return stored
 
 

@@ -61,10 +61,11 @@ def largest_batch(config: RunConfig, options: PlanOptions, counts: Counts) -> in
 
 
 def ways_to_fit(config: RunConfig, options: PlanOptions, counts: Counts) -> list[Way]:
-    """What would make a run fit that does not, each tried: nothing that is on already, and nothing that does not help.
+    """Changes with which a run that does not fit would fit, by the estimate; none changes more than it needs to.
 
-    The step's rows in smaller micro-batches, else other sharding and recomputation, also with one row at a time, those
-    on the fewest devices first. A smaller step is named where nothing else fits on as many devices.
+    The same rows per step in smaller micro-batches where that is enough; else other sharding and recomputation, with
+    the micro-batches as they are and with one row, those on the fewest devices first. Fewer rows per step are named
+    where nothing else fits on as many devices.
     """
 
     def way(changed: RunConfig, ranks: int = options.ranks, note: str = "the same global batch") -> Way:

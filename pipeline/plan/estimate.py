@@ -41,7 +41,7 @@ class Plan:
     """Bytes by what they are: weights, gradients, optimizer, ZeRO's buffers, and what the system's step holds."""
     device: Device
     reserve: int
-    """Bytes of the device that are not planned with."""
+    """Bytes of the device that stay free."""
     flops_per_token: float
     tokens_per_step: int
     tok_s: float
@@ -53,13 +53,13 @@ class Plan:
         return sum(self.held.values())
 
     @property
-    def available(self) -> int:
-        """What may be held."""
+    def usable_memory(self) -> int:
+        """Bytes of the device that the run may hold."""
         return self.device.memory - self.reserve
 
     @property
     def fits(self) -> bool:
-        return self.memory <= self.available
+        return self.memory <= self.usable_memory
 
 
 def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = None) -> Plan:

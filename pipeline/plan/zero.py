@@ -30,7 +30,7 @@ def zero_bytes(ds_config: Mapping[str, Any], counts: Counts, *, ranks: int, elem
     """Bytes per device, by what they are; `element` is the size of a weight that the model computes with.
 
     Buffers: stages 1 and 2 reduce gradients through one bucket, or two that take turns (overlap_comm). Stage 3 has one,
-    and gathers weights around their use, as many as it may have live and the parameter that is in use.
+    and holds gathered weights: as many as `stage3_max_live_parameters`, and the parameter in use.
     """
     zero = ds_config.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))

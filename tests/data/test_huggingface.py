@@ -33,7 +33,7 @@ def source(files: list[str], **options: Any) -> HuggingFaceStream:
 
 
 def order(**changes: Any) -> Order:
-    plain = {"streams": 3, "mine": range(3), "held_out": False, "holdout": 0.2, "shuffle": True, "seed": 1}
+    plain = {"streams": 3, "local_streams": range(3), "held_out": False, "holdout": 0.2, "shuffle": True, "seed": 1}
     return Order(**(plain | changes))
 
 
@@ -105,7 +105,7 @@ def test_streams_of_any_speed_read_their_documents(json_shards: list[str], shuff
 
 
 def test_a_rank_keeps_its_own_documents_only(json_shards: list[str]) -> None:
-    documents = StreamedDocuments(source(json_shards), order(streams=6, mine=range(2, 4), shuffle=False))
+    documents = StreamedDocuments(source(json_shards), order(streams=6, local_streams=range(2, 4), shuffle=False))
     documents.read(0, 32)
     assert {position for _, position in documents._buffer} == {3, 9, 15, 21, 27}
 

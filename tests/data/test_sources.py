@@ -23,7 +23,7 @@ from tests.data.conftest import MemorySource, rewrite
 
 
 def order(**changes: object) -> Order:
-    plain = {"streams": 1, "mine": range(1), "held_out": False, "holdout": 0.2, "shuffle": False, "seed": 0}
+    plain = {"streams": 1, "local_streams": range(1), "held_out": False, "holdout": 0.2, "shuffle": False, "seed": 0}
     return Order(**(plain | changes))  # type: ignore[arg-type]
 
 

@@ -326,7 +326,7 @@ def dense_varlen(
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setattr(attention_flex, "_fused_flex", lambda: dense_flex)
+    monkeypatch.setattr(attention_flex, "_fused_flex", dense_flex)
     monkeypatch.setattr(attention_flash, "varlen_function", lambda backend: dense_varlen)
 
 
@@ -363,7 +363,7 @@ def test_flex_layout_for_any_documents(layout):
     ids, positions = pack(rows)
     q, k, v = tensors(*ids.shape, heads, kv_heads, dim)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_flex, "_fused_flex", lambda: dense_flex)
+        patch.setattr(attention_flex, "_fused_flex", dense_flex)
         out, _ = windowed(q, k, v, ids, positions, window, sinks, backend="flex")
     assert_same(out, (q, k, v), windowed(q, k, v, ids, positions, window, sinks)[0])
 

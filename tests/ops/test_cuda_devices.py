@@ -147,7 +147,7 @@ def test_a_device_without_memory_to_probe_it_is_not_lost(gpu: Gpu, monkeypatch: 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cuda_devices, "probe", full)
-    assert cuda_devices.loss("cuda:0", RuntimeError("something")) is None
+    assert cuda_devices.fatal_error("cuda:0", RuntimeError("something")) is None
 
 
 def test_what_failed_before_the_check_is_not_blamed_on_the_kernel(gpu: Gpu) -> None:

@@ -79,10 +79,10 @@ def test_sequence_ranks_share_their_tokens(plan: Plan) -> None:
 def test_memory_is_all_that_is_held_and_a_reserve_stays_free(plan: Plan) -> None:
     assert plan.memory == sum(plan.held.values())
     total = 275040 * 2**20
-    assert plan.available == total - plan.reserve and plan.reserve == pytest.approx(2 * GIB + 0.05 * total)
+    assert plan.usable_memory == total - plan.reserve and plan.reserve == pytest.approx(2 * GIB + 0.05 * total)
     assert plan.fits
     tight = make_plan(miras_64k(), PlanOptions(ranks=4, device="B300", reserve=total / GIB - 90), plan.counts)
-    assert tight.available == pytest.approx(90 * GIB)
+    assert tight.usable_memory == pytest.approx(90 * GIB)
     assert not tight.fits
 
 

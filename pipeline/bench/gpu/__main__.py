@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.bench.gpu.packages import install_missing, versions
 from pipeline.bench.gpu.runner import BAD, Facts, finished, run_step
@@ -72,14 +73,18 @@ def run(stages: Sequence[str]) -> int:
             before = finished(folder, stage, step, facts)
             left = STAGE_SECONDS - (time.perf_counter() - begun)
             result = before or run_step(stage, step, folder, facts, environment, left)
-            print(line(result, again=before is not None), flush=True)
+            print(line(result, earlier=before is not None), flush=True)
             results.append(result)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{render(results)}")
     return 1 if any(result["status"] in BAD and not result["peer"] for result in results) else 0
 
 
+def _exit(signum: int, _: object) -> NoReturn:
+    sys.exit(128 + signum)
+
+
 if __name__ == "__main__":
     # A step is in a process group of its own, which ends with this process only where this one unwinds.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _exit)
     sys.exit(main(sys.argv[1:]))

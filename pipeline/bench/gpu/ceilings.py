@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def _product(side: int, dtype: torch.dtype, device: torch.device) -> float:
     # Zeros would draw less power, and run faster than any real product.
     a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device, calls=5)
+    return 2 * side**3 / _seconds(partial(torch.mm, a, b, out=out), device, calls=5)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, calls: int) -> float:

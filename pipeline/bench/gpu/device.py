@@ -1,4 +1,4 @@
-"""The step `versions`: the device, the driver and compilers, as torch and the tools say."""
+"""The step `versions`: the device, the driver and compilers, as torch and the tools report them."""
 
 from __future__ import annotations
 

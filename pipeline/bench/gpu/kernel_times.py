@@ -24,19 +24,19 @@ CALLS = 3
 OTHER = "other"
 """What PyTorch runs around the op: casts, the output's gradient."""
 CLOCK = 1.75e9
-"""Cycles per second of an H200 under load, where torch does not say."""
+"""Cycles per second of an H200 under load, where torch does not have it."""
 
 
 def kernel_times(shape: Shape, dtype: str) -> dict[str, Any]:
     """Milliseconds per forward and backward pass: measured and predicted, by kernel, and of all that ran."""
     device = torch.device("cuda" if on_gpu() else "cpu")
     backend = device.type
-    work = both_passes(prepare("miras_scan", backend, shape, getattr(torch, dtype), device))
-    work()
+    run = prepare("miras_scan", backend, shape, getattr(torch, dtype), device)
+    both_passes(run)
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
     with profile(activities=activities) as record:
         for _ in range(CALLS):
-            work()
+            both_passes(run)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     measured = by_kernel((event.key, _own_ms(event, device) / CALLS) for event in record.key_averages())
@@ -71,7 +71,7 @@ def _predicted(
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
-    # Not every version of torch that runs here tells the clock.
+    # Not every supported version of torch has the clock rate.
     clock = 1e3 * getattr(properties, "clock_rate", CLOCK / 1e3)
     estimates = predict(
         shape.batch, shape.tokens, shape.heads, shape.dim, shape.dim, dtype, bandwidth=copy, l2_bandwidth=cached,

@@ -88,7 +88,7 @@ def keep(results: Iterable[Result], folder: Path) -> list[Path]:
         kept = {(old["stage"], old["step"]): old for old in (_load(path) if path.exists() else [])}
         for result in new:
             before = kept.get((result["stage"], result["step"]))
-            # What the same code has shown is not taken back by a run that had no time or package for it.
+            # A run without the time or a package for a step does not replace what the same code has shown.
             shown = before is not None and before["sources"] == result["sources"] and before["status"] in FINAL
             if not shown or result["status"] in FINAL:
                 kept[result["stage"], result["step"]] = _with_commit(result)
@@ -99,7 +99,7 @@ def keep(results: Iterable[Result], folder: Path) -> list[Path]:
 
 
 def _with_commit(result: Result) -> Result:
-    """A copy of the sources without their history ran it: the commit is that of the same sources here."""
+    """A result from a copy of the sources without git gets the commit of the same sources here."""
     here = commit() if result["commit"] is None and result["sources"] == sources_digest() else None
     return result if here is None or here.endswith("+") else result | {"commit": here}
 

@@ -1,4 +1,4 @@
-"""Runs steps one after another, each in a process group of its own with a time limit, and keeps what they say."""
+"""Runs steps one after another, each in a process group of its own with a time limit, and keeps their results."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from pipeline.host.provenance import ROOT
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 OUT_OF_MEMORY, SKIPPED, NOT_RUN = "out of memory", "skipped", "not run"
 FINAL = (PASSED, OUT_OF_MEMORY)
-"""Results that the same code on the same device need not be asked for again."""
+"""Statuses after which a step is not run again by the same code on the same device."""
 BAD = (FAILED, TIMED_OUT, NOT_RUN)
 
 LEAST = 10.0
 """Seconds below which no step is started."""
 GRACE = 5.0
-"""Seconds between asking a step to end and ending it."""
+"""Seconds from SIGTERM to SIGKILL."""
 MEMORY_WORDS = re.compile(r"out of memory|OutOfMemoryError|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What every result says of where it comes from."""
+    """Where results come from: the same in each of them."""
 
     target: str
     driver: str | None
@@ -137,7 +137,7 @@ def _execute(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process group: asked first where its leader still runs."""
+    """Ends a process group: by SIGTERM first where its leader still runs."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -172,7 +172,7 @@ def _outcome(
     last = _last_line(text)
     if code == 0 and unreadable is None:
         try:
-            failure = step.judge(figures)
+            failure = None if step.check is None else step.check(figures)
         except (KeyError, TypeError, IndexError) as error:
             failure = f"its figures are not as expected ({type(error).__name__}: {error})"
         if failure is None:

@@ -14,7 +14,7 @@ PYTHON, RESULT, SCRATCH = "{python}", "{result}", "{scratch}"
 """Stand in a command for this Python, the file that a step writes its figures to, and a folder that is removed."""
 
 Figures = Mapping[str, Any]
-Judge = Callable[[Figures], str | None]
+Check = Callable[[Figures], str | None]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Step:
     writes: Literal["json", "junit", "nothing"] = "nothing"
     """What is in the file RESULT."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    judge: Judge = lambda _: None
-    """From the figures of a step whose process ended well: why it has not passed, or None."""
+    check: Check | None = None
+    """From the figures of a step whose process ended well: why it has not passed, or None. Without one it has."""
     measures: bool = False
-    """Whether it asks what the device can do, so that running out of memory is an answer."""
+    """Whether it measures what the device can do, so that running out of memory is a result, not a failure."""
     peer: bool = False
-    """Whether it runs somebody else's code, whose failure is not ours."""
+    """Whether it runs another package, whose failure does not fail `make gpu`."""
     always: bool = False
     """Whether it runs again although it has passed: what it leaves behind may be gone."""

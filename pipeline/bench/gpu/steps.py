@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pipeline.bench.gpu.judges import all_passed, flex_passed, has_both_passes, kernels_checked
+from pipeline.bench.gpu.checks import all_passed, flex_passed, has_both_passes, kernels_checked
 from pipeline.bench.gpu.step import PYTHON, RESULT, SCRATCH, Step
 from pipeline.bench.gpu.target import Target
 
 STAGES = ("correct", "speed", "train")
-TESTS = ("pytest", "pytest_timeout")
-BENCH = ("tyro", "numpy")
+OPS = ("torch", "einops")
+TESTS = ("pytest", "pytest_timeout", "einops")
+BENCH = ("tyro", "numpy", "einops")
 ENGINE = (
     *BENCH,
-    *("deepspeed", "transformers", "datasets", "einops", "safetensors", "pydantic", "psutil", "xxhash", "yaml"),
+    *("deepspeed", "transformers", "datasets", "safetensors", "pydantic", "psutil", "xxhash", "yaml"),
 )
 
 PEERLESS: tuple[str, ...] = ("torch",)
@@ -45,15 +46,15 @@ def all_steps(target: Target) -> list[tuple[str, Step]]:
 
 
 def _correct(target: Target) -> list[Step]:
-    """What costs least and tells most comes first."""
+    """The cheapest and most informative steps come first."""
     versions = Step(
         "versions", "which driver, compiler and packages it was", module("pipeline.bench.gpu.device", RESULT), 60,
         needs=("torch",), writes="json",
     )  # fmt: skip
     doctor = Step(
         "doctor", "every kernel agrees with PyTorch on the device at its first use",
-        module("pipeline", "doctor", "--json", RESULT), 120, needs=("torch",), writes="json",
-        judge=(lambda _: None) if target.emulated else kernels_checked,
+        module("pipeline", "doctor", "--json", RESULT), 120, needs=OPS, writes="json",
+        check=None if target.emulated else kernels_checked,
     )  # fmt: skip
     training = Step(
         "training step", "loss and gradient norm of one step in bfloat16 beside float32",
@@ -87,11 +88,11 @@ def _scan_tests() -> list[Step]:
     return [
         Step(
             "scans", "values and gradients of both scans against the float64 token loop",
-            pytest("-m", "gpu and not full_size", *SCAN_TESTS), 200, needs=TESTS, writes="junit", judge=all_passed,
+            pytest("-m", "gpu and not full_size", *SCAN_TESTS), 200, needs=TESTS, writes="junit", check=all_passed,
         ),
         Step(
             "scans at full size", "64K tokens, 16 heads of 128: the time, and the PyTorch path at 20K tokens",
-            pytest("-m", "gpu and full_size", *SCAN_TESTS), 120, needs=TESTS, writes="junit", judge=all_passed,
+            pytest("-m", "gpu and full_size", *SCAN_TESTS), 120, needs=TESTS, writes="junit", check=all_passed,
         ),
     ]  # fmt: skip
 
@@ -101,20 +102,20 @@ def _other_tests() -> list[Step]:
         Step(
             f"{kind} attention", f"FlexAttention and flash-attention, {kind}, against attention in float64",
             pytest("-m", "gpu", "-k", words, "tests/gpu/test_attention_backends.py"), 120, needs=TESTS, writes="junit",
-            judge=flex_passed,
+            check=flex_passed,
         )
         for kind, words in (("full", "full_attention"), ("window", "window"))
     ]  # fmt: skip
     lost = Step(
         "lost device", "a kernel that breaks its GPU ends the run with one line",
-        pytest("-m", "gpu", "tests/gpu/test_lost_device.py"), 90, needs=TESTS, writes="junit", judge=all_passed,
+        pytest("-m", "gpu", "tests/gpu/test_lost_device.py"), 90, needs=TESTS, writes="junit", check=all_passed,
     )  # fmt: skip
     sanitizers = [
         Step(
             tool, f"no error that compute-sanitizer's {tool} sees in small cases of both scans",
             (*SANITIZER, tool, *pytest("-m", "gpu and small", *SCAN_TESTS)), 90, needs=TESTS,
-            tools=("compute-sanitizer",), writes="junit", judge=all_passed,
-            # The sanitizer sees nothing that is written past a block but within PyTorch's cache of blocks.
+            tools=("compute-sanitizer",), writes="junit", check=all_passed,
+            # In PyTorch's cache, a write past the end of a block may stay within the cache, which is no error to it.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         for tool in ("memcheck", "racecheck", "initcheck")
@@ -127,7 +128,7 @@ def _emulated_tests() -> list[Step]:
         Step(
             "scans", "values and gradients in the emulator against the float64 token loop",
             pytest("tests/kernels/test_affine_scan_emulated.py", "-k", "saved_on_demand"), 200, needs=TESTS,
-            writes="junit", judge=all_passed,
+            writes="junit", check=all_passed,
         ),
         Step(
             "memcheck", "no error that compute-sanitizer's memcheck sees", ("compute-sanitizer", "--version"), 90,
@@ -136,7 +137,7 @@ def _emulated_tests() -> list[Step]:
         Step(
             "attention", "attention on the CPU against attention in float64",
             pytest("tests/ops/test_attention.py", "-k", "empty_carry"), 150, needs=TESTS, writes="junit",
-            judge=all_passed,
+            check=all_passed,
         ),
     ]  # fmt: skip
 
@@ -157,7 +158,7 @@ def _speed(target: Target) -> list[Step]:
         native, dtype, rest = "cuda", "bfloat16", (*PEERLESS, *PEER_MODULES)
     ceilings = Step(
         "ceilings", "the device's own limits: copies, and matrix products",
-        module("pipeline.bench.gpu.ceilings", RESULT), 60, needs=("torch",), writes="json",
+        module("pipeline.bench.gpu.ceilings", RESULT), 60, needs=OPS, writes="json",
     )  # fmt: skip
     times = [
         Step(
@@ -169,13 +170,13 @@ def _speed(target: Target) -> list[Step]:
     affine = Step(
         f"affine_scan {shapes[-1]}", "the elementwise scan, bytes/s",
         bench_kernels("--ops", "affine_scan", "--shapes", shapes[-1], "--dtype", dtype, "--backends", native), 60,
-        needs=BENCH, writes="json", judge=has_both_passes, measures=True,
+        needs=BENCH, writes="json", check=has_both_passes, measures=True,
     )  # fmt: skip
     warm_up = [
         Step(
             f"{name} compiles", f"{name} runs at all; its kernels are compiled and kept",
             bench_kernels("--shapes", shapes[0], "--dtype", dtype, "--repeats", "1", *_only(name)), 150,
-            needs=(*BENCH, *PEER_MODULES[name]), writes="json", judge=has_both_passes, measures=True, peer=True,
+            needs=(*BENCH, *PEER_MODULES[name]), writes="json", check=has_both_passes, measures=True, peer=True,
         )
         for name in rest if name in PEER_MODULES and name.startswith("fla")
     ]  # fmt: skip
@@ -189,7 +190,7 @@ def _contender(name: str, shape: str, dtype: str) -> Step:
     return Step(
         f"{name} {shape}", f"the memory op by {name}, forward and backward, {dtype}",
         bench_kernels("--shapes", shape, "--dtype", dtype, *_only(name)), 60,
-        needs=(*BENCH, *PEER_MODULES.get(name, ())), writes="json", judge=has_both_passes, measures=True,
+        needs=(*BENCH, *PEER_MODULES.get(name, ())), writes="json", check=has_both_passes, measures=True,
         peer=name in PEER_MODULES,
     )  # fmt: skip
 

@@ -8,10 +8,10 @@ from typing import Any
 Result = Mapping[str, Any]
 
 
-def line(result: Result, *, again: bool) -> str:
-    """One step, as it ends; ``again``: its result is that of an earlier run."""
+def line(result: Result, *, earlier: bool) -> str:
+    """The line of one step; ``earlier``: its result is that of an earlier run."""
     reason = f": {result['reason']}" if result["reason"] else ""
-    when = "earlier" if again else f"{result['seconds']:.1f} s"
+    when = "earlier" if earlier else f"{result['seconds']:.1f} s"
     return f"  {result['stage']:<8} {result['step']:<28} {result['status']} ({when}){reason}"
 
 

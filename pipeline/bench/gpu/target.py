@@ -1,4 +1,4 @@
-"""The device that the steps run on, asked of torch in a process of its own."""
+"""The device that the steps run on, found by torch in a process of its own."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Order:
 
     streams: int
     """Streams of the whole run (the global batch)."""
-    mine: range
+    local_streams: range
     """Streams that this data rank reads."""
     held_out: bool
     holdout: float
@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream stands: the document it reads, and what its source may need to find that again."""
+    """The position of a stream: the document it reads, and what its source may need to find that again."""
 
     epoch: int
     position: int

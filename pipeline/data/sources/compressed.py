@@ -31,9 +31,9 @@ def is_damage(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its name when it says nothing."""
-    said = str(error).strip()
-    return said.splitlines()[0].rstrip(".:") if said else type(error).__name__
+    """The first line of an exception's message, or the exception's name when it has none."""
+    message = str(error).strip()
+    return message.splitlines()[0].rstrip(".:") if message else type(error).__name__
 
 
 class Decompressed:

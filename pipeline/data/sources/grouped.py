@@ -114,7 +114,7 @@ class ParquetFile:
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self.group_rows = [group.num_rows for group in groups]
         self.rows = int(metadata.num_rows)
-        # Two places say how many rows there are; a damaged one must not make up millions of them.
+        # The file states its number of rows twice; a damaged one must not be taken for millions of rows.
         if min(self.group_rows, default=0) < 0 or sum(self.group_rows) != self.rows:
             raise ValueError("its parts disagree about the number of rows")
         self.group_bytes = max((group.total_byte_size for group in groups), default=0)
@@ -127,8 +127,8 @@ class ParquetFile:
         with pyarrow.parquet.ParquetFile(self.path) as file:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-        mine = (column for column in columns if column.path_in_schema == self._field)
-        return max((column.total_uncompressed_size for column in mine), default=0)
+        texts = (column for column in columns if column.path_in_schema == self._field)
+        return max((column.total_uncompressed_size for column in texts), default=0)
 
     def __getitem__(self, row: int) -> Document:
         group = int(np.searchsorted(self._ends, row, side="right"))
@@ -228,7 +228,7 @@ class CompressedJsonLinesFile:
             return Document(name, "", f"{name} cannot be read: {found.problem}")
         index = row % self._together
         line = found.text[found.starts[index] : found.starts[index + 1]]
-        return parse_record(line, self._field, name, lambda: name)
+        return parse_record(line, self._field, name)
 
     def read_group(self, group: int) -> _Lines | _Broken:
         first = group * self._together

@@ -39,15 +39,16 @@ Tables = Iterator[tuple[Any, Any]]
 ReadRow = Callable[[dict[str, Any]], Document]
 
 
-def take_rows(builder: Any, split: str, field: str) -> tuple[Any, ReadRow | None]:
-    """The streaming data set of a builder, and what reads its rows; None where they are the library's own.
+def record_stream(builder: Any, split: str, field: str) -> tuple[Any, ReadRow | None]:
+    """The streaming data set of a builder, and the function that reads its rows; None where the rows are the library's.
 
-    Raises TypeError with a sentence when a parquet column is missing or no text, and whatever the library raises.
+    Raises TypeError, with a message for the user, when a parquet column is missing or no text, and whatever the library
+    raises.
     """
     read: ReadRow
     download = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
     if isinstance(builder, Json):
-        builder._generate_tables = _json_tables(field, download)
+        builder._generate_tables = partial(_json_tables, field, download)
         read = partial(_json_document, field)
     elif isinstance(builder, Parquet):
         features = builder.as_streaming_dataset(split=split).features
@@ -56,8 +57,8 @@ def take_rows(builder: Any, split: str, field: str) -> tuple[Any, ReadRow | None
         kind = text_type(features.arrow_schema.field(field).type)
         if kind is not None:
             raise TypeError(f"holds {kind} values in {field!r}, not text")
-        builder._cast_table = lambda table: table
-        builder._generate_tables = _parquet_tables(builder._generate_tables, download)
+        builder._cast_table = _unchanged
+        builder._generate_tables = partial(_parquet_tables, builder._generate_tables, download)
         read = _parquet_document
     else:
         if getattr(builder.config, "encoding_errors", "") is None:
@@ -71,9 +72,13 @@ def take_rows(builder: Any, split: str, field: str) -> tuple[Any, ReadRow | None
     return data, read
 
 
+def _unchanged(table: Any) -> Any:
+    return table
+
+
 def _json_document(field: str, row: dict[str, Any]) -> Document:
     name, problem, data = _unpacked(row)
-    return Document(name, "", problem) if problem else parse_record(data, field, name, lambda: name)
+    return Document(name, "", problem) if problem else parse_record(data, field, name)
 
 
 def _parquet_document(row: dict[str, Any]) -> Document:
@@ -83,8 +88,8 @@ def _parquet_document(row: dict[str, Any]) -> Document:
 
 
 def _packed(name: str, data: bytes, problem: str = "") -> bytes:
-    told = f"{name}\0{problem}\0".encode("utf-8", "surrogatepass")
-    return told + data
+    header = f"{name}\0{problem}\0".encode("utf-8", "surrogatepass")
+    return header + data
 
 
 def _unpacked(row: dict[str, Any]) -> tuple[str, str | None, bytes]:
@@ -97,29 +102,27 @@ def _table(records: list[bytes]) -> Any:
 
 
 def _broken(name: str, error: Exception) -> Any:
-    said = first_line(error).replace("\0", "")
-    return _table([_packed(name, b"", f"{name} cannot be read, nor what follows it ({said})")])
+    message = first_line(error).replace("\0", "")
+    return _table([_packed(name, b"", f"{name} cannot be read, nor what follows it ({message})")])
 
 
-def _json_tables(field: str, download: Any) -> Callable[..., Tables]:
-    """What stands for the library's `_generate_tables`."""
-
-    def generate(files_iterables: Sequence[Iterable[str]], base_files: Sequence[str], original_files: Any) -> Tables:
-        for shard, (base, files) in enumerate(zip(base_files, files_iterables, strict=True)):
-            batches = count()
-            for file in [base] if base.endswith(".zst") else files:
-                name, row = file.rpartition("::")[2], 1
-                try:
-                    with _open(file, download) as handle:
-                        for lines in _lines(handle, field):
-                            yield Key(shard, next(batches)), _table([_packed(f"{name}:{n}", line) for n, line in lines])
-                            row = lines[-1][0] + 1
-                except Exception as error:
-                    if not is_damage(error):
-                        raise
-                    yield Key(shard, next(batches)), _broken(f"{name}:{row}", error)
-
-    return generate
+def _json_tables(
+    field: str, download: Any, files_iterables: Sequence[Iterable[str]], base_files: Sequence[str], original_files: Any
+) -> Tables:
+    """Stands for the library's `_generate_tables`, with the first two arguments bound."""
+    for shard, (base, files) in enumerate(zip(base_files, files_iterables, strict=True)):
+        batches = count()
+        for file in [base] if base.endswith(".zst") else files:
+            name, row = file.rpartition("::")[2], 1
+            try:
+                with _open(file, download) as handle:
+                    for lines in _lines(handle, field):
+                        yield Key(shard, next(batches)), _table([_packed(f"{name}:{n}", line) for n, line in lines])
+                        row = lines[-1][0] + 1
+            except Exception as error:
+                if not is_damage(error):
+                    raise
+                yield Key(shard, next(batches)), _broken(f"{name}:{row}", error)
 
 
 @contextlib.contextmanager
@@ -153,24 +156,25 @@ def _lines(handle: Any, field: str) -> Iterator[list[tuple[int, bytes]]]:
         number, block = number + len(lines), handle.read(_READ_AHEAD)
 
 
-def _parquet_tables(original: Callable[..., Tables], download: Any) -> Callable[..., Tables]:
-    """The same around the library's own. Of a damaged file, each row group that can be read is; of the others, each is
-    one record that has a problem, wherever the library noticed it."""
+def _parquet_tables(
+    original: Callable[..., Tables], download: Any, files: Sequence[str], row_groups_list: Sequence[Any]
+) -> Tables:
+    """Stands for the library's `_generate_tables`, which is ``original``, with the first two arguments bound.
 
-    def generate(files: Sequence[str], row_groups_list: Sequence[Any]) -> Tables:
-        for shard, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
-            row, batches = 0, count()
-            try:
-                for _, table in original(files=[file], row_groups_list=[groups]):
-                    yield Key(shard, next(batches)), _parquet_table(table.column(0), file, row)
-                    row += len(table)
-            except Exception as error:
-                if not is_damage(error):
-                    raise
-                for table in _groups_one_by_one(original, download, file, done=row):
-                    yield Key(shard, next(batches)), table
-
-    return generate
+    Of a damaged file, every row group that can be read is read; each of the others is one record that has a problem,
+    wherever the library noticed it.
+    """
+    for shard, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
+        row, batches = 0, count()
+        try:
+            for _, table in original(files=[file], row_groups_list=[groups]):
+                yield Key(shard, next(batches)), _parquet_table(table.column(0), file, row)
+                row += len(table)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            for table in _groups_one_by_one(original, download, file, done=row):
+                yield Key(shard, next(batches)), table
 
 
 def _groups_one_by_one(original: Callable[..., Tables], download: Any, file: str, done: int) -> Iterator[Any]:

@@ -46,13 +46,13 @@ class HuggingFaceStream:
     def _load(self, data_files: str | list[str] | None, revision: str | None) -> tuple[Any, Any, Any]:
         import datasets
 
-        from pipeline.data.sources.hub_rows import take_rows
+        from pipeline.data.sources.hub_rows import record_stream
 
         try:
             builder = datasets.load_dataset_builder(
                 self._path, self._config_name, data_files=data_files, revision=revision
             )
-            data, read_row = take_rows(builder, self.split, self.text_field)
+            data, read_row = record_stream(builder, self.split, self.text_field)
             columns = data.column_names if read_row is None else None
             if columns and self.text_field in columns:
                 data = data.select_columns([self.text_field])
@@ -116,7 +116,7 @@ class HuggingFaceStream:
 
     @property
     def _groups(self) -> list[Any]:
-        """The data files of the split, as the library resolved them; of all splits where it does not tell."""
+        """The data files of the split, as the library resolved them; of all splits where it does not list this one."""
         listed = self._builder.config.data_files or {}
         return [listed[self.split]] if self.split in listed else list(listed.values())
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +29,6 @@ from pipeline.data.sources.listing import (
 )
 from pipeline.data.sources.readers import DamagedFile, FileReader, JsonLinesFile, TextFile, unreadable
 from pipeline.errors import UserError
-
-T = TypeVar("T")
 
 _EXCLUDED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
 _GROUPED = (ParquetFile, CompressedJsonLinesFile)
@@ -126,7 +125,7 @@ class LocalFiles:
         current = self.fingerprint()
         if "layout" in saved:
             return saved == current
-        # A checkpoint of before says nothing of the order, which the text column's size decided then.
+        # A checkpoint of an earlier version has no layout: there the size of the text column decided the order.
         parquet = [reader.largest_text() for reader in self._readers if isinstance(reader, ParquetFile)]
         known = {key: value for key, value in current.items() if key != "layout"}
         return saved == known and _together(parquet) == self.together
@@ -146,15 +145,19 @@ class LocalFiles:
 
     @cached_property
     def _bytes(self) -> int:
-        return self._read(lambda: sum(file.path.stat().st_size for file in self._files))
+        with self._unreadable_refused():
+            return sum(file.path.stat().st_size for file in self._files)
 
     @cached_property
     def _digest(self) -> str:
-        return self._read(lambda: hash_files([(file.identity, file.path) for file in self._files]))
+        with self._unreadable_refused():
+            return hash_files([(file.identity, file.path) for file in self._files])
 
-    def _read(self, part: Callable[[], T]) -> T:
+    @contextmanager
+    def _unreadable_refused(self) -> Iterator[None]:
+        """Raises UserError for an OSError."""
         try:
-            return part()
+            yield
         except OSError as error:
             raise unreadable(Path(error.filename or self.name), error) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -76,7 +77,7 @@ class JsonLinesFile:
         check_name(path, lines=True)
         with path.open("rb") as file:
             self._as_indexed = _size_and_time(file.fileno())
-            self._starts = line_starts(iter(lambda: file.read(_SCAN_BLOCK), b""))
+            self._starts = line_starts(iter(partial(file.read, _SCAN_BLOCK), b""))
         self.rows = len(self._starts)
 
     def __getitem__(self, row: int) -> Document:
@@ -84,12 +85,16 @@ class JsonLinesFile:
         with self.path.open("rb") as file:
             file.seek(start)
             line = file.readline()
-            # Offsets of before would cut records anywhere.
+            # The file has changed, so the offsets of its index no longer are starts of lines.
             if _size_and_time(file.fileno()) != self._as_indexed and not line.strip():
                 self._changed()
-            found = parse_record(line, self._field, f"{self.path} (byte {start})", lambda: self._place(start))
-            if found.problem is not None and _size_and_time(file.fileno()) != self._as_indexed:
-                self._changed()
+            name = f"{self.path} (byte {start})"
+            found = parse_record(line, self._field, name)
+            if found.problem is not None:
+                # Only a problem needs the line's number: everything before the line is read for it.
+                found = parse_record(line, self._field, name, self._place(start))
+                if _size_and_time(file.fileno()) != self._as_indexed:
+                    self._changed()
         return found
 
     def _changed(self) -> NoReturn:

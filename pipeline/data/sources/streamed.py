@@ -94,8 +94,10 @@ class StreamedDocuments:
         self._block = source.shuffle_buffer if order.shuffle and not order.held_out else 1
         self._buffer: dict[tuple[int, int], Document] = {}
         self._buffered = 0
-        self._needed = dict.fromkeys(order.mine, (0, 0))  # the first place each stream may still ask for
-        self._current = dict.fromkeys(order.mine, (0, 0))  # the place each stream is at: a resume asks for it again
+        # The first place each stream may still ask for.
+        self._needed = dict.fromkeys(order.local_streams, (0, 0))
+        # The place each stream is at: a resume asks for it again.
+        self._current = dict.fromkeys(order.local_streams, (0, 0))
         self._snapshots: list[tuple[int, int, dict[str, Any]]] = []
         self._length: int | None = None
         self._place = (0, 0)

@@ -1,4 +1,4 @@
-"""Bytes to text, by one policy for every format: what is no text becomes U+FFFD and is told, never an exception."""
+"""Bytes to text, by one policy for every format: what is no text becomes U+FFFD and is reported, never an exception."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import codecs
 import io
 import json
 import tokenize
-from collections.abc import Callable
 from functools import lru_cache
 
 from pipeline.data.sources.base import Document
@@ -91,11 +90,12 @@ def well_formed(text: str) -> tuple[str, bool]:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
 
 
-def parse_record(line: bytes, field: str, name: str, place: Callable[[], str]) -> Document:
+def parse_record(line: bytes, field: str, name: str, place: str | None = None) -> Document:
     """The text in `field` of a JSON object; a blank line is an empty document.
 
-    `name` is the document's, `place` gives the file and row of one that has a problem.
+    `name` is the document's, `place` the file and row that a problem names; the name when None.
     """
+    place = place or name
     line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
         return Document(name, "")
@@ -103,18 +103,18 @@ def parse_record(line: bytes, field: str, name: str, place: Callable[[], str]) -
     try:
         record = _DECODER.decode(decoded)
     except RecursionError:
-        return Document(name, "", f"{place()} is nested too deep for the JSON parser")
+        return Document(name, "", f"{place} is nested too deep for the JSON parser")
     except ValueError as error:
-        return Document(name, "", f"{place()} is not JSON ({error})")
+        return Document(name, "", f"{place} is not JSON ({error})")
     if not isinstance(record, dict):
-        return Document(name, "", f"{place()} is not a JSON object (one per line is expected)")
+        return Document(name, "", f"{place} is not a JSON object (one per line is expected)")
     if field not in record:
         found = ", ".join(repr(key[:_SHOWN_CHARACTERS]) for key in list(record)[:_SHOWN_KEYS]) or "none"
         more = ", ..." if len(record) > _SHOWN_KEYS else ""
-        return Document(name, "", f"{place()} has no field {field!r} (it has {found}{more}; see --data.text-field)")
+        return Document(name, "", f"{place} has no field {field!r} (it has {found}{more}; see --data.text-field)")
     if record[field] is None:
         return Document(name, "")
     if not isinstance(record[field], str):
-        return Document(name, "", f"{place()}: {field!r} is not text (see --data.text-field)")
+        return Document(name, "", f"{place}: {field!r} is not text (see --data.text-field)")
     text, halves = well_formed(record[field])
     return Document(name, text, undecodable=halves or (undecodable and "\ufffd" in text))

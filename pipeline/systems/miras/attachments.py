@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Olmo2Config
@@ -84,7 +85,9 @@ class ContextInputs(nn.Module):
         normed = self.norm(hidden)
         precise = normed.to(_accumulate_dtype(hidden))
         logits = [gate(precise) for gate in (self.alpha_proj, self.beta_proj, self.context_gate)]
-        return ContextTokens(self.q_proj(normed).unflatten(-1, (self.heads, -1)), torch.stack(logits, dim=-1))
+        queries = self.q_proj(normed)
+        queries = rearrange(queries, "batch sequence (heads dim) -> batch sequence heads dim", heads=self.heads)
+        return ContextTokens(queries, torch.stack(logits, dim=-1))
 
 
 class ContextMemory(nn.Module):
@@ -155,19 +158,19 @@ class ContextMemory(nn.Module):
         )
         # The first stage's tokens from the carry, and those that its convolution reaches back to.
         replayed = rows_at(old_written, plan.replay_index)
-        past, past_ids = rows_at(old_written, plan.history_index).to(q.dtype), rows_at(ids, plan.history_index)
+        history, history_ids = rows_at(old_written, plan.history_index).to(q.dtype), rows_at(ids, plan.history_index)
         state = (carry.memory, carry.momentum)
         outs, writes, gates = [], [], []
         for index, (read, logit, query, value, base) in enumerate(stages):
-            args = (read, logit, query, value, base, replayed if index == 0 else None, past, past_ids)
+            args = (read, logit, query, value, base, replayed if index == 0 else None, history, history_ids)
             if self.recompute and torch.is_grad_enabled():
                 out, written, state, gate = checkpoint(
                     self._stage, index, plan, *args, state, local, scale, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 out, written, state, gate = self._stage(index, plan, *args, state, local, scale)
-            past = torch.cat([past, written], dim=1)[:, 1 - taps :]
-            past_ids = torch.cat([past_ids, plan.segment_ids[index]], dim=1)[:, 1 - taps :]
+            history = torch.cat([history, written], dim=1)[:, 1 - taps :]
+            history_ids = torch.cat([history_ids, plan.segment_ids[index]], dim=1)[:, 1 - taps :]
             outs.append(out)
             writes.append(written)
             gates.append(gate)
@@ -190,8 +193,8 @@ class ContextMemory(nn.Module):
         value: Tensor,
         base: Tensor,
         replayed: Tensor | None,
-        past: Tensor,
-        past_ids: Tensor,
+        history: Tensor,
+        history_ids: Tensor,
         state: State,
         local: slice,
         scale: float,
@@ -212,7 +215,7 @@ class ContextMemory(nn.Module):
             written = torch.where(plan.replay_mask[..., None, None], replayed.to(written.dtype), written)
         dim = self.config.head_dim
         convolved = causal_convolution(
-            torch.cat([past, written], dim=1), torch.cat([past_ids, ids], dim=1), self.conv[local][..., dim:]
+            torch.cat([history, written], dim=1), torch.cat([history_ids, ids], dim=1), self.conv[local][..., dim:]
         )
         q, k, v = F.silu(convolved).chunk(3, dim=-1)
         q, k = self._unit(q), self._unit(k)
@@ -228,7 +231,10 @@ class ContextMemory(nn.Module):
         read = F.rms_norm(read, read.shape[-1:], eps=self.norm_eps) * self.context_norm[local]
         k, v = torch.einsum("bthi,hoi->btho", read.to(query.dtype), self.context_kv[local]).chunk(2, dim=-1)
         batch = ids.shape[0]
-        pairs = [x[local].transpose(0, 1).expand(batch, -1, -1, -1) for x in (self.persistent_k, self.persistent_v)]
+        pairs = [
+            repeat(x[local], "heads pairs dim -> batch pairs heads dim", batch=batch)
+            for x in (self.persistent_k, self.persistent_v)
+        ]
         keys, values = (torch.cat([pair.to(x.dtype), x], dim=1) for pair, x in zip(pairs, (k, v), strict=True))
         # Documents apart, and a token sees no later one; itself it always sees.
         seen = (ids[:, :, None] == ids[:, None, :]).tril()

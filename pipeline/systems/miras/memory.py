@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.ops.convolution import causal_convolution
@@ -81,7 +82,7 @@ class MemoryBranch(nn.Module):
         normed = self.norm(hidden)
 
         def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (config.heads, -1))
+            return rearrange(x, "batch sequence (heads dim) -> batch sequence heads dim", heads=config.heads)
 
         qkv = torch.cat([split(proj(normed)) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         accumulate_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -104,7 +105,8 @@ class MemoryBranch(nn.Module):
 
         (read,) = to_sequence([read], topology)
         gate = torch.sigmoid(self.gate_up(self.gate_down(normed)))
-        out = self.o_proj(read.flatten(-2).to(gate.dtype) * gate)
+        read = rearrange(read, "batch sequence heads dim -> batch sequence (heads dim)")
+        out = self.o_proj(read.to(gate.dtype) * gate)
         new = MemoryCarry(memory.detach(), momentum.detach(), tail, tail_segments)
         with torch.no_grad():
             health = memory_health(config.head_dim, new, gates.alpha, gates.eta, gates.theta)

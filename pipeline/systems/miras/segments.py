@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 PAD = -2
@@ -62,7 +63,8 @@ class SegmentPlan:
     def scatter(self, stages: Sequence[Tensor], last: int | None = None) -> Tensor:
         """A tensor [batch, length, ...] per stage as [batch, tokens, ...]: this step's own tokens, or the last ones."""
         index = self.scatter_index if last is None else self.scatter_index[:, -last:]
-        return torch.stack(list(stages)).flatten(0, 2).index_select(0, index.flatten()).unflatten(0, index.shape)
+        rows = rearrange(list(stages), "stages batch length ... -> (stages batch length) ...")
+        return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.bench.gpu import runner
-from pipeline.bench.gpu.judges import has_both_passes
+from pipeline.bench.gpu.checks import has_both_passes
 from pipeline.bench.gpu.runner import Facts, finished, result_file, run_step
 from pipeline.bench.gpu.step import Step
 
@@ -96,7 +96,7 @@ def test_out_of_memory_answers_a_measurement_and_fails_a_test(tmp_path: Path) ->
     ],
 )
 def test_figures_are_judged(tmp_path: Path, figures: str, status: str, reason: str | None) -> None:
-    result = run(step(WRITE, "{result}", figures, writes="json", judge=has_both_passes, measures=True), tmp_path)
+    result = run(step(WRITE, "{result}", figures, writes="json", check=has_both_passes, measures=True), tmp_path)
     assert (result["status"], result["reason"]) == (status, reason)
 
 

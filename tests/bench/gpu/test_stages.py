@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench.gpu import __main__ as gpu
-from pipeline.bench.gpu.judges import all_passed, flex_passed, kernels_checked
+from pipeline.bench.gpu.checks import all_passed, flex_passed, kernels_checked
 from pipeline.bench.gpu.packages import install_missing
 from pipeline.bench.gpu.step import STAGE_SECONDS, Step
 from pipeline.bench.gpu.steps import STAGES, all_steps, steps_of
@@ -113,6 +113,10 @@ def test_every_command_for_a_gpu_is_one_that_its_program_takes() -> None:
             parse_run(["miras_recall", *words[5:]], "train")
         if words[2] == "pipeline.bench.gpu.precision":
             parse_run([*words[4:], "--steps", "1", "--precision", "bf16"], "train")
+
+
+def test_steps_that_run_an_op_are_skipped_without_einops() -> None:
+    assert {step.name for _, step in all_steps(H200) if "einops" not in step.needs} == {"build", "versions"}
 
 
 def test_the_marks_that_select_tests_on_a_gpu_select_some_of_both_scans() -> None:

@@ -1,4 +1,4 @@
-"""Whether a step of `make gpu` whose process ended well has passed, by its figures: why not, or None."""
+"""Checks of the figures of a `make gpu` step whose process ended with 0: why the step has not passed, or None."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipeline.bench.gpu.step import Figures
 
 
 def all_passed(figures: Figures) -> str | None:
-    """A test run that passes has run something, and left nothing out but what needs a package that is not there."""
+    """At least one test ran, and only tests whose package is not installed were skipped."""
     if not figures.get("passed"):
         return "no test ran"
     unexplained = [reason for reason in figures["reasons"] if "not installed" not in reason]
@@ -14,7 +14,7 @@ def all_passed(figures: Figures) -> str | None:
 
 
 def kernels_checked(figures: Figures) -> str | None:
-    """`doctor` never fails; a native kernel that is not used here does."""
+    """The native library is loaded and all its kernels passed: `doctor` itself never fails."""
     library = figures["kernels"]["libraries"]["cuda"]
     if not library["loaded"]:
         return f"the library for the GPU does not load: {library['state']}"
@@ -23,12 +23,12 @@ def kernels_checked(figures: Figures) -> str | None:
 
 
 def has_both_passes(figures: Figures) -> str | None:
-    """`bench kernels` leaves out what cannot run, and says why."""
+    """Both passes were measured: `bench kernels` leaves out what cannot run, with a note."""
     if {row["pass"] for row in figures["rows"]} == {"forward", "forward+backward"}:
         return None
     return "; ".join(figures["notes"]) or "nothing was measured"
 
 
 def flex_passed(figures: Figures) -> str | None:
-    """FlexAttention is in every torch for CUDA; other backends that are not installed are skipped and counted."""
+    """A case of FlexAttention passed, which is in every torch for CUDA; other backends may not be installed."""
     return None if any("flex" in name for name in figures["names"]) else "no case of FlexAttention passed"

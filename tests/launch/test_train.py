@@ -216,7 +216,7 @@ def test_no_space_left_is_one_line_and_leaves_nothing_half_written(tmp_path: Pat
 def test_an_error_of_one_rank_stops_all_with_one_line(tmp_path: Path) -> None:
     # Two data ranks; the second document of the second rank's stream is no JSON.
     data = tmp_path / "data.jsonl"
-    good = json.dumps({"text": "x" * 4000})
+    good = json.dumps({"text": "x" * 1600})
     data.write_text("".join(f"{good}\n" for _ in range(40)) + "{broken\n" + f"{good}\n" * 3)
     words = ["train", "miras_tiny", *SMALL, "--data.path", str(data), "--parallel.sequence", "1", "--zero", "zero1"]
     words += ["--data.holdout", "0.1"]

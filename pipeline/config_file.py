@@ -73,7 +73,8 @@ def with_moved_keys(content: dict[str, Any], where: str) -> dict[str, Any]:
     """The content of a config.yaml with its keys of before where they stand now. Raises UserError for a key that is
     given at both places. Sections that are none are left for others to refuse."""
     for (before, key), (section, name) in MOVED.items():
-        old, new = content.get(before), content.get(section, {})
+        old, new = content.get(before), content.get(section)
+        new = {} if new is None else new
         if not isinstance(old, dict) or key not in old or not isinstance(new, dict):
             continue
         if name in new:

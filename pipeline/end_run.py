@@ -23,7 +23,9 @@ from pipeline.runtime.stop import Stopped
 
 
 @contextlib.contextmanager
-def ends(run: Run, saver: Saver, callbacks: Sequence[Callback], monitor: HeartbeatMonitor | None) -> Iterator[None]:
+def recorded_end(
+    run: Run, saver: Saver, callbacks: Sequence[Callback], monitor: HeartbeatMonitor | None
+) -> Iterator[None]:
     """Around the steps of a run: whatever ends them, run.json records it, and the save and the callbacks end too."""
     status = "failed"
     shared: Stopped | UserError | None = None
@@ -71,9 +73,9 @@ def end_run(
         shared.reported = True
     last: list[tuple[str, Callable[[], None]]] = []
     if run.is_main:
-        last.append(("run.json", lambda: write_run_file(run, status)))
+        last.append(("run.json", functools.partial(write_run_file, run, status)))
     # A run that fails prints the reason before the other ranks, which wait for it, take it for lost.
-    last.append(("the save", lambda: saver.close(waits=status != "failed")))
+    last.append(("the save", functools.partial(saver.close, waits=status != "failed")))
     last += [(type(callback).__name__, functools.partial(callback.on_end, status)) for callback in callbacks]
     for name, part in last:
         try:

@@ -37,9 +37,7 @@ def train(config: RunConfig, requests: StopRequests | None = None) -> None:
         timeout = 60 * config.parallel.timeout_minutes
         with (
             FolderLock() as lock,
-            HeartbeatMonitor(
-                topology, timeout=timeout, on_failure=lambda why: _end_the_job(why, monitor.should_report)
-            ) as monitor,
+            HeartbeatMonitor(topology, timeout=timeout, on_failure=_end_the_job) as monitor,
         ):
             try:
                 _train(config, topology, SyncPoint(topology, requests, monitor), lock)

@@ -51,8 +51,8 @@ class Run:
     """What the weights that are not trained are, for checkpoints to name; None when all are trained."""
     progress: Progress = field(default_factory=Progress)
     last_checkpoint: str | None = None
-    evaluated: int | None = None
-    """The step of the newest evaluation; run.json keeps it for the next start."""
+    evaluated: tuple[int, ...] = ()
+    """The steps that were evaluated; run.json keeps them for the next start."""
     lock: FolderLock = field(default_factory=FolderLock)
     """Held by rank 0, so that no other run writes to the folder."""
     chosen: dict[str, str] = field(default_factory=dict)

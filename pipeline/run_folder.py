@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import time
+from typing import Any
 
 from pipeline.checkpoint.manifest import clear_leftovers, named_checkpoints
 from pipeline.config_file import save_config
@@ -30,8 +32,9 @@ def open_folder(run: Run) -> None:
             if taken and named_checkpoints(checkpoints):
                 raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")
             clear_leftovers(checkpoints)
-            # A start from scratch evaluates before its first step again.
-            run.evaluated = read_run_file(run.folder).evaluated if run.progress.step else None
+            # A start from scratch evaluates before its first step again; steps after the resumed one are run again.
+            before, done = read_run_file(run.folder).evaluated or (), run.progress.step
+            run.evaluated = tuple(step for step in before if step <= done) if done else ()
             save_config(run.config, run.folder / "config.yaml")
             write_json(run.folder / "ds_config.json", run.ds_config)
             write_run_file(run, "running")
@@ -45,6 +48,12 @@ def open_folder(run: Run) -> None:
     run.evaluated = broadcast_object(run.topology, run.evaluated)
 
 
+@functools.cache
+def _code() -> dict[str, Any]:
+    """Of this process: what has been imported stays, whatever becomes of the files."""
+    return {"versions": versions(), "commit": commit()}
+
+
 def write_run_file(run: Run, status: str) -> None:
     """run.json: versions, commit, devices, command, status, last checkpoint and evaluation. Rank 0 only; raises
     RankError."""
@@ -56,8 +65,7 @@ def write_run_file(run: Run, status: str) -> None:
         "evaluated": run.evaluated,
         "progress": dataclasses.asdict(run.progress),
         "command": sys.argv,
-        "versions": versions(),
-        "commit": commit(),
+        **_code(),
         "machine": describe_devices(run.topology),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

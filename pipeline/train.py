@@ -11,7 +11,7 @@ from pipeline.callbacks import Callback, create_callbacks
 from pipeline.checkpoint.contents import take_snapshot
 from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.save import Saver
-from pipeline.end_run import ends
+from pipeline.end_run import recorded_end
 from pipeline.engine import StepResult
 from pipeline.meter import Meter
 from pipeline.parallel.loss import scaled_loss
@@ -35,6 +35,8 @@ class Trainer:
         self.saver = Saver(run)
         self.outputs: list[StepOutput] = []
         """What the last step's micro-batches measured."""
+        self.result = StepResult(0.0, False, 0.0)
+        """What the last step did."""
         self.saved: int | None = None
         """The step of the newest checkpoint that was begun."""
         self.snapshot = take_snapshot(run, self.carries)
@@ -56,7 +58,7 @@ class Trainer:
         # Only now: a start that was refused leaves the folder as it is.
         open_folder(run)
         self.callbacks = create_callbacks(run)
-        with ends(run, self.saver, self.callbacks, self.sync_point.monitor):
+        with recorded_end(run, self.saver, self.callbacks, self.sync_point.monitor):
             for callback in self.callbacks:
                 callback.on_start()
             meter = Meter(run)
@@ -100,7 +102,7 @@ class Trainer:
         """Whether the step that the run stands at is evaluated before it goes on: a run may have ended meanwhile."""
         step, every = self.run.progress.step, self.run.config.eval_every
         due = step == 0 or step >= last or bool(every and step % every == 0)
-        return due and self.run.evaluated != step
+        return due and step not in self.run.evaluated
 
     def step(self, step: int, meter: Meter) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
@@ -167,14 +169,14 @@ class Trainer:
         evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.sync_point)
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
-        self.run.evaluated = step
+        self.run.evaluated = (*self.run.evaluated, step)
         if self.run.is_main:
             write_run_file(self.run, "running")
 
     def _dry_run(self) -> None:
         meter = Meter(self.run)
         self._accumulate(StepContext(self.run.topology, self.run.config.seed, self.phase.name, 1), meter)
-        record = meter.record(1, StepResult(0.0, False, 0.0))
+        record = meter.record(1, self.result)
         if self.run.is_main:
             print(
                 f"dry run: loss {record.loss:.4f}, {record.tok_s:.0f} tok/s, peak memory"

@@ -114,6 +114,7 @@ def test_a_file_of_before_means_the_same(file: Path, recipe: str) -> None:
         ("recipe: miras_recall\nmodel: {recall: {pairs: 4, queries: 4}}", RecallConfig(16, 16, 16, pairs=4, queries=4)),
         ("recipe: miras_tiny\nmodel: {recall: {keys: 9}}\ndata: {min_tokens: 0}", RecallConfig(keys=9)),
         ("recipe: miras_recall\nmodel: {recall: null}", None),
+        ("recipe: miras_recall\nmodel: {recall: {keys: 9}}\ndata:", RecallConfig(9, 16, 16)),
     ],
 )
 def test_a_task_in_the_models_section_is_read_as_before(file: Path, content: str, expected: object) -> None:

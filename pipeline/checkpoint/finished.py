@@ -33,7 +33,10 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
     step = 0 if manifest is None else int(manifest["step"])
     last = min(config.steps, config.stop_after or config.steps)
     before = read_run_file(folder)
-    if step < last or before.status not in ("finished", "stopped") or before.evaluated != step:
+    if step < last or before.status not in ("finished", "stopped"):
+        return None
+    # A file of an older version has no list: its runs ended so after their last evaluation.
+    if before.evaluated is not None and step not in before.evaluated:
         return None
     if step >= config.steps:
         how = f"already finished at step {step} (--steps is {config.steps})"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ class Saver:
         everyone = all_gather_object(self.run.topology, (snapshot.cursors, sum(part.bytes for part in collected)))
         if self.run.is_main:
             collected += shared_parts(self.run, snapshot, [cursors for cursors, _ in everyone])
-        self._on_main(step, lambda: self._make_room(self._partial(step), sum(size for _, size in everyone)))
+        with self._on_main(step):
+            if self.run.is_main:
+                self._make_room(self._partial(step), sum(size for _, size in everyone))
         copied: Future[None] = Future()
         ready = torch.cuda.current_stream().record_event() if self.run.device.type == "cuda" else None
 
@@ -219,18 +222,18 @@ class Saver:
             raise OSError(f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed")
         partial.mkdir()
 
-    def _on_main(self, step: int, part: Callable[[], None]) -> None:
-        """Rank 0 does `part`; when it fails nothing half-written stays, and all ranks stop with its reason."""
+    @contextlib.contextmanager
+    def _on_main(self, step: int) -> Iterator[None]:
+        """Around what rank 0 does: when it fails nothing half-written stays, and all ranks stop with its reason."""
         problem = None
-        if self.run.is_main:
-            try:
-                part()
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = self._sentence(step, error)
-            if problem is not None:
-                shutil.rmtree(self._partial(step), ignore_errors=True)
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = self._sentence(step, error)
+        if problem is not None:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
         raise_together(self.run.topology, problem)
 
     def _sentence(self, step: int, error: BaseException) -> str:

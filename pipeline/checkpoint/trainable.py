@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def load_trainable(model: nn.Module, checkpoint: Path, topology: Topology) -> No
             )
         values = _read_buffers(path, {name: buffers[name] for name in names if name not in parameters})
     rename = {name: name for name in names if name in parameters}
-    load_safetensors(model, lambda: file_tensors(path), rename, topology, what=str(path))
+    load_safetensors(model, functools.partial(file_tensors, path), rename, topology, what=str(path))
     with torch.no_grad():
         for name, value in values.items():
             buffers[name].copy_(value)

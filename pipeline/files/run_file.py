@@ -12,10 +12,10 @@ NAME = "run.json"
 
 @dataclass(frozen=True)
 class RunFile:
-    """How a run ended, and the step of its newest evaluation; None where the file does not say."""
+    """How a run ended, and the steps that it evaluated; None where the file does not say."""
 
     status: str | None = None
-    evaluated: int | None = None
+    evaluated: tuple[int, ...] | None = None
 
 
 def read_run_file(folder: Path) -> RunFile:
@@ -29,5 +29,5 @@ def read_run_file(folder: Path) -> RunFile:
     status, evaluated = content.get("status"), content.get("evaluated")
     return RunFile(
         status if isinstance(status, str) else None,
-        evaluated if type(evaluated) is int else None,
+        tuple(evaluated) if isinstance(evaluated, list) and all(type(step) is int for step in evaluated) else None,
     )

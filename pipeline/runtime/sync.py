@@ -65,11 +65,11 @@ class SyncPoint:
 
 def next_step(loader: StatefulLoader, sync_point: SyncPoint, place: str) -> list[Batch]:
     """A loader's next micro-batches; a document that one rank cannot use stops all of them. Collective."""
-    return next_counted_step(loader, sync_point, place, lambda _: {})[0]
+    return next_counted_step(loader, sync_point, place)[0]
 
 
 def next_counted_step(
-    loader: StatefulLoader, sync_point: SyncPoint, place: str, count: Callable[[Batch], Counts]
+    loader: StatefulLoader, sync_point: SyncPoint, place: str, count: Callable[[Batch], Counts] | None = None
 ) -> tuple[list[Batch], dict[str, float]]:
     """As `next_step`, with what each loss term of the step averages over, over all its micro-batches and data ranks.
 
@@ -80,7 +80,7 @@ def next_counted_step(
     counts: dict[str, int] = {}
     try:
         batches = loader.next_step()
-        counts = add_counts(map(count, batches))
+        counts = {} if count is None else add_counts(map(count, batches))
     except UserError as error:
         problem = str(error)
     return batches, sync_point(place, problem, counts)

@@ -25,7 +25,7 @@ def ended(tmp_path: Path):
     def make(step: int = STEPS, status: str = "finished", **changes: Any) -> tuple[RunConfig, Path]:
         run = a_run(tmp_path / "run")
         checkpoint = save(run, step)
-        (run.folder / "run.json").write_text(json.dumps({"status": status, "evaluated": step}))
+        (run.folder / "run.json").write_text(json.dumps({"status": status, "evaluated": [0, step]}))
         return dataclasses.replace(run.config, steps=STEPS, **changes), checkpoint
 
     return make
@@ -70,10 +70,18 @@ def test_a_run_file_that_says_nothing_is_no_finished_run(content: str | None, en
 
 def test_an_evaluation_that_is_owed_is_something(ended) -> None:
     config, checkpoint = ended()
-    for evaluated in (None, 0, True, "20"):
+    for evaluated in ([], [0], [0, 8]):
         content = {"status": "finished", "evaluated": evaluated}
         (config.output_dir / "run.json").write_text(json.dumps(content))
         assert nothing_left(config, checkpoint) is None
+
+
+def test_a_finished_run_of_an_older_version_is_finished(ended) -> None:
+    """Its run.json lists no evaluations; its status was written after the last of them."""
+    config, checkpoint = ended()
+    (config.output_dir / "run.json").write_text(json.dumps({"status": "finished"}))
+    message = nothing_left(config, checkpoint)
+    assert message is not None and "already finished at step 20" in message
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from tests.checkpoint.small_runs import a_run
 
 def test_a_run_says_how_it_ended_and_what_it_evaluated(tmp_path: Path) -> None:
     run = a_run(tmp_path, step=8)
-    run.evaluated = 8
+    run.evaluated = (0, 8)
     write_run_file(run, "stopped")
-    assert read_run_file(tmp_path) == RunFile("stopped", 8)
+    assert read_run_file(tmp_path) == RunFile("stopped", (0, 8))
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "3", '{"status": 1, "evaluated": true}', '{"evaluated": "8"}', "\xff"]
+    "content", [None, "", "{", "[]", "3", '{"status": 1, "evaluated": 8}', '{"evaluated": [true]}', "\xff"]
 )
 def test_a_file_that_says_nothing(tmp_path: Path, content: str | None) -> None:
     if content is not None:
@@ -28,15 +28,14 @@ def test_a_file_that_says_nothing(tmp_path: Path, content: str | None) -> None:
     assert read_run_file(tmp_path) == RunFile()
 
 
-@pytest.mark.parametrize(("step", "known"), [(8, 8), (0, None)])
-def test_a_resume_knows_of_the_evaluation_and_a_start_from_scratch_makes_it_again(
-    tmp_path: Path, step: int, known: int | None
-) -> None:
+@pytest.mark.parametrize(("step", "known"), [(8, (0, 4, 8)), (9, (0, 4, 8)), (7, (0, 4)), (4, (0, 4)), (0, ())])
+def test_a_resume_knows_of_the_evaluations_up_to_its_step(tmp_path: Path, step: int, known: tuple[int, ...]) -> None:
+    """Those after it are made again, and all of them by a start from scratch."""
     before = a_run(tmp_path, step=8)
-    before.evaluated = 8
+    before.evaluated = (0, 4, 8)
     write_run_file(before, "stopped")
     run = a_run(tmp_path, step=step)
     with run.lock:
         open_folder(run)
     assert run.evaluated == known
-    assert json.loads((tmp_path / "run.json").read_text())["evaluated"] == known
+    assert json.loads((tmp_path / "run.json").read_text())["evaluated"] == list(known)

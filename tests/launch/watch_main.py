@@ -40,7 +40,7 @@ def rank_of(job: str, rank: int, out: Path) -> NoReturn:
     what, _, victim = job.partition("-")
     topology = Topology(rank, WORLD, local_rank=rank)
 
-    def fail(diagnosis: Diagnosis | None) -> NoReturn:
+    def fail(diagnosis: Diagnosis | None, should_report: bool = False) -> NoReturn:
         leave(None, 9) if diagnosis is None else leave(diagnosis.reason, diagnosis.code)
 
     with HeartbeatMonitor(topology, timeout=TIMEOUT, interval=INTERVAL, on_failure=fail) as monitor:

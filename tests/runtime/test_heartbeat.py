@@ -198,7 +198,7 @@ class Job:
             )
 
     def _failure(self, rank: int) -> Callable[[Diagnosis], None]:
-        def fail(found: Diagnosis) -> None:
+        def fail(found: Diagnosis, should_report: bool) -> None:
             self.failures[rank] = found.reason
             self.codes.add(found.code)
 

@@ -26,9 +26,9 @@ class HeartbeatMonitor:
     """Names the rank that died or stalls, on every rank. Made by all ranks together; of one rank it does nothing.
 
     `timeout`: seconds without progress until a rank is held to stall. A rank of which nothing is heard for that long,
-    or for a minute if that is less, is lost. `on_failure` is called once with the diagnosis, in a thread of the
-    monitor, while the training thread may hang; it is meant to end the process. `should_report` then says whether this
-    rank is the one to print it.
+    or for a minute if that is less, is lost. `on_failure` is called once with the diagnosis, and whether this rank is
+    the one to print it (`should_report`), in a thread of the monitor, while the training thread may hang; it is meant
+    to end the process.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class HeartbeatMonitor:
         topology: Topology,
         *,
         timeout: float,
-        on_failure: Callable[[Diagnosis], None],
+        on_failure: Callable[[Diagnosis, bool], None],
         interval: float | None = None,
         meeting: Meeting | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class HeartbeatMonitor:
             return  # the training thread waits for it, and ends by itself
         if self._rank == 0:
             time.sleep(RELAY_DELAY)
-        self._on_failure(diagnosis)
+        self._on_failure(diagnosis, self.should_report)
 
     def ends(self, error: BaseException | None = None) -> None:
         """Training is over on this rank, by an exception or, without one, cleanly; it may have last things to do."""

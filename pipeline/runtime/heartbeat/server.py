@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import selectors
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class HeartbeatServer(HeartbeatThread):
             accepted, _ = self.server.accept()
             accepted.setblocking(False)
             connection = Connection(accepted)
-            self.selector.register(accepted, selectors.EVENT_READ, lambda when: self._read(connection, when))
+            self.selector.register(accepted, selectors.EVENT_READ, functools.partial(self._read, connection))
 
     def _read(self, connection: Connection, now: float) -> None:
         is_open = connection.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -21,7 +22,7 @@ def initialise(model: nn.Module, config: MirasConfig, seed: int, topology: Topol
     if config.backbone.pretrained is not None:
         rename = {name: name.removeprefix("backbone.") for name in names if name.startswith("backbone.")}
         what = f"--model.backbone.pretrained {config.backbone.pretrained}"
-        load_safetensors(model, lambda: pretrained_tensors(config.backbone), rename, topology, what=what)
+        load_safetensors(model, functools.partial(pretrained_tensors, config.backbone), rename, topology, what=what)
         random = [name for name in names if name not in rename]
     fill(model, lambda name, shape: _random(name, shape, config, seed), random)
 

@@ -75,9 +75,14 @@ class StatefulLoader(Protocol[B]):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """{"streams": {global stream id: cursor}, "fingerprint": ...}, JSON-ready; covers this data rank's streams."""
+        """JSON-ready: "fingerprint", what a resumed run must agree on, and the position after the last step.
+
+        A loader that reads in streams gives {"streams": {global stream id: cursor}} for the streams of its data rank.
+        One that does not gives a few numbers under names of its own, the same on every rank.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the merged cursors of all streams and keeps its own."""
+        """Takes the state of all data ranks, with the cursors of all streams, and keeps its own. Raises UserError when
+        it is of other data."""
         ...

@@ -13,16 +13,16 @@ from pipeline.system import StepOutput
 
 
 def count_skipped(
-    run: Run, outputs: Sequence[StepOutput], streams: Mapping[str, Mapping[str, Any]], callbacks: Iterable[Callback]
+    run: Run, outputs: Sequence[StepOutput], position: Mapping[str, Any], callbacks: Iterable[Callback]
 ) -> None:
     """Counts the run's last step as skipped. Collective; raises UserError when too many in a row were.
 
-    `outputs`: what its micro-batches measured. `streams`: where its batch began, by this rank's streams.
+    `outputs`: what its micro-batches measured. `position`: where its batch began, as the loader's `state_dict` says.
     """
     progress, limit = run.progress, run.config.optimizer.max_skipped
     progress.skipped += 1
     progress.skipped_in_a_row += 1
-    found = non_finite_streams(run, outputs, streams)
+    found = where_it_began(run, outputs, position)
     for callback in callbacks:
         callback.on_skip(progress.step, progress.skipped_in_a_row, found)
     if progress.skipped_in_a_row >= limit:
@@ -32,21 +32,26 @@ def count_skipped(
         )
 
 
-def non_finite_streams(
-    run: Run, outputs: Sequence[StepOutput], streams: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Where the batch of a skipped step began, by stream: those with a non-finite loss, or else all. Collective."""
+def where_it_began(run: Run, outputs: Sequence[StepOutput], position: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the batch of a skipped step began. Collective.
+
+    By stream: those with a non-finite loss, or else all. Of a loader without streams: its position.
+    """
+    if "streams" not in position:
+        return _numbers(position)
     bad = {
         str(int(stream))
         for output, ids in zip(outputs, run.streams, strict=True)
         if not all(bool(value.isfinite()) for value in output.sums.values())
         for stream in ids
     }
-    places = {
-        stream: {key: value for key, value in place.items() if isinstance(value, int)}
-        for stream, place in streams.items()
-    }
+    places = {stream: _numbers(place) for stream, place in position["streams"].items()}
     local = {stream: place for stream, place in places.items() if stream in bad}
     everyone = all_gather_object(run.topology, (local, places))
     found = {stream: place for bad_ones, _ in everyone for stream, place in bad_ones.items()}
     return found or {stream: place for _, all_of_them in everyone for stream, place in all_of_them.items()}
+
+
+def _numbers(place: Mapping[str, Any]) -> dict[str, int]:
+    """The part of a position that means something to a person."""
+    return {key: value for key, value in place.items() if isinstance(value, int)}

@@ -1,17 +1,21 @@
-"""The protocol that the systems implement, what passes between a system and the engine, and the registry."""
+"""The base class of the systems, what passes between a system and the engine, and the registry."""
 
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.batch import Batch, Counts, StatefulLoader
+from pipeline.data.batch import B, Counts, StatefulLoader
 from pipeline.errors import UserError
+from pipeline.parallel.collectives import shared_errors
+from pipeline.parallel.loss import reduce_sums
+from pipeline.runtime.sync import next_counted_step
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -130,8 +134,9 @@ class Flops:
         return self.forward + self.backward
 
 
-class System(Protocol):
-    """One research system. The engine owns devices, precision, sharding, time and files; a system owns its maths."""
+class System(ABC, Generic[B]):
+    """One research system, for batches of the kind `B`. The engine owns devices, precision, sharding, time and files; a
+    system owns its maths. What only some systems can do is in pipeline/capabilities.py."""
 
     name: str
     token_term: str = "cross_entropy"
@@ -140,13 +145,16 @@ class System(Protocol):
     """The files of `--data.path` as rank 0 has listed them, set before `loader` is called in a run; None: the process
     lists them itself."""
 
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
     def check(self, topology: Topology) -> None:
-        """Raises UserError when the sizes cannot be laid out so; called before anything is built."""
-        ...
+        """Raises UserError when the sizes cannot be laid out so; called before anything is built. By default all can
+        be."""
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
         """What was chosen on this machine, for the log: {"attention": "window of 4096 tokens, backend flex", ...}."""
-        ...
+        return {}
 
     def caption(self) -> str:
         """What distinguishes this run from others of its recipe, in a few words for titles of plots: "window 64"."""
@@ -164,38 +172,90 @@ class System(Protocol):
         """The last logged step's metrics of the system in words, shown with an evaluation; empty: nothing is shown."""
         return " | ".join(f"{name} {value:.3g}" for name, value in metrics.items())
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """Everything, once, with uninitialised weights; phases freeze parts of it."""
-        ...
 
+    @abstractmethod
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         """Fills the weights, sharded or not: pretrained ones, or random ones that seed and names decide. Collective."""
-        ...
 
-    def phases(self, model: nn.Module) -> Sequence[Phase]: ...
+    @abstractmethod
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        """What the run trains, one after the other."""
 
-    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader: ...
+    @abstractmethod
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[B]:
+        """The training data of a phase, for this data rank."""
 
-    def held_out(self, topology: Topology) -> StatefulLoader:
+    @abstractmethod
+    def held_out(self, topology: Topology) -> StatefulLoader[B]:
         """The held-out data, at its start."""
-        ...
 
-    def count(self, batch: Batch) -> Counts: ...
+    @abstractmethod
+    def count(self, batch: B) -> Counts:
+        """What each loss term averages over, of one micro-batch."""
 
-    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput: ...
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: B, carry: Carry, context: StepContext) -> StepOutput:
+        """Sums of the loss terms of one micro-batch, on the device of `batch`."""
 
-    def after_step(self, model: nn.Module, context: StepContext) -> None: ...
+    def after_step(self, model: nn.Module, context: StepContext) -> None:
+        """After an update that was not skipped: moving averages and the like. By default nothing."""
 
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
-        """Held-out numbers. `next_step` calls `sync_point` before each batch, so that a stop need not wait for it."""
-        ...
+        """Held-out numbers, the same on every rank. Collective; leaves the model's mode as it found it.
 
-    def flops(self, sequence_length: int) -> Flops: ...
+        `next_step` calls `sync_point` before each batch, so that a stop need not wait for it. By default `loss`, as in
+        training: the mean of each loss term over `--evaluation.steps` steps of `held_out`, added up; several terms are
+        also given one by one, as `loss/TERM`. The carry is empty at the start.
+        """
+        topology, device, was_training = sync_point.topology, next(model.parameters()).device, model.training
+        with shared_errors(topology):
+            loader = self.held_out(topology)
+        carries: dict[int, Carry] = {}
+        sums: dict[str, Tensor] = {}
+        totals: dict[str, float] = {}
+        model.eval()
+        try:
+            for step in range(1, self.config.evaluation.steps + 1):
+                context = StepContext(topology, self.config.seed, "evaluation", step)
+                batches, counts = next_counted_step(loader, sync_point, "evaluation", self.count)
+                totals = {term: totals.get(term, 0.0) + count for term, count in counts.items()}
+                for micro, batch in enumerate(batches):
+                    output = self.forward(model, batch.to(device), carries.get(micro, {}), context)
+                    carries[micro] = output.carry
+                    for term, value in output.sums.items():
+                        sums[term] = sums.get(term, 0.0) + value.double()
+        finally:
+            model.train(was_training)
+        reduced = reduce_sums(sums, topology, device)
+        means = {term: float(value) / max(1.0, totals[term]) for term, value in reduced.items()}
+        terms = {f"loss/{term}": mean for term, mean in means.items()} if len(means) > 1 else {}
+        return Evaluation({"loss": sum(means.values()), **terms})
+
+    def flops(self, sequence_length: int) -> Flops:
+        """Of one token of a sequence. By default two per element of every matrix forward and four backward, without
+        embeddings: what all parts of a model cost that are applied once a token, attention left out."""
+        with torch.device("meta"):
+            model = self.build()
+        # By identity: a head that is tied to an embedding is applied, and counts.
+        matrices = {
+            id(parameter): parameter.numel()
+            for module in model.modules()
+            if not isinstance(module, nn.Embedding)
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim() > 1
+        }
+        forward = 2.0 * sum(matrices.values())
+        return Flops(forward, 2 * forward)
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
         """Estimate of what a step holds on one rank beside weights, gradients and optimizer, at `element` bytes per
-        number on such a device: bytes by what they are, which add up to the most there is at a time."""
-        ...
+        number on such a device: bytes by what they are, which add up to the most there is at a time. By default
+        nothing: `plan` then counts the weights, the gradients and the optimizer alone."""
+        return {}
 
 
 def create_system(config: RunConfig) -> System:

@@ -84,7 +84,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.after_step(step)
             if result.skipped:
-                count_skipped(self.run, self.outputs, self.snapshot.cursors["streams"], self.callbacks)
+                count_skipped(self.run, self.outputs, self.snapshot.cursors, self.callbacks)
             else:
                 progress.skipped_in_a_row = 0
             self.snapshot = take_snapshot(self.run, self.carries)

@@ -13,7 +13,7 @@ LAYERS = (
     ("config", "schedule"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("system",),
+    ("capabilities", "system"),
     ("lm",),
     ("ds_config", "run", "callbacks", "engine", "checkpoint", "meter", "config_file"),
     ("load", "run_folder", "skipped_updates"),

@@ -43,8 +43,8 @@ class Callback:
         """After every step."""
 
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
-        """After a step whose update was skipped. `batch` says by stream where in the data the step began: the streams
-        whose loss was not finite, or all when only a gradient was not."""
+        """After a step whose update was skipped. `batch` says where in the data the step began: by stream, those
+        whose loss was not finite, or all when only a gradient was not; or the position of a loader without streams."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""

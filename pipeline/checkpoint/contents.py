@@ -27,7 +27,7 @@ class Snapshot:
 
     progress: Progress
     cursors: dict[str, Any]
-    """The loader's `state_dict`: this rank's streams."""
+    """The loader's `state_dict`, with this rank's streams where it has any."""
     rng: dict[str, Any]
     carries: Sequence[Carry]
 
@@ -99,7 +99,11 @@ def manifest_facts(run: Run, snapshot: Snapshot, packages: dict[str, str | None]
 
 
 def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    streams = {key: value for state in states for key, value in state.get("streams", {}).items()}
+    """The loaders' states of all ranks as one: each has the cursors of its own streams, or all are at one place."""
+    if "streams" not in states[0]:
+        assert all(state == states[0] for state in states), "a loader without streams is at one place on every rank"
+        return states[0]
+    streams = {key: value for state in states for key, value in state["streams"].items()}
     return {**states[0], "streams": streams}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,27 @@ IGNORED = -100
 """Label of a token that does not count in the loss."""
 
 
+class Batch(Protocol):
+    """One micro-batch, as the engine knows it. What it holds is between a loader and its system, and so is what it
+    counts (`System.count`)."""
+
+    @property
+    def rows(self) -> int:
+        """Examples in it."""
+        ...
+
+    def to(self: B, device: torch.device) -> B:
+        """The same on a device, without waiting for the copy."""
+        ...
+
+
+B = TypeVar("B", bound=Batch)
+"""The kind of batch that a loader makes and its system takes."""
+
+
 @dataclass(frozen=True)
-class Batch:
-    """Rows of one micro-batch, whole sequences (every sequence rank of a group holds the same ones).
+class TokenBatch:
+    """Text, as rows of one micro-batch: whole sequences (every sequence rank of a group holds the same ones).
 
     input_ids, labels [rows, T] int64; labels are already shifted: labels[:, t] is the token after input_ids[:, t],
     or `IGNORED` where that token starts a document. segment_ids [rows, T] int64: the stream's document ordinal, the
@@ -29,18 +47,24 @@ class Batch:
     positions: Tensor
     streams: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in Batch.__dataclass_fields__))
+    @property
+    def rows(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return TokenBatch(
+            *(getattr(self, name).to(device, non_blocking=True) for name in TokenBatch.__dataclass_fields__)
+        )
 
 
 Counts = Mapping[str, int]
 """What each loss term averages over, e.g. {"cross_entropy": counted labels in the micro-batch}."""
 
 
-class StatefulLoader(Protocol):
+class StatefulLoader(Protocol[B]):
     """Yields one optimizer step at a time: the micro-batches of this data rank."""
 
-    def next_step(self) -> list[Batch]: ...
+    def next_step(self) -> list[B]: ...
 
     def describe(self) -> str:
         """One line for the log: what is read, and how much of it."""
@@ -51,9 +75,14 @@ class StatefulLoader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """{"streams": {global stream id: cursor}, "fingerprint": ...}, JSON-ready; covers this data rank's streams."""
+        """JSON-ready: "fingerprint", what a resumed run must agree on, and the position after the last step.
+
+        A loader that reads in streams gives {"streams": {global stream id: cursor}} for the streams of its data rank.
+        One that does not gives a few numbers under names of its own, the same on every rank.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the merged cursors of all streams and keeps its own."""
+        """Takes the state of all data ranks, with the cursors of all streams, and keeps its own. Raises UserError when
+        it is of other data."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.data.batch import StatefulLoader
+from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.listing import Listing, list_files
@@ -60,7 +60,7 @@ def build_loader(
     files: Listing | None = None,
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
-) -> StatefulLoader:
+) -> StatefulLoader[TokenBatch]:
     """The loader of this data rank: of documents, or of the recall task where the configuration has one.
 
     `vocab_size` is the model's: a token id beyond it is refused. `files` are as in `build_source`; training and

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import TokenBatch
 from pipeline.data.packing import DocumentEncoder, StreamPacker
 from pipeline.data.records import RecordLog
 from pipeline.data.resume import accepted, check_reading_settings, reads_the_same, refuse_source
@@ -86,9 +86,9 @@ class PackedLoader:
         self._some_document = False
         self._start = self._cursors = self._read_cursors()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
-        self._pending: Future[tuple[list[Batch], _Cursors]] | None = None
+        self._pending: Future[tuple[list[TokenBatch], _Cursors]] | None = None
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[TokenBatch]:
         """The micro-batches of one optimizer step, on the CPU."""
         if self._thread is None:
             batches, self._cursors = self._prepare()
@@ -98,13 +98,15 @@ class PackedLoader:
         self._pending = self._thread.submit(self._prepare)
         return batches
 
-    def _prepare(self) -> tuple[list[Batch], _Cursors]:
+    def _prepare(self) -> tuple[list[TokenBatch], _Cursors]:
         shape = (len(self.local_streams), self.sequence_length)
         arrays = [np.empty(shape, np.int64) for _ in range(4)]
         for row, packer in enumerate(self._packers.values()):
             packer.fill(*(array[row] for array in arrays))
         tensors = [*map(torch.from_numpy, arrays), torch.tensor(self.local_streams)]
-        batches = [Batch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)]
+        batches = [
+            TokenBatch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)
+        ]
         return batches, self._read_cursors()
 
     def _read_cursors(self) -> _Cursors:

@@ -30,10 +30,11 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 def check_reading_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises UserError for all that decides what is read but the documents themselves."""
-    if saved.get("streams") != current["streams"]:
+    if saved.get("streams", current.get("streams")) != current.get("streams"):
+        before, now = (fingerprint.get("streams", "no") for fingerprint in (saved, current))
         raise UserError(
-            f"a resume keeps the global batch: the checkpoint has {saved.get('streams')} streams, this run"
-            f" {current['streams']} (--batch-size x data degree x --grad-accum)"
+            f"a resume keeps the global batch: the checkpoint has {before} streams, this run {now} (--batch-size x data"
+            " degree x --grad-accum)"
         )
     for key, value in current.items():
         if key != "source" and saved.get(key) != value:

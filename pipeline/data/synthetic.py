@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import IGNORED, Batch
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.data.loader import stream_layout
 from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import digest
@@ -80,7 +80,7 @@ class RecallLoader:
             "held_out": held_out,
         }
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[TokenBatch]:
         """The micro-batches of one optimizer step, on the CPU; the step's number is the segment id."""
         examples = [
             recall_example(self.config, self.sequence_length, *self._key, i, self._step) for i in self.local_streams
@@ -90,7 +90,9 @@ class RecallLoader:
         positions = torch.arange(self.sequence_length).repeat(len(self.local_streams), 1)
         self._step += 1
         tensors = (input_ids, labels, segment_ids, positions, torch.tensor(self.local_streams))
-        return [Batch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)]
+        return [
+            TokenBatch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"streams": {str(i): {"step": self._step} for i in self.local_streams}, "fingerprint": self.fingerprint}

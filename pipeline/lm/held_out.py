@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
-from pipeline.data.batch import Batch, StatefulLoader
+from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint, next_step
@@ -31,13 +31,13 @@ class Evaluated(Protocol):
 
     config: RunConfig
 
-    def held_out(self, topology: Topology) -> StatefulLoader: ...
+    def held_out(self, topology: Topology) -> StatefulLoader[TokenBatch]: ...
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
         ...
 
-    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput: ...
+    def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput: ...
 
 
 @dataclass
@@ -78,7 +78,7 @@ def scalar_prefix(modes: Modes, mode: str) -> str:
 
 def run_held_out(
     system: Evaluated, model: nn.Module, sync_point: SyncPoint, options: Mapping[str, Any]
-) -> list[tuple[Batch, Tensor, Tensor | None]]:
+) -> list[tuple[TokenBatch, Tensor, Tensor | None]]:
     """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]. Collective."""
     device = next(model.parameters()).device
     with shared_errors(sync_point.topology):

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.batch import IGNORED, Batch
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
 from pipeline.lm.held_out import Evaluated, Modes, first_mode
 from pipeline.parallel.collectives import shared_errors
@@ -54,7 +54,7 @@ def repeated_passages(
             for copy in (0, start):
                 labels[:, copy + CUE : copy + PASSAGE - 1] = ids[:, CUE + 1 : PASSAGE]
             positions = torch.arange(length).expand(rows, -1)
-            batch = Batch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
+            batch = TokenBatch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
             # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
             sync_point("evaluation")
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))

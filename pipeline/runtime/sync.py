@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
-from pipeline.data.batch import Batch, Counts, StatefulLoader
+from pipeline.data.batch import B, Counts, StatefulLoader
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import raise_together
 from pipeline.parallel.loss import add_counts
@@ -63,20 +63,20 @@ class SyncPoint:
         return {name: total / self.topology.sequence for name, total in zip(names, totals, strict=False)}
 
 
-def next_step(loader: StatefulLoader, sync_point: SyncPoint, place: str) -> list[Batch]:
+def next_step(loader: StatefulLoader[B], sync_point: SyncPoint, place: str) -> list[B]:
     """A loader's next micro-batches; a document that one rank cannot use stops all of them. Collective."""
     return next_counted_step(loader, sync_point, place)[0]
 
 
 def next_counted_step(
-    loader: StatefulLoader, sync_point: SyncPoint, place: str, count: Callable[[Batch], Counts] | None = None
-) -> tuple[list[Batch], dict[str, float]]:
+    loader: StatefulLoader[B], sync_point: SyncPoint, place: str, count: Callable[[B], Counts] | None = None
+) -> tuple[list[B], dict[str, float]]:
     """As `next_step`, with what each loss term of the step averages over, over all its micro-batches and data ranks.
 
     `count` says it of one micro-batch.
     """
     problem: str | None = None
-    batches: list[Batch] = []
+    batches: list[B] = []
     counts: dict[str, int] = {}
     try:
         batches = loader.next_step()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.callbacks.progress import ProgressLines, clock
-from pipeline.system import Evaluation, System
+from pipeline.system import Evaluation
+from tests.callbacks.conftest import NamedSystem
 
 
 class Terminal(io.StringIO):
@@ -125,14 +126,14 @@ def test_an_evaluation_is_followed_by_the_health_of_the_last_logged_step(
 
 
 def test_words_of_the_system_stand_in_the_line(make_run, capsys: pytest.CaptureFixture[str], no_terminal) -> None:
-    class Terse(System):
+    class Terse(NamedSystem):
         name = "terse"
 
         def headline(self, evaluation: Evaluation) -> str:
             return f"as good as {evaluation.scalars['loss']}"
 
     run = make_run(steps=50)
-    run.system = Terse()
+    run.system = Terse(run.config)
     ProgressLines(run).on_evaluation(50, Evaluation({"loss": 2.0}))
     assert capsys.readouterr().out == "step 50/50  as good as 2.0\n"
 

@@ -178,6 +178,11 @@ def test_cursors_of_all_data_ranks_are_saved_together() -> None:
     assert merged["fingerprint"] == {"texts": 3}
 
 
+def test_the_position_of_loaders_without_streams_is_saved_once() -> None:
+    state = {"epoch": 2, "offset": 5, "fingerprint": {"examples": 7}}
+    assert contents._merged([dict(state), dict(state)]) == state
+
+
 class TestInTheBackground:
     def test_it_holds_what_the_weights_were_when_it_began(self, make_run) -> None:
         run = make_run()

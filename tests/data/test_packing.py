@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch import IGNORED, Batch
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.data.loader import PackedLoader
 from pipeline.data.tokenizer import ByteTokenizer, load_tokenizer
 from tests.data.conftest import MemorySource
@@ -40,7 +40,7 @@ def endless(texts: list[str], stream: int, streams: int, min_tokens: int):
         epoch += 1
 
 
-def columns(batches: list[Batch], row: int) -> list[tuple[int, ...]]:
+def columns(batches: list[TokenBatch], row: int) -> list[tuple[int, ...]]:
     names = ("input_ids", "labels", "segment_ids", "positions")
     return list(zip(*(torch.cat([getattr(b, name)[row] for b in batches]).tolist() for name in names), strict=True))
 

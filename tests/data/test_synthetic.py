@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch import IGNORED, Batch
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.data.synthetic import RecallLoader, recall_gaps
 from pipeline.data_config import RecallConfig
 from pipeline.errors import UserError
@@ -77,7 +77,7 @@ def test_a_row_is_a_document() -> None:
         batch = recall.next_step()[0]
         assert (batch.segment_ids == number).all()
         assert torch.equal(batch.positions, torch.arange(320).expand(4, -1))
-        assert all(getattr(batch, field.name).dtype == torch.int64 for field in dataclasses.fields(Batch))
+        assert all(getattr(batch, field.name).dtype == torch.int64 for field in dataclasses.fields(TokenBatch))
     assert batch.streams.tolist() == [0, 1, 2, 3]
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
-from pipeline.data.batch import IGNORED, Batch
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
@@ -98,7 +98,7 @@ def rows(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     return result
 
 
-def micro_batches(topology: Topology, accumulation: int) -> list[Batch]:
+def micro_batches(topology: Topology, accumulation: int) -> list[TokenBatch]:
     """This data rank's part of ROWS * accumulation rows, whatever the layout."""
     per_rank = ROWS // topology.data
     everything = rows(ROWS * accumulation)
@@ -107,7 +107,7 @@ def micro_batches(topology: Topology, accumulation: int) -> list[Batch]:
         first = (topology.data_rank * accumulation + micro) * per_rank
         part = everything[first : first + per_rank]
         stacked = {key: torch.stack([row[key] for row in part]) for key in part[0]}
-        batches.append(Batch(**stacked, streams=torch.arange(first, first + per_rank)))
+        batches.append(TokenBatch(**stacked, streams=torch.arange(first, first + per_rank)))
     return batches
 
 
@@ -213,7 +213,7 @@ def causality(config: RunConfig, topology: Topology) -> dict[str, float]:
 
     def losses(ids: torch.Tensor) -> torch.Tensor:
         stacked = {**same, "input_ids": ids, "labels": torch.ones_like(ids)}
-        batch = Batch(**stacked, streams=torch.arange(LENGTH))
+        batch = TokenBatch(**stacked, streams=torch.arange(LENGTH))
         with torch.no_grad():
             output = system.forward(model, batch, {}, StepContext(topology, 0, "train", 1))
         # Every data rank has all of the rows.

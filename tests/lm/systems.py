@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import EvaluationConfig, ModelConfig, RunConfig
-from pipeline.data.batch import IGNORED, Batch
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.passages import PASSAGE
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import StopRequests
@@ -35,26 +35,26 @@ class System:
         self.length, self.rows, self.forwards = length, rows, 0
         self.config = config(length, steps)
 
-    def loss(self, memory: bool, batch: Batch) -> Tensor:
+    def loss(self, memory: bool, batch: TokenBatch) -> Tensor:
         return torch.full(batch.labels.shape, 3.0)
 
     def held_out(self, topology: Topology) -> System:
         self.step = 0
         return self
 
-    def next_step(self) -> Sequence[Batch]:
+    def next_step(self) -> Sequence[TokenBatch]:
         half = self.length // 2
         ids = torch.arange(self.length).expand(self.rows, -1) % 7
         segments = (2 * self.step + (torch.arange(self.length) >= half)).expand(self.rows, -1)
         labels = torch.where(torch.arange(self.length) % half == half - 1, IGNORED, ids)
         positions = (torch.arange(self.length) % half).expand(self.rows, -1)
         self.step += 1
-        return [Batch(ids, labels, segments, positions, torch.arange(self.rows))]
+        return [TokenBatch(ids, labels, segments, positions, torch.arange(self.rows))]
 
     def byte_lengths(self) -> Tensor:
         return torch.full((7,), 2.0)
 
-    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> types.SimpleNamespace:
+    def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> types.SimpleNamespace:
         self.forwards += 1
         losses = self.loss(bool(context.options.get("memory", True)), batch)
         return types.SimpleNamespace(tokens={"losses": losses}, carry={})
@@ -63,7 +63,7 @@ class System:
 class Remembering(System):
     """With memory, what stands beyond the window costs half a nat less, and a copy two nats less than the passage."""
 
-    def loss(self, memory: bool, batch: Batch) -> Tensor:
+    def loss(self, memory: bool, batch: TokenBatch) -> Tensor:
         losses = super().loss(memory, batch)
         if int((batch.labels != IGNORED).sum()) < batch.labels.numel() // 2:
             return losses - 2 * memory * (batch.positions >= PASSAGE)

@@ -7,7 +7,7 @@ import math
 import pytest
 from torch import Tensor, nn
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import TokenBatch
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
@@ -49,7 +49,7 @@ def test_perplexity_by_position_is_the_ratio_with_and_without_the_memory() -> No
 
 def test_documents_that_differ_widen_the_interval() -> None:
     class Uneven(System):
-        def loss(self, memory: bool, batch: Batch) -> Tensor:
+        def loss(self, memory: bool, batch: TokenBatch) -> Tensor:
             return super().loss(memory, batch) - memory * (0.1 + 0.2 * (batch.segment_ids % 2))
 
     curve = evaluated(Uneven(512, steps=4)).curves["perplexity_by_position"]

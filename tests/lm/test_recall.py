@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import TokenBatch
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data_config import RecallConfig
 from pipeline.lm.recall import GAP_BIN, evaluate_recall
@@ -30,7 +30,7 @@ class Even:
     def held_out(self, topology: Topology) -> RecallLoader:
         return RecallLoader(TASK, sequence_length=256, batch_size=4, held_out=True)
 
-    def forward(self, model: nn.Module, batch: Batch, carry: Mapping, context: StepContext) -> object:
+    def forward(self, model: nn.Module, batch: TokenBatch, carry: Mapping, context: StepContext) -> object:
         first = (batch.input_ids[:, None] == batch.input_ids[..., None]).long().argmax(-1)
         even = (torch.arange(batch.labels.shape[1]) - first - 1) % 2 == 0
         right = even & bool(context.options["memory"])

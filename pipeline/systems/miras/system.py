@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
-from pipeline.data.batch import IGNORED, Batch, Counts, StatefulLoader
+from pipeline.data.batch import IGNORED, Counts, StatefulLoader, TokenBatch
 from pipeline.data.build import build_loader, build_source
 from pipeline.data.sources.base import Source
 from pipeline.data.tokenizer import load_tokenizer
@@ -31,14 +31,14 @@ from pipeline.systems.miras.rules import memory_backend
 TERM = "cross_entropy"
 
 
-class MirasSystem(System):
-    """OLMo2 with MIRAS neural long-term memory (see pipeline/system.py for the protocol)."""
+class MirasSystem(System[TokenBatch]):
+    """OLMo2 with MIRAS neural long-term memory (see pipeline/system.py for what a system is)."""
 
     name = "miras"
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, MirasConfig)
-        self.config = config
+        super().__init__(config)
         self.sizes = config.model
         self.backbone = backbone_config(config.model.backbone)
         if self.sizes.memory.layers and max(self.sizes.memory.layers) >= self.backbone.num_hidden_layers:
@@ -48,7 +48,7 @@ class MirasSystem(System):
             )
         check_attachment(self.sizes.memory, self.backbone)
         self._source: Source | None = None
-        self._held_out: StatefulLoader | None = None
+        self._held_out: StatefulLoader[TokenBatch] | None = None
         # Our attention stands in for every implementation that transformers would choose.
         self.backbone._attn_implementation = ATTENTION_NAME
 
@@ -147,10 +147,10 @@ class MirasSystem(System):
             )
         ]
 
-    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader:
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
         return self.open_loader(topology, held_out=False)
 
-    def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader:
+    def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
         """Training or held-out data of this data rank."""
         if self.config.data.recall is None:
             self._source = self._source or build_source(self.config, self.files)
@@ -158,7 +158,7 @@ class MirasSystem(System):
             self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
         )
 
-    def held_out(self, topology: Topology) -> StatefulLoader:
+    def held_out(self, topology: Topology) -> StatefulLoader[TokenBatch]:
         """The held-out loader at its start: opened once, so that what it has read stays read."""
         if self._held_out is None:
             self._held_out = self.open_loader(topology, held_out=True)
@@ -166,10 +166,10 @@ class MirasSystem(System):
             self._held_out.reset()
         return self._held_out
 
-    def count(self, batch: Batch) -> Counts:
+    def count(self, batch: TokenBatch) -> Counts:
         return {TERM: int((batch.labels != IGNORED).sum())}
 
-    def forward(self, model: nn.Module, batch: Batch, carry: Carry, context: StepContext) -> StepOutput:
+    def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         local = context.topology.shard(batch.input_ids.shape[1])
         output = model(
             batch.input_ids[:, local],
@@ -189,9 +189,6 @@ class MirasSystem(System):
         if output.predictions is not None:
             tokens["predictions"] = output.predictions
         return StepOutput({TERM: output.losses.sum()}, pack_carry(output.carry), metrics, tokens)
-
-    def after_step(self, model: nn.Module, context: StepContext) -> None:
-        """Nothing here is kept outside the optimizer."""
 
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
-from pipeline.data.batch import IGNORED, Batch
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill
 from pipeline.system import Carry, StepContext, StepOutput
@@ -39,25 +39,29 @@ def built(
     return system, model.to(dtype)
 
 
-def batch(ids: Tensor, lengths: list[int]) -> Batch:
+def batch(ids: Tensor, lengths: list[int]) -> TokenBatch:
     """One row of documents of the given lengths, every token but a document's first counted."""
     segments = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])
     positions = torch.cat([torch.arange(length) for length in lengths])
     labels = torch.cat([ids[1:], torch.tensor([IGNORED])])
     labels[:-1][segments[1:] != segments[:-1]] = IGNORED
-    return Batch(*(x.unsqueeze(0) for x in (ids, labels, segments, positions)), torch.tensor([0]))
+    return TokenBatch(*(x.unsqueeze(0) for x in (ids, labels, segments, positions)), torch.tensor([0]))
 
 
-def cut(whole: Batch, start: int, end: int) -> Batch:
+def cut(whole: TokenBatch, start: int, end: int) -> TokenBatch:
     parts = (getattr(whole, name)[:, start:end] for name in ("input_ids", "labels", "segment_ids", "positions"))
-    return Batch(*parts, whole.streams)
+    return TokenBatch(*parts, whole.streams)
 
 
-def run(system: MirasSystem, model: MirasModel, part: Batch, carry: Carry | None = None, **options: bool) -> StepOutput:
+def run(
+    system: MirasSystem, model: MirasModel, part: TokenBatch, carry: Carry | None = None, **options: bool
+) -> StepOutput:
     return system.forward(model, part, carry or {}, dataclasses.replace(CONTEXT, options=options))
 
 
-def run_in_steps(system: MirasSystem, model: MirasModel, whole: Batch, cuts: Sequence[int]) -> tuple[Tensor, Carry]:
+def run_in_steps(
+    system: MirasSystem, model: MirasModel, whole: TokenBatch, cuts: Sequence[int]
+) -> tuple[Tensor, Carry]:
     """Losses of every token [LENGTH], and the carry, when a step ends at every cut."""
     carry: Carry = {}
     found = []
@@ -68,7 +72,7 @@ def run_in_steps(system: MirasSystem, model: MirasModel, whole: Batch, cuts: Seq
     return torch.cat(found), carry
 
 
-def assert_memory_adds_nothing(system: MirasSystem, model: MirasModel, part: Batch) -> None:
+def assert_memory_adds_nothing(system: MirasSystem, model: MirasModel, part: TokenBatch) -> None:
     """The losses are those of the backbone, to the bit."""
     on, off = (run(system, model, part, memory=memory).tokens["losses"] for memory in (True, False))
     assert torch.equal(on, off)
@@ -91,7 +95,7 @@ def assert_packed_equals_apart(config: RunConfig, ids: Tensor, lengths: list[int
         torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def assert_steps_equal_one(system: MirasSystem, model: MirasModel, whole: Batch, cuts: Sequence[int]) -> None:
+def assert_steps_equal_one(system: MirasSystem, model: MirasModel, whole: TokenBatch, cuts: Sequence[int]) -> None:
     """Losses and carry of a row do not depend on where its steps end."""
     expected = run(system, model, whole)
     found, carry = run_in_steps(system, model, whole, cuts)

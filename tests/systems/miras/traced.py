@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config import RunConfig
-from pipeline.data.batch import Batch
+from pipeline.data.batch import TokenBatch
 from pipeline.lm import attention
 from pipeline.ops import attention_flex, chunks, dual_scan, scan_native
 from pipeline.parallel.topology import Topology
@@ -114,7 +114,7 @@ def traced_step(
                 # ZeRO takes every gradient as soon as it is complete.
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         before = memory.peak = memory.live
-        batch = Batch(
+        batch = TokenBatch(
             *(torch.zeros(shape, dtype=torch.int64) for _ in range(4)), torch.zeros(shape[0], dtype=torch.int64)
         )
         output = system.forward(model, batch, {}, StepContext(topology, 0, "train", 1))

@@ -1,4 +1,4 @@
-"""The resolved config as YAML: archived with every run and checkpoint, and run again with `--config`."""
+"""The resolved config as YAML: saved with every run and checkpoint, and run again with `--config`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.errors import UserError, brief, shown
 LONGEST = 4096
 """Bytes of the longest path, and so of any text in a config."""
 MOVED = {("model", "recall"): ("data", "recall")}
-"""Where keys stood in files of before (section, key), and where they stand now."""
+"""Places of keys in older files (section, key), and their places now."""
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -70,8 +70,10 @@ def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
 
 
 def with_moved_keys(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """The content of a config.yaml with its keys of before where they stand now. Raises UserError for a key that is
-    given at both places. Sections that are none are left for others to refuse."""
+    """The content of a config.yaml, the keys of older versions moved to their present places.
+
+    Raises UserError for a key that is given at both places. What is no section is left for others to refuse.
+    """
     for (before, key), (section, name) in MOVED.items():
         old, new = content.get(before), content.get(section)
         new = {} if new is None else new

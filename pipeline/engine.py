@@ -174,7 +174,7 @@ class Engine:
         The parameters are those that training goes on to change. Buffers are copies: the next forward pass may change
         them, and a save in the background makes the others wait for the next update alone.
         """
-        with self._as_they_are():
+        with self._without_placeholders():
             self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         collected = self._shards.pop_collected()
         for content in collected.values():
@@ -187,7 +187,7 @@ class Engine:
         return collected
 
     @contextlib.contextmanager
-    def _as_they_are(self) -> Iterator[None]:
+    def _without_placeholders(self) -> Iterator[None]:
         """ZeRO-3 would part with the parameters that it keeps whole, to save empty placeholders for all of them, and
         gather them again. No shard needs a placeholder."""
         before = {name: getattr(self.deepspeed, name) for name in SAVE_EVENTS}

@@ -95,14 +95,14 @@ def test_an_optional_section_is_taken_away_by_null(file: Path) -> None:
 
 
 def before(config: RunConfig) -> dict:
-    """The config as files of before have it, when the recall task stood in the model's section."""
+    """The config as older files have it, when the recall task stood in the model's section."""
     plain = to_plain(config)
     plain["model"]["recall"] = plain["data"].pop("recall")
     return plain
 
 
 @pytest.mark.parametrize("recipe", ["miras_recall", "miras_recall_moneta", "miras_tiny"])
-def test_a_file_of_before_means_the_same(file: Path, recipe: str) -> None:
+def test_an_older_file_means_the_same(file: Path, recipe: str) -> None:
     config = RECIPES[recipe]()
     file.write_text(yaml.safe_dump(before(config)))
     assert load_config(file, RECIPES) == config
@@ -128,12 +128,12 @@ def test_a_task_at_both_places_is_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["miras_recall", "miras_tiny"])
-def test_an_unknown_key_of_the_task_of_before_is_named(file: Path, recipe: str) -> None:
+def test_an_unknown_key_of_the_task_in_an_older_file_is_named(file: Path, recipe: str) -> None:
     assert "'gaps'" in refusal(file, {"recipe": recipe, "model": {"recall": {"gaps": 3}}})
 
 
 @pytest.mark.parametrize("content", [{"model": {"recall": {}}, "data": 3}, {"model": 3, "data": {}}, {"model": [1]}])
-def test_sections_that_are_none_are_refused_with_a_task_of_before_too(file: Path, content: dict) -> None:
+def test_sections_that_are_none_are_refused_with_an_older_files_task_too(file: Path, content: dict) -> None:
     assert refusal(file, {"recipe": "miras_recall", **content})
 
 
@@ -237,7 +237,7 @@ def test_merge_leaves_its_arguments_alone() -> None:
     assert recipe == miras_tiny() and changes == {"model": {"memory": {"heads": 2}}}
 
 
-def test_leave_to_run_foreign_code_is_typed_and_never_archived(file: Path) -> None:
+def test_leave_to_run_foreign_code_is_typed_and_never_saved(file: Path) -> None:
     config = miras_tiny()
     save_config(dataclasses.replace(config, data=dataclasses.replace(config.data, trust_remote_code=True)), file)
     assert load_config(file, all_recipes()) == config

@@ -30,7 +30,7 @@ PREPARE = ["train", "miras_tiny", "--steps", "1", "--output-dir", RUN, *SMALL.sp
 
 
 @functools.cache
-def judge(block: Block, own: frozenset[str]) -> list[list[str]]:
+def check_block(block: Block, own: frozenset[str]) -> list[list[str]]:
     """The commands of a block that are run here. Raises for one that is wrong, and for a mark too few or too many."""
     here = []
     left = []
@@ -52,7 +52,7 @@ def judge(block: Block, own: frozenset[str]) -> list[list[str]]:
 
 @pytest.mark.parametrize("page, block", BLOCKS, ids=[f"{page.relative_to(ROOT)}:{b.line}" for page, b in BLOCKS])
 def test_a_block_of_commands_is_right_and_run_or_marked(page: Path, block: Block) -> None:
-    judge(block, own_recipes(page.read_text()))
+    check_block(block, own_recipes(page.read_text()))
     syntax = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True)
     assert block.text.startswith("$ ") or syntax.returncode == 0, syntax.stderr
 
@@ -60,7 +60,7 @@ def test_a_block_of_commands_is_right_and_run_or_marked(page: Path, block: Block
 def test_the_commands_that_can_run_here_do(tmp_path: Path) -> None:
     commands = [PREPARE]
     for page, block in BLOCKS:
-        commands += [words for words in judge(block, own_recipes(page.read_text())) if words not in commands]
+        commands += [words for words in check_block(block, own_recipes(page.read_text())) if words not in commands]
     kinds = {words[0] for words in commands}
     assert kinds >= {"train", "recipes", "plan", "doctor", "eval", "checkpoint"}
     (tmp_path / TEXTS).mkdir()
@@ -187,22 +187,22 @@ def test_a_block_that_does_not_end_is_an_error() -> None:
 def test_a_wrong_command_is_an_error_although_it_is_marked(line: str) -> None:
     (block,) = find_blocks(f"<!-- not run here: x -->\n```bash\n{line}\n```\n")
     with pytest.raises((UserError, ValueError)):
-        judge(block, frozenset())
+        check_block(block, frozenset())
 
 
 @pytest.mark.parametrize("line", ["ls", "make test", "./launch.sh --num_gpus 4 miras_64k", "mnemos bench kernels"])
 def test_what_is_not_run_needs_a_mark(line: str) -> None:
     (block,) = find_blocks(f"```bash\n{line}\n```\n")
     with pytest.raises(ValueError, match="not run here, and not marked"):
-        judge(block, frozenset())
+        check_block(block, frozenset())
     (block,) = find_blocks(f"<!-- not run here: x -->\n```bash\n{line}\n```\n")
-    assert judge(block, frozenset()) == []
+    assert check_block(block, frozenset()) == []
 
 
 def test_what_is_run_needs_no_mark() -> None:
     (block,) = find_blocks("<!-- not run here: x -->\n```bash\nmnemos train miras_tiny --seed 3\n```\n")
     with pytest.raises(ValueError, match="the mark is not needed"):
-        judge(block, frozenset())
+        check_block(block, frozenset())
 
 
 def test_a_recipe_that_a_page_defines_is_not_run() -> None:
@@ -210,4 +210,4 @@ def test_a_recipe_that_a_page_defines_is_not_run() -> None:
     assert own_recipes(page) == {"mine"}
     (block,) = find_blocks(page)
     with pytest.raises(ValueError, match="not marked"):
-        judge(block, own_recipes(page))
+        check_block(block, own_recipes(page))

@@ -64,7 +64,7 @@ SUPERVISOR = """
                     pass
             return [sys.executable, "launcher.py", sys.argv[1]]
     supervise.KILL_TIMEOUT = 1.0
-    supervise.GRACE = float(os.environ.get("GRACE", 20))
+    supervise.SAVE_TIMEOUT = float(os.environ.get("SAVE_TIMEOUT", 20))
     launcher = os.environ.get("LAUNCHER")
     sys.exit(supervise.supervise(Fake(split([]), (), {}, {"localhost": [0, 1]}, 0, launcher), os.environ))
 """
@@ -211,7 +211,7 @@ def test_ranks_save_when_the_signal_reaches_the_launcher_first(job: Callable[...
 
 
 def test_ranks_without_a_launcher_are_not_waited_for_without_end(job: Callable[..., Job]) -> None:
-    one = job("deaf", GRACE="1").started()
+    one = job("deaf", SAVE_TIMEOUT="1").started()
     for process in one.processes():
         process.terminate()
     code, errors = one.end()
@@ -228,7 +228,7 @@ def test_a_second_interrupt_ends_ranks_that_have_no_launcher(job: Callable[..., 
     one.process.send_signal(signal.SIGINT)
     code, errors = one.end()
     assert code == 130 and "without a checkpoint" in errors
-    assert time.monotonic() - begun < 10  # GRACE is 20
+    assert time.monotonic() - begun < 10  # SAVE_TIMEOUT is 20
 
 
 @pytest.mark.parametrize("code", [0, 2])

@@ -94,12 +94,12 @@ def memory_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> lis
     """q, k, v, alpha, eta, theta: unit keys and queries, and gates where the memory cannot grow."""
     generator = torch.Generator().manual_seed(0)
     size = (shape.batch, shape.tokens, shape.heads)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = (torch.randn(*size, shape.dim, generator=generator) for _ in range(3))
     alpha, beta = (torch.rand(size, generator=generator) for _ in range(2))
     eta = torch.full(size, 0.5)
     tokens = [x.to(device, dtype) for x in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)]
-    gates = [x.to(device, wide) for x in (0.01 * alpha, eta, 0.9 * beta * (1 - eta) ** 2)]
+    gates = [x.to(device, accumulate_dtype) for x in (0.01 * alpha, eta, 0.9 * beta * (1 - eta) ** 2)]
     return [x.requires_grad_() for x in (*tokens, *gates)]
 
 
@@ -134,10 +134,10 @@ def affine_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> lis
     """a in [0.9, 1) and b, each [batch, tokens, heads, dim]; a in float32 at least, where 1 - 1e-3 is not 1."""
     generator = torch.Generator().manual_seed(0)
     size = (shape.batch, shape.tokens, shape.heads, shape.dim)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     a = 1 - 0.1 * torch.rand(size, generator=generator)
     b = torch.randn(size, generator=generator)
-    return [a.to(device, wide).requires_grad_(), b.to(device, dtype).requires_grad_()]
+    return [a.to(device, accumulate_dtype).requires_grad_(), b.to(device, dtype).requires_grad_()]
 
 
 def affine_flops(shape: Shape) -> tuple[float, float]:

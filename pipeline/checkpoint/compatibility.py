@@ -19,7 +19,7 @@ from pipeline.system import Phase
 def check_resumable(config: RunConfig, checkpoint: Path) -> None:
     """Raises UserError when a run cannot go on from a checkpoint: another system, another model, or another task.
 
-    It reads the manifest and the archived config alone, so it can be asked before anything is built.
+    It reads the manifest and the saved config alone, so it can be asked before anything is built.
     """
     import yaml
 
@@ -56,7 +56,7 @@ def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[
         if field.name in ignored or MAY_CHANGE.items() <= field.metadata.items():
             continue
         value = getattr(section, field.name)
-        # A run of before the field existed did what its default does.
+        # A run older than the field did what its default does.
         if field.name not in saved and value == field.default:
             continue
         words = f"{flag}.{field.name.replace('_', '-')}"

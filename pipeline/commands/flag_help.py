@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import tyro
@@ -76,7 +77,7 @@ def show_help(default: Any, program: str, *, everything: bool, own: Any = None, 
     if isinstance(default, RunConfig) and not everything:
         common = common_fields(default)
         hidden = {(leaf.owner, leaf.name.rpartition(".")[2]) for leaf in leaves(default) if leaf.name not in common}
-        notes.append("The most used flags; --help-all lists every one, and --config FILE takes an archived run.")
+        notes.append("The most used flags; --help-all lists every one, and --config FILE takes a run's config.yaml.")
     command, value = type(default), default
     if own is not None:
         # Two sections without a prefix: tyro then shows them as one.
@@ -128,15 +129,12 @@ def _registry(hidden: set[tuple[type, str]]) -> ConstructorRegistry:
             kind = Annotated[kind, tyro.conf.Suppress]
         elif hidden and any(getattr(detail, "aliases", None) for detail in getattr(kind, "__metadata__", ())):
             kind = kind.__origin__
-        return dataclasses.replace(part, type=kind, helptext=_flowing(part.helptext))
+        return dataclasses.replace(part, type=kind, helptext=partial(_one_paragraph, part.helptext))
 
     return changed_fields(field)
 
 
-def _flowing(text: str | Callable[[], str | None] | None) -> Callable[[], str | None]:
+def _one_paragraph(text: str | Callable[[], str | None] | None) -> str | None:
     # A docstring's line breaks are those of the source.
-    def flow() -> str | None:
-        whole = text() if callable(text) else text
-        return whole and " ".join(whole.split())
-
-    return flow
+    whole = text() if callable(text) else text
+    return whole and " ".join(whole.split())

@@ -13,7 +13,7 @@ import torch
 from pipeline.data.batch import Batch
 from pipeline.data.packing import DocumentEncoder, StreamPacker
 from pipeline.data.records import RecordLog
-from pipeline.data.resume import accepted, check_settings, reads_the_same, refuse_source
+from pipeline.data.resume import accepted, check_reading_settings, reads_the_same, refuse_source
 from pipeline.data.sources.base import Order, Place, Source
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
@@ -127,7 +127,7 @@ class PackedLoader:
         It may where the corpus is the same, where all that the run has read of it is the same (which is read again to
         find out), and where a change is accepted.
         """
-        check_settings(state["fingerprint"], self.fingerprint)
+        check_reading_settings(state["fingerprint"], self.fingerprint)
         cursors: _Cursors = state["streams"]
         saved = state["fingerprint"].get("source") or {}
         if not self.source.same_documents(saved):

@@ -22,13 +22,13 @@ _FLAGS = {
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises UserError naming the first setting that would make a resumed run read other data."""
-    check_settings(saved, current)
+    check_reading_settings(saved, current)
     for key, value in current.items():
         if saved.get(key) != value:
             raise UserError(_refusal(key, saved.get(key), value))
 
 
-def check_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_reading_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises UserError for all that decides what is read but the documents themselves."""
     if saved.get("streams") != current["streams"]:
         raise UserError(

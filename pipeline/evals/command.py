@@ -29,7 +29,7 @@ def run_eval(words: Sequence[str]) -> None:
     """The command. Any flag of the recipe may follow the checkpoint; the result goes beside the checkpoint's run."""
     if not words or words[0].startswith("-"):
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
-    checkpoint = resolve(Path(words[0])).absolute()
+    checkpoint = find_checkpoint_folder(Path(words[0])).absolute()
     wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(wrong[0])
@@ -63,7 +63,7 @@ def run_eval(words: Sequence[str]) -> None:
         stop()
 
 
-def resolve(path: Path) -> Path:
+def find_checkpoint_folder(path: Path) -> Path:
     """A checkpoint folder; a run folder means the one that its `latest` names."""
     latest = path / "checkpoints" / "latest"
     if latest.is_file():

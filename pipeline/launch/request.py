@@ -49,7 +49,7 @@ class Request:
 
     launcher: dict[str, str | None]
     recipe: str | None
-    """None when an archived `--config` names it."""
+    """None when a `--config`, a run's config.yaml, names it."""
     recipe_flags: tuple[str, ...]
 
     @property

@@ -30,9 +30,9 @@ REPEAT_TIMEOUT = 1.0
 """Seconds after which another Ctrl-C means that the person will not wait for the checkpoint."""
 KILL_TIMEOUT = 5.0
 """Seconds between SIGTERM and SIGKILL for a launcher that must end now."""
-GRACE = 30.0
+SAVE_TIMEOUT = 30.0
 """Seconds for ranks that are saving when their launcher has ended: as many as DeepSpeed's own gives them."""
-REMOTE = 30.0
+REMOTE_SIGNAL_TIMEOUT = 30.0
 """Seconds in which another node must have passed a signal on."""
 
 
@@ -66,11 +66,11 @@ class Supervisor:
             # nohup's choice stays.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
-        with _guard(self.mark) as tell:
+        with _guard(self.mark) as send_line:
             self.process = subprocess.Popen(
                 self.launch.command(), env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True
             )
-            tell(self.process.pid)
+            send_line(self.process.pid)
             if self.signalled is not None:  # while it was being started
                 self._pass_on(self.signalled)
             ended = self.process.wait()
@@ -93,11 +93,11 @@ class Supervisor:
         return code
 
     def _let_save(self) -> None:
-        """Waits, for up to GRACE seconds, for ranks that got the signal and whose launcher has not waited for them.
+        """Waits, for up to SAVE_TIMEOUT seconds, for ranks that got the signal and whose launcher has not waited.
 
         DeepSpeed's command dies of a SIGTERM at once, and systemd, Slurm and `pkill -f` send it to every process.
         """
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + SAVE_TIMEOUT
         while not self.ending and time.monotonic() < end and self._saving():
             time.sleep(0.2)
 
@@ -157,7 +157,12 @@ class Supervisor:
         command = ["pdsh", "-S", "-w", host, f"cd {os.getcwd()};", *words]
         try:
             done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=REMOTE, check=False
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=REMOTE_SIGNAL_TIMEOUT,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
             return False
@@ -201,26 +206,26 @@ def _guard(mark: str) -> Iterator[Callable[[int], None]]:
             os.setsid()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            _stand_guard(reader, mark)
+            _watch_supervisor(reader, mark)
             code = 0
         finally:
             os._exit(code)
     os.close(reader)
 
-    def tell(word: int | str) -> None:
+    def send_line(word: int | str) -> None:
         # A guard that is gone guards no longer; the run and its exit code are none the worse for it.
         with contextlib.suppress(BrokenPipeError):
             os.write(writer, f"{word}\n".encode())
 
     try:
-        yield tell
-        tell("done")
+        yield send_line
+        send_line("done")
     finally:
         os.close(writer)
         os.waitpid(child, 0)
 
 
-def _stand_guard(reader: int, mark: str) -> None:
+def _watch_supervisor(reader: int, mark: str) -> None:
     with os.fdopen(reader, "rb") as pipe:
         lines = pipe.read().split()
     if not lines or lines[-1] == b"done":

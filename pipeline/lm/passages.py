@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,33 +58,34 @@ def repeated_passages(
             # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
             sync_point("evaluation")
             output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
-            again = batch.positions[:, local] >= start
+            in_copy = batch.positions[:, local] >= start
             place, segments = torch.full_like(batch.positions, index)[:, local], batch.segment_ids[:, local]
             losses, counted = output.tokens["losses"], batch.labels[:, local] != IGNORED
-            values = {mode: losses * again, f"{mode}, first": losses * ~again}
-            values |= {"labels": again} if mode == first_mode(modes) else {}
+            values = {mode: losses * in_copy, f"{mode}, first": losses * ~in_copy}
+            values |= {"labels": in_copy} if mode == first_mode(modes) else {}
             documents.add(first.streams.to(device), segments, place, counted, values)
     sums = documents.gather(sync_point.topology)
     # What predicts a token of the copy looks for it a passage further back than the gap.
     further = PASSAGE - 1
     total = {name: value.sum(0) for name, value in sums.items()}
-
-    def saved(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        return lambda total: (total[f"{mode}, first"] - total[mode]) / total["labels"]
-
     return Curve(
         "Recall by distance: a repeated passage",
         "tokens between a passage and its copy",
         "nats per token of the copy",
         tuple(map(float, gaps)),
         {mode: tuple((total[mode] / total["labels"]).tolist()) for mode in modes}
-        | {f"saved, {mode}": tuple(saved(mode)(total).tolist()) for mode in modes},
+        | {f"saved, {mode}": tuple(_saved(mode, total).tolist()) for mode in modes},
         log_x=True,
         drawn=tuple(f"saved, {mode}" for mode in modes),
         drawn_label="nats per token saved\nagainst the first copy",
-        intervals={f"saved, {mode}": interval(sums, saved(mode)) for mode in modes},
+        intervals={f"saved, {mode}": interval(sums, partial(_saved, mode)) for mode in modes},
         counts=tuple(total["labels"].long().tolist()),
         documents=documents_per_bin(sums["labels"]),
         levels={"nothing saved": 0.0},
         edges={label: tokens - further for label, tokens in edges.items() if tokens > further},
     )
+
+
+def _saved(mode: str, sums: Mapping[str, Tensor]) -> Tensor:
+    """Nats per token that the copy costs less than the first, per bin, of sums over documents."""
+    return (sums[f"{mode}, first"] - sums[mode]) / sums["labels"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -104,16 +105,17 @@ def _by_position(
     )
     if not ratios:
         return curve
-
-    def ratio(over: str, under: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        return lambda total: ((total[over] - total[under]) / total["labels"]).exp()
-
     whole = {name: value.sum(0) for name, value in sums.items()}
     return dataclasses.replace(
         curve,
-        series={**series, **{label: tuple(ratio(*pair)(whole).tolist()) for label, pair in ratios.items()}},
+        series={**series, **{label: tuple(_ratio(*pair, whole).tolist()) for label, pair in ratios.items()}},
         drawn=tuple(ratios),
         drawn_label=f"perplexity, {', '.join(ratios)}",
-        intervals={label: interval(sums, ratio(*pair)) for label, pair in ratios.items()},
+        intervals={label: interval(sums, partial(_ratio, *pair)) for label, pair in ratios.items()},
         levels={"no difference": 1.0},
     )
+
+
+def _ratio(over: str, under: str, sums: Mapping[str, Tensor]) -> Tensor:
+    """Perplexity in the mode `over` divided by that in the mode `under`, per bin, of sums over documents."""
+    return ((sums[over] - sums[under]) / sums["labels"]).exp()

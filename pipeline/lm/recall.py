@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -56,10 +57,6 @@ def evaluate_recall(
         scalars[f"{prefix}recall"] = float(total.right.sum()) / max(1.0, answers)
         series[mode] = tuple((total.right / total.labels).tolist())
     sums = documents.gather(sync_point.topology)
-
-    def share(mode: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        return lambda total: total[mode] / total["labels"]
-
     curve = Curve(
         "Recall by distance",
         "tokens from a pair to its query (upper edge)",
@@ -67,7 +64,7 @@ def evaluate_recall(
         tuple(float((index + 1) * GAP_BIN) for index in range(bins)),
         series,
         upper_edges=True,
-        intervals={mode: interval(sums, share(mode)) for mode in modes},
+        intervals={mode: interval(sums, partial(_share, mode)) for mode in modes},
         counts=tuple(sums["labels"].sum(0).long().tolist()),
         documents=documents_per_bin(sums["labels"]),
         levels={f"chance, 1 in {task.values}": 1 / task.values},
@@ -75,3 +72,8 @@ def evaluate_recall(
     )
     scalars["documents"] = float(sums["labels"].shape[0])
     return Evaluation(scalars, {"recall_by_distance": curve})
+
+
+def _share(mode: str, sums: Mapping[str, Tensor]) -> Tensor:
+    """Share of right answers per bin, of sums over documents."""
+    return sums[mode] / sums["labels"]

@@ -17,7 +17,7 @@ from pipeline.host.local import LocalHost
 from pipeline.parallel.rendezvous import join
 from pipeline.parallel.topology import Topology, create_topology
 
-AFTER_HEARTBEAT = datetime.timedelta(seconds=30)
+HEARTBEAT_MARGIN = datetime.timedelta(seconds=30)
 """Time in which the heartbeat can name a rank before a collective that waits for it gives up."""
 
 
@@ -57,7 +57,7 @@ def start(config: RunConfig) -> Topology:
 def collective_timeout(config: RunConfig) -> datetime.timedelta:
     """How long a collective may wait before it gives up."""
     # The heartbeat names the rank first; a collective that gives up only knows that it waited.
-    return datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_HEARTBEAT
+    return datetime.timedelta(minutes=config.parallel.timeout_minutes) + HEARTBEAT_MARGIN
 
 
 def stop() -> None:

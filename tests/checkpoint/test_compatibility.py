@@ -29,7 +29,7 @@ def test_a_checkpoint_of_another_system_is_refused(make_run) -> None:
 
 
 @pytest.mark.parametrize("flipped", [1, 128])
-def test_a_flip_in_the_archived_config_is_damage_and_no_difference_of_models(make_run, flipped: int) -> None:
+def test_a_flip_in_the_saved_config_is_damage_and_no_difference_of_models(make_run, flipped: int) -> None:
     folder = save(make_run(), 7)
     path = folder / "config.yaml"
     whole = path.read_bytes()
@@ -48,7 +48,7 @@ def test_a_flip_in_the_archived_config_is_damage_and_no_difference_of_models(mak
         ({"rule": "delta"}, "--model.memory.rule titans, this run has delta"),
     ],
 )
-def test_a_run_of_before_a_field_existed_did_what_its_default_does(
+def test_a_run_older_than_a_field_did_what_its_default_does(
     tmp_path: Path, flags: dict[str, Any], refused: str | None
 ) -> None:
     """Fields that the rule and the attachment do not use are no difference either."""
@@ -94,7 +94,7 @@ def test_another_recall_task_is_refused_wherever_the_checkpoint_has_it(
         check_resumable(replace(miras_recall(), data__recall=task(now)), tmp_path)
 
 
-def test_a_checkpoint_of_before_the_recall_task_existed_had_none(tmp_path: Path) -> None:
+def test_a_checkpoint_older_than_the_recall_task_had_none(tmp_path: Path) -> None:
     plain = to_plain(miras_tiny())
     del plain["data"]["recall"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))

@@ -39,7 +39,7 @@ def test_a_flag_is_given_whatever_its_value(words: str, names: set[str]) -> None
 @pytest.mark.parametrize(
     "words", ["--data.recall.max-gap 100", "--model.recall.max-gap=100", "--model.recall.max_gap 100"]
 )
-def test_the_recall_task_has_the_flags_of_before_too(command: str, words: str) -> None:
+def test_the_recall_task_has_its_older_flags_too(command: str, words: str) -> None:
     config = parse_run(["miras_recall", *words.split()], command)
     assert config == replace(miras_recall(), data__recall=dataclasses.replace(miras_recall().data.recall, max_gap=100))
 

@@ -14,6 +14,8 @@ import pytest
 
 from pipeline.data.sources.base import Document, Order, Place
 from pipeline.data.sources.indexed import IndexedDocuments
+from pipeline.data.sources.listing import list_files
+from pipeline.data.sources.local import LocalFiles
 from pipeline.errors import UserError
 
 STDLIB_FILES = ("argparse.py", "ast.py", "enum.py")
@@ -22,6 +24,11 @@ STDLIB_FILES = ("argparse.py", "ast.py", "enum.py")
 def standard_library_text() -> list[str]:
     root = Path(sysconfig.get_path("stdlib"))
     return [(root / name).read_text(encoding="utf-8") for name in STDLIB_FILES]
+
+
+def local_files(paths: list[str], text_field: str = "text", *, skip: bool = False) -> LocalFiles:
+    """The corpus that `--data.path` names."""
+    return LocalFiles(list_files(paths), text_field=text_field, skip=skip)
 
 
 class MemoryDocuments:
@@ -50,7 +57,7 @@ class MemorySource:
     """Texts in memory. `whole`: no hold-out and no shuffling, so that a test knows the order."""
 
     groups: np.ndarray | None = None
-    together = 1
+    groups_per_shuffle = 1
     remedy = "give other texts"
 
     def __init__(self, texts: list[str], *, whole: bool = False) -> None:

@@ -15,8 +15,9 @@ import torch
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources import grouped
 from pipeline.data.sources.compressed import Decompressed
-from pipeline.data.sources.local import LocalFiles, local_files
+from pipeline.data.sources.local import LocalFiles
 from pipeline.data.tokenizer import ByteTokenizer
+from tests.data.conftest import local_files
 from tests.data.test_loader import merged, step
 from tests.data.test_sources import order, texts
 
@@ -64,7 +65,7 @@ def test_a_group_is_decompressed_about_once_an_epoch(tmp_path: Path, monkeypatch
         grouped.CompressedJsonLinesFile, "read_group", lambda self, group: read.append(group) or plain(self, group)
     )
     source._readers[0]._cache._limit = 0  # type: ignore[attr-defined]
-    source.together = 1
+    source.groups_per_shuffle = 1
     documents = source.open(order(shuffle=True, holdout=0.1))
     for position in range(documents.count() or 0):
         documents.read(0, position)

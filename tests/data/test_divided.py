@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.base import Order
 from pipeline.data.sources.divided import DividedText, WholeText
-from pipeline.data.sources.local import local_files
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
+from tests.data.conftest import local_files
 from tests.data.test_loader import step
 from tests.data.test_sources import order
 

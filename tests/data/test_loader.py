@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.loader import PackedLoader
-from pipeline.data.sources.local import local_files, standard_library
+from pipeline.data.sources.local import standard_library
 from pipeline.data.tokenizer import ByteTokenizer, load_tokenizer
 from pipeline.errors import UserError
-from tests.data.conftest import MemorySource
+from tests.data.conftest import MemorySource, local_files
 
 TEXTS = [f"{i:02}" + "abcdefgh"[: i % 7] * (1 + i % 3) for i in range(30)]
 NAMES = ("input_ids", "labels", "segment_ids", "positions", "streams")

@@ -17,9 +17,9 @@ import pytest
 from pipeline.cli import main
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.huggingface import HuggingFaceStream
-from pipeline.data.sources.local import local_files
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
+from tests.data.conftest import local_files
 from tests.mutations import mutations
 
 ROOT = Path(__file__).resolve().parents[2]

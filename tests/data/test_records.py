@@ -18,9 +18,9 @@ from pipeline.data.loader import PackedLoader
 from pipeline.data.records import RecordLog
 from pipeline.data.sources.base import Document
 from pipeline.data.sources.huggingface import HuggingFaceStream
-from pipeline.data.sources.local import local_files
 from pipeline.data.tokenizer import ByteTokenizer, load_tokenizer
 from pipeline.errors import UserError
+from tests.data.conftest import local_files
 from tests.data.test_loader import merged, step
 
 BAD = {

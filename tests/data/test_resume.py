@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pipeline.data.loader import PackedLoader
 from pipeline.data.resume import different_rank
 from pipeline.data.sources.huggingface import HuggingFaceStream
-from pipeline.data.sources.local import local_files
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
+from tests.data.conftest import local_files
 from tests.data.test_loader import SPLITS, merged, step
 
 
@@ -218,7 +218,7 @@ def as_before(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("read", [local, stream])
-def test_a_checkpoint_of_before_resumes_on_the_same_data_and_on_no_other(
+def test_an_older_checkpoint_resumes_on_the_same_data_and_on_no_other(
     tmp_path: Path, read: Callable[[Path], Any], refusal: Callable[..., str]
 ) -> None:
     path = write(tmp_path / "rows.jsonl", {})
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_before_resumes_on_the_same_data_and_on_no_other(
     step(accepting)
 
 
-def test_a_checkpoint_of_before_in_another_order_of_groups_is_refused(
+def test_an_older_checkpoint_in_another_order_of_groups_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
 ) -> None:
     """How many parquet groups are read together was decided by the text column, and is by all columns."""

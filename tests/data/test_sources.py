@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.base import Order, Permutation, digest, held_out_rows, row_hashes
 from pipeline.data.sources.indexed import IndexedDocuments
-from pipeline.data.sources.local import LocalFiles, local_files, standard_library
+from pipeline.data.sources.local import LocalFiles, standard_library
 from pipeline.data.tokenizer import ByteTokenizer
-from tests.data.conftest import MemorySource, rewrite
+from tests.data.conftest import MemorySource, local_files, rewrite
 
 
 def order(**changes: object) -> Order:
@@ -137,7 +137,7 @@ def test_parquet_row_groups_are_read_about_once(tmp_path: Path, monkeypatch: pyt
     assert first != second and sorted(first) == sorted(second) and len(set(first)) == len(first)
     source = local_files([str(tmp_path)])
     source._readers[0]._cache._limit = 0  # type: ignore[attr-defined]
-    source.together = 1
+    source.groups_per_shuffle = 1
     reads.clear()
     epoch(source.open(order(shuffle=True)), 0)
     assert max(reads.values()) == 1, "one group at a time needs no cache"

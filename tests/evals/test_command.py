@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evals.command import render, resolve, run_eval, write
+from pipeline.evals.command import find_checkpoint_folder, render, run_eval, write
 from pipeline.system import Curve, Evaluation
 from tests.checkpoint.whole import write_whole
 
@@ -29,20 +29,20 @@ def strict(path: Path) -> Any:
 
 
 def test_a_checkpoint_is_itself(tmp_path: Path) -> None:
-    assert resolve(tmp_path) == tmp_path
+    assert find_checkpoint_folder(tmp_path) == tmp_path
 
 
 def test_a_run_is_the_checkpoint_that_its_latest_names(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("checkpoint-20\n")
-    assert resolve(tmp_path) == checkpoint
-    assert resolve(checkpoint) == checkpoint
+    assert find_checkpoint_folder(tmp_path) == checkpoint
+    assert find_checkpoint_folder(checkpoint) == checkpoint
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="absent: no such checkpoint"):
-        resolve(tmp_path / "absent")
+        find_checkpoint_folder(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("words", [[], ["--steps", "3"]], ids=str)
@@ -56,7 +56,7 @@ def test_an_unfinished_checkpoint_is_refused_before_anything_is_built(tmp_path: 
         run_eval([str(tmp_path)])
 
 
-def test_a_flip_in_the_archived_config_is_damage(tmp_path: Path) -> None:
+def test_a_flip_in_the_saved_config_is_damage(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("recipe: miras_tiny\nsteps: 30\n")
     write_whole(tmp_path, {"step": 1})
     (tmp_path / "config.yaml").write_text("recipe: miras_tiny\nsteps: 31\n")

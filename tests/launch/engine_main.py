@@ -24,7 +24,7 @@ from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import add_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import exit_process
-from pipeline.runtime.ranks import AFTER_HEARTBEAT, start, stop
+from pipeline.runtime.ranks import HEARTBEAT_MARGIN, start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
@@ -99,7 +99,7 @@ def pretrained(topology: Topology, folder: Path, stage: int) -> bool:
 
 def time_limits(config: RunConfig) -> dict[str, bool]:
     """Whether every process group, DeepSpeed's own too, waits longer than the heartbeat, which names the rank."""
-    limit = datetime.timedelta(minutes=config.parallel.timeout_minutes) + AFTER_HEARTBEAT
+    limit = datetime.timedelta(minutes=config.parallel.timeout_minutes) + HEARTBEAT_MARGIN
     groups = torch.distributed.distributed_c10d._world.pg_map
     found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
     return {"there are several": len(found) > 1, "all have the run's": set(found) == {limit}}

@@ -31,7 +31,7 @@ JOBS = ("clean", "stopped-1", "stopped-0", "killed-2", "killed-0", "asleep-1", "
 def rank_of(job: str, rank: int, out: Path) -> NoReturn:
     begun = time.monotonic()
 
-    def leave(sentence: str | None, code: int) -> NoReturn:
+    def exit_now(sentence: str | None, code: int) -> NoReturn:
         said = {"code": code, "sentence": sentence, "seconds": time.monotonic() - begun}
         (out / f"{job}-{rank}.json").write_text(json.dumps(said))
         os._exit(code)
@@ -41,7 +41,7 @@ def rank_of(job: str, rank: int, out: Path) -> NoReturn:
     topology = Topology(rank, WORLD, local_rank=rank)
 
     def fail(diagnosis: Diagnosis | None, should_report: bool = False) -> NoReturn:
-        leave(None, 9) if diagnosis is None else leave(diagnosis.reason, diagnosis.code)
+        exit_now(None, 9) if diagnosis is None else exit_now(diagnosis.reason, diagnosis.code)
 
     with HeartbeatMonitor(topology, timeout=TIMEOUT, interval=INTERVAL, on_failure=fail) as monitor:
         for step in range(1, LAST + 1):
@@ -56,14 +56,14 @@ def rank_of(job: str, rank: int, out: Path) -> NoReturn:
                 else:
                     with contextlib.suppress(KeyError), monitor:
                         raise KeyError("no such thing")
-                    leave(None, 1)
+                    exit_now(None, 1)
             try:
                 dist.all_reduce(torch.ones(1))
             except RuntimeError:
                 fail(monitor.diagnosis(10))
         if rank == 1:
             time.sleep(2)  # at a clean end the others are not held to have died, nor this one to be late
-    leave(None, 0)
+    exit_now(None, 0)
 
 
 def main() -> None:

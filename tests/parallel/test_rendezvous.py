@@ -50,10 +50,10 @@ def test_a_port_in_use_is_the_users_to_mend(rank) -> None:
 def test_the_limit_of_the_start_is_not_that_of_the_collectives() -> None:
     script = (
         "from datetime import timedelta; import torch; import torch.distributed as dist\n"
-        "from pipeline.runtime.ranks import AFTER_HEARTBEAT, start, stop\n"
+        "from pipeline.runtime.ranks import HEARTBEAT_MARGIN, start, stop\n"
         "from pipeline.recipes.miras import miras_recall\n"
         "config = miras_recall(); start(config)\n"
-        "expected = timedelta(minutes=config.parallel.timeout_minutes) + AFTER_HEARTBEAT\n"
+        "expected = timedelta(minutes=config.parallel.timeout_minutes) + HEARTBEAT_MARGIN\n"
         "assert dist.distributed_c10d._get_default_store().timeout == expected\n"
         "assert dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout == expected\n"
         "stop()\n"

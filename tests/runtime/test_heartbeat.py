@@ -343,7 +343,7 @@ def test_time_in_which_the_machine_slept_counts_for_nobody() -> None:
     job = Job(2, timeout=60, interval=5)
     server = job.monitors[0]._thread
     before = server.peers[1].heard, job.monitors[0]._own.progressed_at  # type: ignore[union-attr]
-    server.forgive(1000)  # type: ignore[union-attr]
+    server.discount_suspension(1000)  # type: ignore[union-attr]
     after = server.peers[1].heard, job.monitors[0]._own.progressed_at  # type: ignore[union-attr]
     assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([1000, 1000], abs=5)
     job.close()

@@ -24,8 +24,8 @@ def compare(words: Sequence[str]) -> dict[str, Any]:
     """Loss and gradient norm in both precisions. Raises UserError where a run fails, or they differ too much."""
     found: dict[str, Any] = {precision: _first_step(words, precision) for precision in ("fp32", "bf16")}
     for name, bound in (("loss", LOSS_BOUND), ("grad_norm", NORM_BOUND)):
-        wide, narrow = (found[precision][name] for precision in ("fp32", "bf16"))
-        found[f"{name}_difference"] = abs(narrow - wide) / abs(wide)
+        fp32, bf16 = (found[precision][name] for precision in ("fp32", "bf16"))
+        found[f"{name}_difference"] = abs(bf16 - fp32) / abs(fp32)
         found[f"{name}_bound"] = bound
     return found
 

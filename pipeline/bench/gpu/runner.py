@@ -31,7 +31,7 @@ BAD = (FAILED, TIMED_OUT, NOT_RUN)
 
 LEAST = 10.0
 """Seconds below which no step is started."""
-GRACE = 5.0
+KILL_TIMEOUT = 5.0
 """Seconds from SIGTERM to SIGKILL."""
 MEMORY_WORDS = re.compile(r"out of memory|OutOfMemoryError|bad_alloc", re.IGNORECASE)
 
@@ -141,7 +141,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+            process.wait(KILL_TIMEOUT)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

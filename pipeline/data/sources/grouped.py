@@ -202,9 +202,11 @@ class CompressedJsonLinesFile:
         self.rows = len(starts)
         # A power of two, so that a record that is corrected where it stands moves no other to another group.
         fit = GROUP_BYTES * max(self.rows, 1) // max(self._size, 1)
-        self._together = 1 << (max(fit, 1).bit_length() - 1)
+        self._rows_per_group = 1 << (max(fit, 1).bit_length() - 1)
         self._starts = np.append(starts, self._size)
-        self.group_rows = [min(self._together, self.rows - row) for row in range(0, self.rows, self._together)]
+        self.group_rows = [
+            min(self._rows_per_group, self.rows - row) for row in range(0, self.rows, self._rows_per_group)
+        ]
         self.group_bytes = GROUP_BYTES
 
     def _blocks(self) -> Iterator[bytes]:
@@ -223,15 +225,15 @@ class CompressedJsonLinesFile:
         name = f"{self.path} (row {row})"
         if self._damage is not None and row == self.rows - 1:
             return Document(name, "", f"{self._damage}: what follows row {row}, counted from 0")
-        found = self._cache.get(self, row // self._together)
+        found = self._cache.get(self, row // self._rows_per_group)
         if isinstance(found, _Broken):
             return Document(name, "", f"{name} cannot be read: {found.problem}")
-        index = row % self._together
+        index = row % self._rows_per_group
         line = found.text[found.starts[index] : found.starts[index + 1]]
         return parse_record(line, self._field, name)
 
     def read_group(self, group: int) -> _Lines | _Broken:
-        first = group * self._together
+        first = group * self._rows_per_group
         starts = self._starts[first : first + self.group_rows[group] + 1]
         start, stop = int(starts[0]), int(starts[-1])
         try:

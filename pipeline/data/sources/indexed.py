@@ -19,8 +19,8 @@ class RandomAccess(Protocol):
     name: str
     groups: np.ndarray | None
     """Boundaries [groups + 1] of runs that are cheap to read together (parquet row groups); None: all are alike."""
-    together: int
-    """How many of these runs may be read at a time."""
+    groups_per_shuffle: int
+    """How many of these runs are shuffled, and so read, at a time."""
 
     def __len__(self) -> int: ...
 
@@ -74,20 +74,21 @@ class IndexedDocuments:
         ranks = np.searchsorted(self._held, groups)
         if not self._order.held_out:
             ranks = groups - ranks
-        return _GroupedPermutation(ranks, self._source.together, self._order.seed, epoch)
+        return _GroupedPermutation(ranks, self._source.groups_per_shuffle, self._order.seed, epoch)
 
 
 class _GroupedPermutation:
     """Shuffles the groups, then the documents of a few groups together, so that a group is read about once an epoch."""
 
-    def __init__(self, boundaries: np.ndarray, together: int, *key: object) -> None:
+    def __init__(self, boundaries: np.ndarray, groups_per_shuffle: int, *key: object) -> None:
         self._key = key
         count = len(boundaries) - 1
         shuffled = Permutation(count, "groups", *key)
         groups = np.fromiter((shuffled(i) for i in range(count)), np.int64, count)
         self._starts = boundaries[:-1][groups]
         self._ends = np.cumsum(np.diff(boundaries)[groups])
-        self._chunk_ends = np.append(self._ends[together - 1 : -1 : together], self._ends[-1])
+        ends = self._ends[groups_per_shuffle - 1 : -1 : groups_per_shuffle]
+        self._chunk_ends = np.append(ends, self._ends[-1])
         self._chunk = lru_cache(maxsize=16)(self._permute_chunk)
 
     def _permute_chunk(self, chunk: int) -> Permutation:

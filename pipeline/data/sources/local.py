@@ -25,7 +25,6 @@ from pipeline.data.sources.listing import (
     Listing,
     LocalFile,
     file_format,
-    list_files,
 )
 from pipeline.data.sources.readers import DamagedFile, FileReader, JsonLinesFile, TextFile, unreadable
 from pipeline.errors import UserError
@@ -57,7 +56,7 @@ class LocalFiles:
         self._ends = np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)
         grouped = [reader for reader in self._readers if isinstance(reader, _GROUPED)]
         self.groups = _group_boundaries(self._readers) if grouped else None
-        self.together = _together(reader.group_bytes for reader in grouped)
+        self.groups_per_shuffle = _groups_per_shuffle(reader.group_bytes for reader in grouped)
 
     def _reader(self, path: Path, cache: GroupCache, skip: bool) -> FileReader:
         found = file_format(path.name)
@@ -128,7 +127,7 @@ class LocalFiles:
         # A checkpoint of an earlier version has no layout: there the size of the text column decided the order.
         parquet = [reader.largest_text() for reader in self._readers if isinstance(reader, ParquetFile)]
         known = {key: value for key, value in current.items() if key != "layout"}
-        return saved == known and _together(parquet) == self.together
+        return saved == known and _groups_per_shuffle(parquet) == self.groups_per_shuffle
 
     def same_numbering(self, saved: dict[str, Any]) -> bool:
         return saved.get("layout") == self._layout and saved.get("text_field") == self._text_field
@@ -140,7 +139,7 @@ class LocalFiles:
         for identity, rows in self.parts():
             state.update(f"{identity}\0{rows}\0".encode("utf-8", "surrogateescape"))
         if self.groups is not None:
-            state.update(self.groups.tobytes() + bytes([self.together]))
+            state.update(self.groups.tobytes() + bytes([self.groups_per_shuffle]))
         return state.hexdigest()
 
     @cached_property
@@ -162,8 +161,8 @@ class LocalFiles:
             raise unreadable(Path(error.filename or self.name), error) from error
 
 
-def _together(sizes: Iterable[int]) -> int:
-    """How many groups of at most such sizes are read at a time."""
+def _groups_per_shuffle(sizes: Iterable[int]) -> int:
+    """How many groups of at most such sizes, in bytes, are shuffled and so read at a time."""
     # Half of the cache: streams that run ahead are already in the next groups.
     return int(np.clip(GROUP_CACHE // 2 // max(*sizes, 1, 1), 1, 8))
 
@@ -182,11 +181,6 @@ def _group_boundaries(readers: Sequence[FileReader]) -> np.ndarray:
             sizes.append(reader.rows)
             joined = True
     return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-
-
-def local_files(paths: Sequence[str], text_field: str = "text", *, skip: bool = False) -> LocalFiles:
-    """The corpus that `--data.path` names: files, folders (searched to the bottom) and globs, each in sorted order."""
-    return LocalFiles(list_files(paths), text_field=text_field, skip=skip)
 
 
 def standard_library() -> LocalFiles:

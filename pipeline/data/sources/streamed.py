@@ -124,7 +124,7 @@ class StreamedDocuments:
         return self._length
 
     def scan(self) -> Iterator[Document]:
-        return filter(self._mine, _Rows(self._source, self._order, 0, None))
+        return filter(self._in_split, _Rows(self._source, self._order, 0, None))
 
     def hint(self, epoch: int, position: int) -> dict[str, Any] | None:
         found = self._snapshot(epoch, position)
@@ -143,7 +143,7 @@ class StreamedDocuments:
         if not self._order.held_out or first > self._place:
             self._return_to(*first)
 
-    def _mine(self, document: Document) -> bool:
+    def _in_split(self, document: Document) -> bool:
         # A record that has a problem has no text to be held out by.
         held_out = document.problem is None and digest(document.text) < self._threshold
         return held_out == self._order.held_out
@@ -167,7 +167,7 @@ class StreamedDocuments:
         epoch, start = self._place
         self._take_snapshot()
         block = []
-        for document in filter(self._mine, self._rows):
+        for document in filter(self._in_split, self._rows):
             block.append(document)
             if len(block) == self._block:
                 break

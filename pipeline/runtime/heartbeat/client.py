@@ -32,8 +32,8 @@ class HeartbeatClient(HeartbeatThread):
         self.connection: Connection | None = None
         self._open(meeting.client)
 
-    def forgive(self, seconds: float) -> None:
-        super().forgive(seconds)
+    def discount_suspension(self, seconds: float) -> None:
+        super().discount_suspension(seconds)
         self.server.heard += seconds
 
     def _open(self, connected: socket.socket) -> None:
@@ -86,7 +86,7 @@ class HeartbeatClient(HeartbeatThread):
             self._open(connect(self.meeting, self.own.rank, min(self.interval, 2.0)))
         except ConnectionRefusedError:
             self.refused = True  # nobody listens any more: the process is gone, not the network
-        except OSError:  # judged by its silence
+        except OSError:  # diagnosed by its silence
             self.refused = False
 
     def _diagnose(self, now: float) -> Diagnosis | None:

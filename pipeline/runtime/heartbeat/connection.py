@@ -2,7 +2,7 @@
 
 Not a TCPStore of torch's: its client waits for ever on a server that is stopped or cut off, whatever its time-out
 (torch 2.13: multi_get and the constructor), and a lost server is a page of C++ frames in the log. Here a process that
-dies closes its connection, which is seen at once; what only falls silent is judged by the observer's own clock.
+dies closes its connection, which is seen at once; what only falls silent is diagnosed by the observer's own clock.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Connection:
         self.sock.close()
 
     def send(self, data: bytes) -> None:
-        # A full buffer or a broken connection: the other side's silence will be judged, not ours.
+        # A full buffer or a broken connection: the other side's silence will be diagnosed, not ours.
         with contextlib.suppress(OSError):
             self.sock.send(data)
 
@@ -169,8 +169,8 @@ class HeartbeatThread(threading.Thread):
             events = self.selector.select(max(0.0, due - now))
             now = time.monotonic()
             if now - woke > 2 * self.interval + 0.5:
-                # This process was suspended, and so, perhaps, was the whole machine: nobody is blamed for that time.
-                self.forgive(now - woke)
+                # This process was suspended, and so, perhaps, was the whole machine: that time counts for no rank.
+                self.discount_suspension(now - woke)
             woke = now
             for key, _ in events:
                 if key.data is None:
@@ -184,7 +184,8 @@ class HeartbeatThread(threading.Thread):
                 if not self.tick(now):
                     return
 
-    def forgive(self, seconds: float) -> None:
+    def discount_suspension(self, seconds: float) -> None:
+        """Moves every time that an age is counted from by the seconds in which this process was suspended."""
         self.own.progressed_at += seconds
 
     def tick(self, now: float) -> bool:

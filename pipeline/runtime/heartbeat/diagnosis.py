@@ -16,7 +16,7 @@ LONGEST_LIST = 8
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds after which something is held against a rank."""
+    """Seconds after which a rank counts as failed."""
 
     stall: float
     """Without progress, while it could go on."""
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is held against whom, and the code that the job exits with for it."""
+    """Which ranks failed and how, and the code that the job exits with for it."""
 
     reason: str
     code: int = LOST_RANK
@@ -109,7 +109,7 @@ def diagnose(peers: Mapping[int, Peer], now: float, limits: Limits, slack: float
     if raised and any(peer.state == RUNS for peer in peers.values()):
         return ended(max(raised, key=lambda rank: raised[rank]), peers)
     if any(seconds > slack for seconds in quiet.values()):
-        return None  # its last heartbeat is too old to judge by; the limit of silence decides
+        return None  # its last heartbeat is too old for a diagnosis; the limit of silence decides
     reason = _stalled({r: p for r, p in peers.items() if not p.done and p.last_heartbeat is not None}, now, limits)
     return None if reason is None else Diagnosis(reason)
 
@@ -121,7 +121,7 @@ def _stalled(peers: Mapping[int, Peer], now: float, limits: Limits) -> str | Non
     free = [rank for rank, last in heartbeats.items() if not last.waits and not last.asks]
     stuck = [rank for rank in free if ages[rank] >= late[rank]]
     if free and (not stuck or any(late[rank] / 2 <= ages[rank] < late[rank] for rank in free)):
-        # Somebody moves, and the others wait for it; or it has stopped a little later than they: it is heard out.
+        # A rank moves, and the others wait for it; or it stopped a little later, and gets its full limit.
         return None
     if not free and (
         not heartbeats
@@ -136,7 +136,7 @@ def _stalled(peers: Mapping[int, Peer], now: float, limits: Limits) -> str | Non
     fewest = min(last.progress for last in heartbeats.values())
     behind = [rank for rank, last in heartbeats.items() if last.progress == fewest]
     if len(behind) == len(heartbeats):
-        behind = _odd_ones(heartbeats)
+        behind = _minority(heartbeats)
     if len(behind) < len(heartbeats):
         other = next(peer for rank, peer in peers.items() if rank not in behind)
         return (
@@ -149,7 +149,7 @@ def _stalled(peers: Mapping[int, Peer], now: float, limits: Limits) -> str | Non
     return f"no rank has made progress for {seconds:.0f} s: {places}"
 
 
-def _odd_ones(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
+def _minority(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
     """The ranks that are not where most are; all of them when there is no majority."""
     lines = [last.line for last in heartbeats.values()]
     common = max(sorted(set(lines)), key=lines.count)

@@ -36,8 +36,8 @@ class HeartbeatServer(HeartbeatThread):
         self.server.setblocking(False)
         self.selector.register(self.server, selectors.EVENT_READ, self._accept)
 
-    def forgive(self, seconds: float) -> None:
-        super().forgive(seconds)
+    def discount_suspension(self, seconds: float) -> None:
+        super().discount_suspension(seconds)
         for peer in self.peers.values():
             peer.heard += seconds
 
@@ -90,19 +90,19 @@ class HeartbeatServer(HeartbeatThread):
             limits = self.limits.hurried(self.interval) if self.hurried else self.limits
             self.diagnosis = diagnose(self.peers, now, limits, 2 * self.interval)
             if self.diagnosis is not None:
-                self._tell(now)
+                self._send_answer(now)
                 self.decide(self.diagnosis, True)
         if heartbeat.left:
             others = [peer for rank, peer in self.peers.items() if rank]
             # The others lose their server with this process: at a clean end it is the last to exit.
             if heartbeat.state != ENDED or self.diagnosis is not None or all(peer.done for peer in others):
-                self._tell(now)
+                self._send_answer(now)
                 for connection in self.connections.values():
                     connection.finish(0.0)
                 return False
         return True
 
-    def _tell(self, now: float) -> None:
+    def _send_answer(self, now: float) -> None:
         data = self._answer(now, fresh=True)
         for connection in self.connections.values():
             connection.send(data)

@@ -20,7 +20,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
-from pipeline.systems.miras import weights, words
+from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
@@ -100,17 +100,17 @@ class MirasSystem(System):
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
             f" {self.sizes.backbone.pretrained or 'random weights'}",
             "attention": f"{attention.kind} of {reach}, backend {backend}",
-            "memory": words.memory_line(memory, memory_backend(memory, device_type, dtype)),
+            "memory": descriptions.memory_line(memory, memory_backend(memory, device_type, dtype)),
         }
 
     def caption(self) -> str:
-        return words.caption(self.sizes)
+        return descriptions.caption(self.sizes)
 
     def headline(self, evaluation: Evaluation) -> str:
-        return words.headline(evaluation.scalars)
+        return descriptions.headline(evaluation.scalars)
 
     def health(self, metrics: Mapping[str, float]) -> str:
-        return words.health(metrics)
+        return descriptions.health(metrics)
 
     def build(self) -> nn.Module:
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)

@@ -110,7 +110,7 @@ def test_a_step_over_its_limit_is_ended_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "LEAST", 0.5)
-    monkeypatch.setattr(runner, "GRACE", 0.5)
+    monkeypatch.setattr(runner, "KILL_TIMEOUT", 0.5)
     marker = tmp_path / "child"
     code = (
         "import pathlib, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"

@@ -85,7 +85,7 @@ def test_momentum_is_a_parameter_of_the_momentum_rule_alone() -> None:
 
 
 def test_names_of_the_exact_rules_are_those_of_earlier_checkpoints() -> None:
-    """A checkpoint of before the family existed loads, and its optimizer state finds its parameters."""
+    """A checkpoint older than the family loads, and its optimizer state finds its parameters."""
     assert [name for name, _ in make().named_parameters()] == [
         "eta_logits", "conv", "head_norm", "persistent_k", "persistent_v", "norm.weight", "q_proj.weight",
         "k_proj.weight", "v_proj.weight", "alpha_proj.weight", "alpha_proj.bias", "beta_proj.weight", "beta_proj.bias",

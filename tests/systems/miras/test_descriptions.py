@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pipeline.recipes.miras import miras_64k, miras_tiny
-from pipeline.systems.miras.words import caption, headline, health, layers, memory_line
+from pipeline.systems.miras.descriptions import caption, headline, health, layers, memory_line
 
 HEALTH = {
     "norm_M": 3.564, "norm_S": 0.0658, "memory/alpha": 0.0001879, "memory/eta": 0.1002, "memory/theta": 0.1429,

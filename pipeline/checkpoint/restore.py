@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint.carry import load_carry
 from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems, read_manifest, unlisted
@@ -20,6 +21,8 @@ from pipeline.run import Progress, Run
 from pipeline.system import Carry
 
 TRAINER_STATE = "trainer_state.json"
+KINDS: dict[type, Any] = {str: str, bool: bool, int: int, float: (int, float), tuple: list}
+"""What JSON makes of the types of `Progress`."""
 
 
 def restore(run: Run, checkpoint: Path) -> list[Carry]:
@@ -69,11 +72,13 @@ def read_progress(checkpoint: Path) -> Progress:
     if wrong:
         raise UserError(f"{wrong[0]}: {RESTORE}")
     path = checkpoint / TRAINER_STATE
-    content = read_json(path, RESTORE)
-    try:
-        return Progress(**content)
-    except TypeError:
-        raise UserError(f"{path}: not the progress of a run of this version: {RESTORE}") from None
+    content, known = read_json(path, RESTORE), vars(Progress())
+    # A checkpoint of before a field existed did without.
+    if not isinstance(content, dict) or not all(
+        name in known and isinstance(value, KINDS[type(known[name])]) for name, value in content.items()
+    ):
+        raise UserError(f"{path}: not the progress of a run of this version: {RESTORE}")
+    return Progress(**content)
 
 
 @contextlib.contextmanager

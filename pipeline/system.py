@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import reduce_sums
 from pipeline.runtime.sync import next_counted_step
+from pipeline.schedule import Schedule
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -113,13 +114,27 @@ class ParameterGroup:
     weight_decay: float = 0.0
 
 
+StoppingRule = Callable[[Mapping[str, float]], bool]
+"""Of the numbers of one step, the same on every rank: `loss`, `phase_step`, `tokens` and the system's metrics. It is a
+function of these alone: what it remembered of earlier steps would be lost by a resume. A system that counts keeps the
+count in a buffer of the model, and reports it as a metric."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the run with one data stream, one set of trainable parameters and one schedule."""
 
     name: str
     steps: int
+    """The most updates it makes."""
     groups: tuple[ParameterGroup, ...]
+    schedule: Schedule | None = None
+    """None: the one that the flags of the run describe."""
+    until: StoppingRule | None = None
+    """Ends the phase before its last step; asked after every step."""
+    keep_carry: bool = False
+    """Whether the carry of the streams and the loader's position go on into it from the phase before. Otherwise the
+    carry is empty and the loader is at its start."""
 
 
 @dataclass(frozen=True)
@@ -235,9 +250,12 @@ class System(ABC, Generic[B]):
         terms = {f"loss/{term}": mean for term, mean in means.items()} if len(means) > 1 else {}
         return Evaluation({"loss": sum(means.values()), **terms})
 
-    def flops(self, sequence_length: int) -> Flops:
-        """Of one token of a sequence. By default two per element of every matrix forward and four backward, without
-        embeddings: what all parts of a model cost that are applied once a token, attention left out."""
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
+        """Of one token of a sequence, in training in a phase; None: in any, of a system whose phases cost the same.
+
+        By default two per element of every matrix forward and four backward, without embeddings: what all parts of a
+        model cost that are applied once a token, attention left out.
+        """
         with torch.device("meta"):
             model = self.build()
         # By identity: a head that is tied to an embedding is applied, and counts.

@@ -6,7 +6,7 @@ learning rate and decay of the first, and refuses what was saved with ZeRO-3 at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,18 +48,30 @@ if TYPE_CHECKING:
 __all__ = ["convert", "is_universal", "load_universal"]
 
 
-def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None:
+def load_universal(
+    engine: Engine,
+    checkpoint: Path,
+    topology: Topology,
+    *,
+    fresh: Collection[str] = (),
+    dropped: Collection[str] = (),
+) -> None:
     """Fills weights, master weights, moments, steps, buffers and counters of a fresh engine. Collective.
+
+    Of another phase's checkpoint: `fresh` are the trained parameters that it says nothing of, which stay as they are,
+    with moments of zero; `dropped` are those that it trained and this engine does not.
 
     Hyper-parameters of the groups stay those of the engine. Raises UserError on every rank before anything is changed.
     """
     saved = _Saved(checkpoint)
     # ZeRO has no state of a parameter without elements.
-    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and full_shape(p).numel()}
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and full_shape(p).numel()}
+    named = {name: parameter for name, parameter in trained.items() if name not in fresh}
     names = {parameter: name for name, parameter in named.items()}
     with shared_errors(topology):
-        saved.check(engine.module, named)
-        flats = [flat for flat in _flats(engine.optimizer) if any(p in names for p in flat.parameters)]
+        saved.check(engine.module, named, dropped)
+        known = set(trained.values())
+        flats = [flat for flat in _flats(engine.optimizer) if any(p in known for p in flat.parameters)]
         steps = [saved.step_of([names[p] for p in flat.parameters if p in names]) for flat in flats]
     partitions = hasattr(engine.optimizer, "checkpoint_event_prologue")
     if partitions:
@@ -92,14 +104,14 @@ class _Saved:
         content = load_pickle(self.checkpoint / PARAMETERS / name / f"{kind}.pt", mmap=kind != STEP)
         return content if kind == STEP else content["param"]
 
-    def check(self, module: nn.Module, named: dict[str, nn.Parameter]) -> None:
-        """Raises UserError unless exactly the trained parameters of the model are here, in their shapes."""
+    def check(self, module: nn.Module, named: dict[str, nn.Parameter], dropped: Collection[str]) -> None:
+        """Raises UserError unless exactly the parameters `named` are here, in their shapes, and those `dropped`."""
         if not is_universal(self.checkpoint):
             raise UserError(f"{self.checkpoint}: is not in the universal format: convert it first")
         found = {path.name for path in (self.checkpoint / PARAMETERS).iterdir() if path.is_dir()}
         parameters = dict(module.named_parameters())
         empty = {name for name, parameter in parameters.items() if not full_shape(parameter).numel()}
-        for name in sorted(found - named.keys() - empty):
+        for name in sorted(found - named.keys() - empty - set(dropped)):
             known = name in parameters
             what = "is frozen in this run" if known else "is no parameter of this model"
             raise UserError(

@@ -137,8 +137,12 @@ def test_another_precision_is_another_layout_and_a_missed_evaluation_is_made_up_
     metrics = tmp_path / "run" / "metrics.jsonl"
     rows = read_rows(metrics)
     assert [(row["mode"], row["step"]) for row in rows] == [("val", 0), ("train", 1), ("train", 2), ("val", 2)]
-    # As a signal during the last evaluation leaves it.
+    # As a signal during the last evaluation leaves them.
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    run_file = tmp_path / "run" / "run.json"
+    facts = json.loads(run_file.read_text())
+    assert facts["evaluated"] == [0, 2]
+    run_file.write_text(json.dumps({**facts, "status": "interrupted", "evaluated": [0]}))
     done = single(*words, "--zero", "zero1", "--precision", "bf16", "--resume", "must")
     assert done.returncode == 0, done.stdout + done.stderr
     again = read_rows(metrics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -83,6 +85,9 @@ class DataConfig:
     dataset: str | None = None
     """A Hugging Face data set to stream (NAME or NAME@REVISION), or `stdlib`: the source files of this machine's Python
     standard library."""
+    mix: tuple[str, ...] = ()
+    """Several sources, NAME=WEIGHT each: a file, folder or glob as for `path`, or a data set as for `dataset`. Each
+    stream reads one of them, as many streams as its weight is of the sum."""
     dataset_config: str | None = None
     """Configuration (subset) of the Hugging Face data set."""
     split: str = "train"
@@ -111,3 +116,27 @@ class DataConfig:
     it, and says what is lost."""
     recall: RecallConfig | None = None
     """The synthetic recall task in place of documents."""
+
+    def __post_init__(self) -> None:
+        mix_weights(self.mix)
+        if self.mix and (self.path or self.dataset):
+            other = "--data.path" if self.path else "--data.dataset"
+            raise UserError(f"{other} and --data.mix are both given: name all sources in --data.mix")
+
+
+def mix_weights(mix: Sequence[str]) -> dict[str, float]:
+    """The weights of the sources of a mixture, by name, from NAME=WEIGHT. Raises UserError."""
+    weights: dict[str, float] = {}
+    for entry in mix:
+        name, equals, weight = entry.rpartition("=")
+        if not (equals and name):
+            raise UserError(f"--data.mix {entry}: give NAME=WEIGHT, such as {'books' if equals else entry}=0.5")
+        if name in weights:
+            raise UserError(f"--data.mix names {name} twice: give it once, with the sum of its weights")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
+            raise UserError(f"--data.mix {entry}: {weight!r} is no weight: give a number above 0")
+    return weights

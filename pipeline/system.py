@@ -20,7 +20,7 @@ from pipeline.schedule import Schedule
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from pipeline.data.sources.listing import Listing
+    from pipeline.data.build import Listings
     from pipeline.host.devices import Device
     from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
@@ -156,9 +156,9 @@ class System(ABC, Generic[B]):
     name: str
     token_term: str = "cross_entropy"
     """The loss term whose counts are tokens; the others average over whatever they like."""
-    files: Listing | None = None
-    """The files of `--data.path` as rank 0 has listed them, set before `loader` is called in a run; None: the process
-    lists them itself."""
+    files: Listings | None = None
+    """The files of `--data.path` and `--data.mix` as rank 0 has listed them, set before `loader` is called in a run;
+    None: the process lists them itself."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

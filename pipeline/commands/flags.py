@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 HELP_WORDS = ("-h", "--help", "--help-all")
-RECORDED = ("parallel.sequence", "data.path", "data.dataset")
+RECORDED = ("parallel.sequence", "data.path", "data.dataset", "data.mix")
 """Fields whose flags mean more than their value: that a person chose it."""
 
 
@@ -66,9 +66,11 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         show_help(config, program, everything=everything, own=own, description=describe(recipes[name]))
     given: set[str] = set()
     # Parsed without the recipe's own source, which what a person names replaces.
-    parsed: RunConfig = parse_flags(replace(config, data__path=(), data__dataset=None), rest, program, own, given)
-    if given.isdisjoint(("data.path", "data.dataset")):
-        parsed = replace(parsed, data__path=config.data.path, data__dataset=config.data.dataset)
+    sourceless = replace(config, data__path=(), data__dataset=None, data__mix=())
+    parsed: RunConfig = parse_flags(sourceless, rest, program, own, given)
+    if given.isdisjoint(("data.path", "data.dataset", "data.mix")):
+        data = config.data
+        parsed = replace(parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix)
     if file is not None and states(Path(file), "parallel", "sequence"):
         given.add("parallel.sequence")
     if ranks is not None and "parallel.sequence" not in given:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import glob
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.data.loader import PackedLoader
 from pipeline.data.sources.base import Source
-from pipeline.data.sources.listing import Listing, list_files
+from pipeline.data.sources.listing import Listing, file_format, list_files
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data_config import DataConfig, mix_weights
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,22 +23,62 @@ if TYPE_CHECKING:
     from pipeline.parallel.topology import Topology
 
 
-def list_data(config: RunConfig) -> Listing | None:
-    """The files that `--data.path` names, as this process sees them; None for other sources. Raises UserError."""
-    return list_files(config.data.path, config.output_dir) if config.data.path else None
+Listings = tuple[Listing | None, ...]
+"""What was listed of each source of a configuration; None for one that is no files."""
 
 
-def build_source(config: RunConfig, files: Listing | None = None) -> Source:
+def list_data(config: RunConfig) -> Listings:
+    """The files that `--data.path` or `--data.mix` names, as this process sees them. Raises UserError."""
+    if not config.data.mix:
+        return (list_files(config.data.path, config.output_dir) if config.data.path else None,)
+    listings: list[Listing | None] = []
+    for name in mix_weights(config.data.mix):
+        with _of_mixture(name):
+            listings.append(list_files((name,), config.output_dir) if _names_files(name) else None)
+    return tuple(listings)
+
+
+def _names_files(name: str) -> bool:
+    """Whether a source of a mixture is a file, a folder or a pattern; if not, it is a data set."""
+    looks_so = name.startswith((".", "/", "~")) or glob.has_magic(name) or file_format(name) is not None
+    return looks_so or os.path.exists(name)
+
+
+@contextlib.contextmanager
+def _of_mixture(name: str) -> Iterator[None]:
+    """An error in one source of a mixture says that it is one: its message names the flag of a single source."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--data.mix {name}: {error}") from error
+
+
+def build_source(config: RunConfig, files: Listings | None = None) -> Source:
     """The corpus that a configuration names; the Python standard library when it names none.
 
     `files` is what another process has listed for all; without, this one lists them.
     """
     data = config.data
+    listings = list_data(config) if files is None else files
+    if not data.mix:
+        return _build_one(data, listings[0])
+    from pipeline.data.sources.mixed import MixedSource
+
+    weights = mix_weights(data.mix)
+    sources = {}
+    for name, listing in zip(weights, listings, strict=True):
+        with _of_mixture(name):
+            sources[name] = _build_one(dataclasses.replace(data, mix=(), dataset=name), listing)
+    return MixedSource(sources, list(weights.values()))
+
+
+def _build_one(data: DataConfig, files: Listing | None) -> Source:
+    """The files that are listed, or the data set that `data` names where there are none."""
     skip = data.on_bad_record == "skip"
-    if data.path:
+    if files is not None:
         from pipeline.data.sources.local import LocalFiles
 
-        return LocalFiles(files or list_files(data.path, config.output_dir), text_field=data.text_field, skip=skip)
+        return LocalFiles(files, text_field=data.text_field, skip=skip)
     if data.dataset is None or data.dataset == "stdlib":
         from pipeline.data.sources.local import standard_library
 
@@ -57,7 +103,7 @@ def build_loader(
     *,
     vocab_size: int,
     held_out: bool = False,
-    files: Listing | None = None,
+    files: Listings | None = None,
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> StatefulLoader[TokenBatch]:

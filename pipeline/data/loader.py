@@ -15,6 +15,7 @@ from pipeline.data.packing import DocumentEncoder, StreamPacker
 from pipeline.data.records import RecordLog
 from pipeline.data.resume import accepted, check_reading_settings, reads_the_same, refuse_source
 from pipeline.data.sources.base import Order, Place, Source
+from pipeline.data.sources.mixed import MixedDocuments, corpora
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
 
@@ -177,8 +178,9 @@ class PackedLoader:
         """One line for logs."""
         side, count = "held-out" if self.held_out else "training", self._documents.count()
         documents = f"; {count:,} {side} documents" if count is not None else f" ({side} documents)"
+        streams = f"; streams: {self._documents.describe()}" if isinstance(self._documents, MixedDocuments) else ""
         tokenizer = f"tokenizer {self.tokenizer.name} ({self.tokenizer.vocab_size:,} ids)"
-        return f"{self.source.describe()}{documents}; {tokenizer}"
+        return f"{self.source.describe()}{documents}{streams}; {tokenizer}"
 
     def _load_cursors(self, cursors: _Cursors) -> None:
         self._forget_pending()
@@ -202,21 +204,26 @@ class PackedLoader:
 
     def _require_a_document(self) -> None:
         """Called when a stream has found nothing in an epoch: raises UserError unless there is something to find."""
-        if self._some_document or any(self._encode(document) is not None for document in self._documents.scan()):
-            self._some_document = True
+        if self._some_document:
             return
+        for name, documents in corpora(self.source, self._documents):
+            if not any(self._encode(document) is not None for document in documents.scan()):
+                raise self._nothing_in(name)
+        self._some_document = True
+
+    def _nothing_in(self, name: str) -> UserError:
         side = "held-out" if self.held_out else "training"
         if self._log.first_problem is not None:
-            raise UserError(
-                f"every {side} document of {self.source.name} is empty, too short or passed over"
-                f" ({self._log.first_problem}): give documents with text"
+            return UserError(
+                f"every {side} document of {name} is empty, too short or passed over ({self._log.first_problem}): give"
+                " documents with text"
             )
         if self.min_tokens:
-            raise UserError(
-                f"no {side} document of {self.source.name} has --data.min-tokens {self.min_tokens} tokens: lower it, or"
-                " give longer documents"
+            return UserError(
+                f"no {side} document of {name} has --data.min-tokens {self.min_tokens} tokens: lower it, or give longer"
+                " documents"
             )
-        raise UserError(f"every {side} document of {self.source.name} is empty: give documents with text")
+        return UserError(f"every {side} document of {name} is empty: give documents with text")
 
 
 def _place(cursor: Mapping[str, Any], hint: dict[str, Any] | None = None) -> Place:

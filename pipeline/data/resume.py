@@ -11,6 +11,7 @@ from pipeline.data.sources.base import Documents, Order, Place
 from pipeline.errors import UserError
 
 _FLAGS = {
+    "mix": "--data.mix",
     "source": "--data.path or --data.dataset",
     "tokenizer": "--data.tokenizer",
     "seed": "--seed",
@@ -36,6 +37,9 @@ def check_reading_settings(saved: dict[str, Any], current: dict[str, Any]) -> No
             f"a resume keeps the global batch: the checkpoint has {before} streams, this run {now} (--batch-size x data"
             " degree x --grad-accum)"
         )
+    # Each stream reads one source: with other shares its position would be one in another source.
+    if _mix(saved) != _mix(current):
+        raise UserError(_refusal("mix", _mix(saved), _mix(current)))
     for key, value in current.items():
         if key != "source" and saved.get(key) != value:
             raise UserError(_refusal(key, saved.get(key), value))
@@ -47,8 +51,19 @@ def refuse_source(saved: Any, current: dict[str, Any], why: str) -> UserError:
     return UserError(f"{_refusal('source', saved, current, fix='')}; {why}: {fix}")
 
 
+def _mix(fingerprint: dict[str, Any]) -> list[float] | None:
+    """The shares of the sources; None of a single one."""
+    source = fingerprint.get("source")
+    return source.get("mix") if isinstance(source, dict) else None
+
+
+def _flag(key: str, value: Any) -> str:
+    """What sets a part of a fingerprint, whose value is given."""
+    return _FLAGS["mix"] if key == "source" and _mix({"source": value}) else _FLAGS.get(key, key)
+
+
 def _refusal(key: str, old: Any, new: Any, fix: str = ": restore it, or start a new run with --init-from") -> str:
-    return f"{_FLAGS.get(key, key)} does not give the data of the checkpoint ({_difference(old, new)}){fix}"
+    return f"{_flag(key, new)} does not give the data of the checkpoint ({_difference(old, new)}){fix}"
 
 
 def _difference(old: Any, new: Any) -> str:
@@ -67,7 +82,7 @@ def different_rank(fingerprints: Sequence[dict[str, Any]]) -> str | None:
         if changed:
             key = changed[0]
             return (
-                f"{_FLAGS.get(key, key)}: rank {rank} does not find what rank 0 does"
+                f"{_flag(key, fingerprints[0][key])}: rank {rank} does not find what rank 0 does"
                 f" ({_difference(fingerprints[0][key], found.get(key))}): the data must be the same on every node"
             )
     return None

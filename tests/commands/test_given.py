@@ -24,6 +24,7 @@ from pipeline.recipes.miras import miras_recall, miras_tiny
         ("--data.path", {"data.path"}),
         ("--data.path a b --steps 3", {"data.path"}),
         ("--data.dataset None", {"data.dataset"}),
+        ("--data.mix a=1 b=2 --steps 3", {"data.mix"}),
     ],
 )
 def test_a_flag_is_given_whatever_its_value(words: str, names: set[str]) -> None:
@@ -69,6 +70,27 @@ def test_a_source_that_is_named_replaces_the_one_that_stands_there(
     file.write_text(f"recipe: miras_tiny\ndata: {{{source}}}\n")
     data = parse_run(["--config", str(file), *words.split()], "train").data
     assert (data.path, data.dataset) == (path, dataset)
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "expected"),
+    [
+        ("mix: [a=1, b=2]", "", ((), None, ("a=1", "b=2"))),
+        ("mix: [a=1, b=2]", "--data.path x", (("x",), None, ())),
+        ("mix: [a=1, b=2]", "--data.dataset stdlib", ((), "stdlib", ())),
+        ("mix: [a=1, b=2]", "--data.mix c=1", ((), None, ("c=1",))),
+        ("mix: [a=1, b=2]", "--data.mix", ((), None, ())),
+        ("path: [x]", "--data.mix c=1 d=2", ((), None, ("c=1", "d=2"))),
+        ("dataset: stdlib", "--data.mix c=1", ((), None, ("c=1",))),
+    ],
+)
+def test_so_does_a_mixture_and_it_is_replaced_too(
+    source: str, words: str, expected: tuple[object, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"recipe: miras_tiny\ndata: {{{source}}}\n")
+    data = parse_run(["--config", str(file), *words.split()], "train").data
+    assert (data.path, data.dataset, data.mix) == expected
 
 
 def test_two_sources_are_refused() -> None:

@@ -122,12 +122,12 @@ def test_runs_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "a.txt", "b.jsonl")
     for given in (".", "**", "*", "**/*.json*"):
-        before = list_data(config(given, "outputs/mine"))
+        (before,) = list_data(config(given, "outputs/mine"))
         assert before is not None and not before.passed_over
         make_run(tmp_path / "outputs" / "mine")
         make_run(tmp_path / "other")
         make_run(tmp_path / "copied" / "run")
-        after = list_data(config(given, "outputs/mine"))
+        (after,) = list_data(config(given, "outputs/mine"))
         assert after is not None and after.files == before.files
         assert after.notes() == "3 run directories"
         for folder in ("outputs", "other", "copied"):
@@ -200,6 +200,6 @@ def test_both_sides_of_the_hold_out_read_one_listing(tmp_path: Path, monkeypatch
     assert len(listed) == 1 and "9 documents in 9 files" in loader.describe()
     # What rank 0 has listed stands for what another rank would find.
     other = create_system(replace(miras_tiny(), data__path=(str(tmp_path),), data__holdout=0.3))
-    other.files = listed[0]
+    other.files = (listed[0],)
     assert other.loader(Phase("train", 1, ()), Topology()).describe() == loader.describe()
     assert len(listed) == 1

@@ -79,10 +79,12 @@ class EvaluationConfig:
 class ReportConfig:
     """What a person sees."""
 
-    log_every: int = 1
+    log_every: Annotated[int, tyro.conf.arg(aliases=["--log-interval"])] = 1
     """Steps between `train` rows of metrics.jsonl and plain progress lines."""
-    plots: bool = True
+    plots: Annotated[bool, tyro.conf.arg(aliases=["--plots"])] = True
     """Draw PNG plots at evaluations and at the end."""
+    plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0
+    """Steps between drawings of the training curves, which are also drawn at the end; 0: at every evaluation."""
     tensorboard: bool = False
     """Write TensorBoard events under OUT/tensorboard."""
     wandb: str | None = None
@@ -120,15 +122,17 @@ class RunConfig:
     never: start afresh; or the path of a checkpoint."""
     init_from: Path | None = None
     """Checkpoint to take weights alone from."""
-    save_every: int = 500
+    save_every: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = 500
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
-    """Complete checkpoints to keep."""
+    """Complete checkpoints to keep: the newest."""
+    keep_every: int = 0
+    """Beside the newest, keep the checkpoints whose step is a multiple of this; 0: none."""
     async_save: bool = False
     """Copy what a checkpoint holds to host memory and write it while training goes on; the last one is waited for."""
     max_hours: float | None = None
     """Stop and save when this start has run so many hours: a job's time limit, less the time that a save takes."""
-    eval_every: int = 500
+    eval_every: Annotated[int, tyro.conf.arg(aliases=["--eval-interval", "--val-interval"])] = 500
     """Steps between held-out evaluations; 0: at the end only."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
@@ -176,6 +180,7 @@ class RunConfig:
                 raise UserError(f"{flag} is {value}: give a value above 0")
         at_least_zero = {
             "--save-every": self.save_every,
+            "--keep-every": self.keep_every,
             "--eval-every": self.eval_every,
             "--warmup-steps": self.warmup_steps,
             "--weight-decay": self.weight_decay,
@@ -183,6 +188,7 @@ class RunConfig:
             "--profile": self.profile,
             "--data.min-tokens": self.data.min_tokens,
             "--optimizer.eps": self.optimizer.eps,
+            "--report.plot-every": self.report.plot_every,
             "--evaluation.batch-size": self.evaluation.batch_size,
         }
         for flag, value in at_least_zero.items():

@@ -94,6 +94,8 @@ class Trainer:
                 self._save(background=config.async_save and step != last)
             if step == last or (config.eval_every and step % config.eval_every == 0):
                 self._evaluate(step)
+            for callback in self.callbacks:
+                callback.while_paused(step)
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
         self._committed(self.saver.finish())

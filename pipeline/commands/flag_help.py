@@ -58,12 +58,12 @@ def flag_names(*sections: Any) -> list[str]:
             absent = any(isinstance(kind, type) and dataclasses.is_dataclass(kind) for kind in get_args(hint))
             if absent or tyro.conf.Suppress in details:
                 continue
-            flag = name.replace("_", "-")
-            names.append(f"--{flag}")
-            names += [alias for detail in details for alias in getattr(detail, "aliases", None) or ()]
+            aliases = [alias for detail in details for alias in getattr(detail, "aliases", None) or ()]
+            flags = [f"--{name.replace('_', '-')}", *aliases]
+            names += flags
             if isinstance(value, bool):
-                head, dot, last = flag.rpartition(".")
-                names.append(f"--{head}{dot}no-{last}")
+                parts = (flag.removeprefix("--").rpartition(".") for flag in flags)
+                names += [f"--{head}{dot}no-{last}" for head, dot, last in parts]
     return names
 
 

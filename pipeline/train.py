@@ -75,11 +75,12 @@ class Trainer:
             meter.begun = time.perf_counter()
         while progress.step < last:
             step = progress.step + 1
-            result = self.step(step, meter)
-            progress.step, self.result = step, result
             due = step == last or (config.save_every and step % config.save_every == 0)
             # A checkpoint holds the tokens and seconds up to its step.
-            if due or step % config.report.log_every == 0:
+            logged = bool(due) or step % config.report.log_every == 0
+            result = self.step(step, meter, logged=logged)
+            progress.step, self.result = step, result
+            if logged:
                 self._record(meter)
             for callback in self.callbacks:
                 callback.after_step(step)
@@ -106,9 +107,9 @@ class Trainer:
         due = step == 0 or step >= last or bool(every and step % every == 0)
         return due and step not in self.run.evaluated
 
-    def step(self, step: int, meter: Meter) -> StepResult:
+    def step(self, step: int, meter: Meter, *, logged: bool = True) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
-        context = StepContext(self.run.topology, self.run.config.seed, self.phase.name, step)
+        context = self._context(step, logged)
         carries = self._accumulate(context, meter)
         self.saver.release()
         result = self.engine.step(lr_multiple(self.run.config, step))
@@ -117,6 +118,9 @@ class Trainer:
             self.carries = carries
             self.run.system.after_step(self.engine.module, context)
         return result
+
+    def _context(self, step: int, logged: bool) -> StepContext:
+        return StepContext(self.run.topology, self.run.config.seed, self.phase.name, step, heavy_metrics=logged)
 
     def _accumulate(self, context: StepContext, meter: Meter) -> list[Carry]:
         """Gradients of one step's micro-batches; returns what each carries on."""
@@ -177,7 +181,7 @@ class Trainer:
 
     def _dry_run(self) -> None:
         meter = Meter(self.run)
-        self._accumulate(StepContext(self.run.topology, self.run.config.seed, self.phase.name, 1), meter)
+        self._accumulate(self._context(1, True), meter)
         record = meter.record(1, self.result)
         if self.run.is_main:
             print(

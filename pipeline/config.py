@@ -23,6 +23,10 @@ MAY_CHANGE: Mapping[str, bool] = {"may_change_at_resume": True}
 not compare it."""
 
 
+AUTO_ID = "auto"
+"""The `run_id` that stands for the time of the start."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a system is made of. Each system derives its own section from this one.
@@ -117,6 +121,10 @@ class RunConfig:
     """Seed of weights, data order and noise."""
     output_dir: Path = Path("outputs")
     """Run directory."""
+    run_name: str | None = None
+    """Name of the run, in place of --output-dir: the run directory is outputs/NAME."""
+    run_id: str | None = None
+    """A folder of this name below the run's: `auto` names it by date and time, so that every start has a new one."""
     resume: Annotated[str, tyro.conf.arg(aliases=["--resume-from"])] = "auto"
     """auto: from the newest complete checkpoint of the run directory if there is one; must: fail without one;
     never: start afresh; or the path of a checkpoint."""
@@ -197,6 +205,11 @@ class RunConfig:
         for flag, value in {**positive, **at_least_zero}.items():
             if isinstance(value, int) and value > LARGEST:
                 raise UserError(f"{flag} is {shown(value)}: give at most {LARGEST}")
+        for flag, name in {"--run-name": self.run_name, "--run-id": self.run_id}.items():
+            if name is not None and (name in ("", ".", "..") or "/" in name):
+                raise UserError(f"{flag} is {shown(name)}: give the name of one folder, without /")
+        if self.run_id == AUTO_ID and self.resume == "must":
+            raise UserError("--resume must goes on with a run, and --run-id auto begins one: give the run's --run-id")
         if self.stop_after is not None and self.stop_after < 1:
             raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):

@@ -23,6 +23,10 @@ MAY_CHANGE: Mapping[str, bool] = {"may_change_at_resume": True}
 not compare it."""
 
 
+AUTO_ID = "auto"
+"""The `run_id` that stands for the time of the start."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a system is made of. Each system derives its own section from this one.
@@ -79,10 +83,12 @@ class EvaluationConfig:
 class ReportConfig:
     """What a person sees."""
 
-    log_every: int = 1
+    log_every: Annotated[int, tyro.conf.arg(aliases=["--log-interval"])] = 1
     """Steps between `train` rows of metrics.jsonl and plain progress lines."""
-    plots: bool = True
+    plots: Annotated[bool, tyro.conf.arg(aliases=["--plots"])] = True
     """Draw PNG plots at evaluations and at the end."""
+    plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0
+    """Steps between drawings of the training curves, which are also drawn at the end; 0: at every evaluation."""
     tensorboard: bool = False
     """Write TensorBoard events under OUT/tensorboard."""
     wandb: str | None = None
@@ -120,20 +126,26 @@ class RunConfig:
     """Seed of weights, data order and noise."""
     output_dir: Path = Path("outputs")
     """Run directory."""
+    run_name: str | None = None
+    """Name of the run, in place of --output-dir: the run directory is outputs/NAME."""
+    run_id: str | None = None
+    """A folder of this name below the run's: `auto` names it by date and time, so that every start has a new one."""
     resume: Annotated[str, tyro.conf.arg(aliases=["--resume-from"])] = "auto"
     """auto: from the newest complete checkpoint of the run directory if there is one; must: fail without one;
     never: start afresh; or the path of a checkpoint."""
     init_from: Path | None = None
     """Checkpoint to take weights alone from."""
-    save_every: int = 500
+    save_every: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = 500
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
-    """Complete checkpoints to keep."""
+    """Complete checkpoints to keep: the newest."""
+    keep_every: int = 0
+    """Beside the newest, keep the checkpoints whose step is a multiple of this; 0: none."""
     async_save: bool = False
     """Copy what a checkpoint holds to host memory and write it while training goes on; the last one is waited for."""
     max_hours: float | None = None
     """Stop and save when this start has run so many hours: a job's time limit, less the time that a save takes."""
-    eval_every: int = 500
+    eval_every: Annotated[int, tyro.conf.arg(aliases=["--eval-interval", "--val-interval"])] = 500
     """Steps between held-out evaluations; 0: at the end only."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
@@ -181,6 +193,7 @@ class RunConfig:
                 raise UserError(f"{flag} is {value}: give a value above 0")
         at_least_zero = {
             "--save-every": self.save_every,
+            "--keep-every": self.keep_every,
             "--eval-every": self.eval_every,
             "--warmup-steps": self.warmup_steps,
             "--weight-decay": self.weight_decay,
@@ -188,6 +201,7 @@ class RunConfig:
             "--profile": self.profile,
             "--data.min-tokens": self.data.min_tokens,
             "--optimizer.eps": self.optimizer.eps,
+            "--report.plot-every": self.report.plot_every,
             "--evaluation.batch-size": self.evaluation.batch_size,
         }
         for flag, value in at_least_zero.items():
@@ -196,6 +210,11 @@ class RunConfig:
         for flag, value in {**positive, **at_least_zero}.items():
             if isinstance(value, int) and value > LARGEST:
                 raise UserError(f"{flag} is {shown(value)}: give at most {LARGEST}")
+        for flag, name in {"--run-name": self.run_name, "--run-id": self.run_id}.items():
+            if name is not None and (name in ("", ".", "..") or "/" in name):
+                raise UserError(f"{flag} is {shown(name)}: give the name of one folder, without /")
+        if self.run_id == AUTO_ID and self.resume == "must":
+            raise UserError("--resume must goes on with a run, and --run-id auto begins one: give the run's --run-id")
         if self.stop_after is not None and self.stop_after < 1:
             raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):

@@ -13,8 +13,9 @@ from pipeline.config import RunConfig
 from pipeline.create_run import create_run
 from pipeline.errors import LOST_RANK, LostRankError, lost_peer
 from pipeline.load import Resolved, checked_system, resolve
-from pipeline.parallel.collectives import shared_errors
+from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
+from pipeline.run_name import in_folder, new_folder
 from pipeline.runtime.exit import exit_message, exit_process, log_line
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.heartbeat import Diagnosis, HeartbeatMonitor
@@ -63,6 +64,9 @@ def _end_the_job(diagnosis: Diagnosis, should_report: bool) -> None:
 
 
 def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: FolderLock) -> None:
+    with shared_errors(topology):
+        folder = new_folder(config)
+    config = in_folder(config, broadcast_object(topology, folder))
     with shared_errors(topology):
         if topology.rank == 0 and not config.dry_run:
             lock.acquire(config.output_dir)

@@ -52,6 +52,9 @@ class StepContext:
     step: int
     options: Mapping[str, Any] = field(default_factory=dict)
     """Switches of an evaluation, e.g. {"memory": False}."""
+    heavy_metrics: bool = False
+    """Whether metrics that cost time are wanted: in training where the step is logged. A row then has their mean over
+    these steps alone, and no such key where a run was stopped between two."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,19 @@ class Curve:
     """Vertical lines by their label: where on the x axis something begins."""
 
 
+Sample = str | Sequence[Any] | Mapping[str, Any]
+"""What was drawn from a model: a text, or values that JSON can hold."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: scalars for the `val` row, curves for the plots. The same on every rank."""
+    """What an evaluation found: scalars for the `val` row, curves for the plots, samples for files of their own. The
+    same on every rank."""
 
     scalars: dict[str, float]
     curves: dict[str, Curve] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
+    """By the names of their files in OUT/samples."""
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,13 @@ class Trainer:
         last = min(self.run.end_of_phase, config.stop_after or self.run.end_of_phase)
         while progress.step < last and not progress.phase_done:
             step = progress.step + 1
-            result = self.step(step, meter)
-            progress.step, self.result = step, result
-            progress.phase_done = progress.phase_step >= self.phase.steps
             due = step == last or (config.save_every and step % config.save_every == 0)
             # A checkpoint holds the tokens and seconds up to its step.
-            if due or step % config.report.log_every == 0 or self.phase.until is not None:
+            logged = bool(due) or step % config.report.log_every == 0 or self.phase.until is not None
+            result = self.step(step, meter, logged=logged)
+            progress.step, self.result = step, result
+            progress.phase_done = progress.phase_step >= self.phase.steps
+            if logged:
                 record = self._record(meter)
                 if self.phase.until is not None and self.phase.until(self._reduced(record)):
                     progress.phase_done = True
@@ -108,6 +109,8 @@ class Trainer:
                 self._save(background=config.async_save and not ends)
             if ends or (config.eval_every and step % config.eval_every == 0):
                 self._evaluate(step)
+            for callback in self.callbacks:
+                callback.while_paused(step)
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
         self._committed(self.saver.finish())
@@ -119,9 +122,9 @@ class Trainer:
         due = step == 0 or step >= last or self.run.progress.phase_done or bool(every and step % every == 0)
         return due and step not in self.run.evaluated
 
-    def step(self, step: int, meter: Meter) -> StepResult:
+    def step(self, step: int, meter: Meter, *, logged: bool = True) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
-        context = StepContext(self.run.topology, self.run.config.seed, self.phase.name, step)
+        context = self._context(step, logged)
         carries = self._accumulate(context, meter)
         self.saver.release()
         result = self.engine.step(lr_multiple(self.schedule, self.phase.steps, step - self.run.progress.phase_start))
@@ -130,6 +133,9 @@ class Trainer:
             self.carries = carries
             self.run.system.after_step(self.engine.module, context)
         return result
+
+    def _context(self, step: int, logged: bool) -> StepContext:
+        return StepContext(self.run.topology, self.run.config.seed, self.phase.name, step, heavy_metrics=logged)
 
     def _accumulate(self, context: StepContext, meter: Meter) -> list[Carry]:
         """Gradients of one step's micro-batches; returns what each carries on."""
@@ -199,7 +205,7 @@ class Trainer:
 
     def _dry_run(self) -> None:
         meter = Meter(self.run)
-        self._accumulate(StepContext(self.run.topology, self.run.config.seed, self.phase.name, 1), meter)
+        self._accumulate(self._context(1, True), meter)
         record = meter.record(1, self.result)
         if self.run.is_main:
             print(

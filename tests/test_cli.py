@@ -400,10 +400,30 @@ def test_a_local_rank_before_the_command_is_accepted(capsys: pytest.CaptureFixtu
         ("--dry-run", "dry_run", True),
         ("--lr 1e-5", "lr", 1e-5),
         ("--stop-after 5", "stop_after", 5),
+        ("--save-interval 9", "save_every", 9),
+        ("--save_interval=9", "save_every", 9),
+        ("--eval-interval 9", "eval_every", 9),
+        ("--eval_interval=9", "eval_every", 9),
+        ("--val-interval 9", "eval_every", 9),
     ],
 )
 def test_flags_and_their_aliases(words: str, field: str, value: object) -> None:
     assert getattr(parse_run(["miras_tiny", *words.split()], "train"), field) == value
+
+
+@pytest.mark.parametrize(
+    "words, field, value",
+    [
+        ("--log-interval 9", "log_every", 9),
+        ("--log_interval=9", "log_every", 9),
+        ("--plot-interval 9", "plot_every", 9),
+        ("--no-plots", "plots", False),
+        ("--no_plots", "plots", False),
+    ],
+)
+def test_aliases_of_intervals_are_plain_flags(words: str, field: str, value: object) -> None:
+    report = parse_run(["miras_tiny", *words.split()], "train").report
+    assert (getattr(report, field), getattr(miras_tiny().report, field) == value) == (value, False)
 
 
 def test_flags_of_sections() -> None:

@@ -30,6 +30,8 @@ def config() -> RunConfig:
         ("--lr", {"lr": float("nan")}),
         ("--parallel.sequence", {"parallel__sequence": 0}),
         ("--keep", {"keep": 0}),
+        ("--keep-every", {"keep_every": -1}),
+        ("--report.plot-every", {"report__plot_every": -1}),
         ("--report.log-every", {"report__log_every": 0}),
         ("--evaluation.steps", {"evaluation__steps": 0}),
         ("--save-every", {"save_every": -1}),

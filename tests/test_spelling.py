@@ -31,7 +31,7 @@ PLAIN = sorted({flag for flag in FLAGS if "." not in flag})
         ("--data.pth", "--data.path"),
         ("--memory.rule", "--model.memory.rule"),
         ("-steps", "--steps"),
-        ("--no-plots", "--report.no-plots"),
+        ("--no-plot", "--no-plots"),
         ("--report.no-plot", "--report.no-plots"),
     ],
 )
@@ -83,6 +83,14 @@ def test_the_words_of_a_suggestion() -> None:
 
 def test_the_names_of_flags_are_those_that_are_taken() -> None:
     names = set(flag_names(miras_recall()))
-    assert {"--steps", "--max-steps", "--bs", "--report.no-plots", "--no-dry-run", "--data.recall.pairs"} <= names
-    assert "--model.recall.pairs" in names
+    assert {
+        "--steps",
+        "--max-steps",
+        "--bs",
+        "--report.no-plots",
+        "--no-plots",
+        "--no-dry-run",
+        "--data.recall.pairs",
+    } <= names
+    assert {"--model.recall.pairs", "--data.recall.pairs"} <= names
     assert not {"--recipe", "--model.system", "--model.recall", "--data.recall"} & names

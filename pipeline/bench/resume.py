@@ -91,7 +91,10 @@ def _existing(path: Path) -> Path:
 
 
 def _start(rest: Sequence[str], folder: Path, options: ResumeOptions) -> dict[str, Any]:
-    _, rest = pop_flag(list(rest), "--output-dir")
+    rest = list(rest)
+    for flag in ("--output-dir", "--run-name", "--run-id"):
+        for form in (flag, f"--{flag[2:].replace('-', '_')}"):
+            _, rest = pop_flag(rest, form)
     counts = [str(options.repeats), str(options.bench_steps)]
     words = ["pipeline", "bench", "resume-case", *counts, *rest, "--output-dir", str(folder)]
     if options.ranks == 1:

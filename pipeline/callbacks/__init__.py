@@ -1,4 +1,4 @@
-"""What watches a run: progress, metrics, dashboards, plots, profiling."""
+"""What watches a run: progress, metrics, samples, dashboards, plots, profiling."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def local_callbacks(run: Run) -> list[Callback]:
     from pipeline.callbacks.plots import Plots
     from pipeline.callbacks.profiler import Profiler
     from pipeline.callbacks.progress import ProgressLines
+    from pipeline.callbacks.samples import SampleFiles
 
     callbacks: list[Callback] = []
     if run.config.profile:
         callbacks.append(Profiler(run))
     if run.is_main:
-        callbacks += [MetricsFile(run), ProgressLines(run)]
+        callbacks += [MetricsFile(run), ProgressLines(run), SampleFiles(run)]
         if run.config.report.tensorboard:
             callbacks.append(TensorBoard(run))
         if run.config.report.wandb is not None:

@@ -49,6 +49,9 @@ class Callback:
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""
 
+    def while_paused(self, step: int) -> None:
+        """After every step and its saves and evaluations, in time that does not count as training."""
+
     def on_checkpoint(self, name: str) -> None:
         """After a checkpoint is complete."""
 

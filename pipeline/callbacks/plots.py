@@ -24,10 +24,13 @@ DASHES = ("--", ":", "-.")
 
 
 class Plots(Callback):
-    """Redraws OUT/plots at every evaluation and at the end; the numbers of each curve stand beside it as JSON."""
+    """Redraws OUT/plots at every evaluation and at the end; the numbers of each curve stand beside it as JSON.
+
+    With `--report.plot-every` the training curves have that interval in place of the evaluations'.
+    """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.every = run, run.config.report.plot_every
         self.folder = run.folder / "plots"
         self.subtitle = caption(run.config.recipe, run.system.caption())
 
@@ -35,17 +38,22 @@ class Plots(Callback):
         self.folder.mkdir(exist_ok=True)
         for name, curve in evaluation.curves.items():
             draw_curve(curve, self.folder / f"{name}.png", caption(self.subtitle, f"after step {step}"))
-        self._training()
+        if not self.every:
+            self._training()
+
+    def while_paused(self, step: int) -> None:
+        if self.every and step % self.every == 0:
+            self._training()
 
     def on_end(self, status: str) -> None:
         if status == "failed":
             # The reason must reach the person first, and the curves up to the last evaluation are there.
             return
-        self.folder.mkdir(exist_ok=True)
         self._training()
 
     def _training(self) -> None:
         path = self.run.folder / "metrics.jsonl"
+        self.folder.mkdir(exist_ok=True)
         if path.exists():
             clip = self.run.config.clip
             draw_training(read_rows(path), self.folder / "training.png", title=self.subtitle, clip=clip)

@@ -166,7 +166,7 @@ class Saver:
 
     def _prune(self, step: int) -> list[Path]:
         try:
-            return prune_old(self.folder, self.run.config.keep, step)
+            return prune_old(self.folder, self.run.config.keep, step, self.run.config.keep_every)
         except OSError as error:
             # The save is complete; room that was not made shows when it is needed.
             warnings.warn(f"an old checkpoint was not removed: {error}", stacklevel=2)

@@ -14,6 +14,7 @@ from pipeline.config import RunConfig
 
 COMMON = (
     "steps", "stop_after", "seed", "output_dir", "resume", "init_from", "save_every", "keep", "eval_every",
+    "run_name", "run_id",
     "batch_size", "sequence_length", "grad_accum", "lr", "warmup_steps", "weight_decay", "clip", "precision",
     "activation_checkpointing", "profile", "dry_run", "zero", "parallel.sequence", "data.path", "data.dataset",
     "data.mix", "data.text_field", "data.tokenizer", "data.min_tokens",
@@ -58,12 +59,12 @@ def flag_names(*sections: Any) -> list[str]:
             absent = any(isinstance(kind, type) and dataclasses.is_dataclass(kind) for kind in get_args(hint))
             if absent or tyro.conf.Suppress in details:
                 continue
-            flag = name.replace("_", "-")
-            names.append(f"--{flag}")
-            names += [alias for detail in details for alias in getattr(detail, "aliases", None) or ()]
+            aliases = [alias for detail in details for alias in getattr(detail, "aliases", None) or ()]
+            flags = [f"--{name.replace('_', '-')}", *aliases]
+            names += flags
             if isinstance(value, bool):
-                head, dot, last = flag.rpartition(".")
-                names.append(f"--{head}{dot}no-{last}")
+                parts = (flag.removeprefix("--").rpartition(".") for flag in flags)
+                names += [f"--{head}{dot}no-{last}" for head, dot, last in parts]
     return names
 
 

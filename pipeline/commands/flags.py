@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 HELP_WORDS = ("-h", "--help", "--help-all")
-RECORDED = ("parallel.sequence", "data.path", "data.dataset", "data.mix")
+RECORDED = ("parallel.sequence", "data.path", "data.dataset", "data.mix", "output_dir", "run_name", "run_id")
 """Fields whose flags mean more than their value: that a person chose it."""
 
 
@@ -35,6 +35,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     from pipeline.config import replace
     from pipeline.config_file import load_config, states
     from pipeline.recipes import all_recipes, describe
+    from pipeline.run_name import with_named_folder
 
     recipes = all_recipes()
     rest = list(words)
@@ -75,7 +76,8 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         given.add("parallel.sequence")
     if ranks is not None and "parallel.sequence" not in given:
         parsed = replace(parsed, parallel__sequence=math.gcd(parsed.parallel.sequence, ranks))
-    return parsed
+    stated = {"output_dir"} if file is not None and states(Path(file), "output_dir") else set()
+    return with_named_folder(parsed, given, stated)
 
 
 def parse_flags(

@@ -16,6 +16,7 @@ from pipeline.host.hardware import on_gpu
 from pipeline.load import checked_system, model_without_storage, resolve
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.parallel.weight_files import file_tensors
+from pipeline.run_name import in_folder, new_folder
 from pipeline.runtime.folder_lock import FolderLock
 
 MIN_FREE = 64 * 2**20
@@ -25,6 +26,7 @@ MIN_FREE = 64 * 2**20
 def preflight(config: RunConfig, ranks: int) -> None:
     """Raises UserError for whatever can be known to fail with `ranks` ranks: layout, files, data, space."""
     check_degrees(ranks, config.parallel.sequence)
+    config = in_folder(config, new_folder(config))
     topology = Topology(world=ranks, sequence=config.parallel.sequence)
     system = checked_system(config, topology)
     with FolderLock() as lock:

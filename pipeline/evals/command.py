@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.callbacks.plots import caption, draw_curve
+from pipeline.callbacks.samples import write_samples
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.restore import read_progress
 from pipeline.commands.flags import parse_flags
@@ -74,7 +75,7 @@ def find_checkpoint_folder(path: Path) -> Path:
 
 
 def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtitle: str = "") -> None:
-    """evaluation.json, and per curve a PNG, titled with what it is of, and its numbers."""
+    """evaluation.json, per curve a PNG, titled with what it is of, and its numbers, and the samples below samples/."""
     path = folder / "evaluation.json"
     scalars = {name: value if math.isfinite(value) else None for name, value in evaluation.scalars.items()}
     with writing(path):
@@ -83,6 +84,7 @@ def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtit
     with writing(folder):
         for name, curve in evaluation.curves.items():
             draw_curve(curve, folder / f"{name}.png", subtitle)
+    write_samples(evaluation.samples, folder / "samples")
 
 
 def render(evaluation: Evaluation) -> str:

@@ -16,9 +16,10 @@ def names(run) -> list[str]:
 
 
 def test_rank_0_writes(make_run) -> None:
-    assert names(make_run()) == ["MetricsFile", "ProgressLines", "Plots"]
-    assert names(make_run(report__plots=False)) == ["MetricsFile", "ProgressLines"]
-    assert names(make_run(report__tensorboard=True)) == ["MetricsFile", "ProgressLines", "TensorBoard", "Plots"]
+    assert names(make_run()) == ["MetricsFile", "ProgressLines", "SampleFiles", "Plots"]
+    assert names(make_run(report__plots=False)) == ["MetricsFile", "ProgressLines", "SampleFiles"]
+    watching = ["MetricsFile", "ProgressLines", "SampleFiles", "TensorBoard", "Plots"]
+    assert names(make_run(report__tensorboard=True)) == watching
 
 
 def test_other_ranks_write_nothing(make_run) -> None:

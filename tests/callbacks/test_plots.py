@@ -232,6 +232,35 @@ def test_a_run_has_its_pictures_after_an_evaluation_and_at_the_end(make_run, rec
     assert is_picture(folder / "training.png") and is_picture(folder / "perplexity_by_position.png")
 
 
+def test_training_curves_have_an_interval_of_their_own(make_run, record) -> None:
+    run = make_run(report__plot_every=4)
+    file, pictures = MetricsFile(run), Plots(run)
+    training = run.folder / "plots" / "training.png"
+    drawn: list[int] = []
+    evaluation = Evaluation({"loss": 2.0}, {"perplexity_by_position": curve(on=(9.0, 5.0, 3.0))})
+    for step in range(1, 10):
+        file.on_step(record(step))
+        if step in (3, 8):
+            file.on_evaluation(step, evaluation)
+            pictures.on_evaluation(step, evaluation)
+            assert not training.exists()
+        pictures.while_paused(step)
+        if training.exists():
+            drawn.append(step)
+            training.unlink()
+    assert drawn == [4, 8]
+    assert is_picture(run.folder / "plots" / "perplexity_by_position.png")
+    pictures.on_end("finished")
+    assert is_picture(training)
+
+
+def test_without_an_interval_they_are_drawn_at_evaluations_alone(make_run, record) -> None:
+    run = make_run()
+    MetricsFile(run).on_step(record(1))
+    Plots(run).while_paused(1)
+    assert not (run.folder / "plots").exists()
+
+
 def test_a_run_that_ends_before_its_first_row_draws_nothing(make_run) -> None:
     run = make_run()
     Plots(run).on_end("failed")

@@ -79,9 +79,10 @@ class FakeLoader:
         self.state = value
 
 
-def a_run(folder: Path, step: int = 0, keep: int = 2, topology: Topology | None = None) -> Run:
+def a_run(folder: Path, step: int = 0, keep: int = 2, topology: Topology | None = None, keep_every: int = 0) -> Run:
     """A run at `step` of two streams, whose model is one linear layer."""
     config = replace(miras_tiny(), output_dir=folder, keep=keep, batch_size=2, parallel__sequence=1)
+    config = replace(config, keep_every=keep_every)
     phase = Phase("train", 150, (ParameterGroup("all", ("weight",)),))
     run = Run(  # type: ignore[arg-type]
         config, topology or Topology(), torch.device("cpu"), None, phase, FakeEngine(), FakeLoader(), {}

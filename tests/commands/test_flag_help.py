@@ -12,9 +12,9 @@ from pipeline.config import ModelConfig
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_recall, miras_tiny
 
-EVERY_RECIPE = """--steps --stop-after --seed --output-dir --resume --init-from --save-every --keep --eval-every
-    --batch-size --sequence-length --grad-accum --lr --warmup-steps --weight-decay --clip --precision --profile
-    --dry-run --zero --parallel.sequence --data.path --data.dataset --data.mix --data.tokenizer""".split()
+EVERY_RECIPE = """--steps --stop-after --seed --output-dir --run-name --run-id --resume --init-from --save-every --keep
+    --eval-every --batch-size --sequence-length --grad-accum --lr --warmup-steps --weight-decay --clip --precision
+    --profile --dry-run --zero --parallel.sequence --data.path --data.dataset --data.mix --data.tokenizer""".split()
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from pipeline.recipes.miras import miras_recall, miras_tiny
     ("words", "names"),
     [
         ("", set()),
-        ("--steps 3 --data.text-field path --output-dir parallel.sequence", set()),
+        ("--steps 3 --data.text-field path --resume parallel.sequence", set()),
+        ("--output_dir=outputs/miras_tiny", {"output_dir"}),
+        ("--run-name a --run-id None", {"run_name", "run_id"}),
         ("--parallel.sequence 2", {"parallel.sequence"}),
         ("--parallel.sequence=2 --parallel.timeout-minutes 3", {"parallel.sequence"}),
         ("--data.path", {"data.path"}),

@@ -76,6 +76,12 @@ def test_the_result_is_json_and_a_picture_with_its_numbers(tmp_path: Path) -> No
     assert strict(folder / "recall_by_distance.json")["series"]["memory off"] == [0.5, None, None]
 
 
+def test_samples_stand_beside_the_result(tmp_path: Path) -> None:
+    write(Evaluation({"loss": 2.0}, samples={"text": "drawn", "peptides": ["ACD"]}), tmp_path, {})
+    assert (tmp_path / "samples" / "text.txt").read_text() == "drawn\n"
+    assert strict(tmp_path / "samples" / "peptides.json") == ["ACD"]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_scalar_that_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
     write(Evaluation({"loss": value, "ppl": 3.0}), tmp_path, {})

@@ -1,24 +1,29 @@
 """Started by test_resume.py on every rank: N steps straight against k steps, a stop, a resume and N - k steps.
 
-Usage: resume_main OUT DATA. Rank 0 writes OUT/result.json.
+Then a named run, whose folder the time of its start names. Usage: resume_main OUT DATA. Rank 0 writes OUT/result.json
+and OUT/named.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
 
 from pipeline.callbacks.metrics import read_rows
 from pipeline.cli import without_local_rank
+from pipeline.commands.flags import parse_run
 from pipeline.config import RunConfig, replace
 from pipeline.job import train
 from pipeline.recipes.miras import miras_tiny
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import stop
+from pipeline.systems.miras.system import MirasSystem
 from tests.launch.comparing import differences
 
 LAST, MIDDLE = 6, 3
@@ -44,6 +49,35 @@ def cases() -> dict[str, dict[str, object]]:
     found["zero2 frozen"] = {"zero": "zero2", "model": frozen}
     found["zero3 frozen background"] = {"zero": "zero3", "model": frozen, "async_save": True, "save_every": 1}
     return found
+
+
+def named(out: Path, data: Path) -> dict[str, object]:
+    """A run by `--run-name NAME --run-id auto` on ranks that start in different seconds: its folder on every rank, and
+    the steps whose heavy metrics were wanted."""
+    os.chdir(out)
+    words = f"""miras_tiny --run-name exp --run-id auto --steps 7 --log-interval 3 --save-interval 5 --eval-interval 0
+        --no-plots --sequence-length 64 --batch-size 1 --parallel.sequence 1 --evaluation.steps 1
+        --data.path {data} --data.holdout 0.2""".split()
+    wanted: dict[int, bool] = {}
+    forward = MirasSystem.forward
+
+    def noted(self, model, batch, carry, context):  # type: ignore[no-untyped-def]
+        if context.phase == "train":
+            wanted[context.step] = context.heavy_metrics
+        else:
+            assert not context.heavy_metrics
+        return forward(self, model, batch, carry, context)
+
+    time.sleep(1.1 * dist.get_rank())
+    MirasSystem.forward = noted  # type: ignore[method-assign]
+    try:
+        train(parse_run(words, "train", ranks=2))
+    finally:
+        MirasSystem.forward = forward  # type: ignore[method-assign]
+    rows = [row["step"] for path in Path("outputs").rglob("metrics.jsonl") for row in read_rows(path)]
+    folders = sorted(path.as_posix() for path in Path("outputs").glob("*/*"))
+    files = sorted(path.name for path in Path(folders[0]).iterdir())
+    return {"folders": folders, "files": files, "rows": rows, "wanted": wanted}
 
 
 def main() -> None:
@@ -72,6 +106,9 @@ def main() -> None:
             }
             (out / "result.json").write_text(json.dumps(result))
         dist.barrier()
+    facts = named(out, data)
+    if dist.get_rank() == 0:
+        (out / "named.json").write_text(json.dumps(facts))
     stop()
     exit_process(0)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from tests.launch.resume_main import LAST, cases
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     draw = random.Random(3)
     texts = ["".join(draw.choices("abcdefgh ", k=draw.randrange(40, 140))) for _ in range(9)]
@@ -20,7 +22,31 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     done = launch(2, "tests.launch.resume_main", str(folder), str(data), timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, dict]:
     return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def named(folder: Path) -> dict:
+    return json.loads((folder / "named.json").read_text())
+
+
+@pytest.mark.timeout(600)
+def test_ranks_that_start_in_different_seconds_share_the_folder_that_the_time_names(named: dict) -> None:
+    (folder,) = named["folders"]
+    assert re.fullmatch(r"outputs/exp/\d{8}_\d{6}", folder)
+    assert {"checkpoints", "config.yaml", "metrics.jsonl", "run.json"} <= set(named["files"])
+
+
+@pytest.mark.timeout(600)
+def test_heavy_metrics_are_wanted_where_a_step_is_logged(named: dict) -> None:
+    assert {int(step) for step, wanted in named["wanted"].items() if wanted} == {3, 5, 6, 7}
+    assert len(named["wanted"]) == 7
+    assert [step for step in named["rows"] if step] == [3, 5, 6, 7, 7], "with the last step's evaluation"
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,45 @@
+"""OUT/samples: what evaluations drew from the model, a file each."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.callbacks.base import Callback
+from pipeline.files.output import writing
+from pipeline.run import Run
+from pipeline.system import Evaluation, Sample
+
+
+class SampleFiles(Callback):
+    """Writes OUT/samples/NAME-STEP.txt for a text and NAME-STEP.json for anything else. Raises RankError."""
+
+    def __init__(self, run: Run) -> None:
+        self.folder = run.folder / "samples"
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        write_samples(evaluation.samples, self.folder, f"-{step}")
+
+
+def write_samples(samples: Mapping[str, Sample], folder: Path, ending: str = "") -> None:
+    """A file each, by name; `ending` stands behind the name. Replaces what is there; raises RankError."""
+    for name, sample in samples.items():
+        is_text = isinstance(sample, str)
+        path = folder / f"{name}{ending}.{'txt' if is_text else 'json'}"
+        content = sample if isinstance(sample, str) else json.dumps(_finite(sample), ensure_ascii=False, indent=1)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # What a model draws need not be text: half of a surrogate pair cannot be encoded.
+            path.write_text(content.rstrip("\n") + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -17,7 +17,7 @@ class BackboneConfig:
     """The decoder of the model, as transformers builds it."""
 
     pretrained: str | None = None
-    """Local folder or hub name of the weights (allenai/OLMo-2-0425-1B), whose own config holds; None: random
+    """Local folder, GGUF file or hub name of the weights (allenai/OLMo-2-0425-1B), whose own config holds; None: random
     weights of the model type and sizes below."""
     revision: str = "main"
     """Revision of a hub name."""

@@ -1,4 +1,4 @@
-"""A pretrained backbone in a folder or on the hub: its config, checked, and its tensors."""
+"""A pretrained backbone in a folder, a GGUF file or on the hub: its config, checked, and its tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipeline.errors import UserError, brief, shown
 from pipeline.files.json_file import read_json
 from pipeline.lm.config import BackboneConfig
 from pipeline.lm.decoder_config import check_decoder, check_model_type, kv_heads
+from pipeline.lm.gguf_file import gguf_config, gguf_tensors, is_gguf
 from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors
 
 SIZES = (
@@ -23,7 +24,7 @@ MAX_SIZE = 2**31 - 1
 def backbone_config(config: BackboneConfig) -> PreTrainedConfig:
     """The transformers config of the backbone, without any network.
 
-    A local folder or a cached hub name says it itself; otherwise the model type and sizes of the section
+    A local folder, a GGUF file or a cached hub name says it itself; otherwise the model type and sizes of the section
     hold, and weights that differ from them are refused when they are read. Raises UserError.
     """
     found = None if config.pretrained is None else _local_config(config)
@@ -55,6 +56,8 @@ def _local_config(config: BackboneConfig) -> PreTrainedConfig | None:
     """The checked config of pretrained weights that are on this machine; None for a hub name that is not cached."""
     assert config.pretrained is not None
     flag, folder = f"--model.backbone.pretrained {config.pretrained}", Path(config.pretrained)
+    if is_gguf(config.pretrained):
+        return _checked(gguf_config(config.pretrained, flag), flag, "the file")
     if folder.is_dir():
         read_json(folder / "config.json", "give a folder as save_pretrained writes it")
     try:
@@ -96,11 +99,12 @@ def is_local(config: BackboneConfig) -> bool:
 
 
 def pretrained_tensors(config: BackboneConfig, built: PreTrainedConfig | None = None) -> dict[str, StoredTensor]:
-    """The tensors of the pretrained backbone by name; its files are downloaded when it is a hub name.
-
-    `built`: the config of the decoder that they are for. Raises UserError.
+    """The tensors of the pretrained backbone by name; its files are downloaded when it is a hub name, and read whole
+    when they are one of GGUF. `built`: the config of the decoder that they are for. Raises UserError.
     """
     assert config.pretrained is not None
+    if is_gguf(config.pretrained):
+        return gguf_tensors(config.pretrained, f"--model.backbone.pretrained {config.pretrained}")
     folder = Path(config.pretrained)
     if folder.is_dir():
         return model_tensors(folder)

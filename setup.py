@@ -500,6 +500,8 @@ EXTRAS = {
     ],
     "evals": ["lm-eval>=0.4.9"],
     "flash": ["flash-attn>=2.8"],
+    # transformers reads GGUF files with them.
+    "gguf": ["accelerate>=1.10", "gguf>=0.17"],
     "wandb": ["wandb>=0.20"],
 }
 

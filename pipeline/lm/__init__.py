@@ -1,1 +1,1 @@
-"""What language-model systems share: attention, loss head, pretrained weights, held-out perplexity and recall."""
+"""What language-model systems share: backbone, attention, loss head, pretrained weights, perplexity and recall."""

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Olmo2Config
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
+from transformers import AttentionInterface, PreTrainedConfig
 
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig
+from pipeline.lm.decoder_config import head_dim
 from pipeline.ops.attention import (
     AttentionPlan,
     Rope,
@@ -90,15 +90,9 @@ def attend(
 AttentionInterface.register(ATTENTION_NAME, attend)
 
 
-def rope_of(backbone: Olmo2Config) -> Rope:
-    """The backbone's rotary frequencies, float64."""
-    rotary = Olmo2RotaryEmbedding(backbone)
-    return Rope(rotary.inv_freq.double(), float(rotary.attention_scaling))
-
-
 def plan_attention(
     config: AttentionConfig,
-    backbone: Olmo2Config,
+    backbone: PreTrainedConfig,
     rope: Rope,
     segment_ids: Tensor,
     positions: Tensor,
@@ -116,11 +110,10 @@ def plan_attention(
     )  # fmt: skip
 
 
-def attention_backend(config: AttentionConfig, backbone: Olmo2Config, device_type: str, dtype: torch.dtype) -> str:
+def attention_backend(config: AttentionConfig, backbone: PreTrainedConfig, device_type: str, dtype: torch.dtype) -> str:
     """The attention backend's name. Raises UserError when the one that was asked for cannot do it."""
-    head_dim = backbone.hidden_size // backbone.num_attention_heads
     try:
-        return choose_attention(config.kind, config.sinks, device_type, dtype, head_dim, config.backend)
+        return choose_attention(config.kind, config.sinks, device_type, dtype, head_dim(backbone), config.backend)
     except ValueError as error:
         raise UserError(f"--model.attention.backend {config.backend}: {error}") from None
 

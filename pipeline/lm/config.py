@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pipeline.config import MAY_CHANGE, at_least
 from pipeline.errors import UserError
 
+ModelType: TypeAlias = Literal["llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3"]
+"""Model types of transformers that a backbone may have; SmolLM2 is a llama."""
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The `Olmo2ForCausalLM` of the model."""
+    """The decoder of the model, as transformers builds it."""
 
     pretrained: str | None = None
-    """Local folder or hub name of OLMo2 weights (allenai/OLMo-2-0425-1B); None: random weights of the sizes below."""
+    """Local folder, GGUF file or hub name of the weights (allenai/OLMo-2-0425-1B), whose own config holds; None: random
+    weights of the model type and sizes below."""
     revision: str = "main"
     """Revision of a hub name."""
     trainable: bool = False
     """Train the backbone too, not the memory alone."""
     lr_scale: float = field(default=1.0, metadata=MAY_CHANGE)
     """Learning rate of a trainable backbone, as a multiple of --lr."""
+    model_type: ModelType = "olmo2"
+    """Model type of transformers of random weights."""
+    tied: bool = False
+    """Random weights alone: the output embedding is the input embedding."""
     layers: int = 16
     """Decoder layers."""
     width: int = 2048

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
@@ -9,6 +11,11 @@ from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
 
 class LossHead(nn.Linear):
     """The output embedding, which turns hidden states into losses without holding the logits of a sequence."""
+
+    def tie(self, embedding: nn.Embedding) -> None:
+        """Takes the embedding's weight for its own: one parameter, which the model's state holds as the embedding's."""
+        self.weight = embedding.weight
+        self.register_state_dict_post_hook(_without_weight)
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, labels: Tensor | None = None, predict: bool = False
@@ -21,3 +28,7 @@ class LossHead(nn.Linear):
         losses = linear_cross_entropy(flat, self.weight, labels.flatten()).view_as(labels)
         predictions = linear_argmax(flat, self.weight).view_as(labels) if predict else None
         return losses, predictions
+
+
+def _without_weight(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    del state[f"{prefix}weight"]

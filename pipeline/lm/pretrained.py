@@ -1,15 +1,17 @@
-"""A pretrained OLMo2 in a folder or on the hub: its sizes, checked, and its tensors."""
+"""A pretrained backbone in a folder, a GGUF file or on the hub: its config, checked, and its tensors."""
 
 from __future__ import annotations
 
 import glob
 from pathlib import Path
 
-from transformers import AutoConfig, Olmo2Config
+from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
 from pipeline.files.json_file import read_json
 from pipeline.lm.config import BackboneConfig
+from pipeline.lm.decoder_config import check_decoder, check_model_type, kv_heads
+from pipeline.lm.gguf_file import gguf_config, gguf_tensors, is_gguf
 from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors
 
 SIZES = (
@@ -19,45 +21,43 @@ MAX_SIZE = 2**31 - 1
 """Beyond what any of them is; a damaged file may say anything."""
 
 
-def backbone_config(config: BackboneConfig) -> Olmo2Config:
+def backbone_config(config: BackboneConfig) -> PreTrainedConfig:
     """The transformers config of the backbone, without any network.
 
-    A local folder or a cached hub name says it itself; otherwise the sizes of the section hold, and weights that differ
-    from them are refused when they are read. Raises UserError.
+    A local folder, a GGUF file or a cached hub name says it itself; otherwise the model type and sizes of the section
+    hold, and weights that differ from them are refused when they are read. Raises UserError.
     """
-    if config.pretrained is not None:
-        found = _local_config(config)
-    else:
-        found = None
+    found = None if config.pretrained is None else _local_config(config)
     if found is None:
-        found = Olmo2Config(
+        found = AutoConfig.for_model(
+            config.model_type,
             vocab_size=config.vocabulary,
             hidden_size=config.width,
             intermediate_size=config.ffn,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
+            # Some families would choose their own.
+            head_dim=config.width // config.heads,
+            sliding_window=None,
             rms_norm_eps=config.norm_eps,
             initializer_range=config.initializer_range,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
-            tie_word_embeddings=False,
+            tie_word_embeddings=config.tied,
         )
-    if (found.hidden_size // found.num_attention_heads) % 2:
-        raise UserError(
-            f"--model.backbone.width {found.hidden_size} over --model.backbone.heads {found.num_attention_heads} makes"
-            " heads of an odd size, which rotary embeddings cannot turn"
-        )
-    if found.tie_word_embeddings:
-        raise UserError("the backbone ties its embeddings: OLMo2 weights with an untied output embedding are needed")
+        check_decoder(found, f"--model.backbone.width {config.width} with --model.backbone.heads {config.heads}")
     return found
 
 
-def _local_config(config: BackboneConfig) -> Olmo2Config | None:
+def _local_config(config: BackboneConfig) -> PreTrainedConfig | None:
+    """The checked config of pretrained weights that are on this machine; None for a hub name that is not cached."""
     assert config.pretrained is not None
     flag, folder = f"--model.backbone.pretrained {config.pretrained}", Path(config.pretrained)
+    if is_gguf(config.pretrained):
+        return _checked(gguf_config(config.pretrained, flag), flag, "the file")
     if folder.is_dir():
         read_json(folder / "config.json", "give a folder as save_pretrained writes it")
     try:
@@ -70,18 +70,26 @@ def _local_config(config: BackboneConfig) -> Olmo2Config | None:
         if isinstance(error, (OSError, ValueError)):
             return None
         raise UserError(f"{flag}: its config.json cannot be used ({brief(error)}): download it again") from error
-    if not isinstance(found, Olmo2Config):
-        raise UserError(f"{flag}: its model type is {shown(found.model_type)}, not 'olmo2'")
+    return _checked(found, flag, "its config.json")
+
+
+def _checked(found: PreTrainedConfig, flag: str, where: str) -> PreTrainedConfig:
+    """The config, whose sizes are possible and whose decoder fits. Raises UserError."""
+    check_model_type(found, flag)
     for name in SIZES:
         size = getattr(found, name)
         if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
-            raise UserError(f"{flag}: {name} in its config.json is {shown(size)}: correct it")
-    heads, kv_heads = found.num_attention_heads, found.num_key_value_heads or found.num_attention_heads
-    if found.hidden_size % heads or heads % kv_heads:
+            raise UserError(f"{flag}: {name} in {where} is {shown(size)}: correct it")
+    size = getattr(found, "head_dim", None)
+    if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIZE):
+        raise UserError(f"{flag}: head_dim in {where} is {shown(size)}: correct it")
+    heads, groups = found.num_attention_heads, kv_heads(found)
+    if (size is None and found.hidden_size % heads) or heads % groups:
         raise UserError(
-            f"{flag}: in its config.json hidden_size {found.hidden_size}, num_attention_heads {heads} and"
-            f" num_key_value_heads {kv_heads} do not divide one another: correct it"
+            f"{flag}: in {where} hidden_size {found.hidden_size}, num_attention_heads {heads} and"
+            f" num_key_value_heads {groups} do not divide one another: correct it"
         )
+    check_decoder(found, flag)
     return found
 
 
@@ -90,14 +98,32 @@ def is_local(config: BackboneConfig) -> bool:
     return config.pretrained is not None and Path(config.pretrained).is_dir()
 
 
-def pretrained_tensors(config: BackboneConfig) -> dict[str, StoredTensor]:
-    """The tensors of the pretrained backbone by name; its files are downloaded when it is a hub name.
-
-    Raises UserError.
+def pretrained_tensors(config: BackboneConfig, built: PreTrainedConfig | None = None) -> dict[str, StoredTensor]:
+    """The tensors of the pretrained backbone by name; its files are downloaded when it is a hub name, and read whole
+    when they are one of GGUF. `built`: the config of the decoder that they are for. Raises UserError.
     """
     assert config.pretrained is not None
+    if is_gguf(config.pretrained):
+        return gguf_tensors(config.pretrained, f"--model.backbone.pretrained {config.pretrained}")
     folder = Path(config.pretrained)
-    return model_tensors(folder if folder.is_dir() else _downloaded(config.pretrained, config.revision))
+    if folder.is_dir():
+        return model_tensors(folder)
+    downloaded = _downloaded(config.pretrained, config.revision)
+    if built is not None:
+        _check_as_built(config, built)
+    return model_tensors(downloaded)
+
+
+def _check_as_built(config: BackboneConfig, built: PreTrainedConfig) -> None:
+    """Raises UserError when a hub name that was not cached turns out to be another model than the section says."""
+    found = _local_config(config)
+    for name in ("model_type", "tie_word_embeddings", *SIZES):
+        if found is not None and getattr(found, name) != getattr(built, name):
+            raise UserError(
+                f"--model.backbone.pretrained {config.pretrained}: its config.json, not in the cache until now, has"
+                f" {name} {shown(getattr(found, name))}, and the model was built with {shown(getattr(built, name))}:"
+                " start again, now it is read first"
+            )
 
 
 def _downloaded(name: str, revision: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pipeline.errors import UserError, brief, shown
 from pipeline.files.json_file import is_inside, read_json
@@ -25,6 +26,15 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    value: Tensor | None = None
+    """Of a file that is no safetensors file: the tensor itself."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU; `name` is its own in the file. Raises UserError."""
+        if self.value is not None:
+            return self.value
+        with open_safetensors(self.file) as handle:
+            return handle.get_tensor(name)
 
 
 def open_safetensors(path: Path) -> Any:

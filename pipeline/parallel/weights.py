@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError, shown
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weight_files import StoredTensor, open_safetensors
+from pipeline.parallel.weight_files import StoredTensor
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Types whose values are the weights; those of eight bits or fewer have scales elsewhere."""
@@ -78,8 +78,7 @@ def load_safetensors(
         stored = _checked(model, find(), rename, what)
 
     def read(name: str, _: torch.Size) -> Tensor:
-        with open_safetensors(stored[rename[name]].file) as handle:
-            return handle.get_tensor(rename[name])
+        return stored[rename[name]].read(rename[name])
 
     fill(model, read, rename)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
+from pipeline.lm import pretrained
 from pipeline.lm.config import BackboneConfig
 from pipeline.lm.pretrained import backbone_config, pretrained_tensors
 from pipeline.parallel.weight_files import SINGLE
@@ -35,9 +36,14 @@ def backbone(folder: Path) -> BackboneConfig:
         ({"num_attention_heads": -2}, "num_attention_heads in its config.json is -2"),
         ({"num_attention_heads": 3}, "do not divide one another"),
         ({"vocab_size": 10**40}, "vocab_size in its config.json"),
-        ({"model_type": "llama"}, "its model type is 'llama', not 'olmo2'"),
+        (
+            {"model_type": "gpt2"},
+            "its model type is 'gpt2': give weights of one of llama, mistral, olmo, olmo2, qwen2, qwen3",
+        ),
         ({"model_type": "x" * 5000}, "no usable config.json there"),
-        ({"tie_word_embeddings": True}, "ties its embeddings"),
+        ({"model_type": "llama", "head_dim": 0}, "head_dim in its config.json is 0"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of the type 'dynamic'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "it rotates 0.5 of each head"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(folder: Path, change: dict[str, Any], reason: str) -> None:
@@ -84,6 +90,20 @@ def test_a_hub_name_without_an_index_means_the_single_file(tmp_path: Path, monke
     hub = Hub(tmp_path / "source", tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
     assert set(pretrained_tensors(BackboneConfig(pretrained="someone/olmo"))) == {"x"}
+
+
+def test_a_hub_name_that_proves_to_be_another_model_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(folder, tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    section = BackboneConfig(pretrained="someone/olmo", vocabulary=300)
+    built = backbone_config(section)
+    cached = backbone_config(backbone(folder))
+    monkeypatch.setattr(pretrained, "_local_config", lambda config: cached)
+    with pytest.raises(UserError, match="has hidden_size 16, and the model was built with 2048: start again"):
+        pretrained_tensors(section, built)
+    assert pretrained_tensors(section, cached)
 
 
 def test_a_hub_that_does_not_answer_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""OLMo2 with MIRAS neural long-term memory."""
+"""A pretrained decoder (OLMo2 by default) with MIRAS neural long-term memory."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import Olmo2Config
+from transformers import PreTrainedConfig
 
 from pipeline.host.devices import Device
+from pipeline.lm.decoder_config import attention_width, head_dim, kv_width, norm_width
 from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
 from pipeline.ops.chunks import span_tokens
 from pipeline.ops.cross_entropy import LOGIT_BYTES
@@ -36,7 +37,7 @@ class Step:
     """One micro-batch of a run, as a rank sees it."""
 
     sizes: MirasConfig
-    backbone: Olmo2Config
+    backbone: PreTrainedConfig
     element: int
     """Bytes of a number that the model computes in."""
     rows: int
@@ -55,11 +56,11 @@ class Step:
     @property
     def head_dim(self) -> int:
         """Of attention."""
-        return self.backbone.hidden_size // self.backbone.num_attention_heads
+        return head_dim(self.backbone)
 
     @property
     def kv_width(self) -> int:
-        return (self.backbone.num_key_value_heads or self.backbone.num_attention_heads) * self.head_dim
+        return kv_width(self.backbone)
 
     @property
     def inner(self) -> int:
@@ -126,13 +127,13 @@ def block_bytes(step: Step) -> tuple[int, int]:
     gradients beside all of it, or the feed-forward part those of its three inner tensors.
     """
     element, width, inner = step.element, step.backbone.hidden_size, step.backbone.intermediate_size
-    attention = step.sizes.attention
-    hidden = 4 + (attention.kind == "window" and attention.sinks > 0)
-    saved = (hidden * element + 16) * width + 3 * element * inner
+    attention, norms = step.sizes.attention, 4 * norm_width(step.backbone)
+    queries = 2 + (attention.kind == "window" and attention.sinks > 0)
+    saved = element * (queries * attention_width(step.backbone) + 2 * step.kv_width) + norms + 3 * element * inner
     norm, released = 20 * width, 4 * width
     if step.sizes.backbone.trainable:
         # The input of a block that is recomputed is kept already.
-        saved += (2 + (not step.recompute)) * element * width + 16 * width + element * inner
+        saved += (2 + (not step.recompute)) * element * width + norms + element * inner
         norm, released = 16 * width, 8 * width + element * inner
     work = max(norm, 3 * element * inner - released)
     window = attention.window if attention.kind == "window" else 0
@@ -164,12 +165,10 @@ def head_bytes(step: Step) -> tuple[int, int]:
     return hidden * (8 + element) + 4 * head, max(20 * hidden, 3 * tile, 3 * tile // 2 + (4 + element) * head)
 
 
-def carry_bytes(config: MirasConfig, backbone: Olmo2Config, element: int) -> int:
+def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:
     """What one stream carries from step to step: keys and values of the window, and float32 states."""
-    head_dim = backbone.hidden_size // backbone.num_attention_heads
-    kv_width = (backbone.num_key_value_heads or backbone.num_attention_heads) * head_dim
     attention, memory = config.attention, config.memory
-    window = 0 if attention.kind == "full" else 2 * element * kv_width * (attention.window + attention.sinks)
+    window = 0 if attention.kind == "full" else 2 * element * kv_width(backbone) * (attention.window + attention.sinks)
     states = 8 * memory.heads * memory.state_rows * memory.head_dim
     if memory.attachment == "mac":
         # The segment that a step ends in is done again by the next one.

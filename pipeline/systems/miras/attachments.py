@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Olmo2Config
+from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError
+from pipeline.lm.decoder_config import attention_width
 from pipeline.ops.convolution import causal_convolution
 from pipeline.ops.gates import GateLinear
 from pipeline.parallel.topology import Topology
@@ -27,8 +28,14 @@ from pipeline.systems.miras.rules import State, memory_rule
 from pipeline.systems.miras.segments import SegmentPlan, rows_at
 
 
-def check_attachment(config: MemoryConfig, backbone: Olmo2Config) -> None:
+def check_attachment(config: MemoryConfig, backbone: PreTrainedConfig) -> None:
     """Raises UserError when the memory cannot be attached to this backbone in the way that the config asks for."""
+    width = attention_width(backbone)
+    if config.attachment == "mag" and config.layers and width != backbone.hidden_size:
+        raise UserError(
+            f"--model.memory.attachment mag: the memory, {backbone.hidden_size} wide, cannot gate the attention of this"
+            f" backbone, {width} wide: give another --model.memory.attachment"
+        )
     if config.attachment != "mac" or not config.layers:
         return
     if config.heads != backbone.num_attention_heads:

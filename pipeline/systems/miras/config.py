@@ -114,7 +114,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class MirasConfig(ModelConfig):
-    """OLMo2 with a neural long-term memory."""
+    """A decoder (OLMo2 by default) with a neural long-term memory."""
 
     common: ClassVar[tuple[str, ...]] = (
         "backbone.pretrained",

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import Olmo2Config
+from transformers import PreTrainedConfig
 
 from pipeline.lm.attention import window_edges
 from pipeline.lm.held_out import Evaluated, Modes
@@ -27,7 +27,7 @@ class EvaluatedMiras(Evaluated, Protocol):
     """What an evaluation of this system asks of it."""
 
     sizes: MirasConfig
-    backbone: Olmo2Config
+    backbone: PreTrainedConfig
 
 
 def evaluation_modes(memory: MemoryConfig) -> Modes:

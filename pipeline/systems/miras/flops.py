@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from transformers import Olmo2Config
+from transformers import PreTrainedConfig
 
+from pipeline.lm.decoder_config import attention_width, head_dim, kv_width
 from pipeline.ops import dual_scan
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -19,19 +20,18 @@ def attention_reach(config: MirasConfig, sequence_length: int) -> float:
     return float(attention.window + attention.sinks)
 
 
-def count_flops(config: MirasConfig, backbone: Olmo2Config, sequence_length: int) -> Flops:
+def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length: int) -> Flops:
     """Forward and backward model FLOPs per token.
 
     A multiply-add is two FLOPs. A frozen matrix has an input gradient and no weight gradient, and what comes before
     the first memory has no backward pass at all. A scan costs about twice its forward pass backward.
     """
-    width, head_dim = backbone.hidden_size, backbone.hidden_size // backbone.num_attention_heads
-    kv_width = (backbone.num_key_value_heads or backbone.num_attention_heads) * head_dim
-    matrices = 2.0 * (2 * width * width + 2 * width * kv_width + 3 * width * backbone.intermediate_size)
-    attention = 4.0 * width * attention_reach(config, sequence_length)
+    width, inner = backbone.hidden_size, attention_width(backbone)
+    matrices = 2.0 * (2 * width * inner + 2 * width * kv_width(backbone) + 3 * width * backbone.intermediate_size)
+    attention = 4.0 * inner * attention_reach(config, sequence_length)
     head = 2.0 * width * backbone.vocab_size
     memory = config.memory
-    branch = branch_flops(memory, width, head_dim)
+    branch = branch_flops(memory, width, head_dim(backbone))
     scan = memory.heads * scan_flops(memory)
     count = len(memory.layers)
     forward = backbone.num_hidden_layers * (matrices + attention) + head + count * (branch + scan)
@@ -44,7 +44,7 @@ def count_flops(config: MirasConfig, backbone: Olmo2Config, sequence_length: int
         if memory.attachment == "mal":
             backward += matrices + 2 * attention
         elif memory.attachment in ("mag", "mac"):
-            backward += 2.0 * (width * width + 3 * width * backbone.intermediate_size)
+            backward += 2.0 * (inner * width + 3 * width * backbone.intermediate_size)
     else:
         backward = 0.0
     return Flops(forward, backward)

@@ -1,4 +1,4 @@
-"""The model: an `Olmo2ForCausalLM` whose attention is sequence-parallel, with a memory beside chosen layers."""
+"""The model: a transformers decoder whose attention is sequence-parallel, with a memory beside chosen layers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import PreTrainedConfig
 
-from pipeline.lm.attention import AttentionCall, Beside, plan_attention, rope_of
-from pipeline.lm.loss_head import LossHead
+from pipeline.lm.attention import AttentionCall, Beside, plan_attention
+from pipeline.lm.backbone import build_backbone, rope_of, unrotated
+from pipeline.lm.decoder_config import head_dim, norm_eps
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import (
@@ -54,11 +55,12 @@ class _Step(NamedTuple):
 class MirasModel(nn.Module):
     """Backbone and memories. Parameter names: `backbone.*` as in transformers, `memory.LAYER.*`."""
 
-    def __init__(self, config: MirasConfig, backbone: Olmo2Config, *, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: MirasConfig, backbone: PreTrainedConfig, *, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Olmo2ForCausalLM(backbone)
-        self.backbone.lm_head = LossHead(backbone.hidden_size, backbone.vocab_size, bias=False)
+        self.backbone = build_backbone(backbone)
         check_attachment(config.memory, backbone)
         branches = {str(layer): self._branch(activation_checkpointing) for layer in config.memory.layers}
         self.memory = nn.ModuleDict(branches)
@@ -98,14 +100,13 @@ class MirasModel(nn.Module):
             self._segments(segment_ids, positions, before) if use_memory and attachment == "mac" else None,
             {},
         )
-        # transformers rotates before attention; here rotation comes after the exchange, where positions can be rebased.
-        unrotated = (hidden.new_ones(1, 1, 1), hidden.new_zeros(1, 1, 1))
+        no_rotation = unrotated(hidden)
 
         def block(index: int, hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
             if step.segments is not None and str(index) in self.memory:
                 beside = self._context(index, hidden, step)
-            return layers[index](hidden, position_embeddings=unrotated, attention_call=call, beside=beside)
+            return layers[index](hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
 
         def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
             return self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
@@ -142,9 +143,9 @@ class MirasModel(nn.Module):
     def _branch(self, recompute: bool) -> nn.Module:
         """A memory as one layer has it."""
         backbone, memory = self.backbone.config, self.config.memory
-        width, eps = backbone.hidden_size, backbone.rms_norm_eps
+        width, eps = backbone.hidden_size, norm_eps(backbone)
         if memory.attachment == "mac":
-            return ContextBranch(width, width // backbone.num_attention_heads, memory, eps, recompute=recompute)
+            return ContextBranch(width, head_dim(backbone), memory, eps, recompute=recompute)
         return MemoryBranch(width, memory, eps)
 
     def _context(self, index: int, hidden: Tensor, step: _Step) -> Beside:
@@ -173,7 +174,7 @@ class MirasModel(nn.Module):
 
     def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
         if self._rope is None:
-            self._rope = rope_of(self.backbone.config)
+            self._rope = rope_of(self.backbone)
         return plan_attention(
             self.config.attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden
         )

@@ -1,4 +1,4 @@
-"""The miras system: what the engine asks of OLMo2 with memory."""
+"""The miras system: what the engine asks of a decoder with memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pipeline.data.sources.base import Source
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
-from pipeline.lm.attention import ATTENTION_NAME, attention_backend
+from pipeline.lm.attention import attention_backend
+from pipeline.lm.decoder_config import check_window, kv_heads
 from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
@@ -32,7 +33,7 @@ TERM = "cross_entropy"
 
 
 class MirasSystem(System[TokenBatch]):
-    """OLMo2 with MIRAS neural long-term memory (see pipeline/system.py for what a system is)."""
+    """A decoder with MIRAS neural long-term memory (see pipeline/system.py for what a system is)."""
 
     name = "miras"
 
@@ -47,10 +48,9 @@ class MirasSystem(System[TokenBatch]):
                 f" {self.backbone.num_hidden_layers - 1}"
             )
         check_attachment(self.sizes.memory, self.backbone)
+        check_window(self.sizes.attention, self.backbone, config.sequence_length)
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
-        # Our attention stands in for every implementation that transformers would choose.
-        self.backbone._attn_implementation = ATTENTION_NAME
 
     def check(self, topology: Topology) -> None:
         """Raises UserError when heads or sequence cannot be divided over the ranks, nothing would be trained, or local
@@ -63,7 +63,7 @@ class MirasSystem(System[TokenBatch]):
         counts = {
             "sequence length": self.config.sequence_length,
             "attention heads": self.backbone.num_attention_heads,
-            "key-value heads": self.backbone.num_key_value_heads or self.backbone.num_attention_heads,
+            "key-value heads": kv_heads(self.backbone),
         }
         if self.sizes.memory.layers:
             counts["memory heads"] = self.sizes.memory.heads
@@ -96,7 +96,8 @@ class MirasSystem(System[TokenBatch]):
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
         return {
-            "backbone": f"{self.backbone.num_hidden_layers} layers of width {self.backbone.hidden_size},"
+            "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
+            f" {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
             f" {self.sizes.backbone.pretrained or 'random weights'}",
             "attention": f"{attention.kind} of {reach}, backend {backend}",

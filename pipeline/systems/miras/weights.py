@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ def initialise(model: nn.Module, config: MirasConfig, seed: int, topology: Topol
     if config.backbone.pretrained is not None:
         rename = {name: name.removeprefix("backbone.") for name in names if name.startswith("backbone.")}
         what = f"--model.backbone.pretrained {config.backbone.pretrained}"
-        load_safetensors(model, functools.partial(pretrained_tensors, config.backbone), rename, topology, what=what)
+        backbone: Any = model.backbone
+        find = functools.partial(pretrained_tensors, config.backbone, backbone.config)
+        load_safetensors(model, find, rename, topology, what=what)
         random = [name for name in names if name not in rename]
     fill(model, lambda name, shape: _random(name, shape, config, seed), random)
 
@@ -33,6 +36,8 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
     if name.startswith("backbone."):
         if "norm" in leaf[0]:
             return torch.ones(shape)
+        if leaf[-1] == "bias":
+            return torch.zeros(shape)
         return torch.randn(shape, generator=generator) * config.backbone.initializer_range
     match leaf:
         case [_, "head_norm" | "context_norm"] | ["norm", "weight"]:

@@ -53,8 +53,9 @@ def step(
 def wide(changes: dict[str, object], memory: dict[str, object]) -> RunConfig:
     """The shape of miras_64k's layers at a quarter of its width: three of them, a memory on the second."""
     sizes = {"layers": 3, "width": 512, "heads": 4, "kv_heads": 4, "ffn": 2048, "vocabulary": 1000}
+    sizes |= {name: changes.pop(name) for name in ("model_type", "kv_heads", "tied", "trainable") if name in changes}
     model = MirasConfig(
-        backbone=BackboneConfig(trainable=bool(changes.pop("trainable", False)), **sizes),
+        backbone=BackboneConfig(**sizes),  # type: ignore[arg-type]
         attention=AttentionConfig(
             window=1024, sinks=int(str(changes.pop("sinks", 4))), kind=changes.pop("kind", "window")
         ),  # type: ignore[arg-type]
@@ -76,6 +77,9 @@ TRACED = [
     pytest.param({}, {"attachment": "mal"}, 1, 0.05, id="mal"),
     pytest.param({}, {"attachment": "mag"}, 1, 0.05, id="mag"),
     pytest.param({}, {"backend": "torch"}, 1, 0.05, id="scan in PyTorch"),
+    pytest.param({"model_type": "llama", "kv_heads": 2, "tied": True}, {}, 1, 0.1, id="llama, grouped and tied"),
+    pytest.param({"model_type": "qwen3", "trainable": True}, {}, 1, 0.1, id="qwen3, trainable"),
+    pytest.param({"model_type": "olmo", "activation_checkpointing": False}, {}, 1, 0.1, id="olmo, not recomputed"),
     pytest.param({}, {"rule": "yaad", "gradient_chunk": 128}, 1, 0.2, id="yaad"),
     pytest.param({}, {"rule": "mlp", "gradient_chunk": 512}, 1, 0.3, id="mlp"),
     pytest.param({}, {"rule": "swiglu", "swiglu": SwigluConfig(gradient_chunk=512)}, 1, 0.3, id="swiglu"),

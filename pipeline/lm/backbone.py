@@ -1,0 +1,48 @@
+"""The decoder of a language-model system, as transformers builds it: its layers run here one by one, on our attention.
+
+The layers are transformers' own, norms of queries and keys, clipping and biases included. They rotate queries and keys
+before they call attention; given `unrotated`, they rotate by nothing, and our attention rotates after the exchange
+(`pipeline.lm.attention`), where positions can be rebased.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from pipeline.lm.attention import ATTENTION_NAME
+from pipeline.lm.loss_head import LossHead
+from pipeline.ops.rope import Rope
+
+
+def build_backbone(config: PreTrainedConfig) -> Any:
+    """The decoder with a `LossHead`: a `...ForCausalLM` with `model.embed_tokens`, `model.layers`, `model.norm` and
+    `lm_head`; parameter names as in transformers.
+
+    Where the config ties the embeddings the head has no parameter of its own. Works on the meta device and where ZeRO-3
+    shards each module as it is made.
+    """
+    # Our attention stands in for every implementation that transformers would choose.
+    config._attn_implementation = ATTENTION_NAME
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    backbone = kind(config)
+    backbone.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
+    if config.tie_word_embeddings:
+        backbone.lm_head.tie(backbone.model.embed_tokens)
+    return backbone
+
+
+def rope_of(backbone: Any) -> Rope:
+    """The rotary frequencies of a decoder, float64."""
+    # Made anew: the decoder's own is on the meta device, or in the model's precision.
+    with torch.device("cpu"):
+        rotary = type(backbone.model.rotary_emb)(backbone.config)
+    return Rope(rotary.inv_freq.double(), float(rotary.attention_scaling))
+
+
+def unrotated(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The `position_embeddings` with which a layer rotates by nothing: cosine and sine [1, 1, 1] like `hidden`."""
+    return hidden.new_ones(1, 1, 1), hidden.new_zeros(1, 1, 1)

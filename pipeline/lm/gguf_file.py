@@ -1,0 +1,72 @@
+"""A backbone in a GGUF file, read by transformers, which dequantises it: its config, and its tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.errors import UserError, brief
+from pipeline.parallel.weight_files import StoredTensor
+
+PACKAGES = ("gguf", "accelerate")
+SCALED = "rope_freqs.weight"
+"""The tensor of frequency factors (Llama 3.1), which transformers leaves out."""
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def gguf_config(name: str, flag: str) -> Any:
+    """The transformers config of the file. Raises UserError, which begins with `flag`."""
+    path = _checked(name, flag)
+    try:
+        _check_rope(path, flag)
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises whatever it meets
+        raise UserError(f"{flag}: cannot be read as GGUF ({brief(error)}): download it again") from error
+
+
+def gguf_tensors(name: str, flag: str) -> dict[str, StoredTensor]:
+    """Its tensors by their names in transformers, dequantised to float32, in host memory. Raises UserError."""
+    path = _checked(name, flag)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, dtype=torch.float32
+        )
+    except Exception as error:
+        raise UserError(f"{flag}: cannot be read as GGUF ({brief(error)}): download it again") from error
+    return {
+        name: StoredTensor(path, tuple(parameter.shape), "F32", parameter.detach())
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _checked(name: str, flag: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{flag}: no such file: give a GGUF file, or a folder as save_pretrained writes it")
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{flag}: a GGUF file needs the package {missing[0]}: pip install -e '.[gguf]'")
+    return path
+
+
+def _check_rope(path: Path, flag: str) -> None:
+    """Refuses a file whose rotary frequencies are scaled, of which transformers would read the unscaled ones."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    kinds = [field.contents() for key, field in reader.fields.items() if key.endswith(".rope.scaling.type")]
+    if any(tensor.name == SCALED for tensor in reader.tensors) or any(kind != "none" for kind in kinds):
+        raise UserError(
+            f"{flag}: its rotary frequencies are scaled, which transformers does not read from a GGUF file: give the"
+            " model's safetensors folder"
+        )

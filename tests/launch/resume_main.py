@@ -39,7 +39,6 @@ def cases() -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = {f"zero{stage}": {"zero": f"zero{stage}"} for stage in range(4)}
     found["zero3 bf16"] = {"zero": "zero3", "precision": "bf16"}
     found["zero0 bf16"] = {"zero": "zero0", "precision": "bf16"}
-    found["zero0 fp16"] = {"zero": "zero0", "precision": "fp16"}
     found["zero3 fp16"] = {"zero": "zero3", "precision": "fp16", "parallel__sequence": 2}
     found["zero3 sequence"] = {"zero": "zero3", "parallel__sequence": 2}
     model = miras_tiny().model

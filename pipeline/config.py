@@ -155,8 +155,9 @@ class RunConfig:
     """Largest global gradient norm; 0: no clipping."""
     zero: str = "zero0"
     """DeepSpeed configuration: a name in ds_configs/ or the path of a JSON file."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 with fp32 master weights on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "auto-amx", "fp32", "bf16", "fp16"] = "auto"
+    """Of the model's computation; master weights are fp32. auto: bf16 on a GPU that has it, fp16 with a dynamic loss
+    scale on an older one, fp32 on a CPU. auto-amx: the same, but bf16 on a CPU with AMX (for widths from 512 on)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     profile: int = 0

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pydantic
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -16,7 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pipeline.config import RunConfig
 from pipeline.errors import UserError, brief, shown
 from pipeline.files.json_file import read_json
-from pipeline.host.hardware import on_gpu
+from pipeline.host.hardware import has_amx, has_bf16, on_gpu
 from pipeline.host.package import config_folder
 
 CONFIG_FOLDER = config_folder()
@@ -44,11 +45,33 @@ UNSUPPORTED = {
 """Values that DeepSpeed's models let pass, and why training stops at them."""
 
 
+FP16 = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1, "min_loss_scale": 1}
+"""The dynamic loss scale halves when a gradient overflows, at the first time too (hysteresis 1): stage 0 has no other
+way, and so all stages do the same. It doubles after so many updates without."""
+
+
 def precision_of(config: RunConfig) -> torch.dtype:
     """The dtype that the model computes in; master weights and optimizer state are float32 in any case."""
-    if config.precision == "auto":
-        return torch.bfloat16 if on_gpu() else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if config.precision not in ("auto", "auto-amx"):
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    if on_gpu():
+        return torch.bfloat16 if has_bf16() else torch.float16
+    return torch.bfloat16 if config.precision == "auto-amx" and has_amx() else torch.float32
+
+
+def check_precision(config: RunConfig) -> None:
+    """Raises UserError where this process's device does not train in the run's precision."""
+    dtype = precision_of(config)
+    if dtype == torch.bfloat16 and not has_bf16():
+        raise UserError(
+            f"--precision {config.precision}: {torch.cuda.get_device_name()} has no bfloat16: give fp16, or auto"
+        )
+    if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
+        device = torch.cuda.get_device_name() if on_gpu() else "this CPU"
+        raise UserError(
+            f"--precision {config.precision}: DeepSpeed does not train in float16 on {device}: give"
+            f" {'fp32' if on_gpu() else 'fp32 or bf16'}"
+        )
 
 
 def config_path(name: str) -> Path:
@@ -79,6 +102,10 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     bf16 = resolved.setdefault("bf16", {})
     if bf16.get("enabled", "auto") == "auto":
         bf16["enabled"] = precision_of(config) == torch.bfloat16
+    if precision_of(config) == torch.float16:
+        if bf16["enabled"]:
+            raise UserError(f'{path}: bf16.enabled is true but the run computes in float16: write "auto" there')
+        resolved["fp16"] = dict(FP16)
     resolved.setdefault("zero_allow_untested_optimizer", True)
     # Which optimizer an offload takes is decided below, by the device.
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)

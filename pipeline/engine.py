@@ -22,6 +22,7 @@ from pipeline.config import RunConfig
 from pipeline.ds_config import offload_device, zero_stage
 from pipeline.errors import UserError, brief
 from pipeline.host.hardware import on_gpu
+from pipeline.loss_scale import LossScale
 from pipeline.parallel.topology import limit_waits
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.ranks import collective_timeout
@@ -53,11 +54,16 @@ def building(ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did. `grad_norm` is over all parameters, before clipping; NaN or inf when skipped."""
+    """What an optimizer step did. `grad_norm` is over all parameters, before clipping and without the loss scale; NaN
+    or inf when skipped."""
 
     grad_norm: float
     skipped: bool
     lr: float
+    loss_scale: float | None = None
+    """Factor of the loss in this step's backward passes; None unless the model computes in float16."""
+    scale_was_lowered: bool = False
+    """Whether the loss scale was too large, which is why the update was skipped; the next step's is less."""
 
 
 class Engine:
@@ -89,6 +95,7 @@ class Engine:
         limit_waits(collective_timeout(config))
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             _undo_first_update(self.optimizer)
+        self.loss_scale = LossScale(self.optimizer) if self.deepspeed.fp16_enabled() else None
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.deepspeed.checkpoint_engine = self._shards = ShardFiles()
         # Scripts that unpickle whatever they are given; `checkpoint convert` and `export` do their work.
@@ -111,7 +118,7 @@ class Engine:
     def layout(self) -> dict[str, str]:
         """What decides, besides ranks and stage, how DeepSpeed's shards look: they are loaded by place, not by name."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        precision = "bf16" if self.deepspeed.bfloat16_enabled() else "fp32"
+        precision = "bf16" if self.deepspeed.bfloat16_enabled() else "fp16" if self.loss_scale else "fp32"
         return {
             "optimizer": f"{type(self.optimizer).__name__} of {type(inner).__name__}, {precision}",
             "order": hashlib.sha256(json.dumps(self._order()).encode()).hexdigest(),
@@ -135,6 +142,9 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradients of one micro-batch; `loss` is already divided (see parallel/loss.py)."""
+        if self.loss_scale is not None and self.stage == 0:
+            # Without ZeRO, DeepSpeed 0.19.8 divides the gradients by the scale, and does not multiply the loss by it.
+            loss = loss * self.loss_scale.value
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
@@ -148,6 +158,8 @@ class Engine:
         for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * lr_multiple
         lr = self._peak_lrs[0] * lr_multiple
+        if self.loss_scale is not None:
+            return self._scaled_step(self.loss_scale, lr)
         if self.stage == 0:
             norm = self._full_norm()
             if not math.isfinite(norm):
@@ -157,11 +169,25 @@ class Engine:
             return StepResult(norm, False, lr)
         self.deepspeed.step()
         skipped = bool(self.optimizer.overflow)
+        if skipped:
+            self._drop_gradients()
         norm = math.nan if skipped else float(self.optimizer._global_grad_norm)
         return StepResult(norm, skipped, lr)
 
+    def _scaled_step(self, loss_scale: LossScale, lr: float) -> StepResult:
+        """DeepSpeed divides the gradients by the scale, and makes no update on any rank when one is not finite."""
+        scale = loss_scale.value
+        self.deepspeed.step()
+        skipped = bool(self.optimizer.overflow)
+        if skipped:
+            self._drop_gradients()
+        # Without ZeRO, DeepSpeed's norm is that of the gradients before the division.
+        norm = math.nan if skipped else float(self.optimizer._global_grad_norm) / (1.0 if self.stage else scale)
+        return StepResult(norm, skipped, lr, scale, loss_scale.update(skipped))
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The full, averaged gradient of a parameter between `backward` and `step`, on every rank; None without one."""
+        """The full, averaged gradient of a parameter between `backward` and `step`, times the loss scale, on every
+        rank; None without one."""
         from deepspeed.utils import safe_get_full_grad
 
         if self.stage == 0 and parameter.grad is not None:
@@ -222,6 +248,13 @@ class Engine:
         gradients = source or [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
+    def _drop_gradients(self) -> None:
+        """After a skipped update with offload, DeepSpeed 0.19.8 (stages 1 and 2) would add the next step's gradients to
+        those that were not finite, and skip every later update."""
+        kept = getattr(self.optimizer, "averaged_gradients", {}) if self.stage in (1, 2) else {}
+        for group in kept:
+            kept[group] = None
+
     def _discard(self) -> None:
         if hasattr(self.optimizer, "clear_hp_grads"):
             self.optimizer.clear_hp_grads()
@@ -248,7 +281,7 @@ def _answered_by(zero: str) -> Iterator[None]:
 
 
 def _undo_first_update(optimizer: FP16_UnfusedOptimizer) -> None:
-    """DeepSpeed's wrapper for bfloat16 without ZeRO makes an update with gradients of zero when it is made, which
+    """DeepSpeed's wrapper for half precision without ZeRO makes an update with gradients of zero when it is made, which
     decays the masters and counts as a step."""
     with torch.no_grad():
         for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):

@@ -14,7 +14,7 @@ from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
 from pipeline.checkpoint.trainable import load_trainable
 from pipeline.config import RunConfig
 from pipeline.data.build import list_data
-from pipeline.ds_config import deepspeed_config, precision_of
+from pipeline.ds_config import check_precision, deepspeed_config, precision_of
 from pipeline.engine import building
 from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
@@ -49,6 +49,7 @@ def checked_system(config: RunConfig, topology: Topology) -> System:
 
 def resolve(config: RunConfig, system: System, topology: Topology, checkpoint: Path | None = None) -> Resolved:
     """Decides what a run does that begins anew, or goes on from `checkpoint`. Raises UserError when it cannot."""
+    check_precision(config)
     if checkpoint is not None:
         check_resumable(config, checkpoint)
         resumed = keep_global_batch(config, topology, checkpoint)

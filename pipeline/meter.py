@@ -85,4 +85,5 @@ class Meter:
             peak_memory=int(memory),
             mfu=utilisation(tok_s, self.flops, run.topology.world, self.peak),
             metrics=metrics,
+            loss_scale=result.loss_scale,
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.callbacks import Callback
+from pipeline.engine import StepResult
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import all_gather_object
 from pipeline.run import Run
@@ -30,6 +31,15 @@ def count_skipped(
             f"step {progress.step}: {limit} updates in a row had a non-finite loss or gradient and were skipped"
             f" (training.log names their batches): lower --lr, or resume from an earlier checkpoint"
         )
+
+
+def count_overflow(run: Run, result: StepResult, callbacks: Iterable[Callback]) -> None:
+    """Counts the run's last step, `result`, as skipped for a loss scale that was too large: it ends no run, since the
+    next has a lower scale, down to the least."""
+    run.progress.skipped += 1
+    assert result.loss_scale is not None
+    for callback in callbacks:
+        callback.on_overflow(run.progress.step, result.loss_scale)
 
 
 def where_it_began(run: Run, outputs: Sequence[StepOutput], position: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipeline.run_folder import open_folder, write_run_file
 from pipeline.runtime.stop import Stopped
 from pipeline.runtime.sync import SyncPoint, next_counted_step
 from pipeline.schedule import lr_multiple, schedule_of
-from pipeline.skipped_updates import count_skipped
+from pipeline.skipped_updates import count_overflow, count_skipped
 from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
 
 
@@ -98,7 +98,9 @@ class Trainer:
             ends = step == last or progress.phase_done
             for callback in self.callbacks:
                 callback.after_step(step)
-            if result.skipped:
+            if result.scale_was_lowered:
+                count_overflow(self.run, result, self.callbacks)
+            elif result.skipped:
                 count_skipped(self.run, self.outputs, self.snapshot.cursors, self.callbacks)
             else:
                 progress.skipped_in_a_row = 0

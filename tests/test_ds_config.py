@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from pipeline.ds_config import CONFIG_FOLDER, DECIDED, deepspeed_config, offload_device
+from pipeline import ds_config
+from pipeline.ds_config import (
+    CONFIG_FOLDER,
+    DECIDED,
+    FP16,
+    check_precision,
+    deepspeed_config,
+    offload_device,
+    precision_of,
+)
 from pipeline.engine import _answered_by
 from pipeline.errors import UserError
 from pipeline.recipes.miras import miras_tiny
@@ -169,6 +179,78 @@ def test_the_shipped_files_hold_nothing_that_deepspeed_passes_over(resolve, name
 )  # fmt: skip
 def test_where_an_offload_goes(content: dict[str, Any], device: str) -> None:
     assert offload_device(content, "offload_param") == device
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Makes this machine one with a GPU of some compute capability, or with a CPU of some kind."""
+
+    def have(gpu: str | None = None, *, bf16: bool = True, fp16: bool = True, amx: bool = False) -> None:
+        monkeypatch.setattr(ds_config, "on_gpu", lambda: gpu is not None)
+        monkeypatch.setattr(ds_config, "has_bf16", lambda: bf16)
+        monkeypatch.setattr(ds_config, "has_amx", lambda: amx)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+        monkeypatch.setattr(ds_config.get_accelerator(), "is_fp16_supported", lambda: fp16)
+
+    return have
+
+
+def of(precision: Any, **changes: Any) -> Any:
+    return dataclasses.replace(miras_tiny(), precision=precision, **changes)
+
+
+def test_auto_is_what_the_device_computes_fast_in(machine) -> None:
+    chosen = {}
+    for name, facts in {
+        "H100": {"gpu": "H100"},
+        "T4": {"gpu": "T4", "bf16": False},
+        "CPU": {},
+        "CPU with AMX": {"amx": True},
+        "H100 beside AMX": {"gpu": "H100", "amx": True},
+        "T4 beside AMX": {"gpu": "T4", "bf16": False, "amx": True},
+    }.items():
+        machine(**facts)
+        chosen[name] = tuple(str(precision_of(of(auto))).removeprefix("torch.") for auto in ("auto", "auto-amx"))
+    assert chosen == {
+        "H100": ("bfloat16", "bfloat16"),
+        "T4": ("float16", "float16"),
+        "CPU": ("float32", "float32"),
+        "CPU with AMX": ("float32", "bfloat16"),
+        "H100 beside AMX": ("bfloat16", "bfloat16"),
+        "T4 beside AMX": ("float16", "float16"),
+    }
+
+
+def test_a_precision_that_the_device_has_not_is_refused(machine) -> None:
+    machine("Tesla T4", bf16=False)
+    for works in ("auto", "auto-amx", "fp16", "fp32"):
+        check_precision(of(works))
+    with pytest.raises(UserError, match=r"^--precision bf16: Tesla T4 has no bfloat16: give fp16, or auto$"):
+        check_precision(of("bf16"))
+    machine(fp16=False)
+    for works in ("auto", "auto-amx", "bf16", "fp32"):
+        check_precision(of(works))
+    reason = r"^--precision fp16: DeepSpeed does not train in float16 on this CPU: give fp32 or bf16$"
+    with pytest.raises(UserError, match=reason):
+        check_precision(of("fp16"))
+    machine("Tesla P100", bf16=False, fp16=False)
+    with pytest.raises(UserError, match=r"^--precision auto: DeepSpeed .* on Tesla P100: give fp32$"):
+        check_precision(of("auto"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_float16_has_a_dynamic_loss_scale_in_every_shipped_file(name: str) -> None:
+    resolved = deepspeed_config(of("fp16", zero=name))
+    assert resolved["fp16"] == FP16 and resolved["bf16"]["enabled"] is False
+    for other in ("fp32", "bf16"):
+        assert "fp16" not in deepspeed_config(of(other, zero=name))
+
+
+def test_a_file_that_asks_for_bfloat16_is_no_file_for_float16(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"bf16": {"enabled": True}}))
+    with pytest.raises(UserError, match=r'mine\.json: bf16\.enabled is true but .* float16: write "auto" there'):
+        deepspeed_config(of("fp16", zero=str(path)))
 
 
 def test_what_deepspeed_refuses_at_its_start_is_laid_on_the_users_file_and_on_no_other() -> None:

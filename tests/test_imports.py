@@ -15,7 +15,7 @@ LAYERS = (
     ("runtime",),
     ("capabilities", "system"),
     ("lm",),
-    ("ds_config", "run", "callbacks", "engine", "checkpoint", "meter", "config_file", "phases"),
+    ("ds_config", "loss_scale", "run", "callbacks", "engine", "checkpoint", "meter", "config_file", "phases"),
     ("load", "run_folder", "skipped_updates"),
     ("create_run", "end_run"),
     ("train",),

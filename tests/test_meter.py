@@ -129,7 +129,8 @@ def test_a_skipped_update_has_no_gradient_norm(run: Run, clock) -> None:
     meter.add_counts(counts(cross_entropy=1))
     meter.add(output(float("nan")))
     clock(1.0)
-    record = meter.record(1, StepResult(float("nan"), True, 1e-3))
+    record = meter.record(1, StepResult(float("nan"), True, 1e-3, 512.0, True))
+    assert record.loss_scale == 512.0
     assert record.grad_norm is None
     assert record.loss != record.loss
 

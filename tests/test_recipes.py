@@ -37,6 +37,15 @@ def test_a_recipe_has_the_name_of_its_function(name: str) -> None:
 
 
 @every_recipe
+def test_bfloat16_on_a_cpu_is_for_models_that_gain_by_it(name: str) -> None:
+    """Below a width of 512 conversions cost what the matrix units gain; the numbers of tiny recipes are compared."""
+    config = RECIPES[name]()
+    backbone = getattr(config.model, "backbone", None)
+    narrow = name.endswith("_tiny") or getattr(backbone, "width", 512) < 512
+    assert config.precision == "auto" or (config.precision == "auto-amx" and not narrow)
+
+
+@every_recipe
 def test_a_recipe_says_what_it_is_in_a_line(name: str) -> None:
     line = describe(RECIPES[name])
     assert 20 < len(line) < 120

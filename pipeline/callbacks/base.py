@@ -28,6 +28,8 @@ class StepRecord:
     """Model FLOP/s as a share of the devices' peak; None where the peak is not known."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The system's own."""
+    loss_scale: float | None = None
+    """Factor of the loss in the step's backward passes; None unless the model computes in float16."""
 
 
 class Callback:
@@ -45,6 +47,10 @@ class Callback:
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
         """After a step whose update was skipped. `batch` says where in the data the step began: by stream, those
         whose loss was not finite, or all when only a gradient was not; or the position of a loader without streams."""
+
+    def on_overflow(self, step: int, loss_scale: float) -> None:
+        """After a step in float16 whose update was skipped since its gradients, times the loss scale, were too large:
+        the next step has a lower one."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""

@@ -19,6 +19,7 @@ def _scalars(record: StepRecord) -> dict[str, float]:
         "train/tok_s": record.tok_s,
         "train/peak_memory": record.peak_memory,
         "train/mfu": record.mfu,
+        "train/loss_scale": record.loss_scale,
         **record.metrics,
     }
     return {key: float(value) for key, value in values.items() if value is not None}

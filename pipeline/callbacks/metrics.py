@@ -47,6 +47,7 @@ class MetricsFile(Callback):
                 "elapsed": record.elapsed,
                 "peak_memory": record.peak_memory,
                 "mfu": record.mfu,
+                **({} if record.loss_scale is None else {"loss_scale": record.loss_scale}),
                 **record.metrics,
             }
         )

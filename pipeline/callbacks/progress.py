@@ -84,6 +84,9 @@ class ProgressLines(Callback):
         where = json.dumps(batch, sort_keys=True)
         self._log(f"step {step}: non-finite loss or gradient, update skipped ({in_a_row} in a row); batch: {where}")
 
+    def on_overflow(self, step: int, loss_scale: float) -> None:
+        self._log(f"step {step}: gradients overflow at loss scale {loss_scale:g}, update skipped; the scale is lowered")
+
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._log(f"{self._step(step)}  {self.run.system.headline(evaluation)}")
         health = self.run.system.health(self.metrics) if self.metrics else ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ DAMAGE = (
 
 def trusted_types() -> list[Any]:
     """The types besides torch's own that DeepSpeed's shards hold; building one runs no code of the file's choice."""
-    return [LossScaler, fragment_address]
+    return [LossScaler, DynamicLossScaler, fragment_address]
 
 
 def plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal_convert import (
     COUNTERS,
+    LOSS_SCALE,
     MASTER,
     MODEL_STATES,
     MOMENTS,
@@ -56,7 +57,7 @@ def load_universal(
     fresh: Collection[str] = (),
     dropped: Collection[str] = (),
 ) -> None:
-    """Fills weights, master weights, moments, steps, buffers and counters of a fresh engine. Collective.
+    """Fills weights, master weights, moments, steps, buffers, counters and loss scale of a fresh engine. Collective.
 
     Of another phase's checkpoint: `fresh` are the trained parameters that it says nothing of, which stay as they are,
     with moments of zero; `dropped` are those that it trained and this engine does not.
@@ -88,6 +89,9 @@ def load_universal(
         engine.optimizer.checkpoint_event_epilogue()
     for counter in COUNTERS:
         setattr(engine.deepspeed, counter, saved.states[counter])
+    # One that was saved in another precision, or by an older version, has none: training begins with the first.
+    if engine.loss_scale is not None and saved.states.get(LOSS_SCALE):
+        engine.loss_scale.load(saved.states[LOSS_SCALE])
     # The caller may remove the files as soon as this returns: no rank returns before all have read.
     raise_together(topology, None)
 
@@ -165,7 +169,7 @@ def _flats(optimizer: Any) -> Iterator[_Flat]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield _Flat([parameter], parameter, optimizer)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):  # bfloat16 without ZeRO
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):  # half precision without ZeRO
         for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(parameters, masters, strict=True):
                 yield _Flat([parameter], master, optimizer.optimizer)

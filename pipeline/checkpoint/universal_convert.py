@@ -22,6 +22,7 @@ from pipeline.checkpoint.files import Entry, checksum, sync_folder, write_shard
 from pipeline.checkpoint.manifest import problems, read_manifest, write_manifest
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.errors import UserError
+from pipeline.loss_scale import scale_state
 
 FORMAT = "universal"
 PARAMETERS = "zero"
@@ -30,6 +31,7 @@ MASTER, MOMENTS, STEP = "fp32", ("exp_avg", "exp_avg_sq"), "step"
 TENSORS = (MASTER, *MOMENTS)
 MODEL_STATES = "mp_rank_00_model_states.pt"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+LOSS_SCALE = "loss_scale"
 VERSION = 0.4
 """Of the universal layout, as DeepSpeed counts."""
 
@@ -145,12 +147,13 @@ class Shards:
         return {"param_groups": plain, "zero_stage": self.stage, "ds_version": self._model["ds_version"]}
 
     def model_states(self) -> dict[str, Any]:
-        """Buffers and counters."""
+        """Buffers, counters, and the loss scale (None where there was none), which the ranks have alike."""
         module = self._model["module"]
         return {
             "module": {name: module[name].clone() for name in self._model["buffer_names"]},
             "buffer_names": list(self._model["buffer_names"]),
             **{key: self._model[key] for key in (*COUNTERS, "dp_world_size", "mp_world_size", "ds_version")},
+            LOSS_SCALE: scale_state(self._model["optimizer"] if self.stage == 0 else self._optimizers[0]),
             "universal_checkpoint_info": {"universal_checkpoint_version": VERSION},
         }
 

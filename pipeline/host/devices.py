@@ -15,7 +15,7 @@ class Device:
     name: str
     """As `plan --device` takes it."""
     tflops: float
-    """Dense bfloat16 with float32 sums, TFLOP/s."""
+    """Dense bfloat16, or float16 where there is no bfloat16, with float32 sums, TFLOP/s."""
     bandwidth: float
     """Of device memory, GB/s."""
     mebibytes: int
@@ -29,6 +29,11 @@ class Device:
     def memory(self) -> int:
         """Bytes of device memory."""
         return self.mebibytes * 2**20
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether its matrix units take bfloat16; they have taken float16 since 7.0."""
+        return self.capability >= (8, 0)
 
 
 DEVICES = (
@@ -53,6 +58,12 @@ DEVICES = (
     Device("RTX 4090", 165.0, 1008.0, 24564, (8, 9)),
     Device("RTX 5090", 209.5, 1792.0, 32607, (12, 0)),
     Device("RTX PRO 6000", 503.8, 1792.0, 97887, (12, 0), r"RTX PRO 6000( Blackwell Workstation Edition)?$"),
+    Device("T4", 65.0, 320.0, 15360, (7, 5)),
+    Device("V100", 125.0, 900.0, 16384, (7, 0), r"V100(-SXM2-16GB)?$"),
+    Device("V100 32GB", 125.0, 900.0, 32768, (7, 0), r"V100( |-SXM[23]-)32GB$"),
+    Device("V100 PCIe", 112.0, 900.0, 16384, (7, 0), r"V100[- ]PCI[Ee](-16GB)?$"),
+    Device("V100 PCIe 32GB", 112.0, 900.0, 32768, (7, 0), r"V100[- ]PCI[Ee][- ]32GB$"),
+    Device("V100S", 130.0, 1134.0, 32768, (7, 0), r"V100S(-PCIE-32GB)?$"),
 )
 """Peaks and bandwidths are those of the vendor's data sheets and architecture papers, without sparsity."""
 

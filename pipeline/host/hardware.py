@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -45,6 +47,23 @@ def on_gpu() -> bool:
     return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
 
 
+def has_bf16() -> bool:
+    """Whether this process's device multiplies bfloat16 matrices: GPUs of compute capability 8.0 and above, any CPU.
+
+    On older GPUs torch emulates bfloat16, slowly, and says that it is supported.
+    """
+    return not on_gpu() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has matrix units for bfloat16 (Intel AMX), as Linux says; they are about four times as fast as
+    its float32."""
+    try:
+        return re.search(r"^flags\s*:.*\bamx_bf16\b", cpuinfo.read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False
+
+
 def choose_accelerator() -> None:
     """Tells DeepSpeed, which chooses when it is imported, to compute on the CPU where this process does.
 
@@ -55,7 +74,7 @@ def choose_accelerator() -> None:
 
 
 def peak_flops(stated_tflops: float | None = None) -> float | None:
-    """Peak FLOP/s of this device at bfloat16, or the stated one; None where it is not known."""
+    """Peak FLOP/s of this device at bfloat16 (float16 where it has none), or the stated one; None where unknown."""
     if stated_tflops is not None:
         return stated_tflops * 1e12
     device = this_device()
@@ -76,11 +95,12 @@ def this_device() -> Device | None:
 def roof(dtype: torch.dtype) -> Roof:
     """The roof over matrix products in a dtype: data sheets for a GPU, measured now on a CPU.
 
-    On a GPU float32 counts as TF32, half the rate of bfloat16: what its matrix units do with such numbers at most.
+    On a GPU float32 counts as TF32, half the rate of half precision: what its matrix units do with such numbers at
+    most.
     """
     if on_gpu():
         peak = peak_flops()
-        if peak is not None and dtype != torch.bfloat16:
+        if peak is not None and dtype not in (torch.bfloat16, torch.float16):
             peak = peak / 2
         return Roof(peak, peak_bandwidth(), "data sheet")
     return Roof(measured_flops(dtype), measured_bandwidth(), "measured: matrix product, triad")

@@ -39,9 +39,9 @@ def affine_scan(
     and the returned state included. The same call gives the same bits.
 
     Args:
-        a: factor per token, ``[batch, sequence, *features]``; float64, float32 or bfloat16, not necessarily
+        a: factor per token, ``[batch, sequence, *features]``; float64, float32, bfloat16 or float16, not necessarily
             b's dtype: 1 - 1e-3 is 1 in bfloat16. A feature dimension may be 1, for a factor that features share.
-        b: input per token, ``[batch, sequence, *features]``; float64, float32 or bfloat16.
+        b: input per token, ``[batch, sequence, *features]``; float64, float32, bfloat16 or float16.
         state: h before the first token, ``[batch, *features]``; float32, or float64 when a or b is. Zeros when None.
         segment_ids: ``[batch, sequence]``, any integer type. The state restarts at zero where the id differs from the
             token before; ``state`` belongs to the first token's segment. Nothing crosses a border, a NaN neither.

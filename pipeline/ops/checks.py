@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-TOKENS = (torch.float64, torch.float32, torch.bfloat16)
+TOKENS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What tokens may be in."""
 GATES = (torch.float64, torch.float32)
-"""What gates may be in: 1 - alpha is 1 in bfloat16 for every useful rate."""
+"""What gates may be in: 1 - alpha is 1 in half precision for every useful rate."""
 BACKENDS = ("auto", "torch", "cpu", "cuda")
 
 

@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += (gradient.T @ piece).to(compute)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.tile = weight.dtype, tile
         return losses
 
     @staticmethod
@@ -66,6 +66,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = upstream.flatten()[0] if upstream.numel() else upstream.new_zeros(())
         if upstream.stride() != (0,) and not torch.equal(upstream, scale.expand_as(upstream)):
             raise ValueError("linear_cross_entropy: the gradient differs between tokens: sum the losses before scaling")
-        hidden = None if grad_hidden is None else grad_hidden * scale
+        hidden: Tensor | None = None
+        if grad_hidden is not None and grad_hidden.dtype == torch.float16:
+            # A scale over a few tokens is inf in float16, one over many is rounded to a few bits.
+            pieces = grad_hidden.split(ctx.tile)
+            hidden = torch.cat([(piece.to(scale.dtype) * scale).to(grad_hidden.dtype) for piece in pieces])
+        elif grad_hidden is not None:
+            hidden = grad_hidden * scale
         weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         return hidden, weight, None, None

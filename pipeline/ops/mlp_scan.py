@@ -67,7 +67,8 @@ def mlp_scan(
     chunk are taken there.
 
     Args:
-        q, k, v: ``[batch, sequence, heads, dim]``, values as wide as keys; float64, float32 or bfloat16.
+        q, k, v: ``[batch, sequence, heads, dim]``, values as wide as keys; float64, float32, bfloat16 or
+            float16.
         alpha, eta, theta: as in ``miras_scan``; eta None: no momentum.
         initial: (W1, W2), each ``[heads, hidden, dim]``: rows are the hidden units' incoming and outgoing weights.
         clip: largest norm of a token's gradient over both layers, sqrt(|k|^2 |b|^2 + |x|^2 |e|^2), or None. Longer ones

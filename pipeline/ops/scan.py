@@ -61,8 +61,8 @@ def miras_scan(
     have this.
 
     Args:
-        q, k: queries and keys, ``[batch, sequence, heads, key dim]``; float64, float32 or bfloat16.
-        v: values, ``[batch, sequence, heads, value dim]``; float64, float32 or bfloat16.
+        q, k: queries and keys, ``[batch, sequence, heads, key dim]``; float64, float32, bfloat16 or float16.
+        v: values, ``[batch, sequence, heads, value dim]``; float64, float32, bfloat16 or float16.
         alpha: forget rate per token, ``[batch, sequence, heads]``, in [0, 1]; float32 or float64, because 1 - alpha
             is 1 in bfloat16 for every useful rate.
         eta: momentum, as alpha. The rule ``delta`` ignores it, and it may be None there.
@@ -75,9 +75,9 @@ def miras_scan(
         rule: ``titans`` as above; ``delta`` without momentum (eta = 0), on the PyTorch path at about half the cost.
         backend: ``auto`` takes the native kernel of q's device where it is built, passes its check at first use, and
             takes the arguments: key dim 32, 64 or 128, value dim a multiple of 16, q, k and v all float32 or all
-            bfloat16, gates and state float32. Else it takes the PyTorch path, as ``torch`` always does. ``cpu`` and
-            ``cuda`` name a native kernel, and refuse what it does not take. Every backend takes strided tensors, of
-            which a native kernel gets contiguous copies.
+            bfloat16 (float32 copies where q is float16), gates and state float32. Else it takes the PyTorch path, as
+            ``torch`` always does. ``cpu`` and ``cuda`` name a native kernel, and refuse what it does not take. Every
+            backend takes strided tensors, of which a native kernel gets contiguous copies.
         chunk: tokens that the PyTorch path solves together. It changes speed and memory only; 64 suits head dimensions
             from 64 to 128.
 
@@ -97,10 +97,16 @@ def miras_scan(
     check_arguments(q, k, v, alpha, eta, theta, state, segment_ids, rule, chunk)
     momentum = None if rule == "delta" else eta
     tensors = check_backend(backend, q, k, v, alpha, momentum, theta, state)
+    if backend == "auto" and q.dtype == torch.float16:
+        # No kernel takes float16, and those for float32 lose nothing of it.
+        tensors |= {name: tensors[name].float() for name in ("q", "k", "v")}
     # Autocast would turn the sums to bfloat16 behind the float32 state.
     with torch.autocast(device_type=q.device.type, enabled=False):
         if _runs_natively(tensors, backend):
-            return scan_native.scan_native(q, k, v, alpha, momentum, theta, state=state, segment_ids=segment_ids)
+            y, after = scan_native.scan_native(
+                tensors["q"], tensors["k"], tensors["v"], alpha, momentum, theta, state=state, segment_ids=segment_ids
+            )
+            return y.to(v.dtype), after
         return scan_torch(q, k, v, alpha, momentum, theta, state=state, segment_ids=segment_ids, chunk=chunk)
 
 

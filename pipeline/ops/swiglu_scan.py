@@ -60,7 +60,8 @@ def swiglu_scan(
     restarts from the initial weights, without momentum, when that segment began in the chunk.
 
     Args:
-        q, k, v: ``[batch, sequence, heads, dim]``, values as wide as keys; float64, float32 or bfloat16.
+        q, k, v: ``[batch, sequence, heads, dim]``, values as wide as keys; float64, float32, bfloat16 or
+            float16.
         alpha, eta, theta: as in ``miras_scan``; means and products run over the tokens that write. eta None: no
             momentum.
         initial: W0 as (gate, up, down), each ``[heads, hidden, dim]``, rows by hidden unit.

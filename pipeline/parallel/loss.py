@@ -29,12 +29,14 @@ def add_counts(counts: Iterable[Counts]) -> dict[str, int]:
 def scaled_loss(sums: Mapping[str, Tensor], counts: Mapping[str, float], topology: Topology) -> Tensor:
     """The scalar to call backward on: this rank's sums, each over its global count, times the ranks that are averaged.
 
-    A non-finite loss is turned into NaN, so that its gradients are NaN and the update is skipped without a host
-    synchronisation (an infinite loss alone can have finite gradients).
+    A non-finite loss is turned into NaN, so that its gradients are NaN, whatever they are scaled by, and the update is
+    skipped without a host synchronisation (an infinite loss alone can have finite gradients).
     """
     total: Tensor | None = None
     for term, value in sums.items():
-        part = value * (topology.world / max(1, counts[term]))
+        # A loss scale would be lost in float16, whose largest number is 65,504.
+        wide = value.float() if value.dtype == torch.float16 else value
+        part = wide * (topology.world / max(1, counts[term]))
         total = part if total is None else total + part
     if total is None:
         raise ValueError("the system returned no loss term")

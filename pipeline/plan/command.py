@@ -85,6 +85,9 @@ def render_devices(config: RunConfig, options: PlanOptions, words: Sequence[str]
     counts = make_plan(config, options).counts
     rows = [("device", "GiB", "as given", "largest batch", "planned", "tokens/s", "flags to add")]
     for device in DEVICES:
+        if config.precision == "bf16" and not device.has_bf16:
+            rows.append((device.name, f"{device.memory / GIB:.1f}", "no", *3 * "-", "--precision fp16"))
+            continue
         own = dataclasses.replace(options, device=device.name)
         plan, added = make_plan(config, own, counts), ""
         if not plan.fits:

@@ -80,6 +80,8 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
         raise UserError(
             f"--reserve is {options.reserve:g}: give GiB from 0 to below the {device.memory / GIB:.1f} of the device"
         )
+    if config.precision == "bf16" and not device.has_bf16:
+        raise UserError(f"--precision bf16: {device.name} has no bfloat16: give fp16, or auto")
     check_degrees(options.ranks, config.parallel.sequence)
     topology = Topology(world=options.ranks, sequence=config.parallel.sequence)
     system = checked_system(config, topology)

@@ -79,6 +79,13 @@ def test_what_is_not_finite_is_null(make_run, record, value: float) -> None:
     assert (val["loss"], val["ppl"]) == (None, 3.0)
 
 
+def test_a_row_has_a_loss_scale_where_the_model_computes_in_float16(make_run, record) -> None:
+    run = make_run()
+    MetricsFile(run).on_step(record(loss_scale=32768.0))
+    (row,) = strict_rows(run.folder)
+    assert set(row) == TRAIN | {"mfu", "loss_scale"} and row["loss_scale"] == 32768.0
+
+
 def test_a_skipped_update_has_no_gradient_norm(make_run, record) -> None:
     run = make_run()
     MetricsFile(run).on_step(record(grad_norm=None))

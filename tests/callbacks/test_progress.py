@@ -73,6 +73,12 @@ def test_mfu_is_said_only_where_it_is_known(line) -> None:
     assert "MFU 41.2%" in line({"mfu": 0.412})
 
 
+def test_an_overflow_is_said_with_the_scale_that_was_too_large(make_run, capsys: pytest.CaptureFixture[str]) -> None:
+    ProgressLines(make_run()).on_overflow(3, 65536.0)
+    said = "step 3: gradients overflow at loss scale 65536, update skipped; the scale is lowered"
+    assert said in capsys.readouterr().out
+
+
 def test_a_skipped_update_is_said(line) -> None:
     assert "grad skipped" in line({"grad_norm": None})
 

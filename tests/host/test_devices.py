@@ -29,6 +29,13 @@ DRIVERS = {
     "NVIDIA GeForce RTX 4090": "RTX 4090",
     "NVIDIA GeForce RTX 5090": "RTX 5090",
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "RTX PRO 6000",
+    "Tesla T4": "T4",
+    "Tesla V100-SXM2-16GB": "V100",
+    "Tesla V100-SXM2-32GB": "V100 32GB",
+    "Tesla V100-SXM3-32GB": "V100 32GB",
+    "Tesla V100-PCIE-16GB": "V100 PCIe",
+    "Tesla V100-PCIE-32GB": "V100 PCIe 32GB",
+    "Tesla V100S-PCIE-32GB": "V100S",
 }
 
 
@@ -54,12 +61,21 @@ def test_every_device_is_found_by_its_own_name_and_by_a_driver() -> None:
         "NVIDIA H20",
         "NVIDIA A10",
         "NVIDIA L40G",
+        "NVIDIA T400",
+        "NVIDIA T4G",
+        "Tesla V100-FHHL-16GB",
+        "Tesla V100-SXM2-32GB-LS",
         "AMD Instinct MI300X",
         "",
     ],
 )
 def test_a_part_a_slower_one_and_a_stranger_are_not_known(name: str) -> None:
     assert find_device(name) is None
+
+
+def test_bfloat16_came_with_compute_capability_8() -> None:
+    without = {device.name for device in DEVICES if not device.has_bf16}
+    assert without == {"T4", "V100", "V100 32GB", "V100 PCIe", "V100 PCIe 32GB", "V100S"}
 
 
 def test_memory_is_that_of_the_device_and_no_unit_is_mistaken() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +14,8 @@ from pipeline.host import hardware
 from pipeline.host.devices import DEVICES
 from pipeline.host.hardware import (
     Roof,
+    has_amx,
+    has_bf16,
     measured_bandwidth,
     measured_flops,
     on_gpu,
@@ -48,6 +53,31 @@ def test_a_gpu_that_is_visible_to_a_cpu_run_is_not_used(
     assert on_gpu() is expected
 
 
+@pytest.mark.parametrize("major, expected", [(7, False), (8, True), (9, True)])
+def test_bfloat16_that_torch_emulates_is_none(
+    device, monkeypatch: pytest.MonkeyPatch, major: int, expected: bool
+) -> None:
+    device("a GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=major))
+    assert has_bf16() is expected
+
+
+def test_a_cpu_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert has_bf16()
+
+
+def test_amx_is_among_the_flags_of_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: a CPU\nflags\t\t: fpu avx512_bf16 amx_bf16 avx512_fp16\nbugs\t\t:\n")
+    assert has_amx(path)
+    path.write_text("processor\t: 0\nmodel name\t: amx_bf16\nflags\t\t: fpu avx512_bf16 amx_bf16x\nbugs\t\t:\n")
+    assert not has_amx(path)
+    assert not has_amx(tmp_path / "absent")
+
+
 @pytest.mark.parametrize(
     "name, tflops",
     [
@@ -65,6 +95,9 @@ def test_a_gpu_that_is_visible_to_a_cpu_run_is_not_used(
         ("NVIDIA L40S", 362),
         ("NVIDIA L4", 121),
         ("NVIDIA GeForce RTX 4090", 165),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-32GB", 112),
     ],
 )
 def test_the_longest_name_that_fits_decides(device, name: str, tflops: float) -> None:
@@ -88,7 +121,7 @@ def test_a_device_that_only_resembles_one_has_its_own_peak_or_none(device, name:
     assert peak is None or (tflops is not None and peak == pytest.approx(tflops * 1e12, rel=0.01))
 
 
-@pytest.mark.parametrize("name", ["NVIDIA A10", "AMD Instinct MI300X", "NVIDIA H20", "Tesla V100-SXM2-32GB", ""])
+@pytest.mark.parametrize("name", ["NVIDIA A10", "AMD Instinct MI300X", "NVIDIA H20", "Tesla P100-PCIE-16GB", ""])
 def test_an_unknown_device_has_no_peak(device, name: str) -> None:
     device(name)
     assert peak_flops() is None
@@ -150,7 +183,9 @@ def test_peak_memory_is_the_resident_set_on_a_cpu(monkeypatch: pytest.MonkeyPatc
         ("NVIDIA L4", 300),
         ("NVIDIA L40", 864),
         ("NVIDIA H200 MIG 1g.18gb", None),
-        ("Tesla V100-SXM2-32GB", None),
+        ("Tesla T4", 320),
+        ("Tesla V100-SXM2-32GB", 900),
+        ("Tesla P100-PCIE-16GB", None),
     ],
 )
 def test_bandwidth_is_of_the_longest_name_that_fits(device, name: str, gigabytes: float | None) -> None:
@@ -162,6 +197,8 @@ def test_the_roof_of_a_gpu_is_its_data_sheet(device) -> None:
     device("NVIDIA H200")
     assert roof(torch.bfloat16) == Roof(989e12, 4800e9, "data sheet")
     assert roof(torch.float32) == Roof(494.5e12, 4800e9, "data sheet")
+    device("Tesla T4")
+    assert roof(torch.float16) == Roof(65e12, 320e9, "data sheet")
     device("NVIDIA A10")
     assert roof(torch.bfloat16).seconds(1.0, 1.0) is None
 

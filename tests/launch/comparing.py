@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
 from pipeline.checkpoint.safe import load_pickle
 
@@ -39,4 +40,5 @@ def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(value):
             yield from leaves(item, f"{place}/{index}")
     else:
-        yield place, repr(value)
+        # DeepSpeed's scaler has a repr of JSON, which its dtype is not.
+        yield place, repr(vars(value) if isinstance(value, LossScalerBase) else value)

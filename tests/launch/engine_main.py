@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from transformers import Olmo2ForCausalLM
 
@@ -28,6 +29,7 @@ from pipeline.runtime.ranks import HEARTBEAT_MARGIN, start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
+from tests.launch.loss_scales import loss_scales
 from tests.launch.parity_main import ROWS, base, micro_batches
 from tests.launch.whole import full_state
 
@@ -50,6 +52,8 @@ def skips(config: RunConfig, topology: Topology) -> dict[str, bool]:
     system.initialise(model, topology)
     (phase,) = system.phases(model)
     engine = Engine(model, phase, config, ds_config)
+    if engine.loss_scale is not None:
+        engine.loss_scale.load({"cur_scale": 64.0})  # low enough for the good ones
     untouched = starts_untouched(engine)
     batches = micro_batches(topology, config.grad_accum)
     history = []
@@ -120,12 +124,15 @@ def main() -> None:
     (out,) = map(Path, without_local_rank(sys.argv[1:]))
     topology = start(base())
     found: dict[str, object] = {}
-    for precision in ("fp32", "bf16"):
+    # Few CPUs say that they have float16; what training needs of it every one does.
+    get_accelerator().is_fp16_supported = lambda: True
+    for precision in ("fp32", "bf16", "fp16"):
         for stage in range(4):
             config = dataclasses.replace(
                 base(), zero=f"zero{stage}", precision=precision, grad_accum=2, lr=0.1, weight_decay=0.1
             )
             found[f"{precision} zero{stage}"] = skips(config, topology)
+    found |= loss_scales(out, topology)
     found["time limits"] = time_limits(base())
     found["agreement"] = agreement(topology)
     folder = out / "backbone"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from pipeline.callbacks.metrics import read_rows
 from pipeline.cli import without_local_rank
@@ -43,6 +44,7 @@ def cases() -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = {f"zero{stage}": {"zero": f"zero{stage}"} for stage in range(4)}
     found["zero3 bf16"] = {"zero": "zero3", "precision": "bf16"}
     found["zero0 bf16"] = {"zero": "zero0", "precision": "bf16"}
+    found["zero3 fp16"] = {"zero": "zero3", "precision": "fp16", "parallel__sequence": 2}
     found["zero3 sequence"] = {"zero": "zero3", "parallel__sequence": 2}
     model = miras_tiny().model
     frozen = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, trainable=False))  # type: ignore[attr-defined, call-arg]
@@ -82,6 +84,8 @@ def named(out: Path, data: Path) -> dict[str, object]:
 
 def main() -> None:
     out, data = map(Path, without_local_rank(sys.argv[1:]))
+    # Few CPUs say that they have float16; what training needs of it every one does.
+    get_accelerator().is_fp16_supported = lambda: True
     result = {}
     for number, (case, changes) in enumerate(cases().items()):
         straight, stopped = out / f"straight{number}", out / f"stopped{number}"
@@ -96,6 +100,7 @@ def main() -> None:
             manifest = json.loads((stopped / "checkpoints" / f"checkpoint-{LAST}" / "manifest.json").read_text())
             result[case] = {
                 "losses": losses,
+                "scales": [[row.get("loss_scale") for row in run if row["mode"] == "train"] for run in rows],
                 "differences": differences(
                     *(run / "checkpoints" / f"checkpoint-{LAST}" for run in (straight, stopped))
                 ),

@@ -58,6 +58,13 @@ def test_a_resumed_run_ends_with_the_same_bits(found: dict[str, dict], case: str
     assert found[case]["kept"][-1] == "latest" and len(found[case]["kept"]) <= 3
 
 
+def test_a_resume_keeps_the_loss_scale_which_is_logged_in_float16_alone(found: dict[str, dict]) -> None:
+    for case, facts in found.items():
+        straight, stopped = facts["scales"]
+        assert straight == stopped
+        assert straight[0] == 2**16 if "fp16" in case else straight == [None] * LAST
+
+
 def test_the_stop_lies_within_documents_and_epochs(found: dict[str, dict]) -> None:
     for case, facts in found.items():
         assert any(facts["epochs"]) and any(facts["offsets"]), case

@@ -21,7 +21,7 @@ def _replace(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]
     [
         ("b", lambda z: z[:, 0, 0, 0], r"b has shape \[2\]; expected \[batch, sequence, \*features\]"),
         ("b", lambda z: z[:, :0], r"b has shape \[2, 0, 4, 6\]"),
-        ("b", lambda z: z.half(), "b is float16; expected float64 or float32 or bfloat16"),
+        ("b", lambda z: z.int(), "b is int32; expected float64 or float32 or bfloat16 or float16"),
         ("a", lambda z: z[:, :4], r"a has shape \[2, 4, 4, 6\]; expected that of b, \[2, 5, 4, 6\], or 1 in place"),
         ("a", lambda z: z[:, :1], r"a has shape \[2, 1, 4, 6\]"),
         ("a", lambda z: z[..., 0], r"a has shape \[2, 5, 4\]"),

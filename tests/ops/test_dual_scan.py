@@ -330,7 +330,7 @@ def test_huber_memory_never_moves_apart_in_its_range() -> None:
         ({"q": lambda z: z[0]}, r"q has shape \[37, 2, 4\]; expected \[batch, sequence, heads, key dim\]"),
         ({"k": lambda z: z[..., :2]}, r"k has shape \[2, 37, 2, 2\]; expected \[2, 37, 2, 4\]"),
         ({"v": lambda z: z[:, :3]}, r"v has shape \[2, 3, 2, 3\]"),
-        ({"v": lambda z: z.half()}, "v is float16; expected float64 or float32 or bfloat16"),
+        ({"v": lambda z: z.int()}, "v is int32; expected float64 or float32 or bfloat16 or float16"),
         ({"theta": lambda z: z.bfloat16()}, "theta is bfloat16; expected float64 or float32"),
         ({"eta": lambda z: z[..., :1]}, r"eta has shape \[2, 37, 1\]; expected \[2, 37, 2\]"),
         ({"threshold": lambda z: z[:1]}, r"threshold has shape \[1, 37, 2\]"),

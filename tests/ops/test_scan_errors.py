@@ -21,7 +21,7 @@ def _replace(index: int, change) -> list:
         (0, lambda z: z[0], r"q has shape \[5, 2, 8\]; expected \[batch, sequence, heads, key dim\]"),
         (0, lambda z: z[:, :0], r"q has shape \[2, 0, 2, 8\]"),
         (0, lambda z: z[:0], r"q has shape \[0, 5, 2, 8\]; expected .* without a 0"),
-        (0, lambda z: z.half(), "q is float16; expected float64 or float32 or bfloat16"),
+        (0, lambda z: z.int(), "q is int32; expected float64 or float32 or bfloat16 or float16"),
         (1, lambda z: z[..., :4], r"k has shape \[2, 5, 2, 4\]; expected that of q, \[2, 5, 2, 8\]"),
         (2, lambda z: z[:, :4], r"v has shape \[2, 4, 2, 6\]; expected \[2, 5, 2, value dim\]"),
         (3, lambda z: z[..., None], r"alpha has shape \[2, 5, 2, 1\]; expected \[2, 5, 2\]"),

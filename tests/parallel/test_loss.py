@@ -44,6 +44,14 @@ def test_sums_are_added_over_all_ranks(equal_ranks: None) -> None:
     assert {name: float(value) for name, value in total.items()} == {"a": 8.0, "b": 6.0}
 
 
+def test_a_loss_in_float16_is_scaled_in_float32() -> None:
+    """Times a loss scale of 2 ** 16 no number above 1 is finite in float16."""
+    loss = scaled_loss({"ce": torch.tensor(2.0, dtype=torch.float16)}, {"ce": 1}, Topology(world=4))
+    assert loss.dtype == torch.float32 and float(loss * 2**16) == 2**19
+    spoilt = scaled_loss({"ce": torch.tensor(math.inf, dtype=torch.float16)}, {"ce": 1}, ALONE)
+    assert math.isnan(float(spoilt * 2**16))
+
+
 def test_one_rank_minimises_the_mean() -> None:
     x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     loss = scaled_loss({"ce": (x**2).sum()}, {"ce": 4}, ALONE)

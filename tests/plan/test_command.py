@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.commands.flags import parse_run, split_flags
-from pipeline.host.devices import DEVICES
-from pipeline.plan import PlanOptions, make_plan
+from pipeline.host.devices import DEVICES, find_device
+from pipeline.plan import PlanOptions, command, make_plan
 from tests.plan.sizes import BACKBONE, WIDTH, memory_parameters
 
 MEMORY = memory_parameters(WIDTH, layers=4, heads=16, dim=128, conv=4, persistent=16, rank=64)
@@ -74,6 +74,16 @@ def test_all_devices_stand_in_one_table_with_flags_that_make_them_fit(capsys: py
         assert plan.fits and f"  {plan.memory / 2**30:.1f}  " in next(
             line for line in lines if line.startswith(f"{name} ")
         )
+
+
+def test_devices_without_bfloat16_are_told_another_precision(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [find_device(name) for name in ("H100", "T4", "V100")]
+    monkeypatch.setattr(command, "DEVICES", few)
+    lines = printed("miras_recall --precision bf16 --all-devices", capsys).splitlines()
+    advised = [line.split("  ")[0] for line in lines if line.endswith("--precision fp16")]
+    assert advised == ["T4", "V100"]
 
 
 def test_a_plan_needs_no_network_and_no_gpu(tmp_path: Path) -> None:

@@ -107,6 +107,30 @@ def _in_pytorch(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 
 
+def test_a_device_without_bfloat16_computes_in_float16_which_takes_as_much(plan: Plan) -> None:
+    config = replace(miras_64k(), batch_size=1)
+    found = {
+        precision: make_plan(replace(config, precision=precision), PlanOptions(device="T4"), plan.counts)
+        for precision in ("auto", "fp16", "fp32")
+    }
+    assert found["auto"].held == found["fp16"].held
+    # Copies in 2 bytes; masters and moments in float32.
+    assert found["fp16"].held["weights"] == 2 * plan.counts.parameters == found["fp32"].held["weights"] / 2
+    assert found["fp16"].held["optimizer"] == 12 * plan.counts.trainable == found["fp32"].held["optimizer"]
+    assert found["auto"].device.tflops == 65
+    with pytest.raises(UserError, match=r"^--precision bf16: T4 has no bfloat16: give fp16, or auto$"):
+        make_plan(replace(config, precision="bf16"), PlanOptions(device="T4"), plan.counts)
+
+
+def test_float16_on_the_kernels_for_float32_keeps_copies(plan: Plan) -> None:
+    config = replace(miras_64k(), batch_size=1)
+    narrow, half = (
+        make_plan(replace(config, precision=precision), PlanOptions(device="H100"), plan.counts)
+        for precision in ("bf16", "fp16")
+    )
+    assert half.held["working set"] > narrow.held["working set"] and half.held["carry"] == narrow.held["carry"]
+
+
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UserError, match=r"--device Abacus: not in the table; known: .*H200"):
         make_plan(miras_tiny(), PlanOptions(ranks=2, device="Abacus"))

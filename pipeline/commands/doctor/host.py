@@ -35,6 +35,7 @@ def host_facts(machine: LocalHost) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cores": machine.cores(),
+        "amx": _has_amx(),
         "memory": memory,
         "memory_free": memory_free,
         "disk_free": disk_free,
@@ -48,6 +49,14 @@ def _cpu_model() -> str | None:
         if match:
             return match[1].strip()
     return platform.processor() or platform.machine() or None
+
+
+def _has_amx() -> bool | None:
+    with contextlib.suppress(Exception):
+        from pipeline.host.hardware import has_amx  # which imports torch
+
+        return has_amx()
+    return None
 
 
 def installed_version(package: str) -> str | None:
@@ -72,15 +81,27 @@ def torch_facts() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The GPUs that torch can use: name, memory in bytes, compute capability."""
+    """The GPUs that torch can use: name, memory in bytes, compute capability, the precision that `auto` trains in, and
+    the peak of it in TFLOP/s (None for one that is not in the table of devices)."""
     found = []
     with contextlib.suppress(Exception):
         import torch
 
+        from pipeline.host.devices import find_device
+
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
             device = torch.cuda.get_device_properties(index)
             capability = f"{device.major}.{device.minor}"
-            found.append({"name": device.name, "memory": device.total_memory, "capability": capability})
+            known = find_device(device.name)
+            found.append(
+                {
+                    "name": device.name,
+                    "memory": device.total_memory,
+                    "capability": capability,
+                    "precision": "bf16" if device.major >= 8 else "fp16",
+                    "tflops": None if known is None else known.tflops,
+                }
+            )
     return found
 
 

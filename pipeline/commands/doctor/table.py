@@ -12,13 +12,15 @@ def render(report: Mapping[str, Any]) -> str:
     rows: list[tuple[str, str]] = [
         ("python", f"{report['python']['version']}  ({report['python']['executable']})"),
         ("platform", machine["platform"]),
-        ("cpu", f"{machine['cpu'] or 'unknown'}, {machine['cores']} cores"),
+        ("cpu", f"{machine['cpu'] or 'unknown'}, {machine['cores']} cores{', AMX' if machine['amx'] else ''}"),
         ("memory", f"{gib(machine['memory'])}, {gib(machine['memory_free'])} free"),
         ("disk", f"{gib(machine['disk_free'])} free here"),
         ("", ""),
     ]
     for index, gpu in enumerate(report["gpus"]):
-        rows.append((f"gpu {index}", f"{gpu['name']}, {gib(gpu['memory'])}, compute capability {gpu['capability']}"))
+        peak = "peak unknown" if gpu["tflops"] is None else f"peak {gpu['tflops']:g} TFLOP/s"
+        facts = f"{gpu['name']}, {gib(gpu['memory'])}, compute capability {gpu['capability']}"
+        rows.append((f"gpu {index}", f"{facts}, trains in {gpu['precision']}, {peak}"))
     rows += [
         *([] if report["gpus"] else [("gpu", "none that torch can use")]),
         ("driver", machine["driver"] or "none"),

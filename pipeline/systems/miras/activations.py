@@ -47,6 +47,8 @@ class Step:
     recompute: bool = False
     natively: bool = True
     """Whether the scan runs on the native kernels."""
+    float16: bool = False
+    """Whether the model computes in float16, of which the kernels get copies in float32."""
 
     @property
     def tokens(self) -> int:
@@ -69,10 +71,11 @@ class Step:
 
 
 def runs_natively(memory: MemoryConfig, element: int, device: Device) -> bool:
-    """Whether the scan runs on the native kernels there, where they are built."""
+    """Whether the scan runs on the native kernels there, where they are built, with numbers of `element` bytes."""
     if memory.backend == "torch" or memory.chunk_start is not None or memory.head_dim not in scan_native.KEY_DIMS:
         return False
-    return device.capability in LARGE_SHARED_MEMORY or (element == 4 and memory.head_dim == 32)
+    small = device.capability >= (8, 0) and element == 4 and memory.head_dim == 32
+    return small or device.capability in LARGE_SHARED_MEMORY
 
 
 def step_bytes(step: Step) -> tuple[int, int]:
@@ -206,8 +209,9 @@ def scan_bytes(step: Step) -> tuple[int, int]:
     rows = max(1, step.rows * memory.heads // step.degree)
     dim, states = memory.head_dim, 2 if memory.has_momentum else 1
     if step.natively:
-        dtype = torch.float32 if element == 4 else torch.bfloat16
-        kept = scan_native.kept_bytes(rows, sequence, dim, dim, dtype) - rows * sequence * element * dim
+        dtype = torch.float32 if element == 4 or step.float16 else torch.bfloat16
+        own = 0 if step.float16 else rows * sequence * element * dim
+        kept = scan_native.kept_bytes(rows, sequence, dim, dim, dtype) - own
         return kept, scan_native.workspace_bytes(rows, sequence, dim, dim, dtype)
     if memory.chunk_start is not None:
         kept, span = _chunk_start_bytes(memory, element, rows=rows, sequence=sequence)

@@ -267,6 +267,8 @@ def memory_backend(config: MemoryConfig, device_type: str, dtype: torch.dtype) -
     if config.chunk_start is not None or config.backend == "torch":
         return "torch"
     device = f"cuda:{torch.cuda.current_device()}" if device_type == "cuda" else device_type
+    if config.backend == "auto" and dtype == torch.float16:
+        dtype = torch.float32  # what `miras_scan` hands to a kernel
     taken = dtype in scan_native.DTYPES and config.head_dim in scan_native.KEY_DIMS
     if config.backend == "auto":
         return device_type if taken and scan_native.fits(device, dtype, config.head_dim) else "torch"

@@ -204,7 +204,7 @@ class MirasSystem(System[TokenBatch]):
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
         from pipeline.systems.miras import activations
 
-        rows = self.config.batch_size
+        rows, float16 = self.config.batch_size, self.config.precision == "fp16"
         kept, work = activations.step_bytes(
             activations.Step(
                 self.sizes,
@@ -214,7 +214,8 @@ class MirasSystem(System[TokenBatch]):
                 sequence=self.config.sequence_length,
                 degree=topology.sequence,
                 recompute=self.config.activation_checkpointing,
-                natively=activations.runs_natively(self.sizes.memory, element, device),
+                natively=activations.runs_natively(self.sizes.memory, 4 if float16 else element, device),
+                float16=float16,
             )
         )
         # What the streams of all micro-batches carry is there as it was until the step is complete, and as it will be.

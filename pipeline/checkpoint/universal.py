@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -41,7 +42,7 @@ from pipeline.checkpoint.universal_convert import (
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import raise_together, shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import fill, full_shape
+from pipeline.parallel.weights import fill, full_shape, is_sharded
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -80,8 +81,11 @@ def load_universal(
     with torch.no_grad():
         for flat, step in zip(flats, steps, strict=True):
             _create_state(flat, step)
-            for parameter in (p for p in flat.parameters if p in names):
-                _set(engine.optimizer, flat, parameter, saved, names[parameter])
+            for parameter in (p for p in flat.parameters if p in known):
+                if parameter in names:
+                    _set(engine.optimizer, flat, parameter, saved, names[parameter])
+                elif is_sharded(parameter):
+                    _clear_padding(parameter)
         # The model computes with a rounded copy of the masters, as after an update.
         fill(engine.module, lambda name, shape: saved.read(name, MASTER), named)
         saved.fill_buffers(engine.module)
@@ -223,6 +227,15 @@ def _set(optimizer: Any, flat: _Flat, parameter: nn.Parameter, saved: _Saved, na
         safe_set_full_fp32_param(parameter, values[MASTER])
         for kind in MOMENTS:
             safe_set_full_optimizer_state(parameter, values[kind], kind)
+
+
+def _clear_padding(parameter: nn.Parameter) -> None:
+    """ZeRO-3 leaves what it pads a fresh parameter with as it finds the memory, and saves it with the rest."""
+    holder: Any = parameter
+    size, rank = holder.partition_numel(), holder.ds_zero_partition_rank
+    local = safe_get_local_fp32_param(parameter).clone()
+    local.reshape(-1)[max(0, full_shape(parameter).numel() - rank * size) :] = 0
+    safe_set_local_fp32_param(parameter, local)
 
 
 def _part(value: Tensor, parameter: nn.Parameter) -> Tensor:

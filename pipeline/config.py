@@ -100,7 +100,8 @@ class RunConfig:
     model: ModelConfig
     """The system and its sizes."""
     steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override"])]
-    """Optimizer updates in the whole schedule; steps are counted from 1."""
+    """Optimizer updates in the whole schedule, or in each phase that has no number of its own where there are several;
+    steps are counted from 1."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs"])]
     """Sequences per data rank and micro-batch."""
     sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]
@@ -109,6 +110,10 @@ class RunConfig:
     """Peak learning rate."""
     grad_accum: int = 1
     """Micro-batches per step."""
+    phases: tuple[str, ...] = ()
+    """Phases that the run is made of, in their order, of a system with several; none: all."""
+    phase: str | None = None
+    """Run this phase alone: from the checkpoint that ended the one before it, or from one inside it."""
     stop_after: int | None = None
     """Stop (and save) after this step, leaving the schedule as it is."""
     seed: int = 0

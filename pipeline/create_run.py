@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pipeline.checkpoint.compatibility import phase_to_run
 from pipeline.checkpoint.frozen import frozen_weights
+from pipeline.checkpoint.restore import read_progress
 from pipeline.checkpoint.rng import seed_all
+from pipeline.checkpoint.trainable import load_trainable
+from pipeline.config import RunConfig
 from pipeline.data.batch import StatefulLoader
 from pipeline.data.resume import different_rank
 from pipeline.ds_config import precision_of
@@ -18,6 +23,7 @@ from pipeline.load import Resolved, load_model
 from pipeline.parallel.collectives import all_gather_object, raise_together, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
+from pipeline.phases import Phases, pick
 from pipeline.run import Progress, Run
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.ranks import device_of
@@ -25,22 +31,32 @@ from pipeline.system import Phase
 
 
 def create_run(
-    resolved: Resolved, topology: Topology, *, weights: Path | None = None, lock: FolderLock | None = None
+    resolved: Resolved,
+    topology: Topology,
+    *,
+    weights: Path | None = None,
+    checkpoint: Path | None = None,
+    lock: FolderLock | None = None,
 ) -> Run:
-    """A run at its start, with the trained weights of the checkpoint `weights`. Collective; raises UserError."""
+    """A run at the start of a phase, with the trained weights of the checkpoint `weights`.
+
+    The phase is the first, or the one in which a run goes on from `checkpoint`, which `restore` then puts it back to;
+    parameters that other phases train are as they were there. Collective; raises UserError.
+    """
     config, system = resolved.config, resolved.system
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
     loaded = load_model(config, system, topology, ds_config=resolved.ds_config, weights=weights)
     model = loaded.model
-    if len(loaded.phases) != 1:
-        count = len(loaded.phases)
-        raise ValueError(f"{system.name} has {count} phases: the loop runs one until moments carry over by name")
-    (phase,) = loaded.phases
+    with shared_errors(topology):
+        phases = phases_of(config, loaded.phases, checkpoint)
+    phase = phases.current
+    if checkpoint is not None and phases.at_rest:
+        # No shard holds what the phase does not train.
+        load_trainable(model, checkpoint, topology, only=phases.at_rest | phases.fresh)
     with shared_errors(topology):
         loader: StatefulLoader = system.loader(phase, topology)
-    trained = {name for group in phase.groups for name in group.parameters}
-    frozen = frozen_weights(model, trained, topology)
+    frozen = frozen_weights(model, phases.trained, topology)
     engine = Engine(model, phase, config, resolved.ds_config)
     # The first look at the data's fingerprint reads the data, which one rank may fail at.
     with shared_errors(topology):
@@ -57,24 +73,42 @@ def create_run(
         loader=loader,
         ds_config=resolved.ds_config,
         frozen=frozen,
+        phases=phases,
         progress=Progress(phase=phase.name),
         lock=lock or FolderLock(),
-        chosen=describe(resolved, phase, model, loader, topology, device),
+        chosen=describe(resolved, phases, model, loader, topology, device),
     )
 
 
+def phases_of(config: RunConfig, phases: Sequence[Phase], checkpoint: Path | None) -> Phases:
+    """The phases of a run, of those of its system, at the one that a start trains. Raises UserError."""
+    every = pick(config, phases)
+    progress = None if checkpoint is None else read_progress(checkpoint)
+    index = phase_to_run(config, every, progress, str(checkpoint))
+    trained = dict.fromkeys(name for phase in phases for group in phase.groups for name in group.parameters)
+    return Phases(every, index, alone=config.phase is not None, trained=tuple(trained))
+
+
 def describe(
-    resolved: Resolved, phase: Phase, model: nn.Module, loader: StatefulLoader, topology: Topology, device: torch.device
+    resolved: Resolved,
+    phases: Phases,
+    model: nn.Module,
+    loader: StatefulLoader,
+    topology: Topology,
+    device: torch.device,
 ) -> dict[str, str]:
     """What was chosen for this machine, for the log: layout, backends, data, parameters."""
-    config, system = resolved.config, resolved.system
+    config, system, phase = resolved.config, resolved.system, phases.current
     dtype = precision_of(config)
     sizes = {name: math.prod(full_shape(parameter)) for name, parameter in model.named_parameters()}
     trainable = sum(sizes[name] for group in phase.groups for name in group.parameters)
     ranks = "1 rank" if topology.world == 1 else f"{topology.world} ranks"
+    several = len(phases.every) > 1
+    number = f"{phase.name}, {phases.index + 1} of {len(phases.every)}, of up to {phase.steps:,} steps"
     return {
         config.recipe: f"{ranks} (data {topology.data} x sequence {topology.sequence}),"
         f" {config.zero}, {str(dtype).removeprefix('torch.')} on {device.type}",
+        **({"phase": number} if several else {}),
         "parameters": f"{sum(sizes.values()):,}, of which {trainable:,} are trained",
         **system.describe(device.type, dtype),
         "data": loader.describe(),

@@ -31,7 +31,8 @@ def recorded_end(
     shared: Stopped | UserError | None = None
     try:
         yield
-        status = "finished" if run.progress.step >= run.phase.steps else "stopped"
+        done = run.progress.phase_done and not (run.phases and run.phases.after)
+        status = "running" if run.goes_on else "finished" if done else "stopped"
     except Stopped as stop:
         status, shared = "stopped" if stop.signal is None else "interrupted", stop
         raise

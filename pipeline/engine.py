@@ -25,6 +25,7 @@ from pipeline.host.hardware import on_gpu
 from pipeline.parallel.topology import limit_waits
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.ranks import collective_timeout
+from pipeline.schedule import Schedule, schedule_of
 from pipeline.system import Phase
 
 FLATTENED = ("bit16_groups", "bf16_groups", "fp16_groups")
@@ -64,13 +65,14 @@ class Engine:
 
     def __init__(self, model: nn.Module, phase: Phase, config: RunConfig, ds_config: dict[str, Any]) -> None:
         named = dict(model.named_parameters())
+        schedule = phase.schedule or schedule_of(config)
         trainable = {name for group in phase.groups for name in group.parameters}
         for name, parameter in named.items():
             parameter.requires_grad_(name in trainable)
         groups = [
             {
                 "params": [named[name] for name in group.parameters],
-                "lr": config.lr * group.lr_scale,
+                "lr": schedule.peak * group.lr_scale,
                 "weight_decay": group.weight_decay,
                 "name": group.name,
                 # Saved with the optimizer's state, which counts parameters and knows no names.
@@ -79,7 +81,7 @@ class Engine:
             for group in phase.groups
         ]
         self.stage = zero_stage(ds_config)
-        optimizer = self._optimizer(groups, config, ds_config)
+        optimizer = self._optimizer(groups, schedule, ds_config)
         with _answered_by(config.zero):
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -91,19 +93,19 @@ class Engine:
         self.deepspeed.checkpoint_engine = self._shards = ShardFiles()
         # Scripts that unpickle whatever they are given; `checkpoint convert` and `export` do their work.
         self.deepspeed._copy_recovery_script = lambda save_path: None
-        self._peak_lrs = [config.lr * group.lr_scale for group in phase.groups]
+        self._peak_lrs = [schedule.peak * group.lr_scale for group in phase.groups]
 
     @staticmethod
     def _optimizer(
-        groups: Sequence[dict[str, Any]], config: RunConfig, ds_config: dict[str, Any]
+        groups: Sequence[dict[str, Any]], schedule: Schedule, ds_config: dict[str, Any]
     ) -> torch.optim.Optimizer:
         offload = offload_device(ds_config, "offload_optimizer")
-        betas, eps = config.optimizer.betas, config.optimizer.eps
+        lr, betas, eps = schedule.peak, schedule.betas, schedule.eps
         if offload != "none" and on_gpu():
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            return DeepSpeedCPUAdam(list(groups), lr=config.lr, betas=betas, eps=eps, adamw_mode=True)
-        return torch.optim.AdamW(list(groups), lr=config.lr, betas=betas, eps=eps, fused=True)
+            return DeepSpeedCPUAdam(list(groups), lr=lr, betas=betas, eps=eps, adamw_mode=True)
+        return torch.optim.AdamW(list(groups), lr=lr, betas=betas, eps=eps, fused=True)
 
     @property
     def layout(self) -> dict[str, str]:
@@ -210,6 +212,10 @@ class Engine:
         # A group's name and weight decay are those of this run, as on a load with other ranks.
         for group, given in zip(self.optimizer.param_groups, self._groups, strict=True):
             group.update(given)
+
+    def close(self) -> None:
+        """Lets go of the optimizer's memory; the engine is of no use after it."""
+        self.deepspeed.destroy()
 
     def _full_norm(self) -> float:
         source = self.optimizer.get_grads_for_norm() if hasattr(self.optimizer, "get_grads_for_norm") else None

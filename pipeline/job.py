@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from pathlib import Path
 
 from pipeline.checkpoint.finished import is_finished
 from pipeline.checkpoint.locate import find_checkpoint
@@ -10,7 +12,7 @@ from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
 from pipeline.create_run import create_run
 from pipeline.errors import LOST_RANK, LostRankError, lost_peer
-from pipeline.load import checked_system, resolve
+from pipeline.load import Resolved, checked_system, resolve
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.exit import exit_message, exit_process, log_line
@@ -72,8 +74,28 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
         resolved = resolve(config, system, topology, checkpoint)
     if is_finished(resolved.config, checkpoint, topology):
         return
-    weights = config.init_from
+    while True:
+        checkpoint = _train_phase(resolved, topology, sync_point, lock, checkpoint)
+        if checkpoint is None:
+            return
+        # What held the phase's engine may refer to itself.
+        gc.collect()
+        # As a process would that began here: what a system keeps between calls is the ended phase's.
+        with shared_errors(topology):
+            resolved = resolve(config, checked_system(config, topology), topology, checkpoint)
+
+
+def _train_phase(
+    resolved: Resolved, topology: Topology, sync_point: SyncPoint, lock: FolderLock, checkpoint: Path | None
+) -> Path | None:
+    """Trains one phase, to its end or to where the run stops; returns the checkpoint from which the next one begins."""
+    weights = resolved.config.init_from
     if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
         # A resume can do without: its checkpoint has all that is trained, and a hash identifies the frozen weights.
         weights = None
-    Trainer(create_run(resolved, topology, weights=weights, lock=lock), sync_point).execute(checkpoint)
+    run = create_run(resolved, topology, weights=weights, checkpoint=checkpoint, lock=lock)
+    if not Trainer(run, sync_point).execute(checkpoint):
+        return None
+    run.engine.close()
+    assert run.last_checkpoint is not None
+    return run.folder / "checkpoints" / run.last_checkpoint

@@ -22,7 +22,7 @@ class Meter:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.flops = run.system.flops(run.config.sequence_length).total
+        self.flops = run.system.flops(run.config.sequence_length, run.phase).total
         self.peak = peak_flops(run.config.report.peak_tflops)
         self._clear()
 

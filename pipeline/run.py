@@ -16,6 +16,7 @@ from pipeline.runtime.folder_lock import FolderLock
 if TYPE_CHECKING:
     from pipeline.data.batch import StatefulLoader
     from pipeline.engine import Engine
+    from pipeline.phases import Phases
     from pipeline.system import Phase, System
 
 
@@ -26,6 +27,13 @@ class Progress:
     step: int = 0
     """Optimizer steps taken, skipped updates included."""
     phase: str = ""
+    """The phase of the last step; before the first one, that of the step to come."""
+    phase_start: int = 0
+    """The step before the phase's first."""
+    phase_done: bool = False
+    """Whether the phase has ended, by its number of steps or by its stopping rule."""
+    phases_before: tuple[str, ...] = ()
+    """The phases that the run has gone through before this one."""
     tokens: int = 0
     """Counted labels so far, all ranks."""
     skipped: int = 0
@@ -33,6 +41,20 @@ class Progress:
     skipped_in_a_row: int = 0
     elapsed: float = 0.0
     """Seconds of training, over all resumes."""
+
+    def __post_init__(self) -> None:
+        self.phases_before = tuple(self.phases_before)  # a list in JSON
+
+    @property
+    def phase_step(self) -> int:
+        """Steps taken in the phase."""
+        return self.step - self.phase_start
+
+    def enter(self, phase: str) -> None:
+        """The next step is the first of `phase`."""
+        if self.phase:
+            self.phases_before = (*self.phases_before, self.phase)
+        self.phase, self.phase_start, self.phase_done = phase, self.step, False
 
 
 @dataclass
@@ -49,6 +71,8 @@ class Run:
     ds_config: dict[str, Any]
     frozen: dict[str, Any] | None = None
     """What the weights that are not trained are, for checkpoints to name; None when all are trained."""
+    phases: Phases | None = None
+    """Where `phase` stands among those of the run; None: it is the only one."""
     progress: Progress = field(default_factory=Progress)
     last_checkpoint: str | None = None
     evaluated: tuple[int, ...] = ()
@@ -57,6 +81,37 @@ class Run:
     """Held by rank 0, so that no other run writes to the folder."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What was chosen for this machine, for the log: layout, backends, data, parameters."""
+
+    @property
+    def trained(self) -> list[str]:
+        """Parameters that a checkpoint holds by name: those of the phase, and those that others of the system train."""
+        here = [name for group in self.phase.groups for name in group.parameters]
+        return here if self.phases is None else [*here, *sorted(self.phases.at_rest)]
+
+    @property
+    def several(self) -> bool:
+        """Whether the run is made of several phases."""
+        return self.phases is not None and len(self.phases.every) > 1
+
+    @property
+    def end_of_phase(self) -> int:
+        """The step at which the phase ends at the latest."""
+        progress = self.progress
+        begun = progress.phase in ("", self.phase.name)
+        return (progress.phase_start if begun else progress.step) + self.phase.steps
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the phase has ended and another one follows in this start."""
+        stop, step = self.config.stop_after, self.progress.step
+        return self.progress.phase_done and bool(self.phases and self.phases.after) and not (stop and step >= stop)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this start ends at the latest, over all phases that it goes through."""
+        after = () if self.phases is None else self.phases.after
+        last = self.end_of_phase + sum(phase.steps for phase in after)
+        return min(last, self.config.stop_after or last)
 
     @property
     def is_main(self) -> bool:

@@ -63,6 +63,7 @@ def write_run_file(run: Run, status: str) -> None:
         "status": status,
         "last_checkpoint": run.last_checkpoint,
         "evaluated": run.evaluated,
+        "phases": [phase.name for phase in (run.phases.every if run.phases else (run.phase,))],
         "progress": dataclasses.asdict(run.progress),
         "command": sys.argv,
         **_code(),

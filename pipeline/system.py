@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import Batch, Counts, StatefulLoader
 from pipeline.errors import UserError
+from pipeline.schedule import Schedule
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -109,13 +110,27 @@ class ParameterGroup:
     weight_decay: float = 0.0
 
 
+StoppingRule = Callable[[Mapping[str, float]], bool]
+"""Of the numbers of one step, the same on every rank: `loss`, `phase_step`, `tokens` and the system's metrics. It is a
+function of these alone: what it remembered of earlier steps would be lost by a resume. A system that counts keeps the
+count in a buffer of the model, and reports it as a metric."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the run with one data stream, one set of trainable parameters and one schedule."""
 
     name: str
     steps: int
+    """The most updates it makes."""
     groups: tuple[ParameterGroup, ...]
+    schedule: Schedule | None = None
+    """None: the one that the flags of the run describe."""
+    until: StoppingRule | None = None
+    """Ends the phase before its last step; asked after every step."""
+    keep_carry: bool = False
+    """Whether the carry of the streams and the loader's position go on into it from the phase before. Otherwise the
+    carry is empty and the loader is at its start."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +205,9 @@ class System(Protocol):
         """Held-out numbers. `next_step` calls `sync_point` before each batch, so that a stop need not wait for it."""
         ...
 
-    def flops(self, sequence_length: int) -> Flops: ...
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
+        """Of training in a phase; None: in any, of a system whose phases cost the same."""
+        ...
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
         """Estimate of what a step holds on one rank beside weights, gradients and optimizer, at `element` bytes per

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.callbacks import Callback, create_callbacks
+from pipeline.callbacks import Callback, StepRecord, create_callbacks
 from pipeline.checkpoint.contents import take_snapshot
 from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.save import Saver
@@ -19,7 +19,7 @@ from pipeline.run import Run
 from pipeline.run_folder import open_folder, write_run_file
 from pipeline.runtime.stop import Stopped
 from pipeline.runtime.sync import SyncPoint, next_counted_step
-from pipeline.schedule import lr_multiple
+from pipeline.schedule import lr_multiple, schedule_of
 from pipeline.skipped_updates import count_skipped
 from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
 
@@ -30,6 +30,7 @@ class Trainer:
     def __init__(self, run: Run, sync_point: SyncPoint | None = None) -> None:
         self.run, self.sync_point = run, sync_point or SyncPoint(run.topology)
         self.loader, self.engine, self.phase = run.loader, run.engine, run.phase
+        self.schedule = run.phase.schedule or schedule_of(run.config)
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
         self.callbacks: list[Callback] = []
         self.saver = Saver(run)
@@ -42,8 +43,11 @@ class Trainer:
         self.snapshot = take_snapshot(run, self.carries)
         """The last completed step."""
 
-    def execute(self, checkpoint: Path | None) -> None:
-        """Trains from `checkpoint` (or the start) to the phase's end."""
+    def execute(self, checkpoint: Path | None) -> bool:
+        """Trains from `checkpoint` (or the start) to the phase's end, or to where the run stops.
+
+        Returns whether another phase follows, which begins with the run's last checkpoint.
+        """
         run, config = self.run, self.run.config
         if checkpoint is not None:
             carries = restore(run, checkpoint)
@@ -51,10 +55,9 @@ class Trainer:
             self.snapshot = take_snapshot(run, self.carries)
             self.saved = run.progress.step
             run.chosen["resumed"] = f"from {checkpoint}"
-        last = min(self.phase.steps, config.stop_after or self.phase.steps)
         if config.dry_run:
             self._dry_run()
-            return
+            return False
         # Only now: a start that was refused leaves the folder as it is.
         open_folder(run)
         self.callbacks = create_callbacks(run)
@@ -63,24 +66,35 @@ class Trainer:
                 callback.on_start()
             meter = Meter(run)
             try:
-                self._steps(last, meter)
+                self._steps(meter)
             except Stopped:
                 self._save_what_is_done(meter)
                 raise
+        return run.goes_on
 
-    def _steps(self, last: int, meter: Meter) -> None:
+    def _steps(self, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
-        if self._owes_evaluation(last):
+        if self._owes_evaluation():
             self._evaluate(progress.step)
             meter.begun = time.perf_counter()
-        while progress.step < last:
+        if progress.phase != self.phase.name:
+            progress.enter(self.phase.name)
+        elif self.phase.until is None:
+            # With more --steps a phase that had ended goes on.
+            progress.phase_done = progress.phase_step >= self.phase.steps
+        last = min(self.run.end_of_phase, config.stop_after or self.run.end_of_phase)
+        while progress.step < last and not progress.phase_done:
             step = progress.step + 1
             result = self.step(step, meter)
             progress.step, self.result = step, result
+            progress.phase_done = progress.phase_step >= self.phase.steps
             due = step == last or (config.save_every and step % config.save_every == 0)
             # A checkpoint holds the tokens and seconds up to its step.
-            if due or step % config.report.log_every == 0:
-                self._record(meter)
+            if due or step % config.report.log_every == 0 or self.phase.until is not None:
+                record = self._record(meter)
+                if self.phase.until is not None and self.phase.until(self._reduced(record)):
+                    progress.phase_done = True
+            ends = step == last or progress.phase_done
             for callback in self.callbacks:
                 callback.after_step(step)
             if result.skipped:
@@ -90,18 +104,19 @@ class Trainer:
             self.snapshot = take_snapshot(self.run, self.carries)
             paused = time.perf_counter()
             self._committed(self.saver.poll())
-            if due:
-                self._save(background=config.async_save and step != last)
-            if step == last or (config.eval_every and step % config.eval_every == 0):
+            if due or ends:
+                self._save(background=config.async_save and not ends)
+            if ends or (config.eval_every and step % config.eval_every == 0):
                 self._evaluate(step)
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
         self._committed(self.saver.finish())
 
-    def _owes_evaluation(self, last: int) -> bool:
+    def _owes_evaluation(self) -> bool:
         """Whether the step that the run stands at is evaluated before it goes on: a run may have ended meanwhile."""
-        step, every = self.run.progress.step, self.run.config.eval_every
-        due = step == 0 or step >= last or bool(every and step % every == 0)
+        step, every, end = self.run.progress.step, self.run.config.eval_every, self.run.end_of_phase
+        last = min(end, self.run.config.stop_after or end)
+        due = step == 0 or step >= last or self.run.progress.phase_done or bool(every and step % every == 0)
         return due and step not in self.run.evaluated
 
     def step(self, step: int, meter: Meter) -> StepResult:
@@ -109,7 +124,7 @@ class Trainer:
         context = StepContext(self.run.topology, self.run.config.seed, self.phase.name, step)
         carries = self._accumulate(context, meter)
         self.saver.release()
-        result = self.engine.step(lr_multiple(self.run.config, step))
+        result = self.engine.step(lr_multiple(self.schedule, self.phase.steps, step - self.run.progress.phase_start))
         if not result.skipped:
             # The state that a skipped step left behind may be what made it non-finite: the streams go on without it.
             self.carries = carries
@@ -136,10 +151,16 @@ class Trainer:
         self.outputs = outputs
         return carries
 
-    def _record(self, meter: Meter) -> None:
+    def _reduced(self, record: StepRecord) -> dict[str, float]:
+        """What a stopping rule sees: numbers that are summed over ranks, and equal on them to the bit."""
+        step = {"phase_step": self.run.progress.phase_step, "loss": record.loss, "tokens": record.tokens}
+        return {**record.metrics, **step}
+
+    def _record(self, meter: Meter) -> StepRecord:
         record = meter.record(self.run.progress.step, self.result)
         for callback in self.callbacks:
             callback.on_step(record)
+        return record
 
     def _save(self, *, background: bool = False) -> None:
         progress = self.run.progress
@@ -166,7 +187,10 @@ class Trainer:
         self._save()
 
     def _evaluate(self, step: int) -> None:
-        evaluation = self.run.system.evaluate(self.engine.deepspeed, self.phase, self.sync_point)
+        # Of the phase that made the last step: what it still owed when it ended is evaluated before the next begins.
+        phases, name = self.run.phases, self.run.progress.phase
+        phase = self.phase if phases is None or name == self.phase.name else phases.named(name)
+        evaluation = self.run.system.evaluate(self.engine.deepspeed, phase, self.sync_point)
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
         self.run.evaluated = (*self.run.evaluated, step)

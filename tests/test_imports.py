@@ -15,7 +15,7 @@ LAYERS = (
     ("runtime",),
     ("system",),
     ("lm",),
-    ("ds_config", "run", "callbacks", "engine", "checkpoint", "meter", "config_file"),
+    ("ds_config", "run", "callbacks", "engine", "checkpoint", "meter", "config_file", "phases"),
     ("load", "run_folder", "skipped_updates"),
     ("create_run", "end_run"),
     ("train",),

@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 def run(clock, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of 4 x 1024 tokens a step on one CPU rank, a thousand FLOPs a token."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    system = types.SimpleNamespace(flops=lambda length: Flops(400.0, 600.0), token_term="cross_entropy")
+    system = types.SimpleNamespace(flops=lambda length, phase: Flops(400.0, 600.0), token_term="cross_entropy")
     config = replace(miras_tiny(), parallel__sequence=1)
     return Run(config, Topology(), torch.device("cpu"), system, None, None, None, {})  # type: ignore[arg-type]
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import OptimizerConfig, RunConfig, replace
 from pipeline.recipes.miras import miras_tiny
-from pipeline.schedule import lr_multiple
+from pipeline.schedule import Schedule, schedule_of
+from pipeline.schedule import lr_multiple as multiple_of
 
 SHAPES = ("cosine", "linear", "constant")
 
@@ -17,6 +18,11 @@ def make(steps: int, warmup: int, shape: str, floor: float = 0.1) -> RunConfig:
     return replace(
         miras_tiny(), steps=steps, warmup_steps=warmup, optimizer=OptimizerConfig(schedule=shape, min_lr_ratio=floor)
     )
+
+
+def lr_multiple(config: RunConfig, step: int) -> float:
+    """Of a phase without a schedule of its own."""
+    return multiple_of(schedule_of(config), config.steps, step)
 
 
 @st.composite
@@ -62,3 +68,14 @@ def test_shapes(shape: str, at_the_middle: float, at_a_quarter: float) -> None:
 
 def test_without_warm_up_a_constant_rate_is_the_peak_at_once() -> None:
     assert lr_multiple(make(5, 0, "constant"), 1) == 1.0
+
+
+def test_a_warm_up_rises_from_its_start_to_the_peak() -> None:
+    schedule = Schedule(1e-3, warmup_steps=4, warmup_start=0.2, shape="linear", floor=0.5)
+    assert [multiple_of(schedule, 6, step) for step in range(1, 7)] == pytest.approx([0.4, 0.6, 0.8, 1.0, 0.75, 0.5])
+
+
+def test_the_flags_of_a_run_describe_a_schedule() -> None:
+    config = replace(make(100, 7, "linear", 0.25), lr=3e-4, optimizer__betas=(0.8, 0.99), optimizer__eps=1e-6)
+    expected = Schedule(3e-4, 7, 0.0, "linear", 0.25, (0.8, 0.99), 1e-6)
+    assert schedule_of(config) == expected

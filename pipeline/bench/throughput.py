@@ -134,7 +134,7 @@ def run_case(words: Sequence[str]) -> None:
         # The first step compiles and warms up.
         median = statistics.median(seconds[1:] or seconds)
         tok_s = run.tokens_per_step / median
-        flops = system.flops(config.sequence_length).total
+        flops = system.flops(config.sequence_length, run.phase).total
         figures = {
             "sequence_length": config.sequence_length,
             "tokens_per_step": run.tokens_per_step,

@@ -53,4 +53,4 @@ class Callback:
         """After a checkpoint is complete."""
 
     def on_end(self, status: str) -> None:
-        """When the run ends, also by an exception."""
+        """When the run ends, also by an exception, with the status of run.json: `running` between two phases."""

@@ -67,4 +67,4 @@ class WeightsAndBiases(Callback):
         self.session.log({f"val/{name}": value for name, value in evaluation.scalars.items()}, step=step)
 
     def on_end(self, status: str) -> None:
-        self.session.finish(exit_code=0 if status == "finished" else 1)
+        self.session.finish(exit_code=0 if status in ("finished", "running") else 1)

@@ -37,6 +37,7 @@ class MetricsFile(Callback):
             {
                 "mode": "train",
                 "step": record.step,
+                **self._place(record.step),
                 "loss": record.loss,
                 "ppl": perplexity(record.loss),
                 "lr": record.lr,
@@ -56,8 +57,19 @@ class MetricsFile(Callback):
             self._keep(lambda row: row["mode"] != "val" or row["step"] != step)
         progress = self.run.progress
         self._write(
-            {"mode": "val", "step": step, **evaluation.scalars, "tokens": progress.tokens, "elapsed": progress.elapsed}
+            {
+                "mode": "val",
+                "step": step,
+                **self._place(step),
+                **evaluation.scalars,
+                "tokens": progress.tokens,
+                "elapsed": progress.elapsed,
+            }
         )
+
+    def _place(self, step: int) -> dict[str, Any]:
+        """The phase of a step, and the step's number in it."""
+        return {"phase": self.run.progress.phase, "phase_step": step - self.run.progress.phase_start}
 
     def _keep(self, stays: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.exists():

@@ -29,7 +29,7 @@ class ProgressLines(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.last = min(run.config.steps, run.config.stop_after or run.config.steps)
+        self.last = run.last_step
         self.bar: tqdm | None = None
         self.seconds_per_step: float | None = None
         self.metrics: dict[str, float] = {}
@@ -51,6 +51,7 @@ class ProgressLines(Callback):
         loss, lr, speed = f"loss {record.loss:.4f}", f"lr {record.lr:.2e}", f"{human_count(record.tok_s)} tok/s"
         parts = [
             self._step(record.step),
+            *self._phase(),
             f"{loss:<12}",
             f"{lr:<11}",
             f"{f'grad {norm}':<12}",
@@ -65,12 +66,19 @@ class ProgressLines(Callback):
             self._print(line)
         else:
             self.bar.n = record.step
-            self.bar.set_description_str("  ".join([loss, lr, speed, eta]))
+            self.bar.set_description_str("  ".join([*self._phase(), loss, lr, speed, eta]))
         self._write(line)
 
     def _step(self, step: int) -> str:
         # As wide as the last one, so that columns stand under each other.
         return f"step {step}/{self.last}".ljust(len(f"step {self.last}/{self.last}"))
+
+    def _phase(self) -> list[str]:
+        """The phase and the step in it, of a run that has several."""
+        progress = self.run.progress
+        if not self.run.several:
+            return []
+        return [f"{progress.phase} {progress.phase_step}/{self.run.end_of_phase - progress.phase_start}"]
 
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
         where = json.dumps(batch, sort_keys=True)
@@ -88,6 +96,8 @@ class ProgressLines(Callback):
     def on_end(self, status: str) -> None:
         if self.bar is not None:
             self.bar.close()
+        if status == "running":
+            status = f"phase {self.run.progress.phase} ended"
         self._log(f"{status} at step {self.run.progress.step}: {self.run.folder}")
 
     def _log(self, line: str) -> None:

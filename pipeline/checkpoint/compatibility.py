@@ -1,8 +1,9 @@
-"""Whether a run can go on from a checkpoint: the same system, model and global batch."""
+"""Whether a run can go on from a checkpoint, and in which phase: the same system, model and global batch."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pipeline.config import MAY_CHANGE, RunConfig
 from pipeline.config_file import to_plain, with_moved_keys
 from pipeline.errors import UserError, brief
 from pipeline.parallel.topology import Topology
+from pipeline.run import Progress
+from pipeline.system import Phase
 
 
 def check_resumable(config: RunConfig, checkpoint: Path) -> None:
@@ -72,3 +75,36 @@ def keep_global_batch(config: RunConfig, topology: Topology, checkpoint: Path) -
             f" {topology.data} data ranks makes steps of {rows}: choose a batch size that divides it"
         )
     return dataclasses.replace(config, grad_accum=whole // rows)
+
+
+def phase_to_run(config: RunConfig, phases: Sequence[Phase], progress: Progress | None, where: str) -> int:
+    """The index of the phase that a start trains: that of the checkpoint, whose progress is given, or the one after it.
+
+    `where` names the checkpoint; without progress there is none. Raises UserError.
+    """
+    names = [phase.name for phase in phases]
+    wanted = None if config.phase is None else names.index(config.phase)
+    if progress is None:
+        if wanted:
+            raise UserError(
+                f"--phase {config.phase}: it goes on from the checkpoint that ended {names[wanted - 1]}, and there is"
+                f" none: name it with --resume PATH, or begin with it by --phases {config.phase}"
+            )
+        return 0
+    index = names.index(progress.phase) if progress.phase in names else -1
+    if index < 0 or list(progress.phases_before) != names[:index]:
+        done = " ".join((*progress.phases_before, progress.phase))
+        raise UserError(
+            f"{where} is of a run of the phases {done}, this one has {' '.join(names)}: name the same with --phases, or"
+            " take its weights alone with --init-from"
+        )
+    over = progress.phase_done or progress.phase_step >= phases[index].steps
+    if wanted is None:
+        return min(index + 1, len(phases) - 1) if over else index
+    if wanted == index or (over and wanted == index + 1):
+        return wanted
+    state = f"ended {progress.phase}" if over else f"is inside {progress.phase}, at step {progress.phase_step} of it"
+    fix = (
+        f"--phase {config.phase} needs one that ended {names[wanted - 1]}" if wanted else f"{config.phase} is the first"
+    )
+    raise UserError(f"{where} {state}, and {fix}: name another with --resume PATH, or leave --phase out")

@@ -60,8 +60,7 @@ def rank_parts(run: Run, snapshot: Snapshot, folder: Path, tag: str) -> list[Par
     """
     rank = f"{run.topology.rank:05d}"
     carried, layout = carry_content(snapshot.carries, run.streams, run.topology)
-    names = [name for group in run.phase.groups for name in group.parameters]
-    trainable, copied = trainable_content(run.engine.module, names, run.topology)
+    trainable, copied = trainable_content(run.engine.module, run.trained, run.topology)
     return [
         *([Part(TRAINABLE, trainable, write_tensors, copied)] if run.is_main else []),
         Part(f"carry-{rank}.safetensors", carried, functools.partial(write_carry, layout=layout)),

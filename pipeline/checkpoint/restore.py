@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint.carry import load_carry
 from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems, read_manifest, unlisted
@@ -20,12 +21,16 @@ from pipeline.run import Progress, Run
 from pipeline.system import Carry
 
 TRAINER_STATE = "trainer_state.json"
+KINDS: dict[type, Any] = {str: str, bool: bool, int: int, float: (int, float), tuple: list}
+"""What JSON makes of the types of `Progress`."""
 
 
 def restore(run: Run, checkpoint: Path) -> list[Carry]:
     """Puts a run back where `checkpoint` was saved; returns the carry per micro-batch. Collective.
 
-    A checkpoint of other ranks, or another ZeRO stage, precision or offload, goes through DeepSpeed's universal format.
+    The checkpoint is one of the run's phase, or one that ended the phase before it; then the progress still says so.
+    One of another phase, other ranks, or another ZeRO stage, precision or offload, goes through DeepSpeed's universal
+    format, which has every parameter by its name.
     Raises UserError on every rank, before anything is changed, when a byte of the checkpoint, the data or a frozen
     weight differs.
     """
@@ -36,16 +41,20 @@ def restore(run: Run, checkpoint: Path) -> list[Carry]:
             f"{checkpoint} was trained on other frozen weights than this run has: give the pretrained weights it was"
             " trained on, or take what it trained alone with --init-from"
         )
-    progress = _progress(checkpoint)
-    cursors = read_json(checkpoint / "loader.json", RESTORE)
-    with shared_errors(run.topology):
-        run.loader.load_state_dict(cursors)
+    progress = read_progress(checkpoint)
+    switches = progress.phase != run.phase.name and run.several
+    goes_on = not switches or run.phase.keep_carry
+    if goes_on:
+        cursors = read_json(checkpoint / "loader.json", RESTORE)
+        with shared_errors(run.topology):
+            run.loader.load_state_dict(cursors)
     layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}
-    if not is_universal(checkpoint) and all(manifest.get(key) == value for key, value in layout.items()):
+    same = not switches and not is_universal(checkpoint)
+    if same and all(manifest.get(key) == value for key, value in layout.items()):
         with _known_here(run.topology):
             run.engine.load(checkpoint)
     else:
-        _load_elsewhere(run, checkpoint)
+        _load_elsewhere(run, checkpoint, switches)
     if manifest["world"] == run.topology.world:
         with _known_here(run.topology):
             set_rng_state(load_pickle(checkpoint / f"rng-{run.topology.rank:05d}.pt"))
@@ -54,16 +63,22 @@ def restore(run: Run, checkpoint: Path) -> list[Carry]:
         seed_all(run.config.seed, f"step {manifest['step']}, rank {run.topology.rank} of {run.topology.world}")
     run.progress = progress
     run.last_checkpoint = checkpoint.name
-    return load_carry(checkpoint, run.streams, run.topology, run.device)
+    return load_carry(checkpoint, run.streams, run.topology, run.device) if goes_on else []
 
 
-def _progress(checkpoint: Path) -> Progress:
+def read_progress(checkpoint: Path) -> Progress:
+    """Where a run stood when it saved a checkpoint. Raises UserError when a byte of the file differs."""
+    wrong = problems(checkpoint, hashes=True, only=(TRAINER_STATE,))
+    if wrong:
+        raise UserError(f"{wrong[0]}: {RESTORE}")
     path = checkpoint / TRAINER_STATE
-    content = read_json(path, RESTORE)
-    try:
-        return Progress(**content)
-    except TypeError:
-        raise UserError(f"{path}: not the progress of a run of this version: {RESTORE}") from None
+    content, known = read_json(path, RESTORE), vars(Progress())
+    # A checkpoint of before a field existed did without.
+    if not isinstance(content, dict) or not all(
+        name in known and isinstance(value, KINDS[type(known[name])]) for name, value in content.items()
+    ):
+        raise UserError(f"{path}: not the progress of a run of this version: {RESTORE}")
+    return Progress(**content)
 
 
 @contextlib.contextmanager
@@ -75,10 +90,12 @@ def _known_here(topology: Topology) -> Iterator[None]:
         raise RankError(f"rank {topology.rank}: {error}") from error
 
 
-def _load_elsewhere(run: Run, checkpoint: Path) -> None:
-    """Fills the engine from a checkpoint of another layout, through a universal one that is removed again."""
+def _load_elsewhere(run: Run, checkpoint: Path, switches: bool) -> None:
+    """Fills the engine from a checkpoint of another layout or phase, through a universal one that is removed again."""
+    phases = run.phases if switches else None
+    fresh, dropped = (phases.fresh, phases.dropped) if phases is not None else ((), ())
     if is_universal(checkpoint):
-        load_universal(run.engine, checkpoint, run.topology)
+        load_universal(run.engine, checkpoint, run.topology, fresh=fresh, dropped=dropped)
         return
     temporary = run.folder / "checkpoints" / f".{checkpoint.name}.universal"
     with shared_errors(run.topology):
@@ -87,7 +104,7 @@ def _load_elsewhere(run: Run, checkpoint: Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             convert(checkpoint, temporary)
     try:
-        load_universal(run.engine, temporary, run.topology)
+        load_universal(run.engine, temporary, run.topology, fresh=fresh, dropped=dropped)
     finally:
         if run.is_main:
             shutil.rmtree(temporary, ignore_errors=True)

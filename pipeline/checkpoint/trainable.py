@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -58,9 +58,10 @@ def has_trainable(checkpoint: Path, topology: Topology) -> bool:
     return broadcast_object(topology, (checkpoint / TRAINABLE).is_file())
 
 
-def load_trainable(model: nn.Module, checkpoint: Path, topology: Topology) -> None:
+def load_trainable(model: nn.Module, checkpoint: Path, topology: Topology, only: Collection[str] | None = None) -> None:
     """Fills the parameters that a checkpoint trained, and the persistent buffers that it holds. Collective.
 
+    `only`: the parameters of these names, each of which it must hold, and no buffer.
     Raises UserError on every rank, before anything is filled, when a tensor is not the model's or is of another shape
     or kind. Buffers that the checkpoint lacks stay as they are: one of an older version holds none.
     """
@@ -80,8 +81,10 @@ def load_trainable(model: nn.Module, checkpoint: Path, topology: Topology) -> No
             raise UserError(
                 f"{path}: {shown(unknown[0])} is no parameter of this model: is it a checkpoint of another one?"
             )
-        values = _read_buffers(path, {name: buffers[name] for name in names if name not in parameters})
-    rename = {name: name for name in names if name in parameters}
+        values = {}
+        if only is None:
+            values = _read_buffers(path, {name: buffers[name] for name in names if name not in parameters})
+    rename = {name: name for name in (names if only is None else sorted(only)) if name in parameters}
     load_safetensors(model, functools.partial(file_tensors, path), rename, topology, what=str(path))
     with torch.no_grad():
         for name, value in values.items():

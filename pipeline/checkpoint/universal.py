@@ -6,7 +6,7 @@ learning rate and decay of the first, and refuses what was saved with ZeRO-3 at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -40,7 +41,7 @@ from pipeline.checkpoint.universal_convert import (
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import raise_together, shared_errors
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import fill, full_shape
+from pipeline.parallel.weights import fill, full_shape, is_sharded
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -48,18 +49,30 @@ if TYPE_CHECKING:
 __all__ = ["convert", "is_universal", "load_universal"]
 
 
-def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None:
+def load_universal(
+    engine: Engine,
+    checkpoint: Path,
+    topology: Topology,
+    *,
+    fresh: Collection[str] = (),
+    dropped: Collection[str] = (),
+) -> None:
     """Fills weights, master weights, moments, steps, buffers and counters of a fresh engine. Collective.
+
+    Of another phase's checkpoint: `fresh` are the trained parameters that it says nothing of, which stay as they are,
+    with moments of zero; `dropped` are those that it trained and this engine does not.
 
     Hyper-parameters of the groups stay those of the engine. Raises UserError on every rank before anything is changed.
     """
     saved = _Saved(checkpoint)
     # ZeRO has no state of a parameter without elements.
-    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and full_shape(p).numel()}
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and full_shape(p).numel()}
+    named = {name: parameter for name, parameter in trained.items() if name not in fresh}
     names = {parameter: name for name, parameter in named.items()}
     with shared_errors(topology):
-        saved.check(engine.module, named)
-        flats = [flat for flat in _flats(engine.optimizer) if any(p in names for p in flat.parameters)]
+        saved.check(engine.module, named, dropped)
+        known = set(trained.values())
+        flats = [flat for flat in _flats(engine.optimizer) if any(p in known for p in flat.parameters)]
         steps = [saved.step_of([names[p] for p in flat.parameters if p in names]) for flat in flats]
     partitions = hasattr(engine.optimizer, "checkpoint_event_prologue")
     if partitions:
@@ -67,8 +80,11 @@ def load_universal(engine: Engine, checkpoint: Path, topology: Topology) -> None
     with torch.no_grad():
         for flat, step in zip(flats, steps, strict=True):
             _create_state(flat, step)
-            for parameter in (p for p in flat.parameters if p in names):
-                _set(engine.optimizer, flat, parameter, saved, names[parameter])
+            for parameter in (p for p in flat.parameters if p in known):
+                if parameter in names:
+                    _set(engine.optimizer, flat, parameter, saved, names[parameter])
+                elif is_sharded(parameter):
+                    _clear_padding(parameter)
         # The model computes with a rounded copy of the masters, as after an update.
         fill(engine.module, lambda name, shape: saved.read(name, MASTER), named)
         saved.fill_buffers(engine.module)
@@ -92,14 +108,14 @@ class _Saved:
         content = load_pickle(self.checkpoint / PARAMETERS / name / f"{kind}.pt", mmap=kind != STEP)
         return content if kind == STEP else content["param"]
 
-    def check(self, module: nn.Module, named: dict[str, nn.Parameter]) -> None:
-        """Raises UserError unless exactly the trained parameters of the model are here, in their shapes."""
+    def check(self, module: nn.Module, named: dict[str, nn.Parameter], dropped: Collection[str]) -> None:
+        """Raises UserError unless exactly the parameters `named` are here, in their shapes, and those `dropped`."""
         if not is_universal(self.checkpoint):
             raise UserError(f"{self.checkpoint}: is not in the universal format: convert it first")
         found = {path.name for path in (self.checkpoint / PARAMETERS).iterdir() if path.is_dir()}
         parameters = dict(module.named_parameters())
         empty = {name for name, parameter in parameters.items() if not full_shape(parameter).numel()}
-        for name in sorted(found - named.keys() - empty):
+        for name in sorted(found - named.keys() - empty - set(dropped)):
             known = name in parameters
             what = "is frozen in this run" if known else "is no parameter of this model"
             raise UserError(
@@ -207,6 +223,15 @@ def _set(optimizer: Any, flat: _Flat, parameter: nn.Parameter, saved: _Saved, na
         safe_set_full_fp32_param(parameter, values[MASTER])
         for kind in MOMENTS:
             safe_set_full_optimizer_state(parameter, values[kind], kind)
+
+
+def _clear_padding(parameter: nn.Parameter) -> None:
+    """ZeRO-3 leaves what it pads a fresh parameter with as it finds the memory, and saves it with the rest."""
+    holder: Any = parameter
+    size, rank = holder.partition_numel(), holder.ds_zero_partition_rank
+    local = safe_get_local_fp32_param(parameter).clone()
+    local.reshape(-1)[max(0, full_shape(parameter).numel() - rank * size) :] = 0
+    safe_set_local_fp32_param(parameter, local)
 
 
 def _part(value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -9,14 +9,14 @@ import shutil
 from pipeline.checkpoint.locate import locate_checkpoint
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
+from pipeline.create_run import phases_of
 from pipeline.ds_config import precision_of
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
-from pipeline.load import checked_system, resolve
+from pipeline.load import checked_system, model_without_storage, resolve
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.runtime.folder_lock import FolderLock
-from pipeline.system import Phase
 
 MIN_FREE = 64 * 2**20
 """Bytes without which a run is not started."""
@@ -39,7 +39,9 @@ def preflight(config: RunConfig, ranks: int) -> None:
     if config.init_from is not None and not missing:
         file_tensors(config.init_from / TRAINABLE)
     # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
-    system.loader(Phase("check", 1, ()), topology).next_step()
+    phases = phases_of(config, model_without_storage(config).phases, checkpoint)
+    for phase in (phases.current, *phases.after):
+        system.loader(phase, topology).next_step()
     system.held_out(topology).next_step()
     if config.report.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--report.wandb needs the wandb package: pip install -e '.[wandb]'")

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.checkpoint.manifest import problems
+from pipeline.checkpoint.restore import read_progress
 from pipeline.commands.flags import parse_flags
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
 from pipeline.files.output import writing
 from pipeline.host.versions import versions
 from pipeline.load import checked_system, load_model
+from pipeline.parallel.collectives import shared_errors
 from pipeline.recipes import all_recipes
 from pipeline.runtime.ranks import describe_devices, device_of, start, stop
 from pipeline.runtime.sync import SyncPoint
@@ -40,7 +42,11 @@ def run_eval(words: Sequence[str]) -> None:
         topology = start(config)
         system = checked_system(config, topology)
         loaded = load_model(config, system, topology, weights=checkpoint)
-        evaluation = system.evaluate(loaded.model.to(device_of(topology)), loaded.phases[0], SyncPoint(topology))
+        with shared_errors(topology):
+            name = read_progress(checkpoint).phase
+        # One of before phases had names has one phase.
+        phase = next((phase for phase in loaded.phases if phase.name == name), loaded.phases[0])
+        evaluation = system.evaluate(loaded.model.to(device_of(topology)), phase, SyncPoint(topology))
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -12,10 +12,11 @@ NAME = "run.json"
 
 @dataclass(frozen=True)
 class RunFile:
-    """How a run ended, and the steps that it evaluated; None where the file does not say."""
+    """How a run ended, the steps that it evaluated, the phases it is made of; None where the file does not say."""
 
     status: str | None = None
     evaluated: tuple[int, ...] | None = None
+    phases: tuple[str, ...] | None = None
 
 
 def read_run_file(folder: Path) -> RunFile:
@@ -26,8 +27,9 @@ def read_run_file(folder: Path) -> RunFile:
         return RunFile()
     if not isinstance(content, dict):
         return RunFile()
-    status, evaluated = content.get("status"), content.get("evaluated")
+    status, evaluated, phases = (content.get(key) for key in ("status", "evaluated", "phases"))
     return RunFile(
         status if isinstance(status, str) else None,
         tuple(evaluated) if isinstance(evaluated, list) and all(type(step) is int for step in evaluated) else None,
+        tuple(phases) if isinstance(phases, list) and all(isinstance(name, str) for name in phases) else None,
     )

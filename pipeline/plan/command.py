@@ -11,6 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.host.devices import DEVICES, GIB
 from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
 from pipeline.plan.estimate import Plan, PlanOptions, make_plan
+from pipeline.plan.zero import PhaseCounts
 
 OWN = ("ranks", "device", "utilisation", "reserve")
 
@@ -42,6 +43,7 @@ def render(config: RunConfig, options: PlanOptions) -> str:
     rows = [
         ("parameters", f"{counts.parameters:,}"),
         ("trainable", f"{counts.trainable:,} ({counts.trainable / counts.parameters:.1%})"),
+        *(_phase_row(entry) for entry in counts.phases if len(counts.phases) > 1),
         *((name, _gib(size)) for name, size in plan.held.items()),
         (
             "memory per device",
@@ -50,9 +52,9 @@ def render(config: RunConfig, options: PlanOptions) -> str:
         ("largest --batch-size", f"{largest} {most}".strip() if largest else "none: not even one sequence fits"),
         ("model FLOPs per token", f"{plan.flops_per_token / 1e9:.3f} G"),
         ("tokens per step", f"{plan.tokens_per_step:,}"),
-        ("tokens in all", f"{plan.tokens_per_step * config.steps:,}"),
+        ("tokens in all", f"{plan.tokens_per_step * plan.steps:,}"),
         ("tokens/s, all devices", f"{plan.tok_s:,.0f} at {options.utilisation:.0%} of the peak"),
-        ("hours", f"{plan.hours:,.1f} for {config.steps:,} steps"),
+        ("hours", f"{plan.hours:,.1f} for {plan.steps:,} steps"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{config.recipe} on {options.ranks} x {device.name}, {config.zero}, sequence {config.parallel.sequence}"]
@@ -60,6 +62,10 @@ def render(config: RunConfig, options: PlanOptions) -> str:
     if not plan.fits:
         lines += _advice(plan, options, ways_to_fit(config, options, counts))
     return "\n".join(lines)
+
+
+def _phase_row(entry: PhaseCounts) -> tuple[str, str]:
+    return f"phase {entry.phase.name}", f"{entry.trainable:,} trained, up to {entry.phase.steps:,} steps"
 
 
 def _advice(plan: Plan, options: PlanOptions, ways: Sequence[Way]) -> list[str]:

@@ -10,7 +10,9 @@ from pipeline.errors import UserError
 from pipeline.host.devices import DEVICES, GIB, Device, find_device
 from pipeline.load import checked_system, model_without_storage
 from pipeline.parallel.topology import Topology, check_degrees
-from pipeline.plan.zero import Counts, zero_bytes
+from pipeline.phases import names, pick
+from pipeline.plan.zero import Counts, PhaseCounts, zero_bytes
+from pipeline.system import Phase
 
 RESERVE = 2 * GIB
 RESERVE_SHARE = 0.05
@@ -45,6 +47,8 @@ class Plan:
     flops_per_token: float
     tokens_per_step: int
     tok_s: float
+    steps: int
+    """Over all phases of the run."""
     hours: float
 
     @property
@@ -81,7 +85,11 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
     system = checked_system(config, topology)
     counts = counts or count_parameters(config)
     element = 2 if config.precision != "fp32" else 4
-    flops = system.flops(config.sequence_length).total
+    stretches: list[tuple[int, Phase | None]] = [(entry.phase.steps, entry.phase) for entry in counts.phases]
+    stretches = stretches or [(config.steps, None)]
+    steps = sum(count for count, _ in stretches)
+    # Of the mean step: phases may train more or less of the model.
+    flops = sum(count * system.flops(config.sequence_length, phase).total for count, phase in stretches) / steps
     tokens = config.batch_size * config.grad_accum * topology.data * config.sequence_length
     tok_s = options.utilisation * options.ranks * device.tflops * 1e12 / flops
     reserve = RESERVE + RESERVE_SHARE * device.memory if options.reserve is None else options.reserve * GIB
@@ -96,7 +104,8 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
         flops_per_token=flops,
         tokens_per_step=tokens,
         tok_s=tok_s,
-        hours=config.steps * tokens / tok_s / 3600,
+        steps=steps,
+        hours=steps * tokens / tok_s / 3600,
     )
 
 
@@ -112,5 +121,10 @@ def count_parameters(config: RunConfig) -> Counts:
     """Of the whole model, built without storage."""
     loaded = model_without_storage(config)
     sizes = {name: parameter.numel() for name, parameter in loaded.model.named_parameters()}
-    trained = {name for phase in loaded.phases for group in phase.groups for name in group.parameters}
-    return Counts(sum(sizes.values()), sum(sizes[name] for name in trained), max(sizes.values()))
+    trained = frozenset().union(*(names(phase) for phase in loaded.phases))
+    phases = tuple(
+        PhaseCounts(phase, sum(sizes[name] for name in names(phase)))
+        for phase in pick(config, loaded.phases)
+        if config.phase in (None, phase.name)
+    )
+    return Counts(sum(sizes.values()), sum(sizes[name] for name in trained), max(sizes.values()), phases)

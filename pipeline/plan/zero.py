@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.ds_config import offload_device
+from pipeline.system import Phase
 
 DEFAULTS = {
     "contiguous_gradients": True,
@@ -17,13 +18,29 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
+class PhaseCounts:
+    """A phase, and the elements of the parameters that it trains."""
+
+    phase: Phase
+    trainable: int
+
+
+@dataclass(frozen=True)
 class Counts:
     """Elements of a model's parameters."""
 
     parameters: int
     trainable: int
+    """In any phase."""
     largest: int
     """Of the largest single parameter."""
+    phases: tuple[PhaseCounts, ...] = ()
+    """Of each phase of the run."""
+
+    @property
+    def most_trained(self) -> int:
+        """In the phase that trains most, which needs the most memory."""
+        return max((phase.trainable for phase in self.phases), default=self.trainable)
 
 
 def zero_bytes(ds_config: Mapping[str, Any], counts: Counts, *, ranks: int, element: int) -> dict[str, int]:
@@ -52,8 +69,8 @@ def zero_bytes(ds_config: Mapping[str, Any], counts: Counts, *, ranks: int, elem
         bucket *= 2
     return {
         "weights": held(element * counts.parameters, 3, "offload_param"),
-        "gradients": held(4 * counts.trainable, 2, "offload_optimizer"),
+        "gradients": held(4 * counts.most_trained, 2, "offload_optimizer"),
         # float32 master weights and two moments.
-        "optimizer": held(12 * counts.trainable, 1, "offload_optimizer"),
+        "optimizer": held(12 * counts.most_trained, 1, "offload_optimizer"),
         "ZeRO's buffers": bucket + gathered,
     }

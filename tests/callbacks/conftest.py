@@ -40,7 +40,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             None,
             {},  # type: ignore[arg-type]
         )
-        run.progress = Progress(step=step, tokens=100 * step, elapsed=2.0 * step)
+        run.progress = Progress(step=step, phase="train", tokens=100 * step, elapsed=2.0 * step)
         return run
 
     return make

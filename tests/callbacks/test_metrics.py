@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from pipeline.callbacks.metrics import MetricsFile, perplexity, read_rows
 from pipeline.system import Evaluation
 
-TRAIN = {"mode", "step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed", "peak_memory"}
+TRAIN = {
+    "mode", "step", "phase", "phase_step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed", "peak_memory"
+}  # fmt: skip
 
 
 def strict_rows(folder: Path) -> list[dict[str, Any]]:
@@ -43,11 +45,23 @@ def test_a_train_row_holds_what_is_promised(make_run, record) -> None:
     assert (row["peak_memory"], row["mfu"], row["norm_M"], row["memory/alpha"]) == (3 * 2**29, 0.25, 1.5, 0.001)
 
 
+def test_rows_say_the_phase_and_the_step_in_it(make_run, record) -> None:
+    run = make_run(step=7)
+    run.progress.enter("second")
+    file = MetricsFile(run)
+    run.progress.step = 9
+    file.on_step(record(9))
+    file.on_evaluation(9, Evaluation({"loss": 2.0}))
+    assert [(row["mode"], row["step"], row["phase"], row["phase_step"]) for row in strict_rows(run.folder)] == [
+        ("train", 9, "second", 2), ("val", 9, "second", 2),
+    ]  # fmt: skip
+
+
 def test_types_of_a_train_row(make_run, record) -> None:
     run = make_run()
     MetricsFile(run).on_step(record())
     (row,) = strict_rows(run.folder)
-    for name in ("step", "tokens", "peak_memory"):
+    for name in ("step", "phase_step", "tokens", "peak_memory"):
         assert type(row[name]) is int
     for name in ("loss", "ppl", "lr", "grad_norm", "tok_s", "elapsed"):
         assert type(row[name]) is float
@@ -77,7 +91,8 @@ def test_a_val_row_holds_the_scalars_and_where_the_run_stands(make_run) -> None:
         4, Evaluation({"loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25})
     )
     (row,) = strict_rows(run.folder)
-    expected = {"mode": "val", "step": 4, "loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25}
+    place = {"mode": "val", "step": 4, "phase": "train", "phase_step": 4}
+    expected = {**place, "loss": 2.0, "ppl": math.exp(2), "bpb": 1.5, "memory_off/loss": 2.25}
     assert row == {**expected, "tokens": 400, "elapsed": 8.0}
 
 

@@ -78,7 +78,7 @@ def test_shards_of_another_layout_are_not_loaded_by_place(make_run, monkeypatch:
     folder = save(make_run(), 7)
     change_facts(folder, **{key: 2})
     converted = []
-    monkeypatch.setattr(restoring, "_load_elsewhere", lambda run, checkpoint: converted.append(checkpoint))
+    monkeypatch.setattr(restoring, "_load_elsewhere", lambda run, checkpoint, switches: converted.append(checkpoint))
     restore(make_run(), folder)
     assert converted == [folder]
 

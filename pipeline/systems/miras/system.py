@@ -198,7 +198,7 @@ class MirasSystem(System):
 
         return evaluate(self, model, sync_point)
 
-    def flops(self, sequence_length: int) -> Flops:
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         from pipeline.systems.miras.flops import count_flops
 
         return count_flops(self.sizes, self.backbone, sequence_length)

@@ -1,0 +1,83 @@
+"""A run of three phases: what plain PyTorch gives, whatever the ranks and stages, and however often it is stopped."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.launch.harness import launch, single
+
+SINGLE, SHARDED = 1e-6, 1e-5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What held on two ranks and on one."""
+    out = tmp_path_factory.mktemp("phases")
+    done = launch(2, "tests.launch.phases_main", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = single("tests.launch.phases_main", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {world: json.loads((out / f"result-{world}.json").read_text()) for world in (1, 2)}
+
+
+def of(found: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {case: value for case, value in found.items() if case.startswith(kind)}
+
+
+@pytest.mark.timeout(600)
+def test_losses_rates_and_weights_are_those_of_plain_adamw_on_named_sets(found) -> None:
+    errors = {f"{case} on {world}": error for world in (1, 2) for case, error in of(found[world], "error").items()}
+    assert len(errors) == 4 + 8 + 2 + 4
+    assert {
+        case: error
+        for case, error in errors.items()
+        if error > (SINGLE if case.endswith("on 1") and "elastic" not in case else SHARDED)
+    } == {}
+
+
+def test_each_phase_is_evaluated_as_it_ends(found) -> None:
+    evaluated = {**of(found[1], "evaluated"), **of(found[2], "evaluated")}
+    assert len(evaluated) == 8 and all(evaluated.values())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_stops_before_at_and_behind_the_switches_cost_no_bit(found, world: int) -> None:
+    stopped = of(found[world], "stopped")
+    assert len(stopped) == {1: 2, 2: 3}[world] and {case: wrong for case, wrong in stopped.items() if wrong} == {}
+
+
+def test_a_phase_that_ended_unevaluated_is_evaluated_by_the_next_start(found) -> None:
+    assert found[1]["died unevaluated"] == []
+
+
+def test_phases_run_one_by_one_give_the_same_bits(found) -> None:
+    assert found[1]["one by one"] == []
+
+
+def test_a_phase_does_not_begin_in_the_midst_of_another(found) -> None:
+    assert "is inside A, at step 2 of it" in found[1]["refused B"] and "--phase B" in found[1]["refused B"]
+    assert "--phase C needs one that ended B" in found[1]["refused C"]
+
+
+def test_a_run_that_has_ended_has_nothing_left_unless_its_last_phase_gets_longer(found) -> None:
+    assert found[1]["nothing is left"]
+    assert found[1]["longer"] == [["C", 5], ["C", 6], ["C", 7]]
+
+
+def test_the_commands_know_the_phases(found) -> None:
+    said = found[1]["commands"]
+    code, plan = said["plan"]
+    assert code == 0, plan
+    # early.weight, early.bias, late.weight; late.weight, late.bias; and `extra` of the phase that is left out.
+    lines = {" ".join(line.split()) for line in plan.splitlines()}
+    assert {"trainable 82 (73.2%)", "phase A 72 trained, up to 5 steps", "phase B 35 trained, up to 5 steps"} <= lines
+    assert "tokens in all 240" in lines
+    assert said["eval"][0] == 0, said["eval"][1]
+    assert said["evaluation"]["of_B"] == 1.0 and said["evaluation"]["loss"] == pytest.approx(
+        said["logged"][0], rel=1e-6
+    )
+    code, text = said["check"]
+    assert code == 2 and "--phases 'D': not a phase of phased_tiny: it has A, B, C" in text

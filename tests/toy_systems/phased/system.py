@@ -1,0 +1,130 @@
+"""The phased system: what the engine asks of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import Counts
+from pipeline.host.devices import Device
+from pipeline.parallel.loss import reduce_sums
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import fill, generator_for
+from pipeline.runtime.sync import SyncPoint
+from pipeline.schedule import Schedule
+from pipeline.system import Carry, CarryEntry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
+from tests.toy_systems.phased import PhasedConfig
+from tests.toy_systems.phased.data import TARGETS, WIDTH, Endless, Epochs, Loader, Pairs
+
+HIDDEN = 6
+TERM = "error"
+
+
+class PhasedModel(nn.Module):
+    """A part that no phase trains, and others that some do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed = nn.Linear(WIDTH, HIDDEN)
+        self.early = nn.Linear(HIDDEN, HIDDEN)
+        self.late = nn.Linear(HIDDEN, TARGETS)
+        self.extra = nn.Parameter(torch.empty(TARGETS))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, inputs: Tensor, targets: Tensor, memory: Tensor) -> Tensor:
+        """The summed error; `memory` [rows, 4] is added to every input."""
+        hidden = torch.tanh(self.early(torch.tanh(self.fixed(inputs + memory[:, None]))))
+        return (self.late(hidden) * (1 + self.extra) - targets).square().mean(dim=-1).sum()
+
+
+def group(name: str, *parameters: str, **settings: float) -> ParameterGroup:
+    return ParameterGroup(name, parameters, **settings)
+
+
+class PhasedSystem(System):
+    """Three phases of other data, other parameters and other schedules; the first ends by a rule."""
+
+    name = "phased"
+    token_term = TERM
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.model, PhasedConfig)
+        self.config, self.threshold, self.pause = config, config.model.threshold, config.model.pause
+
+    def check(self, topology: Topology) -> None: ...
+
+    def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+        return {}
+
+    def build(self) -> nn.Module:
+        return PhasedModel()
+
+    def initialise(self, model: nn.Module, topology: Topology) -> None:
+        seed = self.config.seed
+        fill(model, lambda name, shape: 0.5 * torch.randn(shape, generator=generator_for(seed, name)))
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        steps, decay, threshold = self.config.steps, self.config.weight_decay, self.threshold
+        first = (
+            group("matrices", "early.weight", "late.weight", weight_decay=decay),
+            group("vectors", "early.bias", lr_scale=0.5),
+        )
+        second = Schedule(0.02, 2, warmup_start=0.25, shape="linear", floor=0.3, betas=(0.8, 0.99), eps=1e-6)
+        # Parameters of every age are in one group of the last phase, and the early bias rests from the second on.
+        third = group("all", "early.weight", "late.weight", "late.bias", "extra", weight_decay=decay)
+        return [
+            Phase("A", steps, first, until=lambda numbers: numbers["loss"] < threshold),
+            Phase("B", steps, (group("late", "late.weight", "late.bias", lr_scale=0.7),), second, keep_carry=True),
+            Phase("C", steps, (third,), Schedule(0.03, shape="constant")),
+        ]
+
+    def loader(self, phase: Phase, topology: Topology) -> Loader:
+        return Epochs("three", self.config, topology) if phase.name == "C" else self._endless(phase.name, topology)
+
+    def _endless(self, phase: str, topology: Topology) -> Loader:
+        return Endless("one" if phase == "A" else "two", self.config, topology)
+
+    def held_out(self, topology: Topology) -> Loader:
+        return Endless("held out", self.config, topology)
+
+    def count(self, batch: Any) -> Counts:
+        return {TERM: batch.inputs.shape[0] * batch.inputs.shape[1]}
+
+    def forward(self, model: nn.Module, batch: Any, carry: Carry, context: StepContext) -> StepOutput:
+        rows, length, _ = batch.inputs.shape
+        memory = carry["memory"].tensor if carry else batch.inputs.new_zeros(rows, WIDTH)
+        time.sleep(self.pause)
+        part = context.topology.shard(length)
+        loss = model(batch.inputs[:, part], batch.targets[:, part], memory)
+        return StepOutput({TERM: loss}, {"memory": CarryEntry(remembered(memory, batch))})
+
+    def after_step(self, model: nn.Module, context: StepContext) -> None:
+        dict(model.named_buffers())["steps"].add_(1)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+        topology, sums, count = sync_point.topology, torch.zeros(()), 0
+        context = StepContext(topology, self.config.seed, phase.name, 1)
+        for batch in self.held_out(topology).next_step():
+            sync_point("evaluation")
+            sums = sums + self.forward(model, batch, {}, context).sums[TERM]
+            count += self.count(batch)[TERM] * topology.data
+        loss = float(reduce_sums({TERM: sums}, topology, torch.device("cpu"))[TERM] / count)
+        # Which phase it is of shows in its numbers.
+        return Evaluation({"loss": loss, f"of_{phase.name}": 1.0})
+
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
+        return Flops(100.0, 200.0 if phase is None or phase.name != "B" else 50.0)
+
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
+        return {"activations": 1000}
+
+
+def remembered(memory: Tensor, batch: Pairs) -> Tensor:
+    """What a stream carries on [rows, 4]."""
+    return 0.5 * memory + 0.5 * batch.inputs.mean(dim=1)

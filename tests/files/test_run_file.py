@@ -16,7 +16,7 @@ def test_a_run_says_how_it_ended_and_what_it_evaluated(tmp_path: Path) -> None:
     run = a_run(tmp_path, step=8)
     run.evaluated = (0, 8)
     write_run_file(run, "stopped")
-    assert read_run_file(tmp_path) == RunFile("stopped", (0, 8))
+    assert read_run_file(tmp_path) == RunFile("stopped", (0, 8), ("train",))
 
 
 @pytest.mark.parametrize(

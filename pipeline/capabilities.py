@@ -1,13 +1,15 @@
-"""What only some systems can do, each a protocol: a command or a cadence asks `isinstance(system, Samples)`."""
+"""What only some systems can do, each a protocol: a command or an interval asks `isinstance(system, Samples)`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import nn
 
-from pipeline.system import Evaluation, Phase, StepContext
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.system import Evaluation, Phase, Sample, StepContext, System
 
 if TYPE_CHECKING:
     from pipeline.runtime.sync import SyncPoint
@@ -17,10 +19,14 @@ if TYPE_CHECKING:
 class Samples(Protocol):
     """Draws from the model during training."""
 
-    def samples(self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint) -> Sequence[str]:
-        """Texts, the same on every rank: a function of the weights and of the seed, phase and step of `context`.
+    def samples(
+        self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint
+    ) -> Mapping[str, Sample]:
+        """What was drawn, by the names of its files in OUT/samples; the same on every rank: a function of the weights
+        and of the seed, phase and step of `context`.
 
-        Collective; calls `sync_point` at the same places on every rank. What training carries on stays as it is.
+        Collective; calls `sync_point` at the same places on every rank. Leaves the model's mode as it found it. What
+        training carries on is not its to use: the streams stay as they are.
         """
         ...
 
@@ -30,5 +36,15 @@ class Ablates(Protocol):
     """Evaluates the model with parts of it left out."""
 
     def ablations(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Mapping[str, Evaluation]:
-        """As `System.evaluate`, once for every part that can be left out, by what is left out ("memory off")."""
+        """As `System.evaluate`, once for every part that can be left out, by the part's name."""
         ...
+
+
+def check_intervals(config: RunConfig, system: System) -> None:
+    """Raises UserError where the config asks for what the system cannot do."""
+    for flag, every, can, lacks in (
+        ("--sample-every", config.sample_every, isinstance(system, Samples), "draws no samples"),
+        ("--ablate-every", config.ablate_every, isinstance(system, Ablates), "has no ablations"),
+    ):
+        if every and not can:
+            raise UserError(f"{flag} {every}: {config.recipe} {lacks}: leave it out")

@@ -147,6 +147,10 @@ class RunConfig:
     """Stop and save when this start has run so many hours: a job's time limit, less the time that a save takes."""
     eval_every: Annotated[int, tyro.conf.arg(aliases=["--eval-interval", "--val-interval"])] = 500
     """Steps between held-out evaluations; 0: at the end only."""
+    sample_every: Annotated[int, tyro.conf.arg(aliases=["--sample-interval", "--text-sample-interval"])] = 0
+    """Steps between samples, of a system that draws from its model; 0: at the end only."""
+    ablate_every: Annotated[int, tyro.conf.arg(aliases=["--ablate-interval"])] = 0
+    """Steps between ablations, of a system that leaves parts of its model out; 0: at the end only."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
@@ -196,6 +200,8 @@ class RunConfig:
             "--save-every": self.save_every,
             "--keep-every": self.keep_every,
             "--eval-every": self.eval_every,
+            "--sample-every": self.sample_every,
+            "--ablate-every": self.ablate_every,
             "--warmup-steps": self.warmup_steps,
             "--weight-decay": self.weight_decay,
             "--clip": self.clip,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.capabilities import check_intervals
 from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
 from pipeline.checkpoint.trainable import load_trainable
 from pipeline.config import RunConfig
@@ -44,6 +45,7 @@ def checked_system(config: RunConfig, topology: Topology) -> System:
     """The system of a config. Raises UserError when it cannot run on this layout of ranks."""
     system = create_system(config)
     system.check(topology)
+    check_intervals(config, system)
     return system
 
 

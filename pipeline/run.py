@@ -12,6 +12,7 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.folder_lock import FolderLock
+from pipeline.schedule import lr_multiple, schedule_of
 
 if TYPE_CHECKING:
     from pipeline.data.batch import StatefulLoader
@@ -75,8 +76,8 @@ class Run:
     """Where `phase` stands among those of the run; None: it is the only one."""
     progress: Progress = field(default_factory=Progress)
     last_checkpoint: str | None = None
-    evaluated: tuple[int, ...] = ()
-    """The steps that were evaluated; run.json keeps them for the next start."""
+    done: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The steps at which the model was `evaluated`, `ablated` and `sampled`; run.json keeps them for the next start."""
     lock: FolderLock = field(default_factory=FolderLock)
     """Held by rank 0, so that no other run writes to the folder."""
     chosen: dict[str, str] = field(default_factory=dict)
@@ -99,6 +100,11 @@ class Run:
         progress = self.progress
         begun = progress.phase in ("", self.phase.name)
         return (progress.phase_start if begun else progress.step) + self.phase.steps
+
+    def lr_multiple(self, step: int) -> float:
+        """The learning rate of a step of the phase, as a multiple of its peak."""
+        schedule = self.phase.schedule or schedule_of(self.config)
+        return lr_multiple(schedule, self.phase.steps, step - self.progress.phase_start)
 
     @property
     def goes_on(self) -> bool:

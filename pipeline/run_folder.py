@@ -33,8 +33,8 @@ def open_folder(run: Run) -> None:
                 raise UserError(f"--output-dir {run.folder}: another run has saved there meanwhile: start again")
             clear_leftovers(checkpoints)
             # A start from scratch evaluates before its first step again; steps after the resumed one are run again.
-            before, done = read_run_file(run.folder).evaluated or (), run.progress.step
-            run.evaluated = tuple(step for step in before if step <= done) if done else ()
+            before, last = read_run_file(run.folder).done if run.progress.step else {}, run.progress.step
+            run.done = {kind: tuple(step for step in steps if step <= last) for kind, steps in before.items()}
             save_config(run.config, run.folder / "config.yaml")
             write_json(run.folder / "ds_config.json", run.ds_config)
             write_run_file(run, "running")
@@ -45,7 +45,7 @@ def open_folder(run: Run) -> None:
         if problem is None and not os.access(run.folder, os.W_OK):
             problem = f"--output-dir {run.folder}: not writable: name another folder"
     raise_together(run.topology, problem)
-    run.evaluated = broadcast_object(run.topology, run.evaluated)
+    run.done = broadcast_object(run.topology, run.done)
 
 
 @functools.cache
@@ -62,7 +62,8 @@ def write_run_file(run: Run, status: str) -> None:
         "recipe": run.config.recipe,
         "status": status,
         "last_checkpoint": run.last_checkpoint,
-        "evaluated": run.evaluated,
+        "evaluated": (),
+        **run.done,
         "phases": [phase.name for phase in (run.phases.every if run.phases else (run.phase,))],
         "progress": dataclasses.asdict(run.progress),
         "command": sys.argv,

@@ -214,8 +214,8 @@ class System(ABC, Generic[B]):
         """The training data of a phase, for this data rank."""
 
     @abstractmethod
-    def held_out(self, topology: Topology) -> StatefulLoader[B]:
-        """The held-out data, at its start."""
+    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[B]:
+        """The held-out data of a phase, at its start."""
 
     @abstractmethod
     def count(self, batch: B) -> Counts:
@@ -238,7 +238,7 @@ class System(ABC, Generic[B]):
         """
         topology, device, was_training = sync_point.topology, next(model.parameters()).device, model.training
         with shared_errors(topology):
-            loader = self.held_out(topology)
+            loader = self.held_out(phase, topology)
         carries: dict[int, Carry] = {}
         sums: dict[str, Tensor] = {}
         totals: dict[str, float] = {}

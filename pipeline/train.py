@@ -13,13 +13,13 @@ from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.save import Saver
 from pipeline.end_run import recorded_end
 from pipeline.engine import StepResult
+from pipeline.evaluations import Evaluations
 from pipeline.meter import Meter
 from pipeline.parallel.loss import scaled_loss
 from pipeline.run import Run
 from pipeline.run_folder import open_folder, write_run_file
 from pipeline.runtime.stop import Stopped
 from pipeline.runtime.sync import SyncPoint, next_counted_step
-from pipeline.schedule import lr_multiple, schedule_of
 from pipeline.skipped_updates import count_overflow, count_skipped
 from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
 
@@ -30,7 +30,6 @@ class Trainer:
     def __init__(self, run: Run, sync_point: SyncPoint | None = None) -> None:
         self.run, self.sync_point = run, sync_point or SyncPoint(run.topology)
         self.loader, self.engine, self.phase = run.loader, run.engine, run.phase
-        self.schedule = run.phase.schedule or schedule_of(run.config)
         self.carries: list[Carry] = [{} for _ in range(run.config.grad_accum)]
         self.callbacks: list[Callback] = []
         self.saver = Saver(run)
@@ -74,8 +73,8 @@ class Trainer:
 
     def _steps(self, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
-        if self._owes_evaluation():
-            self._evaluate(progress.step)
+        evaluations = Evaluations(self.run, self.sync_point, self.callbacks)
+        if evaluations.owed():
             meter.begun = time.perf_counter()
         if progress.phase != self.phase.name:
             progress.enter(self.phase.name)
@@ -109,27 +108,19 @@ class Trainer:
             self._committed(self.saver.poll())
             if due or ends:
                 self._save(background=config.async_save and not ends)
-            if ends or (config.eval_every and step % config.eval_every == 0):
-                self._evaluate(step)
+            evaluations.after(step, ends=ends)
             for callback in self.callbacks:
                 callback.while_paused(step)
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
         self._committed(self.saver.finish())
 
-    def _owes_evaluation(self) -> bool:
-        """Whether the step that the run stands at is evaluated before it goes on: a run may have ended meanwhile."""
-        step, every, end = self.run.progress.step, self.run.config.eval_every, self.run.end_of_phase
-        last = min(end, self.run.config.stop_after or end)
-        due = step == 0 or step >= last or self.run.progress.phase_done or bool(every and step % every == 0)
-        return due and step not in self.run.evaluated
-
     def step(self, step: int, meter: Meter, *, logged: bool = True) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
         context = self._context(step, logged)
         carries = self._accumulate(context, meter)
         self.saver.release()
-        result = self.engine.step(lr_multiple(self.schedule, self.phase.steps, step - self.run.progress.phase_start))
+        result = self.engine.step(self.run.lr_multiple(step))
         if not result.skipped:
             # The state that a skipped step left behind may be what made it non-finite: the streams go on without it.
             self.carries = carries
@@ -149,6 +140,7 @@ class Trainer:
             if micro > 1:
                 self.sync_point(f"step {context.step}, micro-batch {micro}")
             output = run.system.forward(self.engine.deepspeed, batch.to(run.device), carry, context)
+            assert batch.rows == run.config.batch_size, "row i of every step is stream i"
             self.engine.backward(scaled_loss(output.sums, counts, run.topology))
             outputs.append(_measured(output))
             carries.append(_detached(output.carry))
@@ -193,17 +185,6 @@ class Trainer:
         if meter.steps:
             self._record(meter)
         self._save()
-
-    def _evaluate(self, step: int) -> None:
-        # Of the phase that made the last step: what it still owed when it ended is evaluated before the next begins.
-        phases, name = self.run.phases, self.run.progress.phase
-        phase = self.phase if phases is None or name == self.phase.name else phases.named(name)
-        evaluation = self.run.system.evaluate(self.engine.deepspeed, phase, self.sync_point)
-        for callback in self.callbacks:
-            callback.on_evaluation(step, evaluation)
-        self.run.evaluated = (*self.run.evaluated, step)
-        if self.run.is_main:
-            write_run_file(self.run, "running")
 
     def _dry_run(self) -> None:
         meter = Meter(self.run)

@@ -45,6 +45,10 @@ EXPERIMENTS = {
         "100 SIGKILLs at random moments of training and saving cost no bit",
         ("tests/launch/test_kill.py",), 30, "hundred",
     ),
+    "phases": Experiment(
+        "50 SIGKILLs around the switches of a run of three phases cost no bit",
+        ("tests/launch/test_kill.py",), 5, "fifty",
+    ),
     "family": Experiment(
         "every rule of the family recalls what lies beyond the window", ("tests/launch/test_recall.py",), 25,
     ),

@@ -72,5 +72,12 @@ def test_the_example_system_trains_and_is_planned_for(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "gru_tiny on 1 x H200" in done.stdout and "  activations " in done.stdout
-    losses = [row["loss"] for row in read_rows(tmp_path / "out" / "metrics.jsonl") if row["mode"] == "train"]
-    assert len(losses) == 3 and losses[2] < losses[0]
+    rows = [row for row in read_rows(tmp_path / "out" / "metrics.jsonl") if row["mode"] == "train"]
+    assert [(row["phase"], row["phase_step"]) for row in rows] == [
+        ("whole", 1),
+        ("whole", 2),
+        ("whole", 3),
+        ("head", 1),
+    ]
+    assert rows[2]["loss"] < rows[0]["loss"] and rows[3]["lr"] == pytest.approx(3e-4)
+    assert "phase head " in " ".join(done.stdout.split())

@@ -17,7 +17,7 @@ LAYERS = (
     ("lm",),
     ("ds_config", "loss_scale", "run", "callbacks", "engine", "checkpoint", "meter", "config_file", "phases"),
     ("load", "run_folder", "skipped_updates"),
-    ("create_run", "end_run"),
+    ("create_run", "end_run", "evaluations"),
     ("train",),
     ("job",),
     ("systems",),

@@ -77,7 +77,7 @@ class Adder(System[Numbers]):
     def loader(self, phase: Phase, topology: Topology) -> Counting:
         return Counting()
 
-    def held_out(self, topology: Topology) -> Counting:
+    def held_out(self, phase: Phase, topology: Topology) -> Counting:
         return Counting()
 
     def count(self, batch: Numbers) -> Counts:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.system import Evaluation
+from pipeline.system import Evaluation, Sample
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Callback:
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        """After evaluations without a part of the model each, by the part's name."""
+
+    def on_samples(self, step: int, samples: Mapping[str, Sample]) -> None:
+        """After samples were drawn, by the names of their files."""
 
     def while_paused(self, step: int) -> None:
         """After every step and its saves and evaluations, in time that does not count as training."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.callbacks.samples import without
 from pipeline.errors import UserError
 from pipeline.run import Run
 from pipeline.system import Evaluation
@@ -25,6 +27,12 @@ def _scalars(record: StepRecord) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if value is not None}
 
 
+def flat(ablations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """The numbers of all ablations by one name each."""
+    found = ablations.items()
+    return {f"{without(part)}/{name}": value for part, of in found for name, value in of.scalars.items()}
+
+
 class TensorBoard(Callback):
     """Events under OUT/tensorboard."""
 
@@ -40,6 +48,10 @@ class TensorBoard(Callback):
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         for name, value in evaluation.scalars.items():
             self.writer.add_scalar(f"val/{name}", value, step)
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        for name, value in flat(ablations).items():
+            self.writer.add_scalar(name, value, step)
 
     def on_end(self, status: str) -> None:
         self.writer.close()
@@ -66,6 +78,9 @@ class WeightsAndBiases(Callback):
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.session.log({f"val/{name}": value for name, value in evaluation.scalars.items()}, step=step)
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        self.session.log(flat(ablations), step=step)
 
     def on_end(self, status: str) -> None:
         self.session.finish(exit_code=0 if status in ("finished", "running") else 1)

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
-NAMES = ("mode", "phase")
+NAMES = ("mode", "phase", "without")
 """Keys whose values are words; all others are numbers or null."""
 
 
@@ -56,17 +56,18 @@ class MetricsFile(Callback):
         if step == self._begun:
             # Of an evaluation that run.json does not know of: one row is enough.
             self._keep(lambda row: row["mode"] != "val" or row["step"] != step)
+        self._write({"mode": "val", "step": step, **self._measured(step, evaluation)})
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        if step == self._begun:
+            self._keep(lambda row: row["mode"] != "ablation" or row["step"] != step)
+        for part, evaluation in ablations.items():
+            self._write({"mode": "ablation", "step": step, "without": part, **self._measured(step, evaluation)})
+
+    def _measured(self, step: int, evaluation: Evaluation) -> dict[str, Any]:
         progress = self.run.progress
-        self._write(
-            {
-                "mode": "val",
-                "step": step,
-                **self._place(step),
-                **evaluation.scalars,
-                "tokens": progress.tokens,
-                "elapsed": progress.elapsed,
-            }
-        )
+        passed = {"tokens": progress.tokens, "elapsed": progress.elapsed}
+        return {**self._place(step), **evaluation.scalars, **passed}
 
     def _place(self, step: int) -> dict[str, Any]:
         """The phase of a step, and the step's number in it."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.callbacks.base import Callback
 from pipeline.callbacks.metrics import read_rows
+from pipeline.callbacks.samples import without
 from pipeline.run import Run
 from pipeline.system import Curve, Evaluation
 from pipeline.units import human_count
@@ -40,6 +41,13 @@ class Plots(Callback):
             draw_curve(curve, self.folder / f"{name}.png", caption(self.subtitle, f"after step {step}"))
         if not self.every:
             self._training()
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        for part, evaluation in ablations.items():
+            folder, text = self.folder / without(part), f"without {part}, after step {step}"
+            for name, curve in evaluation.curves.items():
+                folder.mkdir(parents=True, exist_ok=True)
+                draw_curve(curve, folder / f"{name}.png", caption(self.subtitle, text))
 
     def while_paused(self, step: int) -> None:
         if self.every and step % self.every == 0:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.runtime.exit import silence
-from pipeline.system import Evaluation
+from pipeline.system import Evaluation, Sample
 from pipeline.units import human_count
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
@@ -92,6 +93,13 @@ class ProgressLines(Callback):
         health = self.run.system.health(self.metrics) if self.metrics else ""
         if health:
             self._log(f"{'':<{len(self._step(step))}}  {health}")
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        for part, evaluation in ablations.items():
+            self._log(f"{self._step(step)}  without {part}: {self.run.system.headline(evaluation)}")
+
+    def on_samples(self, step: int, samples: Mapping[str, Sample]) -> None:
+        self._log(f"{self._step(step)}  samples in {self.run.folder / 'samples'}: {', '.join(samples) or 'none'}")
 
     def on_checkpoint(self, name: str) -> None:
         self._log(f"saved {self.run.folder / 'checkpoints' / name}")

@@ -1,4 +1,4 @@
-"""OUT/samples: what evaluations drew from the model, a file each."""
+"""OUT/samples: what was drawn from the model, a file each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,19 @@ class SampleFiles(Callback):
         self.folder = run.folder / "samples"
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        write_samples(evaluation.samples, self.folder, f"-{step}")
+        self.on_samples(step, evaluation.samples)
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        for part, evaluation in ablations.items():
+            self.on_samples(step, {f"{without(part)}/{name}": text for name, text in evaluation.samples.items()})
+
+    def on_samples(self, step: int, samples: Mapping[str, Sample]) -> None:
+        write_samples(samples, self.folder, f"-{step}")
+
+
+def without(part: str) -> str:
+    """What is left out of a model, as a folder's name."""
+    return f"without_{part.replace(' ', '_')}"
 
 
 def write_samples(samples: Mapping[str, Sample], folder: Path, ending: str = "") -> None:

@@ -44,7 +44,7 @@ def preflight(config: RunConfig, ranks: int) -> None:
     phases = phases_of(config, model_without_storage(config).phases, checkpoint)
     for phase in (phases.current, *phases.after):
         system.loader(phase, topology).next_step()
-    system.held_out(topology).next_step()
+        system.held_out(phase, topology).next_step()
     if config.report.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--report.wandb needs the wandb package: pip install -e '.[wandb]'")
     parent = config.output_dir.absolute()

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.files.json_file import parse_json
 
 NAME = "run.json"
+KINDS = ("evaluated", "ablated", "sampled")
+"""What a run does at some of its steps, and lists."""
 
 
 @dataclass(frozen=True)
 class RunFile:
-    """How a run ended, the steps that it evaluated, the phases it is made of; None where the file does not say."""
+    """How a run ended, the steps at which it was evaluated, ablated and sampled, the phases it is made of; None, and no
+    entry, where the file does not say."""
 
     status: str | None = None
-    evaluated: tuple[int, ...] | None = None
+    done: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     phases: tuple[str, ...] | None = None
+
+    @property
+    def evaluated(self) -> tuple[int, ...] | None:
+        return self.done.get("evaluated")
 
 
 def read_run_file(folder: Path) -> RunFile:
@@ -27,9 +35,14 @@ def read_run_file(folder: Path) -> RunFile:
         return RunFile()
     if not isinstance(content, dict):
         return RunFile()
-    status, evaluated, phases = (content.get(key) for key in ("status", "evaluated", "phases"))
+    status, phases = content.get("status"), content.get("phases")
+    lists = {kind: content.get(kind) for kind in KINDS}
     return RunFile(
         status if isinstance(status, str) else None,
-        tuple(evaluated) if isinstance(evaluated, list) and all(type(step) is int for step in evaluated) else None,
+        {
+            kind: tuple(steps)
+            for kind, steps in lists.items()
+            if isinstance(steps, list) and all(type(step) is int for step in steps)
+        },
         tuple(phases) if isinstance(phases, list) and all(isinstance(name, str) for name in phases) else None,
     )

@@ -15,7 +15,7 @@ from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint, next_step
-from pipeline.system import Carry, StepContext, StepOutput
+from pipeline.system import Carry, Phase, StepContext, StepOutput
 
 Modes = Mapping[str, Mapping[str, Any]]
 """Ways to run the model in an evaluation by name, each with its `StepContext.options`. The first is the model as it
@@ -31,7 +31,7 @@ class Evaluated(Protocol):
 
     config: RunConfig
 
-    def held_out(self, topology: Topology) -> StatefulLoader[TokenBatch]: ...
+    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]: ...
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
@@ -77,12 +77,12 @@ def scalar_prefix(modes: Modes, mode: str) -> str:
 
 
 def run_held_out(
-    system: Evaluated, model: nn.Module, sync_point: SyncPoint, options: Mapping[str, Any]
+    system: Evaluated, model: nn.Module, phase: Phase, sync_point: SyncPoint, options: Mapping[str, Any]
 ) -> list[tuple[TokenBatch, Tensor, Tensor | None]]:
-    """Held-out micro-batches with this rank's losses and predictions [rows, T / degree]. Collective."""
+    """Held-out micro-batches of a phase with this rank's losses and predictions [rows, T / degree]. Collective."""
     device = next(model.parameters()).device
     with shared_errors(sync_point.topology):
-        loader = system.held_out(sync_point.topology)
+        loader = system.held_out(phase, sync_point.topology)
     results = []
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):

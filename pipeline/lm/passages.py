@@ -14,7 +14,7 @@ from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
 from pipeline.lm.held_out import Evaluated, Modes, first_mode
 from pipeline.parallel.collectives import shared_errors
 from pipeline.runtime.sync import SyncPoint, next_step
-from pipeline.system import Curve, StepContext
+from pipeline.system import Curve, Phase, StepContext
 
 PASSAGE = 64
 """Tokens of a passage that is repeated in held-out text."""
@@ -23,7 +23,13 @@ CUE = 8
 
 
 def repeated_passages(
-    system: Evaluated, model: nn.Module, sync_point: SyncPoint, modes: Modes, *, edges: Mapping[str, float]
+    system: Evaluated,
+    model: nn.Module,
+    phase: Phase,
+    sync_point: SyncPoint,
+    modes: Modes,
+    *,
+    edges: Mapping[str, float],
 ) -> Curve | None:
     """Nats per token of a held-out passage that stood in the document before, by the distance between the two.
 
@@ -34,7 +40,7 @@ def repeated_passages(
     """
     device = next(model.parameters()).device
     with shared_errors(sync_point.topology):
-        loader = system.held_out(sync_point.topology)
+        loader = system.held_out(phase, sync_point.topology)
     first = next_step(loader, sync_point, "evaluation")[0]
     tokens = first.input_ids
     rows, length = tokens.shape

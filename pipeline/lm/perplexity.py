@@ -16,7 +16,7 @@ from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
 from pipeline.lm.held_out import BinSums, Evaluated, Modes, first_mode, run_held_out, scalar_prefix
 from pipeline.parallel.collectives import shared_errors
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Curve, Evaluation
+from pipeline.system import Curve, Evaluation, Phase
 
 FIRST_BIN = 16
 """Positions below this share one bin; above, each bin doubles."""
@@ -30,6 +30,7 @@ def position_bins(positions: Tensor) -> Tensor:
 def evaluate_perplexity(
     system: Evaluated,
     model: nn.Module,
+    phase: Phase,
     sync_point: SyncPoint,
     modes: Modes,
     *,
@@ -49,7 +50,7 @@ def evaluate_perplexity(
     documents = DocumentSums(bins)
     length = 0.0
     for mode, options in modes.items():
-        results = run_held_out(system, model, sync_point, {**options, "predict": False})
+        results = run_held_out(system, model, phase, sync_point, {**options, "predict": False})
         device = results[0][1].device
         sums[mode] = BinSums.zeros(bins, device)
         covered = torch.zeros((), dtype=torch.float64, device=device)

@@ -14,7 +14,7 @@ from pipeline.data_config import RecallConfig
 from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
 from pipeline.lm.held_out import BinSums, Evaluated, Modes, first_mode, run_held_out, scalar_prefix
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Curve, Evaluation
+from pipeline.system import Curve, Evaluation, Phase
 
 GAP_BIN = 20
 """Tokens of distance that share one bin of the recall curve."""
@@ -23,6 +23,7 @@ GAP_BIN = 20
 def evaluate_recall(
     system: Evaluated,
     model: nn.Module,
+    phase: Phase,
     sync_point: SyncPoint,
     modes: Modes,
     task: RecallConfig,
@@ -38,7 +39,7 @@ def evaluate_recall(
     series = {}
     documents = DocumentSums(bins)
     for mode, options in modes.items():
-        results = run_held_out(system, model, sync_point, {**options, "predict": True})
+        results = run_held_out(system, model, phase, sync_point, {**options, "predict": True})
         total = BinSums.zeros(bins, results[0][1].device)
         for batch, losses, predictions in results:
             assert predictions is not None

@@ -57,6 +57,24 @@ def test_rows_say_the_phase_and_the_step_in_it(make_run, record) -> None:
     ]  # fmt: skip
 
 
+def test_an_ablation_has_a_row_for_each_part_that_was_left_out(make_run) -> None:
+    run = make_run(step=4)
+    file = MetricsFile(run)
+    file.on_start()
+    ablations = {"one part": Evaluation({"loss": 2.0}), "other": Evaluation({"loss": 3.0, "ppl": math.inf})}
+    for _ in range(2):  # at the step where a run begins, one row is enough
+        file.on_ablations(4, ablations)
+    rows = strict_rows(run.folder)
+    assert [(row["mode"], row["without"], row["step"], row["loss"]) for row in rows] == [
+        ("ablation", "one part", 4, 2.0), ("ablation", "other", 4, 3.0),
+    ]  # fmt: skip
+    assert rows[1]["ppl"] is None and rows[0]["tokens"] == 400
+    assert read_rows(run.folder / "metrics.jsonl") == rows
+    file.on_ablations(6, ablations)
+    file.on_ablations(8, ablations)
+    assert [row["step"] for row in strict_rows(run.folder)] == [4, 4, 6, 6, 8, 8]
+
+
 def test_types_of_a_train_row(make_run, record) -> None:
     run = make_run()
     MetricsFile(run).on_step(record())

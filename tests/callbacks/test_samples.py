@@ -31,6 +31,14 @@ def test_every_step_and_name_has_a_file(make_run) -> None:
     assert json.loads(found["ids-20.json"]) == {"drawn": [1, 2]}
 
 
+def test_samples_come_without_an_evaluation_and_from_ablations(make_run) -> None:
+    run = make_run()
+    callback = SampleFiles(run)
+    callback.on_samples(3, {"text": "a"})
+    callback.on_ablations(4, {"one part": Evaluation({}, samples={"text": "b"}), "other": Evaluation({"loss": 1.0})})
+    assert files(run.folder / "samples") == {"text-3.txt": "a\n", "without_one_part/text-4.txt": "b\n"}
+
+
 def test_a_step_that_runs_again_replaces_its_files(make_run) -> None:
     run = make_run()
     for text in ("first", "second"):

@@ -196,7 +196,7 @@ def test_both_sides_of_the_hold_out_read_one_listing(tmp_path: Path, monkeypatch
     loader = system.loader(Phase("train", 1, ()), Topology())
     loader.next_step()
     (tmp_path / "broken.jsonl").write_text("{")
-    system.held_out(Topology()).next_step()
+    system.held_out(Phase("train", 1, ()), Topology()).next_step()
     assert len(listed) == 1 and "9 documents in 9 files" in loader.describe()
     # What rank 0 has listed stands for what another rank would find.
     other = create_system(replace(miras_tiny(), data__path=(str(tmp_path),), data__holdout=0.3))

@@ -14,9 +14,9 @@ from tests.checkpoint.small_runs import a_run
 
 def test_a_run_says_how_it_ended_and_what_it_evaluated(tmp_path: Path) -> None:
     run = a_run(tmp_path, step=8)
-    run.evaluated = (0, 8)
+    run.done = {"evaluated": (0, 8), "sampled": (8,)}
     write_run_file(run, "stopped")
-    assert read_run_file(tmp_path) == RunFile("stopped", (0, 8), ("train",))
+    assert read_run_file(tmp_path) == RunFile("stopped", {"evaluated": (0, 8), "sampled": (8,)}, ("train",))
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def test_a_file_that_says_nothing(tmp_path: Path, content: str | None) -> None:
 def test_a_resume_knows_of_the_evaluations_up_to_its_step(tmp_path: Path, step: int, known: tuple[int, ...]) -> None:
     """Those after it are made again, and all of them by a start from scratch."""
     before = a_run(tmp_path, step=8)
-    before.evaluated = (0, 4, 8)
+    before.done = {"evaluated": (0, 4, 8), "ablated": (8,)}
     write_run_file(before, "stopped")
     run = a_run(tmp_path, step=step)
     with run.lock:
         open_folder(run)
-    assert run.evaluated == known
+    assert run.done == ({"evaluated": known, "ablated": (8,) if step >= 8 else ()} if step else {})
     assert json.loads((tmp_path / "run.json").read_text())["evaluated"] == list(known)

@@ -217,6 +217,26 @@ class Cases:
         straight = self.folder("zero1", 1)
         self.note("died unevaluated", lambda: [*same(straight, folder, self.last), *([] if died else ["alive"])])
 
+    def intervals(self) -> None:
+        """Samples and ablations at intervals and ends; those that a kill took the run away from are made up for."""
+        folder, every = self.out / f"intervals{self.world}", {"sample_every": 2, "ablate_every": 3}
+        train(self.config(folder, "zero1", stop_after=self.first + 2, **every))
+        if dist.get_rank() == 0:
+            done = json.loads((folder / "run.json").read_text())
+            (folder / "run.json").write_text(json.dumps({**done, "sampled": done["sampled"][:-1]}))
+            (folder / "samples" / f"drawn-{self.first + 2}.txt").unlink()
+        dist.barrier()
+        train(self.config(folder, "zero1", resume="must", **every))
+
+        def found() -> dict[str, Any]:
+            done = json.loads((folder / "run.json").read_text())
+            texts = {path.name: path.read_text() for path in (folder / "samples").glob("drawn-*.txt")}
+            rows = [(row["step"], row["phase"], row["without"]) for row in rows_of(folder, "ablation")]
+            ends = [self.first, self.first + 2, self.second, self.last]
+            return {"sampled": done["sampled"], "ablated": done["ablated"], "texts": texts, "rows": rows, "ends": ends}
+
+        self.note("intervals", found)
+
     def leave_elastic(self) -> None:
         for zero, (before, degree) in ELASTIC.items():
             folder = self.out / f"elastic-{zero}"
@@ -276,6 +296,7 @@ def main() -> None:
         cases.one_by_one()
         cases.picked()
         cases.unevaluated()
+        cases.intervals()
         cases.take_elastic()
         cases.finished()
     stop()

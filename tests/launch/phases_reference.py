@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.data.batch import StatefulLoader
 from pipeline.parallel.topology import Topology
 from tests.toy_systems.phased import ROWS
-from tests.toy_systems.phased.data import WIDTH, Endless, Epochs, Loader
+from tests.toy_systems.phased.data import WIDTH, Endless, Pairs, epochs
 from tests.toy_systems.phased.system import PhasedSystem, remembered
 
 RATES = {
@@ -63,8 +64,9 @@ def reference(config: RunConfig, threshold: float, phases: str = "ABC") -> Refer
                 optimizer.state[named[name]] = states[name]
         if phase != "B":
             memory, position = torch.zeros(ROWS, WIDTH), 0
+        loader = _loader(phase, config, position)
         for step in range(1, config.steps + 1):
-            batch = _loader(phase, config, position).next_step()[0]
+            batch = loader.next_step()[0]
             position += ROWS
             loss = model(batch.inputs, batch.targets, memory) / batch.inputs.shape[:2].numel()
             memory = remembered(memory, batch)
@@ -81,9 +83,10 @@ def reference(config: RunConfig, threshold: float, phases: str = "ABC") -> Refer
     return found
 
 
-def _loader(phase: str, config: RunConfig, position: int) -> Loader:
+def _loader(phase: str, config: RunConfig, position: int) -> StatefulLoader[Pairs]:
     whole = dataclasses.replace(config, batch_size=ROWS, grad_accum=1)
-    kind, name = {"A": (Endless, "one"), "B": (Endless, "two"), "C": (Epochs, "three")}[phase]
-    loader = kind(name, whole, Topology())
+    if phase == "C":
+        return epochs(whole, Topology())
+    loader = Endless({"A": "one", "B": "two"}[phase], whole, Topology())
     loader.position = position
     return loader

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.checkpoint.manifest import complete_checkpoints, problems
 from tests.launch.comparing import differences
-from tests.launch.harness import Started, launch
+from tests.launch.harness import Started, launch, single
 from tests.launch.kill_main import RANKS, words
 from tests.launch.test_stop import latest, losses, steps
 
@@ -87,3 +87,28 @@ def test_ten_kills_cost_no_bit(tmp_path: Path) -> None:
 def test_a_hundred_kills_cost_no_bit(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     for what, count in survive(100, tmp_path, seed=5).items():
         record_property(f"kills that met a {what}", count)
+
+
+def survive_switches(kills: int, folder: Path, seed: int) -> Counter[str]:
+    """Kills around the switches of runs of three phases; returns how often a kill met what."""
+    done = single("tests.launch.phases_kill_main", str(folder), str(kills), str(seed), timeout=60 + 15 * kills)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "result.json").read_text())
+    assert {run: wrong for run, wrong in found["wrong"].items() if wrong} == {}
+    met = Counter(found["met"])
+    assert met.total() >= kills and min(met[f"{place} the switch"] for place in ("before", "in")) >= 1, met
+    return met
+
+
+@pytest.mark.timeout(300)
+def test_eight_kills_around_switches_of_phases_cost_no_bit(tmp_path: Path) -> None:
+    survive_switches(8, tmp_path, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_kills_around_switches_of_phases_cost_no_bit(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    for what, count in survive_switches(50, tmp_path, seed=2).items():
+        record_property(f"kills that came {what}", count)

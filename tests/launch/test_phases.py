@@ -53,6 +53,17 @@ def test_a_phase_that_ended_unevaluated_is_evaluated_by_the_next_start(found) ->
     assert found[1]["died unevaluated"] == []
 
 
+def test_samples_and_ablations_come_at_their_intervals_and_at_ends(found) -> None:
+    done = found[1]["intervals"]
+    ends, last = done["ends"], done["ends"][-1]
+    assert done["sampled"] == sorted({*range(2, last + 1, 2), *ends})
+    assert done["ablated"] == sorted({*range(3, last + 1, 3), *ends})
+    first, _, second, _ = ends
+    phases = {step: "A" if step <= first else "B" if step <= second else "C" for step in range(1, last + 1)}
+    assert done["rows"] == [[step, phases[step], "late bias"] for step in done["ablated"]]
+    assert done["texts"] == {f"drawn-{step}.txt": f"{phases[step]} {step}\n" for step in done["sampled"]}
+
+
 def test_phases_run_one_by_one_give_the_same_bits(found) -> None:
     assert found[1]["one by one"] == []
 

@@ -14,8 +14,9 @@ from pipeline.lm.passages import PASSAGE
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, StepContext
+from pipeline.system import Carry, Phase, StepContext
 
+PHASE = Phase("train", 1, ())
 ON, OFF = "memory on", "memory off"
 MODES = {ON: {"memory": True}, OFF: {"memory": False}}
 WINDOW = 64
@@ -38,7 +39,7 @@ class System:
     def loss(self, memory: bool, batch: TokenBatch) -> Tensor:
         return torch.full(batch.labels.shape, 3.0)
 
-    def held_out(self, topology: Topology) -> System:
+    def held_out(self, phase: Phase, topology: Topology) -> System:
         self.step = 0
         return self
 

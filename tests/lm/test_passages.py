@@ -9,7 +9,7 @@ from pipeline.lm.passages import PASSAGE, repeated_passages
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import Stopped
 from pipeline.runtime.sync import SyncPoint
-from tests.lm.systems import EDGES, MODES, OFF, ON, Counting, Remembering, System
+from tests.lm.systems import EDGES, MODES, OFF, ON, PHASE, Counting, Remembering, System
 
 
 @pytest.mark.parametrize("passages", [3, 4, 17])
@@ -17,18 +17,18 @@ def test_repeated_passages_are_left_between_any_two_forward_passes(passages: int
     system, model = System(passages * PASSAGE), nn.Linear(1, 1)
     reading = 1
     whole = Counting(1000)
-    curve = repeated_passages(system, model, whole, MODES, edges=EDGES)  # type: ignore[arg-type]
+    curve = repeated_passages(system, model, PHASE, whole, MODES, edges=EDGES)  # type: ignore[arg-type]
     assert curve is not None and system.forwards == len(MODES) * len(curve.x) == 1000 - whole.calls - reading
     for done in range(system.forwards):
         part = System(passages * PASSAGE)
         with pytest.raises(Stopped) as caught:
-            repeated_passages(part, model, Counting(reading + done), MODES, edges=EDGES)  # type: ignore[arg-type]
+            repeated_passages(part, model, PHASE, Counting(reading + done), MODES, edges=EDGES)  # type: ignore[arg-type]
         assert caught.value.signal is None and part.forwards == done
 
 
 def test_recall_of_a_passage_is_what_the_copy_saves_against_the_first() -> None:
     curve = repeated_passages(
-        Remembering(512), nn.Linear(1, 1), SyncPoint(Topology()), MODES, edges=EDGES,  # type: ignore[arg-type]
+        Remembering(512), nn.Linear(1, 1), PHASE, SyncPoint(Topology()), MODES, edges=EDGES,  # type: ignore[arg-type]
     )  # fmt: skip
     assert curve is not None and curve.x == (64.0, 128.0, 256.0)
     assert curve.series[f"saved, {ON}"] == pytest.approx((2.0,) * 3) and curve.series[ON] == pytest.approx((1.0,) * 3)
@@ -42,6 +42,6 @@ def test_recall_of_a_passage_is_what_the_copy_saves_against_the_first() -> None:
 def test_an_edge_that_lies_within_a_passage_is_none() -> None:
     edges = {"near": float(PASSAGE - 1), "far": float(PASSAGE)}
     curve = repeated_passages(
-        System(512), nn.Linear(1, 1), SyncPoint(Topology()), {"model": {}}, edges=edges,  # type: ignore[arg-type]
+        System(512), nn.Linear(1, 1), PHASE, SyncPoint(Topology()), {"model": {}}, edges=edges,  # type: ignore[arg-type]
     )  # fmt: skip
     assert curve is not None and curve.edges == {"far": 1.0} and set(curve.series) == {"model", "saved, model"}

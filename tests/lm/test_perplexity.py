@@ -12,7 +12,7 @@ from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation
-from tests.lm.systems import EDGES, MODES, OFF, ON, WINDOW, Remembering, System
+from tests.lm.systems import EDGES, MODES, OFF, ON, PHASE, WINDOW, Remembering, System
 
 RATIO = "memory off / on"
 RATIOS = {RATIO: (OFF, ON)}
@@ -20,7 +20,7 @@ RATIOS = {RATIO: (OFF, ON)}
 
 def evaluated(system: System) -> Evaluation:
     return evaluate_perplexity(
-        system, nn.Linear(1, 1), SyncPoint(Topology()), MODES, edges=EDGES, ratios=RATIOS,  # type: ignore[arg-type]
+        system, nn.Linear(1, 1), PHASE, SyncPoint(Topology()), MODES, edges=EDGES, ratios=RATIOS,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_documents_that_differ_widen_the_interval() -> None:
 
 def test_a_system_with_one_mode_has_its_own_perplexity_drawn() -> None:
     evaluation = evaluate_perplexity(
-        System(512), nn.Linear(1, 1), SyncPoint(Topology()), {"model": {}}, edges={}, ratios={},  # type: ignore[arg-type]
+        System(512), nn.Linear(1, 1), PHASE, SyncPoint(Topology()), {"model": {}}, edges={}, ratios={},  # type: ignore[arg-type]
     )  # fmt: skip
     curve = evaluation.curves["perplexity_by_position"]
     assert set(evaluation.scalars) == {"loss", "ppl", "bpb", "labels", "documents"}

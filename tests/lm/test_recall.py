@@ -15,8 +15,8 @@ from pipeline.data_config import RecallConfig
 from pipeline.lm.recall import GAP_BIN, evaluate_recall
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import StepContext
-from tests.lm.systems import EDGES, MODES, ON, config
+from pipeline.system import Phase, StepContext
+from tests.lm.systems import EDGES, MODES, ON, PHASE, config
 
 TASK = RecallConfig(keys=16, values=16, fillers=16)
 
@@ -27,7 +27,7 @@ class Even:
     def __init__(self) -> None:
         self.config = config(256, steps=2)
 
-    def held_out(self, topology: Topology) -> RecallLoader:
+    def held_out(self, phase: Phase, topology: Topology) -> RecallLoader:
         return RecallLoader(TASK, sequence_length=256, batch_size=4, held_out=True)
 
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Mapping, context: StepContext) -> object:
@@ -42,7 +42,7 @@ class Even:
 
 def test_the_recall_task_shows_chance_and_reach() -> None:
     evaluation = evaluate_recall(
-        Even(), nn.Linear(1, 1), SyncPoint(Topology()), MODES, TASK, edges=EDGES,  # type: ignore[arg-type]
+        Even(), nn.Linear(1, 1), PHASE, SyncPoint(Topology()), MODES, TASK, edges=EDGES,  # type: ignore[arg-type]
     )  # fmt: skip
     curve = evaluation.curves["recall_by_distance"]
     assert curve.levels == {"chance, 1 in 16": 1 / 16} and curve.edges == EDGES

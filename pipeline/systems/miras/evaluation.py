@@ -15,7 +15,7 @@ from pipeline.lm.passages import repeated_passages
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.recall import evaluate_recall
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Evaluation
+from pipeline.system import Evaluation, Phase
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 
 ON, OFF = "memory on", "memory off"
@@ -36,24 +36,24 @@ def evaluation_modes(memory: MemoryConfig) -> Modes:
 
 
 @torch.no_grad()
-def evaluate(system: EvaluatedMiras, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
+def evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
     """Held-out loss and curves; the same held-out rows every time. Leaves the model's mode as it found it."""
     was_training = model.training
     model.eval()
     try:
-        return _evaluate(system, model, sync_point)
+        return _evaluate(system, model, phase, sync_point)
     finally:
         model.train(was_training)
 
 
-def _evaluate(system: EvaluatedMiras, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
+def _evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
     modes, task = evaluation_modes(system.sizes.memory), system.config.data.recall
     edges = window_edges(system.sizes.attention, system.backbone.num_hidden_layers)
     if task is not None:
-        return evaluate_recall(system, model, sync_point, modes, task, edges=edges)
+        return evaluate_recall(system, model, phase, sync_point, modes, task, edges=edges)
     ratios = {RATIO: (OFF, ON)} if OFF in modes else {}
-    found = evaluate_perplexity(system, model, sync_point, modes, edges=edges, ratios=ratios)
-    repeated = repeated_passages(system, model, sync_point, modes, edges=edges)
+    found = evaluate_perplexity(system, model, phase, sync_point, modes, edges=edges, ratios=ratios)
+    repeated = repeated_passages(system, model, phase, sync_point, modes, edges=edges)
     if repeated is None:
         return found
     return dataclasses.replace(found, curves={**found.curves, "recall_by_distance": repeated})

@@ -159,7 +159,7 @@ class MirasSystem(System[TokenBatch]):
             self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
         )
 
-    def held_out(self, topology: Topology) -> StatefulLoader[TokenBatch]:
+    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
         """The held-out loader at its start: opened once, so that what it has read stays read."""
         if self._held_out is None:
             self._held_out = self.open_loader(topology, held_out=True)
@@ -194,7 +194,7 @@ class MirasSystem(System[TokenBatch]):
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate
 
-        return evaluate(self, model, sync_point)
+        return evaluate(self, model, phase, sync_point)
 
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         from pipeline.systems.miras.flops import count_flops

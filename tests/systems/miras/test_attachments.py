@@ -18,6 +18,7 @@ from pipeline.lm.config import BackboneConfig
 from pipeline.lm.pretrained import backbone_config
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
+from pipeline.system import Phase
 from pipeline.systems.miras import create
 from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -277,7 +278,7 @@ def test_training_learns_to_recall_beyond_the_window(
         schedule.step()
 
     found = {}
-    held_out = system.held_out(Topology())
+    held_out = system.held_out(Phase("train", 1, ()), Topology())
     parts = [held_out.next_step()[0] for _ in range(4)]
     for memory in (True, False):
         right = counted = 0

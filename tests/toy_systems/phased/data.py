@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.data.epochs import EpochLoader
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import generator_for
@@ -25,6 +26,10 @@ class Pairs:
     inputs: Tensor
     targets: Tensor
 
+    @property
+    def rows(self) -> int:
+        return self.inputs.shape[0]
+
     def to(self, device: torch.device) -> Pairs:
         return Pairs(self.inputs.to(device), self.targets.to(device))
 
@@ -36,8 +41,9 @@ def pair(seed: int, name: str, length: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.tanh(inputs @ teacher) + 0.5
 
 
-class Loader:
-    """Rows of a step by micro-batch, from a position that counts the rows of all ranks."""
+class Endless:
+    """Rows of a step by micro-batch, from a position that counts the rows of all ranks. Row i of every step belongs to
+    stream i."""
 
     def __init__(self, name: str, config: RunConfig, topology: Topology) -> None:
         self.name, self.config, self.topology = name, config, topology
@@ -45,7 +51,8 @@ class Loader:
         self.position = 0
 
     def row(self, number: int) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """By its number in the stream of all rows."""
+        return pair(self.config.seed, f"{self.name}/{number}", self.config.sequence_length)
 
     def next_step(self) -> list[Pairs]:
         config, found = self.config, []
@@ -71,17 +78,12 @@ class Loader:
         self.position = state["position"]
 
 
-class Endless(Loader):
-    """Row i of every step belongs to stream i."""
-
-    def row(self, number: int) -> tuple[Tensor, Tensor]:
-        return pair(self.config.seed, f"{self.name}/{number}", self.config.sequence_length)
-
-
-class Epochs(Loader):
+def epochs(config: RunConfig, topology: Topology) -> EpochLoader[Pairs]:
     """A few examples, in another order in each epoch; the last rows of an epoch share a step with the next one's."""
-
-    def row(self, number: int) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(number, EXAMPLES)
-        order = torch.randperm(EXAMPLES, generator=generator_for(self.config.seed, f"epoch {epoch}")).tolist()
-        return pair(self.config.seed, f"{self.name}/{order[place]}", self.config.sequence_length)
+    name = "three"
+    return EpochLoader(
+        [pair(config.seed, f"{name}/{number}", config.sequence_length) for number in range(EXAMPLES)],
+        lambda pairs, rows: Pairs(torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])),
+        name=name, fingerprint={"name": name}, batch_size=config.batch_size, grad_accum=config.grad_accum,
+        data_rank=topology.data_rank, data_degree=topology.data, seed=config.seed,
+    )  # fmt: skip

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
-from pipeline.data.batch import Counts
+from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.host.devices import Device
-from pipeline.parallel.loss import reduce_sums
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
 from pipeline.runtime.sync import SyncPoint
 from pipeline.schedule import Schedule
-from pipeline.system import Carry, CarryEntry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
+from pipeline.system import (
+    Carry,
+    CarryEntry,
+    Evaluation,
+    Flops,
+    ParameterGroup,
+    Phase,
+    Sample,
+    StepContext,
+    StepOutput,
+    System,
+)
 from tests.toy_systems.phased import PhasedConfig
-from tests.toy_systems.phased.data import TARGETS, WIDTH, Endless, Epochs, Loader, Pairs
+from tests.toy_systems.phased.data import TARGETS, WIDTH, Endless, Pairs, epochs
 
 HIDDEN = 6
 TERM = "error"
@@ -46,7 +55,7 @@ def group(name: str, *parameters: str, **settings: float) -> ParameterGroup:
     return ParameterGroup(name, parameters, **settings)
 
 
-class PhasedSystem(System):
+class PhasedSystem(System[Pairs]):
     """Three phases of other data, other parameters and other schedules; the first ends by a rule."""
 
     name = "phased"
@@ -54,12 +63,8 @@ class PhasedSystem(System):
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, PhasedConfig)
-        self.config, self.threshold, self.pause = config, config.model.threshold, config.model.pause
-
-    def check(self, topology: Topology) -> None: ...
-
-    def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
-        return {}
+        super().__init__(config)
+        self.threshold, self.pause = config.model.threshold, config.model.pause
 
     def build(self) -> nn.Module:
         return PhasedModel()
@@ -83,19 +88,18 @@ class PhasedSystem(System):
             Phase("C", steps, (third,), Schedule(0.03, shape="constant")),
         ]
 
-    def loader(self, phase: Phase, topology: Topology) -> Loader:
-        return Epochs("three", self.config, topology) if phase.name == "C" else self._endless(phase.name, topology)
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[Pairs]:
+        if phase.name == "C":
+            return epochs(self.config, topology)
+        return Endless("one" if phase.name == "A" else "two", self.config, topology)
 
-    def _endless(self, phase: str, topology: Topology) -> Loader:
-        return Endless("one" if phase == "A" else "two", self.config, topology)
+    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[Pairs]:
+        return Endless(f"held out of {phase.name}", self.config, topology)
 
-    def held_out(self, topology: Topology) -> Loader:
-        return Endless("held out", self.config, topology)
-
-    def count(self, batch: Any) -> Counts:
+    def count(self, batch: Pairs) -> Counts:
         return {TERM: batch.inputs.shape[0] * batch.inputs.shape[1]}
 
-    def forward(self, model: nn.Module, batch: Any, carry: Carry, context: StepContext) -> StepOutput:
+    def forward(self, model: nn.Module, batch: Pairs, carry: Carry, context: StepContext) -> StepOutput:
         rows, length, _ = batch.inputs.shape
         memory = carry["memory"].tensor if carry else batch.inputs.new_zeros(rows, WIDTH)
         time.sleep(self.pause)
@@ -106,17 +110,19 @@ class PhasedSystem(System):
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         dict(model.named_buffers())["steps"].add_(1)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
-        topology, sums, count = sync_point.topology, torch.zeros(()), 0
-        context = StepContext(topology, self.config.seed, phase.name, 1)
-        for batch in self.held_out(topology).next_step():
-            sync_point("evaluation")
-            sums = sums + self.forward(model, batch, {}, context).sums[TERM]
-            count += self.count(batch)[TERM] * topology.data
-        loss = float(reduce_sums({TERM: sums}, topology, torch.device("cpu"))[TERM] / count)
+        found = super().evaluate(model, phase, sync_point)
         # Which phase it is of shows in its numbers.
-        return Evaluation({"loss": loss, f"of_{phase.name}": 1.0})
+        return Evaluation({**found.scalars, f"of_{phase.name}": 1.0})
+
+    def samples(
+        self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint
+    ) -> Mapping[str, Sample]:
+        sync_point("samples")
+        return {"drawn": f"{context.phase} {context.step}", "numbers": {"seed": context.seed}}
+
+    def ablations(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Mapping[str, Evaluation]:
+        return {"late bias": self.evaluate(model, phase, sync_point)}
 
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         return Flops(100.0, 200.0 if phase is None or phase.name != "B" else 50.0)

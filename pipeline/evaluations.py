@@ -1,0 +1,83 @@
+"""What a run does to its model between two steps, each kind at an interval of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.callbacks import Callback
+from pipeline.capabilities import Ablates, Samples
+from pipeline.run import Run
+from pipeline.run_folder import write_run_file
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import Phase, StepContext
+
+
+class Evaluations:
+    """Held-out evaluations, ablations and samples: at multiples of their intervals, and where a phase or the run ends.
+
+    run.json lists the steps at which each was done, so that a start makes up for what an earlier one had left.
+    """
+
+    def __init__(self, run: Run, sync_point: SyncPoint, callbacks: Sequence[Callback]) -> None:
+        self.run, self.sync_point, self.callbacks = run, sync_point, callbacks
+        config = run.config
+        self.kinds = {"evaluated": (config.eval_every, self._evaluate)}
+        if isinstance(run.system, Ablates):
+            self.kinds["ablated"] = (config.ablate_every, self._ablate)
+        if isinstance(run.system, Samples):
+            self.kinds["sampled"] = (config.sample_every, self._sample)
+
+    def after(self, step: int, *, ends: bool) -> None:
+        """Does what is due after a step. `ends`: whether the phase or the run ends with it."""
+        for kind, (every, _) in self.kinds.items():
+            if ends or (every and step % every == 0):
+                self._do(kind, step)
+
+    def owed(self) -> bool:
+        """Does what is due at the step that the run begins at and was not done there; returns whether anything was.
+
+        Before the first step that is an evaluation alone.
+        """
+        run, step = self.run, self.run.progress.step
+        end = run.end_of_phase
+        ends = step >= min(end, run.config.stop_after or end) or run.progress.phase_done
+        done = False
+        for kind, (every, _) in self.kinds.items():
+            due = ends or bool(every and step % every == 0) if step else kind == "evaluated"
+            if due and step not in run.done.get(kind, ()):
+                self._do(kind, step)
+                done = True
+        return done
+
+    def _do(self, kind: str, step: int) -> None:
+        self.kinds[kind][1](step)
+        self.run.done[kind] = (*self.run.done.get(kind, ()), step)
+        if self.run.is_main:
+            write_run_file(self.run, "running")
+
+    @property
+    def _phase(self) -> Phase:
+        """That of the last step: what it still owed when it ended is done before the next one begins."""
+        run = self.run
+        name = run.progress.phase
+        return run.phase if run.phases is None or name == run.phase.name else run.phases.named(name)
+
+    def _evaluate(self, step: int) -> None:
+        evaluation = self.run.system.evaluate(self.run.engine.deepspeed, self._phase, self.sync_point)
+        for callback in self.callbacks:
+            callback.on_evaluation(step, evaluation)
+
+    def _ablate(self, step: int) -> None:
+        system = self.run.system
+        assert isinstance(system, Ablates)
+        ablations = system.ablations(self.run.engine.deepspeed, self._phase, self.sync_point)
+        for callback in self.callbacks:
+            callback.on_ablations(step, ablations)
+
+    def _sample(self, step: int) -> None:
+        system, phase = self.run.system, self._phase
+        assert isinstance(system, Samples)
+        context = StepContext(self.run.topology, self.run.config.seed, phase.name, step)
+        samples = system.samples(self.run.engine.deepspeed, phase, context, self.sync_point)
+        for callback in self.callbacks:
+            callback.on_samples(step, samples)

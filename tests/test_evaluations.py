@@ -1,0 +1,113 @@
+"""Evaluations, ablations and samples: each at its interval and at ends, and what an earlier start left undone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.callbacks import Callback
+from pipeline.capabilities import check_intervals
+from pipeline.config import replace
+from pipeline.errors import UserError
+from pipeline.evaluations import Evaluations
+from pipeline.files.run_file import read_run_file
+from pipeline.parallel.topology import Topology
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import Evaluation
+from tests.checkpoint.small_runs import a_run
+from tests.toy_systems.phased import phased
+from tests.toy_systems.phased.system import PhasedSystem
+
+
+class Seen(Callback):
+    """The events by kind and step."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self.events.append(("evaluated", step))
+
+    def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
+        assert ablations == {"part": Evaluation({"loss": 2.0})}
+        self.events.append(("ablated", step))
+
+    def on_samples(self, step: int, samples: Mapping[str, Any]) -> None:
+        assert samples == {"text": f"seed 3, train, step {step}"}
+        self.events.append(("sampled", step))
+
+
+class Able(PhasedSystem):
+    """Does all that there is, without a model."""
+
+    def evaluate(self, model: Any, phase: Any, sync_point: Any) -> Evaluation:
+        return Evaluation({"loss": 1.0})
+
+    def samples(self, model: Any, phase: Any, context: Any, sync_point: Any) -> dict[str, str]:  # type: ignore[override]
+        return {"text": f"seed {context.seed}, {context.phase}, step {context.step}"}
+
+    def ablations(self, model: Any, phase: Any, sync_point: Any) -> dict[str, Evaluation]:  # type: ignore[override]
+        return {"part": Evaluation({"loss": 2.0})}
+
+
+class Unable(PhasedSystem):
+    """Neither samples nor ablates."""
+
+    samples = ablations = None  # type: ignore[assignment]
+
+
+def evaluations(folder: Path, step: int, **changes: Any) -> tuple[Evaluations, Seen]:
+    run, seen = a_run(folder, step=step), Seen()
+    run.config = replace(run.config, seed=3, **changes)
+    run.system, run.engine = Able(phased(folder)), SimpleNamespace(deepspeed=None)  # type: ignore[assignment]
+    return Evaluations(run, SyncPoint(Topology()), [seen]), seen
+
+
+@given(every=st.tuples(*[st.integers(0, 4)] * 3), ends=st.sets(st.integers(1, 12)))
+def test_each_is_done_at_multiples_of_its_interval_and_at_ends(
+    tmp_path_factory: pytest.TempPathFactory, every: tuple[int, int, int], ends: set[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    intervals = dict(zip(("eval_every", "ablate_every", "sample_every"), every, strict=True))
+    found, seen = evaluations(folder, 0, **intervals)
+    for step in range(1, 13):
+        found.after(step, ends=step in ends)
+    for kind, interval in zip(("evaluated", "ablated", "sampled"), every, strict=True):
+        expected = [step for step in range(1, 13) if step in ends or (interval and step % interval == 0)]
+        assert [step for what, step in seen.events if what == kind] == expected
+        assert read_run_file(folder).done.get(kind, ()) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("step", "done", "owed"),
+    [
+        (0, {}, ["evaluated"]),
+        (4, {}, ["evaluated", "sampled"]),
+        (4, {"evaluated": (0, 4), "sampled": (2,)}, ["sampled"]),
+        (4, {"evaluated": (0, 4), "sampled": (2, 4)}, []),
+        (3, {}, ["ablated"]),
+        (5, {}, []),
+        (7, {"evaluated": (7,)}, ["ablated", "sampled"]),  # --stop-after
+    ],
+)
+def test_a_start_makes_up_for_what_its_step_lacks(tmp_path: Path, step: int, done: Any, owed: list[str]) -> None:
+    found, seen = evaluations(tmp_path, step, eval_every=4, sample_every=2, ablate_every=3, stop_after=7)
+    found.run.done = dict(done)
+    assert found.owed() == bool(owed)
+    assert seen.events == [(kind, step) for kind in owed]
+    assert not found.owed(), "nothing is done twice"
+
+
+def test_a_system_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:
+    config = phased(tmp_path)
+    for flag, field in (("--sample-every 5", "sample_every"), ("--ablate-every 5", "ablate_every")):
+        asked = replace(config, **{field: 5})
+        check_intervals(asked, PhasedSystem(asked))
+        with pytest.raises(UserError, match=f"{flag}: phased_tiny (draws no samples|has no ablations): leave it out"):
+            check_intervals(asked, Unable(asked))

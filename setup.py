@@ -487,6 +487,9 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "dev": [
+        # The tests read a GGUF file.
+        "accelerate>=1.10",
+        "gguf>=0.17",
         # The tests' token loop that was not written here. It brings einops alone: Triton is an extra of its own.
         "fla-core>=0.6",
         "hypothesis>=6.100",

@@ -17,13 +17,13 @@ from pipeline.checkpoint.trainable import load_trainable
 from pipeline.config import RunConfig
 from pipeline.data.batch import StatefulLoader
 from pipeline.data.resume import different_rank
-from pipeline.ds_config import precision_of
 from pipeline.engine import Engine
 from pipeline.load import Resolved, load_model
 from pipeline.parallel.collectives import all_gather_object, raise_together, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.phases import Phases, pick
+from pipeline.precision import different_precision, precision_here, precision_of
 from pipeline.run import Progress, Run
 from pipeline.runtime.folder_lock import FolderLock
 from pipeline.runtime.ranks import device_of
@@ -44,6 +44,7 @@ def create_run(
     parameters that other phases train are as they were there. Collective; raises UserError.
     """
     config, system = resolved.config, resolved.system
+    raise_together(topology, different_precision(all_gather_object(topology, precision_here(config))))
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
     loaded = load_model(config, system, topology, ds_config=resolved.ds_config, weights=weights)

@@ -17,8 +17,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pipeline.config import RunConfig
 from pipeline.errors import UserError, brief, shown
 from pipeline.files.json_file import read_json
-from pipeline.host.hardware import has_amx, has_bf16, on_gpu
+from pipeline.host.hardware import has_bf16, on_gpu
 from pipeline.host.package import config_folder
+from pipeline.precision import precision_of
 
 CONFIG_FOLDER = config_folder()
 
@@ -48,15 +49,6 @@ UNSUPPORTED = {
 FP16 = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 1, "min_loss_scale": 1}
 """The dynamic loss scale halves when a gradient overflows, at the first time too (hysteresis 1): stage 0 has no other
 way, and so all stages do the same. It doubles after so many updates without."""
-
-
-def precision_of(config: RunConfig) -> torch.dtype:
-    """The dtype that the model computes in; master weights and optimizer state are float32 in any case."""
-    if config.precision not in ("auto", "auto-amx"):
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    if on_gpu():
-        return torch.bfloat16 if has_bf16() else torch.float16
-    return torch.bfloat16 if config.precision == "auto-amx" and has_amx() else torch.float32
 
 
 def check_precision(config: RunConfig) -> None:

@@ -15,10 +15,11 @@ from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
 from pipeline.checkpoint.trainable import load_trainable
 from pipeline.config import RunConfig
 from pipeline.data.build import list_data
-from pipeline.ds_config import check_precision, deepspeed_config, precision_of
+from pipeline.ds_config import check_precision, deepspeed_config
 from pipeline.engine import building
 from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
+from pipeline.precision import precision_of
 from pipeline.system import Phase, System, create_system
 
 

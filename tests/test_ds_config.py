@@ -11,18 +11,12 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+import pipeline.precision
 from pipeline import ds_config
-from pipeline.ds_config import (
-    CONFIG_FOLDER,
-    DECIDED,
-    FP16,
-    check_precision,
-    deepspeed_config,
-    offload_device,
-    precision_of,
-)
+from pipeline.ds_config import CONFIG_FOLDER, DECIDED, FP16, check_precision, deepspeed_config, offload_device
 from pipeline.engine import _answered_by
 from pipeline.errors import UserError
+from pipeline.precision import different_precision, precision_here, precision_of
 from pipeline.recipes.miras import miras_tiny
 
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
@@ -186,9 +180,10 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     """Makes this machine one with a GPU of some compute capability, or with a CPU of some kind."""
 
     def have(gpu: str | None = None, *, bf16: bool = True, fp16: bool = True, amx: bool = False) -> None:
-        monkeypatch.setattr(ds_config, "on_gpu", lambda: gpu is not None)
-        monkeypatch.setattr(ds_config, "has_bf16", lambda: bf16)
-        monkeypatch.setattr(ds_config, "has_amx", lambda: amx)
+        for module in (ds_config, pipeline.precision):
+            monkeypatch.setattr(module, "on_gpu", lambda: gpu is not None)
+            monkeypatch.setattr(module, "has_bf16", lambda: bf16)
+        monkeypatch.setattr(pipeline.precision, "has_amx", lambda: amx)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
         monkeypatch.setattr(ds_config.get_accelerator(), "is_fp16_supported", lambda: fp16)
 
@@ -219,6 +214,18 @@ def test_auto_is_what_the_device_computes_fast_in(machine) -> None:
         "H100 beside AMX": ("bfloat16", "bfloat16"),
         "T4 beside AMX": ("float16", "float16"),
     }
+
+
+def test_ranks_that_chose_other_precisions_are_named(machine) -> None:
+    ranks = []
+    for facts in ({"gpu": "A100"}, {"gpu": "A100"}, {"gpu": "Tesla T4", "bf16": False}):
+        machine(**facts)
+        ranks.append(precision_here(of("auto")))
+    assert different_precision(ranks[:2]) is None
+    assert different_precision(ranks) == (
+        "--precision auto: rank 2 on Tesla T4 computes in float16, and rank 0 on A100 in bfloat16: give a precision"
+        " that all devices have"
+    )
 
 
 def test_a_precision_that_the_device_has_not_is_refused(machine) -> None:

@@ -19,12 +19,12 @@ from pipeline.checkpoint.save import Saver
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.create_run import create_run
-from pipeline.ds_config import precision_of
 from pipeline.load import checked_system, resolve
 from pipeline.meter import Meter
 from pipeline.parallel.collectives import all_gather_object
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
+from pipeline.precision import precision_of
 from pipeline.train import Trainer
 
 

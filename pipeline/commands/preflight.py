@@ -10,12 +10,12 @@ from pipeline.checkpoint.locate import locate_checkpoint
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.create_run import phases_of
-from pipeline.ds_config import precision_of
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
 from pipeline.load import checked_system, model_without_storage, resolve
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.parallel.weight_files import file_tensors
+from pipeline.precision import precision_of
 from pipeline.run_name import in_folder, new_folder
 from pipeline.runtime.folder_lock import FolderLock
 

@@ -96,12 +96,13 @@ def roof(dtype: torch.dtype) -> Roof:
     """The roof over matrix products in a dtype: data sheets for a GPU, measured now on a CPU.
 
     On a GPU float32 counts as TF32, half the rate of half precision: what its matrix units do with such numbers at
-    most.
+    most. Those without TF32 compute it elsewhere.
     """
     if on_gpu():
         peak = peak_flops()
         if peak is not None and dtype not in (torch.bfloat16, torch.float16):
-            peak = peak / 2
+            device = this_device()
+            peak = device.float32 * 1e12 if device is not None and not device.has_bf16 else peak / 2
         return Roof(peak, peak_bandwidth(), "data sheet")
     return Roof(measured_flops(dtype), measured_bandwidth(), "measured: matrix product, triad")
 

@@ -93,7 +93,8 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
     # Of the mean step: phases may train more or less of the model.
     flops = sum(count * system.flops(config.sequence_length, phase).total for count, phase in stretches) / steps
     tokens = config.batch_size * config.grad_accum * topology.data * config.sequence_length
-    tok_s = options.utilisation * options.ranks * device.tflops * 1e12 / flops
+    tflops = device.float32 if element == 4 else device.tflops
+    tok_s = options.utilisation * options.ranks * tflops * 1e12 / flops
     reserve = RESERVE + RESERVE_SHARE * device.memory if options.reserve is None else options.reserve * GIB
     return Plan(
         counts=counts,

@@ -60,6 +60,10 @@ def test_streams_of_all_sources_are_spread_over_the_batch(counts) -> None:
 def test_shares_are_those_of_the_largest_remainders() -> None:
     assert apportion([0.5, 0.3, 0.2], 12) == [6, 4, 2]  # 6, 3.6, 2.4
     assert apportion([6, 4], 10) == apportion([0.6, 0.4], 10) == [6, 4]
+    # As binary fractions, three tenths are less than half of six.
+    for streams in (16, 24, 64):
+        assert apportion([6, 3, 1], streams) == apportion([0.6, 0.3, 0.1], streams)
+    assert apportion([7, 1, 2], 32) == apportion([0.7, 0.1, 0.2], 32)
     assert apportion([1, 1, 1], 4) == [2, 1, 1], "of equal remainders, that of the first source"
     assert spread([3, 1]) == [0, 0, 1, 0]
 

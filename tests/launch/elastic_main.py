@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from pipeline.checkpoint.universal import convert, load_universal
 from pipeline.cli import exit_process, without_local_rank
 from pipeline.config import RunConfig
-from pipeline.ds_config import deepspeed_config, precision_of
+from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
+from pipeline.precision import precision_of
 from pipeline.runtime.ranks import start, stop
 from pipeline.system import ParameterGroup, Phase
 from tests.checkpoint.whole import write_whole

@@ -18,12 +18,13 @@ from transformers import Olmo2ForCausalLM
 
 from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
-from pipeline.ds_config import deepspeed_config, precision_of
+from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import add_counts, scaled_loss
 from pipeline.parallel.topology import Topology
+from pipeline.precision import precision_of
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import HEARTBEAT_MARGIN, start, stop
 from pipeline.runtime.sync import SyncPoint

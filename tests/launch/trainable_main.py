@@ -20,10 +20,11 @@ from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
 from pipeline.checkpoint.universal_convert import Shards
 from pipeline.cli import without_local_rank
 from pipeline.config import RunConfig
-from pipeline.ds_config import deepspeed_config, precision_of
+from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.job import train
 from pipeline.parallel.topology import Topology
+from pipeline.precision import precision_of
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
 from pipeline.system import ParameterGroup, Phase

@@ -36,13 +36,13 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def write_gguf(path: Path, *, scaled: bool = False) -> Path:
-    """The family `smollm2` as llama.cpp would write it."""
+def write_gguf(path: Path, *, kind: str = "llama", parts: int = 1, without: str = "-", more: str = "") -> Path:
+    """The family `smollm2` as llama.cpp would write it, without the tensors that begin so and with another."""
     from gguf import GGUFWriter
 
     plain = decoder("smollm2")
     config = plain.config
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, kind)
     writer.add_name("small")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -61,9 +61,12 @@ def write_gguf(path: Path, *, scaled: bool = False) -> Path:
         stored = value if heads is None else interleaved(value, heads)
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
-        writer.add_tensor(name, stored.contiguous().numpy())
-    if scaled:
-        writer.add_tensor(gguf_file.SCALED, numpy.ones(4, dtype=numpy.float32))
+        if not name.startswith(without):
+            writer.add_tensor(name, stored.contiguous().numpy())
+    if more:
+        writer.add_tensor(more, numpy.ones(config.hidden_size, dtype=numpy.float32))
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,9 +100,32 @@ def test_a_damaged_file_is_said_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not READABLE, reason="needs the extra gguf")
 def test_scaled_frequencies_that_transformers_would_leave_out_are_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "scaled.gguf", scaled=True)
+    path = write_gguf(tmp_path / "scaled.gguf", more=gguf_file.SCALED)
     with pytest.raises(UserError, match="its rotary frequencies are scaled"):
         backbone_config(BackboneConfig(pretrained=str(path)))
+
+
+@pytest.mark.skipif(not READABLE, reason="needs the extra gguf")
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"without": "blk.1.attn_q"}, r"has no model\.layers\.1\.self_attn\.q_proj\.weight \(1 tensors are missing\)"),
+        ({"without": "blk.2."}, r"has no model\.layers\.2\..* \(9 tensors are missing\)"),
+        ({"without": "output_norm"}, r"has no model\.norm\.weight \(1 tensors are missing\)"),
+        ({"more": "blk.0.attn_q.bias"}, r"has \d+ tensors, and transformers reads \d+ of them"),
+        ({"parts": 2}, r"one of 2 parts of a model: join them \(llama-gguf-split --merge\)"),
+        ({"kind": "olmo2"}, "transformers reads no GGUF file of the architecture 'olmo2'"),
+    ],
+)
+def test_a_file_that_would_be_read_in_part_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    section = BackboneConfig(pretrained=str(write_gguf(tmp_path / "part.gguf", **changes)))
+
+    def read() -> None:
+        backbone_config(section)
+        pretrained_tensors(section)
+
+    with pytest.raises(UserError, match=rf"part\.gguf: {problem}.*give the model's safetensors folder$"):
+        read()
 
 
 @pytest.mark.skipif(not READABLE, reason="needs the extra gguf")

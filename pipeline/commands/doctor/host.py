@@ -98,7 +98,7 @@ def gpus() -> list[dict[str, Any]]:
                     "name": device.name,
                     "memory": device.total_memory,
                     "capability": capability,
-                    "precision": "bf16" if device.major >= 8 else "fp16",
+                    "precision": "bf16" if device.major >= 8 else "fp16" if device.major >= 7 else "fp32 alone",
                     "tflops": None if known is None else known.tflops,
                 }
             )

@@ -15,10 +15,17 @@ from pipeline.data.sources.base import Document, Documents, Order, Place, Source
 from pipeline.errors import UserError
 
 
+def shares(weights: Sequence[float]) -> list[float]:
+    """What the weights, as decimals, are of their sum, to twelve digits: 6 and 4 mean the same as 0.6 and 0.4."""
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    return [round(float(weight / sum(exact)), 12) for weight in exact]
+
+
 def apportion(weights: Sequence[float], streams: int) -> list[int]:
-    """Streams per source, by largest remainders: each source has its exact share, rounded up or down."""
-    exact = [Fraction(weight) for weight in weights]
-    quotas = [weight * streams / sum(exact) for weight in exact]
+    """Streams per source, by largest remainders: each source has its exact share, rounded up or down. A function of the
+    shares alone."""
+    exact = [Fraction(repr(share)) for share in shares(weights)]
+    quotas = [share / sum(exact) * streams for share in exact]
     counts = [math.floor(quota) for quota in quotas]
     remainders = sorted(range(len(counts)), key=lambda source: counts[source] - quotas[source])
     for source in remainders[: streams - sum(counts)]:
@@ -68,7 +75,7 @@ class MixedSource:
 
     def _too_few_streams(self, counts: Sequence[int], order: Order) -> UserError:
         name = list(self._sources)[counts.index(0)]
-        enough = math.ceil(sum(map(Fraction, self._weights)) / Fraction(min(self._weights)))
+        enough = math.ceil(1 / Fraction(repr(min(shares(self._weights)))))
         side, rows = (
             ("held-out", "--evaluation.batch-size x data degree")
             if order.held_out
@@ -79,31 +86,28 @@ class MixedSource:
             f" take {enough} streams or more ({rows})"
         )
 
-    @property
-    def _shares(self) -> list[float]:
-        """What the weights are of their sum: those that are multiples of others mean the same."""
-        total = sum(map(Fraction, self._weights))
-        return [round(float(Fraction(weight) / total), 12) for weight in self._weights]
-
     def fingerprint(self) -> dict[str, Any]:
         numbered = enumerate(self._sources.values(), start=1)
-        return {"mix": self._shares, **{f"source {number}": source.fingerprint() for number, source in numbered}}
+        return {
+            "mix": shares(self._weights),
+            **{f"source {number}": source.fingerprint() for number, source in numbered},
+        }
 
     def same_documents(self, saved: dict[str, Any]) -> bool:
-        return saved.get("mix") == self._shares and all(
+        return saved.get("mix") == shares(self._weights) and all(
             source.same_documents(saved[f"source {number}"])
             for number, source in enumerate(self._sources.values(), start=1)
         )
 
     def same_numbering(self, saved: dict[str, Any]) -> bool:
-        return saved.get("mix") == self._shares and all(
+        return saved.get("mix") == shares(self._weights) and all(
             source.same_numbering(saved[f"source {number}"])
             for number, source in enumerate(self._sources.values(), start=1)
         )
 
     def describe(self) -> str:
-        shares = zip(self._shares, self._sources.values(), strict=True)
-        return "; ".join(f"{share:.3g} of {source.describe()}" for share, source in shares)
+        found = zip(shares(self._weights), self._sources.values(), strict=True)
+        return "; ".join(f"{share:.3g} of {source.describe()}" for share, source in found)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 setup:
 	@PYTHON=$(BASE_PYTHON) ./launch.sh --setup-only
 
-# One thread: tests start several ranks at once, and tiny tensors gain nothing from more. What starts ranks takes all
-# cores and minds the clock, so it runs alone; the rest runs side by side.
+# One thread: tests start several ranks at once, and tiny tensors gain nothing from more. What starts ranks runs apart, in
+# two processes: more would keep ranks waiting for a core, and one leaves cores idle while a launcher waits.
 test: export OMP_NUM_THREADS ?= 1
 test: setup
 	@$(PYTHON) -m pytest --ignore tests/launch -n auto --maxprocesses 8 --dist loadfile; others=$$?; \
-	$(PYTHON) -m pytest tests/launch && exit $$others
+	$(PYTHON) -m pytest tests/launch -n 2 --dist loadfile && exit $$others
 
 check: setup
 	$(PYTHON) -m ruff check

@@ -40,9 +40,10 @@ def gguf_tensors(name: str, flag: str) -> dict[str, StoredTensor]:
     """Its tensors by their names in transformers, dequantised to float32, in host memory. Raises UserError."""
     path = _checked(name, flag)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
+        model, loading = loaded
         stored = len(_reader(path).tensors)
     except Exception as error:
         raise _unreadable(flag, error) from error

@@ -14,6 +14,7 @@ from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.checkpoint.restore import read_progress
 from pipeline.checkpoint.rng import seed_all
 from pipeline.checkpoint.trainable import load_trainable
+from pipeline.checkpoint.universal import check_switchable
 from pipeline.config import RunConfig
 from pipeline.data.batch import StatefulLoader
 from pipeline.data.resume import different_rank
@@ -52,13 +53,17 @@ def create_run(
     with shared_errors(topology):
         phases = phases_of(config, loaded.phases, checkpoint)
     phase = phases.current
-    if checkpoint is not None and phases.at_rest:
-        # No shard holds what the phase does not train.
-        load_trainable(model, checkpoint, topology, only=phases.at_rest | phases.fresh)
+    # No shard holds what the phase of the checkpoint did not train, and the first phase follows none.
+    unsharded = phases.at_rest | (phases.fresh if phases.index else frozenset())
+    if checkpoint is not None and unsharded:
+        load_trainable(model, checkpoint, topology, only=unsharded)
     with shared_errors(topology):
         loader: StatefulLoader = system.loader(phase, topology)
     frozen = frozen_weights(model, phases.trained, topology)
     engine = Engine(model, phase, config, resolved.ds_config)
+    if phases.after:
+        with shared_errors(topology):
+            check_switchable(engine, config.zero)
     # The first look at the data's fingerprint reads the data, which one rank may fail at.
     with shared_errors(topology):
         fingerprint = loader.state_dict()["fingerprint"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.callbacks import Callback
+from pipeline.callbacks.progress import log_end
 from pipeline.checkpoint.save import Saver
 from pipeline.errors import RankError, UserError, out_of_space
 from pipeline.files.output import not_written
@@ -50,6 +51,24 @@ def recorded_end(
         raise shared from error
     finally:
         end_run(run, status, shared, saver, callbacks, monitor)
+
+
+@contextlib.contextmanager
+def recorded_switch(ended: Run) -> Iterator[None]:
+    """Around the start of the next phase: what fails in it is a failure of the run, whose last phase has ended."""
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        if isinstance(error, Stopped):
+            status = "stopped" if error.signal is None else "interrupted"
+        if ended.is_main:
+            for part in (write_run_file, log_end):
+                try:
+                    part(ended, status)
+                except Exception as also:  # the reason of the failure counts
+                    warnings.warn(f"{part.__name__} did not end well: {also}", stacklevel=2)
+        raise
 
 
 def end_run(

@@ -11,6 +11,7 @@ from pipeline.checkpoint.locate import find_checkpoint
 from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
 from pipeline.create_run import create_run
+from pipeline.end_run import recorded_switch
 from pipeline.errors import LOST_RANK, LostRankError, lost_peer
 from pipeline.load import Resolved, checked_system, resolve
 from pipeline.parallel.collectives import broadcast_object, shared_errors
@@ -78,28 +79,32 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
         resolved = resolve(config, system, topology, checkpoint)
     if is_finished(resolved.config, checkpoint, topology):
         return
-    while True:
-        checkpoint = _train_phase(resolved, topology, sync_point, lock, checkpoint)
-        if checkpoint is None:
-            return
-        # What held the phase's engine may refer to itself.
-        gc.collect()
-        # As a process would that began here: what a system keeps between calls is the ended phase's.
-        with shared_errors(topology):
-            resolved = resolve(config, checked_system(config, topology), topology, checkpoint)
+    trainer = _begin(resolved, topology, sync_point, lock, checkpoint)
+    while trainer.execute():
+        ended = trainer.run
+        ended.engine.close()
+        assert ended.last_checkpoint is not None
+        checkpoint = ended.folder / "checkpoints" / ended.last_checkpoint
+        with recorded_switch(ended):
+            # What held the phase's engine may refer to itself.
+            del trainer
+            ended.let_go()
+            gc.collect()
+            # As a process would that began here: what a system keeps between calls is the ended phase's.
+            with shared_errors(topology):
+                resolved = resolve(config, checked_system(config, topology), topology, checkpoint)
+            trainer = _begin(resolved, topology, sync_point, lock, checkpoint)
 
 
-def _train_phase(
+def _begin(
     resolved: Resolved, topology: Topology, sync_point: SyncPoint, lock: FolderLock, checkpoint: Path | None
-) -> Path | None:
-    """Trains one phase, to its end or to where the run stops; returns the checkpoint from which the next one begins."""
+) -> Trainer:
+    """A phase that is ready for its first step."""
     weights = resolved.config.init_from
     if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
         # A resume can do without: its checkpoint has all that is trained, and a hash identifies the frozen weights.
         weights = None
     run = create_run(resolved, topology, weights=weights, checkpoint=checkpoint, lock=lock)
-    if not Trainer(run, sync_point).execute(checkpoint):
-        return None
-    run.engine.close()
-    assert run.last_checkpoint is not None
-    return run.folder / "checkpoints" / run.last_checkpoint
+    trainer = Trainer(run, sync_point)
+    trainer.begin(checkpoint)
+    return trainer

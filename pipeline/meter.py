@@ -24,11 +24,15 @@ class Meter:
         self.run = run
         self.flops = run.system.flops(run.config.sequence_length, run.phase).total
         self.peak = peak_flops(run.config.report.peak_tflops)
+        self.by_step = run.phase.until is not None
         self._clear()
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
+        self.latest: dict[str, Tensor] = {}
+        """Sums of the last step alone."""
+        self.latest_counts: Mapping[str, float] = {}
         self.steps = 0
         self.begun = time.perf_counter()
 
@@ -42,11 +46,13 @@ class Meter:
 
     def _plus(self, name: str, value: Tensor) -> None:
         value = value.detach().double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        for sums in (self.sums, self.latest) if self.by_step else (self.sums,):
+            sums[name] = sums[name] + value if name in sums else value
 
     def add_counts(self, counts: Mapping[str, float]) -> None:
-        """The global counts of one step."""
+        """The global counts of one step, whose micro-batches are then added."""
         self.steps += 1
+        self.latest, self.latest_counts = {}, counts
         for term, count in counts.items():
             self.counts[term] = self.counts.get(term, 0) + count
 
@@ -54,12 +60,17 @@ class Meter:
         """Time since the last record."""
         return time.perf_counter() - self.begun
 
-    def record(self, step: int, result: StepResult) -> StepRecord:
-        """Reduces over ranks and starts anew. Collective. Updates the run's tokens and elapsed time."""
-        run, elapsed = self.run, self.seconds()
-        totals = reduce_sums(self.sums, run.topology, run.device)
-        # `loss` is what is minimised: each term's mean, added up.
-        means = {term: float(totals[f"loss/{term}"]) / max(1, count) for term, count in self.counts.items()}
+    def numbers(self) -> dict[str, float]:
+        """Loss and metrics of the last step alone, and the labels counted since the start of the run, in a phase with a
+        stopping rule: summed over ranks, and equal on them to the bit. Collective."""
+        loss, metrics = self._reduce(self.latest, self.latest_counts)
+        tokens = self.run.progress.tokens + int(self.counts[self.run.system.token_term])
+        return {**metrics, "loss": loss, "tokens": tokens}
+
+    def _reduce(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """The loss that is minimised (each term's mean, added up), and metrics, terms among them if several."""
+        totals = reduce_sums(sums, self.run.topology, self.run.device)
+        means = {term: float(totals[f"loss/{term}"]) / max(1, count) for term, count in counts.items()}
         metrics = {}
         for name, value in totals.items():
             kind, _, metric = name.partition("/")
@@ -67,6 +78,12 @@ class Meter:
                 metrics[metric] = float(value / totals[f"count/{metric}"].clamp_min(1))
         if len(means) > 1:
             metrics |= {f"loss/{term}": mean for term, mean in means.items()}
+        return sum(means.values()), metrics
+
+    def record(self, step: int, result: StepResult) -> StepRecord:
+        """Reduces over ranks and starts anew. Collective. Updates the run's tokens and elapsed time."""
+        run, elapsed = self.run, self.seconds()
+        loss, metrics = self._reduce(self.sums, self.counts)
         memory = torch.tensor(peak_memory(), device=run.device)
         if run.topology.world > 1:
             dist.all_reduce(memory, op=dist.ReduceOp.MAX)
@@ -76,7 +93,7 @@ class Meter:
         self._clear()
         return StepRecord(
             step=step,
-            loss=sum(means.values()),
+            loss=loss,
             lr=result.lr,
             grad_norm=None if result.skipped else result.grad_norm,
             tok_s=tok_s,

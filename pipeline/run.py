@@ -33,6 +33,8 @@ class Progress:
     """The step before the phase's first."""
     phase_done: bool = False
     """Whether the phase has ended, by its number of steps or by its stopping rule."""
+    rule_met: bool = False
+    """Whether its stopping rule has ended it."""
     phases_before: tuple[str, ...] = ()
     """The phases that the run has gone through before this one."""
     tokens: int = 0
@@ -55,7 +57,7 @@ class Progress:
         """The next step is the first of `phase`."""
         if self.phase:
             self.phases_before = (*self.phases_before, self.phase)
-        self.phase, self.phase_start, self.phase_done = phase, self.step, False
+        self.phase, self.phase_start, self.phase_done, self.rule_met = phase, self.step, False, False
 
 
 @dataclass
@@ -82,6 +84,10 @@ class Run:
     """Held by rank 0, so that no other run writes to the folder."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What was chosen for this machine, for the log: layout, backends, data, parameters."""
+
+    def let_go(self) -> None:
+        """Of what takes memory, once the run needs it no more; what it was and how far it came stays."""
+        del self.engine, self.loader, self.system
 
     @property
     def trained(self) -> list[str]:

@@ -125,9 +125,9 @@ class ParameterGroup:
 
 
 StoppingRule = Callable[[Mapping[str, float]], bool]
-"""Of the numbers of one step, the same on every rank: `loss`, `phase_step`, `tokens` and the system's metrics. It is a
-function of these alone: what it remembered of earlier steps would be lost by a resume. A system that counts keeps the
-count in a buffer of the model, and reports it as a metric."""
+"""Of the numbers of one step, the same on every rank: `loss`, `phase_step`, `tokens` and the system's metrics (those
+that cost time at logged steps alone). It is a function of these alone: what it remembered of earlier steps would be
+lost by a resume. A system that counts keeps the count in a buffer of the model, and reports it as a metric."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.callbacks import Callback, StepRecord, create_callbacks
+from pipeline.callbacks import Callback, create_callbacks
 from pipeline.checkpoint.contents import take_snapshot
 from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.save import Saver
@@ -42,24 +42,30 @@ class Trainer:
         self.snapshot = take_snapshot(run, self.carries)
         """The last completed step."""
 
-    def execute(self, checkpoint: Path | None) -> bool:
-        """Trains from `checkpoint` (or the start) to the phase's end, or to where the run stops.
-
-        Returns whether another phase follows, which begins with the run's last checkpoint.
-        """
-        run, config = self.run, self.run.config
+    def begin(self, checkpoint: Path | None) -> None:
+        """Goes back to where `checkpoint` was saved, or to the start, and opens the run directory. Collective; raises
+        UserError."""
+        run = self.run
         if checkpoint is not None:
             carries = restore(run, checkpoint)
             self.carries = carries or self.carries
             self.snapshot = take_snapshot(run, self.carries)
             self.saved = run.progress.step
             run.chosen["resumed"] = f"from {checkpoint}"
-        if config.dry_run:
+        if not run.config.dry_run:
+            # Only now: a start that was refused leaves the folder as it is.
+            open_folder(run)
+            self.callbacks = create_callbacks(run)
+
+    def execute(self) -> bool:
+        """Trains to the phase's end, or to where the run stops; `begin` comes before.
+
+        Returns whether another phase follows, which begins with the run's last checkpoint.
+        """
+        run = self.run
+        if run.config.dry_run:
             self._dry_run()
             return False
-        # Only now: a start that was refused leaves the folder as it is.
-        open_folder(run)
-        self.callbacks = create_callbacks(run)
         with recorded_end(run, self.saver, self.callbacks, self.sync_point.monitor):
             for callback in self.callbacks:
                 callback.on_start()
@@ -78,23 +84,24 @@ class Trainer:
             meter.begun = time.perf_counter()
         if progress.phase != self.phase.name:
             progress.enter(self.phase.name)
-        elif self.phase.until is None:
-            # With more --steps a phase that had ended goes on.
-            progress.phase_done = progress.phase_step >= self.phase.steps
+        else:
+            # With more --steps a phase goes on that had ended by their number.
+            progress.phase_done = progress.rule_met or progress.phase_step >= self.phase.steps
         last = min(self.run.end_of_phase, config.stop_after or self.run.end_of_phase)
         while progress.step < last and not progress.phase_done:
             step = progress.step + 1
             due = step == last or (config.save_every and step % config.save_every == 0)
             # A checkpoint holds the tokens and seconds up to its step.
-            logged = bool(due) or step % config.report.log_every == 0 or self.phase.until is not None
+            logged = bool(due) or step % config.report.log_every == 0
             result = self.step(step, meter, logged=logged)
             progress.step, self.result = step, result
-            progress.phase_done = progress.phase_step >= self.phase.steps
-            if logged:
-                record = self._record(meter)
-                if self.phase.until is not None and self.phase.until(self._reduced(record)):
-                    progress.phase_done = True
+            if self.phase.until is not None:
+                numbers = {**meter.numbers(), "phase_step": progress.phase_step}
+                progress.rule_met = bool(self.phase.until(numbers))
+            progress.phase_done = progress.rule_met or progress.phase_step >= self.phase.steps
             ends = step == last or progress.phase_done
+            if logged or ends:
+                self._record(meter)
             for callback in self.callbacks:
                 callback.after_step(step)
             if result.scale_was_lowered:
@@ -151,16 +158,10 @@ class Trainer:
         self.outputs = outputs
         return carries
 
-    def _reduced(self, record: StepRecord) -> dict[str, float]:
-        """What a stopping rule sees: numbers that are summed over ranks, and equal on them to the bit."""
-        step = {"phase_step": self.run.progress.phase_step, "loss": record.loss, "tokens": record.tokens}
-        return {**record.metrics, **step}
-
-    def _record(self, meter: Meter) -> StepRecord:
+    def _record(self, meter: Meter) -> None:
         record = meter.record(self.run.progress.step, self.result)
         for callback in self.callbacks:
             callback.on_step(record)
-        return record
 
     def _save(self, *, background: bool = False) -> None:
         progress = self.run.progress

@@ -16,7 +16,7 @@ from pipeline.meter import Meter
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_tiny
 from pipeline.run import Run
-from pipeline.system import Flops, StepOutput
+from pipeline.system import Flops, Phase, StepOutput
 
 DONE = StepResult(grad_norm=0.5, skipped=False, lr=1e-3)
 
@@ -39,7 +39,7 @@ def run(clock, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     system = types.SimpleNamespace(flops=lambda length, phase: Flops(400.0, 600.0), token_term="cross_entropy")
     config = replace(miras_tiny(), parallel__sequence=1)
-    return Run(config, Topology(), torch.device("cpu"), system, None, None, None, {})  # type: ignore[arg-type]
+    return Run(config, Topology(), torch.device("cpu"), system, Phase("train", 1, ()), None, None, {})  # type: ignore[arg-type]
 
 
 def output(loss: float, **metrics: tuple[float, float]) -> StepOutput:
@@ -107,6 +107,20 @@ def test_terms_are_added_up_and_said_one_by_one(run: Run, clock) -> None:
     assert record.loss == pytest.approx(2.5)
     assert record.tokens == 4, "the modules of a regulariser are no tokens"
     assert record.metrics == {"loss/cross_entropy": 2.0, "loss/regulariser": 0.5}
+
+
+def test_a_stopping_rule_gets_the_numbers_of_the_last_step_alone(run: Run, clock) -> None:
+    run.phase = Phase("train", 9, (), until=lambda numbers: False)
+    meter = Meter(run)
+    for loss, metric in ((8.0, 1.0), (4.0, 3.0)):
+        meter.add_counts({"cross_entropy": 2})
+        for _ in range(2):
+            one = torch.ones(())
+            meter.add(StepOutput({"cross_entropy": torch.tensor(loss)}, {}, {"share": (metric * one, one)}))
+    assert meter.numbers() == {"loss": 4.0, "share": 3.0, "tokens": 4}
+    clock(1.0)
+    record = meter.record(2, DONE)
+    assert (record.loss, record.metrics, record.tokens) == (6.0, {"share": 2.0}, 4)
 
 
 def test_sums_keep_their_precision_over_many_micro_batches(run: Run, clock) -> None:

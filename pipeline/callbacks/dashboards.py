@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.callbacks.samples import without
 from pipeline.errors import UserError
+from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
@@ -31,6 +33,16 @@ def flat(ablations: Mapping[str, Evaluation]) -> dict[str, float]:
     """The numbers of all ablations by one name each."""
     found = ablations.items()
     return {f"{without(part)}/{name}": value for part, of in found for name, value in of.scalars.items()}
+
+
+def _wandb_id(run: Run) -> str:
+    """That of the W&B run, kept in the run directory: a resume and the next phase go on with it. Raises RankError."""
+    path = run.folder / "wandb_id"
+    if run.progress.step and path.is_file():
+        return path.read_text().strip()
+    with writing(path):
+        path.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
 
 
 class TensorBoard(Callback):
@@ -70,6 +82,7 @@ class WeightsAndBiases(Callback):
             name=run.folder.name,
             dir=str(run.folder),
             config=dataclasses.asdict(run.config),
+            id=_wandb_id(run),
             resume="allow",
         )
 

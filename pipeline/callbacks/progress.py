@@ -128,10 +128,20 @@ class ProgressLines(Callback):
                 silence(sys.stdout if self.bar is None else sys.stderr)
 
     def _write(self, line: str) -> None:
-        path = self.run.folder / "training.log"
-        # The name of a folder may be no text.
-        with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        log_line(self.run, line)
+
+
+def log_end(run: Run, status: str) -> None:
+    """The last line of a run that ended outside of a phase. Raises RankError."""
+    log_line(run, f"{status} at step {run.progress.step}, before the next phase: {run.folder}")
+
+
+def log_line(run: Run, line: str) -> None:
+    """A line of training.log, with the time."""
+    path = run.folder / "training.log"
+    # The name of a folder may be no text.
+    with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
+        handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 
 def clock(seconds: float) -> str:

@@ -168,6 +168,15 @@ class _Flat:
     optimizer: torch.optim.Optimizer
 
 
+def check_switchable(engine: Engine, zero: str) -> None:
+    """Raises UserError where an engine cannot be filled from a universal checkpoint, by which the next phase begins."""
+    try:
+        for _ in _flats(engine.deepspeed.optimizer):
+            pass
+    except UserError as error:
+        raise UserError(f"--zero {zero}: a run of several phases is resumed at every switch, and {error}") from error
+
+
 def _flats(optimizer: Any) -> Iterator[_Flat]:
     if isinstance(optimizer, torch.optim.Optimizer):
         for group in optimizer.param_groups:

@@ -97,3 +97,10 @@ def test_weights_and_biases_gets_the_run(
     assert step == 3 and train["train/loss"] == 2.5 and "train/grad_norm" not in train
     assert val == {"val/loss": 2.0}
     assert ended == code
+    identity = options["id"]
+    for step, same in ((0, False), (3, True)):
+        calls.clear()
+        run.progress.step = step
+        WeightsAndBiases(run)
+        assert (calls[0][1]["id"] == identity) == same, "a resume and the next phase go on with the same run"
+        identity = calls[0][1]["id"]

@@ -24,9 +24,10 @@ def ended(tmp_path: Path):
 
     def make(step: int = STEPS, status: str = "finished", **changes: Any) -> tuple[RunConfig, Path]:
         run = a_run(tmp_path / "run")
+        run.config = dataclasses.replace(run.config, steps=STEPS)
         checkpoint = save(run, step)
         (run.folder / "run.json").write_text(json.dumps({"status": status, "evaluated": [0, step]}))
-        return dataclasses.replace(run.config, steps=STEPS, **changes), checkpoint
+        return dataclasses.replace(run.config, **changes), checkpoint
 
     return make
 
@@ -92,6 +93,28 @@ def test_a_finished_run_of_an_older_version_is_finished(ended) -> None:
 def test_a_start_with_something_to_do_goes_on(changes: dict[str, Any], ended) -> None:
     config, checkpoint = ended()
     assert nothing_left(dataclasses.replace(config, **changes), checkpoint) is None
+
+
+def test_a_phase_may_be_longer_than_the_steps_of_the_run(ended) -> None:
+    """It stopped behind them, and nothing says that it had ended."""
+    assert nothing_left(*ended(step=STEPS + 1, status="stopped")) is None
+    message = nothing_left(*ended(step=STEPS + 1, status="stopped", stop_after=STEPS + 1))
+    assert message is not None and "already stopped at step 21 (--stop-after is 21)" in message
+
+
+def test_a_phase_may_be_shorter_than_the_steps_of_the_run(ended) -> None:
+    message = nothing_left(*ended(step=7))
+    assert message is not None and "already finished at step 7" in message
+
+
+def test_another_model_section_may_make_phases_longer(ended) -> None:
+    config, checkpoint = ended()
+    text = (checkpoint / "config.yaml").read_text()
+    for changed, left in ((text.replace("gate_rank: ", "gate_rank: 1"), True), (text + "new_field: 3\n", False)):
+        (checkpoint / "config.yaml").write_text(changed)
+        assert (nothing_left(config, checkpoint) is None) == left
+    config, checkpoint = ended(phases=("train",))
+    assert nothing_left(config, checkpoint) is None
 
 
 def test_a_stop_that_lies_ahead_is_something(ended) -> None:

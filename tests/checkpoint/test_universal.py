@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from pipeline.checkpoint import universal, universal_convert
 from pipeline.checkpoint.manifest import problems, read_manifest
 from pipeline.checkpoint.safe import FORCE, load_pickle, weights_only
-from pipeline.checkpoint.universal import convert, is_universal
+from pipeline.checkpoint.universal import check_switchable, convert, is_universal
 from pipeline.errors import UserError
 from tests.checkpoint.whole import write_whole
 
@@ -298,3 +299,14 @@ def test_loads_by_others_are_safe_too(tmp_path: Path, before: str | None, monkey
         assert isinstance(torch.load(tmp_path / "y.pt", weights_only=False)["x"], LossScaler)
     assert os.environ.get(FORCE) == before
     assert not (tmp_path / "pwned").exists()
+
+
+def test_an_engine_that_no_switch_can_fill_is_refused_at_the_start() -> None:
+    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(optimizer=torch.optim.AdamW([torch.zeros(1)])))
+    check_switchable(engine, "zero0")
+    engine.deepspeed.optimizer = object()
+    reason = (
+        r"^--zero mine\.json: a run of several phases is resumed at every switch, and a universal checkpoint cannot be"
+    )
+    with pytest.raises(UserError, match=reason):
+        check_switchable(engine, "mine.json")

@@ -137,7 +137,8 @@ def test_a_full_disk_under_a_library_ends_a_run_as_under_ourselves(
     run = a_run(tmp_path)
     monkeypatch.setattr(train, "create_callbacks", lambda run: [Picture()])
     trainer = train.Trainer(run)
+    trainer.begin(None)
     with pytest.raises(RankError, match=rf"{name or tmp_path}: not written \(No space left on device\)") as caught:
-        trainer.execute(None)
+        trainer.execute()
     assert capsys.readouterr().err == f"mnemos: {caught.value}\n" and caught.value.reported
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"

@@ -25,7 +25,7 @@ from pipeline.callbacks.metrics import read_rows
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.cli import main as mnemos
 from pipeline.cli import without_local_rank
-from pipeline.config import ParallelConfig, RunConfig
+from pipeline.config import ParallelConfig, ReportConfig, RunConfig
 from pipeline.errors import UserError
 from pipeline.job import train
 from pipeline.runtime.exit import exit_process
@@ -104,8 +104,9 @@ class Cases:
         self.last = len(self.truth.rows)
 
     def config(self, folder: Path, zero: str, sequence: int = 1, **changes: Any) -> RunConfig:
+        changes.setdefault("threshold", self.threshold)
         return phased(
-            folder, threshold=self.threshold, data=self.world // sequence, zero=zero,
+            folder, data=self.world // sequence, zero=zero,
             parallel=ParallelConfig(sequence=sequence), **changes,
         )  # fmt: skip
 
@@ -217,9 +218,57 @@ class Cases:
         straight = self.folder("zero1", 1)
         self.note("died unevaluated", lambda: [*same(straight, folder, self.last), *([] if died else ["alive"])])
 
+    def all_trained(self) -> None:
+        """A last phase that trains all that any phase does: what the one before it left out is as it was."""
+        folder = self.out / f"whole{self.world}"
+        train(self.config(folder, "zero1", whole=True))
+        truth = reference(phased(self.out), self.threshold, whole=True)
+        self.note("error all trained", lambda: error(folder, truth))
+
+    def from_weights(self) -> None:
+        """A run from other weights, whose folder is gone when its second phase begins."""
+        other, base, folder = (self.out / f"{name}{self.world}" for name in ("other", "from", "from-gone"))
+        train(self.config(other, "zero1", seed=4, phases=("B",)))
+        weights = {"init_from": checkpoint(other, 5), "phases": ("A", "C")}
+        train(self.config(base, "zero1", **weights))
+        train(self.config(folder, "zero1", stop_after=self.first, **weights))
+        if dist.get_rank() == 0:
+            shutil.rmtree(other)
+        dist.barrier()
+        train(self.config(folder, "zero1", phases=("A", "C")))
+        last = int(rows_of(base)[-1]["step"]) if dist.get_rank() == 0 else 0
+        self.note("from weights", lambda: differences(checkpoint(base, last), checkpoint(folder, last)))
+
+    def fails_at_switch(self) -> None:
+        """A next phase that cannot begin is a failure that run.json and the log know of."""
+        from tests.toy_systems.phased.system import PhasedSystem
+
+        loader, folder = PhasedSystem.loader, self.out / f"failed{self.world}"
+
+        def refuses(system: Any, phase: Any, topology: Any) -> Any:
+            if phase.name == "B":
+                raise UserError("--data: gone")
+            return loader(system, phase, topology)
+
+        PhasedSystem.loader = refuses  # type: ignore[method-assign]
+        try:
+            self.refusal("at a switch", self.config(folder, "zero1"))
+        finally:
+            PhasedSystem.loader = loader  # type: ignore[method-assign]
+
+        def left() -> list[str]:
+            log = (folder / "training.log").read_text().splitlines()
+            return [json.loads((folder / "run.json").read_text())["status"], log[-1].partition("  ")[2]]
+
+        self.note("left at a switch", left)
+        train(self.config(folder, "zero1"))
+        self.note("after a failure", lambda: same(self.folder("zero1", 1), folder, self.last))
+
     def intervals(self) -> None:
         """Samples and ablations at intervals and ends; those that a kill took the run away from are made up for."""
-        folder, every = self.out / f"intervals{self.world}", {"sample_every": 2, "ablate_every": 3}
+        folder = self.out / f"intervals{self.world}"
+        every: dict[str, Any] = {"sample_every": 2, "ablate_every": 3}
+        every["report"] = ReportConfig(plots=False, log_every=3)
         train(self.config(folder, "zero1", stop_after=self.first + 2, **every))
         if dist.get_rank() == 0:
             done = json.loads((folder / "run.json").read_text())
@@ -232,8 +281,10 @@ class Cases:
             done = json.loads((folder / "run.json").read_text())
             texts = {path.name: path.read_text() for path in (folder / "samples").glob("drawn-*.txt")}
             rows = [(row["step"], row["phase"], row["without"]) for row in rows_of(folder, "ablation")]
+            logged = [(row["step"], "heavy" in row) for row in rows_of(folder)]
             ends = [self.first, self.first + 2, self.second, self.last]
-            return {"sampled": done["sampled"], "ablated": done["ablated"], "texts": texts, "rows": rows, "ends": ends}
+            lists = {"sampled": done["sampled"], "ablated": done["ablated"]}
+            return {**lists, "texts": texts, "rows": rows, "logged": logged, "ends": ends}
 
         self.note("intervals", found)
 
@@ -260,6 +311,11 @@ class Cases:
         dist.barrier()
         train(self.config(copy, "zero0", steps=7))
         self.note("longer", lambda: [(row["phase"], row["phase_step"]) for row in rows_of(copy)][-3:])
+        # A phase with a rule, which its number of steps ended.
+        unmet = {"threshold": -1.0, "phases": ("A",)}
+        for steps in (3, 5):
+            train(self.config(self.out / f"unmet{self.world}", "zero0", steps=steps, **unmet))
+        self.note("longer unmet", lambda: [row["phase_step"] for row in rows_of(self.out / f"unmet{self.world}")])
 
 
 def commands(cases: Cases) -> dict[str, Any]:
@@ -297,6 +353,9 @@ def main() -> None:
         cases.picked()
         cases.unevaluated()
         cases.intervals()
+        cases.all_trained()
+        cases.from_weights()
+        cases.fails_at_switch()
         cases.take_elastic()
         cases.finished()
     stop()

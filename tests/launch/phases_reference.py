@@ -41,7 +41,7 @@ class Reference:
         return max(step for step, row in enumerate(self.rows, start=1) if row[0] == phase)
 
 
-def reference(config: RunConfig, threshold: float, phases: str = "ABC") -> Reference:
+def reference(config: RunConfig, threshold: float, phases: str = "ABC", *, whole: bool = False) -> Reference:
     """All rows of a step at once, on one device."""
     found = Reference()
     system = PhasedSystem(config)
@@ -53,12 +53,15 @@ def reference(config: RunConfig, threshold: float, phases: str = "ABC") -> Refer
     position = 0
     for phase in phases:
         peak, betas, eps = ADAM[phase]
+        groups_of = GROUPS[phase]
+        if phase == "C" and whole:
+            groups_of = [([*groups_of[0][0], "early.bias"], *groups_of[0][1:])]
         groups = [
             {"params": [named[name] for name in names], "weight_decay": decay, "scale": scale}
-            for names, scale, decay in GROUPS[phase]
+            for names, scale, decay in groups_of
         ]
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, eps=eps, foreach=False)
-        trained = [name for names, _, _ in GROUPS[phase] for name in names]
+        trained = [name for names, _, _ in groups_of for name in names]
         for name in trained:
             if name in states:
                 optimizer.state[named[name]] = states[name]

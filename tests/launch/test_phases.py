@@ -30,7 +30,7 @@ def of(found: dict[str, Any], kind: str) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 def test_losses_rates_and_weights_are_those_of_plain_adamw_on_named_sets(found) -> None:
     errors = {f"{case} on {world}": error for world in (1, 2) for case, error in of(found[world], "error").items()}
-    assert len(errors) == 4 + 8 + 2 + 4
+    assert len(errors) == 4 + 8 + 2 + 4 + 1
     assert {
         case: error
         for case, error in errors.items()
@@ -61,6 +61,8 @@ def test_samples_and_ablations_come_at_their_intervals_and_at_ends(found) -> Non
     first, _, second, _ = ends
     phases = {step: "A" if step <= first else "B" if step <= second else "C" for step in range(1, last + 1)}
     assert done["rows"] == [[step, phases[step], "late bias"] for step in done["ablated"]]
+    # A rule is asked after every step, and a logged step is one of the interval, or the last of a phase or a start.
+    assert done["logged"] == [[step, step != first] for step in sorted({*range(3, last + 1, 3), *ends})]
     assert done["texts"] == {f"drawn-{step}.txt": f"{phases[step]} {step}\n" for step in done["sampled"]}
 
 
@@ -76,6 +78,18 @@ def test_a_phase_does_not_begin_in_the_midst_of_another(found) -> None:
 def test_a_run_that_has_ended_has_nothing_left_unless_its_last_phase_gets_longer(found) -> None:
     assert found[1]["nothing is left"]
     assert found[1]["longer"] == [["C", 5], ["C", 6], ["C", 7]]
+    assert found[1]["longer unmet"] == [1, 2, 3, 4, 5]
+
+
+def test_weights_of_another_run_are_needed_by_the_first_phase_alone(found) -> None:
+    assert found[1]["from weights"] == []
+
+
+def test_a_phase_that_cannot_begin_is_a_failure_of_the_run(found) -> None:
+    assert found[1]["refused at a switch"] == "--data: gone"
+    status, line = found[1]["left at a switch"]
+    assert status == "failed" and line.startswith("failed at step 4, before the next phase: ")
+    assert found[1]["after a failure"] == []
 
 
 def test_the_commands_know_the_phases(found) -> None:

@@ -48,6 +48,18 @@ def test_logits_and_gradients_are_those_of_transformers(ids: Tensor, name: str, 
         torch.testing.assert_close(gradients[key], parameter.grad, rtol=1e-4, atol=1e-5, msg=key)
 
 
+def test_a_window_of_ours_is_the_sliding_window_of_transformers(ids: Tensor) -> None:
+    plain = decoder("mistral")
+    whole = plain_logits(plain, ids, LENGTHS)
+    plain.config.sliding_window = 7
+    backbone = build_backbone(copy.deepcopy(plain.config))
+    backbone.load_state_dict(plain.state_dict())
+    found = our_logits(backbone, ids, LENGTHS, AttentionConfig(kind="window", window=7, sinks=0))
+    expected = plain_logits(plain, ids, LENGTHS)
+    assert (expected - whole).abs().max() > 0.3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_clip_of_queries_keys_and_values_is_met(ids: Tensor) -> None:
     """So that the comparison above is one of clipped values."""
     plain = decoder("olmo")

@@ -64,7 +64,7 @@ class PhasedSystem(System[Pairs]):
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, PhasedConfig)
         super().__init__(config)
-        self.threshold, self.pause = config.model.threshold, config.model.pause
+        self.threshold, self.whole, self.pause = config.model.threshold, config.model.whole, config.model.pause
 
     def build(self) -> nn.Module:
         return PhasedModel()
@@ -81,7 +81,8 @@ class PhasedSystem(System[Pairs]):
         )
         second = Schedule(0.02, 2, warmup_start=0.25, shape="linear", floor=0.3, betas=(0.8, 0.99), eps=1e-6)
         # Parameters of every age are in one group of the last phase, and the early bias rests from the second on.
-        third = group("all", "early.weight", "late.weight", "late.bias", "extra", weight_decay=decay)
+        rested = ("early.bias",) if self.whole else ()
+        third = group("all", "early.weight", "late.weight", "late.bias", "extra", *rested, weight_decay=decay)
         return [
             Phase("A", steps, first, until=lambda numbers: numbers["loss"] < threshold),
             Phase("B", steps, (group("late", "late.weight", "late.bias", lr_scale=0.7),), second, keep_carry=True),
@@ -105,7 +106,8 @@ class PhasedSystem(System[Pairs]):
         time.sleep(self.pause)
         part = context.topology.shard(length)
         loss = model(batch.inputs[:, part], batch.targets[:, part], memory)
-        return StepOutput({TERM: loss}, {"memory": CarryEntry(remembered(memory, batch))})
+        heavy = {"heavy": (torch.ones(()), torch.ones(()))} if context.heavy_metrics else {}
+        return StepOutput({TERM: loss}, {"memory": CarryEntry(remembered(memory, batch))}, heavy)
 
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         dict(model.named_buffers())["steps"].add_(1)

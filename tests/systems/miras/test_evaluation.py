@@ -27,7 +27,7 @@ class System(systems.Remembering):
 
 
 def test_text_is_read_with_the_memory_on_and_off() -> None:
-    evaluation = evaluate(System(512, steps=3), nn.Linear(1, 1), PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(System(512, steps=3), nn.Linear(1, 1), systems.PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
     curve = evaluation.curves["perplexity_by_position"]
     assert set(curve.series) == {ON, OFF, RATIO} and curve.drawn == (RATIO,)
     assert curve.edges == {"window of 64": 64, "reach of 4 layers": 4 * 63}
@@ -38,7 +38,7 @@ def test_text_is_read_with_the_memory_on_and_off() -> None:
 
 
 def test_a_sequence_too_short_for_two_passages_has_no_such_curve() -> None:
-    evaluation = evaluate(System(128), nn.Linear(1, 1), PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(System(128), nn.Linear(1, 1), systems.PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
     assert set(evaluation.curves) == {"perplexity_by_position"}
 
 
@@ -46,7 +46,7 @@ def test_a_model_without_memory_has_its_own_perplexity_drawn() -> None:
     system = System(512)
     bare = dataclasses.replace(SIZES, memory=dataclasses.replace(SIZES.memory, layers=()))
     system.sizes = bare  # type: ignore[misc]
-    evaluation = evaluate(system, nn.Linear(1, 1), PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(system, nn.Linear(1, 1), systems.PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
     curve = evaluation.curves["perplexity_by_position"]
     assert set(curve.series) == {ON} and curve.drawn == () and not curve.levels and not curve.intervals
     assert set(evaluation.curves["recall_by_distance"].series) == {ON, f"saved, {ON}"}
@@ -57,7 +57,7 @@ def test_the_recall_task_is_read_with_the_memory_on_and_off() -> None:
     system = Even()
     system.config = config
     system.sizes, system.backbone = config.model, types.SimpleNamespace(num_hidden_layers=2)  # type: ignore[attr-defined]
-    evaluation = evaluate(system, nn.Linear(1, 1), PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
+    evaluation = evaluate(system, nn.Linear(1, 1), systems.PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
     (curve,) = evaluation.curves.values()
     assert set(curve.series) == {ON, OFF} and curve.levels == {"chance, 1 in 16": 1 / 16}
     assert curve.edges == {"window of 32": 32.0, "reach of 2 layers": 62.0}
@@ -68,5 +68,5 @@ def test_an_evaluation_leaves_the_models_mode_as_it_found_it() -> None:
     model = nn.Linear(1, 1)
     for training in (True, False):
         model.train(training)
-        evaluate(System(128), model, PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
+        evaluate(System(128), model, systems.PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
         assert model.training == training

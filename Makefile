@@ -17,7 +17,7 @@ setup:
 test: export OMP_NUM_THREADS ?= 1
 test: setup
 	@$(PYTHON) -m pytest --ignore tests/launch -n auto --maxprocesses 8 --dist loadfile; others=$$?; \
-	$(PYTHON) -m pytest tests/launch -n 2 --dist loadfile && exit $$others
+	$(PYTHON) -m pytest tests/launch -n 2 --dist loadfile --no-loadscope-reorder && exit $$others
 
 check: setup
 	$(PYTHON) -m ruff check

@@ -106,7 +106,7 @@ def test_an_evaluation_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_deadline_is_a_planned_stop(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = launch(2, *words(folder, "--steps", "4000", "--max-hours", "0.007", "--async-save", "--save-every", "2"))
+    done = launch(2, *words(folder, "--steps", "4000", "--max-hours", "0.01", "--async-save", "--save-every", "2"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped (--max-hours have passed)" in done.stderr
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped"

@@ -21,6 +21,7 @@ import pipeline.job
 import pipeline.systems
 from pipeline.checkpoint.manifest import complete_checkpoints, problems
 from pipeline.cli import main as mnemos
+from pipeline.files.run_file import read_run_file
 from tests import toy_systems
 from tests.launch.harness import free_port
 from tests.launch.phases_main import same, threshold_of
@@ -119,7 +120,7 @@ def kill(folder: Path, log: Path, command: list[str], switch: int, draw: random.
     codes = job.wait()
     if 0 in codes:
         # The others had left the run, which is over, when this one was killed on its way out.
-        assert json.loads((folder / "run.json").read_text())["status"] == "finished", codes
+        assert read_run_file(folder).status == "finished", codes
         return "too late"
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
     for checkpoint in complete_checkpoints(folder / "checkpoints"):
@@ -148,7 +149,7 @@ def main() -> None:
             for _ in range(PER_RUN // len(switches)):
                 met[kill(killed, log, words(killed, stage, threshold, 0.05), switch, draw)] += 1
         for folder in (killed, straight):
-            if not (folder / "checkpoints" / f"checkpoint-{last}").is_dir():
+            if not folder.is_dir() or read_run_file(folder).status != "finished":
                 codes = Job(words(folder, stage, threshold, 0.0), log).wait()
                 assert codes == [0, 0], log.read_text()[-3000:]
         wrong[f"run {run}, zero{stage}"] = same(straight, killed, last)

@@ -30,7 +30,8 @@ ATTENTION_NAME = "mnemos"
 """The name under which transformers knows our attention."""
 
 Refine = Callable[..., Tensor]
-"""refine(q, v, out, scale, *tokens): another output of attention, [batch, sequence, heads / degree, dim] as `out`."""
+"""refine(q, k, v, out, scale, *tokens): another output of attention, like `out` [batch, sequence, heads / degree,
+dim]."""
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Beside(NamedTuple):
     tokens: Sequence[Tensor] = ()
     """[batch, sequence / degree, heads, ...] each; exchanged with queries, keys and values, for `refine`."""
     refine: Refine | None = None
-    """Called with all of the sequence and this rank's heads; q is unrotated."""
+    """Called with all of the sequence and this rank's heads; q and k are unrotated."""
 
 
 def attend(
@@ -80,7 +81,7 @@ def attend(
     else:
         out, call.after[index] = window_attention(q, k, v, call.plan, call.before[index], scale=scaling)
     if beside.refine is not None:
-        out = beside.refine(q, v, out, scaling, *tokens)
+        out = beside.refine(q, k, v, out, scaling, *tokens)
     (out,) = to_sequence([out], topology)
     if beside.gate is not None:
         out = out * beside.gate.view_as(out)

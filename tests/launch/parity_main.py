@@ -38,7 +38,7 @@ VOCABULARY = 64
 ACCUMULATIONS = (1, 3)
 CONTEXT = 7
 """Tokens of a segment of mac: not a divisor of the sequence."""
-ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
+ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
 """Attachments and ZeRO stages; stage 3 with recomputation, and with every parameter sharded, however small."""
 RULES = [("mac", "mlp"), ("residual", "yaad")]
 """Attachments of rules that have parameters of their own, as stage 3 above."""
@@ -67,6 +67,14 @@ def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **o
     memory = dataclasses.replace(
         config.model.memory, attachment=attachment, context=CONTEXT, rule=rule, gradient_chunk=5
     )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+
+
+def mixed() -> RunConfig:
+    """`overflow` on layer 2 beside `mac` on layer 1."""
+    config = attached("mac")
+    assert isinstance(config.model, MirasConfig)
+    memory = dataclasses.replace(config.model.memory, overflow_layers=(2,))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 
 
@@ -139,6 +147,7 @@ def cases(sharded: str, ranks: int) -> list[tuple[str, RunConfig]]:
     for attachment, rule in RULES:
         config = dataclasses.replace(attached(attachment, rule=rule), zero=sharded, activation_checkpointing=True)
         found.append((f"{attachment}-{rule}-zero3", config))
+    found.append(("overflow-beside-mac", dataclasses.replace(mixed(), zero="zero2", activation_checkpointing=True)))
     found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
     return found
 

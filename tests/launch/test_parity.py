@@ -21,8 +21,8 @@ TOPOLOGIES = {
 }
 CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
-ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
-ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3"]
+ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
+ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_frozen_backbone_has_no_gradient_buffer(one_rank: Path) -> None:
         assert all(name.startswith("memory.") for name in found["gradients"])
 
 
-@pytest.mark.parametrize("kind", ["window", "full", "mal", "mag", "mac"])
+@pytest.mark.parametrize("kind", ["window", "full", "mal", "mag", "mac", "overflow"])
 def test_no_token_changes_an_earlier_loss_or_another_document(one_rank: Path, many_ranks: Path, kind: str) -> None:
     for folder in (one_rank, many_ranks):
         found = json.loads((folder / f"causality-{kind}.json").read_text())

@@ -11,8 +11,10 @@ from pipeline.config import MAY_CHANGE, ModelConfig, at_least
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.ops.gates import MAX_MOMENTUM
+from pipeline.systems.miras.layer_choice import LAYERS, OVERFLOW, Layers, check_words, chosen_layers
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
 
+Attachment = Literal["residual", "mac", "mag", "mal", "overflow"]
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 
 
@@ -20,23 +22,28 @@ Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 class MemoryConfig:
     """The memory branch on each chosen layer."""
 
-    layers: tuple[int, ...] = (8, 10, 12, 14)
-    """Layers that get a memory, counted from 0."""
+    layers: Layers = (8, 10, 12, 14)
+    """Layers that get a memory, counted from 0; or upperN for the last N, everyN for every Nth."""
     rule: Rule = "titans"
     """titans: momentum and forgetting; delta: no momentum. These are exact. The others take their gradients at the
     start of a chunk (docs/memory_family.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
     retention; mlp: a two-layer memory; swiglu: a SwiGLU memory in large chunks."""
     backend: Literal["auto", "torch", "cpu", "cuda"] = field(default="auto", metadata=MAY_CHANGE)
     """Backend of the memory scan; auto takes the fastest that fits. cpu and cuda: native, titans and delta alone."""
-    attachment: Literal["residual", "mac", "mag", "mal"] = "residual"
+    attachment: Attachment = "residual"
     """How the memory meets its layer. residual: beside it; mac: read as context of its attention, written with what
-    attention gave; mag: gates the attention's output; mal: before it (Titans, arXiv 2501.00663, section 4)."""
+    attention gave; mag: gates the attention's output; mal: before it (Titans, arXiv 2501.00663, section 4). overflow:
+    takes in what leaves the attention window, and is read beside it; exactly the backbone within the window."""
+    overflow_layers: Layers = ()
+    """Those of `layers` that are attached as overflow, whatever `attachment` says of the others."""
+    share: float = 0.05
+    """Initial share of the memory in what attention gives, of overflow, once something has left the window."""
     context: int = 512
     """Tokens of a segment of mac: attention reads the memory as it was before the segment (docs/attachments.md)."""
     heads: int = 16
-    """Memories per layer."""
+    """Memories per layer; overflow has one per attention head, and does not ask."""
     head_dim: int = 128
-    """Size of a key, and of a value: each memory is head_dim x head_dim."""
+    """Size of a key, and of a value: each memory is head_dim x head_dim. overflow takes that of attention."""
     chunk: int = field(default=64, metadata=MAY_CHANGE)
     """Tokens that one step of the scan of titans and delta takes at a time; the result does not depend on it."""
     gradient_chunk: int = 16
@@ -93,6 +100,10 @@ class MemoryConfig:
             unused.add("gradient_chunk")
         if self.attachment != "mac":
             unused.add("context")
+        if self.attachment == "overflow":
+            unused |= {"heads", "head_dim", "conv", "persistent", "gate_rank", "overflow_layers"}
+        elif not self.overflow_layers:
+            unused.add("share")
         return unused
 
     def __post_init__(self) -> None:
@@ -104,8 +115,10 @@ class MemoryConfig:
         for flag, values in (("step-size", self.step_size), ("half-life", self.half_life)):
             if not min(values) > 0:
                 raise UserError(f"--model.memory.{flag} {' '.join(map(str, values))}: give two values above 0")
-        if len(set(self.layers)) < len(self.layers):
-            raise UserError(f"--model.memory.layers {' '.join(map(str, self.layers))}: name each layer once")
+        if not 0 < self.share < 1:
+            raise UserError(f"--model.memory.share {self.share}: give a value between 0 and 1")
+        check_words(self.layers, LAYERS)
+        check_words(self.overflow_layers, OVERFLOW)
         if self.backend in ("cpu", "cuda") and self.chunk_start is not None:
             raise UserError(
                 f"--model.memory.backend {self.backend}: the rule {self.rule} has no native kernel; give auto or torch"
@@ -131,12 +144,5 @@ class MirasConfig(ModelConfig):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
-        if not self.memory.layers:
-            return
-        if min(self.memory.layers) < 0 or (
-            self.backbone.pretrained is None and max(self.memory.layers) >= self.backbone.layers
-        ):
-            raise UserError(
-                f"--model.memory.layers {' '.join(map(str, self.memory.layers))}: the backbone has layers 0 to"
-                f" {self.backbone.layers - 1}"
-            )
+        if self.backbone.pretrained is None:
+            chosen_layers(self.memory.layers, self.backbone.layers)

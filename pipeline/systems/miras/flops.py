@@ -10,6 +10,7 @@ from pipeline.lm.decoder_config import attention_width, head_dim, kv_width
 from pipeline.ops import dual_scan
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
 
 
 def attention_reach(config: MirasConfig, sequence_length: int) -> float:
@@ -30,20 +31,21 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
     matrices = 2.0 * (2 * width * inner + 2 * width * kv_width(backbone) + 3 * width * backbone.intermediate_size)
     attention = 4.0 * inner * attention_reach(config, sequence_length)
     head = 2.0 * width * backbone.vocab_size
-    memory = config.memory
-    branch = branch_flops(memory, width, head_dim(backbone))
-    scan = memory.heads * scan_flops(memory)
-    count = len(memory.layers)
-    forward = backbone.num_hidden_layers * (matrices + attention) + head + count * (branch + scan)
+    by_number = by_layer(on_backbone(config, backbone).memory, backbone)
+    memories = sum(
+        branch_flops(kind, width, head_dim(backbone)) + kind.heads * scan_flops(kind) for kind in by_number.values()
+    )
+    forward = backbone.num_hidden_layers * (matrices + attention) + head + memories
     if config.backbone.trainable:
         backward = 2 * forward
-    elif count:
-        above = backbone.num_hidden_layers - 1 - min(memory.layers)
-        backward = above * (matrices + 2 * attention) + head + 2 * count * (branch + scan)
+    elif by_number:
+        first = min(by_number)
+        above = backbone.num_hidden_layers - 1 - first
+        backward = above * (matrices + 2 * attention) + head + 2 * memories
         # Of the first memory's own block: nothing beside it, all of it behind it, and what comes after attention.
-        if memory.attachment == "mal":
+        if by_number[first].attachment == "mal":
             backward += matrices + 2 * attention
-        elif memory.attachment in ("mag", "mac"):
+        elif by_number[first].attachment in ("mag", "mac", "overflow"):
             backward += 2.0 * (inner * width + 3 * width * backbone.intermediate_size)
     else:
         backward = 0.0
@@ -54,9 +56,12 @@ def branch_flops(memory: MemoryConfig, width: int, attention_dim: int) -> float:
     """Of a memory branch per token, forward, its scan left out; attention_dim is the size of an attention head.
 
     `mac` (docs/attachments.md) reads before its segment, attends to the reads of half a segment and the persistent
-    pairs, writes from two vectors of attention, and gates attention's output.
+    pairs, writes from two vectors of attention, and gates attention's output. `overflow` maps attention's own queries
+    and keys, and has two logits per head.
     """
     heads, dim = memory.heads, memory.head_dim
+    if memory.attachment == "overflow":
+        return 4.0 * heads * (width + dim**2)
     if memory.attachment != "mac":
         inner = heads * dim
         return 2.0 * (

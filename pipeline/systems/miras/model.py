@@ -20,9 +20,14 @@ from pipeline.systems.miras.attachments import (
     check_attachment,
     output_gate,
 )
-from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
+from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
+
+INSIDE = ("mac", "overflow")
+"""Attachments that work inside of attention."""
 
 
 class LayerCarry(NamedTuple):
@@ -49,6 +54,8 @@ class _Step(NamedTuple):
     before: list[LayerCarry]
     segments: SegmentPlan | None
     """For memories that are context of attention."""
+    overflow: OverflowPlan | None
+    """For memories of what leaves the window."""
     memory: dict[int, tuple[MemoryCarry, MemoryHealth]]
 
 
@@ -59,10 +66,12 @@ class MirasModel(nn.Module):
         self, config: MirasConfig, backbone: PreTrainedConfig, *, activation_checkpointing: bool = False
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = on_backbone(config, backbone)
         self.backbone = build_backbone(backbone)
-        check_attachment(config.memory, backbone)
-        branches = {str(layer): self._branch(activation_checkpointing) for layer in config.memory.layers}
+        for kind in kinds_of_memory(config.memory, backbone):
+            check_attachment(kind, backbone, config.attention)
+        self.kinds = by_layer(config.memory, backbone)
+        branches = {str(layer): self._branch(kind, activation_checkpointing) for layer, kind in self.kinds.items()}
         self.memory = nn.ModuleDict(branches)
         self.activation_checkpointing = activation_checkpointing
         self._rope: Rope | None = None
@@ -87,7 +96,7 @@ class MirasModel(nn.Module):
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
-        attachment = self.config.memory.attachment
+        kinds = self.kinds if use_memory else {}
         call = AttentionCall(
             self._plan(segment_ids, positions, before[0].attention, hidden),
             topology,
@@ -97,15 +106,17 @@ class MirasModel(nn.Module):
             call,
             segment_ids,
             before,
-            self._segments(segment_ids, positions, before) if use_memory and attachment == "mac" else None,
+            self._segments(segment_ids, positions, before) if use_memory else None,
+            self._overflow(segment_ids, positions, before) if use_memory else None,
             {},
         )
         no_rotation = unrotated(hidden)
 
         def block(index: int, hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
-            if step.segments is not None and str(index) in self.memory:
-                beside = self._context(index, hidden, step)
+            if index in kinds and kinds[index].attachment in INSIDE:
+                inside = self._context if kinds[index].attachment == "mac" else self._beyond
+                beside = inside(index, hidden, step)
             return layers[index](hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
 
         def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
@@ -113,9 +124,9 @@ class MirasModel(nn.Module):
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index in range(len(layers)):
-            attached = use_memory and str(index) in self.memory
+            attachment = kinds[index].attachment if index in kinds else None
             added = gate = None
-            if attached and attachment != "mac":
+            if attachment is not None and attachment not in INSIDE:
                 # Apart from the block, so that the two are never whole at the same time.
                 if recompute:
                     added, *rest = checkpoint(remember, index, hidden, use_reentrant=False)
@@ -127,7 +138,7 @@ class MirasModel(nn.Module):
                 elif attachment == "mag":
                     gate, added = output_gate(added), None
             # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
-            learns = hidden.requires_grad or (attached and attachment != "residual")
+            learns = hidden.requires_grad or attachment not in (None, "residual")
             if recompute and learns:
                 hidden = checkpoint(block, index, hidden, gate, use_reentrant=False)
             else:
@@ -140,12 +151,14 @@ class MirasModel(nn.Module):
         after = [LayerCarry(call.after.get(index), memory) for index, (memory, _) in enumerate(memories)]
         return ModelOutput(losses, predictions, after, [health for _, health in memories if health is not None])
 
-    def _branch(self, recompute: bool) -> nn.Module:
+    def _branch(self, memory: MemoryConfig, recompute: bool) -> nn.Module:
         """A memory as one layer has it."""
-        backbone, memory = self.backbone.config, self.config.memory
+        backbone = self.backbone.config
         width, eps = backbone.hidden_size, norm_eps(backbone)
         if memory.attachment == "mac":
             return ContextBranch(width, head_dim(backbone), memory, eps, recompute=recompute)
+        if memory.attachment == "overflow":
+            return OverflowBranch(width, memory, eps)
         return MemoryBranch(width, memory, eps)
 
     def _context(self, index: int, hidden: Tensor, step: _Step) -> Beside:
@@ -153,7 +166,7 @@ class MirasModel(nn.Module):
         branch, segments = self.memory[str(index)], step.segments
         assert isinstance(branch, ContextBranch) and segments is not None
 
-        def refine(q: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
+        def refine(q: Tensor, _: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
             carry, topology = step.before[index].memory, step.attention.topology
             arguments = (ContextTokens(*tokens), q, v, out, step.segment_ids, segments, carry, topology, scale)
             refined, memory, health = branch.core(*arguments)
@@ -162,11 +175,37 @@ class MirasModel(nn.Module):
 
         return Beside(tokens=branch.inputs(hidden), refine=refine)
 
-    def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
-        memory = self.config.memory
-        if not memory.layers:
+    def _beyond(self, index: int, hidden: Tensor, step: _Step) -> Beside:
+        """The memory of a layer beyond the window of its attention, of hidden [batch, sequence / degree, width]."""
+        branch, plan = self.memory[str(index)], step.overflow
+        assert isinstance(branch, OverflowBranch) and plan is not None
+
+        def refine(q: Tensor, k: Tensor, v: Tensor, out: Tensor, _: float, logits: Tensor) -> Tensor:
+            arguments = (logits, q, k, v, out, plan, step.before[index], step.attention.topology)
+            refined, memory, health = branch.core(*arguments)
+            step.memory[index] = (memory, health)
+            return refined
+
+        return Beside(tokens=[branch.inputs(hidden)], refine=refine)
+
+    def _first(self, attachment: str) -> int | None:
+        """The first layer with a memory of this kind."""
+        return next((layer for layer, kind in self.kinds.items() if kind.attachment == attachment), None)
+
+    def _overflow(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> OverflowPlan | None:
+        first, attention = self._first("overflow"), self.config.attention
+        if first is None:
             return None
-        carry = before[memory.layers[0]].memory
+        window, memory = before[first]
+        # A memory that starts now, behind a window that does not, has taken in nothing of it.
+        known = None if window is None or memory is None else (memory.tail_segments, window.positions)
+        return plan_overflow(segment_ids, positions, known, window=attention.window, sinks=attention.sinks)
+
+    def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
+        first, memory = self._first("mac"), self.config.memory
+        if first is None:
+            return None
+        carry = before[first].memory
         ids = None if carry is None else carry.tail_segments
         return plan_segments(
             segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1

@@ -25,6 +25,7 @@ from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.layer_kinds import kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryHealth
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rules import memory_backend
@@ -40,14 +41,11 @@ class MirasSystem(System[TokenBatch]):
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, MirasConfig)
         super().__init__(config)
-        self.sizes = config.model
         self.backbone = backbone_config(config.model.backbone)
-        if self.sizes.memory.layers and max(self.sizes.memory.layers) >= self.backbone.num_hidden_layers:
-            raise UserError(
-                f"--model.memory.layers {' '.join(map(str, self.sizes.memory.layers))}: the backbone has layers 0 to"
-                f" {self.backbone.num_hidden_layers - 1}"
-            )
-        check_attachment(self.sizes.memory, self.backbone)
+        self.sizes = on_backbone(config.model, self.backbone)
+        self.kinds = kinds_of_memory(self.sizes.memory, self.backbone)
+        for kind in self.kinds:
+            check_attachment(kind, self.backbone, self.sizes.attention)
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
@@ -65,8 +63,10 @@ class MirasSystem(System[TokenBatch]):
             "attention heads": self.backbone.num_attention_heads,
             "key-value heads": kv_heads(self.backbone),
         }
-        if self.sizes.memory.layers:
-            counts["memory heads"] = self.sizes.memory.heads
+        for kind in self.kinds:
+            # Those of overflow are attention's.
+            if kind.attachment != "overflow":
+                counts["memory heads"] = kind.heads
         task = self.config.data.recall
         if task is not None and task.vocab_size > self.backbone.vocab_size:
             raise UserError(
@@ -92,16 +92,17 @@ class MirasSystem(System[TokenBatch]):
                 )
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
-        attention, memory = self.sizes.attention, self.sizes.memory
+        attention = self.sizes.attention
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
+        backends = [memory_backend(kind, device_type, dtype) for kind in self.kinds]
         return {
             "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
             f" {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
             f" {self.sizes.backbone.pretrained or 'random weights'}",
             "attention": f"{attention.kind} of {reach}, backend {backend}",
-            "memory": descriptions.memory_line(memory, memory_backend(memory, device_type, dtype)),
+            "memory": descriptions.memory_line(self.kinds, backends),
         }
 
     def caption(self) -> str:
@@ -117,7 +118,8 @@ class MirasSystem(System[TokenBatch]):
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
-        check_gathering(model, self.sizes.memory, topology)
+        for kind in self.kinds:
+            check_gathering(model, kind, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
@@ -127,7 +129,7 @@ class MirasSystem(System[TokenBatch]):
             if part == "backbone" and not self.sizes.backbone.trainable:
                 continue
             # Gates decide how long a memory lasts: decay would pull them to one half of their range.
-            gate = "alpha_proj" in name or "beta_proj" in name
+            gate = any(word in name for word in ("alpha_proj", "beta_proj", "share_proj"))
             matrix = (
                 name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name and not gate
             )
@@ -214,7 +216,7 @@ class MirasSystem(System[TokenBatch]):
                 sequence=self.config.sequence_length,
                 degree=topology.sequence,
                 recompute=self.config.activation_checkpointing,
-                natively=activations.runs_natively(self.sizes.memory, 4 if float16 else element, device),
+                device=device,
                 float16=float16,
             )
         )

@@ -77,6 +77,15 @@ TRACED = [
     pytest.param({}, {"attachment": "mal"}, 1, 0.05, id="mal"),
     pytest.param({}, {"attachment": "mag"}, 1, 0.05, id="mag"),
     pytest.param({}, {"backend": "torch"}, 1, 0.05, id="scan in PyTorch"),
+    pytest.param({}, {"attachment": "overflow", "rule": "delta"}, 1, 0.1, id="overflow"),
+    pytest.param({"kv_heads": 2, "model_type": "llama"}, {"attachment": "overflow"}, 1, 0.1, id="overflow, grouped"),
+    pytest.param(
+        {"activation_checkpointing": False},
+        {"layers": (0, 1), "overflow_layers": (1,)},
+        1,
+        0.1,
+        id="overflow beside residual",
+    ),
     pytest.param({"model_type": "llama", "kv_heads": 2, "tied": True}, {}, 1, 0.1, id="llama, grouped and tied"),
     pytest.param({"model_type": "qwen3", "trainable": True}, {}, 1, 0.1, id="qwen3, trainable"),
     pytest.param({"model_type": "olmo", "activation_checkpointing": False}, {}, 1, 0.1, id="olmo, not recomputed"),
@@ -194,8 +203,8 @@ def a_memory_keeps(memory: MemoryConfig, dtype: torch.dtype, sequence: int = 512
 
 def estimate(memory: MemoryConfig, element: int, sequence: int = 512, natively: bool = False) -> int:
     config = dataclasses.replace(make(), memory=memory)
-    kept, _ = scan_bytes(step(config, element, sequence=sequence, natively=natively))
-    return 2 * sequence * branch_bytes(config, 512, element, 128) + kept
+    kept, _ = scan_bytes(step(config, element, sequence=sequence, natively=natively), memory)
+    return 2 * sequence * branch_bytes(memory, 512, element, 128) + kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -251,7 +260,7 @@ def test_a_large_scan_in_pytorch_keeps_its_inputs_alone() -> None:
     assert isinstance(config, MirasConfig)
 
     def scan(rows: int, sequence: int, degree: int = 1) -> tuple[int, int]:
-        return scan_bytes(step(config, rows=rows, sequence=sequence, degree=degree, natively=False))
+        return scan_bytes(step(config, rows=rows, sequence=sequence, degree=degree, natively=False), config.memory)
 
     small, _ = scan(1, 1024)
     large, working = scan(8, 65_536)

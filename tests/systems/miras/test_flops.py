@@ -104,11 +104,33 @@ def test_memory_as_context_costs_two_per_weight_its_reads_its_attention_and_the_
     assert flops(config).forward == expected
 
 
+def test_memory_of_what_leaves_the_window_costs_two_per_weight_and_the_scan_whatever_sizes_are_given() -> None:
+    config = attached("overflow")
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, heads=3, head_dim=8))
+    system = create_system(RunConfig("", config, steps=1, batch_size=1, sequence_length=1024, lr=1.0))
+    with torch.device("meta"):
+        model = system.build()
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    weights += sum(p.numel() for name, p in model.named_parameters() if "_map" in name)
+    assert flops(config).forward == 2 * weights + 4 * ATTENTION + 2 * SCAN
+
+
+def test_memories_of_two_kinds_each_cost_their_own() -> None:
+    config = attached("residual", trainable=False)
+    memory = dataclasses.replace(config.memory, heads=2, overflow_layers=(3,))
+    residual, overflow = 2 * (4 * 128 * 64 + 2 * 128 * 2 + 16 * (128 + 64) + 2 * 4 * 64), 2 * 4 * 2 * (128 + 32**2)
+    without = flops(dataclasses.replace(config, memory=dataclasses.replace(config.memory, layers=())))
+    count = flops(dataclasses.replace(config, memory=memory))
+    assert count.forward - without.forward == residual + SCAN / 2 + overflow + SCAN
+
+
 def test_what_goes_back_in_the_first_memorys_own_block_depends_on_the_attachment() -> None:
     residual = flops(attached("residual", trainable=False)).backward
     after_attention = 2 * (128 * 128 + 3 * 128 * 512)
     assert flops(attached("mal", trainable=False)).backward == residual + BLOCK + 2 * ATTENTION
     assert flops(attached("mag", trainable=False)).backward == residual + after_attention
+    branches = 2 * 2 * (2 * 4 * 2 * (128 + 32**2) - BRANCH)
+    assert flops(attached("overflow", trainable=False)).backward == residual + after_attention + branches
 
 
 def test_windowed_attention_costs_the_same_at_any_length_and_full_grows_with_it() -> None:

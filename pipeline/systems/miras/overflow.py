@@ -161,8 +161,10 @@ class OverflowMemory(nn.Module):
             torch.matmul(rearrange(x, "batch tokens heads dim -> heads (batch tokens) dim"), change.to(x.dtype)),
             "heads (batch tokens) dim -> batch tokens heads dim", batch=x.shape[0],
         )  # fmt: skip
-        accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.normalize(x.to(accumulate_dtype), dim=-1, eps=SMALLEST_NORM).to(x.dtype)
+        precise = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        # A product with one number per token: the backward pass of F.normalize divides by an expanded norm.
+        scale = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM).reciprocal()
+        return (precise * scale).to(x.dtype)
 
 
 class OverflowBranch(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -113,6 +114,33 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """What `--model.distil full` minimises: a weighted sum of means over tokens (docs/distillation.md)."""
+
+    kl: float = field(default=1.0, metadata=MAY_CHANGE)
+    """Weight of KL(teacher || student) of the logits, in nats a compared token."""
+    cross_entropy: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the cross-entropy of every label; 0: it is not computed in training."""
+    hidden: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the squared error of the hidden states after each layer with a memory, relative to the square of the
+    teacher's, averaged over these layers and over the compared tokens."""
+    tokens: int = field(default=0, metadata=MAY_CHANGE)
+    """Compared tokens per row and step, drawn at random from those beyond the window; 0: all of them."""
+    lower_layers: Literal["full", "window"] = field(default="full", metadata=MAY_CHANGE)
+    """Attention of the teacher below the first memory. full: as above it; window: the student's, so that these layers
+    run once for both."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "distillation", "tokens")
+        for name in ("kl", "cross_entropy", "hidden"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"--model.distillation.{name.replace('_', '-')} is {value}: give 0 or more")
+        if not (self.kl or self.hidden):
+            raise UserError("--model.distillation.kl and .hidden are both 0: give one of them a weight above 0")
+
+
+@dataclass(frozen=True)
 class MirasConfig(ModelConfig):
     """A decoder (OLMo2 by default) with a neural long-term memory."""
 
@@ -124,13 +152,20 @@ class MirasConfig(ModelConfig):
         "memory.layers",
         "memory.rule",
         "memory.attachment",
+        "distil",
     )
     system: tyro.conf.Suppress[str] = "miras"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    distil: Literal["none", "full"] = field(default="none", metadata=MAY_CHANGE)
+    """none: train on cross-entropy; full: on the logits of the same frozen backbone with full attention and without
+    memory, at tokens that see something beyond the window."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
+        if self.distil == "full":
+            self._check_distillation()
         if not self.memory.layers:
             return
         if min(self.memory.layers) < 0 or (
@@ -139,4 +174,18 @@ class MirasConfig(ModelConfig):
             raise UserError(
                 f"--model.memory.layers {' '.join(map(str, self.memory.layers))}: the backbone has layers 0 to"
                 f" {self.backbone.layers - 1}"
+            )
+
+    def _check_distillation(self) -> None:
+        if self.backbone.trainable:
+            raise UserError(
+                "--model.distil full: the backbone is its own teacher and must stay as it is: leave out"
+                " --model.backbone.trainable, or give --model.distil none"
+            )
+        if not self.memory.layers:
+            raise UserError("--model.distil full: there is no memory to train: name --model.memory.layers")
+        if self.attention.kind == "full":
+            raise UserError(
+                "--model.distil full: the student has full attention as well, and the teacher sees nothing beyond it:"
+                " give --model.attention.kind window"
             )

@@ -93,6 +93,13 @@ def _checked(found: PreTrainedConfig, flag: str, where: str) -> PreTrainedConfig
     return found
 
 
+def trained_length(config: BackboneConfig) -> int | None:
+    """Positions that pretrained weights were trained at, as their config says; None where it does not, for random
+    weights, and for a hub name that is not cached."""
+    found = None if config.pretrained is None else _local_config(config)
+    return getattr(found, "max_position_embeddings", None)
+
+
 def is_local(config: BackboneConfig) -> bool:
     """Whether the pretrained weights are those of a folder, not of a hub name."""
     return config.pretrained is not None and Path(config.pretrained).is_dir()

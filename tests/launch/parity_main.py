@@ -29,7 +29,7 @@ from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from tests.launch.harness import ROOT
 
 ROWS = 2
@@ -58,6 +58,18 @@ def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> Ru
         ),
         steps=1, batch_size=ROWS, sequence_length=LENGTH, lr=1e-3, clip=0.0,
     )  # fmt: skip
+
+
+def distillation(stage: int) -> RunConfig:
+    """`base` with the backbone's full attention as its teacher and every loss term, by the ZeRO stage it is run in."""
+    config = base(trainable=False)
+    assert isinstance(config.model, MirasConfig)
+    settings = DistillationConfig(
+        kl=0.8, cross_entropy=0.3, hidden=0.5, tokens=0 if stage == 1 else 11,
+        lower_layers="window" if stage == 2 else "full",
+    )  # fmt: skip
+    model = dataclasses.replace(config.model, distil="full", distillation=settings)
+    return dataclasses.replace(config, model=model, grad_accum=2, zero=f"zero{stage}")
 
 
 def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **options: Any) -> RunConfig:
@@ -148,6 +160,9 @@ def cases(sharded: str, ranks: int) -> list[tuple[str, RunConfig]]:
         config = dataclasses.replace(attached(attachment, rule=rule), zero=sharded, activation_checkpointing=True)
         found.append((f"{attachment}-{rule}-zero3", config))
     found.append(("overflow-beside-mac", dataclasses.replace(mixed(), zero="zero2", activation_checkpointing=True)))
+    for stage in range(4):
+        config = dataclasses.replace(distillation(stage), activation_checkpointing=stage == 3)
+        found.append((f"distilled-zero{stage}", dataclasses.replace(config, zero=sharded) if stage == 3 else config))
     found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
     return found
 
@@ -183,17 +198,20 @@ def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
 
 
 def plain_gradients(config: RunConfig) -> dict[str, object]:
-    """The same step in plain PyTorch, without DeepSpeed: the gradient of sum / count."""
+    """The same step in plain PyTorch, without DeepSpeed: the gradient of each term's sum / count, added up."""
     system = create(config)
     with building({}, torch.float32):
         model = system.build()
     fill(model, randomise)
+    trained = {name for phase in system.phases(model) for group in phase.groups for name in group.parameters}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
     batches = micro_batches(Topology(), config.grad_accum)
-    count = sum(system.count(batch)["cross_entropy"] for batch in batches)
+    counts = add_counts(map(system.count, batches))
     for batch in batches:
         output = system.forward(model, batch, {}, StepContext(Topology(), 0, "train", 1))
-        (output.sums["cross_entropy"] / count).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.stack([value / counts[term] for term, value in output.sums.items()]).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if name in trained}
     return {"gradients": gradients, "norm": float(torch.nn.utils.get_total_norm(gradients.values()))}
 
 
@@ -249,6 +267,8 @@ def main() -> None:
         for accumulation in ACCUMULATIONS:
             config = dataclasses.replace(base(), grad_accum=accumulation)
             torch.save(plain_gradients(config), out / f"plain-accum{accumulation}.pt")
+        for stage in range(4):
+            torch.save(plain_gradients(distillation(stage)), out / f"plain-distilled-zero{stage}.pt")
     kinds = {kind: base(kind) for kind in ("window", "full")}
     for name, config in {**kinds, **{attachment: attached(attachment) for attachment, _ in ATTACHED}}.items():
         found = causality(config, topology)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -126,6 +127,33 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """What `--model.distil full` minimises: a weighted sum of means over tokens (docs/distillation.md)."""
+
+    kl: float = field(default=1.0, metadata=MAY_CHANGE)
+    """Weight of KL(teacher || student) of the logits, in nats a compared token."""
+    cross_entropy: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the cross-entropy of every label; 0: it is not computed in training."""
+    hidden: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the squared error of the hidden states after each layer with a memory, relative to the square of the
+    teacher's, averaged over these layers and over the compared tokens."""
+    tokens: int = field(default=0, metadata=MAY_CHANGE)
+    """Compared tokens per row and step, drawn at random from those beyond the window; 0: all of them."""
+    lower_layers: Literal["full", "window"] = field(default="full", metadata=MAY_CHANGE)
+    """Attention of the teacher below the first memory. full: as above it; window: the student's, so that these layers
+    run once for both."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "distillation", "tokens")
+        for name in ("kl", "cross_entropy", "hidden"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"--model.distillation.{name.replace('_', '-')} is {value}: give 0 or more")
+        if not (self.kl or self.hidden):
+            raise UserError("--model.distillation.kl and .hidden are both 0: give one of them a weight above 0")
+
+
+@dataclass(frozen=True)
 class MirasConfig(ModelConfig):
     """A decoder (OLMo2 by default) with a neural long-term memory."""
 
@@ -137,12 +165,33 @@ class MirasConfig(ModelConfig):
         "memory.layers",
         "memory.rule",
         "memory.attachment",
+        "distil",
     )
     system: tyro.conf.Suppress[str] = "miras"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    distil: Literal["none", "full"] = field(default="none", metadata=MAY_CHANGE)
+    """none: train on cross-entropy; full: on the logits of the same frozen backbone with full attention and without
+    memory, at tokens that see something beyond the window."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         if self.backbone.pretrained is None:
             chosen_layers(self.memory.layers, self.backbone.layers)
+        if self.distil == "full":
+            self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        if self.backbone.trainable:
+            raise UserError(
+                "--model.distil full: the backbone is its own teacher and must stay as it is: leave out"
+                " --model.backbone.trainable, or give --model.distil none"
+            )
+        if not self.memory.layers:
+            raise UserError("--model.distil full: there is no memory to train: name --model.memory.layers")
+        if self.attention.kind == "full":
+            raise UserError(
+                "--model.distil full: the student has full attention as well, and the teacher sees nothing beyond it:"
+                " give --model.attention.kind window"
+            )

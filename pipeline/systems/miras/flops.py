@@ -13,6 +13,12 @@ from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
 
 
+def compared_share(config: MirasConfig, sequence_length: int) -> float:
+    """Share of tokens that a teacher is compared at when documents are as long as they can be."""
+    beyond = max(0, sequence_length - config.attention.window)
+    return (min(config.distillation.tokens, beyond) if config.distillation.tokens else beyond) / sequence_length
+
+
 def attention_reach(config: MirasConfig, sequence_length: int) -> float:
     """Mean number of keys that a query meets when documents are as long as they can be."""
     attention = config.attention
@@ -25,7 +31,8 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
     """Forward and backward model FLOPs per token.
 
     A multiply-add is two FLOPs. A frozen matrix has an input gradient and no weight gradient, and what comes before
-    the first memory has no backward pass at all. A scan costs about twice its forward pass backward.
+    the first memory has no backward pass at all. A scan costs about twice its forward pass backward. A teacher costs
+    its forward pass, and at the compared tokens the head of both.
     """
     width, inner = backbone.hidden_size, attention_width(backbone)
     matrices = 2.0 * (2 * width * inner + 2 * width * kv_width(backbone) + 3 * width * backbone.intermediate_size)
@@ -36,6 +43,7 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
         branch_flops(kind, width, head_dim(backbone)) + kind.heads * scan_flops(kind) for kind in by_number.values()
     )
     forward = backbone.num_hidden_layers * (matrices + attention) + head + memories
+    compared = compared_share(config, sequence_length)
     if config.backbone.trainable:
         backward = 2 * forward
     elif by_number:
@@ -49,6 +57,14 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
             backward += 2.0 * (inner * width + 3 * width * backbone.intermediate_size)
     else:
         backward = 0.0
+    if config.distil == "full":
+        # The student's head is asked for all labels, for the compared tokens, or both.
+        asked = (config.distillation.cross_entropy > 0) + (config.distillation.kl > 0) * compared
+        backward += (asked - 1) * head
+        first = min(by_number) if config.distillation.lower_layers == "window" else 0
+        reach = 2.0 * inner * (sequence_length + 1)
+        teacher = (backbone.num_hidden_layers - first) * (matrices + reach)
+        forward += (asked - 1) * head + teacher + (config.distillation.kl > 0) * compared * head
     return Flops(forward, backward)
 
 

@@ -11,7 +11,9 @@ from transformers import PreTrainedConfig
 
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
 from pipeline.lm.backbone import build_backbone, rope_of, unrotated
+from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import head_dim, norm_eps
+from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import (
@@ -25,6 +27,7 @@ from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_bac
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
+from pipeline.systems.miras.teacher import Teacher
 
 INSIDE = ("mac", "overflow")
 """Attachments that work inside of attention."""
@@ -40,10 +43,13 @@ class LayerCarry(NamedTuple):
 class ModelOutput(NamedTuple):
     """losses [batch, sequence / degree]: nats per label, 0 where ignored; predictions alike, int64, when asked for."""
 
-    losses: Tensor
+    losses: Tensor | None
+    """None where they were not asked for."""
     predictions: Tensor | None
     carry: list[LayerCarry]
     health: list[MemoryHealth]
+    distilled: dict[str, Tensor] | None = None
+    """Sums over this rank's compared tokens by loss term, where there is a teacher."""
 
 
 class _Step(NamedTuple):
@@ -56,6 +62,8 @@ class _Step(NamedTuple):
     """For memories that are context of attention."""
     overflow: OverflowPlan | None
     """For memories of what leaves the window."""
+    kinds: dict[int, MemoryConfig]
+    """The memories that are in use, by layer."""
     memory: dict[int, tuple[MemoryCarry, MemoryHealth]]
 
 
@@ -87,69 +95,94 @@ class MirasModel(nn.Module):
         *,
         use_memory: bool = True,
         predict: bool = False,
+        compared: Tensor | None = None,
     ) -> ModelOutput:
         """One forward pass over this rank's part of the sequences.
 
         input_ids and labels [batch, sequence / degree] (this rank's part), segment_ids and positions [batch, sequence]
-        (whole), carry one entry per layer or None at the start of the streams.
+        (whole), carry one entry per layer or None at the start of the streams. compared [batch, sequence] bool (whole):
+        the tokens at which the teacher is asked too.
         """
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
-        kinds = self.kinds if use_memory else {}
-        call = AttentionCall(
-            self._plan(segment_ids, positions, before[0].attention, hidden),
-            topology,
-            [carry.attention for carry in before],
-        )
+        plan = self._plan(self.config.attention, segment_ids, positions, before[0].attention, hidden)
         step = _Step(
-            call,
+            AttentionCall(plan, topology, [carry.attention for carry in before]),
             segment_ids,
             before,
             self._segments(segment_ids, positions, before) if use_memory else None,
             self._overflow(segment_ids, positions, before) if use_memory else None,
+            self.kinds if use_memory else {},
             {},
         )
+        teacher = None
+        first = 0
+        if compared is not None:
+            distillation = self.config.distillation
+            teacher = Teacher(
+                distillation,
+                tuple(self.kinds),
+                places(compared[:, topology.shard(compared.shape[1])], distillation.tokens),
+            )
+            # Frozen and without a memory: with the same attention too, one pass is that of both, to the bit.
+            first = teacher.first if distillation.lower_layers == "window" else 0
+        for index in range(first):
+            hidden = self._layer(index, hidden, step)
+        if teacher is not None:
+            full = AttentionConfig("full", backend=self.config.attention.backend)
+            call = AttentionCall(self._plan(full, segment_ids, positions, None, hidden), topology, [])
+            teacher.run(self.backbone, hidden, call, first)
+        for index in range(first, len(layers)):
+            hidden = self._layer(index, hidden, step)
+            if teacher is not None:
+                teacher.compare(index, hidden)
+        hidden = self.backbone.model.norm(hidden)
+        losses = predictions = None
+        if teacher is None or self.config.distillation.cross_entropy:
+            losses, predictions = self.backbone.lm_head(hidden, labels, predict)
+        distilled = None if teacher is None else teacher.distilled(self.backbone.lm_head, hidden)
+        memories = [step.memory.get(index, (None, None)) for index in range(len(layers))]
+        after = [LayerCarry(step.attention.after.get(index), memory) for index, (memory, _) in enumerate(memories)]
+        health = [health for _, health in memories if health is not None]
+        return ModelOutput(losses, predictions, after, health, distilled)
+
+    def _layer(self, index: int, hidden: Tensor, step: _Step) -> Tensor:
+        """One layer with its memory, of hidden [batch, sequence / degree, width]."""
+        layers = self.backbone.model.layers
+        attachment = step.kinds[index].attachment if index in step.kinds else None
         no_rotation = unrotated(hidden)
 
-        def block(index: int, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        def block(hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
-            if index in kinds and kinds[index].attachment in INSIDE:
-                inside = self._context if kinds[index].attachment == "mac" else self._beyond
-                beside = inside(index, hidden, step)
-            return layers[index](hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
+            if attachment in INSIDE:
+                beside = (self._context if attachment == "mac" else self._beyond)(index, hidden, step)
+            return layers[index](hidden, position_embeddings=no_rotation, attention_call=step.attention, beside=beside)
 
-        def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
-            return self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
+        def remember(hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
+            carry, topology = step.before[index].memory, step.attention.topology
+            return self.memory[str(index)](hidden, step.segment_ids, carry, topology)
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for index in range(len(layers)):
-            attachment = kinds[index].attachment if index in kinds else None
-            added = gate = None
-            if attachment is not None and attachment not in INSIDE:
-                # Apart from the block, so that the two are never whole at the same time.
-                if recompute:
-                    added, *rest = checkpoint(remember, index, hidden, use_reentrant=False)
-                else:
-                    added, *rest = remember(index, hidden)
-                step.memory[index] = (rest[0], rest[1])
-                if attachment == "mal":
-                    hidden, added = hidden + added, None
-                elif attachment == "mag":
-                    gate, added = output_gate(added), None
-            # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
-            learns = hidden.requires_grad or attachment not in (None, "residual")
-            if recompute and learns:
-                hidden = checkpoint(block, index, hidden, gate, use_reentrant=False)
+        added = gate = None
+        if attachment is not None and attachment not in INSIDE:
+            # Apart from the block, so that the two are never whole at the same time.
+            if recompute:
+                added, *rest = checkpoint(remember, hidden, use_reentrant=False)
             else:
-                hidden = block(index, hidden, gate)
-            if added is not None:
-                hidden = hidden + added
-        hidden = self.backbone.model.norm(hidden)
-        losses, predictions = self.backbone.lm_head(hidden, labels, predict)
-        memories = [step.memory.get(index, (None, None)) for index in range(len(layers))]
-        after = [LayerCarry(call.after.get(index), memory) for index, (memory, _) in enumerate(memories)]
-        return ModelOutput(losses, predictions, after, [health for _, health in memories if health is not None])
+                added, *rest = remember(hidden)
+            step.memory[index] = (rest[0], rest[1])
+            if attachment == "mal":
+                hidden, added = hidden + added, None
+            elif attachment == "mag":
+                gate, added = output_gate(added), None
+        # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
+        learns = hidden.requires_grad or attachment not in (None, "residual")
+        if recompute and learns:
+            hidden = checkpoint(block, hidden, gate, use_reentrant=False)
+        else:
+            hidden = block(hidden, gate)
+        return hidden if added is None else hidden + added
 
     def _branch(self, memory: MemoryConfig, recompute: bool) -> nn.Module:
         """A memory as one layer has it."""
@@ -211,9 +244,14 @@ class MirasModel(nn.Module):
             segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1
         )
 
-    def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
+    def _plan(
+        self,
+        attention: AttentionConfig,
+        segment_ids: Tensor,
+        positions: Tensor,
+        carry: WindowCarry | None,
+        hidden: Tensor,
+    ) -> AttentionPlan:
         if self._rope is None:
             self._rope = rope_of(self.backbone)
-        return plan_attention(
-            self.config.attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden
-        )
+        return plan_attention(attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden)

@@ -16,7 +16,8 @@ from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.decoder_config import check_window, kv_heads
-from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors
+from pipeline.lm.distillation import choose, comparable, count_compared
+from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors, trained_length
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
@@ -27,8 +28,9 @@ from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.layer_kinds import kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryHealth
-from pipeline.systems.miras.model import MirasModel
+from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
+from pipeline.systems.miras.teacher import HIDDEN, KL, check_distillation
 
 TERM = "cross_entropy"
 
@@ -47,6 +49,8 @@ class MirasSystem(System[TokenBatch]):
         for kind in self.kinds:
             check_attachment(kind, self.backbone, self.sizes.attention)
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
+        self.trained_length = trained_length(config.model.backbone) if self.sizes.distil == "full" else None
+        check_distillation(self.sizes, config.sequence_length, self.trained_length)
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
 
@@ -96,7 +100,7 @@ class MirasSystem(System[TokenBatch]):
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
         backends = [memory_backend(kind, device_type, dtype) for kind in self.kinds]
-        return {
+        found = {
             "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
             f" {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
@@ -104,6 +108,10 @@ class MirasSystem(System[TokenBatch]):
             "attention": f"{attention.kind} of {reach}, backend {backend}",
             "memory": descriptions.memory_line(self.kinds, backends),
         }
+        if self.sizes.distil == "full":
+            length = self.config.sequence_length
+            found["distillation"] = descriptions.distillation_line(self.sizes, length, self.trained_length)
+        return found
 
     def caption(self) -> str:
         return descriptions.caption(self.sizes)
@@ -170,10 +178,30 @@ class MirasSystem(System[TokenBatch]):
         return self._held_out
 
     def count(self, batch: TokenBatch) -> Counts:
-        return {TERM: int((batch.labels != IGNORED).sum())}
+        counts = {TERM: int((batch.labels != IGNORED).sum())}
+        if self.sizes.distil == "full":
+            compared = count_compared(self._comparable(batch), self.sizes.distillation.tokens)
+            counts |= dict.fromkeys(self._distilled_terms(), compared)
+        return counts
+
+    def _distilled_terms(self) -> dict[str, float]:
+        """Weights by term, of those that have one."""
+        weights = {KL: self.sizes.distillation.kl, HIDDEN: self.sizes.distillation.hidden}
+        return {term: weight for term, weight in weights.items() if weight}
+
+    def _comparable(self, batch: TokenBatch) -> Tensor:
+        """The tokens at which the teacher can say something that the window does not, [rows, T] bool."""
+        return comparable(batch.segment_ids, self.sizes.attention.window, self.trained_length)
 
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         local = context.topology.shard(batch.input_ids.shape[1])
+        compared = None
+        # An evaluation measures the student alone.
+        if self.sizes.distil == "full" and model.training:
+            compared = choose(
+                self._comparable(batch), self.sizes.distillation.tokens,
+                seed=context.seed, step=context.step, streams=batch.streams,
+            )  # fmt: skip
         output = model(
             batch.input_ids[:, local],
             batch.labels[:, local],
@@ -183,15 +211,27 @@ class MirasSystem(System[TokenBatch]):
             context.topology,
             use_memory=bool(context.options.get("memory", True)),
             predict=bool(context.options.get("predict", False)),
+            compared=compared,
         )
         metrics = self._health(output.health)
         if self.sizes.attention.kind == "window":
             reach = batch.positions[:, local] >= self.sizes.attention.window
             metrics["beyond_window"] = (reach.sum(), reach.new_full((), reach.numel(), dtype=torch.float64))
-        tokens = {"losses": output.losses.detach()}
-        if output.predictions is not None:
-            tokens["predictions"] = output.predictions
-        return StepOutput({TERM: output.losses.sum()}, pack_carry(output.carry), metrics, tokens)
+        per_token = {"losses": output.losses, "predictions": output.predictions}
+        tokens = {name: value.detach() for name, value in per_token.items() if value is not None}
+        return StepOutput(self._sums(output), pack_carry(output.carry), metrics, tokens)
+
+    def _sums(self, output: ModelOutput) -> dict[str, Tensor]:
+        """This rank's sum per loss term, times the term's weight."""
+        if output.distilled is None:
+            assert output.losses is not None
+            return {TERM: output.losses.sum()}
+        weights = self._distilled_terms()
+        found = {term: weights[term] * value for term, value in output.distilled.items()}
+        # Of weight 0 there is no sum, and the term stays: its counts are the tokens.
+        zero = torch.zeros((), device=next(iter(found.values())).device)
+        own = self.sizes.distillation.cross_entropy
+        return {TERM: zero if output.losses is None else own * output.losses.sum(), **found}
 
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate

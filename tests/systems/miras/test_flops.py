@@ -13,7 +13,7 @@ from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.lm.pretrained import backbone_config
 from pipeline.recipes.miras import miras_64k
 from pipeline.system import Flops, create_system
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.flops import attention_reach, count_flops, scan_flops
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
 
@@ -187,3 +187,29 @@ def test_flops_of_the_familys_scans_by_hand() -> None:
     assert scan(rule="swiglu", swiglu=SwigluConfig(hidden=1)) == (18 + 6) * square
     muon = scan(rule="swiglu", swiglu=SwigluConfig(hidden=1, muon=True, gradient_chunk=512))
     assert muon == (18 + 6) * square + 90 * 32**3 / 512
+
+
+def test_a_teacher_costs_its_forward_pass_and_the_heads_of_the_compared_tokens() -> None:
+    """Memories on layers 1 and 3, 1,024 tokens and a window of 64."""
+    student = flops(make(trainable=False))
+    block = BLOCK + 2 * 128 * (1024 + 1)
+
+    def distilled(**settings: object) -> Flops:
+        settings = {"kl": 1.0, **settings}
+        model = dataclasses.replace(
+            make(trainable=False),
+            distil="full",
+            distillation=DistillationConfig(**settings),  # type: ignore[arg-type]
+        )
+        return flops(model)
+
+    share = (1024 - 64) / 1024
+    found = distilled()
+    assert found.forward == pytest.approx(student.forward - HEAD + 4 * block + 2 * share * HEAD)
+    assert found.backward == pytest.approx(student.backward - HEAD + share * HEAD)
+    found = distilled(tokens=128, cross_entropy=0.5, lower_layers="window")
+    assert found.forward == pytest.approx(student.forward + 3 * block + 2 * HEAD / 8)
+    assert found.backward == pytest.approx(student.backward + HEAD / 8)
+    found = distilled(kl=0.0, hidden=1.0)
+    assert found.forward == pytest.approx(student.forward - HEAD + 4 * block)
+    assert found.backward == pytest.approx(student.backward - HEAD)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
 from pipeline.files.json_file import read_json
-from pipeline.lm.config import BackboneConfig
+from pipeline.lm.config import FETCH_SMOLLM2, SMOLLM2, BackboneConfig
 from pipeline.lm.decoder_config import check_decoder, check_model_type, kv_heads
 from pipeline.lm.gguf_file import gguf_config, gguf_tensors, is_gguf
 from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors
@@ -136,6 +136,8 @@ def _check_as_built(config: BackboneConfig, built: PreTrainedConfig) -> None:
 def _downloaded(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    if name == SMOLLM2:
+        raise UserError(f"--model.backbone.pretrained {name}: not there yet: {FETCH_SMOLLM2}")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
         files = set(index_files(folder).values()) if (folder / INDEX).exists() else {SINGLE}

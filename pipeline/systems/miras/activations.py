@@ -92,14 +92,30 @@ def step_bytes(step: Step) -> tuple[int, int]:
     block, block_work = block_bytes(step)
     branch, branch_work = memory_bytes(step) if memory.layers else (0, 0)
     head, head_work = head_bytes(step)
+    asked, asking = teacher_bytes(step)
     # The gradients of a block's output, and of the memory that was added to it.
     gradients = hidden * (2 if memory.layers else 1)
     if step.recompute:
-        kept = hidden * block_inputs(step, first) + plan_bytes(step)
+        kept = hidden * block_inputs(step, first) + plan_bytes(step) + asked
         work = max(block + block_work, branch + branch_work)
-        return kept, max(gradients + work, head + head_work)
+        return kept, max(gradients + work, head + head_work, asking)
     kept = learning * block + len(memory.layers) * branch + hidden * len(memory.layers) + head + plan_bytes(step)
-    return kept, max(gradients + max(block_work, branch_work), head_work)
+    return kept + asked, max(gradients + max(block_work, branch_work), head_work, asking)
+
+
+def teacher_bytes(step: Step) -> tuple[int, int]:
+    """(kept, made on the way) by a teacher: what it said at the compared tokens, its plan's rotations and mask, and a
+    block's forward pass at a time, with nothing kept for a backward pass."""
+    sizes = step.sizes
+    if sizes.distil != "full":
+        return 0, 0
+    settings, width = sizes.distillation, step.backbone.hidden_size
+    compared = step.rows * min(settings.tokens or step.sequence, step.sequence // step.degree)
+    # The last norm's output, the divergence's gradient, and hidden states behind each memory.
+    states = (2 if settings.kl else 0) + (2 * len(sizes.memory.layers) if settings.hidden else 0)
+    kept = step.element * width * compared * states + 4 * step.head_dim * step.rows * step.sequence
+    inner = max(3 * step.backbone.intermediate_size, 3 * attention_width(step.backbone) + 2 * step.kv_width)
+    return kept, step.tokens * (step.element * (2 * width + inner) + 4 * width)
 
 
 def block_inputs(step: Step, first: int) -> int:

@@ -91,7 +91,7 @@ class MirasModel(nn.Module):
 
         input_ids and labels [batch, sequence / degree] (this rank's part), segment_ids and positions [batch, sequence]
         (whole), carry one entry per layer or None at the start of the streams. compared [batch, sequence] bool (whole):
-        the tokens at which the teacher is asked too.
+        the tokens at which the teacher is asked too, in training: an evaluation measures the student alone.
         """
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
@@ -108,7 +108,7 @@ class MirasModel(nn.Module):
         )
         teacher = None
         first = 0
-        if compared is not None:
+        if compared is not None and self.training:
             distillation = self.config.distillation
             teacher = Teacher(
                 distillation,

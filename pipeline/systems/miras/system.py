@@ -194,8 +194,7 @@ class MirasSystem(System[TokenBatch]):
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         local = context.topology.shard(batch.input_ids.shape[1])
         compared = None
-        # An evaluation measures the student alone.
-        if self.sizes.distil == "full" and model.training:
+        if self.sizes.distil == "full":
             compared = choose(
                 self._comparable(batch), self.sizes.distillation.tokens,
                 seed=context.seed, step=context.step, streams=batch.streams,

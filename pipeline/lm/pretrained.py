@@ -100,6 +100,12 @@ def trained_length(config: BackboneConfig) -> int | None:
     return getattr(found, "max_position_embeddings", None)
 
 
+def check_fetched(config: BackboneConfig) -> None:
+    """Raises UserError where the model is one that a command fetches, which has not been run here."""
+    if config.pretrained == SMOLLM2 and not Path(SMOLLM2).is_dir():
+        raise UserError(f"--model.backbone.pretrained {SMOLLM2}: not there yet: {FETCH_SMOLLM2}")
+
+
 def is_local(config: BackboneConfig) -> bool:
     """Whether the pretrained weights are those of a folder, not of a hub name."""
     return config.pretrained is not None and Path(config.pretrained).is_dir()
@@ -112,6 +118,7 @@ def pretrained_tensors(config: BackboneConfig, built: PreTrainedConfig | None = 
     assert config.pretrained is not None
     if is_gguf(config.pretrained):
         return gguf_tensors(config.pretrained, f"--model.backbone.pretrained {config.pretrained}")
+    check_fetched(config)
     folder = Path(config.pretrained)
     if folder.is_dir():
         return model_tensors(folder)
@@ -136,8 +143,6 @@ def _check_as_built(config: BackboneConfig, built: PreTrainedConfig) -> None:
 def _downloaded(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    if name == SMOLLM2:
-        raise UserError(f"--model.backbone.pretrained {name}: not there yet: {FETCH_SMOLLM2}")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
         files = set(index_files(folder).values()) if (folder / INDEX).exists() else {SINGLE}

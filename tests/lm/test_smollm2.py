@@ -19,6 +19,9 @@ from pipeline.lm import gguf_file, smollm2
 from pipeline.lm.config import SMOLLM2, BackboneConfig
 from pipeline.lm.pretrained import backbone_config, pretrained_tensors
 from pipeline.lm.smollm2 import fetch_smollm2
+from pipeline.parallel.topology import Topology
+from pipeline.recipes import all_recipes
+from pipeline.system import Phase, create_system
 from tests.lm.families import decoder
 from tests.lm.test_gguf_file import READABLE, write_gguf
 
@@ -149,6 +152,9 @@ def test_wrong_words_end_in_one_line(words: list[str], message: str, capsys: pyt
 
 def test_a_recipe_without_its_model_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    system = create_system(all_recipes()["miras_smollm2"]())
+    with pytest.raises(UserError, match=f"pretrained {SMOLLM2}: not there yet: python -m pipeline fetch smollm2$"):
+        system.loader(Phase("train", 1, ()), Topology())
     with pytest.raises(UserError, match=f"pretrained {SMOLLM2}: not there yet: python -m pipeline fetch smollm2$"):
         pretrained_tensors(BackboneConfig(pretrained=SMOLLM2))
 

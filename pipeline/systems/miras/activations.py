@@ -112,8 +112,10 @@ def teacher_bytes(step: Step) -> tuple[int, int]:
     settings, width = sizes.distillation, step.backbone.hidden_size
     compared = step.rows * min(settings.tokens or step.sequence, step.sequence // step.degree)
     # The last norm's output, the divergence's gradient, and hidden states behind each memory.
-    states = (2 if settings.kl else 0) + (2 * len(sizes.memory.layers) if settings.hidden else 0)
-    kept = step.element * width * compared * states + 4 * step.head_dim * step.rows * step.sequence
+    states = 2 * width if settings.kl else 0
+    states += 2 * len(sizes.memory.layers) * (width * (settings.hidden > 0))
+    states += 2 * len(sizes.memory.layers) * (attention_width(step.backbone) * (settings.attention > 0))
+    kept = step.element * compared * states + 4 * step.head_dim * step.rows * step.sequence
     inner = max(3 * step.backbone.intermediate_size, 3 * attention_width(step.backbone) + 2 * step.kv_width)
     return kept, step.tokens * (step.element * (2 * width + inner) + 4 * width)
 

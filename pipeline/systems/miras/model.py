@@ -121,12 +121,15 @@ class MirasModel(nn.Module):
             hidden = self._layer(index, hidden, step)
         if teacher is not None:
             full = AttentionConfig("full", backend=self.config.attention.backend)
-            call = AttentionCall(self._plan(full, segment_ids, positions, None, hidden), topology, [])
-            teacher.run(self.backbone, hidden, call, first)
+            asked = self._plan(full, segment_ids, positions, None, hidden)
+            teacher.run(self.backbone, hidden, AttentionCall(asked, topology, [], keep=teacher.kept), first)
+            step.attention.keep = teacher.kept
         for index in range(first, len(layers)):
             hidden = self._layer(index, hidden, step)
             if teacher is not None:
-                teacher.compare(index, hidden)
+                teacher.compare(index, hidden, step.attention)
+        # A block that is recomputed in the backward pass keeps nothing more.
+        step.attention.keep = ()
         hidden = self.backbone.model.norm(hidden)
         losses = predictions = None
         if teacher is None or self.config.distillation.cross_entropy:

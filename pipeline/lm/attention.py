@@ -44,6 +44,10 @@ class AttentionCall:
     """By layer: what a window carries from the step before."""
     after: dict[int, WindowCarry] = field(default_factory=dict)
     """By layer, of a window: what it carries to the next step."""
+    keep: Sequence[int] = ()
+    """Layers whose output of attention is wanted in `kept`."""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: what goes into the output projection, [batch, sequence / degree, heads, dim]."""
 
 
 class Beside(NamedTuple):
@@ -85,6 +89,8 @@ def attend(
     (out,) = to_sequence([out], topology)
     if beside.gate is not None:
         out = out * beside.gate.view_as(out)
+    if index in call.keep:
+        call.kept[index] = out
     return out, None
 
 

@@ -48,19 +48,19 @@ def choose(eligible: Tensor, tokens: int, *, seed: int, step: int, streams: Tens
     return torch.zeros_like(eligible).scatter_(1, chosen, True) & eligible
 
 
-def places(chosen: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def places(chosen: Tensor, tokens: int, *, fixed: bool | None = None) -> tuple[Tensor, Tensor]:
     """Where the chosen tokens of a rank's part [rows, T / degree] are: indices into the flattened part in token order,
     and which of them count, [n] each.
 
-    On a GPU n is the same at every step, whatever was chosen, so that nothing waits for the device. On a CPU only those
-    that count are listed.
+    `fixed` (on a GPU, None): n is the same at every step, whatever was chosen, so that nothing waits for the device.
+    Otherwise only those that count are listed.
     """
     length = chosen.shape[1]
     most = min(tokens, length) if tokens else length
     valid, index = torch.sort(chosen.to(torch.int8), dim=1, descending=True, stable=True)
     index = index[:, :most] + length * torch.arange(chosen.shape[0], device=chosen.device)[:, None]
     index, counted = index.flatten(), valid[:, :most].flatten().bool()
-    if chosen.device.type == "cpu":
+    if not (chosen.device.type != "cpu" if fixed is None else fixed):
         index, counted = index[counted], counted[counted]
     return index, counted
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import UserError, brief
+from pipeline.errors import UserError, brief, shown
 from pipeline.parallel.weight_files import StoredTensor
 
 PACKAGES = ("gguf", "accelerate")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures of GGUF that transformers reads and whose decoders are backbones here (`pipeline.lm.config`)."""
 SCALED = "rope_freqs.weight"
 """The tensor of frequency factors (Llama 3.1), which transformers leaves out."""
 
@@ -26,7 +28,7 @@ def gguf_config(name: str, flag: str) -> Any:
     """The transformers config of the file. Raises UserError, which begins with `flag`."""
     path = _checked(name, flag)
     try:
-        _check_rope(path, flag)
+        _check_readable(path, flag)
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except UserError:
         raise
@@ -49,21 +51,52 @@ def gguf_tensors(name: str, flag: str) -> dict[str, StoredTensor]:
     }
 
 
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Writes the file's model into a folder as `save_pretrained` does: config, float32 safetensors (exactly what the
+    file says), tokenizer. Raises UserError."""
+    flag = path.name
+    # transformers does not save a model that it read from a GGUF file: this one is made from its config.
+    model = AutoModelForCausalLM.from_config(gguf_config(str(path), flag), dtype=torch.float32)
+    tensors = gguf_tensors(str(path), flag)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name].read(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:  # a damaged file raises whatever it meets
+        raise UserError(f"{flag}: cannot be read as GGUF ({brief(error)}): download it again") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def checked(flag: str) -> None:
+    """Raises UserError, which begins with `flag`, when a package is missing that reading a GGUF file needs."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{flag}a GGUF file needs the package {missing[0]}: pip install -e '.[gguf]'")
+
+
 def _checked(name: str, flag: str) -> Path:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"{flag}: no such file: give a GGUF file, or a folder as save_pretrained writes it")
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"{flag}: a GGUF file needs the package {missing[0]}: pip install -e '.[gguf]'")
+    checked(f"{flag}: ")
     return path
 
 
-def _check_rope(path: Path, flag: str) -> None:
-    """Refuses a file whose rotary frequencies are scaled, of which transformers would read the unscaled ones."""
+def _check_readable(path: Path, flag: str) -> None:
+    """Refuses an architecture that transformers does not read from GGUF or that no backbone has, and a file whose
+    rotary frequencies are scaled, of which it would read the unscaled ones."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
+    field = reader.fields.get("general.architecture")
+    architecture = None if field is None else str(field.contents())
+    if architecture is not None and architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{flag}: its architecture is {shown(architecture)}, which is not read from a GGUF file: give the model's"
+            f" safetensors folder, or a file of {', '.join(ARCHITECTURES)}"
+        )
     kinds = [field.contents() for key, field in reader.fields.items() if key.endswith(".rope.scaling.type")]
     if any(tensor.name == SCALED for tensor in reader.tensors) or any(kind != "none" for kind in kinds):
         raise UserError(

@@ -65,7 +65,7 @@ def distillation(stage: int) -> RunConfig:
     config = base(trainable=False)
     assert isinstance(config.model, MirasConfig)
     settings = DistillationConfig(
-        kl=0.8, cross_entropy=0.3, hidden=0.5, tokens=0 if stage == 1 else 11,
+        kl=0.8, cross_entropy=0.3, hidden=0.5, attention=0.4, tokens=0 if stage == 1 else 11,
         lower_layers="window" if stage == 2 else "full",
     )  # fmt: skip
     model = dataclasses.replace(config.model, distil="full", distillation=settings)

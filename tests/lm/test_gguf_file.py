@@ -36,13 +36,13 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def write_gguf(path: Path, *, scaled: bool = False) -> Path:
-    """The family `smollm2` as llama.cpp would write it."""
+def write_gguf(path: Path, *, scaled: bool = False, tokenizer: bool = False, architecture: str | None = None) -> Path:
+    """The family `smollm2` as llama.cpp would write it, or as a file that says it is of another architecture."""
     from gguf import GGUFWriter
 
     plain = decoder("smollm2")
     config = plain.config
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture or "llama")
     writer.add_name("small")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -54,6 +54,11 @@ def write_gguf(path: Path, *, scaled: bool = False) -> Path:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
+    if tokenizer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([*(chr(33 + index) for index in range(62)), "AB", "<end>"])
+        writer.add_token_merges(["A B"])
+        writer.add_eos_token_id(63)
     for name, value in plain.state_dict().items():
         if name == "lm_head.weight":
             continue
@@ -100,6 +105,16 @@ def test_scaled_frequencies_that_transformers_would_leave_out_are_refused(tmp_pa
     path = write_gguf(tmp_path / "scaled.gguf", scaled=True)
     with pytest.raises(UserError, match="its rotary frequencies are scaled"):
         backbone_config(BackboneConfig(pretrained=str(path)))
+
+
+@pytest.mark.skipif(not READABLE, reason="needs the extra gguf")
+def test_an_architecture_that_is_not_read_from_gguf_is_said_in_one_line(tmp_path: Path) -> None:
+    """transformers has OLMo2, and does not read it from GGUF."""
+    path = write_gguf(tmp_path / "other.gguf", architecture="olmo2")
+    with pytest.raises(UserError, match="its architecture is 'olmo2', which is not read from a GGUF file") as caught:
+        backbone_config(BackboneConfig(pretrained=str(path)))
+    assert "give the model's safetensors folder, or a file of llama" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not READABLE, reason="needs the extra gguf")

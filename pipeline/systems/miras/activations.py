@@ -106,16 +106,34 @@ def step_bytes(step: Step) -> tuple[int, int]:
     whole = [kept + work for attachment, kept, work in memories if attachment != "overflow"]
     whole += [block + kept + work for attachment, kept, work in memories if attachment == "overflow"]
     head, head_work = head_bytes(step)
+    asked, asking = teacher_bytes(step)
     # The gradients of a block's output, and of the memory that was added to it.
     gradients = hidden * (2 if by_number else 1)
     if step.recompute:
-        kept = hidden * block_inputs(step, first) + plan_bytes(step)
+        kept = hidden * block_inputs(step, first) + plan_bytes(step) + asked
         work = max([block + block_work, *whole])
-        return kept, max(gradients + work, head + head_work)
+        return kept, max(gradients + work, head + head_work, asking)
     added = hidden * sum(attachment != "overflow" for attachment, *_ in memories)
     kept = learning * block + sum(kept for _, kept, _ in memories) + added + head + plan_bytes(step)
     branch_work = max((work for *_, work in memories), default=0)
-    return kept, max(gradients + max(block_work, branch_work), head_work)
+    return kept + asked, max(gradients + max(block_work, branch_work), head_work, asking)
+
+
+def teacher_bytes(step: Step) -> tuple[int, int]:
+    """(kept, made on the way) by a teacher: what it said at the compared tokens, its plan's rotations and mask, and a
+    block's forward pass at a time, with nothing kept for a backward pass."""
+    sizes = step.sizes
+    if sizes.distil != "full":
+        return 0, 0
+    settings, width = sizes.distillation, step.backbone.hidden_size
+    compared = step.rows * min(settings.tokens or step.sequence, step.sequence // step.degree)
+    # The last norm's output, the divergence's gradient, and hidden states behind each memory.
+    states = 2 * width if settings.kl else 0
+    states += 2 * len(sizes.memory.layers) * (width * (settings.hidden > 0))
+    states += 2 * len(sizes.memory.layers) * (attention_width(step.backbone) * (settings.attention > 0))
+    kept = step.element * compared * states + 4 * step.head_dim * step.rows * step.sequence
+    inner = max(3 * step.backbone.intermediate_size, 3 * attention_width(step.backbone) + 2 * step.kv_width)
+    return kept, step.tokens * (step.element * (2 * width + inner) + 4 * width)
 
 
 def block_inputs(step: Step, first: int) -> int:

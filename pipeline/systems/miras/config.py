@@ -137,6 +137,8 @@ class DistillationConfig:
     hidden: float = field(default=0.0, metadata=MAY_CHANGE)
     """Weight of the squared error of the hidden states after each layer with a memory, relative to the square of the
     teacher's, averaged over these layers and over the compared tokens."""
+    attention: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the same error of the attention's output in each layer with a memory, before its output projection."""
     tokens: int = field(default=0, metadata=MAY_CHANGE)
     """Compared tokens per row and step, drawn at random from those beyond the window; 0: all of them."""
     lower_layers: Literal["full", "window"] = field(default="full", metadata=MAY_CHANGE)
@@ -145,12 +147,12 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "distillation", "tokens")
-        for name in ("kl", "cross_entropy", "hidden"):
+        for name in ("kl", "cross_entropy", "hidden", "attention"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"--model.distillation.{name.replace('_', '-')} is {value}: give 0 or more")
-        if not (self.kl or self.hidden):
-            raise UserError("--model.distillation.kl and .hidden are both 0: give one of them a weight above 0")
+        if not (self.kl or self.hidden or self.attention):
+            raise UserError("--model.distillation.kl, .hidden and .attention are 0: give one of them a weight above 0")
 
 
 @dataclass(frozen=True)
@@ -194,4 +196,15 @@ class MirasConfig(ModelConfig):
             raise UserError(
                 "--model.distil full: the student has full attention as well, and the teacher sees nothing beyond it:"
                 " give --model.attention.kind window"
+            )
+        settings = self.distillation
+        alone = len(self.memory.layers) == 1 and (isinstance(only := self.memory.layers[0], int) or only == "upper1")
+        if (
+            alone
+            and self.memory.attachment == "residual"
+            and not (settings.kl or settings.hidden or settings.cross_entropy)
+        ):
+            raise UserError(
+                "--model.distillation.attention: a residual memory is beside its layer's attention and changes only"
+                " that of later layers with a memory, of which there are none: give --model.distillation.kl too"
             )

@@ -24,14 +24,17 @@ def _kind(memory: MemoryConfig, backend: str) -> str:
 def distillation_line(sizes: MirasConfig, length: int, trained: int | None) -> str:
     """`KL to full attention; 640 random tokens a row beyond the window of 256`."""
     settings, window = sizes.distillation, sizes.attention.window
-    weights = {"KL": settings.kl, "hidden states": settings.hidden, "cross-entropy": settings.cross_entropy}
+    weights = {
+        "KL": settings.kl, "hidden states": settings.hidden, "attention's output": settings.attention,
+        "cross-entropy": settings.cross_entropy,
+    }  # fmt: skip
     terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight]
     tokens = f"{settings.tokens} random" if settings.tokens else "all"
     lower = ", from the first memory's layer on" if settings.lower_layers == "window" else ""
     line = f"{' + '.join(terms)}; teacher: full attention{lower}; {tokens} tokens a row beyond the window of {window}"
     if trained is not None and length > trained:
-        line += f", up to {trained} tokens into the document: the backbone was trained no longer, so later ones are not"
-        line += " compared"
+        line += f", up to {trained} tokens into the document: the backbone sees no further, or was not trained to, so"
+        line += " later ones are not compared"
     return line
 
 

@@ -58,13 +58,18 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
     else:
         backward = 0.0
     if config.distil == "full":
+        settings, last = config.distillation, backbone.num_hidden_layers
         # The student's head is asked for all labels, for the compared tokens, or both.
-        asked = (config.distillation.cross_entropy > 0) + (config.distillation.kl > 0) * compared
+        asked = (settings.cross_entropy > 0) + (settings.kl > 0) * compared
+        if not settings.kl:
+            # The teacher ends with the last memory's layer, and without a head so does the backward pass.
+            last = max(by_number) + 1
+            if not settings.cross_entropy:
+                backward -= (backbone.num_hidden_layers - last) * (matrices + 2 * attention)
         backward += (asked - 1) * head
-        first = min(by_number) if config.distillation.lower_layers == "window" else 0
-        reach = 2.0 * inner * (sequence_length + 1)
-        teacher = (backbone.num_hidden_layers - first) * (matrices + reach)
-        forward += (asked - 1) * head + teacher + (config.distillation.kl > 0) * compared * head
+        first = min(by_number) if settings.lower_layers == "window" else 0
+        teacher = (last - first) * (matrices + 2.0 * inner * (sequence_length + 1))
+        forward += (asked - 1) * head + teacher + (settings.kl > 0) * compared * head
     return Flops(forward, backward)
 
 

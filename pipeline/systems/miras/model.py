@@ -101,7 +101,7 @@ class MirasModel(nn.Module):
 
         input_ids and labels [batch, sequence / degree] (this rank's part), segment_ids and positions [batch, sequence]
         (whole), carry one entry per layer or None at the start of the streams. compared [batch, sequence] bool (whole):
-        the tokens at which the teacher is asked too.
+        the tokens at which the teacher is asked too, in training: an evaluation measures the student alone.
         """
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
@@ -118,7 +118,7 @@ class MirasModel(nn.Module):
         )
         teacher = None
         first = 0
-        if compared is not None:
+        if compared is not None and self.training:
             distillation = self.config.distillation
             teacher = Teacher(
                 distillation,
@@ -131,12 +131,15 @@ class MirasModel(nn.Module):
             hidden = self._layer(index, hidden, step)
         if teacher is not None:
             full = AttentionConfig("full", backend=self.config.attention.backend)
-            call = AttentionCall(self._plan(full, segment_ids, positions, None, hidden), topology, [])
-            teacher.run(self.backbone, hidden, call, first)
+            asked = self._plan(full, segment_ids, positions, None, hidden)
+            teacher.run(self.backbone, hidden, AttentionCall(asked, topology, [], keep=teacher.kept), first)
+            step.attention.keep = teacher.kept
         for index in range(first, len(layers)):
             hidden = self._layer(index, hidden, step)
             if teacher is not None:
-                teacher.compare(index, hidden)
+                teacher.compare(index, hidden, step.attention)
+        # A block that is recomputed in the backward pass keeps nothing more.
+        step.attention.keep = ()
         hidden = self.backbone.model.norm(hidden)
         losses = predictions = None
         if teacher is None or self.config.distillation.cross_entropy:

@@ -15,9 +15,9 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
-from pipeline.lm.decoder_config import check_window, kv_heads
+from pipeline.lm.decoder_config import check_window, kv_heads, sliding_window
 from pipeline.lm.distillation import choose, comparable, count_compared
-from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors, trained_length
+from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors, trained_length
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
@@ -30,7 +30,7 @@ from pipeline.systems.miras.layer_kinds import kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryHealth
 from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
-from pipeline.systems.miras.teacher import HIDDEN, KL, check_distillation
+from pipeline.systems.miras.teacher import check_distillation, term_weights
 
 TERM = "cross_entropy"
 
@@ -49,7 +49,10 @@ class MirasSystem(System[TokenBatch]):
         for kind in self.kinds:
             check_attachment(kind, self.backbone, self.sizes.attention)
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
-        self.trained_length = trained_length(config.model.backbone) if self.sizes.distil == "full" else None
+        self.trained_length: int | None = None
+        if self.sizes.distil == "full":
+            limits = (trained_length(config.model.backbone), sliding_window(self.backbone))
+            self.trained_length = min((limit for limit in limits if limit is not None), default=None)
         check_distillation(self.sizes, config.sequence_length, self.trained_length)
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
@@ -163,6 +166,8 @@ class MirasSystem(System[TokenBatch]):
 
     def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
         """Training or held-out data of this data rank."""
+        # Before its tokenizer is missed, which is in the same folder.
+        check_fetched(self.sizes.backbone)
         if self.config.data.recall is None:
             self._source = self._source or build_source(self.config, self.files)
         return build_loader(
@@ -181,13 +186,8 @@ class MirasSystem(System[TokenBatch]):
         counts = {TERM: int((batch.labels != IGNORED).sum())}
         if self.sizes.distil == "full":
             compared = count_compared(self._comparable(batch), self.sizes.distillation.tokens)
-            counts |= dict.fromkeys(self._distilled_terms(), compared)
+            counts |= dict.fromkeys(term_weights(self.sizes.distillation), compared)
         return counts
-
-    def _distilled_terms(self) -> dict[str, float]:
-        """Weights by term, of those that have one."""
-        weights = {KL: self.sizes.distillation.kl, HIDDEN: self.sizes.distillation.hidden}
-        return {term: weight for term, weight in weights.items() if weight}
 
     def _comparable(self, batch: TokenBatch) -> Tensor:
         """The tokens at which the teacher can say something that the window does not, [rows, T] bool."""
@@ -196,8 +196,7 @@ class MirasSystem(System[TokenBatch]):
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         local = context.topology.shard(batch.input_ids.shape[1])
         compared = None
-        # An evaluation measures the student alone.
-        if self.sizes.distil == "full" and model.training:
+        if self.sizes.distil == "full":
             compared = choose(
                 self._comparable(batch), self.sizes.distillation.tokens,
                 seed=context.seed, step=context.step, streams=batch.streams,
@@ -226,7 +225,7 @@ class MirasSystem(System[TokenBatch]):
         if output.distilled is None:
             assert output.losses is not None
             return {TERM: output.losses.sum()}
-        weights = self._distilled_terms()
+        weights = term_weights(self.sizes.distillation)
         found = {term: weights[term] * value for term, value in output.distilled.items()}
         # Of weight 0 there is no sum, and the term stays: its counts are the tokens.
         zero = torch.zeros((), device=next(iter(found.values())).device)

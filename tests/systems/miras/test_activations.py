@@ -25,7 +25,7 @@ from pipeline.systems.miras.activations import (
     scan_bytes,
     step_bytes,
 )
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
 from pipeline.systems.miras.rules import memory_backend
@@ -61,6 +61,8 @@ def wide(changes: dict[str, object], memory: dict[str, object]) -> RunConfig:
         ),  # type: ignore[arg-type]
         memory=MemoryConfig(**{"layers": (1,), "heads": 4, "head_dim": 128, **memory}),  # type: ignore[arg-type]
     )
+    if "distillation" in changes:
+        model = dataclasses.replace(model, distil="full", distillation=changes.pop("distillation"))
     run = {"activation_checkpointing": True, "precision": "bf16", **changes}
     return RunConfig("", model, steps=1, batch_size=2, sequence_length=2048, lr=1.0, **run)  # type: ignore[arg-type]
 
@@ -89,6 +91,21 @@ TRACED = [
     pytest.param({"model_type": "llama", "kv_heads": 2, "tied": True}, {}, 1, 0.1, id="llama, grouped and tied"),
     pytest.param({"model_type": "qwen3", "trainable": True}, {}, 1, 0.1, id="qwen3, trainable"),
     pytest.param({"model_type": "olmo", "activation_checkpointing": False}, {}, 1, 0.1, id="olmo, not recomputed"),
+    pytest.param({"distillation": DistillationConfig()}, {}, 1, 0.1, id="distilled"),
+    pytest.param(
+        {"distillation": DistillationConfig(tokens=300, hidden=1.0, cross_entropy=1.0)},
+        {},
+        1,
+        0.1,
+        id="distilled by every term",
+    ),
+    pytest.param(
+        {"distillation": DistillationConfig(), "activation_checkpointing": False},
+        {},
+        4,
+        0.1,
+        id="distilled on four sequence ranks, not recomputed",
+    ),
     pytest.param({}, {"rule": "yaad", "gradient_chunk": 128}, 1, 0.2, id="yaad"),
     pytest.param({}, {"rule": "mlp", "gradient_chunk": 512}, 1, 0.3, id="mlp"),
     pytest.param({}, {"rule": "swiglu", "swiglu": SwigluConfig(gradient_chunk=512)}, 1, 0.3, id="swiglu"),

@@ -213,3 +213,11 @@ def test_a_teacher_costs_its_forward_pass_and_the_heads_of_the_compared_tokens()
     found = distilled(kl=0.0, hidden=1.0)
     assert found.forward == pytest.approx(student.forward - HEAD + 4 * block)
     assert found.backward == pytest.approx(student.backward - HEAD)
+
+
+def test_a_teacher_without_a_divergence_ends_with_the_last_memory_and_so_does_the_backward_pass() -> None:
+    student = flops(make(layers=(0, 2), trainable=False))
+    settings = DistillationConfig(kl=0.0, attention=1.0)
+    found = flops(dataclasses.replace(make(layers=(0, 2), trainable=False), distil="full", distillation=settings))
+    assert found.forward == pytest.approx(student.forward - HEAD + 3 * (BLOCK + 2 * 128 * 1025))
+    assert found.backward == pytest.approx(student.backward - HEAD - (BLOCK + 2 * ATTENTION))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -80,15 +80,25 @@ def test_the_divergence_is_from_what_transformers_gives_with_full_attention(name
     assert system.count(batch(tokens(), LENGTHS))["kl"] == int(beyond(LENGTHS).sum())
 
 
+def relative(found: Tensor, expected: Tensor) -> Tensor:
+    """Squared errors of rows, relative to the squares of what is expected."""
+    return (found - expected).square().sum(-1) / expected.square().sum(-1)
+
+
 @pytest.mark.parametrize("attachment", ["residual", "mal", "mag", "mac", "overflow"])
 @pytest.mark.parametrize("lower", ["full", "window"])
 def test_terms_and_gradients_are_those_of_whole_logits(attachment: str, lower: str) -> None:
-    weights = {"kl": 0.7, "hidden": 0.4, "cross_entropy": 0.3}
+    weights = {"kl": 0.7, "hidden": 0.4, "attention": 0.6, "cross_entropy": 0.3}
     config = distilled(attached(attachment, trainable=False), **weights, lower_layers=lower)
     system, model = frozen(config)
     states: dict[Any, list[Tensor]] = {}
     for index, layer in enumerate(model.backbone.model.layers):
         layer.register_forward_hook(lambda _, __, out, index=index: states.setdefault(index, []).append(out))
+    for index in (1, 2):
+        projection = model.backbone.model.layers[index].self_attn.o_proj
+        projection.register_forward_pre_hook(
+            lambda _, given, index=index: states.setdefault(f"attention {index}", []).append(given[0])
+        )
     model.backbone.model.norm.register_forward_hook(lambda _, __, out: states.setdefault("norm", []).append(out))
     part = batch(tokens(), LENGTHS)
     output = run(system, model, part)
@@ -103,12 +113,12 @@ def test_terms_and_gradients_are_those_of_whole_logits(attachment: str, lower: s
     expected = {"kl": 0.7 * kl, "cross_entropy": 0.3 * losses}
     for name, value in expected.items():
         torch.testing.assert_close(output.sums[name], value, rtol=1e-10, atol=0)
+    attended = [relative(*(states[f"attention {index}"][which][0][chosen] for which in (1, 0))) for index in (1, 2)]
+    expected["attention"] = 0.6 * torch.stack(attended).mean(0).sum()
+    torch.testing.assert_close(output.sums["attention"], expected["attention"], rtol=1e-10, atol=0)
     # What a residual memory adds comes after the layer's own output.
     if attachment != "residual":
-        errors = []
-        for index in (1, 2):
-            of_teacher, of_student = (states[index][which][0][chosen] for which in (0, 1))
-            errors.append((of_student - of_teacher).square().sum(-1) / of_teacher.square().sum(-1))
+        errors = [relative(*(states[index][which][0][chosen] for which in (1, 0))) for index in (1, 2)]
         expected["hidden"] = 0.4 * torch.stack(errors).mean(0).sum()
         torch.testing.assert_close(output.sums["hidden"], expected["hidden"], rtol=1e-10, atol=0)
     else:
@@ -127,10 +137,15 @@ def test_the_hidden_term_of_a_residual_memory_counts_what_it_adds() -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))  # type: ignore[call-arg]
     system, model = frozen(config)
     inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    model.backbone.model.layers[2].register_forward_hook(lambda _, __, out: outputs.append(out))
     model.backbone.model.norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     output = run(system, model, batch(tokens(), LENGTHS))
-    teacher, student = inputs[0], inputs[1][0][beyond(LENGTHS)]
-    expected = ((student - teacher).square().sum(-1) / teacher.square().sum(-1)).sum()
+    # Without a divergence the teacher ends with the last memory's layer, here the last.
+    (student,) = (given[0][beyond(LENGTHS)] for given in inputs)
+    (teacher,) = outputs[:1]
+    teacher = teacher[0][beyond(LENGTHS)]
+    expected = relative(student, teacher).sum()
     torch.testing.assert_close(output.sums["hidden"], expected, rtol=1e-10, atol=0)
     assert output.sums.keys() == {"cross_entropy", "hidden"}
 
@@ -177,13 +192,36 @@ def test_in_a_later_step_the_teacher_sees_that_step_alone_and_the_student_its_ca
     plain, _ = frozen(base(trainable=False))
     torch.testing.assert_close(found.tokens["losses"], run(plain, model, later, first.carry).tokens["losses"])
     without_carry = run(system, model, later)
-    assert float(found.sums["kl"]) != float(without_carry.sums["kl"])
+    assert not torch.equal(found.sums["kl"], without_carry.sums["kl"])
+
+
+def test_a_teacher_without_a_divergence_ends_with_the_last_memory() -> None:
+    config = distilled(attached("mag", trainable=False), kl=0.0, attention=1.0)
+    memory = dataclasses.replace(config.model.memory, layers=(1,))  # type: ignore[attr-defined]
+    given = entered(dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory)))  # type: ignore[call-arg]
+    assert {index: len(inputs) for index, inputs in given.items()} == {0: 2, 1: 2, 2: 1}
+
+
+class Engine(nn.Module):
+    """As DeepSpeed's: `eval` reaches the module alone, and the engine says that it is training."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *words: Any, **options: Any) -> Any:
+        return self.module(*words, **options)
+
+    def eval(self) -> Engine:
+        self.module.eval()
+        return self
 
 
 def test_an_evaluation_asks_no_teacher() -> None:
     system, model = frozen(distilled())
-    model.eval()
-    output = run(system, model, batch(tokens(), LENGTHS))
+    engine = Engine(model).eval()
+    assert engine.training
+    output = system.forward(engine, batch(tokens(), LENGTHS), {}, CONTEXT)
     assert output.sums.keys() == {"cross_entropy"} and output.tokens["losses"].any()
 
 
@@ -191,9 +229,8 @@ def test_random_tokens_are_counted_and_change_from_step_to_step() -> None:
     system, model = frozen(distilled(tokens=5))
     part = batch(tokens(), [LENGTH])
     assert system.count(part)["kl"] == 5
-    sums = [
-        float(system.forward(model, part, {}, dataclasses.replace(CONTEXT, step=step)).sums["kl"]) for step in (1, 1, 2)
-    ]
+    steps = [dataclasses.replace(CONTEXT, step=step) for step in (1, 1, 2)]
+    sums = [float(system.forward(model, part, {}, context).sums["kl"].detach()) for context in steps]
     assert sums[0] == sums[1] != sums[2]
 
 
@@ -212,7 +249,7 @@ def test_lower_precisions_give_about_the_same(dtype: torch.dtype, tolerance: flo
 def test_recomputation_changes_no_gradient() -> None:
     gradients = []
     for recompute in (False, True):
-        config = dataclasses.replace(distilled(hidden=0.5), activation_checkpointing=recompute)
+        config = dataclasses.replace(distilled(hidden=0.5, attention=2.0), activation_checkpointing=recompute)
         system, model = frozen(config)
         sum(run(system, model, batch(tokens(), LENGTHS)).sums.values()).backward()
         gradients.append([p.grad for p in model.memory.parameters()])
@@ -228,13 +265,19 @@ def test_longer_than_trained_is_said_and_not_compared(tmp_path: Path) -> None:
     line = system.describe("cpu", torch.float32)["distillation"]
     assert line == (
         "KL; teacher: full attention; 100 random tokens a row beyond the window of 10, up to 256 tokens into the"
-        " document: the backbone was trained no longer, so later ones are not compared"
+        " document: the backbone sees no further, or was not trained to, so later ones are not compared"
     )
     assert system.count(batch(torch.zeros(300, dtype=torch.int64), [300]))["kl"] == 100
     whole = create(dataclasses.replace(pretrained(folder), sequence_length=300))
     assert whole.count(batch(torch.zeros(300, dtype=torch.int64), [300]))["kl"] == 256 - WINDOW
     shorter = create(dataclasses.replace(pretrained(folder), sequence_length=256))
-    assert "trained" not in shorter.describe("cpu", torch.float32)["distillation"]
+    assert "further" not in shorter.describe("cpu", torch.float32)["distillation"]
+
+
+def test_full_attention_ends_where_the_layers_of_the_backbone_see_no_further(tmp_path: Path) -> None:
+    """The small mistral has a sliding window of 64 tokens."""
+    system = create(dataclasses.replace(pretrained(save_decoder("mistral", tmp_path)), sequence_length=100))
+    assert system.count(batch(torch.zeros(100, dtype=torch.int64), [100]))["kl"] == 64 - WINDOW
 
 
 def test_what_cannot_be_distilled_is_refused_in_one_line() -> None:
@@ -261,10 +304,16 @@ def test_what_cannot_be_distilled_is_refused_in_one_line() -> None:
         frozen_base,
         attention=dataclasses.replace(sizes.attention, window=48),  # type: ignore[attr-defined]
     )
+    refused(
+        "--model.distillation.attention: a residual memory is beside its layer's attention",
+        frozen_base,
+        memory=dataclasses.replace(sizes.memory, layers=(2,)),  # type: ignore[attr-defined]
+        distillation=DistillationConfig(kl=0.0, attention=1.0),
+    )
     for settings, message in (
         ({"kl": -1.0}, "--model.distillation.kl is -1.0: give 0 or more"),
         ({"cross_entropy": float("nan")}, "--model.distillation.cross-entropy is nan"),
-        ({"kl": 0.0}, "kl and .hidden are both 0"),
+        ({"kl": 0.0}, "kl, .hidden and .attention are 0"),
         ({"tokens": -1}, "--model.distillation.tokens is -1"),
     ):
         with pytest.raises(UserError, match=message):

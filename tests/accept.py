@@ -56,6 +56,10 @@ EXPERIMENTS = {
         "the memory recalls wherever it is attached",
         ("tests/systems/miras/test_attachments.py",), 10, "recall_beyond_the_window",
     ),
+    "smollm2_rate": Experiment(
+        "a step of miras_smollm2 takes little more than its own matrix products",
+        ("tests/systems/miras/test_smollm2.py",), 3, "matrix_products",
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

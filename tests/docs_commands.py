@@ -28,6 +28,7 @@ from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.resume import ResumeOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
+from pipeline.commands.fetch import MODELS
 from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
@@ -234,6 +235,9 @@ def _mnemos(words: list[str]) -> list[str] | None:
         return _bench(rest)
     if command == "eval":
         return ["eval", RUN, *rest[1:], "--evaluation.steps", "1", "--report.no-plots"]
+    if command == "fetch":
+        _expect(rest[:1] in ([name] for name in MODELS), words)
+        return None
     if command == "checkpoint":
         return ["checkpoint", rest[0], RUN, *(["converted"] if rest[0] == "convert" else rest[2:])]
     return words

@@ -30,7 +30,8 @@ ATTENTION_NAME = "mnemos"
 """The name under which transformers knows our attention."""
 
 Refine = Callable[..., Tensor]
-"""refine(q, v, out, scale, *tokens): another output of attention, [batch, sequence, heads / degree, dim] as `out`."""
+"""refine(q, k, v, out, scale, *tokens): another output of attention, like `out` [batch, sequence, heads / degree,
+dim]."""
 
 
 @dataclass
@@ -43,6 +44,10 @@ class AttentionCall:
     """By layer: what a window carries from the step before."""
     after: dict[int, WindowCarry] = field(default_factory=dict)
     """By layer, of a window: what it carries to the next step."""
+    keep: Sequence[int] = ()
+    """Layers whose output of attention is wanted in `kept`."""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: what goes into the output projection, [batch, sequence / degree, heads, dim]."""
 
 
 class Beside(NamedTuple):
@@ -53,7 +58,7 @@ class Beside(NamedTuple):
     tokens: Sequence[Tensor] = ()
     """[batch, sequence / degree, heads, ...] each; exchanged with queries, keys and values, for `refine`."""
     refine: Refine | None = None
-    """Called with all of the sequence and this rank's heads; q is unrotated."""
+    """Called with all of the sequence and this rank's heads; q and k are unrotated."""
 
 
 def attend(
@@ -80,10 +85,12 @@ def attend(
     else:
         out, call.after[index] = window_attention(q, k, v, call.plan, call.before[index], scale=scaling)
     if beside.refine is not None:
-        out = beside.refine(q, v, out, scaling, *tokens)
+        out = beside.refine(q, k, v, out, scaling, *tokens)
     (out,) = to_sequence([out], topology)
     if beside.gate is not None:
         out = out * beside.gate.view_as(out)
+    if index in call.keep:
+        call.kept[index] = out
     return out, None
 
 

@@ -11,6 +11,11 @@ from pipeline.errors import UserError
 ModelType: TypeAlias = Literal["llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3"]
 """Model types of transformers that a backbone may have; SmolLM2 is a llama."""
 
+SMOLLM2 = "outputs/smollm2"
+"""Where `fetch smollm2` puts the model, and the recipe that is made for it looks for it."""
+FETCH_SMOLLM2 = "python -m pipeline fetch smollm2"
+"""The command that does."""
+
 
 @dataclass(frozen=True)
 class BackboneConfig:

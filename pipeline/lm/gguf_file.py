@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import UserError, brief
+from pipeline.errors import UserError, brief, shown
 from pipeline.parallel.weight_files import StoredTensor
 
 PACKAGES = ("gguf", "accelerate")
 WHOLE = "give the model's safetensors folder"
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures of GGUF that transformers reads and whose decoders are backbones here (`pipeline.lm.config`)."""
 SCALED = "rope_freqs.weight"
 """The tensor of frequency factors (Llama 3.1), which transformers leaves out."""
 
@@ -60,13 +61,36 @@ def gguf_tensors(name: str, flag: str) -> dict[str, StoredTensor]:
     }
 
 
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Writes the file's model into a folder as `save_pretrained` does: config, float32 safetensors (exactly what the
+    file says), tokenizer. Raises UserError."""
+    flag = path.name
+    # transformers does not save a model that it read from a GGUF file: this one is made from its config.
+    model = AutoModelForCausalLM.from_config(gguf_config(str(path), flag), dtype=torch.float32)
+    tensors = gguf_tensors(str(path), flag)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name].read(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:  # a damaged file raises whatever it meets
+        raise UserError(f"{flag}: cannot be read as GGUF ({brief(error)}): download it again") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def checked(flag: str) -> None:
+    """Raises UserError, which begins with `flag`, when a package is missing that reading a GGUF file needs."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{flag}a GGUF file needs the package {missing[0]}: pip install -e '.[gguf]'")
+
+
 def _checked(name: str, flag: str) -> Path:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"{flag}: no such file: give a GGUF file, or a folder as save_pretrained writes it")
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"{flag}: a GGUF file needs the package {missing[0]}: pip install -e '.[gguf]'")
+    checked(f"{flag}: ")
     return path
 
 
@@ -85,8 +109,11 @@ def _check_contents(path: Path, flag: str) -> None:
     reader = _reader(path)
     values = {key: field.contents() for key, field in reader.fields.items()}
     architecture = values.get("general.architecture")
-    if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-        raise UserError(f"{flag}: transformers reads no GGUF file of the architecture {architecture!r}: {WHOLE}")
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{flag}: its architecture is {shown(architecture)}, which is not read from a GGUF file: use one of"
+            f" {', '.join(ARCHITECTURES)}, or {WHOLE}"
+        )
     if values.get("split.count", 1) > 1:
         raise UserError(
             f"{flag}: one of {values['split.count']} parts of a model: join them (llama-gguf-split --merge), or {WHOLE}"

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
+from pipeline.ops.distillation import linear_kl
 
 
 class LossHead(nn.Linear):
@@ -18,10 +19,21 @@ class LossHead(nn.Linear):
         self.register_state_dict_post_hook(_without_weight)
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels: Tensor | None = None, predict: bool = False
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        predict: bool = False,
+        *,
+        teacher: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Losses in nats of hidden [batch, sequence, width] and labels [batch, sequence], 0 where ignored, and
-        predictions alike, int64, when `predict` asks for them; without labels the logits, as transformers has them."""
+        predictions alike, int64, when `predict` asks for them; without labels the logits, as transformers has them.
+
+        With a teacher's hidden states [tokens, width], of hidden alike: KL(teacher || student) in nats [tokens].
+        """
+        # Here, not in a method of its own: ZeRO-3 gathers the weight for a call of the module.
+        if teacher is not None:
+            return linear_kl(hidden, teacher, self.weight)
         if labels is None:
             return super().forward(hidden)
         flat = hidden.flatten(0, 1)

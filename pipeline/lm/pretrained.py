@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
 from pipeline.files.json_file import read_json
-from pipeline.lm.config import BackboneConfig
+from pipeline.lm.config import FETCH_SMOLLM2, SMOLLM2, BackboneConfig
 from pipeline.lm.decoder_config import check_decoder, check_model_type, kv_heads
 from pipeline.lm.gguf_file import gguf_config, gguf_tensors, is_gguf
 from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors
@@ -93,6 +93,19 @@ def _checked(found: PreTrainedConfig, flag: str, where: str) -> PreTrainedConfig
     return found
 
 
+def trained_length(config: BackboneConfig) -> int | None:
+    """Positions that pretrained weights were trained at, as their config says; None where it does not, for random
+    weights, and for a hub name that is not cached."""
+    found = None if config.pretrained is None else _local_config(config)
+    return getattr(found, "max_position_embeddings", None)
+
+
+def check_fetched(config: BackboneConfig) -> None:
+    """Raises UserError where the model is one that a command fetches, which has not been run here."""
+    if config.pretrained == SMOLLM2 and not Path(SMOLLM2).is_dir():
+        raise UserError(f"--model.backbone.pretrained {SMOLLM2}: not there yet: {FETCH_SMOLLM2}")
+
+
 def is_local(config: BackboneConfig) -> bool:
     """Whether the pretrained weights are those of a folder, not of a hub name."""
     return config.pretrained is not None and Path(config.pretrained).is_dir()
@@ -105,6 +118,7 @@ def pretrained_tensors(config: BackboneConfig, built: PreTrainedConfig | None = 
     assert config.pretrained is not None
     if is_gguf(config.pretrained):
         return gguf_tensors(config.pretrained, f"--model.backbone.pretrained {config.pretrained}")
+    check_fetched(config)
     folder = Path(config.pretrained)
     if folder.is_dir():
         return model_tensors(folder)

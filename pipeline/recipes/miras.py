@@ -14,8 +14,8 @@ from pipeline.config import (
     replace,
 )
 from pipeline.data_config import DataConfig, RecallConfig
-from pipeline.lm.config import AttentionConfig, BackboneConfig
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig, Rule
+from pipeline.lm.config import SMOLLM2, AttentionConfig, BackboneConfig
+from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig, Rule
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig
 
 DOLMA = DataConfig(dataset="allenai/dolma3_mix-6T-1025", tokenizer="allenai/OLMo-2-0425-1B", min_tokens=8192)
@@ -80,6 +80,51 @@ def miras_tiny() -> RunConfig:
         eval_every=50,
         output_dir=Path("outputs/miras_tiny"),
         evaluation=EvaluationConfig(steps=8),
+    )
+
+
+def miras_smollm2() -> RunConfig:
+    """SmolLM2-135M, frozen, a window of 256 and memory on four layers: its own full attention teaches, on two cores."""
+    return RunConfig(
+        recipe="miras_smollm2",
+        model=MirasConfig(
+            # The sizes are those of the folder's config, for `plan` before it is fetched.
+            backbone=BackboneConfig(
+                pretrained=SMOLLM2, model_type="llama", tied=True, layers=30, width=576, heads=9, kv_heads=3, ffn=1536,
+                vocabulary=49152, rope_theta=100_000.0, norm_eps=1e-5,
+            ),
+            attention=AttentionConfig(window=256, sinks=4),
+            memory=MemoryConfig(layers=(16, 20, 24, 28), heads=8, head_dim=64),
+            distil="full",
+            distillation=DistillationConfig(tokens=640),
+        ),
+        steps=150,
+        warmup_steps=15,
+        sequence_length=2048,
+        batch_size=1,
+        lr=2e-3,
+        zero="zero1",
+        precision="auto-amx",
+        save_every=50,
+        eval_every=50,
+        output_dir=Path("outputs/miras_smollm2"),
+        data=DataConfig(tokenizer=SMOLLM2, min_tokens=512),
+        evaluation=EvaluationConfig(steps=4, batch_size=1),
+    )  # fmt: skip
+
+
+def miras_smollm2_short() -> RunConfig:
+    """miras_smollm2 for a test: 12 steps of 768 tokens, evaluated at the end on as little."""
+    return replace(
+        miras_smollm2(),
+        recipe="miras_smollm2_short",
+        steps=12,
+        warmup_steps=2,
+        sequence_length=768,
+        save_every=0,
+        eval_every=12,
+        evaluation__steps=1,
+        output_dir=Path("outputs/miras_smollm2_short"),
     )
 
 

@@ -29,7 +29,7 @@ from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras import create
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from tests.launch.harness import ROOT
 
 ROWS = 2
@@ -38,7 +38,7 @@ VOCABULARY = 64
 ACCUMULATIONS = (1, 3)
 CONTEXT = 7
 """Tokens of a segment of mac: not a divisor of the sequence."""
-ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
+ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
 """Attachments and ZeRO stages; stage 3 with recomputation, and with every parameter sharded, however small."""
 RULES = [("mac", "mlp"), ("residual", "yaad")]
 """Attachments of rules that have parameters of their own, as stage 3 above."""
@@ -60,6 +60,18 @@ def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> Ru
     )  # fmt: skip
 
 
+def distillation(stage: int) -> RunConfig:
+    """`base` with the backbone's full attention as its teacher and every loss term, by the ZeRO stage it is run in."""
+    config = base(trainable=False)
+    assert isinstance(config.model, MirasConfig)
+    settings = DistillationConfig(
+        kl=0.8, cross_entropy=0.3, hidden=0.5, attention=0.4, tokens=0 if stage == 1 else 11,
+        lower_layers="window" if stage == 2 else "full",
+    )  # fmt: skip
+    model = dataclasses.replace(config.model, distil="full", distillation=settings)
+    return dataclasses.replace(config, model=model, grad_accum=2, zero=f"zero{stage}")
+
+
 def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **options: Any) -> RunConfig:
     """`base` with the memory attached in another way, or another rule."""
     config = base(kind, **options)
@@ -67,6 +79,14 @@ def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **o
     memory = dataclasses.replace(
         config.model.memory, attachment=attachment, context=CONTEXT, rule=rule, gradient_chunk=5
     )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+
+
+def mixed() -> RunConfig:
+    """`overflow` on layer 2 beside `mac` on layer 1."""
+    config = attached("mac")
+    assert isinstance(config.model, MirasConfig)
+    memory = dataclasses.replace(config.model.memory, overflow_layers=(2,))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 
 
@@ -139,6 +159,10 @@ def cases(sharded: str, ranks: int) -> list[tuple[str, RunConfig]]:
     for attachment, rule in RULES:
         config = dataclasses.replace(attached(attachment, rule=rule), zero=sharded, activation_checkpointing=True)
         found.append((f"{attachment}-{rule}-zero3", config))
+    found.append(("overflow-beside-mac", dataclasses.replace(mixed(), zero="zero2", activation_checkpointing=True)))
+    for stage in range(4):
+        config = dataclasses.replace(distillation(stage), activation_checkpointing=stage == 3)
+        found.append((f"distilled-zero{stage}", dataclasses.replace(config, zero=sharded) if stage == 3 else config))
     found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
     return found
 
@@ -174,17 +198,20 @@ def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
 
 
 def plain_gradients(config: RunConfig) -> dict[str, object]:
-    """The same step in plain PyTorch, without DeepSpeed: the gradient of sum / count."""
+    """The same step in plain PyTorch, without DeepSpeed: the gradient of each term's sum / count, added up."""
     system = create(config)
     with building({}, torch.float32):
         model = system.build()
     fill(model, randomise)
+    trained = {name for phase in system.phases(model) for group in phase.groups for name in group.parameters}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
     batches = micro_batches(Topology(), config.grad_accum)
-    count = sum(system.count(batch)["cross_entropy"] for batch in batches)
+    counts = add_counts(map(system.count, batches))
     for batch in batches:
         output = system.forward(model, batch, {}, StepContext(Topology(), 0, "train", 1))
-        (output.sums["cross_entropy"] / count).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.stack([value / counts[term] for term, value in output.sums.items()]).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if name in trained}
     return {"gradients": gradients, "norm": float(torch.nn.utils.get_total_norm(gradients.values()))}
 
 
@@ -240,6 +267,8 @@ def main() -> None:
         for accumulation in ACCUMULATIONS:
             config = dataclasses.replace(base(), grad_accum=accumulation)
             torch.save(plain_gradients(config), out / f"plain-accum{accumulation}.pt")
+        for stage in range(4):
+            torch.save(plain_gradients(distillation(stage)), out / f"plain-distilled-zero{stage}.pt")
     kinds = {kind: base(kind) for kind in ("window", "full")}
     for name, config in {**kinds, **{attachment: attached(attachment) for attachment, _ in ATTACHED}}.items():
         found = causality(config, topology)

@@ -40,7 +40,8 @@ def base(folder: Path, data: Path, **changes: object) -> RunConfig:
 
 
 def cases() -> dict[str, dict[str, object]]:
-    """Every stage, the sequence shared by the ranks, a frozen backbone, bfloat16, saving in the background."""
+    """Every stage, the sequence shared by the ranks, a frozen backbone, two attachments, bfloat16, saving in the
+    background."""
     found: dict[str, dict[str, object]] = {f"zero{stage}": {"zero": f"zero{stage}"} for stage in range(4)}
     found["zero3 bf16"] = {"zero": "zero3", "precision": "bf16"}
     found["zero0 bf16"] = {"zero": "zero0", "precision": "bf16"}
@@ -48,7 +49,8 @@ def cases() -> dict[str, dict[str, object]]:
     found["zero3 sequence"] = {"zero": "zero3", "parallel__sequence": 2}
     model = miras_tiny().model
     frozen = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, trainable=False))  # type: ignore[attr-defined, call-arg]
-    found["zero2 frozen"] = {"zero": "zero2", "model": frozen}
+    two_kinds = dataclasses.replace(frozen, memory=dataclasses.replace(frozen.memory, overflow_layers=(3,)))
+    found["zero2 frozen"] = {"zero": "zero2", "model": two_kinds}
     found["zero3 frozen background"] = {"zero": "zero3", "model": frozen, "async_save": True, "save_every": 1}
     return found
 

@@ -21,8 +21,9 @@ TOPOLOGIES = {
 }
 CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
-ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac") for stage in (1, 3)]
-ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3"]
+ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
+ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac"]
+DISTILLED = [f"distilled-zero{stage}" for stage in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,14 @@ def test_one_rank_equals_plain_pytorch(one_rank: Path, case: str) -> None:
     compare(torch.load(one_rank / f"{case}.pt"), expected)
 
 
+@pytest.mark.parametrize("case", DISTILLED)
+def test_one_rank_of_a_distillation_equals_plain_pytorch(one_rank: Path, case: str) -> None:
+    compare(torch.load(one_rank / f"{case}.pt"), torch.load(one_rank / f"plain-{case}.pt"))
+
+
 def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path, request: pytest.FixtureRequest) -> None:
     ranks, degree = request.node.callspec.params["many_ranks"]
-    for case in [*(CASES if ranks < 4 else CASES[4:]), *OTHERS, *ATTACHED]:
+    for case in [*(CASES if ranks < 4 else CASES[4:]), *OTHERS, *ATTACHED, *DISTILLED]:
         expected = torch.load(one_rank / f"{case}.pt")
         found = torch.load(many_ranks / f"{case}.pt")
         if case == "mac-mlp-zero3" and ranks > degree:
@@ -82,7 +88,7 @@ def test_a_frozen_backbone_has_no_gradient_buffer(one_rank: Path) -> None:
         assert all(name.startswith("memory.") for name in found["gradients"])
 
 
-@pytest.mark.parametrize("kind", ["window", "full", "mal", "mag", "mac"])
+@pytest.mark.parametrize("kind", ["window", "full", "mal", "mag", "mac", "overflow"])
 def test_no_token_changes_an_earlier_loss_or_another_document(one_rank: Path, many_ranks: Path, kind: str) -> None:
     for folder in (one_rank, many_ranks):
         found = json.loads((folder / f"causality-{kind}.json").read_text())

@@ -36,7 +36,9 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def write_gguf(path: Path, *, kind: str = "llama", parts: int = 1, without: str = "-", more: str = "") -> Path:
+def write_gguf(
+    path: Path, *, kind: str = "llama", parts: int = 1, without: str = "-", more: str = "", tokenizer: bool = False
+) -> Path:
     """The family `smollm2` as llama.cpp would write it, without the tensors that begin so and with another."""
     from gguf import GGUFWriter
 
@@ -54,6 +56,11 @@ def write_gguf(path: Path, *, kind: str = "llama", parts: int = 1, without: str 
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
+    if tokenizer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([*(chr(33 + index) for index in range(62)), "AB", "<end>"])
+        writer.add_token_merges(["A B"])
+        writer.add_eos_token_id(63)
     for name, value in plain.state_dict().items():
         if name == "lm_head.weight":
             continue
@@ -114,7 +121,7 @@ def test_scaled_frequencies_that_transformers_would_leave_out_are_refused(tmp_pa
         ({"without": "output_norm"}, r"has no model\.norm\.weight \(1 tensors are missing\)"),
         ({"more": "blk.0.attn_q.bias"}, r"has \d+ tensors, and transformers reads \d+ of them"),
         ({"parts": 2}, r"one of 2 parts of a model: join them \(llama-gguf-split --merge\)"),
-        ({"kind": "olmo2"}, "transformers reads no GGUF file of the architecture 'olmo2'"),
+        ({"kind": "olmo2"}, "its architecture is 'olmo2', which is not read from a GGUF file: use one of llama, mistral"),
     ],
 )
 def test_a_file_that_would_be_read_in_part_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:

@@ -20,6 +20,7 @@ from pipeline.ops.cross_entropy import LOGIT_BYTES
 from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
 from pipeline.ops.scan_torch import kept_bytes, recomputes
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
 from pipeline.systems.miras.rules import empty_read_bytes
 
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
@@ -46,7 +47,9 @@ class Step:
     """Ranks that share a sequence."""
     recompute: bool = False
     natively: bool = True
-    """Whether the scan runs on the native kernels."""
+    """Whether the scan runs on the native kernels, where they take the memory."""
+    device: Device | None = None
+    """The device, whose kernels are asked for; None: `natively` alone decides."""
     float16: bool = False
     """Whether the model computes in float16, of which the kernels get copies in float32."""
 
@@ -54,6 +57,12 @@ class Step:
     def tokens(self) -> int:
         """This rank's part of the micro-batch's tokens."""
         return self.rows * self.sequence // self.degree
+
+    def runs_natively(self, memory: MemoryConfig) -> bool:
+        """Whether the scan of a memory runs on the native kernels."""
+        return self.natively and (
+            self.device is None or runs_natively(memory, 4 if self.float16 else self.element, self.device)
+        )
 
     @property
     def head_dim(self) -> int:
@@ -65,9 +74,9 @@ class Step:
         return kv_width(self.backbone)
 
     @property
-    def inner(self) -> int:
-        """Width of a memory, all heads together."""
-        return self.sizes.memory.heads * self.sizes.memory.head_dim
+    def kinds(self) -> dict[int, MemoryConfig]:
+        """The memory of each layer that has one."""
+        return by_layer(on_backbone(self.sizes, self.backbone).memory, self.backbone)
 
 
 def runs_natively(memory: MemoryConfig, element: int, device: Device) -> bool:
@@ -83,31 +92,55 @@ def step_bytes(step: Step) -> tuple[int, int]:
 
     With recomputation a block or a memory is whole one at a time: its saved tensors then count as work.
     """
-    trainable, memory = step.sizes.backbone.trainable, step.sizes.memory
+    trainable = step.sizes.backbone.trainable
     element, width, layers = step.element, step.backbone.hidden_size, step.backbone.num_hidden_layers
     hidden = element * width * step.tokens
-    first = 0 if trainable else min(memory.layers, default=layers)
+    by_number = step.kinds
+    first = 0 if trainable else min(by_number, default=layers)
     # Of a frozen backbone, blocks before the first memory are not differentiated, nor is the one beside it.
-    learning = layers - first - (not trainable and bool(memory.layers) and memory.attachment == "residual")
+    beside = bool(by_number) and by_number[min(by_number)].attachment == "residual"
+    learning = layers - first - (not trainable and beside)
     block, block_work = block_bytes(step)
-    branch, branch_work = memory_bytes(step) if memory.layers else (0, 0)
+    memories = [(kind.attachment, *memory_bytes(step, kind)) for kind in by_number.values()]
+    # What is recomputed at a time: a block, or a memory, or a block with a memory inside of its attention.
+    whole = [kept + work for attachment, kept, work in memories if attachment != "overflow"]
+    whole += [block + kept + work for attachment, kept, work in memories if attachment == "overflow"]
     head, head_work = head_bytes(step)
+    asked, asking = teacher_bytes(step)
     # The gradients of a block's output, and of the memory that was added to it.
-    gradients = hidden * (2 if memory.layers else 1)
+    gradients = hidden * (2 if by_number else 1)
     if step.recompute:
-        kept = hidden * block_inputs(step, first) + plan_bytes(step)
-        work = max(block + block_work, branch + branch_work)
-        return kept, max(gradients + work, head + head_work)
-    kept = learning * block + len(memory.layers) * branch + hidden * len(memory.layers) + head + plan_bytes(step)
-    return kept, max(gradients + max(block_work, branch_work), head_work)
+        kept = hidden * block_inputs(step, first) + plan_bytes(step) + asked
+        work = max([block + block_work, *whole])
+        return kept, max(gradients + work, head + head_work, asking)
+    added = hidden * sum(attachment != "overflow" for attachment, *_ in memories)
+    kept = learning * block + sum(kept for _, kept, _ in memories) + added + head + plan_bytes(step)
+    branch_work = max((work for *_, work in memories), default=0)
+    return kept + asked, max(gradients + max(block_work, branch_work), head_work, asking)
+
+
+def teacher_bytes(step: Step) -> tuple[int, int]:
+    """(kept, made on the way) by a teacher: what it said at the compared tokens, its plan's rotations and mask, and a
+    block's forward pass at a time, with nothing kept for a backward pass."""
+    sizes = step.sizes
+    if sizes.distil != "full":
+        return 0, 0
+    settings, width = sizes.distillation, step.backbone.hidden_size
+    compared = step.rows * min(settings.tokens or step.sequence, step.sequence // step.degree)
+    # The last norm's output, the divergence's gradient, and hidden states behind each memory.
+    states = 2 * width if settings.kl else 0
+    states += 2 * len(sizes.memory.layers) * (width * (settings.hidden > 0))
+    states += 2 * len(sizes.memory.layers) * (attention_width(step.backbone) * (settings.attention > 0))
+    kept = step.element * compared * states + 4 * step.head_dim * step.rows * step.sequence
+    inner = max(3 * step.backbone.intermediate_size, 3 * attention_width(step.backbone) + 2 * step.kv_width)
+    return kept, step.tokens * (step.element * (2 * width + inner) + 4 * width)
 
 
 def block_inputs(step: Step, first: int) -> int:
     """Tensors like the hidden states that recomputation starts from."""
-    memory = step.sizes.memory
     # A memory reads what its block reads; before a block (mal) or as its gate (mag) it gives a tensor of its own.
-    own = {"mal": 1, "mag": 2}.get(memory.attachment, 0)
-    return step.backbone.num_hidden_layers - first + own * len(memory.layers)
+    own = sum({"mal": 1, "mag": 2}.get(kind.attachment, 0) for kind in step.kinds.values())
+    return step.backbone.num_hidden_layers - first + own
 
 
 def plan_bytes(step: Step) -> int:
@@ -144,12 +177,14 @@ def block_bytes(step: Step) -> tuple[int, int]:
     return step.tokens * saved + carried, step.tokens * work
 
 
-def memory_bytes(step: Step) -> tuple[int, int]:
+def memory_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     """(saved, made beside it) of a layer's memory."""
-    branch = step.tokens * branch_bytes(step.sizes, step.backbone.hidden_size, step.element, step.head_dim)
-    scan, scan_work = scan_bytes(step)
-    # At the end of its forward pass q, k and v before and after the convolution are there, saved or not.
-    forward = 5 * step.element * step.inner * step.tokens
+    branch = step.tokens * branch_bytes(memory, step.backbone.hidden_size, step.element, step.head_dim)
+    scan, scan_work = scan_bytes(step, memory)
+    # At the end of its forward pass q, k and v before and after the convolution are there, saved or not; of overflow,
+    # which has none, their gradients at the end of its backward pass.
+    there = 3 if memory.attachment == "overflow" else 5
+    forward = there * step.element * memory.heads * memory.head_dim * step.tokens
     return branch + scan, max(forward, scan_work)
 
 
@@ -170,23 +205,31 @@ def head_bytes(step: Step) -> tuple[int, int]:
 
 def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:
     """What one stream carries from step to step: keys and values of the window, and float32 states."""
-    attention, memory = config.attention, config.memory
+    attention = config.attention
     window = 0 if attention.kind == "full" else 2 * element * kv_width(backbone) * (attention.window + attention.sinks)
-    states = 8 * memory.heads * memory.state_rows * memory.head_dim
-    if memory.attachment == "mac":
-        # The segment that a step ends in is done again by the next one.
-        states += (memory.context + memory.conv - 2) * (4 * memory.heads * (4 * memory.head_dim + 2) + 8)
-    return backbone.num_hidden_layers * window + len(memory.layers) * states
+    memories = 0
+    for kind in by_layer(on_backbone(config, backbone).memory, backbone).values():
+        memories += 8 * kind.heads * kind.state_rows * kind.head_dim
+        if kind.attachment == "mac":
+            # The segment that a step ends in is done again by the next one.
+            memories += (kind.context + kind.conv - 2) * (4 * kind.heads * (4 * kind.head_dim + 2) + 8)
+        elif kind.attachment == "overflow":
+            # Step sizes of the tokens that leave next.
+            memories += attention.window * (4 * kind.heads + 8)
+    return backbone.num_hidden_layers * window + memories
 
 
-def branch_bytes(config: MirasConfig, width: int, element: int, attention_dim: int) -> int:
+def branch_bytes(memory: MemoryConfig, width: int, element: int, attention_dim: int) -> int:
     """What one token leaves in a memory branch, its scan left out; attention_dim is the size of an attention head.
 
     Per head and element of it: q, k, v behind the convolution's tail, and convolved (6), q as it is read (1), the head
     norm (2), the gate, what it multiplies and the product (3); in float32, normalisation keeps q and k (a wider type
     than the model's) or the SiLU's whole output (the model's own). `mac`: as measured at one shape.
     """
-    memory = config.memory
+    if memory.attachment == "overflow":
+        # Queries and keys before their maps, and mapped in float32; what is mixed in; the normed input in float32.
+        head = (3 * element + 8) * memory.head_dim if element < 4 else 5 * element * memory.head_dim
+        return memory.heads * (head + 40) + (8 if element < 4 else 4) * width
     # The normed input, and its float32 copy for the gates.
     shared = (element + (4 if element < 4 else 0)) * width
     if memory.attachment == "mac":
@@ -198,17 +241,17 @@ def branch_bytes(config: MirasConfig, width: int, element: int, attention_dim: i
     return memory.heads * head + element * memory.gate_rank + shared
 
 
-def scan_bytes(step: Step) -> tuple[int, int]:
+def scan_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     """(kept, made beside it) of the scan of one layer.
 
     The native kernels keep q, k, v, gates, residuals and states at intervals, and make scratch memory and gradients. In
     PyTorch a call whose spans are recomputed keeps k, the SiLU's output that v is a part of, three gates, and the
     states at every span's start; one span at a time is whole. q is the branch's own.
     """
-    memory, element, sequence = step.sizes.memory, step.element, step.sequence
+    element, sequence = step.element, step.sequence
     rows = max(1, step.rows * memory.heads // step.degree)
     dim, states = memory.head_dim, 2 if memory.has_momentum else 1
-    if step.natively:
+    if step.runs_natively(memory):
         dtype = torch.float32 if element == 4 or step.float16 else torch.bfloat16
         own = 0 if step.float16 else rows * sequence * element * dim
         kept = scan_native.kept_bytes(rows, sequence, dim, dim, dtype) - own

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError
+from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import attention_width
 from pipeline.ops.convolution import causal_convolution
 from pipeline.ops.gates import GateLinear
@@ -28,8 +29,15 @@ from pipeline.systems.miras.rules import State, memory_rule
 from pipeline.systems.miras.segments import SegmentPlan, rows_at
 
 
-def check_attachment(config: MemoryConfig, backbone: PreTrainedConfig) -> None:
+def check_attachment(
+    config: MemoryConfig, backbone: PreTrainedConfig, attention: AttentionConfig | None = None
+) -> None:
     """Raises UserError when the memory cannot be attached to this backbone in the way that the config asks for."""
+    if config.attachment == "overflow" and config.layers and attention is not None and attention.kind == "full":
+        raise UserError(
+            "--model.memory.attachment overflow: with --model.attention.kind full nothing leaves a window: give window,"
+            " or another attachment"
+        )
     width = attention_width(backbone)
     if config.attachment == "mag" and config.layers and width != backbone.hidden_size:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -11,8 +12,10 @@ from pipeline.config import MAY_CHANGE, ModelConfig, at_least
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.ops.gates import MAX_MOMENTUM
+from pipeline.systems.miras.layer_choice import LAYERS, OVERFLOW, Layers, check_words, chosen_layers
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
 
+Attachment = Literal["residual", "mac", "mag", "mal", "overflow"]
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 
 
@@ -20,23 +23,28 @@ Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 class MemoryConfig:
     """The memory branch on each chosen layer."""
 
-    layers: tuple[int, ...] = (8, 10, 12, 14)
-    """Layers that get a memory, counted from 0."""
+    layers: Layers = (8, 10, 12, 14)
+    """Layers that get a memory, counted from 0; or upperN for the last N, everyN for every Nth."""
     rule: Rule = "titans"
     """titans: momentum and forgetting; delta: no momentum. These are exact. The others take their gradients at the
     start of a chunk (docs/memory_family.md): moneta: p-norm bias, q-norm retention; yaad: Huber bias; memora: softmax
     retention; mlp: a two-layer memory; swiglu: a SwiGLU memory in large chunks."""
     backend: Literal["auto", "torch", "cpu", "cuda"] = field(default="auto", metadata=MAY_CHANGE)
     """Backend of the memory scan; auto takes the fastest that fits. cpu and cuda: native, titans and delta alone."""
-    attachment: Literal["residual", "mac", "mag", "mal"] = "residual"
+    attachment: Attachment = "residual"
     """How the memory meets its layer. residual: beside it; mac: read as context of its attention, written with what
-    attention gave; mag: gates the attention's output; mal: before it (Titans, arXiv 2501.00663, section 4)."""
+    attention gave; mag: gates the attention's output; mal: before it (Titans, arXiv 2501.00663, section 4). overflow:
+    takes in what leaves the attention window, and is read beside it; exactly the backbone within the window."""
+    overflow_layers: Layers = ()
+    """Those of `layers` that are attached as overflow, whatever `attachment` says of the others."""
+    share: float = 0.05
+    """Initial share of the memory in what attention gives, of overflow, once something has left the window."""
     context: int = 512
     """Tokens of a segment of mac: attention reads the memory as it was before the segment (docs/attachments.md)."""
     heads: int = 16
-    """Memories per layer."""
+    """Memories per layer; overflow has one per attention head, and does not ask."""
     head_dim: int = 128
-    """Size of a key, and of a value: each memory is head_dim x head_dim."""
+    """Size of a key, and of a value: each memory is head_dim x head_dim. overflow takes that of attention."""
     chunk: int = field(default=64, metadata=MAY_CHANGE)
     """Tokens that one step of the scan of titans and delta takes at a time; the result does not depend on it."""
     gradient_chunk: int = 16
@@ -93,6 +101,10 @@ class MemoryConfig:
             unused.add("gradient_chunk")
         if self.attachment != "mac":
             unused.add("context")
+        if self.attachment == "overflow":
+            unused |= {"heads", "head_dim", "conv", "persistent", "gate_rank", "overflow_layers"}
+        elif not self.overflow_layers:
+            unused.add("share")
         return unused
 
     def __post_init__(self) -> None:
@@ -104,12 +116,43 @@ class MemoryConfig:
         for flag, values in (("step-size", self.step_size), ("half-life", self.half_life)):
             if not min(values) > 0:
                 raise UserError(f"--model.memory.{flag} {' '.join(map(str, values))}: give two values above 0")
-        if len(set(self.layers)) < len(self.layers):
-            raise UserError(f"--model.memory.layers {' '.join(map(str, self.layers))}: name each layer once")
+        if not 0 < self.share < 1:
+            raise UserError(f"--model.memory.share {self.share}: give a value between 0 and 1")
+        check_words(self.layers, LAYERS)
+        check_words(self.overflow_layers, OVERFLOW)
         if self.backend in ("cpu", "cuda") and self.chunk_start is not None:
             raise UserError(
                 f"--model.memory.backend {self.backend}: the rule {self.rule} has no native kernel; give auto or torch"
             )
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What `--model.distil full` minimises: a weighted sum of means over tokens (docs/distillation.md)."""
+
+    kl: float = field(default=1.0, metadata=MAY_CHANGE)
+    """Weight of KL(teacher || student) of the logits, in nats a compared token."""
+    cross_entropy: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the cross-entropy of every label; 0: it is not computed in training."""
+    hidden: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the squared error of the hidden states after each layer with a memory, relative to the square of the
+    teacher's, averaged over these layers and over the compared tokens."""
+    attention: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Weight of the same error of the attention's output in each layer with a memory, before its output projection."""
+    tokens: int = field(default=0, metadata=MAY_CHANGE)
+    """Compared tokens per row and step, drawn at random from those beyond the window; 0: all of them."""
+    lower_layers: Literal["full", "window"] = field(default="full", metadata=MAY_CHANGE)
+    """Attention of the teacher below the first memory. full: as above it; window: the student's, so that these layers
+    run once for both."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "distillation", "tokens")
+        for name in ("kl", "cross_entropy", "hidden", "attention"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"--model.distillation.{name.replace('_', '-')} is {value}: give 0 or more")
+        if not (self.kl or self.hidden or self.attention):
+            raise UserError("--model.distillation.kl, .hidden and .attention are 0: give one of them a weight above 0")
 
 
 @dataclass(frozen=True)
@@ -124,19 +167,44 @@ class MirasConfig(ModelConfig):
         "memory.layers",
         "memory.rule",
         "memory.attachment",
+        "distil",
     )
     system: tyro.conf.Suppress[str] = "miras"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    distil: Literal["none", "full"] = field(default="none", metadata=MAY_CHANGE)
+    """none: train on cross-entropy; full: on the logits of the same frozen backbone with full attention and without
+    memory, at tokens that see something beyond the window."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
+        if self.backbone.pretrained is None:
+            chosen_layers(self.memory.layers, self.backbone.layers)
+        if self.distil == "full":
+            self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        if self.backbone.trainable:
+            raise UserError(
+                "--model.distil full: the backbone is its own teacher and must stay as it is: leave out"
+                " --model.backbone.trainable, or give --model.distil none"
+            )
         if not self.memory.layers:
-            return
-        if min(self.memory.layers) < 0 or (
-            self.backbone.pretrained is None and max(self.memory.layers) >= self.backbone.layers
+            raise UserError("--model.distil full: there is no memory to train: name --model.memory.layers")
+        if self.attention.kind == "full":
+            raise UserError(
+                "--model.distil full: the student has full attention as well, and the teacher sees nothing beyond it:"
+                " give --model.attention.kind window"
+            )
+        settings = self.distillation
+        alone = len(self.memory.layers) == 1 and (isinstance(only := self.memory.layers[0], int) or only == "upper1")
+        if (
+            alone
+            and self.memory.attachment == "residual"
+            and not (settings.kl or settings.hidden or settings.cross_entropy)
         ):
             raise UserError(
-                f"--model.memory.layers {' '.join(map(str, self.memory.layers))}: the backbone has layers 0 to"
-                f" {self.backbone.layers - 1}"
+                "--model.distillation.attention: a residual memory is beside its layer's attention and changes only"
+                " that of later layers with a memory, of which there are none: give --model.distillation.kl too"
             )

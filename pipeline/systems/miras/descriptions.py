@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 
 
-def memory_line(memory: MemoryConfig, backend: str) -> str:
-    """`titans, residual; layers 1 and 3; 4 heads x 32; backend cpu`."""
-    if not memory.layers:
-        return "none"
+def memory_line(kinds: Sequence[MemoryConfig], backends: Sequence[str]) -> str:
+    """`titans, residual; layers 1 and 3; 4 heads x 32; backend cpu`, for each attachment and its backend."""
+    return " | ".join(map(_kind, kinds, backends)) or "none"
+
+
+def _kind(memory: MemoryConfig, backend: str) -> str:
     chunk = "" if memory.chunk_start is None else f" with gradients by chunks of {memory.chunk_start}"
     segments = f" in segments of {memory.context}" if memory.attachment == "mac" else ""
     return (
@@ -19,7 +21,24 @@ def memory_line(memory: MemoryConfig, backend: str) -> str:
     )
 
 
-def layers(numbers: Sequence[int]) -> str:
+def distillation_line(sizes: MirasConfig, length: int, trained: int | None) -> str:
+    """`KL to full attention; 640 random tokens a row beyond the window of 256`."""
+    settings, window = sizes.distillation, sizes.attention.window
+    weights = {
+        "KL": settings.kl, "hidden states": settings.hidden, "attention's output": settings.attention,
+        "cross-entropy": settings.cross_entropy,
+    }  # fmt: skip
+    terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight]
+    tokens = f"{settings.tokens} random" if settings.tokens else "all"
+    lower = ", from the first memory's layer on" if settings.lower_layers == "window" else ""
+    line = f"{' + '.join(terms)}; teacher: full attention{lower}; {tokens} tokens a row beyond the window of {window}"
+    if trained is not None and length > trained:
+        line += f", up to {trained} tokens into the document: the backbone sees no further, or was not trained to, so"
+        line += " later ones are not compared"
+    return line
+
+
+def layers(numbers: Sequence[int | str]) -> str:
     """`layer 2`, `layers 1 and 3`, `layers 8, 10, 12 and 14`."""
     *most, last = map(str, numbers)
     return f"layers {', '.join(most)} and {last}" if most else f"layer {last}"

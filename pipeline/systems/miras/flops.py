@@ -10,6 +10,13 @@ from pipeline.lm.decoder_config import attention_width, head_dim, kv_width
 from pipeline.ops import dual_scan
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
+
+
+def compared_share(config: MirasConfig, sequence_length: int) -> float:
+    """Share of tokens that a teacher is compared at when documents are as long as they can be."""
+    beyond = max(0, sequence_length - config.attention.window)
+    return (min(config.distillation.tokens, beyond) if config.distillation.tokens else beyond) / sequence_length
 
 
 def attention_reach(config: MirasConfig, sequence_length: int) -> float:
@@ -24,29 +31,45 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
     """Forward and backward model FLOPs per token.
 
     A multiply-add is two FLOPs. A frozen matrix has an input gradient and no weight gradient, and what comes before
-    the first memory has no backward pass at all. A scan costs about twice its forward pass backward.
+    the first memory has no backward pass at all. A scan costs about twice its forward pass backward. A teacher costs
+    its forward pass, and at the compared tokens the head of both.
     """
     width, inner = backbone.hidden_size, attention_width(backbone)
     matrices = 2.0 * (2 * width * inner + 2 * width * kv_width(backbone) + 3 * width * backbone.intermediate_size)
     attention = 4.0 * inner * attention_reach(config, sequence_length)
     head = 2.0 * width * backbone.vocab_size
-    memory = config.memory
-    branch = branch_flops(memory, width, head_dim(backbone))
-    scan = memory.heads * scan_flops(memory)
-    count = len(memory.layers)
-    forward = backbone.num_hidden_layers * (matrices + attention) + head + count * (branch + scan)
+    by_number = by_layer(on_backbone(config, backbone).memory, backbone)
+    memories = sum(
+        branch_flops(kind, width, head_dim(backbone)) + kind.heads * scan_flops(kind) for kind in by_number.values()
+    )
+    forward = backbone.num_hidden_layers * (matrices + attention) + head + memories
+    compared = compared_share(config, sequence_length)
     if config.backbone.trainable:
         backward = 2 * forward
-    elif count:
-        above = backbone.num_hidden_layers - 1 - min(memory.layers)
-        backward = above * (matrices + 2 * attention) + head + 2 * count * (branch + scan)
+    elif by_number:
+        first = min(by_number)
+        above = backbone.num_hidden_layers - 1 - first
+        backward = above * (matrices + 2 * attention) + head + 2 * memories
         # Of the first memory's own block: nothing beside it, all of it behind it, and what comes after attention.
-        if memory.attachment == "mal":
+        if by_number[first].attachment == "mal":
             backward += matrices + 2 * attention
-        elif memory.attachment in ("mag", "mac"):
+        elif by_number[first].attachment in ("mag", "mac", "overflow"):
             backward += 2.0 * (inner * width + 3 * width * backbone.intermediate_size)
     else:
         backward = 0.0
+    if config.distil == "full":
+        settings, last = config.distillation, backbone.num_hidden_layers
+        # The student's head is asked for all labels, for the compared tokens, or both.
+        asked = (settings.cross_entropy > 0) + (settings.kl > 0) * compared
+        if not settings.kl:
+            # The teacher ends with the last memory's layer, and without a head so does the backward pass.
+            last = max(by_number) + 1
+            if not settings.cross_entropy:
+                backward -= (backbone.num_hidden_layers - last) * (matrices + 2 * attention)
+        backward += (asked - 1) * head
+        first = min(by_number) if settings.lower_layers == "window" else 0
+        teacher = (last - first) * (matrices + 2.0 * inner * (sequence_length + 1))
+        forward += (asked - 1) * head + teacher + (settings.kl > 0) * compared * head
     return Flops(forward, backward)
 
 
@@ -54,9 +77,12 @@ def branch_flops(memory: MemoryConfig, width: int, attention_dim: int) -> float:
     """Of a memory branch per token, forward, its scan left out; attention_dim is the size of an attention head.
 
     `mac` (docs/attachments.md) reads before its segment, attends to the reads of half a segment and the persistent
-    pairs, writes from two vectors of attention, and gates attention's output.
+    pairs, writes from two vectors of attention, and gates attention's output. `overflow` maps attention's own queries
+    and keys, and has two logits per head.
     """
     heads, dim = memory.heads, memory.head_dim
+    if memory.attachment == "overflow":
+        return 4.0 * heads * (width + dim**2)
     if memory.attachment != "mac":
         inner = heads * dim
         return 2.0 * (

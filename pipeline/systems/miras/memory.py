@@ -142,10 +142,18 @@ class MemoryBranch(nn.Module):
         return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[local])
 
 
-def memory_health(head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor) -> MemoryHealth:
-    """Sums over the states of a carry and over gates [batch, sequence, heads]."""
+def memory_health(
+    head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor, written: Tensor | None = None
+) -> MemoryHealth:
+    """Sums over the states of a carry and over gates [batch, sequence, heads]; of the tokens that are `written` alone
+    where [batch, sequence, 1] bool says so."""
     # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random keys.
     rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * head_dim)).clamp(max=0.999))
+    count = alpha.new_full((), alpha.numel(), dtype=torch.float64)
+    half_life = math.log(2) / rate
+    if written is not None:
+        count = (written.sum() * alpha.shape[-1]).to(torch.float64)
+        alpha, eta, theta, half_life = (x.where(written, 0) for x in (alpha, eta, theta, half_life))
     return MemoryHealth(
         carry.memory.flatten(2).norm(dim=-1).sum(),
         carry.momentum.flatten(2).norm(dim=-1).sum(),
@@ -153,6 +161,6 @@ def memory_health(head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor,
         alpha.sum(),
         eta.sum(),
         theta.sum(),
-        (math.log(2) / rate).sum(),
-        alpha.new_full((), alpha.numel(), dtype=torch.float64),
+        half_life.sum(),
+        count,
     )

@@ -11,7 +11,9 @@ from transformers import PreTrainedConfig
 
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
 from pipeline.lm.backbone import build_backbone, rope_of, unrotated
+from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import head_dim, norm_eps
+from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import (
@@ -20,9 +22,15 @@ from pipeline.systems.miras.attachments import (
     check_attachment,
     output_gate,
 )
-from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
+from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
+from pipeline.systems.miras.teacher import Teacher
+
+INSIDE = ("mac", "overflow")
+"""Attachments that work inside of attention."""
 
 
 class LayerCarry(NamedTuple):
@@ -35,10 +43,13 @@ class LayerCarry(NamedTuple):
 class ModelOutput(NamedTuple):
     """losses [batch, sequence / degree]: nats per label, 0 where ignored; predictions alike, int64, when asked for."""
 
-    losses: Tensor
+    losses: Tensor | None
+    """None where they were not asked for."""
     predictions: Tensor | None
     carry: list[LayerCarry]
     health: list[MemoryHealth]
+    distilled: dict[str, Tensor] | None = None
+    """Sums over this rank's compared tokens by loss term, where there is a teacher."""
 
 
 class _Step(NamedTuple):
@@ -49,6 +60,10 @@ class _Step(NamedTuple):
     before: list[LayerCarry]
     segments: SegmentPlan | None
     """For memories that are context of attention."""
+    overflow: OverflowPlan | None
+    """For memories of what leaves the window."""
+    kinds: dict[int, MemoryConfig]
+    """The memories that are in use, by layer."""
     memory: dict[int, tuple[MemoryCarry, MemoryHealth]]
 
 
@@ -59,10 +74,12 @@ class MirasModel(nn.Module):
         self, config: MirasConfig, backbone: PreTrainedConfig, *, activation_checkpointing: bool = False
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = on_backbone(config, backbone)
         self.backbone = build_backbone(backbone)
-        check_attachment(config.memory, backbone)
-        branches = {str(layer): self._branch(activation_checkpointing) for layer in config.memory.layers}
+        for kind in kinds_of_memory(config.memory, backbone):
+            check_attachment(kind, backbone, config.attention)
+        self.kinds = by_layer(config.memory, backbone)
+        branches = {str(layer): self._branch(kind, activation_checkpointing) for layer, kind in self.kinds.items()}
         self.memory = nn.ModuleDict(branches)
         self.activation_checkpointing = activation_checkpointing
         self._rope: Rope | None = None
@@ -78,74 +95,106 @@ class MirasModel(nn.Module):
         *,
         use_memory: bool = True,
         predict: bool = False,
+        compared: Tensor | None = None,
     ) -> ModelOutput:
         """One forward pass over this rank's part of the sequences.
 
         input_ids and labels [batch, sequence / degree] (this rank's part), segment_ids and positions [batch, sequence]
-        (whole), carry one entry per layer or None at the start of the streams.
+        (whole), carry one entry per layer or None at the start of the streams. compared [batch, sequence] bool (whole):
+        the tokens at which the teacher is asked too, in training: an evaluation measures the student alone.
         """
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
-        attachment = self.config.memory.attachment
-        call = AttentionCall(
-            self._plan(segment_ids, positions, before[0].attention, hidden),
-            topology,
-            [carry.attention for carry in before],
-        )
+        plan = self._plan(self.config.attention, segment_ids, positions, before[0].attention, hidden)
         step = _Step(
-            call,
+            AttentionCall(plan, topology, [carry.attention for carry in before]),
             segment_ids,
             before,
-            self._segments(segment_ids, positions, before) if use_memory and attachment == "mac" else None,
+            self._segments(segment_ids, positions, before) if use_memory else None,
+            self._overflow(segment_ids, positions, before) if use_memory else None,
+            self.kinds if use_memory else {},
             {},
         )
+        teacher = None
+        first = 0
+        if compared is not None and self.training:
+            distillation = self.config.distillation
+            teacher = Teacher(
+                distillation,
+                tuple(self.kinds),
+                places(compared[:, topology.shard(compared.shape[1])], distillation.tokens),
+            )
+            # Frozen and without a memory: with the same attention too, one pass is that of both, to the bit.
+            first = teacher.first if distillation.lower_layers == "window" else 0
+        for index in range(first):
+            hidden = self._layer(index, hidden, step)
+        if teacher is not None:
+            full = AttentionConfig("full", backend=self.config.attention.backend)
+            asked = self._plan(full, segment_ids, positions, None, hidden)
+            teacher.run(self.backbone, hidden, AttentionCall(asked, topology, [], keep=teacher.kept), first)
+            step.attention.keep = teacher.kept
+        for index in range(first, len(layers)):
+            hidden = self._layer(index, hidden, step)
+            if teacher is not None:
+                teacher.compare(index, hidden, step.attention)
+        # A block that is recomputed in the backward pass keeps nothing more.
+        step.attention.keep = ()
+        hidden = self.backbone.model.norm(hidden)
+        losses = predictions = None
+        if teacher is None or self.config.distillation.cross_entropy:
+            losses, predictions = self.backbone.lm_head(hidden, labels, predict)
+        distilled = None if teacher is None else teacher.distilled(self.backbone.lm_head, hidden)
+        memories = [step.memory.get(index, (None, None)) for index in range(len(layers))]
+        after = [LayerCarry(step.attention.after.get(index), memory) for index, (memory, _) in enumerate(memories)]
+        health = [health for _, health in memories if health is not None]
+        return ModelOutput(losses, predictions, after, health, distilled)
+
+    def _layer(self, index: int, hidden: Tensor, step: _Step) -> Tensor:
+        """One layer with its memory, of hidden [batch, sequence / degree, width]."""
+        layers = self.backbone.model.layers
+        attachment = step.kinds[index].attachment if index in step.kinds else None
         no_rotation = unrotated(hidden)
 
-        def block(index: int, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        def block(hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
-            if step.segments is not None and str(index) in self.memory:
-                beside = self._context(index, hidden, step)
-            return layers[index](hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
+            if attachment in INSIDE:
+                beside = (self._context if attachment == "mac" else self._beyond)(index, hidden, step)
+            return layers[index](hidden, position_embeddings=no_rotation, attention_call=step.attention, beside=beside)
 
-        def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
-            return self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
+        def remember(hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
+            carry, topology = step.before[index].memory, step.attention.topology
+            return self.memory[str(index)](hidden, step.segment_ids, carry, topology)
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for index in range(len(layers)):
-            attached = use_memory and str(index) in self.memory
-            added = gate = None
-            if attached and attachment != "mac":
-                # Apart from the block, so that the two are never whole at the same time.
-                if recompute:
-                    added, *rest = checkpoint(remember, index, hidden, use_reentrant=False)
-                else:
-                    added, *rest = remember(index, hidden)
-                step.memory[index] = (rest[0], rest[1])
-                if attachment == "mal":
-                    hidden, added = hidden + added, None
-                elif attachment == "mag":
-                    gate, added = output_gate(added), None
-            # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
-            learns = hidden.requires_grad or (attached and attachment != "residual")
-            if recompute and learns:
-                hidden = checkpoint(block, index, hidden, gate, use_reentrant=False)
+        added = gate = None
+        if attachment is not None and attachment not in INSIDE:
+            # Apart from the block, so that the two are never whole at the same time.
+            if recompute:
+                added, *rest = checkpoint(remember, hidden, use_reentrant=False)
             else:
-                hidden = block(index, hidden, gate)
-            if added is not None:
-                hidden = hidden + added
-        hidden = self.backbone.model.norm(hidden)
-        losses, predictions = self.backbone.lm_head(hidden, labels, predict)
-        memories = [step.memory.get(index, (None, None)) for index in range(len(layers))]
-        after = [LayerCarry(call.after.get(index), memory) for index, (memory, _) in enumerate(memories)]
-        return ModelOutput(losses, predictions, after, [health for _, health in memories if health is not None])
+                added, *rest = remember(hidden)
+            step.memory[index] = (rest[0], rest[1])
+            if attachment == "mal":
+                hidden, added = hidden + added, None
+            elif attachment == "mag":
+                gate, added = output_gate(added), None
+        # Below the first memory of a frozen backbone nothing is differentiated: recomputing would only cost time.
+        learns = hidden.requires_grad or attachment not in (None, "residual")
+        if recompute and learns:
+            hidden = checkpoint(block, hidden, gate, use_reentrant=False)
+        else:
+            hidden = block(hidden, gate)
+        return hidden if added is None else hidden + added
 
-    def _branch(self, recompute: bool) -> nn.Module:
+    def _branch(self, memory: MemoryConfig, recompute: bool) -> nn.Module:
         """A memory as one layer has it."""
-        backbone, memory = self.backbone.config, self.config.memory
+        backbone = self.backbone.config
         width, eps = backbone.hidden_size, norm_eps(backbone)
         if memory.attachment == "mac":
             return ContextBranch(width, head_dim(backbone), memory, eps, recompute=recompute)
+        if memory.attachment == "overflow":
+            return OverflowBranch(width, memory, eps)
         return MemoryBranch(width, memory, eps)
 
     def _context(self, index: int, hidden: Tensor, step: _Step) -> Beside:
@@ -153,7 +202,7 @@ class MirasModel(nn.Module):
         branch, segments = self.memory[str(index)], step.segments
         assert isinstance(branch, ContextBranch) and segments is not None
 
-        def refine(q: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
+        def refine(q: Tensor, _: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
             carry, topology = step.before[index].memory, step.attention.topology
             arguments = (ContextTokens(*tokens), q, v, out, step.segment_ids, segments, carry, topology, scale)
             refined, memory, health = branch.core(*arguments)
@@ -162,19 +211,50 @@ class MirasModel(nn.Module):
 
         return Beside(tokens=branch.inputs(hidden), refine=refine)
 
-    def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
-        memory = self.config.memory
-        if not memory.layers:
+    def _beyond(self, index: int, hidden: Tensor, step: _Step) -> Beside:
+        """The memory of a layer beyond the window of its attention, of hidden [batch, sequence / degree, width]."""
+        branch, plan = self.memory[str(index)], step.overflow
+        assert isinstance(branch, OverflowBranch) and plan is not None
+
+        def refine(q: Tensor, k: Tensor, v: Tensor, out: Tensor, _: float, logits: Tensor) -> Tensor:
+            arguments = (logits, q, k, v, out, plan, step.before[index], step.attention.topology)
+            refined, memory, health = branch.core(*arguments)
+            step.memory[index] = (memory, health)
+            return refined
+
+        return Beside(tokens=[branch.inputs(hidden)], refine=refine)
+
+    def _first(self, attachment: str) -> int | None:
+        """The first layer with a memory of this kind."""
+        return next((layer for layer, kind in self.kinds.items() if kind.attachment == attachment), None)
+
+    def _overflow(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> OverflowPlan | None:
+        first, attention = self._first("overflow"), self.config.attention
+        if first is None:
             return None
-        carry = before[memory.layers[0]].memory
+        window, memory = before[first]
+        # A memory that starts now, behind a window that does not, has taken in nothing of it.
+        known = None if window is None or memory is None else (memory.tail_segments, window.positions)
+        return plan_overflow(segment_ids, positions, known, window=attention.window, sinks=attention.sinks)
+
+    def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
+        first, memory = self._first("mac"), self.config.memory
+        if first is None:
+            return None
+        carry = before[first].memory
         ids = None if carry is None else carry.tail_segments
         return plan_segments(
             segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1
         )
 
-    def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
+    def _plan(
+        self,
+        attention: AttentionConfig,
+        segment_ids: Tensor,
+        positions: Tensor,
+        carry: WindowCarry | None,
+        hidden: Tensor,
+    ) -> AttentionPlan:
         if self._rope is None:
             self._rope = rope_of(self.backbone)
-        return plan_attention(
-            self.config.attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden
-        )
+        return plan_attention(attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden)

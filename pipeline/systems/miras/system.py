@@ -15,8 +15,9 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
-from pipeline.lm.decoder_config import check_window, kv_heads
-from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors
+from pipeline.lm.decoder_config import check_window, kv_heads, sliding_window
+from pipeline.lm.distillation import choose, comparable, count_compared
+from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors, trained_length
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
@@ -25,9 +26,11 @@ from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.layer_kinds import kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryHealth
-from pipeline.systems.miras.model import MirasModel
+from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
+from pipeline.systems.miras.teacher import check_distillation, term_weights
 
 TERM = "cross_entropy"
 
@@ -40,15 +43,17 @@ class MirasSystem(System[TokenBatch]):
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, MirasConfig)
         super().__init__(config)
-        self.sizes = config.model
         self.backbone = backbone_config(config.model.backbone)
-        if self.sizes.memory.layers and max(self.sizes.memory.layers) >= self.backbone.num_hidden_layers:
-            raise UserError(
-                f"--model.memory.layers {' '.join(map(str, self.sizes.memory.layers))}: the backbone has layers 0 to"
-                f" {self.backbone.num_hidden_layers - 1}"
-            )
-        check_attachment(self.sizes.memory, self.backbone)
+        self.sizes = on_backbone(config.model, self.backbone)
+        self.kinds = kinds_of_memory(self.sizes.memory, self.backbone)
+        for kind in self.kinds:
+            check_attachment(kind, self.backbone, self.sizes.attention)
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
+        self.trained_length: int | None = None
+        if self.sizes.distil == "full":
+            limits = (trained_length(config.model.backbone), sliding_window(self.backbone))
+            self.trained_length = min((limit for limit in limits if limit is not None), default=None)
+        check_distillation(self.sizes, config.sequence_length, self.trained_length)
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
 
@@ -65,8 +70,10 @@ class MirasSystem(System[TokenBatch]):
             "attention heads": self.backbone.num_attention_heads,
             "key-value heads": kv_heads(self.backbone),
         }
-        if self.sizes.memory.layers:
-            counts["memory heads"] = self.sizes.memory.heads
+        for kind in self.kinds:
+            # Those of overflow are attention's.
+            if kind.attachment != "overflow":
+                counts["memory heads"] = kind.heads
         task = self.config.data.recall
         if task is not None and task.vocab_size > self.backbone.vocab_size:
             raise UserError(
@@ -92,17 +99,22 @@ class MirasSystem(System[TokenBatch]):
                 )
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
-        attention, memory = self.sizes.attention, self.sizes.memory
+        attention = self.sizes.attention
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
-        return {
+        backends = [memory_backend(kind, device_type, dtype) for kind in self.kinds]
+        found = {
             "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
             f" {self.backbone.hidden_size},"
             f" {'trained' if self.sizes.backbone.trainable else 'frozen'},"
             f" {self.sizes.backbone.pretrained or 'random weights'}",
             "attention": f"{attention.kind} of {reach}, backend {backend}",
-            "memory": descriptions.memory_line(memory, memory_backend(memory, device_type, dtype)),
+            "memory": descriptions.memory_line(self.kinds, backends),
         }
+        if self.sizes.distil == "full":
+            length = self.config.sequence_length
+            found["distillation"] = descriptions.distillation_line(self.sizes, length, self.trained_length)
+        return found
 
     def caption(self) -> str:
         return descriptions.caption(self.sizes)
@@ -117,7 +129,8 @@ class MirasSystem(System[TokenBatch]):
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
-        check_gathering(model, self.sizes.memory, topology)
+        for kind in self.kinds:
+            check_gathering(model, kind, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
@@ -127,7 +140,7 @@ class MirasSystem(System[TokenBatch]):
             if part == "backbone" and not self.sizes.backbone.trainable:
                 continue
             # Gates decide how long a memory lasts: decay would pull them to one half of their range.
-            gate = "alpha_proj" in name or "beta_proj" in name
+            gate = any(word in name for word in ("alpha_proj", "beta_proj", "share_proj"))
             matrix = (
                 name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name and not gate
             )
@@ -153,6 +166,8 @@ class MirasSystem(System[TokenBatch]):
 
     def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
         """Training or held-out data of this data rank."""
+        # Before its tokenizer is missed, which is in the same folder.
+        check_fetched(self.sizes.backbone)
         if self.config.data.recall is None:
             self._source = self._source or build_source(self.config, self.files)
         return build_loader(
@@ -168,10 +183,24 @@ class MirasSystem(System[TokenBatch]):
         return self._held_out
 
     def count(self, batch: TokenBatch) -> Counts:
-        return {TERM: int((batch.labels != IGNORED).sum())}
+        counts = {TERM: int((batch.labels != IGNORED).sum())}
+        if self.sizes.distil == "full":
+            compared = count_compared(self._comparable(batch), self.sizes.distillation.tokens)
+            counts |= dict.fromkeys(term_weights(self.sizes.distillation), compared)
+        return counts
+
+    def _comparable(self, batch: TokenBatch) -> Tensor:
+        """The tokens at which the teacher can say something that the window does not, [rows, T] bool."""
+        return comparable(batch.segment_ids, self.sizes.attention.window, self.trained_length)
 
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         local = context.topology.shard(batch.input_ids.shape[1])
+        compared = None
+        if self.sizes.distil == "full":
+            compared = choose(
+                self._comparable(batch), self.sizes.distillation.tokens,
+                seed=context.seed, step=context.step, streams=batch.streams,
+            )  # fmt: skip
         output = model(
             batch.input_ids[:, local],
             batch.labels[:, local],
@@ -181,15 +210,27 @@ class MirasSystem(System[TokenBatch]):
             context.topology,
             use_memory=bool(context.options.get("memory", True)),
             predict=bool(context.options.get("predict", False)),
+            compared=compared,
         )
         metrics = self._health(output.health)
         if self.sizes.attention.kind == "window":
             reach = batch.positions[:, local] >= self.sizes.attention.window
             metrics["beyond_window"] = (reach.sum(), reach.new_full((), reach.numel(), dtype=torch.float64))
-        tokens = {"losses": output.losses.detach()}
-        if output.predictions is not None:
-            tokens["predictions"] = output.predictions
-        return StepOutput({TERM: output.losses.sum()}, pack_carry(output.carry), metrics, tokens)
+        per_token = {"losses": output.losses, "predictions": output.predictions}
+        tokens = {name: value.detach() for name, value in per_token.items() if value is not None}
+        return StepOutput(self._sums(output), pack_carry(output.carry), metrics, tokens)
+
+    def _sums(self, output: ModelOutput) -> dict[str, Tensor]:
+        """This rank's sum per loss term, times the term's weight."""
+        if output.distilled is None:
+            assert output.losses is not None
+            return {TERM: output.losses.sum()}
+        weights = term_weights(self.sizes.distillation)
+        found = {term: weights[term] * value for term, value in output.distilled.items()}
+        # Of weight 0 there is no sum, and the term stays: its counts are the tokens.
+        zero = torch.zeros((), device=next(iter(found.values())).device)
+        own = self.sizes.distillation.cross_entropy
+        return {TERM: zero if output.losses is None else own * output.losses.sum(), **found}
 
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate
@@ -214,7 +255,7 @@ class MirasSystem(System[TokenBatch]):
                 sequence=self.config.sequence_length,
                 degree=topology.sequence,
                 recompute=self.config.activation_checkpointing,
-                natively=activations.runs_natively(self.sizes.memory, 4 if float16 else element, device),
+                device=device,
                 float16=float16,
             )
         )

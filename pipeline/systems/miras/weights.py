@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.lm.pretrained import pretrained_tensors
-from pipeline.ops.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit
+from pipeline.ops.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit, logit
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for, load_safetensors
 from pipeline.systems.miras.config import MirasConfig
@@ -44,13 +44,17 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
             return torch.ones(shape)
         case ["o_proj", "weight"] | ["gate_up", "bias"] | [_, "out_gate"] | ["context_gate", _]:
             return torch.zeros(shape)
+        case [_, "q_map" | "k_map"] | ["share_proj", "weight"]:
+            return torch.zeros(shape)
         case [_, "eta_logits"]:
             return torch.full(shape, initial_eta_logit(memory.momentum))
-        case ["alpha_proj", "bias"]:
-            return initial_alpha_logits(memory.heads, memory.half_life)
+        case ["share_proj", "bias"]:
+            return torch.full(shape, logit(memory.share))
+        case ["alpha_proj", "bias"] | [_, "alpha_logits"]:
+            return initial_alpha_logits(shape[0], memory.half_life)
         case ["beta_proj", "bias"]:
             momentum = memory.momentum if memory.has_momentum else 0.0
-            return initial_beta_logits(memory.heads, momentum, memory.step_size)
+            return initial_beta_logits(shape[0], momentum, memory.step_size)
         case [_, "conv"]:
             return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(memory.conv)
         case [_, "persistent_k"]:

@@ -25,7 +25,7 @@ from pipeline.systems.miras.activations import (
     scan_bytes,
     step_bytes,
 )
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
 from pipeline.systems.miras.rules import memory_backend
@@ -61,6 +61,8 @@ def wide(changes: dict[str, object], memory: dict[str, object]) -> RunConfig:
         ),  # type: ignore[arg-type]
         memory=MemoryConfig(**{"layers": (1,), "heads": 4, "head_dim": 128, **memory}),  # type: ignore[arg-type]
     )
+    if "distillation" in changes:
+        model = dataclasses.replace(model, distil="full", distillation=changes.pop("distillation"))
     run = {"activation_checkpointing": True, "precision": "bf16", **changes}
     return RunConfig("", model, steps=1, batch_size=2, sequence_length=2048, lr=1.0, **run)  # type: ignore[arg-type]
 
@@ -77,9 +79,33 @@ TRACED = [
     pytest.param({}, {"attachment": "mal"}, 1, 0.05, id="mal"),
     pytest.param({}, {"attachment": "mag"}, 1, 0.05, id="mag"),
     pytest.param({}, {"backend": "torch"}, 1, 0.05, id="scan in PyTorch"),
+    pytest.param({}, {"attachment": "overflow", "rule": "delta"}, 1, 0.1, id="overflow"),
+    pytest.param({"kv_heads": 2, "model_type": "llama"}, {"attachment": "overflow"}, 1, 0.1, id="overflow, grouped"),
+    pytest.param(
+        {"activation_checkpointing": False},
+        {"layers": (0, 1), "overflow_layers": (1,)},
+        1,
+        0.1,
+        id="overflow beside residual",
+    ),
     pytest.param({"model_type": "llama", "kv_heads": 2, "tied": True}, {}, 1, 0.1, id="llama, grouped and tied"),
     pytest.param({"model_type": "qwen3", "trainable": True}, {}, 1, 0.1, id="qwen3, trainable"),
     pytest.param({"model_type": "olmo", "activation_checkpointing": False}, {}, 1, 0.1, id="olmo, not recomputed"),
+    pytest.param({"distillation": DistillationConfig()}, {}, 1, 0.1, id="distilled"),
+    pytest.param(
+        {"distillation": DistillationConfig(tokens=300, hidden=1.0, cross_entropy=1.0)},
+        {},
+        1,
+        0.1,
+        id="distilled by every term",
+    ),
+    pytest.param(
+        {"distillation": DistillationConfig(), "activation_checkpointing": False},
+        {},
+        4,
+        0.1,
+        id="distilled on four sequence ranks, not recomputed",
+    ),
     pytest.param({}, {"rule": "yaad", "gradient_chunk": 128}, 1, 0.2, id="yaad"),
     pytest.param({}, {"rule": "mlp", "gradient_chunk": 512}, 1, 0.3, id="mlp"),
     pytest.param({}, {"rule": "swiglu", "swiglu": SwigluConfig(gradient_chunk=512)}, 1, 0.3, id="swiglu"),
@@ -194,8 +220,8 @@ def a_memory_keeps(memory: MemoryConfig, dtype: torch.dtype, sequence: int = 512
 
 def estimate(memory: MemoryConfig, element: int, sequence: int = 512, natively: bool = False) -> int:
     config = dataclasses.replace(make(), memory=memory)
-    kept, _ = scan_bytes(step(config, element, sequence=sequence, natively=natively))
-    return 2 * sequence * branch_bytes(config, 512, element, 128) + kept
+    kept, _ = scan_bytes(step(config, element, sequence=sequence, natively=natively), memory)
+    return 2 * sequence * branch_bytes(memory, 512, element, 128) + kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -251,7 +277,7 @@ def test_a_large_scan_in_pytorch_keeps_its_inputs_alone() -> None:
     assert isinstance(config, MirasConfig)
 
     def scan(rows: int, sequence: int, degree: int = 1) -> tuple[int, int]:
-        return scan_bytes(step(config, rows=rows, sequence=sequence, degree=degree, natively=False))
+        return scan_bytes(step(config, rows=rows, sequence=sequence, degree=degree, natively=False), config.memory)
 
     small, _ = scan(1, 1024)
     large, working = scan(8, 65_536)

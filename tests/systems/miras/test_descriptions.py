@@ -41,10 +41,17 @@ def test_layers_are_listed(numbers: tuple[int, ...], text: str) -> None:
 
 def test_the_memory_is_said_in_a_line() -> None:
     memory = miras_tiny().model.memory  # type: ignore[attr-defined]
-    assert memory_line(memory, "cpu") == "titans, residual; layers 1 and 3; 4 heads x 32; backend cpu"
+    assert memory_line([memory], ["cpu"]) == "titans, residual; layers 1 and 3; 4 heads x 32; backend cpu"
     mac = dataclasses.replace(memory, attachment="mac", rule="yaad")
-    assert memory_line(mac, "torch").startswith("yaad with gradients by chunks of 16, mac in segments of 64; layers 1")
-    assert memory_line(dataclasses.replace(memory, layers=()), "cpu") == "none"
+    assert memory_line([mac], ["torch"]).startswith(
+        "yaad with gradients by chunks of 16, mac in segments of 64; layers 1"
+    )
+    both = memory_line(
+        [dataclasses.replace(memory, layers=(1,)), dataclasses.replace(memory, layers=(3,))], ["cpu"] * 2
+    )
+    one = "titans, residual; layer {}; 4 heads x 32; backend cpu"
+    assert both == f"{one.format(1)} | {one.format(3)}"
+    assert memory_line([], []) == "none"
 
 
 def test_a_run_is_told_from_another_by_its_window_and_memory() -> None:

@@ -13,7 +13,7 @@ from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.lm.pretrained import backbone_config
 from pipeline.recipes.miras import miras_64k
 from pipeline.system import Flops, create_system
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.flops import attention_reach, count_flops, scan_flops
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
 
@@ -104,11 +104,33 @@ def test_memory_as_context_costs_two_per_weight_its_reads_its_attention_and_the_
     assert flops(config).forward == expected
 
 
+def test_memory_of_what_leaves_the_window_costs_two_per_weight_and_the_scan_whatever_sizes_are_given() -> None:
+    config = attached("overflow")
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, heads=3, head_dim=8))
+    system = create_system(RunConfig("", config, steps=1, batch_size=1, sequence_length=1024, lr=1.0))
+    with torch.device("meta"):
+        model = system.build()
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    weights += sum(p.numel() for name, p in model.named_parameters() if "_map" in name)
+    assert flops(config).forward == 2 * weights + 4 * ATTENTION + 2 * SCAN
+
+
+def test_memories_of_two_kinds_each_cost_their_own() -> None:
+    config = attached("residual", trainable=False)
+    memory = dataclasses.replace(config.memory, heads=2, overflow_layers=(3,))
+    residual, overflow = 2 * (4 * 128 * 64 + 2 * 128 * 2 + 16 * (128 + 64) + 2 * 4 * 64), 2 * 4 * 2 * (128 + 32**2)
+    without = flops(dataclasses.replace(config, memory=dataclasses.replace(config.memory, layers=())))
+    count = flops(dataclasses.replace(config, memory=memory))
+    assert count.forward - without.forward == residual + SCAN / 2 + overflow + SCAN
+
+
 def test_what_goes_back_in_the_first_memorys_own_block_depends_on_the_attachment() -> None:
     residual = flops(attached("residual", trainable=False)).backward
     after_attention = 2 * (128 * 128 + 3 * 128 * 512)
     assert flops(attached("mal", trainable=False)).backward == residual + BLOCK + 2 * ATTENTION
     assert flops(attached("mag", trainable=False)).backward == residual + after_attention
+    branches = 2 * 2 * (2 * 4 * 2 * (128 + 32**2) - BRANCH)
+    assert flops(attached("overflow", trainable=False)).backward == residual + after_attention + branches
 
 
 def test_windowed_attention_costs_the_same_at_any_length_and_full_grows_with_it() -> None:
@@ -165,3 +187,37 @@ def test_flops_of_the_familys_scans_by_hand() -> None:
     assert scan(rule="swiglu", swiglu=SwigluConfig(hidden=1)) == (18 + 6) * square
     muon = scan(rule="swiglu", swiglu=SwigluConfig(hidden=1, muon=True, gradient_chunk=512))
     assert muon == (18 + 6) * square + 90 * 32**3 / 512
+
+
+def test_a_teacher_costs_its_forward_pass_and_the_heads_of_the_compared_tokens() -> None:
+    """Memories on layers 1 and 3, 1,024 tokens and a window of 64."""
+    student = flops(make(trainable=False))
+    block = BLOCK + 2 * 128 * (1024 + 1)
+
+    def distilled(**settings: object) -> Flops:
+        settings = {"kl": 1.0, **settings}
+        model = dataclasses.replace(
+            make(trainable=False),
+            distil="full",
+            distillation=DistillationConfig(**settings),  # type: ignore[arg-type]
+        )
+        return flops(model)
+
+    share = (1024 - 64) / 1024
+    found = distilled()
+    assert found.forward == pytest.approx(student.forward - HEAD + 4 * block + 2 * share * HEAD)
+    assert found.backward == pytest.approx(student.backward - HEAD + share * HEAD)
+    found = distilled(tokens=128, cross_entropy=0.5, lower_layers="window")
+    assert found.forward == pytest.approx(student.forward + 3 * block + 2 * HEAD / 8)
+    assert found.backward == pytest.approx(student.backward + HEAD / 8)
+    found = distilled(kl=0.0, hidden=1.0)
+    assert found.forward == pytest.approx(student.forward - HEAD + 4 * block)
+    assert found.backward == pytest.approx(student.backward - HEAD)
+
+
+def test_a_teacher_without_a_divergence_ends_with_the_last_memory_and_so_does_the_backward_pass() -> None:
+    student = flops(make(layers=(0, 2), trainable=False))
+    settings = DistillationConfig(kl=0.0, attention=1.0)
+    found = flops(dataclasses.replace(make(layers=(0, 2), trainable=False), distil="full", distillation=settings))
+    assert found.forward == pytest.approx(student.forward - HEAD + 3 * (BLOCK + 2 * 128 * 1025))
+    assert found.backward == pytest.approx(student.backward - HEAD - (BLOCK + 2 * ATTENTION))

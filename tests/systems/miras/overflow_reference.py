@@ -1,0 +1,79 @@
+"""The attachment `overflow` as its definition reads: one token after the other, with nothing of the package's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of all heads: maps [heads, dim, dim] that are added to the identity, logits of forgetting and of momentum (None:
+    the delta rule) [heads]."""
+
+    q_map: Tensor
+    k_map: Tensor
+    alpha_logits: Tensor
+    eta_logits: Tensor | None
+
+
+def rotated(x: Tensor, position: int, frequencies: Tensor) -> Tensor:
+    """x [dim] turned to a position."""
+    half = x.shape[0] // 2
+    cos, sin = (position * frequencies).cos(), (position * frequencies).sin()
+    return torch.cat([x[:half] * cos - x[half:] * sin, x[half:] * cos + x[:half] * sin])
+
+
+def overflow(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta_logits: Tensor,
+    share_logits: Tensor,
+    weights: Weights,
+    *,
+    frequencies: Tensor,
+    window: int,
+    sinks: int,
+) -> Tensor:
+    """One document: q [tokens, heads, dim], k and v [tokens, kv heads, dim] before RoPE, logits [tokens, heads], give
+    what goes to the output projection, like q."""
+    tokens, heads, dim = q.shape
+    group = heads // k.shape[1]
+    rows = []
+    for head in range(heads):
+        source = head // group
+        momentum_rate = 0.0 if weights.eta_logits is None else 0.99 * weights.eta_logits[head].sigmoid()
+        forget = 0.01 * weights.alpha_logits[head].sigmoid()
+        memory = q.new_zeros(dim, dim)
+        momentum = q.new_zeros(dim, dim)
+        outs = []
+        for t in range(tokens):
+            scores, values = [], []
+            for j in range(t + 1):
+                if t - j < window:
+                    query, key = rotated(q[t, head], t, frequencies), rotated(k[j, source], j, frequencies)
+                elif j < sinks:
+                    # Sinks stand right before the window.
+                    place = min(t, window + sinks - 1)
+                    query, key = rotated(q[t, head], place, frequencies), rotated(k[j, source], j, frequencies)
+                else:
+                    continue
+                scores.append((query * key).sum() / dim**0.5)
+                values.append(v[j, source])
+            attended = (torch.stack(scores).softmax(0)[:, None] * torch.stack(values)).sum(0)
+            left = t - window
+            if left >= sinks:
+                key = k[left, source] + k[left, source] @ weights.k_map[head]
+                key = key / key.norm()
+                step = 0.9 * beta_logits[left, head].sigmoid() * (1 - momentum_rate) ** 2
+                momentum = momentum_rate * momentum - step * torch.outer(key, key @ memory - v[left, source])
+                memory = (1 - forget) * memory + momentum
+                query = q[t, head] + q[t, head] @ weights.q_map[head]
+                share = share_logits[t, head].sigmoid()
+                attended = (1 - share) * attended + share * ((query / query.norm()) @ memory)
+            outs.append(attended)
+        rows.append(torch.stack(outs))
+    return torch.stack(rows, dim=1)

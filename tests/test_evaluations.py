@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.callbacks import Callback
@@ -111,6 +111,7 @@ def test_a_start_makes_up_for_what_its_step_lacks(tmp_path: Path, step: int, don
     assert not found.owed(), "nothing is done twice"
 
 
+@settings(max_examples=25)
 @given(eval_every=st.integers(0, 4), gap_every=st.integers(0, 4), ends=st.sets(st.integers(1, 12)))
 def test_the_gap_is_part_of_an_evaluation_at_its_own_interval(
     tmp_path_factory: pytest.TempPathFactory, eval_every: int, gap_every: int, ends: set[int]

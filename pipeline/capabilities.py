@@ -40,11 +40,21 @@ class Ablates(Protocol):
         ...
 
 
+@runtime_checkable
+class ClosesGap(Protocol):
+    """Has a memory that is compared with full attention, and with itself emptied (`pipeline/lm/gap_closed.py`)."""
+
+    def gap_closed(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+        """As `System.evaluate`; its scalars are `gap/...`. Raises UserError where there is no gap to close."""
+        ...
+
+
 def check_intervals(config: RunConfig, system: System) -> None:
     """Raises UserError where the config asks for what the system cannot do."""
     for flag, every, can, lacks in (
         ("--sample-every", config.sample_every, isinstance(system, Samples), "draws no samples"),
         ("--ablate-every", config.ablate_every, isinstance(system, Ablates), "has no ablations"),
+        ("--evaluation.gap-every", config.evaluation.gap_every, isinstance(system, ClosesGap), "has no memory"),
     ):
         if every and not can:
             raise UserError(f"{flag} {every}: {config.recipe} {lacks}: leave it out")

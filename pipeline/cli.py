@@ -245,8 +245,11 @@ HELP = {
         "usage: mnemos doctor [--json FILE]\n\nWhat this machine has: devices, kernels, attention backends, versions."
     ),
     "eval": (
-        "usage: mnemos eval CHECKPOINT [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
-        " for its latest one.\nThe result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
+        "usage: mnemos eval CHECKPOINT [--suite long] [flags of its recipe]\n\n"
+        "CHECKPOINT is a checkpoint's folder, or a run directory"
+        " for its latest one.\n"
+        "--suite long: gap closed too, what its memory is worth beyond the window.\n"
+        "The result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
         " `--help-all` every one."
     ),
     "bench": (

@@ -77,6 +77,11 @@ class EvaluationConfig:
     """Held-out sequences per row that one evaluation reads."""
     batch_size: int = 0
     """Rows per data rank; 0: as in training."""
+    gap_every: int = 0
+    """Steps between measurements of gap closed, of a system with a memory, each with an evaluation and at the end too;
+    0: never. They cost four to six evaluations' passes (docs/gap_closed.md)."""
+    full_length: int = 0
+    """Tokens that the full attention of gap closed sees; 0: those that a pretrained backbone was trained at."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,8 @@ class RunConfig:
             "--optimizer.eps": self.optimizer.eps,
             "--report.plot-every": self.report.plot_every,
             "--evaluation.batch-size": self.evaluation.batch_size,
+            "--evaluation.gap-every": self.evaluation.gap_every,
+            "--evaluation.full-length": self.evaluation.full_length,
         }
         for flag, value in at_least_zero.items():
             if not 0 <= value < math.inf:

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pipeline.callbacks import Callback
-from pipeline.capabilities import Ablates, Samples
+from pipeline.capabilities import Ablates, ClosesGap, Samples
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Phase, StepContext
+from pipeline.system import Evaluation, Phase, StepContext
 
 
 class Evaluations:
     """Held-out evaluations, ablations and samples: at multiples of their intervals, and where a phase or the run ends.
 
-    run.json lists the steps at which each was done, so that a start makes up for what an earlier one had left.
+    What a memory is worth, where it is measured, is part of an evaluation. run.json lists the steps at which each was
+    done, so that a start makes up for what an earlier one had left.
     """
 
     def __init__(self, run: Run, sync_point: SyncPoint, callbacks: Sequence[Callback]) -> None:
         self.run, self.sync_point, self.callbacks = run, sync_point, callbacks
         config = run.config
-        self.kinds = {"evaluated": (config.eval_every, self._evaluate)}
+        self.kinds: dict[str, tuple[tuple[int, ...], Callable[[int, bool], None]]] = {
+            "evaluated": ((config.eval_every, config.evaluation.gap_every), self._evaluate)
+        }
         if isinstance(run.system, Ablates):
-            self.kinds["ablated"] = (config.ablate_every, self._ablate)
+            self.kinds["ablated"] = ((config.ablate_every,), self._ablate)
         if isinstance(run.system, Samples):
-            self.kinds["sampled"] = (config.sample_every, self._sample)
+            self.kinds["sampled"] = ((config.sample_every,), self._sample)
 
     def after(self, step: int, *, ends: bool) -> None:
         """Does what is due after a step. `ends`: whether the phase or the run ends with it."""
         for kind, (every, _) in self.kinds.items():
-            if ends or (every and step % every == 0):
-                self._do(kind, step)
+            if ends or _is_due(step, *every):
+                self._do(kind, step, ends)
 
     def owed(self) -> bool:
         """Does what is due at the step that the run begins at and was not done there; returns whether anything was.
@@ -43,14 +46,14 @@ class Evaluations:
         ends = step >= min(end, run.config.stop_after or end) or run.progress.phase_done
         done = False
         for kind, (every, _) in self.kinds.items():
-            due = ends or bool(every and step % every == 0) if step else kind == "evaluated"
+            due = ends or _is_due(step, *every) if step else kind == "evaluated"
             if due and step not in run.done.get(kind, ()):
-                self._do(kind, step)
+                self._do(kind, step, ends)
                 done = True
         return done
 
-    def _do(self, kind: str, step: int) -> None:
-        self.kinds[kind][1](step)
+    def _do(self, kind: str, step: int, ends: bool) -> None:
+        self.kinds[kind][1](step, ends)
         self.run.done[kind] = (*self.run.done.get(kind, ()), step)
         if self.run.is_main:
             write_run_file(self.run, "running")
@@ -62,22 +65,41 @@ class Evaluations:
         name = run.progress.phase
         return run.phase if run.phases is None or name == run.phase.name else run.phases.named(name)
 
-    def _evaluate(self, step: int) -> None:
-        evaluation = self.run.system.evaluate(self.run.engine.deepspeed, self._phase, self.sync_point)
+    def _evaluate(self, step: int, ends: bool) -> None:
+        system, every = self.run.system, self.run.config.evaluation.gap_every
+        evaluation = system.evaluate(self.run.engine.deepspeed, self._phase, self.sync_point)
+        if every and (ends or _is_due(step, every)) and step:
+            assert isinstance(system, ClosesGap)
+            gap = system.gap_closed(self.run.engine.deepspeed, self._phase, self.sync_point)
+            evaluation = together(evaluation, gap)
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
 
-    def _ablate(self, step: int) -> None:
+    def _ablate(self, step: int, ends: bool) -> None:
         system = self.run.system
         assert isinstance(system, Ablates)
         ablations = system.ablations(self.run.engine.deepspeed, self._phase, self.sync_point)
         for callback in self.callbacks:
             callback.on_ablations(step, ablations)
 
-    def _sample(self, step: int) -> None:
+    def _sample(self, step: int, ends: bool) -> None:
         system, phase = self.run.system, self._phase
         assert isinstance(system, Samples)
         context = StepContext(self.run.topology, self.run.config.seed, phase.name, step)
         samples = system.samples(self.run.engine.deepspeed, phase, context, self.sync_point)
         for callback in self.callbacks:
             callback.on_samples(step, samples)
+
+
+def _is_due(step: int, *intervals: int) -> bool:
+    """Whether a step is a multiple of one of the intervals; 0 has none."""
+    return any(every and step % every == 0 for every in intervals)
+
+
+def together(*evaluations: Evaluation) -> Evaluation:
+    """What several evaluations of the same weights found, as one."""
+    scalars, curves, samples = (
+        {name: value for found in evaluations for name, value in getattr(found, part).items()}
+        for part in ("scalars", "curves", "samples")
+    )
+    return Evaluation(scalars, curves, samples)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.callbacks import Callback
@@ -54,6 +54,13 @@ class Able(PhasedSystem):
 
     def ablations(self, model: Any, phase: Any, sync_point: Any) -> dict[str, Evaluation]:  # type: ignore[override]
         return {"part": Evaluation({"loss": 2.0})}
+
+
+class Remembering(Able):
+    """Has a memory too."""
+
+    def gap_closed(self, model: Any, phase: Any, sync_point: Any) -> Evaluation:
+        return Evaluation({"gap/worth": 0.25})
 
 
 class Unable(PhasedSystem):
@@ -104,6 +111,44 @@ def test_a_start_makes_up_for_what_its_step_lacks(tmp_path: Path, step: int, don
     assert not found.owed(), "nothing is done twice"
 
 
+@settings(max_examples=25)
+@given(eval_every=st.integers(0, 4), gap_every=st.integers(0, 4), ends=st.sets(st.integers(1, 12)))
+def test_the_gap_is_part_of_an_evaluation_at_its_own_interval(
+    tmp_path_factory: pytest.TempPathFactory, eval_every: int, gap_every: int, ends: set[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    found, _ = evaluations(folder, 0, eval_every=eval_every, evaluation__gap_every=gap_every)
+    found.run.system = Remembering(phased(folder))
+    scalars: dict[int, dict[str, float]] = {}
+
+    class Rows(Callback):
+        def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+            assert step not in scalars, "one row"
+            scalars[step] = evaluation.scalars
+
+    found.callbacks = [Rows()]
+    assert found.owed() and scalars.pop(0) == {"loss": 1.0}, "before the first step there is nothing to measure"
+    for step in range(1, 13):
+        found.after(step, ends=step in ends)
+        gap = bool(gap_every) and (step in ends or step % gap_every == 0)
+        evaluated = step in ends or gap or bool(eval_every and step % eval_every == 0)
+        wanted = {"loss": 1.0, **({"gap/worth": 0.25} if gap else {})}
+        assert scalars.pop(step, None) == (wanted if evaluated else None)
+
+
+def test_a_start_makes_up_for_a_gap_too(tmp_path: Path) -> None:
+    found, _ = evaluations(tmp_path, 6, eval_every=0, evaluation__gap_every=3)
+    found.run.system = Remembering(phased(tmp_path))
+    seen: list[tuple[int, dict[str, float]]] = []
+
+    class Rows(Callback):
+        def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+            seen.append((step, evaluation.scalars))
+
+    found.callbacks = [Rows()]
+    assert found.owed() and seen == [(6, {"loss": 1.0, "gap/worth": 0.25})] and not found.owed()
+
+
 def test_a_system_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:
     config = phased(tmp_path)
     for flag, field in (("--sample-every 5", "sample_every"), ("--ablate-every 5", "ablate_every")):
@@ -111,3 +156,7 @@ def test_a_system_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:
         check_intervals(asked, PhasedSystem(asked))
         with pytest.raises(UserError, match=f"{flag}: phased_tiny (draws no samples|has no ablations): leave it out"):
             check_intervals(asked, Unable(asked))
+    asked = replace(config, evaluation__gap_every=5)
+    check_intervals(asked, Remembering(asked))
+    with pytest.raises(UserError, match=r"--evaluation\.gap-every 5: phased_tiny has no memory: leave it out"):
+        check_intervals(asked, Able(asked))

@@ -1,4 +1,4 @@
-"""`eval CHECKPOINT`: held-out perplexity by position and recall by distance, with the memory on and off."""
+"""`eval CHECKPOINT`: held-out perplexity by position and recall by distance, with the memory on, emptied and off."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.callbacks.samples import write_samples
+from pipeline.capabilities import ClosesGap
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.restore import read_progress
-from pipeline.commands.flags import parse_flags
+from pipeline.commands.flags import parse_flags, pop_flag
 from pipeline.config_file import load_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
+from pipeline.evaluations import together
 from pipeline.files.output import writing
 from pipeline.host.versions import versions
 from pipeline.load import checked_system, load_model
@@ -25,16 +27,22 @@ from pipeline.runtime.ranks import describe_devices, device_of, start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Curve, Evaluation
 
+SUITES = ("long",)
+"""What `--suite` runs beside the ordinary evaluation. long: gap closed, what a memory is worth beyond the window."""
+
 
 def run_eval(words: Sequence[str]) -> None:
     """The command. Any flag of the recipe may follow the checkpoint; the result goes beside the checkpoint's run."""
     if not words or words[0].startswith("-"):
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
     checkpoint = find_checkpoint_folder(Path(words[0])).absolute()
+    suite, flags = pop_flag(list(words[1:]), "--suite")
+    if suite not in (None, *SUITES):
+        raise UserError(f"--suite {shown(suite)}: give one of {', '.join(SUITES)}, or leave it out")
     wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(wrong[0])
-    config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), words[1:], f"mnemos eval {words[0]}")
+    config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), flags, f"mnemos eval {words[0]}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.parallel.sequence:
         # A checkpoint of two sequence ranks is evaluated on one laptop as well.
@@ -42,12 +50,17 @@ def run_eval(words: Sequence[str]) -> None:
     try:
         topology = start(config)
         system = checked_system(config, topology)
+        if suite == "long" and not isinstance(system, ClosesGap):
+            raise UserError(f"--suite long: {config.recipe} has no memory: leave it out")
         loaded = load_model(config, system, topology, weights=checkpoint)
         with shared_errors(topology):
             name = read_progress(checkpoint).phase
         # One of before phases had names has one phase.
         phase = next((phase for phase in loaded.phases if phase.name == name), loaded.phases[0])
-        evaluation = system.evaluate(loaded.model.to(device_of(topology)), phase, SyncPoint(topology))
+        model, sync_point = loaded.model.to(device_of(topology)), SyncPoint(topology)
+        # Refused, where it is, before anything is measured.
+        gap = [system.gap_closed(model, phase, sync_point)] if isinstance(system, ClosesGap) and suite == "long" else []
+        evaluation = together(system.evaluate(model, phase, sync_point), *gap)
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -51,6 +51,12 @@ def test_a_checkpoint_must_be_given(words: list[str]) -> None:
         run_eval(words)
 
 
+def test_a_suite_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for words in (["--suite", "short"], ["--steps", "3", "--suite=short"]):
+        with pytest.raises(UserError, match="--suite 'short': give one of long, or leave it out"):
+            run_eval([str(tmp_path), *words])
+
+
 def test_an_unfinished_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json"):
         run_eval([str(tmp_path)])

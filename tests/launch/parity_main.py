@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.capabilities import ClosesGap
 from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
 from pipeline.data.batch import IGNORED, TokenBatch
@@ -42,6 +43,13 @@ ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac", "overflo
 """Attachments and ZeRO stages; stage 3 with recomputation, and with every parameter sharded, however small."""
 RULES = [("mac", "mlp"), ("residual", "yaad")]
 """Attachments of rules that have parameters of their own, as stage 3 above."""
+
+
+GAPS = ("residual", "mac")
+"""Attachments whose gap closed is measured, the first with every parameter sharded. Data ranks with other documents
+have other numbers of stages of mac, which ZeRO-3 would find out."""
+GAP_ROWS = 4
+"""Streams that it is measured on, with eleven documents beyond the window: five groups that swap."""
 
 
 def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> RunConfig:
@@ -255,6 +263,54 @@ def causality(config: RunConfig, topology: Topology) -> dict[str, float]:
     }
 
 
+class HeldOut:
+    """Packed rows of documents of uneven lengths, in steps of LENGTH tokens: this data rank's streams of GAP_ROWS."""
+
+    def __init__(self, topology: Topology) -> None:
+        generator = torch.Generator().manual_seed(11)
+        per_rank = GAP_ROWS // topology.data
+        self.streams = torch.arange(GAP_ROWS)[topology.data_rank * per_rank : (topology.data_rank + 1) * per_rank]
+        self.columns: list[torch.Tensor] = []
+        everything = []
+        for row in range(GAP_ROWS):
+            sizes = torch.tensor([60 + 7 * row, 5, 9 + row, 3 * LENGTH - 74 - 8 * row])
+            ids = torch.randint(VOCABULARY, (3 * LENGTH,), generator=generator)
+            segments = torch.arange(4).repeat_interleave(sizes)
+            positions = torch.cat([torch.arange(int(size)) for size in sizes])
+            labels = torch.cat([ids[1:], ids[:1]])
+            labels[sizes.cumsum(0) - 1] = IGNORED
+            everything.append((ids, labels, segments, positions))
+        self.columns = [torch.stack(parts)[self.streams] for parts in zip(*everything, strict=True)]
+        self.step = 0
+
+    def next_step(self) -> list[TokenBatch]:
+        here = slice(self.step * LENGTH, (self.step + 1) * LENGTH)
+        self.step += 1
+        return [TokenBatch(*(column[:, here] for column in self.columns), self.streams)]
+
+
+def gap(attachment: str, topology: Topology, zero: str) -> dict[str, float]:
+    """The scalars of gap closed, of a sharded model: documents are dealt to the data ranks."""
+    config = attached(attachment)
+    assert isinstance(config.model, MirasConfig)
+    attention = dataclasses.replace(config.model.attention, window=8)
+    evaluation = dataclasses.replace(config.evaluation, steps=3, batch_size=2, full_length=50)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention=attention), evaluation=evaluation, zero=zero
+    )
+    system = create(config)
+    ds_config = deepspeed_config(dataclasses.replace(config, batch_size=ROWS // topology.data))
+    with building(ds_config, torch.float32):
+        model = system.build()
+    system.initialise(model, topology)
+    fill(model, randomise)
+    (phase,) = system.phases(model)
+    engine = Engine(model, phase, config, ds_config)
+    setattr(system, "held_out", lambda phase, topology: HeldOut(topology))  # noqa: B010
+    assert isinstance(system, ClosesGap)
+    return system.gap_closed(engine.deepspeed, phase, SyncPoint(topology)).scalars
+
+
 def main() -> None:
     folder, given = without_local_rank(sys.argv[1:])
     out, degree = Path(folder), int(given)
@@ -269,6 +325,10 @@ def main() -> None:
             torch.save(plain_gradients(config), out / f"plain-accum{accumulation}.pt")
         for stage in range(4):
             torch.save(plain_gradients(distillation(stage)), out / f"plain-distilled-zero{stage}.pt")
+    for attachment in GAPS:
+        scalars = gap(attachment, topology, everything_sharded(out, topology.rank) if attachment != "mac" else "zero1")
+        if topology.rank == 0:
+            (out / f"gap-{attachment}.json").write_text(json.dumps(scalars))
     kinds = {kind: base(kind) for kind in ("window", "full")}
     for name, config in {**kinds, **{attachment: attached(attachment) for attachment, _ in ATTACHED}}.items():
         found = causality(config, topology)

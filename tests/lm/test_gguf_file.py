@@ -121,7 +121,10 @@ def test_scaled_frequencies_that_transformers_would_leave_out_are_refused(tmp_pa
         ({"without": "output_norm"}, r"has no model\.norm\.weight \(1 tensors are missing\)"),
         ({"more": "blk.0.attn_q.bias"}, r"has \d+ tensors, and transformers reads \d+ of them"),
         ({"parts": 2}, r"one of 2 parts of a model: join them \(llama-gguf-split --merge\)"),
-        ({"kind": "olmo2"}, "its architecture is 'olmo2', which is not read from a GGUF file: use one of llama, mistral"),
+        (
+            {"kind": "olmo2"},
+            "its architecture is 'olmo2', which is not read from a GGUF file: use one of llama, mistral",
+        ),
     ],
 )
 def test_a_file_that_would_be_read_in_part_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:

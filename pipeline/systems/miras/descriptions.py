@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -52,18 +53,41 @@ def caption(sizes: MirasConfig) -> str:
 
 
 def headline(scalars: Mapping[str, float]) -> str:
-    """`val 2.245 | memory off 2.588 (+0.343) | 3.24 bpb`; recall as `98.9 % right, memory off 6.2 %`."""
+    """`val 2.245 | memory off 2.588 (+0.343), emptied 2.347 (+0.102) | 3.24 bpb`; recall as `98.9 % right, memory off
+    6.2 %, emptied 6.2 %`."""
     parts = [f"val {scalars['loss']:.3f}"]
     off = scalars.get("memory_off/loss")
     if off is not None:
-        parts.append(f"memory off {off:.3f} ({off - scalars['loss']:+.3f})")
+        emptied = scalars.get("memory_emptied/loss")
+        beside = "" if emptied is None else f", emptied {emptied:.3f} ({emptied - scalars['loss']:+.3f})"
+        parts.append(f"memory off {off:.3f} ({off - scalars['loss']:+.3f}){beside}")
     if "bpb" in scalars:
         parts.append(f"{scalars['bpb']:.2f} bpb")
     if "recall" in scalars:
         without = scalars.get("memory_off/recall")
         beside = "" if without is None else f", memory off {100 * without:.1f} %"
+        if "memory_emptied/recall" in scalars:
+            beside += f", emptied {100 * scalars['memory_emptied/recall']:.1f} %"
         parts.append(f"{100 * scalars['recall']:.1f} % right{beside}")
+    if "gap/worth" in scalars:
+        parts.append(gap_line(scalars))
     return " | ".join(parts)
+
+
+def gap_line(scalars: Mapping[str, float]) -> str:
+    """`gap closed 5.4 % (3.1 to 7.9), remembering worth 0.0127 (0.0098 to 0.0151)`; intervals where there are any."""
+
+    def found(key: str, scale: float, digits: str, unit: str) -> str:
+        value, low, high = (scale * scalars[f"gap/{key}{end}"] for end in ("", "_low", "_high"))
+        sure = "" if math.isnan(low) or math.isnan(high) else f" ({low:{digits}} to {high:{digits}})"
+        return f"{value:{digits}}{unit}{sure}"
+
+    worth = f"remembering worth {found('worth', 1, '.4f', '')}"
+    if "gap/closed" not in scalars:
+        return worth
+    if math.isnan(scalars["gap/closed"]):
+        return f"no gap to full attention, {worth}"
+    return f"gap closed {found('closed', 100, '.1f', ' %')}, {worth}"
 
 
 def health(metrics: Mapping[str, float]) -> str:

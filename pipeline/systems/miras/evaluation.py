@@ -1,25 +1,30 @@
-"""Held-out evaluation: perplexity by position and recall by distance, with the memory on and off."""
+"""Held-out evaluation: perplexity by position and recall by distance, with the memory on, emptied and off."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from pipeline.errors import UserError
 from pipeline.lm.attention import window_edges
+from pipeline.lm.decoder_config import sliding_window
+from pipeline.lm.gap_closed import GapModes, measure_gap
 from pipeline.lm.held_out import Evaluated, Modes
 from pipeline.lm.passages import repeated_passages
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.recall import evaluate_recall
+from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation, Phase
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.emptied import EMPTIED_BY, is_state
 
-ON, OFF = "memory on", "memory off"
-RATIO = "memory off / on"
+ON, OFF, EMPTIED = "memory on", "memory off", "memory emptied"
+RATIO, EMPTIED_RATIO = "memory off / on", "memory emptied / on"
 """Series of the curves."""
 
 
@@ -31,8 +36,10 @@ class EvaluatedMiras(Evaluated, Protocol):
 
 
 def evaluation_modes(memory: MemoryConfig) -> Modes:
-    """The model with its memory, and without one where it has any."""
-    return {ON: {"memory": True}, **({OFF: {"memory": False}} if memory.layers else {})}
+    """The model with its memory, and where it has any: without one, and with nothing in it from beyond the window."""
+    if not memory.layers:
+        return {ON: {"memory": True}}
+    return {ON: {"memory": True}, OFF: {"memory": False}, EMPTIED: EMPTIED_BY[memory.attachment]}
 
 
 @torch.no_grad()
@@ -51,9 +58,68 @@ def _evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point
     edges = window_edges(system.sizes.attention, system.backbone.num_hidden_layers)
     if task is not None:
         return evaluate_recall(system, model, phase, sync_point, modes, task, edges=edges)
-    ratios = {RATIO: (OFF, ON)} if OFF in modes else {}
+    ratios = {RATIO: (OFF, ON), EMPTIED_RATIO: (EMPTIED, ON)} if OFF in modes else {}
     found = evaluate_perplexity(system, model, phase, sync_point, modes, edges=edges, ratios=ratios)
     repeated = repeated_passages(system, model, phase, sync_point, modes, edges=edges)
     if repeated is None:
         return found
     return dataclasses.replace(found, curves={**found.curves, "recall_by_distance": repeated})
+
+
+def check_gap(system: EvaluatedMiras, topology: Topology) -> None:
+    """Raises UserError where there is no gap to close: without a memory, without a window, or with one that the ranks
+    of a sequence cannot share."""
+    attention, degree = system.sizes.attention, topology.sequence
+    if not system.sizes.memory.layers:
+        raise UserError("gap closed: this model has no memory: give --model.memory.layers")
+    if attention.kind == "full":
+        raise UserError("--model.attention.kind full: nothing lies beyond a window: give --model.attention.kind window")
+    if attention.window % degree:
+        raise UserError(
+            f"--parallel.sequence {degree} does not divide the --model.attention.window {attention.window}, in steps of"
+            " which memories are swapped for gap closed: choose a degree that does"
+        )
+
+
+def gap_modes(system: EvaluatedMiras) -> GapModes:
+    """The five losses of a memory."""
+    attention, memory, length = system.sizes.attention, system.sizes.memory, trained_length(system)
+
+    def full(longest: int) -> dict[str, Any]:
+        # A window and sinks that reach as far together see the whole of what is no longer: full attention, across
+        # steps. Beyond, the window keeps the backbone at distances that it was trained with.
+        window = max(1, min(length - attention.sinks, longest))
+        return {"memory": False, "attention": dataclasses.replace(attention, window=window)}
+
+    return GapModes(
+        attention.window,
+        window={"memory": False},
+        memory={"memory": True},
+        emptied=EMPTIED_BY[memory.attachment],
+        full=full if length > attention.window else None,
+        is_state=is_state,
+    )
+
+
+def trained_length(system: EvaluatedMiras) -> int:
+    """Tokens that the backbone was trained to see with full attention: those of a pretrained one by its config, or
+    `--evaluation.full-length`; 0 where there are none, as of random weights that are trained with the window."""
+    given = system.config.evaluation.full_length
+    if given:
+        return given
+    if system.sizes.backbone.pretrained is None:
+        return 0
+    length = int(getattr(system.backbone, "max_position_embeddings", 0) or 0)
+    return min(length, sliding_window(system.backbone) or length)
+
+
+@torch.no_grad()
+def gap_closed(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+    """The five losses (`pipeline/lm/gap_closed.py`). Raises UserError as `check_gap`; leaves the model's mode."""
+    check_gap(system, sync_point.topology)
+    was_training = model.training
+    model.eval()
+    try:
+        return measure_gap(system, model, phase, sync_point, gap_modes(system))
+    finally:
+        model.train(was_training)

@@ -23,6 +23,7 @@ from pipeline.systems.miras.attachments import (
     output_gate,
 )
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.emptied import split_at_windows
 from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
@@ -57,6 +58,7 @@ class _Step(NamedTuple):
 
     attention: AttentionCall
     segment_ids: Tensor
+    """Documents as the memories know them."""
     before: list[LayerCarry]
     segments: SegmentPlan | None
     """For memories that are context of attention."""
@@ -94,26 +96,40 @@ class MirasModel(nn.Module):
         topology: Topology,
         *,
         use_memory: bool = True,
+        emptied: bool = False,
+        attention: AttentionConfig | None = None,
         predict: bool = False,
         compared: Tensor | None = None,
     ) -> ModelOutput:
         """One forward pass over this rank's part of the sequences.
 
         input_ids and labels [batch, sequence / degree] (this rank's part), segment_ids and positions [batch, sequence]
-        (whole), carry one entry per layer or None at the start of the streams. compared [batch, sequence] bool (whole):
-        the tokens at which the teacher is asked too, in training: an evaluation measures the student alone.
+        (whole), carry one entry per layer or None at the start of the streams. `emptied`: memories hold nothing from
+        beyond what attention sees (`emptied.py`). `attention`: in place of the model's own. The carry of one choice of
+        these is not that of another. compared [batch, sequence] bool (whole): the tokens at which the teacher is asked
+        too, in training: an evaluation measures the student alone.
         """
+        attention = attention or self.config.attention
         layers = self.backbone.model.layers
         hidden = self.backbone.model.embed_tokens(input_ids)
         before = carry or [LayerCarry(None, None)] * len(layers)
-        plan = self._plan(self.config.attention, segment_ids, positions, before[0].attention, hidden)
+        kinds = self.kinds if use_memory else {}
+        memory_ids, memory_positions = segment_ids, positions
+        if emptied:
+            # What takes in only what has left the window is empty when it is left out.
+            kinds = {index: kind for index, kind in kinds.items() if kind.attachment != "overflow"}
+        if emptied and attention.kind == "window":
+            memory_ids, memory_positions = split_at_windows(segment_ids, positions, attention.window)
+        elif emptied:
+            before = [carry._replace(memory=None) for carry in before]
+        plan = self._plan(attention, segment_ids, positions, before[0].attention, hidden)
         step = _Step(
             AttentionCall(plan, topology, [carry.attention for carry in before]),
-            segment_ids,
+            memory_ids,
             before,
-            self._segments(segment_ids, positions, before) if use_memory else None,
-            self._overflow(segment_ids, positions, before) if use_memory else None,
-            self.kinds if use_memory else {},
+            self._segments(memory_ids, memory_positions, before) if use_memory else None,
+            self._overflow(segment_ids, positions, before) if use_memory and not emptied else None,
+            kinds,
             {},
         )
         teacher = None

@@ -92,6 +92,10 @@ class MirasSystem(System[TokenBatch]):
                 f"--model.memory.swiglu.gradient-chunk {memory.swiglu.gradient_chunk}: a chunk reads what those before"
                 f" it wrote, and the --sequence-length {self.config.sequence_length} holds no two of them: lower it"
             )
+        if self.config.evaluation.gap_every:
+            from pipeline.systems.miras.evaluation import check_gap
+
+            check_gap(self, topology)
         for what, count in counts.items():
             if count % degree:
                 raise UserError(
@@ -209,6 +213,8 @@ class MirasSystem(System[TokenBatch]):
             unpack_carry(carry, self.backbone.num_hidden_layers),
             context.topology,
             use_memory=bool(context.options.get("memory", True)),
+            emptied=bool(context.options.get("emptied", False)),
+            attention=context.options.get("attention"),
             predict=bool(context.options.get("predict", False)),
             compared=compared,
         )
@@ -236,6 +242,11 @@ class MirasSystem(System[TokenBatch]):
         from pipeline.systems.miras.evaluation import evaluate
 
         return evaluate(self, model, phase, sync_point)
+
+    def gap_closed(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+        from pipeline.systems.miras.evaluation import gap_closed
+
+        return gap_closed(self, model, phase, sync_point)
 
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         from pipeline.systems.miras.flops import count_flops

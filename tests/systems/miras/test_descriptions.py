@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from pipeline.recipes.miras import miras_64k, miras_tiny
-from pipeline.systems.miras.descriptions import caption, headline, health, layers, memory_line
+from pipeline.systems.miras.descriptions import caption, gap_line, headline, health, layers, memory_line
 
 HEALTH = {
     "norm_M": 3.564, "norm_S": 0.0658, "memory/alpha": 0.0001879, "memory/eta": 0.1002, "memory/theta": 0.1429,
@@ -19,13 +20,28 @@ def test_an_evaluation_is_a_line() -> None:
     scalars = {"loss": 2.2451, "ppl": 9.44, "bpb": 3.239, "memory_off/loss": 2.588, "memory_off/bpb": 3.73, "labels": 9}
     assert headline(scalars) == "val 2.245 | memory off 2.588 (+0.343) | 3.24 bpb"
     assert headline({"loss": 2.0, "memory_off/loss": 1.75}) == "val 2.000 | memory off 1.750 (-0.250)"
+    scalars["memory_emptied/loss"] = 2.347
+    assert headline(scalars) == "val 2.245 | memory off 2.588 (+0.343), emptied 2.347 (+0.102) | 3.24 bpb"
     assert headline({"loss": 2.0, "bpb": 3.0}) == "val 2.000 | 3.00 bpb"
 
 
 def test_an_evaluation_of_recall_says_the_share_of_right_answers() -> None:
     scalars = {"loss": 0.045, "recall": 0.989, "memory_off/loss": 2.77, "memory_off/recall": 0.062}
     assert headline(scalars) == "val 0.045 | memory off 2.770 (+2.725) | 98.9 % right, memory off 6.2 %"
+    scalars |= {"memory_emptied/loss": 2.5, "memory_emptied/recall": 0.07}
+    assert headline(scalars).endswith("(+2.455) | 98.9 % right, memory off 6.2 %, emptied 7.0 %")
     assert headline({"loss": 0.045, "recall": 0.989}) == "val 0.045 | 98.9 % right"
+
+
+def test_the_gap_is_said_where_it_was_measured() -> None:
+    worth = {"gap/worth": 0.01271, "gap/worth_low": 0.0098, "gap/worth_high": 0.0151}
+    assert headline({"loss": 2.0, **worth}) == "val 2.000 | remembering worth 0.0127 (0.0098 to 0.0151)"
+    closed = {"gap/closed": 0.054, "gap/closed_low": 0.031, "gap/closed_high": 0.079}
+    line = "gap closed 5.4 % (3.1 to 7.9), remembering worth 0.0127 (0.0098 to 0.0151)"
+    assert headline({"loss": 2.0, **worth, **closed}) == f"val 2.000 | {line}"
+    unsure = {**worth, "gap/worth_low": math.nan, **closed, "gap/closed_high": math.nan}
+    assert gap_line(unsure) == "gap closed 5.4 %, remembering worth 0.0127"
+    assert gap_line({**worth, **closed, "gap/closed": math.nan}).startswith("no gap to full attention, remembering")
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:

@@ -1,0 +1,42 @@
+"""What an evaluation may do to a memory: empty it at the borders of the attention window, or change its state.
+
+The control of a memory's worth: what the same weights gain with nothing in memory from beyond the window is gained by
+adapting to the data, not by remembering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.systems.miras.config import Attachment
+
+WINDOWS = 2**20
+"""Windows that a document has at the most, for ids that stay apart."""
+
+EMPTIED_BY: Mapping[Attachment, Mapping[str, Any]] = {
+    **{attachment: {"memory": True, "emptied": True} for attachment in ("residual", "mac", "mag", "mal")},
+    "overflow": {"memory": False},
+}
+"""By attachment, the options of the pass in which memory holds nothing from beyond what attention sees. Four take in
+every token, so they are emptied at every border. `overflow` takes in only what has left the window, so it is empty when
+it is left out, also on some layers among others."""
+
+STATES = ("memory.memory", "memory.momentum")
+"""Ends of the names of what a memory holds, in a carry: (M, S), without the tokens that a convolution still needs."""
+
+
+def split_at_windows(segment_ids: Tensor, positions: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Cuts documents at the multiples of `window` tokens: ids and positions [batch, sequence] int64 of the pieces.
+
+    To a memory each piece is a document of its own, so that its state and its convolution's tail begin anew. The ids
+    are the same however a document is split over steps.
+    """
+    return segment_ids * WINDOWS + positions // window, positions % window
+
+
+def is_state(name: str) -> bool:
+    """Whether an entry of a carry is what a memory holds."""
+    return name.endswith(STATES)

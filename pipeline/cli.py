@@ -238,7 +238,8 @@ HELP = {
         "usage: mnemos doctor [--json FILE]\n\nWhat this machine has: devices, kernels, attention backends, versions."
     ),
     "eval": (
-        "usage: mnemos eval CHECKPOINT [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
+        "usage: mnemos eval CHECKPOINT [--suite recall [--lengths 1024,16384,...] [--queries N]] [flags of its recipe]"
+        "\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
         " for its latest one.\nThe result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
         " `--help-all` every one."
     ),

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.callbacks.heat_map import draw_heat_map
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.callbacks.samples import write_samples
 from pipeline.checkpoint.manifest import problems
@@ -16,6 +17,7 @@ from pipeline.checkpoint.restore import read_progress
 from pipeline.commands.flags import parse_flags
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
+from pipeline.evals.suites import pop_suite
 from pipeline.files.output import writing
 from pipeline.host.versions import versions
 from pipeline.load import checked_system, load_model
@@ -31,10 +33,11 @@ def run_eval(words: Sequence[str]) -> None:
     if not words or words[0].startswith("-"):
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
     checkpoint = find_checkpoint_folder(Path(words[0])).absolute()
+    suite, flags = pop_suite(words[1:])
     wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(wrong[0])
-    config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), words[1:], f"mnemos eval {words[0]}")
+    config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), flags, f"mnemos eval {words[0]}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.parallel.sequence:
         # A checkpoint of two sequence ranks is evaluated on one laptop as well.
@@ -42,16 +45,17 @@ def run_eval(words: Sequence[str]) -> None:
     try:
         topology = start(config)
         system = checked_system(config, topology)
+        suite.check(system)
         loaded = load_model(config, system, topology, weights=checkpoint)
         with shared_errors(topology):
             name = read_progress(checkpoint).phase
         # One of before phases had names has one phase.
         phase = next((phase for phase in loaded.phases if phase.name == name), loaded.phases[0])
-        evaluation = system.evaluate(loaded.model.to(device_of(topology)), phase, SyncPoint(topology))
+        evaluation = suite.run(system, loaded.model.to(device_of(topology)), phase, SyncPoint(topology))
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-            folder = run_folder / "evals" / checkpoint.name
+            folder = run_folder / "evals" / checkpoint.name / suite.folder
             write(
                 evaluation,
                 folder,
@@ -84,6 +88,8 @@ def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtit
     with writing(folder):
         for name, curve in evaluation.curves.items():
             draw_curve(curve, folder / f"{name}.png", subtitle)
+        for name, heat_map in evaluation.heat_maps.items():
+            draw_heat_map(heat_map, folder / f"{name}.png", subtitle)
     write_samples(evaluation.samples, folder / "samples")
 
 

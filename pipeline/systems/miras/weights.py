@@ -50,7 +50,7 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
             return initial_alpha_logits(memory.heads, memory.half_life)
         case ["beta_proj", "bias"]:
             momentum = memory.momentum if memory.has_momentum else 0.0
-            return initial_beta_logits(memory.heads, momentum, memory.step_size)
+            return initial_beta_logits(memory.heads, momentum, memory.step_size, memory.stretch)
         case [_, "conv"]:
             return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(memory.conv)
         case [_, "persistent_k"]:

@@ -49,6 +49,18 @@ class ClosesGap(Protocol):
         ...
 
 
+@runtime_checkable
+class Recalls(Protocol):
+    """Can be asked for what stood far back (`eval --suite recall`)."""
+
+    def recall_suite(
+        self, model: nn.Module, sync_point: SyncPoint, *, lengths: tuple[int, ...] | None, queries: int
+    ) -> Evaluation:
+        """Shares of right answers by length. `lengths` in tokens, None: the system's own; at least `queries` questions
+        a point. Collective; leaves the model's mode as it found it. Raises UserError."""
+        ...
+
+
 def check_intervals(config: RunConfig, system: System) -> None:
     """Raises UserError where the config asks for what the system cannot do."""
     for flag, every, can, lacks in (

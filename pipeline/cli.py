@@ -245,10 +245,11 @@ HELP = {
         "usage: mnemos doctor [--json FILE]\n\nWhat this machine has: devices, kernels, attention backends, versions."
     ),
     "eval": (
-        "usage: mnemos eval CHECKPOINT [--suite long] [flags of its recipe]\n\n"
-        "CHECKPOINT is a checkpoint's folder, or a run directory"
+        "usage: mnemos eval CHECKPOINT [--suite long] [--suite recall [--lengths 1024,16384,...] [--queries N]]"
+        " [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
         " for its latest one.\n"
         "--suite long: gap closed too, what its memory is worth beyond the window.\n"
+        "--suite recall: what stood far back is asked for instead.\n"
         "The result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
         " `--help-all` every one."
     ),

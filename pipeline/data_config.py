@@ -42,6 +42,9 @@ class RecallConfig:
     """Least distance, in tokens, from a value to the query for it; above the attention window only a memory answers."""
     max_gap: Annotated[int, _before("max-gap")] = 240
     """Largest distance from a value to the query for it."""
+    spread: Literal["uniform", "log"] = "uniform"
+    """uniform: a sequence is a document, with distances drawn evenly. log: a document goes on over as many sequences as
+    it takes, through the carry; its largest distance, and those of its queries, are drawn on a log scale."""
 
     def __post_init__(self) -> None:
         for flag in ("keys", "values", "fillers", "pairs", "queries", "min_gap"):
@@ -57,13 +60,18 @@ class RecallConfig:
         if len(self.query_slots(0)) < self.queries:
             raise UserError(
                 f"recall has no room for {self.queries} queries on {self.pairs} pairs from min_gap {self.min_gap} to"
-                f" max_gap {self.max_gap}: raise max_gap to {self.query_slots(0).start + 2 * self.queries - 3} or more"
+                f" max_gap {self.max_gap}: raise max_gap to {self.least_gap} or more"
             )
 
     @property
     def vocab_size(self) -> int:
         """Token ids of the task."""
         return 1 + self.keys + self.values + self.fillers
+
+    @property
+    def least_gap(self) -> int:
+        """The smallest max_gap that has room for the queries."""
+        return self.query_slots(0).start + 2 * self.queries - 3
 
     @property
     def least_length(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import B, Counts, StatefulLoader
 from pipeline.errors import UserError
+from pipeline.heat_map import HeatMap
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import reduce_sums
 from pipeline.runtime.sync import next_counted_step
@@ -112,6 +113,7 @@ class Evaluation:
     curves: dict[str, Curve] = field(default_factory=dict)
     samples: dict[str, Sample] = field(default_factory=dict)
     """By the names of their files in OUT/samples."""
+    heat_maps: dict[str, HeatMap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

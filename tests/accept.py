@@ -60,6 +60,14 @@ EXPERIMENTS = {
         "a step of miras_smollm2 takes little more than its own matrix products",
         ("tests/systems/miras/test_smollm2.py",), 3, "matrix_products",
     ),
+    "miras_recall_long": Experiment(
+        "trained on distances to 1K tokens, it recalls eight pairs after a million",
+        ("tests/launch/test_recall_long.py",), 30,
+    ),
+    "limits": Experiment(
+        "what is stored fades as theory says, and the native scan does not drift over a million tokens",
+        ("tests/ops/test_memory_limits.py",), 10,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

@@ -13,7 +13,7 @@ LAYERS = (
     ("config", "precision", "schedule", "run_name"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("capabilities", "system"),
+    ("capabilities", "heat_map", "system"),
     ("lm",),
     ("ds_config", "loss_scale", "run", "callbacks", "engine", "checkpoint", "meter", "config_file", "phases"),
     ("load", "run_folder", "skipped_updates"),

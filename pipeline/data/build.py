@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.data.loader import PackedLoader
+from pipeline.data.long_recall import LongRecallLoader
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.listing import Listing, file_format, list_files
 from pipeline.data.synthetic import RecallLoader
@@ -123,7 +124,8 @@ def build_loader(
                 f"--data.recall: the task has {data.recall.vocab_size} token ids and the model {vocab_size}: give fewer"
                 " keys, values and fillers, or the model a larger vocabulary"
             )
-        return RecallLoader(
+        kind = LongRecallLoader if data.recall.spread == "log" else RecallLoader
+        return kind(
             data.recall,
             sequence_length=config.sequence_length,
             batch_size=rows or config.batch_size,

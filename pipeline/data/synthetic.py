@@ -49,6 +49,11 @@ def recall_gaps(input_ids: Tensor, labels: Tensor) -> Tensor:
     return gaps
 
 
+def _settings(task: RecallConfig) -> dict[str, Any]:
+    """What decides the rows; without `spread`, as in runs older than it, which this loader knows one value of."""
+    return {name: value for name, value in asdict(task).items() if name != "spread"}
+
+
 class RecallLoader:
     """Recall sequences with the contract of `StatefulLoader`: row i of step n depends on (seed, split, i, n) alone."""
 
@@ -75,7 +80,7 @@ class RecallLoader:
         self._step = 0
         self.fingerprint: dict[str, Any] = {
             "streams": self.streams,
-            "recall": {"sequence_length": sequence_length, **asdict(config)},
+            "recall": {"sequence_length": sequence_length, **_settings(config)},
             "seed": seed,
             "held_out": held_out,
         }

@@ -9,15 +9,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.callbacks.heat_map import draw_heat_map
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.callbacks.samples import write_samples
-from pipeline.capabilities import ClosesGap
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.restore import read_progress
-from pipeline.commands.flags import parse_flags, pop_flag
+from pipeline.commands.flags import parse_flags
 from pipeline.config_file import load_config
-from pipeline.errors import UserError, shown
-from pipeline.evaluations import together
+from pipeline.errors import UserError
+from pipeline.evals.suites import pop_suite
 from pipeline.files.output import writing
 from pipeline.host.versions import versions
 from pipeline.load import checked_system, load_model
@@ -27,18 +27,13 @@ from pipeline.runtime.ranks import describe_devices, device_of, start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Curve, Evaluation
 
-SUITES = ("long",)
-"""What `--suite` runs beside the ordinary evaluation. long: gap closed, what a memory is worth beyond the window."""
-
 
 def run_eval(words: Sequence[str]) -> None:
     """The command. Any flag of the recipe may follow the checkpoint; the result goes beside the checkpoint's run."""
     if not words or words[0].startswith("-"):
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
     checkpoint = find_checkpoint_folder(Path(words[0])).absolute()
-    suite, flags = pop_flag(list(words[1:]), "--suite")
-    if suite not in (None, *SUITES):
-        raise UserError(f"--suite {shown(suite)}: give one of {', '.join(SUITES)}, or leave it out")
+    suite, flags = pop_suite(words[1:])
     wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(wrong[0])
@@ -50,21 +45,17 @@ def run_eval(words: Sequence[str]) -> None:
     try:
         topology = start(config)
         system = checked_system(config, topology)
-        if suite == "long" and not isinstance(system, ClosesGap):
-            raise UserError(f"--suite long: {config.recipe} has no memory: leave it out")
+        suite.check(system)
         loaded = load_model(config, system, topology, weights=checkpoint)
         with shared_errors(topology):
             name = read_progress(checkpoint).phase
         # One of before phases had names has one phase.
         phase = next((phase for phase in loaded.phases if phase.name == name), loaded.phases[0])
-        model, sync_point = loaded.model.to(device_of(topology)), SyncPoint(topology)
-        # Refused, where it is, before anything is measured.
-        gap = [system.gap_closed(model, phase, sync_point)] if isinstance(system, ClosesGap) and suite == "long" else []
-        evaluation = together(system.evaluate(model, phase, sync_point), *gap)
+        evaluation = suite.run(system, loaded.model.to(device_of(topology)), phase, SyncPoint(topology))
         if topology.rank == 0:
             # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
             run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-            folder = run_folder / "evals" / checkpoint.name
+            folder = run_folder / "evals" / checkpoint.name / suite.folder
             write(
                 evaluation,
                 folder,
@@ -97,6 +88,8 @@ def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtit
     with writing(folder):
         for name, curve in evaluation.curves.items():
             draw_curve(curve, folder / f"{name}.png", subtitle)
+        for name, heat_map in evaluation.heat_maps.items():
+            draw_heat_map(heat_map, folder / f"{name}.png", subtitle)
     write_samples(evaluation.samples, folder / "samples")
 
 

@@ -20,6 +20,8 @@ MAX_MOMENTUM = 0.99
 """Largest momentum: nearer to 1 the norm that bounds the state holds for smaller forget rates only."""
 STEP_MARGIN = 0.9
 """Largest step size, as a share of (1 - eta)^2."""
+STRETCH = 0.1
+"""How far a stretched sigmoid goes beyond 0 and 1 before it is cut (hard concrete gates, arXiv 1712.01312, eq. 10)."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class Gates:
 
 
 def bounded_gates(
-    alpha_logits: Tensor, beta_logits: Tensor, eta_logits: Tensor | None, step: float = STEP_MARGIN
+    alpha_logits: Tensor,
+    beta_logits: Tensor,
+    eta_logits: Tensor | None,
+    step: float = STEP_MARGIN,
+    stretch: float = 0.0,
 ) -> Gates:
     """Gates from logits; alpha and beta logits [batch, sequence, heads], eta logits [heads] (None: no momentum).
 
-    step is the largest step size without momentum.
+    step is the largest step size without momentum. With a `stretch` above 0 the step sizes come from a stretched
+    sigmoid, cut at 0 and 1 (`stretched_sigmoid`): a token can then write nothing at all. The forget rates do not.
     """
     dtype = torch.float64 if beta_logits.dtype == torch.float64 else torch.float32
     eta = (
@@ -44,9 +51,21 @@ def bounded_gates(
         if eta_logits is None
         else MAX_MOMENTUM * torch.sigmoid(eta_logits.to(dtype))
     )
-    theta = step * torch.sigmoid(beta_logits.to(dtype)) * (1 - eta) ** 2
+    beta = torch.sigmoid(beta_logits.to(dtype))
+    if stretch:
+        beta = stretched_sigmoid(beta, stretch)
+    theta = step * beta * (1 - eta) ** 2
     alpha = MAX_FORGET * torch.sigmoid(alpha_logits.to(dtype))
     return Gates(alpha, eta.expand_as(theta), theta)
+
+
+def stretched_sigmoid(share: Tensor, stretch: float = STRETCH) -> Tensor:
+    """A sigmoid's values in (0, 1), spread to (-stretch, 1 + stretch) and cut at 0 and 1 (arXiv 1712.01312, eq. 10).
+
+    Where it is cut its gradient is 0; just above the cut the slope is that of the sigmoid there, so that a gate that
+    should close does so in finitely many steps. A sigmoid only comes near 0, with a slope that vanishes as it does.
+    """
+    return ((1 + 2 * stretch) * share - stretch).clamp(0, 1)
 
 
 class GateLinear(nn.Linear):
@@ -70,13 +89,16 @@ def initial_eta_logit(momentum: float) -> float:
     return logit(momentum / MAX_MOMENTUM)
 
 
-def initial_beta_logits(heads: int, momentum: float, step_size: tuple[float, float]) -> Tensor:
+def initial_beta_logits(heads: int, momentum: float, step_size: tuple[float, float], stretch: float = 0.0) -> Tensor:
     """Biases [heads] that give the heads step sizes spread on a log scale from the first to the second.
 
     With another largest step than STEP_MARGIN they are that much larger or smaller: the logits stay the same.
+    `stretch` is that of `bounded_gates`.
     """
-    thetas = _log_spread(step_size, heads)
-    return torch.tensor([logit(min(0.999, theta / (STEP_MARGIN * (1 - momentum) ** 2))) for theta in thetas])
+    shares = [min(0.999, theta / (STEP_MARGIN * (1 - momentum) ** 2)) for theta in _log_spread(step_size, heads)]
+    if stretch:
+        shares = [(share + stretch) / (1 + 2 * stretch) for share in shares]
+    return torch.tensor([logit(share) for share in shares])
 
 
 def initial_alpha_logits(heads: int, half_life: tuple[float, float]) -> Tensor:

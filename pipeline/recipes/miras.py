@@ -166,6 +166,31 @@ def miras_recall() -> RunConfig:
     )
 
 
+def miras_recall_long() -> RunConfig:
+    """Recall with gaps on a log scale, through the carry: trained to 1K tokens, asked at up to a million."""
+    recipe = miras_recall()
+    assert isinstance(recipe.model, MirasConfig)
+    memory = dataclasses.replace(
+        recipe.model.memory,
+        rule="delta",
+        # Filler has to write nothing at all: a step size of 2e-5 halves what is stored over a million tokens.
+        write_gate="hard",
+        # Nor may anything be forgotten: a half-life of 1e9 tokens keeps 0.9993 of it over a million.
+        half_life=(1e9, 1e9),
+        step_size=(0.5, 0.5),
+    )
+    return replace(
+        recipe,
+        recipe="miras_recall_long",
+        model=dataclasses.replace(recipe.model, memory=memory),
+        data=DataConfig(recall=RecallConfig(keys=16, values=16, fillers=16, max_gap=1024, spread="log")),
+        steps=400,
+        batch_size=32,
+        optimizer=OptimizerConfig(betas=(0.9, 0.98), schedule="constant"),
+        output_dir=Path("outputs/miras_recall_long"),
+    )
+
+
 def miras_recall_delta() -> RunConfig:
     """miras_recall with the delta rule (no momentum), the baseline."""
     return _recall("delta")

@@ -27,13 +27,14 @@ FAMILY = {
 
 def test_every_gap_is_beyond_the_reach_of_attention() -> None:
     recipes = [recipe for name, recipe in all_recipes().items() if name.startswith("miras_recall")]
-    assert len(recipes) == 7
+    assert len(recipes) == 8
     for recipe in recipes:
         model, task = recipe().model, recipe().data.recall
         assert isinstance(model, MirasConfig) and task is not None
         assert model.attention.kind == "window" and model.attention.window == 32 and model.attention.sinks == 0
         assert task.min_gap > model.backbone.layers * (model.attention.window - 1)
-        assert task.max_gap == (110 if model.memory.rule == "moneta" else 240)
+        largest = {"miras_recall_moneta": 110, "miras_recall_long": 1024}
+        assert task.max_gap == largest.get(recipe().recipe, 240)
 
 
 def test_pairs_and_queries_lie_in_different_chunks() -> None:

@@ -14,6 +14,7 @@ from pipeline.ops.gates import (
     MAX_FORGET,
     MAX_MOMENTUM,
     STEP_MARGIN,
+    STRETCH,
     bounded_gates,
     initial_alpha_logits,
     initial_beta_logits,
@@ -144,3 +145,36 @@ def test_a_spread_beyond_the_bounds_starts_at_the_bounds(heads: int) -> None:
 @given(st.floats(1e-6, 1 - 1e-6))
 def test_logit_is_the_inverse_of_the_sigmoid(probability: float) -> None:
     assert 1 / (1 + math.exp(-logit(probability))) == pytest.approx(probability)
+
+
+@given(anything, anything)
+def test_a_stretched_gate_is_cut_at_both_ends(beta: float, eta: float) -> None:
+    gates = bounded_gates(logits(0.0), logits(beta), torch.tensor([eta], dtype=torch.float64), stretch=STRETCH)
+    assert 0 <= gates.theta <= STEP_MARGIN * (1 - gates.eta) ** 2
+    # (1 + 2 s) sigmoid(x) - s is 0 at x = log(s / (1 + s)) and 1 at the opposite.
+    cut = math.log(STRETCH / (1 + STRETCH))
+    if beta < cut - 1e-9:
+        assert gates.theta == 0
+    if beta > -cut + 1e-9:
+        assert gates.theta == STEP_MARGIN * (1 - gates.eta) ** 2
+    if cut + 1e-9 < beta < -cut - 1e-9:
+        assert 0 < gates.theta < STEP_MARGIN * (1 - gates.eta) ** 2
+    assert gates.alpha == MAX_FORGET / 2, "forget rates are not stretched"
+
+
+def test_a_stretched_gate_closes_with_a_slope_that_does_not_vanish() -> None:
+    beta = logits(math.log(STRETCH / (1 + STRETCH)) + 1e-6).requires_grad_()
+    (slope,) = torch.autograd.grad(bounded_gates(logits(0.0), beta, None, stretch=STRETCH).theta.sum(), beta)
+    share = STRETCH / (1 + 2 * STRETCH)
+    assert float(slope) == pytest.approx(STEP_MARGIN * (1 + 2 * STRETCH) * share * (1 - share), rel=1e-4)
+    closed = logits(-5.0).requires_grad_()
+    (none,) = torch.autograd.grad(bounded_gates(logits(0.0), closed, None, stretch=STRETCH).theta.sum(), closed)
+    assert float(none) == 0
+
+
+def test_stretched_gates_start_where_the_config_says() -> None:
+    for ends in ((0.5, 0.002), (0.1, 0.1), (1e-6, 0.7)):
+        beta = initial_beta_logits(4, 0.1, ends, STRETCH)
+        eta = torch.full((4,), initial_eta_logit(0.1))
+        gates = bounded_gates(torch.zeros(1, 1, 4), beta.view(1, 1, 4), eta, stretch=STRETCH)
+        assert gates.theta.flatten().tolist() == pytest.approx(spread(ends, 4), rel=2e-2, abs=1e-6)

@@ -11,7 +11,7 @@ import tyro
 from pipeline.config import MAY_CHANGE, ModelConfig, at_least
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig, BackboneConfig
-from pipeline.ops.gates import MAX_MOMENTUM
+from pipeline.ops.gates import MAX_MOMENTUM, STRETCH
 from pipeline.systems.miras.layer_choice import LAYERS, OVERFLOW, Layers, check_words, chosen_layers
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
 
@@ -54,6 +54,9 @@ class MemoryConfig:
     """Width of the causal depthwise convolution on queries, keys and values."""
     persistent: int = 16
     """Learned key-value pairs per head that are read beside the memory and never written."""
+    write_gate: Literal["sigmoid", "hard"] = "sigmoid"
+    """Of the step sizes. sigmoid: above 0 for every token; hard: a stretched sigmoid, cut at 0 and 1, so that a token
+    can write nothing. What is stored then outlasts any number of such tokens (docs/long_recall.md)."""
     gate_rank: int = 64
     """Rank of the output gate."""
     momentum: float = 0.1
@@ -75,6 +78,11 @@ class MemoryConfig:
         if self.rule in ("titans", "delta"):
             return self.rule == "titans"
         return bool(getattr(self, self.rule).momentum)
+
+    @property
+    def stretch(self) -> float:
+        """How far the sigmoid of the step sizes is stretched (`pipeline.ops.gates.bounded_gates`)."""
+        return STRETCH if self.write_gate == "hard" else 0.0
 
     @property
     def hidden(self) -> int:

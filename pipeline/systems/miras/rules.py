@@ -65,7 +65,7 @@ class MemoryRule(nn.Module):
         if (eta_logits is not None) != self.config.has_momentum:
             raise ValueError(f"the rule {self.config.rule} {'has' if self.config.has_momentum else 'has no'} momentum")
         own = None if eta_logits is None else eta_logits[heads]
-        gates = bounded_gates(alpha_logits, beta_logits, own, self.step)
+        gates = bounded_gates(alpha_logits, beta_logits, own, self.step, self.config.stretch)
         if not self.empty_read:
             return *self.scan(q, k, v, gates, state, segment_ids, heads), gates
         # In bfloat16 the difference of the two reads would be mostly rounding.

@@ -248,6 +248,13 @@ class MirasSystem(System[TokenBatch]):
 
         return gap_closed(self, model, phase, sync_point)
 
+    def recall_suite(
+        self, model: nn.Module, sync_point: SyncPoint, *, lengths: tuple[int, ...] | None, queries: int
+    ) -> Evaluation:
+        from pipeline.systems.miras.evaluation import recall_suite
+
+        return recall_suite(self, model, sync_point, lengths=lengths, queries=queries)
+
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         from pipeline.systems.miras.flops import count_flops
 

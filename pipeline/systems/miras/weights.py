@@ -54,7 +54,7 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
             return initial_alpha_logits(shape[0], memory.half_life)
         case ["beta_proj", "bias"]:
             momentum = memory.momentum if memory.has_momentum else 0.0
-            return initial_beta_logits(shape[0], momentum, memory.step_size)
+            return initial_beta_logits(shape[0], momentum, memory.step_size, memory.stretch)
         case [_, "conv"]:
             return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(memory.conv)
         case [_, "persistent_k"]:

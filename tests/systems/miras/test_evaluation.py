@@ -5,18 +5,26 @@ from __future__ import annotations
 import dataclasses
 import types
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
+from pipeline.capabilities import Recalls
 from pipeline.config import replace
+from pipeline.data.batch import IGNORED, TokenBatch
+from pipeline.data.long_recall import document_head, fillers, generator, stored_pairs
+from pipeline.lm.long_recall import ask_at_distances, questions
 from pipeline.parallel.topology import Topology
-from pipeline.recipes.miras import miras_recall, miras_tiny
+from pipeline.recipes.miras import miras_recall, miras_recall_long, miras_tiny
 from pipeline.runtime.sync import SyncPoint
+from pipeline.system import StepContext
 from pipeline.systems.miras.config import MirasConfig
-from pipeline.systems.miras.evaluation import EMPTIED, EMPTIED_RATIO, OFF, ON, RATIO, evaluate
+from pipeline.systems.miras.evaluation import EMPTIED, EMPTIED_RATIO, OFF, ON, RATIO, evaluate, evaluation_modes
 from tests.lm import systems
 from tests.lm.systems import PHASE
 from tests.lm.test_recall import Even
+from tests.systems.miras.harness import built
 
 SIZES = miras_tiny().model
 assert isinstance(SIZES, MirasConfig)
@@ -72,3 +80,62 @@ def test_an_evaluation_leaves_the_models_mode_as_it_found_it() -> None:
         model.train(training)
         evaluate(System(128), model, PHASE, SyncPoint(Topology()))  # type: ignore[arg-type]
         assert model.training == training
+
+
+def test_recall_through_the_carry_is_that_of_the_whole_document() -> None:
+    """In float64, the real system: a document read in pieces and asked from a copy of the carry, or in one pass."""
+    config = replace(miras_recall_long(), sequence_length=128)
+    system, model = built(config)
+    task, sync_point = config.data.recall, SyncPoint(Topology())
+    assert task is not None
+    modes = evaluation_modes(system.sizes.memory)
+    with torch.no_grad():
+        found, memory = ask_at_distances(system, model, sync_point, modes, task, (200, 3000), queries=16)
+    assert len(memory) == 2 and memory == sorted(memory)
+    for index, distance in enumerate((200, 3000)):
+        keys = [(config.seed, "asked", row) for row in range(2)]
+        pairs = [stored_pairs(task, generator("asked pairs", *key)) for key in keys]
+        ids = np.stack([fillers(task, 0, distance + task.pairs, *key) for key in keys])
+        ids[:, : 2 * task.pairs + 1] = np.stack([document_head(task, *stored) for stored in pairs])
+        asked, labels = questions(task, pairs, keys, distance)
+        whole = torch.from_numpy(np.concatenate([ids, asked], 1))
+        labels = torch.from_numpy(np.concatenate([np.full_like(ids, IGNORED), labels], 1))
+        positions = torch.arange(whole.shape[1]).expand(2, -1)
+        batch = TokenBatch(whole, labels, torch.zeros_like(whole), positions, torch.arange(2))
+        for mode, options in modes.items():
+            context = StepContext(Topology(), 0, "evaluation", 1, {**options, "predict": True})
+            with torch.no_grad():
+                tokens = system.forward(model, batch, {}, context).tokens
+            assert found[mode][index].nats == pytest.approx(float(tokens["losses"].sum()), rel=1e-9)
+            assert found[mode][index].right == float((tokens["predictions"] == labels).sum())
+            assert found[mode][index].queries == 16
+
+
+def test_the_recall_suite_asks_by_distance_and_by_pairs() -> None:
+    system, model = built(replace(miras_recall_long(), sequence_length=128), dtype=torch.float32)
+    assert isinstance(system, Recalls)
+    model.train()
+    found = system.recall_suite(model, SyncPoint(Topology()), lengths=(100, 300), queries=8)
+    assert model.training
+    assert set(found.curves) == {"recall_by_distance", "recall_by_pairs"}
+    assert found.curves["recall_by_distance"].x == (100, 300) and found.curves["recall_by_pairs"].x[-1] == 16
+    assert found.curves["recall_by_pairs"].edges == {"32, a head's key size": 32.0}
+    assert found.scalars["queries"] == 8
+
+
+def test_the_recall_suite_asks_about_text() -> None:
+    config = replace(miras_tiny(), sequence_length=256, batch_size=2, parallel__sequence=1)
+    system, model = built(config, dtype=torch.float32)
+    found = system.recall_suite(model, SyncPoint(Topology()), lengths=(2500,), queries=2)
+    heat_map = found.heat_maps["needle"]
+    assert set(heat_map.series) == {ON, OFF} and heat_map.count == 2 and heat_map.x == (2500,)
+    assert len(found.curves) == 6 and all(0 <= value <= 1 for value in found.scalars.values())
+
+
+def test_a_log_spread_is_evaluated_at_the_distances_of_training_and_beyond() -> None:
+    config = replace(miras_recall_long(), sequence_length=256)
+    assert config.data.recall is not None
+    short = dataclasses.replace(config.data.recall, max_gap=240)
+    system, model = built(replace(config, data__recall=short), dtype=torch.float32)
+    found = system.evaluate(model, PHASE, SyncPoint(Topology()))
+    assert found.curves["recall_by_distance"].x == (92, 240, 960) and "memory_off/recall" in found.scalars

@@ -1,0 +1,62 @@
+"""A picture of shares over two axes, a panel per series, with the numbers as JSON of the same name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from pipeline.callbacks.plots import tokens
+from pipeline.heat_map import HeatMap
+
+
+def draw_heat_map(heat_map: HeatMap, path: Path, subtitle: str = "") -> None:
+    """Each cell says its share in percent; a cell that is not finite stays empty. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns = len(heat_map.y), len(heat_map.x)
+    size = (1.5 + len(heat_map.series) * (1.6 + 0.75 * columns), 2.2 + 0.45 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(heat_map.series), squeeze=False, sharey=True)[0]
+    for axis, (label, values) in zip(panels, heat_map.series.items(), strict=True):
+        shape = (len(values), *{len(row) for row in values})
+        if shape != (rows, columns):
+            raise ValueError(f"{label} has the shape {shape}: expected {(rows, columns)}")
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for row, line in enumerate(values):
+            for column, share in enumerate(line):
+                if math.isfinite(share):
+                    axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize="small")
+        axis.set_xticks(range(columns), [tokens(x) for x in heat_map.x])
+        axis.set_yticks(range(rows), [f"{y:g}" for y in heat_map.y])
+        axis.set_xlabel(heat_map.x_label)
+        axis.set_title(label, fontsize="medium")
+    panels[0].set_ylabel(heat_map.y_label)
+    figure.colorbar(image, ax=list(panels), label="share of right answers")
+    chance = "" if heat_map.chance is None else f"chance {100 * heat_map.chance:.0f} %"
+    count = f"{heat_map.count} questions a cell" if heat_map.count else ""
+    facts = ", ".join(part for part in (subtitle, count, chance) if part)
+    figure.suptitle(f"{heat_map.title}\n{facts}".strip(), fontsize="medium")
+    figure.savefig(path, dpi=120)
+    path.with_suffix(".json").write_text(json.dumps(_numbers(heat_map), indent=1) + "\n")
+
+
+def _numbers(heat_map: HeatMap) -> dict[str, object]:
+    """All that is known of it; what is not finite is None."""
+
+    def clean(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "x": list(heat_map.x),
+        "y": list(heat_map.y),
+        "series": {name: [[clean(v) for v in row] for row in values] for name, values in heat_map.series.items()},
+        "intervals": {
+            name: [[[clean(low), clean(high)] for low, high in row] for row in values]
+            for name, values in heat_map.intervals.items()
+        },
+        "count": heat_map.count,
+        "chance": heat_map.chance,
+    }

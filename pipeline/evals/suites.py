@@ -1,0 +1,116 @@
+"""What `eval --suite NAME` runs beside or in place of a system's own evaluation: a registry, with each one's flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pipeline.capabilities import ClosesGap, Recalls
+from pipeline.commands.flags import pop_flag
+from pipeline.errors import UserError, shown
+from pipeline.evaluations import together
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import Evaluation, Phase, System
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One kind of evaluation."""
+
+    evaluate: Callable[[Any, nn.Module, Phase, SyncPoint, Mapping[str, Any]], Evaluation]
+    """Of a system that `needs` allows, with the values of the suite's flags that were given."""
+    needs: type = System
+    """The class or capability that a system must have."""
+    lacks: str = ""
+    """What a system without it lacks."""
+    adds: bool = False
+    """Whether it adds to the system's own evaluation, in the same files."""
+    flags: Mapping[str, Callable[[str, str], Any]] = field(default_factory=dict)
+    """From the flags of its own to what reads (flag, value). Raises UserError."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A suite with the values of its flags."""
+
+    name: str | None
+    suite: Suite
+    values: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Where its results go, below those of the checkpoint; empty for the system's own evaluation."""
+        return "" if self.name is None or self.suite.adds else self.name
+
+    def check(self, system: System) -> None:
+        """Raises UserError when the system cannot be evaluated so."""
+        if not isinstance(system, self.suite.needs):
+            raise UserError(f"--suite {self.name}: {system.config.recipe} {self.suite.lacks}: leave it out")
+
+    def run(self, system: System, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+        """What it finds, the same on every rank. Collective."""
+        return self.suite.evaluate(system, model, phase, sync_point, self.values)
+
+
+def counts(flag: str, words: str) -> tuple[int, ...]:
+    """Numbers above 0, such as 1024,16384. Raises UserError."""
+    parts = words.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"{flag} {shown(words)}: give whole numbers above 0, such as 1024,16384")
+    return tuple(map(int, parts))
+
+
+def count(flag: str, words: str) -> int:
+    """One number above 0. Raises UserError."""
+    found = counts(flag, words)
+    if len(found) > 1:
+        raise UserError(f"{flag} {shown(words)}: give one number")
+    return found[0]
+
+
+def _own(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]) -> Evaluation:
+    found: Evaluation = system.evaluate(model, phase, sync_point)
+    return found
+
+
+def _recall(
+    system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
+) -> Evaluation:
+    lengths, queries = values.get("--lengths"), values.get("--queries", 96)
+    found: Evaluation = system.recall_suite(model, sync_point, lengths=lengths, queries=queries)
+    return found
+
+
+def _long(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]) -> Evaluation:
+    # Refused, where it is, before anything is measured.
+    gap = system.gap_closed(model, phase, sync_point)
+    return together(system.evaluate(model, phase, sync_point), gap)
+
+
+OWN = Suite(_own)
+"""A system's own evaluation, as in training."""
+SUITES = {
+    "long": Suite(_long, ClosesGap, "has no memory", adds=True),
+    "recall": Suite(
+        _recall, Recalls, "cannot be asked for what stood far back", flags={"--lengths": counts, "--queries": count}
+    ),
+}
+"""The suites by name."""
+
+
+def pop_suite(words: Sequence[str]) -> tuple[Chosen, list[str]]:
+    """The suite that the words of a command name, and the words without its flags. Raises UserError."""
+    name, rest = pop_flag(list(words), "--suite")
+    if name is None:
+        return Chosen(None, OWN, {}), rest
+    if name not in SUITES:
+        raise UserError(f"--suite {shown(name)}: give one of {', '.join(SUITES)}, or leave it out")
+    values = {}
+    for flag, read in SUITES[name].flags.items():
+        value, rest = pop_flag(rest, flag)
+        if value is not None:
+            values[flag] = read(flag, value)
+    return Chosen(name, SUITES[name], values), rest

@@ -1,0 +1,71 @@
+"""`--suite`: the registry, the flags of a suite, and what a system lacks for it."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.evals.suites import SUITES, pop_suite
+from pipeline.parallel.topology import Topology
+from pipeline.recipes.miras import miras_recall
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import Evaluation, Phase, create_system
+from tests.toy_systems.phased import phased
+from tests.toy_systems.phased.system import PhasedSystem
+
+ARGUMENTS: Any = (nn.Linear(1, 1), Phase("train", 1, ()), SyncPoint(Topology()))
+
+
+def test_without_a_suite_a_system_is_evaluated_as_in_training() -> None:
+    chosen, rest = pop_suite(["--steps", "3", "--lengths", "5"])
+    assert rest == ["--steps", "3", "--lengths", "5"], "no flag of a suite that is not asked for"
+    assert chosen.folder == ""
+    wanted = Evaluation({"loss": 1.0})
+    system: Any = types.SimpleNamespace(evaluate=lambda model, phase, sync_point: wanted)
+    assert chosen.run(system, *ARGUMENTS) is wanted
+
+
+def test_a_suite_takes_its_own_flags_and_leaves_the_recipes() -> None:
+    chosen, rest = pop_suite(["--lengths=1024,4096", "--seed", "1", "--suite", "recall", "--queries", "32"])
+    assert rest == ["--seed", "1"] and chosen.folder == "recall"
+    asked = {}
+
+    def recall_suite(model: object, sync_point: object, **options: object) -> Evaluation:
+        asked.update(options)
+        return Evaluation({})
+
+    chosen.run(types.SimpleNamespace(recall_suite=recall_suite), *ARGUMENTS)  # type: ignore[arg-type]
+    assert asked == {"lengths": (1024, 4096), "queries": 32}
+    pop_suite(["--suite", "recall"])[0].run(types.SimpleNamespace(recall_suite=recall_suite), *ARGUMENTS)  # type: ignore[arg-type]
+    assert asked == {"lengths": None, "queries": 96}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--suite", "recal"], "--suite 'recal': give one of .*recall.*, or leave it out"),
+        (["--suite", "recall", "--lengths", "1K"], "--lengths '1K': give whole numbers above 0, such as 1024,16384"),
+        (["--suite", "recall", "--lengths", "0"], "--lengths '0': give whole numbers"),
+        (["--suite", "recall", "--queries", "3,4"], "--queries '3,4': give one number"),
+        (["--suite"], "--suite needs a value"),
+    ],
+)
+def test_refusals(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pop_suite(words)
+
+
+def test_a_system_without_the_capability_is_refused(tmp_path: Path) -> None:
+    chosen, _ = pop_suite(["--suite", "recall"])
+    chosen.check(create_system(miras_recall()))
+    with pytest.raises(UserError, match=r"--suite recall: .* cannot be asked for what stood far back: leave it out"):
+        chosen.check(PhasedSystem(phased(tmp_path)))
+
+
+def test_every_suite_says_what_a_system_lacks() -> None:
+    assert SUITES and all(suite.lacks for suite in SUITES.values())

@@ -7,84 +7,25 @@ that have sizes and no storage. The fused kernels (FlexAttention, the native sca
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
-from pipeline.host.devices import Device
-from pipeline.lm.decoder_config import attention_width, head_dim, kv_width, norm_width
+from pipeline.lm.decoder_config import attention_width, kv_width, norm_width
 from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
 from pipeline.ops.chunks import span_tokens
 from pipeline.ops.cross_entropy import LOGIT_BYTES
 from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
 from pipeline.ops.scan_torch import kept_bytes, recomputes
+from pipeline.systems.miras.activation_step import Step
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
 from pipeline.systems.miras.rules import empty_read_bytes
-
-LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
-"""Compute capabilities whose blocks have the shared memory that the native scan needs; the others have 99 KB, which
-hold float32 heads of 32 alone (docs/kernels.md)."""
 
 TORCH_BACKWARD = 0.6
 """What the backward pass of a scan in PyTorch makes on top of what it finds, as a share of it; measured 0.3 to 0.6."""
 DEEP_BACKWARD = 0.1
 """The same for deep memories, whose passes let go of most as they use it."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One micro-batch of a run, as a rank sees it."""
-
-    sizes: MirasConfig
-    backbone: PreTrainedConfig
-    element: int
-    """Bytes of a number that the model computes in."""
-    rows: int
-    sequence: int
-    degree: int = 1
-    """Ranks that share a sequence."""
-    recompute: bool = False
-    natively: bool = True
-    """Whether the scan runs on the native kernels, where they take the memory."""
-    device: Device | None = None
-    """The device, whose kernels are asked for; None: `natively` alone decides."""
-    float16: bool = False
-    """Whether the model computes in float16, of which the kernels get copies in float32."""
-
-    @property
-    def tokens(self) -> int:
-        """This rank's part of the micro-batch's tokens."""
-        return self.rows * self.sequence // self.degree
-
-    def runs_natively(self, memory: MemoryConfig) -> bool:
-        """Whether the scan of a memory runs on the native kernels."""
-        return self.natively and (
-            self.device is None or runs_natively(memory, 4 if self.float16 else self.element, self.device)
-        )
-
-    @property
-    def head_dim(self) -> int:
-        """Of attention."""
-        return head_dim(self.backbone)
-
-    @property
-    def kv_width(self) -> int:
-        return kv_width(self.backbone)
-
-    @property
-    def kinds(self) -> dict[int, MemoryConfig]:
-        """The memory of each layer that has one."""
-        return by_layer(on_backbone(self.sizes, self.backbone).memory, self.backbone)
-
-
-def runs_natively(memory: MemoryConfig, element: int, device: Device) -> bool:
-    """Whether the scan runs on the native kernels there, where they are built, with numbers of `element` bytes."""
-    if memory.backend == "torch" or memory.chunk_start is not None or memory.head_dim not in scan_native.KEY_DIMS:
-        return False
-    small = device.capability >= (8, 0) and element == 4 and memory.head_dim == 32
-    return small or device.capability in LARGE_SHARED_MEMORY
 
 
 def step_bytes(step: Step) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -164,3 +165,20 @@ def memory_health(
         half_life.sum(),
         count,
     )
+
+
+def health_metrics(health: Sequence[MemoryHealth]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The health of all memories of a step, each metric as (sum, count); none without a memory."""
+    if not health:
+        return {}
+    total = MemoryHealth(
+        *(torch.stack([getattr(state, name) for state in health]).sum() for name in MemoryHealth._fields)
+    )
+    return {
+        "norm_M": (total.memory_norm, total.states),
+        "norm_S": (total.momentum_norm, total.states),
+        "memory/alpha": (total.alpha, total.gates),
+        "memory/eta": (total.eta, total.gates),
+        "memory/theta": (total.theta, total.gates),
+        "memory/half_life": (total.half_life, total.gates),
+    }

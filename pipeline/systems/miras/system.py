@@ -27,7 +27,7 @@ from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.layer_kinds import kinds_of_memory, on_backbone
-from pipeline.systems.miras.memory import MemoryHealth
+from pipeline.systems.miras.memory import health_metrics
 from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
 from pipeline.systems.miras.teacher import check_distillation, term_weights
@@ -218,7 +218,7 @@ class MirasSystem(System[TokenBatch]):
             predict=bool(context.options.get("predict", False)),
             compared=compared,
         )
-        metrics = self._health(output.health)
+        metrics = health_metrics(output.health)
         if self.sizes.attention.kind == "window":
             reach = batch.positions[:, local] >= self.sizes.attention.window
             metrics["beyond_window"] = (reach.sum(), reach.new_full((), reach.numel(), dtype=torch.float64))
@@ -262,10 +262,11 @@ class MirasSystem(System[TokenBatch]):
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
         from pipeline.systems.miras import activations
+        from pipeline.systems.miras.activation_step import Step
 
         rows, float16 = self.config.batch_size, self.config.precision == "fp16"
         kept, work = activations.step_bytes(
-            activations.Step(
+            Step(
                 self.sizes,
                 self.backbone,
                 element,
@@ -287,19 +288,3 @@ class MirasSystem(System[TokenBatch]):
         if self.config.data.recall is not None:
             return None
         return load_tokenizer(self.config.data.tokenizer, self.config.data.trust_remote_code).byte_lengths()
-
-    @staticmethod
-    def _health(health: Sequence[MemoryHealth]) -> dict[str, tuple[Tensor, Tensor]]:
-        if not health:
-            return {}
-        total = MemoryHealth(
-            *(torch.stack([getattr(state, name) for state in health]).sum() for name in MemoryHealth._fields)
-        )
-        return {
-            "norm_M": (total.memory_norm, total.states),
-            "norm_S": (total.momentum_norm, total.states),
-            "memory/alpha": (total.alpha, total.gates),
-            "memory/eta": (total.eta, total.gates),
-            "memory/theta": (total.theta, total.gates),
-            "memory/half_life": (total.half_life, total.gates),
-        }

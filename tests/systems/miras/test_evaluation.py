@@ -128,7 +128,7 @@ def test_the_recall_suite_asks_about_text() -> None:
     system, model = built(config, dtype=torch.float32)
     found = system.recall_suite(model, SyncPoint(Topology()), lengths=(2500,), queries=2)
     heat_map = found.heat_maps["needle"]
-    assert set(heat_map.series) == {ON, OFF} and heat_map.count == 2 and heat_map.x == (2500,)
+    assert set(heat_map.series) == {ON, OFF, EMPTIED} and heat_map.count == 2 and heat_map.x == (2500,)
     assert len(found.curves) == 6 and all(0 <= value <= 1 for value in found.scalars.values())
 
 

@@ -16,15 +16,8 @@ from pipeline.ops import chunks, native, scan_native
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_64k
 from pipeline.system import create_system
-from pipeline.systems.miras.activations import (
-    Step,
-    block_bytes,
-    branch_bytes,
-    carry_bytes,
-    runs_natively,
-    scan_bytes,
-    step_bytes,
-)
+from pipeline.systems.miras.activation_step import Step, runs_natively
+from pipeline.systems.miras.activations import block_bytes, branch_bytes, carry_bytes, scan_bytes, step_bytes
 from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch
 from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig

@@ -33,7 +33,7 @@ class Evaluations:
             if ends or (every and step % every == 0):
                 self._do(kind, step)
 
-    def owed(self) -> bool:
+    def catch_up(self) -> bool:
         """Does what is due at the step that the run begins at and was not done there; returns whether anything was.
 
         Before the first step that is an evaluation alone.

@@ -45,7 +45,7 @@ def create_run(
     parameters that other phases train are as they were there. Collective; raises UserError.
     """
     config, system = resolved.config, resolved.system
-    raise_together(topology, different_precision(all_gather_object(topology, precision_here(config))))
+    raise_together(topology, different_precision(config.precision, all_gather_object(topology, precision_here(config))))
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
     loaded = load_model(config, system, topology, ds_config=resolved.ds_config, weights=weights)

@@ -63,11 +63,8 @@ def recorded_switch(ended: Run) -> Iterator[None]:
         if isinstance(error, Stopped):
             status = "stopped" if error.signal is None else "interrupted"
         if ended.is_main:
-            for part in (write_run_file, log_end):
-                try:
-                    part(ended, status)
-                except Exception as also:  # the reason of the failure counts
-                    warnings.warn(f"{part.__name__} did not end well: {also}", stacklevel=2)
+            parts = {"run.json": write_run_file, "training.log": log_end}
+            _end_parts([(name, functools.partial(part, ended, status)) for name, part in parts.items()], error)
         raise
 
 
@@ -97,10 +94,15 @@ def end_run(
     # A run that fails prints the reason before the other ranks, which wait for it, take it for lost.
     last.append(("the save", functools.partial(saver.close, waits=status != "failed")))
     last += [(type(callback).__name__, functools.partial(callback.on_end, status)) for callback in callbacks]
-    for name, part in last:
+    _end_parts(last, shared)
+
+
+def _end_parts(parts: Sequence[tuple[str, Callable[[], None]]], reason: BaseException | None) -> None:
+    """Ends each part by its name. What goes wrong is a warning: `reason`, which ended the run, counts."""
+    for name, part in parts:
         try:
             part()
         except Exception as error:
             # One line names what cannot be written; the other files of the folder would only repeat it.
-            if not (isinstance(error, RankError) and isinstance(shared, RankError)):
-                warnings.warn(f"{name} did not end well: {error}", stacklevel=2)
+            if not (isinstance(error, RankError) and isinstance(reason, RankError)):
+                warnings.warn(f"{name} did not end well: {error}", stacklevel=3)

@@ -36,7 +36,7 @@ class Evaluations:
             if ends or _is_due(step, *every):
                 self._do(kind, step, ends)
 
-    def owed(self) -> bool:
+    def catch_up(self) -> bool:
         """Does what is due at the step that the run begins at and was not done there; returns whether anything was.
 
         Before the first step that is an evaluation alone.

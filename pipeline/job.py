@@ -88,7 +88,7 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
         with recorded_switch(ended):
             # What held the phase's engine may refer to itself.
             del trainer
-            ended.let_go()
+            ended.release()
             gc.collect()
             # As a process would that began here: what a system keeps between calls is the ended phase's.
             with shared_errors(topology):

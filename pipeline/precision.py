@@ -24,13 +24,16 @@ def precision_here(config: RunConfig) -> tuple[str, str]:
     return str(precision_of(config)).removeprefix("torch."), torch.cuda.get_device_name() if on_gpu() else "a CPU"
 
 
-def different_precision(ranks: Sequence[tuple[str, str]]) -> str | None:
-    """What is wrong where a rank chose another precision than rank 0, each for its device; None where all agree."""
+def different_precision(flag: str, ranks: Sequence[tuple[str, str]]) -> str | None:
+    """What is wrong where a rank chose another precision than rank 0, each for its device; None where all agree.
+
+    `flag`: the value of --precision. `ranks`: `precision_here` of each.
+    """
     first, device = ranks[0]
     for rank, (precision, other) in enumerate(ranks):
         if precision != first:
             return (
-                f"--precision auto: rank {rank} on {other} computes in {precision}, and rank 0 on {device} in {first}:"
-                " give a precision that all devices have"
+                f"--precision {flag}: rank {rank} on {other} computes in {precision}, and rank 0 on {device} in"
+                f" {first}: give a precision that all devices have"
             )
     return None

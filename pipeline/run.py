@@ -85,8 +85,8 @@ class Run:
     chosen: dict[str, str] = field(default_factory=dict)
     """What was chosen for this machine, for the log: layout, backends, data, parameters."""
 
-    def let_go(self) -> None:
-        """Of what takes memory, once the run needs it no more; what it was and how far it came stays."""
+    def release(self) -> None:
+        """Drops engine, loader and system, to free their memory. Config, phase and progress stay."""
         del self.engine, self.loader, self.system
 
     @property

@@ -80,7 +80,7 @@ class Trainer:
     def _steps(self, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
         evaluations = Evaluations(self.run, self.sync_point, self.callbacks)
-        if evaluations.owed():
+        if evaluations.catch_up():
             meter.begun = time.perf_counter()
         if progress.phase != self.phase.name:
             progress.enter(self.phase.name)

@@ -221,8 +221,8 @@ def test_ranks_that_chose_other_precisions_are_named(machine) -> None:
     for facts in ({"gpu": "A100"}, {"gpu": "A100"}, {"gpu": "Tesla T4", "bf16": False}):
         machine(**facts)
         ranks.append(precision_here(of("auto")))
-    assert different_precision(ranks[:2]) is None
-    assert different_precision(ranks) == (
+    assert different_precision("auto", ranks[:2]) is None
+    assert different_precision("auto", ranks) == (
         "--precision auto: rank 2 on Tesla T4 computes in float16, and rank 0 on A100 in bfloat16: give a precision"
         " that all devices have"
     )

@@ -106,9 +106,9 @@ def test_each_is_done_at_multiples_of_its_interval_and_at_ends(
 def test_a_start_makes_up_for_what_its_step_lacks(tmp_path: Path, step: int, done: Any, owed: list[str]) -> None:
     found, seen = evaluations(tmp_path, step, eval_every=4, sample_every=2, ablate_every=3, stop_after=7)
     found.run.done = dict(done)
-    assert found.owed() == bool(owed)
+    assert found.catch_up() == bool(owed)
     assert seen.events == [(kind, step) for kind in owed]
-    assert not found.owed(), "nothing is done twice"
+    assert not found.catch_up(), "nothing is done twice"
 
 
 @settings(max_examples=25)

@@ -42,10 +42,17 @@ def nearest_flag(word: str, known: Iterable[str]) -> list[str]:
     elif "." in name:
         found = [flags[bare] for bare in nearest(name, flags)] or ends.get(last, [])
     else:
-        found = [plain[bare] for bare in nearest(name, plain, most=1)] + ends.get(last, [])
+        one_off = [bare for bare in nearest(name, plain) if _one_letter_off(name, bare)]
+        found = [plain[bare] for bare in one_off or nearest(name, plain, most=1)] + ends.get(last, [])
     if not found:
         found = [flag for end in nearest(last, ends) for flag in ends[end]]
     return found[:MOST]
+
+
+def _one_letter_off(word: str, other: str) -> bool:
+    """Whether one letter more, less or other is all that differs: several words may be that near, none nearer."""
+    changed = difflib.SequenceMatcher(None, word, other, autojunk=False).get_opcodes()
+    return sum(max(to - start, till - begin) for tag, start, to, begin, till in changed if tag != "equal") <= 1
 
 
 def _bare(flag: str) -> str:

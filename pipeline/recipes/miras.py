@@ -175,6 +175,7 @@ def miras_recall_long() -> RunConfig:
         rule="delta",
         # Filler has to write nothing at all: a step size of 2e-5 halves what is stored over a million tokens.
         write_gate="hard",
+        write_penalty=0.05,
         # Nor may anything be forgotten: a half-life of 1e9 tokens keeps 0.9993 of it over a million.
         half_life=(1e9, 1e9),
         step_size=(0.5, 0.5),

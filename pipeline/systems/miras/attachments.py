@@ -195,7 +195,9 @@ class ContextMemory(nn.Module):
             fresh = torch.cat([x[:, -plan.reach :].to(accumulate_dtype) for x in latest], dim=-1)
             tail = torch.cat([carry.tail, fresh], dim=1)[:, -plan.reach :].clone()
             new = MemoryCarry(state[0].detach(), state[1].detach(), tail, ids[:, -plan.reach :].clone())
-            health = memory_health(dim, new, *(plan.scatter(x) for x in zip(*gates, strict=True)))
+        health = memory_health(
+            self.config, new, tokens.logits[..., 1], *(plan.scatter(x) for x in zip(*gates, strict=True))
+        )
         return plan.scatter(outs), new, health
 
     def _stage(

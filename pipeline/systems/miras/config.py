@@ -57,6 +57,9 @@ class MemoryConfig:
     write_gate: Literal["sigmoid", "hard"] = "sigmoid"
     """Of the step sizes. sigmoid: above 0 for every token; hard: a stretched sigmoid, cut at 0 and 1, so that a token
     can write nothing. What is stored then outlasts any number of such tokens (docs/long_recall.md)."""
+    write_penalty: float = 0.0
+    """Weight of a penalty on writing: the mean of the write gates' sigmoid over tokens, heads and layers, before a hard
+    gate is cut. Gates that nothing holds open then close (L0 penalty of arXiv 1712.01312)."""
     gate_rank: int = 64
     """Rank of the output gate."""
     momentum: float = 0.1
@@ -124,6 +127,8 @@ class MemoryConfig:
         for flag, values in (("step-size", self.step_size), ("half-life", self.half_life)):
             if not min(values) > 0:
                 raise UserError(f"--model.memory.{flag} {' '.join(map(str, values))}: give two values above 0")
+        if not 0 <= self.write_penalty < math.inf:
+            raise UserError(f"--model.memory.write-penalty {self.write_penalty}: give 0 or more")
         if not 0 < self.share < 1:
             raise UserError(f"--model.memory.share {self.share}: give a value between 0 and 1")
         check_words(self.layers, LAYERS)

@@ -44,6 +44,9 @@ class MemoryHealth(NamedTuple):
     theta: Tensor
     half_life: Tensor
     gates: Tensor
+    opened: Tensor
+    """Sum over tokens of the mean over all heads of the write gates, as the sigmoid gives them before it is stretched
+    and cut. With its graph, for the penalty on it."""
 
 
 class MemoryBranch(nn.Module):
@@ -109,8 +112,7 @@ class MemoryBranch(nn.Module):
         read = rearrange(read, "batch sequence heads dim -> batch sequence (heads dim)")
         out = self.o_proj(read.to(gate.dtype) * gate)
         new = MemoryCarry(memory.detach(), momentum.detach(), tail, tail_segments)
-        with torch.no_grad():
-            health = memory_health(config.head_dim, new, gates.alpha, gates.eta, gates.theta)
+        health = memory_health(config, new, logits[..., 1], gates.alpha, gates.eta, gates.theta)
         return out, new, health
 
     def empty_carry(self, qkv: Tensor) -> MemoryCarry:
@@ -144,12 +146,21 @@ class MemoryBranch(nn.Module):
 
 
 def memory_health(
-    head_dim: int, carry: MemoryCarry, alpha: Tensor, eta: Tensor, theta: Tensor, written: Tensor | None = None
+    config: MemoryConfig,
+    carry: MemoryCarry,
+    write_logits: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    theta: Tensor,
+    written: Tensor | None = None,
 ) -> MemoryHealth:
-    """Sums over the states of a carry and over gates [batch, sequence, heads]; of the tokens that are `written` alone
-    where [batch, sequence, 1] bool says so."""
+    """Sums over the states of a carry, over the write gates' logits of this step's tokens, and over gates [batch,
+    sequence, heads]; of the gates, those of the tokens that are `written` alone where [batch, sequence, 1] bool says
+    so."""
+    opened = torch.sigmoid(write_logits).sum() / config.heads
+    alpha, eta, theta = alpha.detach(), eta.detach(), theta.detach()
     # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random keys.
-    rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * head_dim)).clamp(max=0.999))
+    rate = -torch.log1p(-alpha) - torch.log1p(-(theta / ((1 - eta) * config.head_dim)).clamp(max=0.999))
     count = alpha.new_full((), alpha.numel(), dtype=torch.float64)
     half_life = math.log(2) / rate
     if written is not None:
@@ -164,6 +175,7 @@ def memory_health(
         theta.sum(),
         half_life.sum(),
         count,
+        opened,
     )
 
 
@@ -172,7 +184,7 @@ def health_metrics(health: Sequence[MemoryHealth]) -> dict[str, tuple[Tensor, Te
     if not health:
         return {}
     total = MemoryHealth(
-        *(torch.stack([getattr(state, name) for state in health]).sum() for name in MemoryHealth._fields)
+        *(torch.stack([getattr(state, name).detach() for state in health]).sum() for name in MemoryHealth._fields)
     )
     return {
         "norm_M": (total.memory_norm, total.states),

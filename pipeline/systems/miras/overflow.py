@@ -150,8 +150,8 @@ class OverflowMemory(nn.Module):
 
         tail = latest(logits[..., :1], old_logits, plan.window, 0)
         new = MemoryCarry(memory.detach(), momentum.detach(), tail, plan.tail_segments)
-        with torch.no_grad():
-            health = memory_health(self.config.head_dim, new, gates.alpha, gates.eta, gates.theta, leaves)
+        write = logits[..., 0]
+        health = memory_health(self.config, new, write, gates.alpha, gates.eta, gates.theta, leaves)
         return out, new, health
 
     def _unit(self, x: Tensor, which: str, local: slice) -> Tensor:

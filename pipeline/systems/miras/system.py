@@ -32,7 +32,8 @@ from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
 from pipeline.systems.miras.teacher import check_distillation, term_weights
 
-TERM = "cross_entropy"
+TERM, WRITE = "cross_entropy", "write"
+"""Loss terms: of the labels, and the penalty on writing."""
 
 
 class MirasSystem(System[TokenBatch]):
@@ -191,7 +192,14 @@ class MirasSystem(System[TokenBatch]):
         if self.sizes.distil == "full":
             compared = count_compared(self._comparable(batch), self.sizes.distillation.tokens)
             counts |= dict.fromkeys(term_weights(self.sizes.distillation), compared)
+        if self.penalised:
+            counts[WRITE] = batch.input_ids.numel()
         return counts
+
+    @property
+    def penalised(self) -> bool:
+        """Whether writing has a price."""
+        return bool(self.kinds) and self.sizes.memory.write_penalty > 0
 
     def _comparable(self, batch: TokenBatch) -> Tensor:
         """The tokens at which the teacher can say something that the window does not, [rows, T] bool."""
@@ -228,15 +236,19 @@ class MirasSystem(System[TokenBatch]):
 
     def _sums(self, output: ModelOutput) -> dict[str, Tensor]:
         """This rank's sum per loss term, times the term's weight."""
+        penalty = {}
+        if self.penalised and output.health:
+            opened = torch.stack([health.opened for health in output.health]).mean()
+            penalty[WRITE] = self.sizes.memory.write_penalty * opened
         if output.distilled is None:
             assert output.losses is not None
-            return {TERM: output.losses.sum()}
+            return {TERM: output.losses.sum(), **penalty}
         weights = term_weights(self.sizes.distillation)
         found = {term: weights[term] * value for term, value in output.distilled.items()}
         # Of weight 0 there is no sum, and the term stays: its counts are the tokens.
         zero = torch.zeros((), device=next(iter(found.values())).device)
         own = self.sizes.distillation.cross_entropy
-        return {TERM: zero if output.losses is None else own * output.losses.sum(), **found}
+        return {TERM: zero if output.losses is None else own * output.losses.sum(), **found, **penalty}
 
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate

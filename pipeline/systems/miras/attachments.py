@@ -24,7 +24,7 @@ from pipeline.ops.gates import GateLinear
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import is_sharded
 from pipeline.systems.miras.config import MemoryConfig
-from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth, memory_health
+from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth, activated, memory_health
 from pipeline.systems.miras.rules import State, memory_rule
 from pipeline.systems.miras.segments import SegmentPlan, rows_at
 
@@ -163,7 +163,9 @@ class ContextMemory(nn.Module):
         v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
 
         # What does not wait for the memory, for all segments at once.
-        mixed = F.silu(causal_convolution(queries, ids, kernel[..., :dim]))
+        mixed = causal_convolution(queries, ids, kernel[..., :dim])
+        if self.config.key_activation == "silu":
+            mixed = F.silu(mixed)
         reads = torch.cat([mixed.new_zeros(mixed.shape[0], taps - 1, *mixed.shape[2:]), self._unit(mixed)], dim=1)
         logits = torch.cat([F.pad(old_logits, (0, 1)), tokens.logits], dim=1)
         stages = zip(
@@ -234,7 +236,7 @@ class ContextMemory(nn.Module):
         convolved = causal_convolution(
             torch.cat([history, written], dim=1), torch.cat([history_ids, ids], dim=1), self.conv[local][..., dim:]
         )
-        q, k, v = F.silu(convolved).chunk(3, dim=-1)
+        q, k, v = activated(convolved, self.config)
         q, k = self._unit(q), self._unit(k)
         answer, after, gates = self.rule(q, k, v, logits[..., 0], logits[..., 1], self.eta_logits, found, ids, local)
         normed = F.rms_norm(answer, answer.shape[-1:], eps=self.norm_eps) * self.head_norm[local]

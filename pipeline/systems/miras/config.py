@@ -50,6 +50,9 @@ class MemoryConfig:
     gradient_chunk: int = 16
     """Tokens whose gradients moneta, yaad, memora and mlp take at the memory that the first of them finds. It is part
     of the result: a smaller one corrects itself sooner and runs slower. 16 to 64 is usual."""
+    key_activation: Literal["silu", "none"] = "silu"
+    """Of queries and keys before they are made of unit length. silu: all but non-negative, so that no two keys are
+    opposite; none: as they are."""
     conv: int = 4
     """Width of the causal depthwise convolution on queries, keys and values."""
     persistent: int = 16

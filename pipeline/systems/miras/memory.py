@@ -97,7 +97,7 @@ class MemoryBranch(nn.Module):
         if carry is None:
             carry = self.empty_carry(qkv)
         mixed, tail, tail_segments = self._convolve(qkv, segment_ids, carry, self.conv[local])
-        q, k, v = F.silu(mixed).chunk(3, dim=-1)
+        q, k, v = activated(mixed, config)
         q, k = (F.normalize(x.to(accumulate_dtype), dim=-1).to(x.dtype) for x in (q, k))
         # The state belongs to the document of the last token before this step; another document starts from zero.
         same_document = (carry.tail_segments[:, -1] == segment_ids[:, 0])[:, None, None, None]
@@ -143,6 +143,16 @@ class MemoryBranch(nn.Module):
             return torch.zeros_like(q)
         scores = torch.einsum("bthd,hnd->bthn", q, self.persistent_k[local])
         return torch.einsum("bthn,hnd->bthd", scores.softmax(dim=-1), self.persistent_v[local])
+
+
+def activated(qkv: Tensor, config: MemoryConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of [..., 3 dim] after the convolution; values have SiLU whatever the keys have."""
+    if config.key_activation == "silu":
+        q, k, v = F.silu(qkv).chunk(3, dim=-1)
+    else:
+        q, k, v = qkv.chunk(3, dim=-1)
+        v = F.silu(v)
+    return q, k, v
 
 
 def memory_health(

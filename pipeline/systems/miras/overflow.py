@@ -90,9 +90,11 @@ class OverflowMemory(nn.Module):
     Per head, with q_t, k_t, v_t the layer's own, before RoPE, A_t its attention to the window of W tokens and x_t its
     input, while token l = t - W of the document is no sink (before that, o_t = A_t):
 
-        write (unit(k_l + k_l D_k), v_l) into M with step size theta_l = theta(x_l); D_k zero at first
-        r_t = M_t(unit(q_t + q_t D_q))         the rule's own read; D_q zero at first
-        o_t = (1 - g_t) A_t + g_t r_t          g_t = sigmoid(w x_t + b), in front of the output projection
+        write (unit(f(k_l + k_l D_k)), v_l) into M with step size theta_l of the logit c x_l + a k_l
+        r_t = M_t(unit(f(q_t + q_t D_q)))      the rule's own read
+        o_t = (1 - g_t) A_t + g_t r_t          g_t = sigmoid(w x_t + u q_t + b), in front of the output projection
+
+    f is SiLU or nothing (`key_activation`). D_k, D_q, w, u and a are zero at first.
     """
 
     def __init__(self, config: MemoryConfig) -> None:
@@ -105,6 +107,8 @@ class OverflowMemory(nn.Module):
         # What is added to the identity: in bfloat16 a small change of a 1 would be lost.
         self.q_map = nn.Parameter(torch.empty(heads, dim, dim))
         self.k_map = nn.Parameter(torch.empty(heads, dim, dim))
+        self.share_query = nn.Parameter(torch.empty(heads, dim))
+        self.step_key = nn.Parameter(torch.empty(heads, dim))
 
     def forward(
         self,
@@ -129,9 +133,9 @@ class OverflowMemory(nn.Module):
         leaving_v = _delayed(v, None if window is None else window.v, plan.window)
         beta = _delayed(logits[..., 0], None if old_logits is None else old_logits[..., 0], plan.window)
         groups = heads // k.shape[2]
-        keys = self._unit(
-            repeat(leaving_k, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups), "k", local
-        )
+        leaving_k = repeat(leaving_k, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
+        beta = beta + _score(leaving_k, self.step_key[local])
+        keys = self._unit(leaving_k, "k", local)
         values = repeat(leaving_v, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
 
         leaves = plan.leaves[..., None]
@@ -145,23 +149,28 @@ class OverflowMemory(nn.Module):
         read, (memory, momentum), gates = self.rule(
             self._unit(q, "q", local), keys, values, alpha, beta, self.eta_logits, state, plan.segment_ids, local
         )
-        share = torch.sigmoid(logits[..., 1]).masked_fill(~leaves, 0.0).to(attended.dtype)[..., None]
+        share = (
+            torch.sigmoid(logits[..., 1] + _score(q, self.share_query[local]))
+            .masked_fill(~leaves, 0.0)
+            .to(attended.dtype)[..., None]
+        )
         out = attended + share * (read.to(attended.dtype) - attended)
 
         tail = latest(logits[..., :1], old_logits, plan.window, 0)
         new = MemoryCarry(memory.detach(), momentum.detach(), tail, plan.tail_segments)
-        write = logits[..., 0]
-        health = memory_health(self.config, new, write, gates.alpha, gates.eta, gates.theta, leaves)
+        health = memory_health(self.config, new, beta, gates.alpha, gates.eta, gates.theta, leaves)
         return out, new, health
 
     def _unit(self, x: Tensor, which: str, local: slice) -> Tensor:
-        """x [batch, tokens, heads, dim] mapped by each head's own map, of unit length."""
+        """x [batch, tokens, heads, dim] mapped by each head's own map, of unit length after the activation."""
         change = (self.q_map if which == "q" else self.k_map)[local]
         x = x + rearrange(
             torch.matmul(rearrange(x, "batch tokens heads dim -> heads (batch tokens) dim"), change.to(x.dtype)),
             "heads (batch tokens) dim -> batch tokens heads dim", batch=x.shape[0],
         )  # fmt: skip
         precise = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if self.config.key_activation == "silu":
+            precise = F.silu(precise)
         # A product with one number per token: the backward pass of F.normalize divides by an expanded norm.
         scale = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM).reciprocal()
         return (precise * scale).to(x.dtype)
@@ -174,6 +183,13 @@ class OverflowBranch(nn.Module):
         super().__init__()
         self.inputs = OverflowInputs(width, config, norm_eps)
         self.core = OverflowMemory(config)
+
+
+def _score(x: Tensor, weight: Tensor) -> Tensor:
+    """x [batch, tokens, heads, dim] times each head's weight [heads, dim], float32 (float64 for float64): [batch,
+    tokens, heads]."""
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.einsum("bthd,hd->bth", x.to(precise), weight.to(precise))
 
 
 def _delayed(x: Tensor, before: Tensor | None, window: int) -> Tensor:

@@ -44,7 +44,7 @@ def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Ten
             return torch.ones(shape)
         case ["o_proj", "weight"] | ["gate_up", "bias"] | [_, "out_gate"] | ["context_gate", _]:
             return torch.zeros(shape)
-        case [_, "q_map" | "k_map"] | ["share_proj", "weight"]:
+        case [_, "q_map" | "k_map" | "share_query" | "step_key"] | ["share_proj", "weight"]:
             return torch.zeros(shape)
         case [_, "eta_logits"]:
             return torch.full(shape, initial_eta_logit(memory.momentum))

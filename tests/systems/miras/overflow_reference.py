@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Weights:
     """Of all heads: maps [heads, dim, dim] that are added to the identity, logits of forgetting and of momentum (None:
-    the delta rule) [heads]."""
+    the delta rule) [heads], what a query and a key add to the logits of share and step size [heads, dim]."""
 
     q_map: Tensor
     k_map: Tensor
     alpha_logits: Tensor
     eta_logits: Tensor | None
+    share_query: Tensor
+    step_key: Tensor
 
 
 def rotated(x: Tensor, position: int, frequencies: Tensor) -> Tensor:
@@ -37,6 +40,7 @@ def overflow(
     frequencies: Tensor,
     window: int,
     sinks: int,
+    activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """One document: q [tokens, heads, dim], k and v [tokens, kv heads, dim] before RoPE, logits [tokens, heads], give
     what goes to the output projection, like q."""
@@ -66,13 +70,14 @@ def overflow(
             attended = (torch.stack(scores).softmax(0)[:, None] * torch.stack(values)).sum(0)
             left = t - window
             if left >= sinks:
-                key = k[left, source] + k[left, source] @ weights.k_map[head]
+                key = activation(k[left, source] + k[left, source] @ weights.k_map[head])
                 key = key / key.norm()
-                step = 0.9 * beta_logits[left, head].sigmoid() * (1 - momentum_rate) ** 2
+                write = beta_logits[left, head] + (weights.step_key[head] * k[left, source]).sum()
+                step = 0.9 * write.sigmoid() * (1 - momentum_rate) ** 2
                 momentum = momentum_rate * momentum - step * torch.outer(key, key @ memory - v[left, source])
                 memory = (1 - forget) * memory + momentum
-                query = q[t, head] + q[t, head] @ weights.q_map[head]
-                share = share_logits[t, head].sigmoid()
+                query = activation(q[t, head] + q[t, head] @ weights.q_map[head])
+                share = (share_logits[t, head] + (weights.share_query[head] * q[t, head]).sum()).sigmoid()
                 attended = (1 - share) * attended + share * ((query / query.norm()) @ memory)
             outs.append(attended)
         rows.append(torch.stack(outs))

@@ -58,10 +58,13 @@ def ruled(rule: str) -> RunConfig:
     return with_memory(attached("overflow"), rule=rule, gradient_chunk=3, swiglu=SwigluConfig(gradient_chunk=5))
 
 
-@pytest.mark.parametrize("rule", ["titans", "delta"])
-@pytest.mark.parametrize("sinks", [0, 2])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_values_and_gradients_are_those_of_the_token_loop(rule: str, sinks: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("rule", "activation"), [("titans", "silu"), ("titans", "none"), ("delta", "silu"), ("delta", "none")]
+)
+@pytest.mark.parametrize(("kv_heads", "sinks"), [(1, 2), (2, 0), (4, 2)])
+def test_values_and_gradients_are_those_of_the_token_loop(
+    rule: Any, activation: Any, kv_heads: int, sinks: int
+) -> None:
     """float32 through the layers' own path, against float64; documents of one row, each by itself in the loop."""
     heads, dim, window, lengths = 4, 8, 5, [4, 21, 1, 14]
     count = sum(lengths)
@@ -74,7 +77,10 @@ def test_values_and_gradients_are_those_of_the_token_loop(rule: str, sinks: int,
         "q": noise(count, heads, dim), "k": noise(count, kv_heads, dim), "v": noise(count, kv_heads, dim),
         "logits": noise(count, heads, 2),
     }  # fmt: skip
-    memory = OverflowMemory(MemoryConfig(layers=(0,), attachment="overflow", rule=rule, heads=heads, head_dim=dim))  # type: ignore[arg-type]
+    config = MemoryConfig(
+        layers=(0,), attachment="overflow", rule=rule, heads=heads, head_dim=dim, key_activation=activation
+    )
+    memory = OverflowMemory(config)
     for parameter in memory.parameters():
         nn.init.normal_(parameter, std=0.4, generator=generator)
     weights = {name: parameter.detach().double().requires_grad_() for name, parameter in memory.named_parameters()}
@@ -84,7 +90,8 @@ def test_values_and_gradients_are_those_of_the_token_loop(rule: str, sinks: int,
     exact = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     pieces = zip(*(exact[name].split(lengths) for name in inputs), strict=True)
     whole = Weights(**{"eta_logits": None, **weights})
-    sizes = {"frequencies": frequencies, "window": window, "sinks": sinks}
+    function = torch.nn.functional.silu if activation == "silu" else torch.nn.Identity()
+    sizes = {"frequencies": frequencies, "window": window, "sinks": sinks, "activation": function}
     expected = torch.cat([overflow(q, k, v, *logits.unbind(-1), whole, **sizes) for q, k, v, logits in pieces])  # type: ignore[arg-type]
     (expected * coefficients).sum().backward()
 

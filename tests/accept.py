@@ -60,6 +60,10 @@ EXPERIMENTS = {
         "a step of miras_smollm2 takes little more than its own matrix products",
         ("tests/systems/miras/test_smollm2.py",), 3, "matrix_products",
     ),
+    "miras_smollm2": Experiment(
+        "a trained memory closes a third of the gap between a window and full attention",
+        ("tests/launch/test_gap_closed.py",), 150,
+    ),
     "miras_recall_long": Experiment(
         "trained on distances to 1K tokens, it recalls eight pairs after a million",
         ("tests/launch/test_recall_long.py",), 30,

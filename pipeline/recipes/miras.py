@@ -84,7 +84,7 @@ def miras_tiny() -> RunConfig:
 
 
 def miras_smollm2() -> RunConfig:
-    """SmolLM2-135M, frozen, a window of 256 and memory on four layers: its own full attention teaches, on two cores."""
+    """SmolLM2-135M, frozen, a window of 256 and memory on five layers: its own full attention teaches, on two cores."""
     return RunConfig(
         recipe="miras_smollm2",
         model=MirasConfig(
@@ -94,22 +94,25 @@ def miras_smollm2() -> RunConfig:
                 vocabulary=49152, rope_theta=100_000.0, norm_eps=1e-5,
             ),
             attention=AttentionConfig(window=256, sinks=4),
-            memory=MemoryConfig(layers=(16, 20, 24, 28), heads=8, head_dim=64),
+            # The layers in which full attention gains most over the window (docs/decisions/0022-memory-where-attention-looks-back.md).
+            memory=MemoryConfig(
+                layers=(17, 18, 20, 23, 24), attachment="overflow", rule="delta", half_life=(7e3, 7e3)
+            ),
             distil="full",
             distillation=DistillationConfig(tokens=640),
         ),
-        steps=80,
+        steps=240,
         warmup_steps=8,
         sequence_length=2048,
         batch_size=1,
-        lr=2e-3,
+        lr=1e-2,
         zero="zero1",
-        precision="auto-amx",
+        precision="bf16",
         save_every=40,
-        eval_every=40,
+        eval_every=120,
         output_dir=Path("outputs/miras_smollm2"),
         data=DataConfig(tokenizer=SMOLLM2, min_tokens=512),
-        evaluation=EvaluationConfig(steps=4, batch_size=1),
+        evaluation=EvaluationConfig(steps=1, batch_size=4),
     )  # fmt: skip
 
 

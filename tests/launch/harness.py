@@ -89,7 +89,8 @@ class Started:
         return self.output.read()
 
 
-def single(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`python -m WORDS`: one rank, no launcher."""
+def single(*words: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m WORDS`: one rank, no launcher; with further environment variables."""
     command = [sys.executable, "-m", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    env = environment() | variables
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)

@@ -170,6 +170,8 @@ def branch_bytes(memory: MemoryConfig, width: int, element: int, attention_dim: 
     if memory.attachment == "overflow":
         # Queries and keys before their maps, and mapped in float32; what is mixed in; the normed input in float32.
         head = (3 * element + 8) * memory.head_dim if element < 4 else 5 * element * memory.head_dim
+        # What SiLU gives, in float32.
+        head += 8 * memory.head_dim if memory.key_activation == "silu" else 0
         return memory.heads * (head + 40) + (8 if element < 4 else 4) * width
     # The normed input, and its float32 copy for the gates.
     shared = (element + (4 if element < 4 else 0)) * width

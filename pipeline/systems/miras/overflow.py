@@ -149,11 +149,8 @@ class OverflowMemory(nn.Module):
         read, (memory, momentum), gates = self.rule(
             self._unit(q, "q", local), keys, values, alpha, beta, self.eta_logits, state, plan.segment_ids, local
         )
-        share = (
-            torch.sigmoid(logits[..., 1] + _score(q, self.share_query[local]))
-            .masked_fill(~leaves, 0.0)
-            .to(attended.dtype)[..., None]
-        )
+        share = torch.sigmoid(logits[..., 1] + _score(q, self.share_query[local])).masked_fill(~leaves, 0.0)
+        share = share.to(attended.dtype)[..., None]
         out = attended + share * (read.to(attended.dtype) - attended)
 
         tail = latest(logits[..., :1], old_logits, plan.window, 0)
@@ -186,10 +183,9 @@ class OverflowBranch(nn.Module):
 
 
 def _score(x: Tensor, weight: Tensor) -> Tensor:
-    """x [batch, tokens, heads, dim] times each head's weight [heads, dim], float32 (float64 for float64): [batch,
-    tokens, heads]."""
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.einsum("bthd,hd->bth", x.to(precise), weight.to(precise))
+    """x [batch, tokens, heads, dim] times each head's weight [heads, dim]: [batch, tokens, heads], like x."""
+    # In x's precision: a wider copy of all queries or keys would be kept for the backward pass.
+    return torch.einsum("bthd,hd->bth", x, weight.to(x.dtype))
 
 
 def _delayed(x: Tensor, before: Tensor | None, window: int) -> Tensor:

@@ -1,0 +1,74 @@
+"""miras_smollm2 as a user runs it: how much of the gap to full attention the memory closes, by both ways of training.
+
+Half an hour a run on two cores. The gap of a run is measured by the command that a user has for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.callbacks.metrics import read_rows
+from tests.launch.harness import single
+
+SEEDS = (0, 1)
+TRAINED = {"distillation": (), "cross-entropy": ("--model.distil", "none", "--steps", "360")}
+"""Flags by the way of training. As many steps of cross-entropy as take the time of the recipe's distillation."""
+THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+GOAL = 0.35
+LONGEST = 2
+"""Sequences: up to this many times the training length, the memory is asked for more the further back it is."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * 3600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fetched") / "smollm2"
+    done = single("pipeline", "fetch", "smollm2", str(folder), timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def gap(run: Path, folder: Path, *words: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """Trains into `run` and measures: the scalars, and gap closed by position."""
+    words = ("--model.backbone.pretrained", str(folder), "--data.tokenizer", str(folder), *words)
+    done = single("pipeline", "train", "miras_smollm2", *words, "--output-dir", str(run), timeout=2 * 3600, **THREADS)
+    assert done.returncode == 0, done.stderr
+    done = single("pipeline", "eval", str(run), "--suite", "long", "--evaluation.steps", "24", timeout=3600, **THREADS)
+    assert done.returncode == 0, done.stderr
+    (out,) = (run / "evals").glob("*/long")
+    scalars, curve = (json.loads((out / name).read_text()) for name in ("evaluation.json", "gap_closed.json"))
+    return scalars["scalars"], curve
+
+
+def test_the_memory_closes_a_third_of_the_gap(
+    folder: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    closed, worth, growing = {}, {}, {}
+    for name, flags in TRAINED.items():
+        for seed in SEEDS:
+            run = tmp_path / f"{name}-{seed}"
+            scalars, curve = gap(run, folder, "--seed", str(seed), *flags)
+            seconds = [row for row in read_rows(run / "metrics.jsonl") if row["mode"] == "train"][-1]["elapsed"]
+            closed[name, seed] = scalars["gap/closed"]
+            worth[name, seed] = scalars["gap/worth_low"]
+            by_position = {int(x): y for x, y in zip(curve["x"], curve["series"]["gap closed"], strict=True)}
+            growing[name, seed] = [y for x, y in by_position.items() if 512 < x <= LONGEST * 2048 and y is not None]
+            shown = ", ".join(f"to {x}: {y:.3f}" for x, y in by_position.items() if y is not None)
+            record_property(
+                f"{name}, seed {seed}",
+                f"gap closed {closed[name, seed]:.3f} ({scalars['gap/closed_low']:.3f} to"
+                f" {scalars['gap/closed_high']:.3f}), worth {scalars['gap/worth']:.4f} nats ({worth[name, seed]:.4f} to"
+                f" {scalars['gap/worth_high']:.4f}), {shown}; {scalars['gap/labels']:.0f} labels of"
+                f" {scalars['gap/documents']:.0f} documents; {seconds / 60:.1f} min",
+            )
+    for seed in SEEDS:
+        assert worth["distillation", seed] > 0
+        assert closed["distillation", seed] >= GOAL
+        assert growing["distillation", seed] == sorted(growing["distillation", seed])

@@ -94,7 +94,7 @@ def miras_smollm2() -> RunConfig:
                 vocabulary=49152, rope_theta=100_000.0, norm_eps=1e-5,
             ),
             attention=AttentionConfig(window=256, sinks=4),
-            # The layers in which full attention gains most over the window (docs/decisions/0022-memory-where-attention-looks-back.md).
+            # Where full attention gains most over the window: docs/decisions/0022-memory-where-attention-looks-back.md.
             memory=MemoryConfig(
                 layers=(17, 18, 20, 23, 24), attachment="overflow", rule="delta", half_life=(7e3, 7e3)
             ),

@@ -19,8 +19,8 @@ MOVED = {("model", "recall"): ("data", "recall")}
 """Places of keys in older files (section, key), and their places now."""
 
 
-def to_plain(config: RunConfig) -> dict[str, Any]:
-    """The config as plain YAML values."""
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config, or a section of one, as plain YAML values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):

@@ -127,7 +127,7 @@ def test_the_gap_is_part_of_an_evaluation_at_its_own_interval(
             scalars[step] = evaluation.scalars
 
     found.callbacks = [Rows()]
-    assert found.owed() and scalars.pop(0) == {"loss": 1.0}, "before the first step there is nothing to measure"
+    assert found.catch_up() and scalars.pop(0) == {"loss": 1.0}, "before the first step there is nothing to measure"
     for step in range(1, 13):
         found.after(step, ends=step in ends)
         gap = bool(gap_every) and (step in ends or step % gap_every == 0)
@@ -146,7 +146,7 @@ def test_a_start_makes_up_for_a_gap_too(tmp_path: Path) -> None:
             seen.append((step, evaluation.scalars))
 
     found.callbacks = [Rows()]
-    assert found.owed() and seen == [(6, {"loss": 1.0, "gap/worth": 0.25})] and not found.owed()
+    assert found.catch_up() and seen == [(6, {"loss": 1.0, "gap/worth": 0.25})] and not found.catch_up()
 
 
 def test_a_system_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:

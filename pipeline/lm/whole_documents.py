@@ -34,7 +34,8 @@ def documents_beyond(system: Evaluated, phase: Phase, sync_point: SyncPoint, win
     """The documents of all data ranks with a label at position `window` or later, longest first; the same list on
     every rank and for every layout of ranks. Collective.
 
-    They are those of `--evaluation.steps` steps; one that goes on behind them counts as far as it was read.
+    They are those of `--evaluation.steps` steps; one that goes on behind them counts as far as it was read. Held-out
+    data that begins anew within these steps gives no document twice.
     """
     topology = sync_point.topology
     with shared_errors(topology):
@@ -57,7 +58,18 @@ def documents_beyond(system: Evaluated, phase: Phase, sync_point: SyncPoint, win
     # The ranks of a sequence group have read the same.
     everyone = all_gather_object(topology, own if topology.sequence_rank == 0 else [])
     found = [document for documents in everyone for document in documents]
-    return sorted(found, key=lambda document: (-len(document), document.stream, document.segment))
+    return _once(sorted(found, key=lambda document: (-len(document), document.stream, document.segment)))
+
+
+def _once(documents: Sequence[Document]) -> list[Document]:
+    """Without those whose tokens another one begins with; longest first. A copy would be its own control, and would
+    make intervals over documents too narrow."""
+    kept: list[Document] = []
+    for document in documents:
+        ids = document.input_ids
+        if not any(torch.equal(other.input_ids[: len(ids)], ids) for other in kept):
+            kept.append(document)
+    return kept
 
 
 def group_size(config: RunConfig) -> int:

@@ -44,7 +44,7 @@ def test_a_flip_in_the_saved_config_is_damage_and_no_difference_of_models(make_r
     [
         ({}, None),
         ({"context": 7, "gradient_chunk": 5}, None),
-        ({"attachment": "mag"}, "--model.memory.attachment None, this run has mag"),
+        ({"attachment": "mag"}, "--model.memory.attachment residual, this run has mag"),
         ({"rule": "delta"}, "--model.memory.rule titans, this run has delta"),
     ],
 )
@@ -56,6 +56,8 @@ def test_a_run_older_than_a_field_did_what_its_default_does(
     saved = to_plain(config)
     for new in ("attachment", "context", "gradient_chunk", "moneta", "yaad", "memora", "mlp", "swiglu"):
         del saved["model"]["memory"][new]
+    # A whole section, too.
+    del saved["model"]["distillation"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     write_whole(tmp_path, {"format": 1, "system": "miras", "world": 2, "zero_stage": 3})
     assert isinstance(config.model, MirasConfig)

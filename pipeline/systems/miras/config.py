@@ -60,9 +60,9 @@ class MemoryConfig:
     write_gate: Literal["sigmoid", "hard"] = "sigmoid"
     """Of the step sizes. sigmoid: above 0 for every token; hard: a stretched sigmoid, cut at 0 and 1, so that a token
     can write nothing. What is stored then outlasts any number of such tokens (docs/long_recall.md)."""
-    write_penalty: float = 0.0
+    write_penalty: float = field(default=0.0, metadata=MAY_CHANGE)
     """Weight of a penalty on writing: the mean of the write gates' sigmoid over tokens, heads and layers, before a hard
-    gate is cut. Gates that nothing holds open then close (L0 penalty of arXiv 1712.01312)."""
+    gate is cut. Gates that nothing holds open then close (after the L0 penalty of arXiv 1712.01312)."""
     gate_rank: int = 64
     """Rank of the output gate."""
     momentum: float = 0.1
@@ -218,6 +218,7 @@ class MirasConfig(ModelConfig):
         if (
             alone
             and self.memory.attachment == "residual"
+            and not self.memory.overflow_layers
             and not (settings.kl or settings.hidden or settings.cross_entropy)
         ):
             raise UserError(

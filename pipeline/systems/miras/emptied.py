@@ -11,18 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.systems.miras.config import Attachment
-
 WINDOWS = 2**20
 """Windows that a document has at the most, for ids that stay apart."""
 
-EMPTIED_BY: Mapping[Attachment, Mapping[str, Any]] = {
-    **{attachment: {"memory": True, "emptied": True} for attachment in ("residual", "mac", "mag", "mal")},
-    "overflow": {"memory": False},
-}
-"""By attachment, the options of the pass in which memory holds nothing from beyond what attention sees. Four take in
-every token, so they are emptied at every border. `overflow` takes in only what has left the window, so it is empty when
-it is left out, also on some layers among others."""
+EMPTIED: Mapping[str, Any] = {"memory": True, "emptied": True}
+"""The options of the pass in which memory holds nothing from beyond what attention sees. Memories that take in every
+token are emptied at every border. `overflow` takes in only what has left the window, so nothing is written to it; its
+share of what attention gives stays, since that is trained too and can adapt the model without remembering."""
 
 STATES = ("memory.memory", "memory.momentum")
 """Ends of the names of what a memory holds, in a carry: (M, S), without the tokens that a convolution still needs."""

@@ -18,12 +18,14 @@ from pipeline.lm.long_recall import DISTANCES, QUERIES, evaluate_capacity, evalu
 from pipeline.lm.long_text import LENGTHS, ReadsText, evaluate_long_text
 from pipeline.lm.passages import repeated_passages
 from pipeline.lm.perplexity import evaluate_perplexity
+from pipeline.lm.pretrained import trained_length
 from pipeline.lm.recall import evaluate_recall
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation, Phase
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
-from pipeline.systems.miras.emptied import EMPTIED_BY, is_state
+from pipeline.systems.miras.emptied import EMPTIED as EMPTIED_OPTIONS
+from pipeline.systems.miras.emptied import is_state
 
 ON, OFF, EMPTIED = "memory on", "memory off", "memory emptied"
 RATIO, EMPTIED_RATIO = "memory off / on", "memory emptied / on"
@@ -41,7 +43,7 @@ def evaluation_modes(memory: MemoryConfig) -> Modes:
     """The model with its memory, and where it has any: without one, and with nothing in it from beyond the window."""
     if not memory.layers:
         return {ON: {"memory": True}}
-    return {ON: {"memory": True}, OFF: {"memory": False}, EMPTIED: EMPTIED_BY[memory.attachment]}
+    return {ON: {"memory": True}, OFF: {"memory": False}, EMPTIED: EMPTIED_OPTIONS}
 
 
 @torch.no_grad()
@@ -122,7 +124,7 @@ def check_gap(system: EvaluatedMiras, topology: Topology) -> None:
 
 def gap_modes(system: EvaluatedMiras) -> GapModes:
     """The five losses of a memory."""
-    attention, memory, length = system.sizes.attention, system.sizes.memory, trained_length(system)
+    attention, length = system.sizes.attention, full_length(system)
 
     def full(longest: int) -> dict[str, Any]:
         # A window and sinks that reach as far together see the whole of what is no longer: full attention, across
@@ -134,22 +136,20 @@ def gap_modes(system: EvaluatedMiras) -> GapModes:
         attention.window,
         window={"memory": False},
         memory={"memory": True},
-        emptied=EMPTIED_BY[memory.attachment],
+        emptied=EMPTIED_OPTIONS,
         full=full if length > attention.window else None,
         is_state=is_state,
     )
 
 
-def trained_length(system: EvaluatedMiras) -> int:
+def full_length(system: EvaluatedMiras) -> int:
     """Tokens that the backbone was trained to see with full attention: those of a pretrained one by its config, or
-    `--evaluation.full-length`; 0 where there are none, as of random weights that are trained with the window."""
+    `--evaluation.full-length`, at most; 0 where there are none, as of random weights that are trained with the
+    window."""
     given = system.config.evaluation.full_length
-    if given:
-        return given
-    if system.sizes.backbone.pretrained is None:
-        return 0
-    length = int(getattr(system.backbone, "max_position_embeddings", 0) or 0)
-    return min(length, sliding_window(system.backbone) or length)
+    limits = (trained_length(system.sizes.backbone), sliding_window(system.backbone))
+    known = [limit for limit in limits if limit is not None] if system.sizes.backbone.pretrained is not None else []
+    return min([given, *known]) if given else min(known, default=0)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 from transformers import PreTrainedConfig
 
 from pipeline.lm.decoder_config import attention_width, head_dim, kv_width
+from pipeline.lm.pretrained import trained_length
 from pipeline.ops import dual_scan
 from pipeline.system import Flops
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -15,7 +16,9 @@ from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
 
 def compared_share(config: MirasConfig, sequence_length: int) -> float:
     """Share of tokens that a teacher is compared at when documents are as long as they can be."""
-    beyond = max(0, sequence_length - config.attention.window)
+    trained = trained_length(config.backbone)
+    seen = sequence_length if trained is None else min(sequence_length, trained)
+    beyond = max(0, seen - config.attention.window)
     return (min(config.distillation.tokens, beyond) if config.distillation.tokens else beyond) / sequence_length
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
@@ -56,3 +57,15 @@ def layer_numbers(memory: MemoryConfig) -> tuple[int, ...]:
 
 def _like_attention(memory: MemoryConfig, backbone: PreTrainedConfig) -> MemoryConfig:
     return dataclasses.replace(memory, heads=backbone.num_attention_heads, head_dim=head_dim(backbone))
+
+
+def check_chunks(kinds: Sequence[MemoryConfig], sequence_length: int) -> None:
+    """Raises UserError where a memory of chunks is written and never read within a sequence."""
+    for kind in kinds:
+        chunk = kind.swiglu.gradient_chunk
+        # A segment of mac is a chunk at the longest.
+        if kind.layers and kind.rule == "swiglu" and kind.attachment != "mac" and chunk >= sequence_length:
+            raise UserError(
+                f"--model.memory.swiglu.gradient-chunk {chunk}: a chunk reads what those before it wrote, and the"
+                f" --sequence-length {sequence_length} holds no two of them: lower it"
+            )

@@ -46,7 +46,7 @@ class MemoryHealth(NamedTuple):
     gates: Tensor
     opened: Tensor
     """Sum over tokens of the mean over all heads of the write gates, as the sigmoid gives them before it is stretched
-    and cut. With its graph, for the penalty on it."""
+    and cut. With its graph where there is a penalty on it."""
 
 
 class MemoryBranch(nn.Module):
@@ -167,6 +167,8 @@ def memory_health(
     """Sums over the states of a carry, over the write gates' logits of this step's tokens, and over gates [batch,
     sequence, heads]; of the gates, those of the tokens that are `written` alone where [batch, sequence, 1] bool says
     so."""
+    # Nothing else needs its graph, which would live as long as the step.
+    write_logits = write_logits if config.write_penalty else write_logits.detach()
     opened = torch.sigmoid(write_logits).sum() / config.heads
     alpha, eta, theta = alpha.detach(), eta.detach(), theta.detach()
     # Half-life of what is stored: forgetting, and overwriting at the rate theta / ((1 - eta) d) of random keys.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -115,9 +116,6 @@ class MirasModel(nn.Module):
         before = carry or [LayerCarry(None, None)] * len(layers)
         kinds = self.kinds if use_memory else {}
         memory_ids, memory_positions = segment_ids, positions
-        if emptied:
-            # What takes in only what has left the window is empty when it is left out.
-            kinds = {index: kind for index, kind in kinds.items() if kind.attachment != "overflow"}
         if emptied and attention.kind == "window":
             memory_ids, memory_positions = split_at_windows(segment_ids, positions, attention.window)
         elif emptied:
@@ -128,7 +126,7 @@ class MirasModel(nn.Module):
             memory_ids,
             before,
             self._segments(memory_ids, memory_positions, before) if use_memory else None,
-            self._overflow(segment_ids, positions, before) if use_memory and not emptied else None,
+            self._overflow(segment_ids, positions, before, written=not emptied) if use_memory else None,
             kinds,
             {},
         )
@@ -244,14 +242,17 @@ class MirasModel(nn.Module):
         """The first layer with a memory of this kind."""
         return next((layer for layer, kind in self.kinds.items() if kind.attachment == attachment), None)
 
-    def _overflow(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> OverflowPlan | None:
+    def _overflow(
+        self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry], *, written: bool
+    ) -> OverflowPlan | None:
         first, attention = self._first("overflow"), self.config.attention
         if first is None:
             return None
         window, memory = before[first]
         # A memory that starts now, behind a window that does not, has taken in nothing of it.
         known = None if window is None or memory is None else (memory.tail_segments, window.positions)
-        return plan_overflow(segment_ids, positions, known, window=attention.window, sinks=attention.sinks)
+        plan = plan_overflow(segment_ids, positions, known, window=attention.window, sinks=attention.sinks)
+        return dataclasses.replace(plan, written=written)
 
     def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
         first, memory = self._first("mac"), self.config.memory

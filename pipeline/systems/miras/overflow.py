@@ -44,6 +44,8 @@ class OverflowPlan:
     """[batch] bool: the first token goes on with the document of the step before."""
     tail_segments: Tensor
     """[batch, window] int64: the documents of the tokens that leave next, -1 where there is no token."""
+    written: bool = True
+    """Whether what leaves is stored. Otherwise the memory stays empty, and its share of the output stays as it is."""
 
 
 def plan_overflow(
@@ -139,7 +141,7 @@ class OverflowMemory(nn.Module):
         values = repeat(leaving_v, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
 
         leaves = plan.leaves[..., None]
-        beta = beta.masked_fill(~leaves, -math.inf)
+        beta = beta.masked_fill(~leaves, -math.inf) if plan.written else torch.full_like(beta, -math.inf)
         alpha = self.alpha_logits[local].to(accumulate_dtype).expand(batch, tokens, heads)
         if carry is None:
             state = self.rule.empty_state(batch, slice(0, heads), q)

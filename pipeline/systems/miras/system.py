@@ -26,7 +26,7 @@ from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
-from pipeline.systems.miras.layer_kinds import kinds_of_memory, on_backbone
+from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import health_metrics
 from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
@@ -50,13 +50,19 @@ class MirasSystem(System[TokenBatch]):
         for kind in self.kinds:
             check_attachment(kind, self.backbone, self.sizes.attention)
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
-        self.trained_length: int | None = None
-        if self.sizes.distil == "full":
-            limits = (trained_length(config.model.backbone), sliding_window(self.backbone))
-            self.trained_length = min((limit for limit in limits if limit is not None), default=None)
-        check_distillation(self.sizes, config.sequence_length, self.trained_length)
+        self.trained_length = self._trained_length()
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
+
+    def _trained_length(self) -> int | None:
+        """Tokens that the backbone was trained to see, as far as a teacher asks. Raises UserError where it then has
+        nothing to say."""
+        found = None
+        if self.sizes.distil == "full":
+            limits = (trained_length(self.sizes.backbone), sliding_window(self.backbone))
+            found = min((limit for limit in limits if limit is not None), default=None)
+        check_distillation(self.sizes, self.config.sequence_length, found)
+        return found
 
     def check(self, topology: Topology) -> None:
         """Raises UserError when heads or sequence cannot be divided over the ranks, nothing would be trained, or local
@@ -81,18 +87,7 @@ class MirasSystem(System[TokenBatch]):
                 f"--model.backbone.vocabulary {self.backbone.vocab_size}: the recall task has"
                 f" {task.vocab_size} ids: give as many or more"
             )
-        memory = self.sizes.memory
-        # A segment of mac is a chunk at the longest.
-        if (
-            memory.layers
-            and memory.rule == "swiglu"
-            and memory.attachment != "mac"
-            and memory.swiglu.gradient_chunk >= self.config.sequence_length
-        ):
-            raise UserError(
-                f"--model.memory.swiglu.gradient-chunk {memory.swiglu.gradient_chunk}: a chunk reads what those before"
-                f" it wrote, and the --sequence-length {self.config.sequence_length} holds no two of them: lower it"
-            )
+        check_chunks(self.kinds, self.config.sequence_length)
         if self.config.evaluation.gap_every:
             from pipeline.systems.miras.evaluation import check_gap
 
@@ -137,6 +132,8 @@ class MirasSystem(System[TokenBatch]):
         for kind in self.kinds:
             check_gathering(model, kind, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
+        # The config of a name on a hub may have come with the weights.
+        self.trained_length = self._trained_length()
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         groups: dict[tuple[str, bool], list[str]] = {}

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +24,13 @@ from pipeline.system import Phase
 from pipeline.systems.miras.attachments import ContextTokens
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.emptied import split_at_windows
-from pipeline.systems.miras.evaluation import check_gap, gap_modes, trained_length
+from pipeline.systems.miras.evaluation import check_gap, full_length, gap_modes
 from pipeline.systems.miras.memory import MemoryCarry
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.segments import plan_segments
 from pipeline.systems.miras.system import MirasSystem
 from tests.launch.parity_main import VOCABULARY, attached
+from tests.lm.families import save_decoder
 from tests.systems.miras.harness import batch, built, cut, run
 
 WINDOW = 10
@@ -285,13 +287,45 @@ def test_what_has_no_gap_is_refused_in_a_line(change: dict[str, dict[str, Any]],
             system.check(Topology(world=2, sequence=2))
 
 
-def test_a_backbone_was_trained_to_see_what_its_config_says_where_it_was_trained_at_all() -> None:
+def test_a_backbone_was_trained_to_see_what_its_config_says_where_it_was_trained_at_all(tmp_path: Path) -> None:
     for recipe in (miras_tiny(), miras_recall()):
-        assert trained_length(MirasSystem(recipe)) == 0 and gap_modes(MirasSystem(recipe)).full is None
+        assert full_length(MirasSystem(recipe)) == 0 and gap_modes(MirasSystem(recipe)).full is None
+    # Of a hub's name, nothing is known before it is here.
+    assert full_length(MirasSystem(pretrained_tiny("nobody/nothing"))) == 0
+    folder = save_decoder("olmo2", tmp_path)
+    system = MirasSystem(pretrained_tiny(str(folder)))
+    trained = system.backbone.max_position_embeddings
+    assert full_length(system) == trained > 64
+    for given, expected in ((64, 64), (2 * trained, trained)):
+        other = MirasSystem(replace(system.config, evaluation__full_length=given))
+        assert full_length(other) == expected
+    assert gap_modes(MirasSystem(replace(system.config, evaluation__full_length=64))).full is None, "the window"
+
+
+def pretrained_tiny(name: str) -> RunConfig:
     config = miras_tiny()
     assert isinstance(config.model, MirasConfig)
-    backbone = dataclasses.replace(config.model.backbone, pretrained="nobody/nothing")
-    pretrained = MirasSystem(replace(config, model=dataclasses.replace(config.model, backbone=backbone)))
-    assert trained_length(pretrained) == pretrained.backbone.max_position_embeddings > 64
-    shorter = MirasSystem(replace(pretrained.config, evaluation__full_length=64))
-    assert trained_length(shorter) == 64 and gap_modes(shorter).full is None, "no more than the window"
+    backbone = dataclasses.replace(config.model.backbone, pretrained=name)
+    memory = dataclasses.replace(config.model.memory, layers=(1,))
+    return replace(config, model=dataclasses.replace(config.model, backbone=backbone, memory=memory))
+
+
+def test_an_empty_overflow_keeps_its_share_of_what_attention_gives() -> None:
+    """The share is trained, and can adapt the model with nothing in memory: the control has to have it too."""
+    ids = torch.randint(VOCABULARY, (48,), generator=torch.Generator().manual_seed(2))
+    system, model = built(attached("overflow"))
+    part = batch(ids, [7, 41])
+    emptied, off, on = (
+        run(system, model, part, **options).tokens["losses"]
+        for options in ({"emptied": True}, {"memory": False}, {"memory": True})
+    )
+    with torch.no_grad():
+        for name, parameter in model.memory.named_parameters():
+            if name.endswith("beta_proj.bias"):
+                parameter.fill_(-1e6)
+    never_written = run(system, model, part).tokens["losses"]
+    torch.testing.assert_close(emptied, never_written, rtol=1e-12, atol=1e-12)
+    beyond = part.positions >= WINDOW + 2
+    assert torch.equal(emptied[~beyond], off[~beyond])
+    counted = beyond & (part.labels >= 0)
+    assert (emptied != off)[counted].all() and (emptied != on)[counted].all()

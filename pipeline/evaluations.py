@@ -98,8 +98,8 @@ def _is_due(step: int, *intervals: int) -> bool:
 
 def together(*evaluations: Evaluation) -> Evaluation:
     """What several evaluations of the same weights found, as one."""
-    scalars, curves, samples = (
+    scalars, curves, samples, heat_maps = (
         {name: value for found in evaluations for name, value in getattr(found, part).items()}
-        for part in ("scalars", "curves", "samples")
+        for part in ("scalars", "curves", "samples", "heat_maps")
     )
-    return Evaluation(scalars, curves, samples)
+    return Evaluation(scalars, curves, samples, heat_maps)

@@ -58,7 +58,7 @@ class Chosen:
 def counts(flag: str, words: str) -> tuple[int, ...]:
     """Numbers above 0, such as 1024,16384. Raises UserError."""
     parts = words.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{flag} {shown(words)}: give whole numbers above 0, such as 1024,16384")
     return tuple(map(int, parts))
 

@@ -122,8 +122,13 @@ def _check(distances: Sequence[int], task: RecallConfig) -> None:
             f"--lengths {' '.join(map(str, distances)) or 'is empty'}: the list of {task.pairs} pairs is"
             f" {2 * task.pairs + 1} tokens long: give {least} or more"
         )
-    if list(distances) != sorted(set(distances)):
-        raise UserError(f"--lengths {' '.join(map(str, distances))}: give rising lengths, each once")
+    check_rising(distances)
+
+
+def check_rising(lengths: Sequence[int]) -> None:
+    """Raises UserError where lengths do not rise."""
+    if list(lengths) != sorted(set(lengths)):
+        raise UserError(f"--lengths {' '.join(map(str, lengths))}: give rising lengths, each once")
 
 
 def _divided(length: int, degree: int) -> int:

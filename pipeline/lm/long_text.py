@@ -34,6 +34,7 @@ from pipeline.data.text_tasks import (
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.lm.held_out import Evaluated, Modes
+from pipeline.lm.long_recall import check_rising
 from pipeline.lm.long_text_report import Answer, summarise
 from pipeline.parallel.collectives import all_gather_object, shared_errors
 from pipeline.runtime.sync import SyncPoint
@@ -83,6 +84,7 @@ def evaluate_long_text(
     topology = sync_point.topology
     tokenizer = load_tokenizer(system.config.data.tokenizer, system.config.data.trust_remote_code)
     with shared_errors(topology):
+        check_rising(lengths)
         background = read_background(system, tokenizer, max(lengths))
     rows = system.config.evaluation.batch_size or min(ROWS, system.config.batch_size)
     batches = math.ceil(documents / (rows * topology.data))

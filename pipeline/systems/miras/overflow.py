@@ -1,8 +1,8 @@
 """A memory of what leaves attention's window, and of nothing else (the attachment `overflow`).
 
 It holds no document's token that attention still sees, so while nothing has left the window the layer is exactly the
-backbone's: whatever it gains, it has remembered. Attentive Hybrid Networks (arXiv 2510.07318) share the idea; there the
-cell is gated, here it is any rule of the family. docs/attachments.md has the equations.
+backbone's. Attentive Hybrid Networks (arXiv 2510.07318) share the idea; there the cell is gated, here it is any rule of
+the family. docs/attachments.md has the equations.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ class MirasSystem(System[TokenBatch]):
 
     @property
     def penalised(self) -> bool:
-        """Whether writing has a price."""
+        """Whether there is a penalty on writing."""
         return bool(self.kinds) and self.sizes.memory.write_penalty > 0
 
     def _comparable(self, batch: TokenBatch) -> Tensor:

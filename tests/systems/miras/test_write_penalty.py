@@ -16,7 +16,7 @@ from tests.systems.miras.harness import batch, built, run, tokens
 ATTACHMENTS = ("residual", "mac", "mag", "mal", "overflow")
 
 
-def priced(attachment: str, penalty: float) -> RunConfig:
+def penalised(attachment: str, penalty: float) -> RunConfig:
     config = attached(attachment)
     assert isinstance(config.model, MirasConfig)
     memory = dataclasses.replace(config.model.memory, write_penalty=penalty)
@@ -25,7 +25,7 @@ def priced(attachment: str, penalty: float) -> RunConfig:
 
 @pytest.mark.parametrize("attachment", ATTACHMENTS)
 def test_it_is_the_mean_gate_of_all_tokens_heads_and_layers(attachment: str) -> None:
-    system, model = built(priced(attachment, 0.5))
+    system, model = built(penalised(attachment, 0.5))
     logits = []
     for name, module in model.named_modules():
         if attachment == "overflow" and name.endswith("core.rule"):
@@ -43,7 +43,7 @@ def test_it_is_the_mean_gate_of_all_tokens_heads_and_layers(attachment: str) -> 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("attachment", ATTACHMENTS)
 def test_it_closes_the_gates_and_moves_no_other_weight_of_the_memory(attachment: str, recompute: bool) -> None:
-    config = dataclasses.replace(priced(attachment, 0.5), activation_checkpointing=recompute)
+    config = dataclasses.replace(penalised(attachment, 0.5), activation_checkpointing=recompute)
     system, model = built(config)
     # The gates of a later layer also depend on what the first memory gave: the last alone says what a gate moves.
     last = max(map(int, model.memory))
@@ -56,12 +56,12 @@ def test_it_closes_the_gates_and_moves_no_other_weight_of_the_memory(attachment:
     assert bias.grad is not None and (bias.grad > 0).all()
 
 
-def test_without_a_price_there_is_no_term() -> None:
+def test_without_a_penalty_there_is_no_term() -> None:
     system, model = built(attached("residual"))
     whole = batch(tokens(), [LENGTH])
     assert set(run(system, model, whole).sums) == set(system.count(whole)) == {"cross_entropy"}
 
 
-def test_a_negative_price_is_refused() -> None:
+def test_a_negative_penalty_is_refused() -> None:
     with pytest.raises(UserError, match=r"--model.memory.write-penalty -1"):
         MemoryConfig(write_penalty=-1)

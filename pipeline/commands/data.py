@@ -17,8 +17,12 @@ from pipeline.spelling import did_you_mean, nearest
 
 USAGE = """\
 usage: mnemos data prepare --path PATH ... --tokenizer NAME --out DIR [flags]
+       mnemos data inspect FILE [--at POSITION] [--count N] [flags]
+       mnemos data inspect RUN --step S [flags]
+       mnemos data verify FILE ... [flags]
 
-Tokenises documents into token files, which --data.tokens reads. `mnemos data prepare --help` lists the flags."""
+Token files: tokenise documents, look at what is in them and at what a step of a run has read, and check them. Each
+command takes --help."""
 
 
 def _as_in_a_run(name: str) -> object:
@@ -147,4 +151,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-_COMMANDS: dict[str, Callable[[list[str]], None]] = {"prepare": _prepare}
+def _inspect(words: list[str]) -> None:
+    from pipeline.commands.token_files import run_inspect
+
+    run_inspect(words)
+
+
+def _verify(words: list[str]) -> None:
+    from pipeline.commands.token_files import run_verify
+
+    run_verify(words)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {"prepare": _prepare, "inspect": _inspect, "verify": _verify}

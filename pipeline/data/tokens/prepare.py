@@ -51,7 +51,8 @@ def prepare(
     settings = [_settings(job, group) for group in groups]
     done = {path: _finished(path, wanted, tokenizer, job.dtype) for path, wanted in zip(paths, settings, strict=True)}
     missing = [number for number, path in enumerate(paths) if done[path] is None]
-    encoded = encode_all(job, [chunk for number in missing for chunk in groups[number]], workers)
+    to_do = [chunk for number in missing for chunk in groups[number]]
+    encoded = encode_all(job, to_do, min(workers, max(1, len(to_do))))
     for number, path in enumerate(paths):
         there = done[path]
         if there is None:

@@ -92,19 +92,19 @@ def test_chunks_are_all_documents_in_order(json_shards: list[str], tmp_path: Pat
     assert len(cut(source, 300)) > 10 and len(cut(source, 10**9)) == 1
 
 
-def test_processes_change_nothing_and_a_stopped_call_goes_on(tmp_path: Path, bpe_folder: Path, monkeypatch) -> None:
+def test_processes_change_nothing_and_a_stopped_call_goes_on(tmp_path: Path) -> None:
     corpus = standard_library_text() * 5
     lines = [line for text in corpus for line in text.split("\n\n") if line]
     path = write_lines(tmp_path / "a.jsonl", lines)
-    one = run([path], tmp_path / "one", tokenizer=str(bpe_folder))
-    two = run([path], tmp_path / "two", tokenizer=str(bpe_folder), workers=2)
+    one = run([path], tmp_path / "one")
+    two = run([path], tmp_path / "two", workers=2)
     assert len(one) == 2 and [file.sidecar for file in one] == [file.sidecar for file in two]
-    assert ids_of(one) == ids_of(two) == expected(lines, load_tokenizer(str(bpe_folder)))
+    assert ids_of(one) == ids_of(two) == expected(lines, ByteTokenizer())
     # Stopped before the second file was complete.
     two[1].path.with_name(two[1].path.name + ".json").unlink()
     two[1].path.write_bytes(b"half")
     before = two[0].path.stat().st_mtime_ns
-    again = run([path], tmp_path / "two", tokenizer=str(bpe_folder))
+    again = run([path], tmp_path / "two")
     assert [file.was_there for file in again] == [True, False] and two[0].path.stat().st_mtime_ns == before
     assert ids_of(again) == ids_of(one)
     assert not list((tmp_path / "two").glob(".*partial"))
@@ -152,3 +152,9 @@ def test_a_process_that_dies_ends_the_call(tmp_path: Path, monkeypatch) -> None:
     path = write_lines(tmp_path / "a.jsonl", ["one"])
     with pytest.raises(UserError, match="give fewer --workers"):
         run([path], tmp_path / "out", workers=2)
+
+
+def test_a_tokenizer_of_a_folder_gives_its_ids(tmp_path: Path, bpe_folder: Path) -> None:
+    lines = [*standard_library_text()[0].split("\n\n")[:50], "<|endoftext|> is text here"]
+    found = run([write_lines(tmp_path / "a.jsonl", lines)], tmp_path / "out", tokenizer=str(bpe_folder))
+    assert ids_of(found) == expected(lines, load_tokenizer(str(bpe_folder)))

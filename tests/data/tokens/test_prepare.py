@@ -149,7 +149,8 @@ def test_a_process_that_dies_ends_the_call(tmp_path: Path, monkeypatch) -> None:
             raise BrokenProcessPool("gone")
 
     monkeypatch.setattr(chunks, "ProcessPoolExecutor", Pool)
-    path = write_lines(tmp_path / "a.jsonl", ["one"])
+    monkeypatch.setattr(prepare, "cut", lambda source: cut(source, 1))
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(UserError, match="give fewer --workers"):
         run([path], tmp_path / "out", workers=2)
 

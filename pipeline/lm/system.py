@@ -61,7 +61,7 @@ class LanguageModelSystem(System[TokenBatch]):
         """Training or held-out data of this data rank."""
         # Before its tokenizer is missed, which is in the same folder.
         check_fetched(self.backbone_section)
-        if self.config.data.recall is None:
+        if self.config.data.recall is None and not self.config.data.tokens:
             self._source = self._source or build_source(self.config, self.files)
         return build_loader(
             self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 HELP_WORDS = ("-h", "--help", "--help-all")
-RECORDED = ("parallel.sequence", "data.path", "data.dataset", "data.mix", "output_dir", "run_name", "run_id")
+SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
+"""Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
+RECORDED = ("parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id")
 """Fields whose flags mean more than their value: that a person chose it."""
 
 
@@ -67,11 +69,13 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         show_help(config, program, everything=everything, own=own, description=describe(recipes[name]))
     given: set[str] = set()
     # Parsed without the recipe's own source, which what a person names replaces.
-    sourceless = replace(config, data__path=(), data__dataset=None, data__mix=())
+    sourceless = replace(config, data__path=(), data__dataset=None, data__mix=(), data__tokens=())
     parsed: RunConfig = parse_flags(sourceless, rest, program, own, given)
-    if given.isdisjoint(("data.path", "data.dataset", "data.mix")):
+    if given.isdisjoint(SOURCES):
         data = config.data
-        parsed = replace(parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix)
+        parsed = replace(
+            parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
+        )
     if file is not None and states(Path(file), "parallel", "sequence"):
         given.add("parallel.sequence")
     if ranks is not None and "parallel.sequence" not in given:

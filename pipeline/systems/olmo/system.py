@@ -1,0 +1,92 @@
+"""The olmo system: what the engine asks of a decoder that is trained from random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import TokenBatch
+from pipeline.lm.attention import attention_backend
+from pipeline.lm.config import AttentionConfig
+from pipeline.lm.decoder_config import check_window
+from pipeline.lm.perplexity import evaluate_perplexity
+from pipeline.lm.system import LanguageModelSystem, is_linear_weight
+from pipeline.parallel.topology import Topology
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import Carry, Evaluation, ParameterGroup, Phase, StepContext, StepOutput
+from pipeline.systems.olmo import weights
+from pipeline.systems.olmo.config import OlmoConfig
+from pipeline.systems.olmo.model import OlmoModel
+
+TERM = "cross_entropy"
+
+
+class OlmoSystem(LanguageModelSystem):
+    """A decoder on packed text (see pipeline/system.py for what a system is)."""
+
+    name = "olmo"
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.model, OlmoConfig)
+        super().__init__(config, config.model.backbone)
+        self.sizes = config.model
+        self.attention = AttentionConfig("full", backend=self.sizes.attention.backend)
+        check_window(self.attention, self.backbone, config.sequence_length)
+
+    def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+        backend = attention_backend(self.attention, self.backbone, device_type, dtype)
+        reach = "the document" if self.sizes.attention.document_mask else "the sequence"
+        weights = self.sizes.backbone.pretrained or f"random weights ({self.sizes.initialisation})"
+        return {
+            "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
+            f" {self.backbone.hidden_size}, {weights}",
+            "attention": f"full, of {reach}, backend {backend}",
+        }
+
+    def build(self) -> nn.Module:
+        return OlmoModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
+
+    def initialise(self, model: nn.Module, topology: Topology) -> None:
+        weights.initialise(model, self.sizes, self.config.seed, topology)
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        decayed: list[str] = []
+        others: list[str] = []
+        for name, parameter in model.named_parameters():
+            (decayed if self._is_decayed(name, parameter) else others).append(name)
+        groups = (
+            ParameterGroup("decayed", tuple(decayed), self.sizes.backbone.lr_scale, self.config.weight_decay),
+            ParameterGroup("not decayed", tuple(others), self.sizes.backbone.lr_scale),
+        )
+        return [Phase("train", self.config.steps, tuple(group for group in groups if group.parameters))]
+
+    def _is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        if is_linear_weight(name, parameter):
+            return True
+        return self.sizes.decay_embeddings if "embed_tokens" in name else self.sizes.decay_norms
+
+    def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
+        local = context.topology.shard(batch.input_ids.shape[1])
+        output = model(
+            batch.input_ids[:, local],
+            batch.labels[:, local],
+            batch.segment_ids,
+            batch.positions,
+            context.topology,
+            predict=bool(context.options.get("predict", False)),
+        )
+        per_token = {"losses": output.losses, "predictions": output.predictions}
+        tokens = {name: value.detach() for name, value in per_token.items() if value is not None}
+        return StepOutput({TERM: output.losses.sum()}, {}, tokens=tokens)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+        was_training = model.training
+        model.eval()
+        try:
+            return evaluate_perplexity(self, model, phase, sync_point, {"held out": {}}, edges={}, ratios={})
+        finally:
+            model.train(was_training)

@@ -9,6 +9,8 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import TokenBatch
+from pipeline.errors import UserError
+from pipeline.host.hardware import on_gpu
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
@@ -48,6 +50,22 @@ class OlmoSystem(LanguageModelSystem):
 
     def build(self) -> nn.Module:
         return OlmoModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, OlmoModel)
+        return list(model.backbone.model.layers)
+
+    def check_compile(self, topology: Topology) -> None:
+        if topology.sequence > 1:
+            raise UserError(
+                f"--compile with --parallel.sequence {topology.sequence}: a block that ranks share is no single graph:"
+                " leave one of them out"
+            )
+        if self.sizes.attention.document_mask and not on_gpu():
+            raise UserError(
+                "--compile with a document mask on a CPU: attention is another graph for every batch of documents:"
+                " leave one of them out"
+            )
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)

@@ -38,9 +38,7 @@ def check_compile(config: RunConfig, system: System, topology: Topology, ds_conf
         )
     system.check_compile(topology)
     if on_gpu() and importlib.util.find_spec("triton") is None:
-        raise UserError(
-            "--compile: torch.compile needs the package triton here: install it, or leave --compile out"
-        )
+        raise UserError("--compile: torch.compile needs the package triton here: install it, or leave --compile out")
     named = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
         given = f"CXX={named}" if named else f"any of {', '.join(COMPILERS)}"

@@ -114,8 +114,7 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch: pytest.Monk
         check_compile(run, create_system(run), Topology(), {"zero_optimization": {"stage": stage}})
     assert "give --zero zero2 or less" in refusal(replace(run, zero="zero3"), stage=3)
     assert "leave one of them out" in refusal(run, degree=2)
-    masked = dataclasses.replace(run.model.attention, document_mask=True)  # type: ignore[attr-defined]
-    assert "document mask" in refusal(dataclasses.replace(run, model=dataclasses.replace(run.model, attention=masked)))  # type: ignore[call-arg]
+    assert "--data.document-mask on a CPU" in refusal(replace(run, data__document_mask=True))
     assert "no blocks that can be compiled" in refusal(replace(miras_tiny(), compile=True))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler (CXX=no-such-compiler)" in refusal(run)

@@ -66,9 +66,9 @@ class OlmoSystem(LanguageModelSystem):
                 f"--compile with --parallel.sequence {topology.sequence}: a block that ranks share is no single graph:"
                 " leave one of them out"
             )
-        if self.sizes.attention.document_mask and not on_gpu():
+        if self.config.data.document_mask and not on_gpu():
             raise UserError(
-                "--compile with a document mask on a CPU: attention is another graph for every batch of documents:"
+                "--compile with --data.document-mask on a CPU: attention is another graph for every batch of documents:"
                 " leave one of them out"
             )
 

@@ -14,11 +14,12 @@ from pipeline.host.hardware import on_gpu
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
+from pipeline.lm.flops import decoder_flops
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, Evaluation, ParameterGroup, Phase, StepContext, StepOutput
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
 from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
@@ -71,6 +72,9 @@ class OlmoSystem(LanguageModelSystem):
                 "--compile with --data.document-mask on a CPU: attention is another graph for every batch of documents:"
                 " leave one of them out"
             )
+
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
+        return decoder_flops(self.backbone, sequence_length)
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)

@@ -9,14 +9,17 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, TokenBatch
+from pipeline.errors import UserError
+from pipeline.host.hardware import on_gpu
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
+from pipeline.lm.flops import decoder_flops
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, Evaluation, ParameterGroup, Phase, StepContext, StepOutput
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
 from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
@@ -53,6 +56,25 @@ class OlmoSystem(LanguageModelSystem):
             document_mask=self.config.data.document_mask,
             activation_checkpointing=self.config.activation_checkpointing,
         )
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, OlmoModel)
+        return list(model.backbone.model.layers)
+
+    def check_compile(self, topology: Topology) -> None:
+        if topology.sequence > 1:
+            raise UserError(
+                f"--compile with --parallel.sequence {topology.sequence}: a block that ranks share is no single graph:"
+                " leave one of them out"
+            )
+        if self.config.data.document_mask and not on_gpu():
+            raise UserError(
+                "--compile with --data.document-mask on a CPU: attention is another graph for every batch of documents:"
+                " leave one of them out"
+            )
+
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
+        return decoder_flops(self.backbone, sequence_length)
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import nn
@@ -72,6 +73,25 @@ class Compiles(Protocol):
 
     def check_compile(self, topology: Topology) -> None:
         """Raises UserError where a block would not be one graph, or be compiled anew at every step."""
+        ...
+
+
+@dataclass(frozen=True)
+class PublishedHours:
+    """Training times that others state for a model."""
+
+    device: str
+    """The device that they state them for, of the table of devices."""
+    hours: Mapping[tuple[int, int], float]
+    """By tokens and number of devices."""
+
+
+@runtime_checkable
+class Published(Protocol):
+    """Is a model whose training time others have stated (`plan RECIPE --tokens N`)."""
+
+    def published_hours(self) -> PublishedHours | None:
+        """None where nobody has for these sizes."""
         ...
 
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from pipeline.capabilities import PublishedHours
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, TokenBatch
 from pipeline.errors import UserError
+from pipeline.host.devices import Device
 from pipeline.host.hardware import on_gpu
+from pipeline.lm.activations import TrainedDecoder, decoder_bytes
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
@@ -24,6 +27,14 @@ from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
 
+GUIDE = PublishedHours(
+    "A100",
+    {
+        (10**9, 1): 5.6, (10**9, 8): 0.7, (10**10, 1): 56, (10**10, 8): 7, (10**11, 1): 23 * 24, (10**11, 8): 2.9 * 24,
+        (3 * 10**12, 1): 1.9 * 365.25 * 24, (3 * 10**12, 8): 88 * 24,
+    },
+)  # fmt: skip
+"""Of OLMo-1B of February 2024, by the guide to it whose run `olmo_1b` repeats."""
 TERM, Z_LOSS = "cross_entropy", "z_loss"
 
 
@@ -75,6 +86,23 @@ class OlmoSystem(LanguageModelSystem):
 
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         return decoder_flops(self.backbone, sequence_length)
+
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
+        kept, work = decoder_bytes(
+            TrainedDecoder(
+                self.backbone,
+                self.attention,
+                element,
+                rows=self.config.batch_size,
+                sequence=self.config.sequence_length,
+                degree=topology.sequence,
+                recompute=self.config.activation_checkpointing,
+            )
+        )
+        return {"kept activations": kept, "working set": work}
+
+    def published_hours(self) -> PublishedHours | None:
+        return GUIDE if self.sizes == OlmoConfig() else None
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)

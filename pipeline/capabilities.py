@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import nn
@@ -12,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.system import Evaluation, Phase, Sample, StepContext, System
 
 if TYPE_CHECKING:
+    from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
 
 
@@ -58,6 +60,38 @@ class Recalls(Protocol):
     ) -> Evaluation:
         """Shares of right answers by length. `lengths` in tokens, None: the system's own; at least `queries` questions
         a point. Collective; leaves the model's mode as it found it. Raises UserError."""
+        ...
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """Has blocks that torch.compile makes one graph of, each (`--compile`)."""
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The blocks that are compiled, of the model that `build` made."""
+        ...
+
+    def check_compile(self, topology: Topology) -> None:
+        """Raises UserError where a block would not be one graph, or be compiled anew at every step."""
+        ...
+
+
+@dataclass(frozen=True)
+class PublishedHours:
+    """Training times that others state for a model."""
+
+    device: str
+    """The device that they state them for, of the table of devices."""
+    hours: Mapping[tuple[int, int], float]
+    """By tokens and number of devices."""
+
+
+@runtime_checkable
+class Published(Protocol):
+    """Is a model whose training time others have stated (`plan RECIPE --tokens N`)."""
+
+    def published_hours(self) -> PublishedHours | None:
+        """None where nobody has for these sizes."""
         ...
 
 

@@ -108,7 +108,8 @@ class DataConfig:
     eos_id: int | None = None
     """Id that ends a document in token files; None: that of their sidecar, or else of the tokenizer."""
     document_mask: bool = False
-    """Documents in one window of a token file do not see each other, and the first token of one is no label."""
+    """Documents in one window of a token file do not see each other, and the first token of one is no label. Systems
+    that let documents of one sequence see each other read it for packed text too."""
     token_cache: str | None = None
     """Folder for blocks of token files that are URLs; None: mnemos/tokens in $XDG_CACHE_HOME or ~/.cache."""
     dataset_config: str | None = None

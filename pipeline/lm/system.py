@@ -1,0 +1,119 @@
+"""The base class of language-model systems: packed text on a decoder of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import IGNORED, Counts, StatefulLoader, TokenBatch
+from pipeline.data.build import build_loader, build_source
+from pipeline.data.sources.base import Source
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.errors import UserError
+from pipeline.lm.config import BackboneConfig
+from pipeline.lm.decoder_config import kv_heads
+from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import full_shape
+from pipeline.system import Phase, System
+
+
+class LanguageModelSystem(System[TokenBatch]):
+    """What systems with a decoder share: its checks, the data of text, and how held-out text is measured."""
+
+    def __init__(self, config: RunConfig, backbone: BackboneConfig) -> None:
+        super().__init__(config)
+        self.backbone_section = backbone
+        self.backbone = backbone_config(backbone)
+        self._source: Source | None = None
+        self._held_out: StatefulLoader[TokenBatch] | None = None
+
+    def check(self, topology: Topology) -> None:
+        """Raises UserError when heads or sequence cannot be divided over the ranks, the vocabulary has no room for the
+        recall task, or local weights are not whole."""
+        if is_local(self.backbone_section):
+            pretrained_tensors(self.backbone_section)
+        task = self.config.data.recall
+        if task is not None and task.vocab_size > self.backbone.vocab_size:
+            raise UserError(
+                f"--model.backbone.vocabulary {self.backbone.vocab_size}: the recall task has"
+                f" {task.vocab_size} ids: give as many or more"
+            )
+        for what, count in self.divided().items():
+            if count % topology.sequence:
+                raise UserError(
+                    f"--parallel.sequence {topology.sequence} does not divide the {count} {what}: choose a degree that"
+                    " does"
+                )
+
+    def divided(self) -> dict[str, int]:
+        """What the ranks of a sequence divide among them, by name."""
+        return {
+            "sequence length": self.config.sequence_length,
+            "attention heads": self.backbone.num_attention_heads,
+            "key-value heads": kv_heads(self.backbone),
+        }
+
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
+        return self.open_loader(topology, held_out=False)
+
+    def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
+        """Training or held-out data of this data rank."""
+        # Before its tokenizer is missed, which is in the same folder.
+        check_fetched(self.backbone_section)
+        if self.config.data.recall is None and not self.config.data.tokens:
+            self._source = self._source or build_source(self.config, self.files)
+        return build_loader(
+            self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
+        )
+
+    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
+        """The held-out loader at its start: opened once, so that what it has read stays read."""
+        if self._held_out is None:
+            self._held_out = self.open_loader(topology, held_out=True)
+        else:
+            self._held_out.reset()
+        return self._held_out
+
+    def count(self, batch: TokenBatch) -> Counts:
+        return {self.token_term: int((batch.labels != IGNORED).sum())}
+
+    def byte_lengths(self) -> Tensor | None:
+        """Bytes of text that each token id stands for; None where the tokenizer cannot say.
+
+        Of token files that is known only where their tokenizer is here: ids are all that is read of them.
+        """
+        data = self.config.data
+        if data.recall is not None or (data.tokens and not _is_here(data.tokenizer)):
+            return None
+        tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
+        if data.tokens and tokenizer.name == "bytes" and self.backbone.vocab_size > tokenizer.vocab_size:
+            return None  # nobody has named a tokenizer: these are ids of another
+        lengths = tokenizer.byte_lengths()
+        if lengths is None or lengths.numel() >= self.backbone.vocab_size:
+            return lengths
+        # Rows that pad the vocabulary stand for nothing.
+        return F.pad(lengths, (0, self.backbone.vocab_size - lengths.numel()))
+
+
+def is_linear_weight(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter, sharded or not, is the matrix of a linear layer; that of an embedding is not, nor is one
+    that a head shares with it."""
+    return name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name
+
+
+def _is_here(name: str) -> bool:
+    """Whether a tokenizer can be loaded without a network: all but names on the Hub that are not in its cache."""
+    if name == "bytes" or Path(name).expanduser().exists():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return isinstance(try_to_load_from_cache(repository, "tokenizer.json", revision=revision or None), str)
+    except HFValidationError:  # a path, of nothing
+        return False

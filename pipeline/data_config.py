@@ -88,8 +88,8 @@ class DataConfig:
     """Where documents come from and how they are cut."""
 
     path: tuple[str, ...] = ()
-    """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents, text and JSON also with .gz or
-    .zst behind it. Empty: see `dataset`."""
+    """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents, text and JSON also with .gz,
+    .zst, .bz2 or .xz behind it. Empty: see `dataset`."""
     dataset: str | None = None
     """A Hugging Face data set to stream (NAME or NAME@REVISION), or `stdlib`: the source files of this machine's Python
     standard library."""

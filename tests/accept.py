@@ -72,6 +72,10 @@ EXPERIMENTS = {
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",
         ("tests/ops/test_memory_limits.py",), 10,
     ),
+    "token_files": Experiment(
+        "token files are made at the tokenizer's speed, and read at 10 M tokens/s by a rank",
+        ("tests/data/tokens/test_speed.py",), 3,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

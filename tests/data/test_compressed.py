@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +151,16 @@ def test_what_is_not_compressed_at_all_is_named(tmp_path: Path, refusal: Callabl
         path.write_text("".join(LINES))
         assert f"{path} is damaged or cut short (" in refusal(local_files, [str(path)])
         assert len(local_files([str(path)], skip=True)) == 1
+
+
+@pytest.mark.parametrize("suffix, module", [("bz2", bz2), ("xz", lzma)])
+def test_bzip2_and_xz_are_read_and_their_damage_is_named(tmp_path: Path, refusal, suffix: str, module: Any) -> None:
+    lines = [{"text": f"{i} " + "word " * i} for i in range(200)]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(module.compress(content))
+    (tmp_path / f"b.py.{suffix}").write_bytes(module.compress(b"# coding: latin-1\n# \xe9"))
+    assert texts(local_files([str(path)])) == [line["text"] for line in lines]
+    assert texts(local_files([str(tmp_path / f"b.py.{suffix}")])) == ["# coding: latin-1\n# é"]
+    path.write_bytes(module.compress(content)[:-100])
+    assert "is damaged or cut short" in refusal(local_files, [str(path)])

@@ -1,4 +1,4 @@
-"""gzip and zstd files, read forward; where the damage of a broken one begins shows as `Damaged`."""
+"""gzip, zstd, bzip2 and xz files, read forward; where the damage of a broken one begins shows as `Damaged`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 CHUNK = 1 << 20
 """Bytes of text that are decompressed at a time. What a damaged archive still gives depends on it, so it is fixed."""
 
@@ -46,7 +46,11 @@ class Decompressed:
         self.position = 0
         """Bytes of text before those that come next."""
         self._file = path.open("rb")
-        self._stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._file, mode="r"), codec)
+        self._stream: Any = (
+            lzma.LZMAFile(self._file)  # which Arrow does not read
+            if codec == "xz"
+            else pyarrow.CompressedInputStream(pyarrow.PythonFile(self._file, mode="r"), codec)
+        )
         self._left = b""
 
     def chunks(self) -> Iterator[bytes]:

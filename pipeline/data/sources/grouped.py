@@ -186,7 +186,7 @@ class _Lines:
 
 
 class CompressedJsonLinesFile:
-    """A JSON object per line of a gzip or zstd file.
+    """A JSON object per line of a compressed file.
 
     The file is decompressed once to find its lines, and then, for each group, from the start or from where the group
     before ended. With `skip`, a file that is cut short or damaged ends in one record that has a problem, in place of

@@ -64,7 +64,8 @@ class TextFile:
                 data = b"".join(self._blocks())
             except Damaged as error:
                 return Document(name, "", str(error))
-        python = self.path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".py")
+        name_of_text = self.path.stem if self._codec is not None else self.path.name
+        python = name_of_text.lower().endswith(".py")
         text, undecodable = decode_python(data) if python else decode(data)
         return Document(name, text, undecodable=undecodable)
 

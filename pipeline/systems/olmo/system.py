@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.config import RunConfig
-from pipeline.data.batch import TokenBatch
+from pipeline.data.batch import Counts, TokenBatch
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
 from pipeline.lm.attention import attention_backend
@@ -24,7 +24,7 @@ from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
 
-TERM = "cross_entropy"
+TERM, Z_LOSS = "cross_entropy", "z_loss"
 
 
 class OlmoSystem(LanguageModelSystem):
@@ -95,6 +95,10 @@ class OlmoSystem(LanguageModelSystem):
             return True
         return self.sizes.decay_embeddings if "embed_tokens" in name else self.sizes.decay_norms
 
+    def count(self, batch: TokenBatch) -> Counts:
+        labels = {**super().count(batch)}
+        return {**labels, Z_LOSS: labels[TERM]} if self.sizes.z_loss else labels
+
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         local = context.topology.shard(batch.input_ids.shape[1])
         output = model(
@@ -107,7 +111,8 @@ class OlmoSystem(LanguageModelSystem):
         )
         per_token = {"losses": output.losses, "predictions": output.predictions}
         tokens = {name: value.detach() for name, value in per_token.items() if value is not None}
-        return StepOutput({TERM: output.losses.sum()}, {}, tokens=tokens)
+        z_losses = {} if output.z_losses is None else {Z_LOSS: output.z_losses.sum()}
+        return StepOutput({TERM: output.losses.sum(), **z_losses}, {}, tokens=tokens)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:

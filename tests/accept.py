@@ -68,6 +68,10 @@ EXPERIMENTS = {
         "trained on distances to 1K tokens, it recalls eight pairs after a million",
         ("tests/launch/test_recall_long.py",), 30,
     ),
+    "dense_speed": Experiment(
+        "a step of a decoder is as fast here as in a plain PyTorch loop",
+        ("tests/bench/test_dense.py",), 10,
+    ),
     "limits": Experiment(
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",
         ("tests/ops/test_memory_limits.py",), 10,

@@ -58,7 +58,7 @@ class Plain:
     def __init__(self, config: RunConfig, topology: Topology, batches: Sequence[TokenBatch]) -> None:
         self.config, self.topology, self.batches, self.done = config, topology, batches, 0
         system = checked_system(config, topology)
-        weights = load_model(config, system, topology).model.backbone.state_dict()  # type: ignore[union-attr, operator]
+        weights = load_model(config, system, topology).model.backbone.state_dict()  # type: ignore[union-attr]
         assert isinstance(config.model.backbone, BackboneConfig)  # type: ignore[attr-defined]
         sizes = backbone_config(config.model.backbone)  # type: ignore[attr-defined]
         sizes._attn_implementation = "sdpa"

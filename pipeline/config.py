@@ -94,6 +94,8 @@ class ReportConfig:
     """Draw PNG plots at evaluations and at the end."""
     plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0
     """Steps between drawings of the training curves, which are also drawn at the end; 0: at every evaluation."""
+    spike_factor: float = 4.0
+    """A step whose gradient norm is above this multiple of the running median is logged with its batch; 0: none is."""
     tensorboard: bool = False
     """Write TensorBoard events under OUT/tensorboard."""
     wandb: str | None = None
@@ -142,6 +144,8 @@ class RunConfig:
     """Checkpoint to take weights alone from."""
     save_every: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = 500
     """Steps between checkpoints; 0: at the end only."""
+    save_at_start: bool = False
+    """Save a checkpoint before the first step too: checkpoint-0, with the initial weights."""
     keep: int = 2
     """Complete checkpoints to keep: the newest."""
     keep_every: int = 0
@@ -214,6 +218,7 @@ class RunConfig:
             "--data.min-tokens": self.data.min_tokens,
             "--optimizer.eps": self.optimizer.eps,
             "--report.plot-every": self.report.plot_every,
+            "--report.spike-factor": self.report.spike_factor,
             "--evaluation.batch-size": self.evaluation.batch_size,
             "--evaluation.gap-every": self.evaluation.gap_every,
             "--evaluation.full-length": self.evaluation.full_length,

@@ -1,7 +1,7 @@
 """Started by test_resume.py on every rank: N steps straight against k steps, a stop, a resume and N - k steps.
 
-Then a named run, whose folder the time of its start names. Usage: resume_main OUT DATA. Rank 0 writes OUT/result.json
-and OUT/named.json.
+Then runs that save at their start, and a named run, whose folder the time of its start names. Usage: resume_main OUT
+DATA. Rank 0 writes OUT/result.json, OUT/start.json and OUT/named.json.
 """
 
 from __future__ import annotations
@@ -52,6 +52,28 @@ def cases() -> dict[str, dict[str, object]]:
     two_kinds = dataclasses.replace(frozen, memory=dataclasses.replace(frozen.memory, overflow_layers=(3,)))
     found["zero2 frozen"] = {"zero": "zero2", "model": two_kinds}
     found["zero3 frozen background"] = {"zero": "zero3", "model": frozen, "async_save": True, "save_every": 1}
+    return found
+
+
+def from_start(out: Path, data: Path) -> dict[str, object]:
+    """By stage: whether a run that saves at its start names that first, and in what one from there differs from it."""
+    found: dict[str, object] = {}
+    for stage in range(4):
+        first, second, third = (out / f"{name}{stage}" for name in ("begun", "resumed", "plain"))
+        same: dict[str, object] = {"zero": f"zero{stage}", "steps": 2, "warmup_steps": 0}
+        train(base(first, data, **same, save_at_start=True, save_every=1, keep=5))
+        train(base(second, data, **same, resume=str(first / "checkpoints" / "checkpoint-0")))
+        train(base(third, data, **same))
+        if dist.get_rank() == 0:
+            last = [run / "checkpoints" / "checkpoint-2" for run in (first, second, third)]
+            losses = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (first, second, third)]
+            found[f"zero{stage}"] = {
+                "kept": sorted(path.name for path in (first / "checkpoints").iterdir()),
+                "resumed": sorted(path.name for path in (second / "checkpoints").iterdir()),
+                "differences": [*differences(last[0], last[1]), *differences(last[0], last[2])],
+                "losses": losses,
+            }
+        dist.barrier()
     return found
 
 
@@ -113,6 +135,9 @@ def main() -> None:
             }
             (out / "result.json").write_text(json.dumps(result))
         dist.barrier()
+    begun = from_start(out, data)
+    if dist.get_rank() == 0:
+        (out / "start.json").write_text(json.dumps(begun))
     facts = named(out, data)
     if dist.get_rank() == 0:
         (out / "named.json").write_text(json.dumps(facts))

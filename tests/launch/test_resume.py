@@ -58,6 +58,17 @@ def test_a_resumed_run_ends_with_the_same_bits(found: dict[str, dict], case: str
     assert found[case]["kept"][-1] == "latest" and len(found[case]["kept"]) <= 3
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", range(4))
+def test_a_resume_from_the_checkpoint_of_the_start_is_a_fresh_start(folder: Path, stage: int) -> None:
+    found = json.loads((folder / "start.json").read_text())[f"zero{stage}"]
+    assert found["kept"] == ["checkpoint-0", "checkpoint-1", "checkpoint-2", "latest"]
+    assert found["resumed"] == ["checkpoint-2", "latest"]
+    assert found["differences"] == []
+    begun, resumed, plain = found["losses"]
+    assert len(plain) == 4 and begun == resumed == plain, "of an evaluation, two steps and an evaluation"
+
+
 def test_a_resume_keeps_the_loss_scale_which_is_logged_in_float16_alone(found: dict[str, dict]) -> None:
     for case, facts in found.items():
         straight, stopped = facts["scales"]

@@ -65,6 +65,8 @@ class OptimizerConfig:
     """Shape of the learning rate after warm-up, over `steps`."""
     min_lr_ratio: float = 0.1
     """A cosine or linear schedule ends at this share of the peak learning rate."""
+    warmup_start: float = 0.0
+    """Share of the peak learning rate from which the warm-up rises."""
     max_skipped: int = 20
     """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
 
@@ -112,10 +114,10 @@ class RunConfig:
     """Name of the recipe that made this config."""
     model: ModelConfig
     """The system and its sizes."""
-    steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override"])]
+    steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override", "--max-duration"])]
     """Optimizer updates in the whole schedule, or in each phase that has no number of its own where there are several;
     steps are counted from 1."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs"])]
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs", "--device-train-microbatch-size"])]
     """Sequences per data rank and micro-batch."""
     sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]
     """Tokens per sequence, over all ranks that share it."""
@@ -123,6 +125,9 @@ class RunConfig:
     """Peak learning rate."""
     grad_accum: int = 1
     """Micro-batches per step."""
+    global_batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--global-train-batch-size"])] = None
+    """Sequences per step over all ranks: --grad-accum is then what makes them of --batch-size on each data rank. None:
+    as many as --batch-size and --grad-accum give."""
     phases: tuple[str, ...] = ()
     """Phases that the run is made of, in their order, of a system with several; none: all."""
     phase: str | None = None
@@ -160,8 +165,8 @@ class RunConfig:
     """Steps between samples, of a system that draws from its model; 0: at the end only."""
     ablate_every: Annotated[int, tyro.conf.arg(aliases=["--ablate-interval"])] = 0
     """Steps between ablations, of a system that leaves parts of its model out; 0: at the end only."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    warmup_steps: Annotated[int, tyro.conf.arg(aliases=["--scheduler.t-warmup"])] = 0
+    """Steps over which the learning rate rises linearly, from --optimizer.warmup-start of the peak."""
     weight_decay: float = 0.0
     """AdamW decay of matrices; vectors, norms and gates are never decayed."""
     clip: float = 1.0
@@ -198,6 +203,8 @@ class RunConfig:
             "--parallel.start-minutes": self.parallel.start_minutes,
             "--optimizer.max-skipped": self.optimizer.max_skipped,
         }
+        if self.global_batch_size is not None:
+            positive["--global-batch-size"] = self.global_batch_size
         if self.max_hours is not None:
             positive["--max-hours"] = self.max_hours
         if self.report.peak_tflops is not None:
@@ -240,6 +247,8 @@ class RunConfig:
             raise UserError(f"--optimizer.betas are {self.optimizer.betas}: give two values from 0 to below 1")
         if not 0 <= self.optimizer.min_lr_ratio <= 1:
             raise UserError(f"--optimizer.min-lr-ratio is {self.optimizer.min_lr_ratio}: give a share from 0 to 1")
+        if not 0 <= self.optimizer.warmup_start <= 1:
+            raise UserError(f"--optimizer.warmup-start is {self.optimizer.warmup_start}: give a share from 0 to 1")
         if not 0 < self.data.holdout < 1:
             raise UserError(f"--data.holdout is {self.data.holdout}: give a share between 0 and 1")
         if self.data.path and self.data.dataset:

@@ -17,7 +17,7 @@ COMMON = (
     "run_name", "run_id",
     "batch_size", "sequence_length", "grad_accum", "lr", "warmup_steps", "weight_decay", "clip", "precision",
     "activation_checkpointing", "profile", "dry_run", "zero", "parallel.sequence", "data.path", "data.dataset",
-    "data.mix", "data.text_field", "data.tokenizer", "data.min_tokens",
+    "data.mix", "data.tokens", "data.text_field", "data.tokenizer", "data.min_tokens",
 )  # fmt: skip
 """Fields of every run whose flags `--help` shows; a model names its own (`ModelConfig.common`)."""
 

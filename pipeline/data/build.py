@@ -30,6 +30,8 @@ Listings = tuple[Listing | None, ...]
 
 def list_data(config: RunConfig) -> Listings:
     """The files that `--data.path` or `--data.mix` names, as this process sees them. Raises UserError."""
+    if config.data.tokens:
+        return ()
     if not config.data.mix:
         return (list_files(config.data.path, config.output_dir) if config.data.path else None,)
     listings: list[Listing | None] = []
@@ -60,6 +62,8 @@ def build_source(config: RunConfig, files: Listings | None = None) -> Source:
     `files` is what another process has listed for all; without, this one lists them.
     """
     data = config.data
+    if data.tokens:
+        raise UserError("--data.tokens names token files, where documents are read: give --data.path or --data.dataset")
     listings = list_data(config) if files is None else files
     if not data.mix:
         return _build_one(data, listings[0])
@@ -108,7 +112,7 @@ def build_loader(
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> StatefulLoader[TokenBatch]:
-    """The loader of this data rank: of documents, or of the recall task where the configuration has one.
+    """The loader of this data rank: of documents, of token files, or of the recall task, as the configuration has it.
 
     `vocab_size` is the model's: a token id beyond it is refused. `files` are as in `build_source`; training and
     held-out loader may share a `source`, which is then indexed once. Raises UserError.
@@ -135,6 +139,12 @@ def build_loader(
             seed=config.seed,
             held_out=held_out,
         )
+    if data.tokens:
+        from pipeline.data.tokens.build import build_window_loader
+
+        return build_window_loader(config, topology, vocab_size=vocab_size, held_out=held_out)
+    if data.held_out_tokens:
+        raise UserError("--data.held-out-tokens is given without --data.tokens: name the files of training too")
     return PackedLoader(
         source or build_source(config, files),
         tokenizer or load_tokenizer(data.tokenizer, data.trust_remote_code),

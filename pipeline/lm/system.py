@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
@@ -61,7 +64,7 @@ class LanguageModelSystem(System[TokenBatch]):
         """Training or held-out data of this data rank."""
         # Before its tokenizer is missed, which is in the same folder.
         check_fetched(self.backbone_section)
-        if self.config.data.recall is None:
+        if self.config.data.recall is None and not self.config.data.tokens:
             self._source = self._source or build_source(self.config, self.files)
         return build_loader(
             self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
@@ -79,13 +82,38 @@ class LanguageModelSystem(System[TokenBatch]):
         return {self.token_term: int((batch.labels != IGNORED).sum())}
 
     def byte_lengths(self) -> Tensor | None:
-        """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
-        if self.config.data.recall is not None:
+        """Bytes of text that each token id stands for; None where the tokenizer cannot say.
+
+        Of token files that is known only where their tokenizer is here: ids are all that is read of them.
+        """
+        data = self.config.data
+        if data.recall is not None or (data.tokens and not _is_here(data.tokenizer)):
             return None
-        return load_tokenizer(self.config.data.tokenizer, self.config.data.trust_remote_code).byte_lengths()
+        tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
+        if data.tokens and tokenizer.name == "bytes" and self.backbone.vocab_size > tokenizer.vocab_size:
+            return None  # nobody has named a tokenizer: these are ids of another
+        lengths = tokenizer.byte_lengths()
+        if lengths is None or lengths.numel() >= self.backbone.vocab_size:
+            return lengths
+        # Rows that pad the vocabulary stand for nothing.
+        return F.pad(lengths, (0, self.backbone.vocab_size - lengths.numel()))
 
 
 def is_linear_weight(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter, sharded or not, is the matrix of a linear layer; that of an embedding is not, nor is one
     that a head shares with it."""
     return name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name
+
+
+def _is_here(name: str) -> bool:
+    """Whether a tokenizer can be loaded without a network: all but names on the Hub that are not in its cache."""
+    if name == "bytes" or Path(name).expanduser().exists():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return isinstance(try_to_load_from_cache(repository, "tokenizer.json", revision=revision or None), str)
+    except HFValidationError:  # a path, of nothing
+        return False

@@ -8,15 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.fuse import fused
+
 LOGIT_BYTES = 256 * 2**20
 """Bytes of float32 logits that exist at a time."""
+CACHED_BYTES = 2**20
+"""Bytes of float32 logits that a thread of a CPU takes through the softmax at a time: what its cache holds."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
     """Negative log-likelihood in nats of every label, 0 where the label is `ignored`.
 
     hidden [tokens, width], weight [vocabulary, width], labels [tokens] int64 -> [tokens] float32 (float64 for float64).
-    The gradients are made with each tile of logits, which is then dropped: nothing is recomputed in the backward pass.
+    The gradients of both are made with each tile of logits, which is then dropped: nothing is recomputed in the
+    backward pass, so the matrix products are those of a head that keeps its logits.
     That pass takes ONE scale for all counted tokens (the sum is what a loss is made of); per-token weights are refused.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, ignored)
@@ -41,21 +46,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], tile):
             rows = slice(start, start + tile)
             piece, target = hidden[rows], labels[rows]
-            logits = F.linear(piece, weight).to(compute)
-            losses[rows] = F.cross_entropy(logits, target, ignore_index=ignored, reduction="none")
+            logits = F.linear(piece, weight)
             if not (need_hidden or need_weight):
+                losses[rows] = _losses(logits.to(compute), target, ignored)
                 continue
-            counted = target != ignored
-            gradient = logits.softmax(dim=-1)
-            gradient.scatter_add_(
-                1, target.clamp_min(0).unsqueeze(1), torch.full_like(target, -1, dtype=compute).unsqueeze(1)
-            )
-            gradient *= counted.unsqueeze(1)
-            gradient = gradient.to(hidden.dtype)
+            losses[rows], gradient = _losses_and_gradient(logits, target, ignored)
+            del logits
             if grad_hidden is not None:
                 grad_hidden[rows] = gradient @ weight
             if grad_weight is not None:
-                grad_weight += (gradient.T @ piece).to(compute)
+                # In float32, whatever a tile's part of it is made in.
+                grad_weight += gradient.T @ piece
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype, ctx.tile = weight.dtype, tile
         return losses
@@ -75,3 +76,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden = grad_hidden * scale
         weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         return hidden, weight, None, None
+
+
+def _losses(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=ignored, reduction="none")
+
+
+def _losses_and_gradient(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """Losses [tokens] of a tile of logits [tokens, vocabulary], and the gradient of their sum, like the logits, whose
+    memory it may take."""
+    if logits.is_cuda:
+        return fused(softmax_and_gradient, dynamic=True)(logits, labels, ignored)
+    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = torch.empty(logits.shape[0], dtype=compute, device=logits.device)
+    # More than the cache holds would pass through memory once for every operation.
+    block = max(1, CACHED_BYTES * torch.get_num_threads() // (4 * logits.shape[1]))
+    for start in range(0, logits.shape[0], block):
+        rows = slice(start, start + block)
+        wide, target = logits[rows].to(compute), labels[rows]
+        losses[rows] = _losses(wide, target, ignored)
+        gradient = wide.softmax(dim=-1)
+        one = torch.full_like(target, -1, dtype=compute).unsqueeze(1)
+        gradient.scatter_add_(1, target.clamp_min(0).unsqueeze(1), one)
+        gradient *= (target != ignored).unsqueeze(1)
+        logits[rows] = gradient
+    return losses, logits
+
+
+def softmax_and_gradient(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """As `_losses_and_gradient`, in operations that torch.compile makes two passes over the logits of."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    counted, place = labels != ignored, labels.clamp_min(0).unsqueeze(1)
+    total = wide.logsumexp(dim=-1, keepdim=True)
+    losses = torch.where(counted, (total - wide.gather(1, place)).squeeze(1), 0.0)
+    at_label = torch.arange(logits.shape[1], device=logits.device) == place
+    gradient = ((wide - total).exp() - at_label.to(wide.dtype)) * counted.unsqueeze(1)
+    return losses, gradient.to(logits.dtype)

@@ -20,6 +20,7 @@ def olmo_1b() -> RunConfig:
         warmup_steps=500,
         sequence_length=2048,
         batch_size=8,
+        global_batch_size=64,
         grad_accum=8,
         lr=4e-4,
         weight_decay=0.1,
@@ -29,7 +30,7 @@ def olmo_1b() -> RunConfig:
         eval_every=2000,
         output_dir=Path("outputs/olmo_1b"),
         data=DataConfig(tokenizer="allenai/OLMo-1B-0724-hf"),
-        optimizer=OptimizerConfig(betas=(0.9, 0.95), eps=1e-5),
+        optimizer=OptimizerConfig(betas=(0.9, 0.95), eps=1e-5, warmup_start=0.1, min_lr_ratio=0.1),
     )
 
 
@@ -42,8 +43,10 @@ def olmo_1b_0724() -> RunConfig:
         recipe,
         recipe="olmo_1b_0724",
         model=dataclasses.replace(recipe.model, backbone=backbone),
+        # As many tokens per step.
         sequence_length=4096,
         batch_size=4,
+        global_batch_size=32,
         output_dir=Path("outputs/olmo_1b_0724"),
     )
 
@@ -64,7 +67,8 @@ def olmo2_1b() -> RunConfig:
         warmup_steps=4000,
         sequence_length=4096,
         batch_size=4,
-        grad_accum=16,
+        global_batch_size=512,
+        grad_accum=128,
         lr=4e-4,
         weight_decay=0.1,
         clip=1.0,

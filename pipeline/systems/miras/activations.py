@@ -55,9 +55,10 @@ def step_bytes(step: Step) -> tuple[int, int]:
         work = max([block + block_work, *whole])
         return kept, max(gradients + work, head + head_work, asking)
     added = hidden * sum(attachment != "overflow" for attachment, *_ in memories)
-    kept = learning * block + sum(kept for _, kept, _ in memories) + added + head + plan_bytes(step)
+    kept = learning * block + sum(kept for _, kept, _ in memories) + added + plan_bytes(step)
     branch_work = max((work for *_, work in memories), default=0)
-    return kept + asked, max(gradients + max(block_work, branch_work), head_work, asking)
+    # The loss has let go of what it kept when the blocks are differentiated.
+    return kept + asked, max(gradients + max(block_work, branch_work), head + head_work, asking)
 
 
 def teacher_bytes(step: Step) -> tuple[int, int]:
@@ -132,16 +133,16 @@ def memory_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
 def head_bytes(step: Step) -> tuple[int, int]:
     """(saved, made beside it) of the last norm and the loss: the gradient of its input, and of the head when trained.
 
-    The loss holds three tiles of logits at a time, and the norm's backward pass float32 gradients.
+    The loss holds a tile of logits and its gradient at a time, and the norm's backward pass float32 gradients.
     """
     element, width = step.element, step.backbone.hidden_size
     hidden = step.tokens * width
-    tile = min(LOGIT_BYTES, 4 * step.backbone.vocab_size * step.tokens)
+    tile = element * min(LOGIT_BYTES // 4, step.backbone.vocab_size * step.tokens)
     if not step.sizes.backbone.trainable:
-        return hidden * (4 + element), max(20 * hidden, 3 * tile)
-    # Its gradient is summed in float32, and a tile's part of it is made in the model's type and in float32.
+        return hidden * (4 + element), max(20 * hidden, 2 * tile)
+    # Its gradient is summed in float32, and a tile's part of it is made in the model's type.
     head = step.backbone.vocab_size * width
-    return hidden * (8 + element) + 4 * head, max(20 * hidden, 3 * tile, 3 * tile // 2 + (4 + element) * head)
+    return hidden * (8 + element) + 4 * head, max(20 * hidden, 2 * tile, tile + element * head)
 
 
 def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:

@@ -15,11 +15,8 @@ from pipeline.lm.config import AttentionBackend, BackboneConfig
 
 @dataclass(frozen=True)
 class OlmoAttentionConfig:
-    """Causal attention over the whole sequence."""
+    """Causal attention over the whole sequence, or within documents with --data.document-mask."""
 
-    document_mask: bool = False
-    """Whether documents that are packed in one sequence see each other not, and positions restart with each; without,
-    attention and positions run over the sequence, as OLMo is trained."""
     backend: AttentionBackend = field(default="auto", metadata=MAY_CHANGE)
     """What computes it; auto takes the fastest that fits."""
 
@@ -34,7 +31,6 @@ class OlmoConfig(ModelConfig):
         "backbone.heads",
         "backbone.ffn",
         "backbone.tied",
-        "attention.document_mask",
         "initialisation",
         "z_loss",
     )

@@ -28,10 +28,17 @@ class OlmoModel(nn.Module):
     """The decoder. Parameter names: `backbone.*` as in transformers."""
 
     def __init__(
-        self, config: OlmoConfig, backbone: PreTrainedConfig, *, activation_checkpointing: bool = False
+        self,
+        config: OlmoConfig,
+        backbone: PreTrainedConfig,
+        *,
+        document_mask: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
+        """`document_mask`: documents in one sequence do not see each other, and positions restart with each; without,
+        attention and positions run over the sequence."""
         super().__init__()
-        self.config = config
+        self.document_mask = document_mask
         self.backbone = build_backbone(backbone)
         self.attention = AttentionConfig("full", backend=config.attention.backend)
         self.activation_checkpointing = activation_checkpointing
@@ -53,7 +60,7 @@ class OlmoModel(nn.Module):
         (whole).
         """
         hidden = self.backbone.model.embed_tokens(input_ids)
-        if not self.config.attention.document_mask:
+        if not self.document_mask:
             segment_ids, positions = _one_document(segment_ids)
         if self._rope is None:
             self._rope = rope_of(self.backbone)

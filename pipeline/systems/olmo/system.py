@@ -38,7 +38,7 @@ class OlmoSystem(LanguageModelSystem):
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
         backend = attention_backend(self.attention, self.backbone, device_type, dtype)
-        reach = "the document" if self.sizes.attention.document_mask else "the sequence"
+        reach = "the document" if self.config.data.document_mask else "the sequence"
         weights = self.sizes.backbone.pretrained or f"random weights ({self.sizes.initialisation})"
         return {
             "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
@@ -47,7 +47,12 @@ class OlmoSystem(LanguageModelSystem):
         }
 
     def build(self) -> nn.Module:
-        return OlmoModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
+        return OlmoModel(
+            self.sizes,
+            self.backbone,
+            document_mask=self.config.data.document_mask,
+            activation_checkpointing=self.config.activation_checkpointing,
+        )
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)

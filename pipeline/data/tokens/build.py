@@ -1,0 +1,113 @@
+"""From a run's configuration to its loader of token files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.sources.content import hash_files
+from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, TokenFile, check_head, layout_of
+from pipeline.data.tokens.listing import TokenName, TokenSource, list_tokens
+from pipeline.data.tokens.loader import WindowLoader
+from pipeline.data.tokens.sidecar import Sidecar, read_sidecar
+from pipeline.data.tokens.windows import Side, Windows
+from pipeline.data_config import DataConfig
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.parallel.topology import Topology
+
+
+def build_window_loader(config: RunConfig, topology: Topology, *, vocab_size: int, held_out: bool) -> WindowLoader:
+    """The loader of this data rank. `vocab_size` is the model's. Raises UserError."""
+    data, rows = config.data, config.evaluation.batch_size if held_out else 0
+    apart = bool(data.held_out_tokens)
+    entries = data.held_out_tokens if held_out and apart else data.tokens
+    listed = list_tokens(entries, "--data.held-out-tokens" if held_out and apart else "--data.tokens")
+    side: Side = "all" if apart else "held_out" if held_out else "training"
+    opened = [[open_token_file(file, data, vocab_size) for file in source.files] for source in listed]
+    sources = [
+        Windows(source.given, [file for file, _ in files], config.sequence_length, side, data.holdout)
+        for source, files in zip(listed, opened, strict=True)
+    ]
+    eos_id = eos_of([pair for files in opened for pair in files], data) if data.document_mask else None
+    return WindowLoader(
+        sources,
+        [source.ratio for source in listed],
+        batch_size=rows or config.batch_size,
+        vocab_size=vocab_size,
+        fingerprint=_fingerprint(listed, sources, data, held_out=held_out, eos_id=eos_id),
+        grad_accum=1 if rows else config.grad_accum,
+        data_rank=topology.data_rank,
+        data_degree=topology.data,
+        seed=0 if held_out else config.seed,
+        shuffle=data.shuffle,
+        eos_id=eos_id,
+        prefetch=not held_out,
+        accept_change=data.on_change == "accept",
+    )
+
+
+def open_token_file(file: TokenName, data: DataConfig, vocab_size: int) -> tuple[TokenFile, Sidecar | None]:
+    """A file that begins as one of its dtype and vocabulary does, and its sidecar. Raises UserError."""
+    path = Path(file.name)
+    sidecar = read_sidecar(path)
+    dtype = dtype_of(file.name, sidecar, data, vocab_size)
+    with path.open("rb") as handle:
+        head = handle.read(HEAD_BYTES)
+    layout = layout_of(file.name, head, dtype, header=data.token_header)
+    found = LocalTokenFile(path, file.identity, layout)
+    check_head(file.name, head, layout, vocab_size)
+    return found, sidecar
+
+
+def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: int) -> str:
+    """The dtype of a raw file: what the flag, the sidecar or the size of the vocabulary says, in this order."""
+    if data.token_dtype != "auto":
+        if sidecar is not None and sidecar.dtype != data.token_dtype:
+            raise UserError(
+                f"{name} holds {sidecar.dtype} by its sidecar, not {data.token_dtype}: leave out --data.token-dtype"
+            )
+        return data.token_dtype
+    if sidecar is not None:
+        return sidecar.dtype
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def eos_of(files: Sequence[tuple[TokenFile, Sidecar | None]], data: DataConfig) -> int:
+    """The id that ends documents: what the flag, the sidecars or the tokenizer says. Raises UserError."""
+    if data.eos_id is not None:
+        return data.eos_id
+    found = {sidecar.eos_id: file.name for file, sidecar in files if sidecar is not None}
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise UserError(f"{first} ends documents with id {one}, {second} with {other}: give files of one tokenizer")
+    if found:
+        return next(iter(found))
+    from pipeline.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(data.tokenizer, data.trust_remote_code).eos_id
+
+
+def _fingerprint(
+    listed: Sequence[TokenSource], sources: Sequence[Windows], data: DataConfig, *, held_out: bool, eos_id: int | None
+) -> dict[str, Any]:
+    """What a resume compares: the files by name, size and content, and what decides how they are read."""
+    numbered: dict[str, Any] = {}
+    for number, windows in enumerate(sources, start=1):
+        files = windows.files
+        numbered[f"source {number}"] = {
+            "files": len(files),
+            "tokens": sum(file.tokens for file in files),
+            "dtype": ", ".join(sorted({file.layout.dtype for file in files})),
+            "digest": hash_files([(file.identity, Path(file.name)) for file in files]),
+        }
+    ratios = [str(source.ratio) for source in listed]
+    return {
+        "source": {"ratios": ratios, **numbered},
+        "holdout": None if data.held_out_tokens else data.holdout,
+        "held_out": held_out,
+        "eos_id": eos_id,
+    }

@@ -22,6 +22,7 @@ LAYERS = (
     ("job",),
     ("systems",),
     ("recipes",),
+    ("inference",),
     ("commands", "plan", "evals", "bench"),
     ("launch", "cli"),
 )

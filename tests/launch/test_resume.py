@@ -69,6 +69,15 @@ def test_a_resume_from_the_checkpoint_of_the_start_is_a_fresh_start(folder: Path
     assert len(plain) == 4 and begun == resumed == plain, "of an evaluation, two steps and an evaluation"
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["olmo", "olmo2"])
+def test_training_goes_on_by_way_of_olmos_layout_bit_for_bit(folder: Path, kind: str) -> None:
+    found = json.loads((folder / "native.json").read_text())[kind]
+    here, there = found["losses"]
+    assert found["steps"] == [3, 4] and len(here) == 2 and here == there
+    assert found["differences"] == []
+
+
 def test_a_resume_keeps_the_loss_scale_which_is_logged_in_float16_alone(found: dict[str, dict]) -> None:
     for case, facts in found.items():
         straight, stopped = facts["scales"]

@@ -13,15 +13,21 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError
-from pipeline.lm.olmo_config import decoder_of, model_section
-from pipeline.lm.olmo_folder import read_config, read_decoder, read_trainer, read_weights
+from pipeline.lm.olmo_config import check_layout, model_section
+from pipeline.lm.olmo_folder import read_config, read_trainer, read_weights, tokenizer_name
 from pipeline.lm.olmo_layout import fused, has_layout, split
 from pipeline.lm.olmo_optimizer import MOMENTS, AdamSettings, AdamState, optimizer_content, read_optimizer
+from pipeline.lm.pretrained import backbone_config
+from pipeline.systems.olmo.native_config import read_model
 from tests.lm.olmo_reference import native_logits, small_config, small_decoder
 
 KINDS = [
     ("first", True, 4), ("first", False, 4), ("first", True, 2), ("second", True, 4), ("second", False, 1),
 ]  # fmt: skip
+
+SETTINGS = AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, None)
+
+GROUP = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-5}
 
 
 def weights_of(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -41,20 +47,6 @@ def test_the_native_tensors_have_the_logits_of_transformers(kind: str, tied: boo
         wanted = small_decoder(config).double()(ids).logits
     # The rotary embedding of transformers is float32.
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("kind", "tied", "kv_heads"), KINDS)
-def test_weights_and_config_come_back_bit_for_bit(kind: str, tied: bool, kv_heads: int) -> None:
-    config = small_config(kind, tied=tied, kv_heads=kv_heads)
-    weights = weights_of(config)
-    section = yaml.safe_load(yaml.safe_dump(model_section(config, vocabulary=90, eos=5, length=64)))
-    found = decoder_of(section, "here")
-    assert split(fused(weights, config), found, "here").keys() == weights.keys()
-    assert all(torch.equal(value, weights[name]) for name, value in split(fused(weights, config), found, "x").items())
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "tie_word_embeddings",
-            "rope_parameters", "max_position_embeddings", "model_type")  # fmt: skip
-    assert {name: getattr(found, name) for name in same} == {name: getattr(config, name) for name in same}
-    assert getattr(found, "clip_qkv", None) == getattr(config, "clip_qkv", None)
 
 
 @settings(max_examples=25, deadline=None)
@@ -77,30 +69,25 @@ def test_any_sizes_go_there_and_back(
     assert sum(value.numel() for value in native.values()) == sum(value.numel() for value in weights.values())
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"block_type": "llama"}, "block_type is 'llama'"),
-        ({"alibi": True}, "alibi is True"),
-        ({"rope": False}, "rope is False"),
-        ({"activation_type": "gelu"}, "activation_type is 'gelu'"),
-        ({"include_bias": True}, "include_bias is True"),
-        ({"bias_for_layer_norm": None, "include_bias": True}, "include_bias is True"),
-        ({"layer_norm_with_affine": True}, "layer_norm_with_affine is True"),
-        ({"layer_norm_type": "rms"}, "is False"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
-        ({"attention_layer_norm": True}, "attention_layer_norm is True"),
-        ({"n_layers": 0}, "n_layers is 0: give a whole number"),
-        ({"d_model": "1e3"}, "d_model is '1e3': give a whole number"),
-        ({"n_heads": 5}, "d_model 32 is not divisible by n_heads 5"),
-    ],
-)
-def test_another_architecture_is_refused(change: dict[str, Any], words: str) -> None:
-    section = model_section(small_config("first", tied=True), vocabulary=90, eos=5, length=64)
-    decoder_of(section, "here")
-    with pytest.raises(UserError, match=r"^here: ") as error:
-        decoder_of({**section, **change}, "here")
-    assert words in str(error.value) and "\n" not in str(error.value)
+def test_the_model_section_is_read_as_the_same_decoder() -> None:
+    for kind, tied, kv_heads in KINDS:
+        config = small_config(kind, tied=tied, kv_heads=kv_heads)
+        section = yaml.safe_load(yaml.safe_dump(model_section(config, vocabulary=90, eos=5, length=64)))
+        found = backbone_config(read_model(section, "here").backbone)
+        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "tie_word_embeddings", "rope_parameters", "model_type")  # fmt: skip
+        assert {name: getattr(found, name) for name in same} == {name: getattr(config, name) for name in same}
+        # An attribute of the one kind alone each.
+        name = "clip_qkv" if kind == "first" else "rms_norm_eps"
+        assert getattr(found, name) == getattr(config, name)
+
+
+def test_sizes_that_olmo_has_no_word_for_are_refused() -> None:
+    check_layout(small_config("first", tied=True), "here")
+    scaled = small_config("second", tied=True)
+    scaled.rope_parameters = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+    with pytest.raises(UserError, match=r"here: its rotary embedding \(linear\)"):
+        check_layout(scaled, "here")
 
 
 def test_only_the_olmos_have_the_layout() -> None:
@@ -142,8 +129,7 @@ def test_the_optimizer_state_comes_back_bit_for_bit(kind: str, names: bool, tmp_
     }
     decay = {name: 0.1 if "proj" in name else 0.0 for name in weights}
     steps = {name: 7.0 if "embed" not in name else 0.0 for name in weights}
-    settings = AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, 1.0)
-    content = optimizer_content(AdamState(moments, steps, decay), settings, config, "here")
+    content = optimizer_content(AdamState(moments, steps, decay, SETTINGS), config, "here")
     if names:  # as FSDP writes it
         groups = content["param_groups"]
         named = {key: name for group in groups for key, name in zip(group["params"], group["param_names"], strict=True)}
@@ -153,7 +139,7 @@ def test_the_optimizer_state_comes_back_bit_for_bit(kind: str, names: bool, tmp_
             group["params"] = group["param_names"] = [wrapped[key] for key in group["params"]]
     torch.save(content, tmp_path / "optim.pt")
     found = read_optimizer(tmp_path, config)
-    assert found is not None and found.steps == steps and found.decay == decay
+    assert found is not None and found.steps == steps and found.decay == decay and found.settings == SETTINGS
     for moment in MOMENTS:
         updated = {name for name in weights if steps[name]}
         assert found.moments[moment].keys() == updated
@@ -164,8 +150,9 @@ def test_torch_takes_the_optimizer_state(tmp_path: Path) -> None:
     config = small_config("first", tied=True)
     native = fused(weights_of(config), config)
     state = AdamState({moment: weights_of(config) for moment in MOMENTS}, dict.fromkeys(weights_of(config), 3.0),
-                      {name: 0.1 if "proj" in name else 0.0 for name in weights_of(config)})  # fmt: skip
-    content = optimizer_content(state, AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, None), config, "here")
+                      {name: 0.1 if "proj" in name else 0.0 for name in weights_of(config)},
+                      SETTINGS)  # fmt: skip
+    content = optimizer_content(state, config, "here")
     groups = [[torch.nn.Parameter(native[name]) for name in group["param_names"]] for group in content["param_groups"]]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups])
     optimizer.load_state_dict(content)
@@ -180,9 +167,9 @@ def test_parts_with_different_decay_are_refused() -> None:
     config = small_config("first", tied=True)
     weights = weights_of(config)
     decay = {name: 0.1 if "q_proj" in name else 0.0 for name in weights}
-    state = AdamState(dict.fromkeys(MOMENTS, weights), dict.fromkeys(weights, 1.0), decay)
+    state = AdamState(dict.fromkeys(MOMENTS, weights), dict.fromkeys(weights, 1.0), decay, SETTINGS)
     with pytest.raises(UserError, match=r"here: the parts of .*att_proj.* differ"):
-        optimizer_content(state, AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, 1.0), config, "here")
+        optimizer_content(state, config, "here")
 
 
 class Evil:
@@ -194,9 +181,10 @@ class Evil:
     ("content", "words"),
     [
         ({"state": {0: {"step": 1}}, "param_groups": [{"params": [0]}]}, "no optimizer's state with the names"),
-        ({"state": {0: {}}, "param_groups": [{"params": [0], "param_names": ["other"]}]}, "'other' is no parameter"),
+        ({"state": {0: {}}, "param_groups": [{**GROUP, "params": [0], "param_names": ["other"]}]},
+         "'other' is no parameter"),
         ({"state": {"transformer.wte.weight": {"step": 1, "exp_avg": torch.zeros(1)}},
-          "param_groups": [{"params": ["transformer.wte.weight"]}]}, "has no 'exp_avg_sq'"),
+          "param_groups": [{**GROUP, "params": ["transformer.wte.weight"]}]}, "has no 'exp_avg_sq'"),
         ([1], "no optimizer's state"),
         (Evil(), "nothing of it was run"),
     ],
@@ -235,7 +223,6 @@ def test_the_state_of_olmos_trainer_is_read_and_runs_no_code(
     [
         ("model: [", "not YAML"),
         ("- 1", "holds no sections"),
-        ("a: 1", "has no `model` section"),
         (None, "cannot be read"),
     ],
 )
@@ -243,10 +230,14 @@ def test_a_config_that_is_none_is_refused(text: str | None, words: str, tmp_path
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml") as error:
-        read_decoder(tmp_path)
+        read_config(tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_config_is_read(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model:\n  d_model: 8\n")
-    assert read_config(tmp_path) == {"model": {"d_model": 8}}
+def test_a_tokenizer_of_here_or_of_the_hub_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.model").write_bytes(b"")
+    named = [str(tmp_path), str(tmp_path / "own.model"), "bytes", "allenai/gpt-neox-olmo-dolma-v1_5"]
+    others = ["tokenizers/allenai_dolma2.json", "/nowhere/own.model", "gpt2/a/b", None, 3]
+    for name in named + others:
+        assert tokenizer_name({"tokenizer": {"identifier": name}}) == (name if name in named else None)
+    assert tokenizer_name({}) is None

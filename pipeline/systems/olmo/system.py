@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import TokenBatch
@@ -20,6 +22,7 @@ from pipeline.system import Carry, Evaluation, ParameterGroup, Phase, StepContex
 from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
+from pipeline.systems.olmo.native_run import native_run
 
 TERM = "cross_entropy"
 
@@ -28,6 +31,7 @@ class OlmoSystem(LanguageModelSystem):
     """A decoder on packed text (see pipeline/system.py for what a system is)."""
 
     name = "olmo"
+    decoder_prefix = "backbone."
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, OlmoConfig)
@@ -53,6 +57,12 @@ class OlmoSystem(LanguageModelSystem):
             document_mask=self.config.data.document_mask,
             activation_checkpointing=self.config.activation_checkpointing,
         )
+
+    def decoder_config(self) -> PreTrainedConfig:
+        return self.backbone
+
+    def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
+        return native_run(self.config, model, global_batch, weights.CUTOFF)
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)

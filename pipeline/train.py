@@ -139,7 +139,7 @@ class Trainer:
         """Gradients of one step's micro-batches; returns what each carries on."""
         run = self.run
         place = f"step {context.step}, micro-batch 1"
-        batches, counts = next_counted_step(self.loader, self.sync_point, place, run.system.count)
+        batches, counts = next_counted_step(self.loader, self.sync_point, place, run.system.count, meter.add_wait)
         carries, outputs = [], []
         for micro, (batch, carry) in enumerate(zip(batches, self.carries, strict=True), start=1):
             if micro > 1:

@@ -29,6 +29,8 @@ class StepRecord:
     """Model FLOP/s as a share of the devices' peak; None where the peak is not known."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The system's own."""
+    data_wait: float = 0.0
+    """Share of the time since the last record in which the rank that waited longest waited for its batches."""
     loss_scale: float | None = None
     """Factor of the loss in the step's backward passes; None unless the model computes in float16."""
 

@@ -22,9 +22,13 @@ from pipeline.units import human_count
 BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
 """What the bar shows; it takes the columns that the text leaves of a terminal's width."""
 
+LEAST_WAIT = 0.01
+"""Share of the time that is waited for data from which on a line says it."""
+
 
 class ProgressLines(Callback):
-    """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known.
+    """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known, the
+    wait for data only where there is one.
 
     Evaluations come in the system's words, with its health at the last logged step.
     """
@@ -62,6 +66,8 @@ class ProgressLines(Callback):
         ]
         if record.mfu is not None:
             parts.append(f"MFU {record.mfu:.1%}")
+        if record.data_wait >= LEAST_WAIT:
+            parts.append(f"data {record.data_wait:.0%}")
         self.metrics = record.metrics
         line = "  ".join([*parts, eta])
         if self.bar is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -14,6 +15,7 @@ from pipeline.system import Evaluation, Phase, Sample, StepContext, System
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
 
 
@@ -77,6 +79,38 @@ class TrainsDecoder(Protocol):
     def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
         """The config.yaml of an OLMo run that trains as this one does, on `global_batch` sequences a step; `model` is
         what its `model` section says of the decoder."""
+        ...
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """Has blocks that torch.compile makes one graph of, each (`--compile`)."""
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The blocks that are compiled, of the model that `build` made."""
+        ...
+
+    def check_compile(self, topology: Topology) -> None:
+        """Raises UserError where a block would not be one graph, or be compiled anew at every step."""
+        ...
+
+
+@dataclass(frozen=True)
+class PublishedHours:
+    """Training times that others state for a model."""
+
+    device: str
+    """The device that they state them for, of the table of devices."""
+    hours: Mapping[tuple[int, int], float]
+    """By tokens and number of devices."""
+
+
+@runtime_checkable
+class Published(Protocol):
+    """Is a model whose training time others have stated (`plan RECIPE --tokens N`)."""
+
+    def published_hours(self) -> PublishedHours | None:
+        """None where nobody has for these sizes."""
         ...
 
 

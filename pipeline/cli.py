@@ -269,11 +269,12 @@ HELP = {
     ),
     "plan": (
         "usage: mnemos plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation SHARE] [--reserve GIB]\n"
-        "                   [flags of the recipe]\n\n"
+        "                   [--tokens N,...] [flags of the recipe]\n\n"
         "  --ranks N            devices in all (default 1)\n"
         "  --device NAME        a device of the table in docs/plan.md, or its driver's name (default H200)\n"
         "  --all-devices        a table of what fits on every device of that table\n"
         "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)\n"
+        "  --tokens N,...       numbers of tokens, such as 1B,3T: a table of their time on one device and on eight\n"
         "  --reserve GIB        memory of a device that stays free (default 2 GiB and 5 % of the device's)\n\n"
         "`mnemos plan RECIPE --help` lists the recipe's common flags too, `--help-all` every one."
     ),

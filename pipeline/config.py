@@ -178,6 +178,9 @@ class RunConfig:
     scale on an older one, fp32 on a CPU. auto-amx: the same, but bf16 on a CPU with AMX (for widths from 512 on)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Compile the blocks of the model with torch.compile, each as a single graph, when they first run: a minute of the
+    first step. Not with ZeRO-3."""
     profile: int = 0
     """Record this many steps (after two of warm-up) with torch.profiler into OUT/profile."""
     dry_run: bool = False

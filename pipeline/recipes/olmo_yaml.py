@@ -11,9 +11,11 @@ from typing import Any
 from pipeline.config import RunConfig, replace
 from pipeline.data_config import LARGEST
 from pipeline.errors import UserError, shown
+from pipeline.lm.olmo_config import DEFAULTS
 from pipeline.recipes.olmo import olmo2_1b, olmo_1b
 from pipeline.runtime.exit import log_line
-from pipeline.systems.olmo.native_config import DEFAULTS, FIXED, NO_EFFECT, number, read_model, sequence_length
+from pipeline.systems.olmo import native_config
+from pipeline.systems.olmo.native_config import number, read_model
 
 Section = Mapping[str, Any]
 
@@ -22,7 +24,7 @@ PRECISIONS = {"amp_bf16": "bf16", "amp_fp16": "fp16", "fp32": "fp32"}
 SECTIONS = ("model", "optimizer", "scheduler", "data")
 """Sections of which fields are read."""
 READ = {
-    "model": {*DEFAULTS, *FIXED},
+    "model": native_config.READ,
     "optimizer": {
         "name", "learning_rate", "weight_decay", "betas", "eps", "decay_norm_and_bias", "decay_embeddings",
     },
@@ -36,7 +38,7 @@ READ = {
 }  # fmt: skip
 """Fields that are read, by section."""
 WITHOUT_EFFECT = {
-    "model": set(NO_EFFECT),
+    "model": native_config.NO_EFFECT,
     "optimizer": {"metrics_log_interval"},
     "data": {
         "num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "timeout", "pad_direction", "drop_last",
@@ -63,7 +65,7 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
     base = olmo2_1b() if sizes.backbone.model_type == "olmo2" else olmo_1b()
     optimizer: Section = content.get("optimizer") or {}
     data: Section = content.get("data") or {}
-    length = sequence_length(content["model"], where)
+    length = int(content["model"].get("max_sequence_length", DEFAULTS["max_sequence_length"]))
     rows = _count(content, "global_train_batch_size", where, 512)
     micro = _count(content, "device_train_microbatch_size", where, 16)
     z_loss = number(content.get("auxiliary_loss_multiplier", 1e-4), f"{where}: auxiliary_loss_multiplier")

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError
-from pipeline.lm.olmo_config import check_layout, model_section
+from pipeline.lm.olmo_config import check_layout, decoder_of, model_section
 from pipeline.lm.olmo_folder import read_config, read_trainer, read_weights, tokenizer_name
 from pipeline.lm.olmo_layout import fused, has_layout, split
 from pipeline.lm.olmo_optimizer import MOMENTS, AdamSettings, AdamState, optimizer_content, read_optimizer
-from pipeline.lm.pretrained import backbone_config
-from pipeline.systems.olmo.native_config import read_model
 from tests.lm.olmo_reference import native_logits, small_config, small_decoder
 
 KINDS = [
@@ -49,6 +47,20 @@ def test_the_native_tensors_have_the_logits_of_transformers(kind: str, tied: boo
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "tied", "kv_heads"), KINDS)
+def test_weights_and_config_come_back_bit_for_bit(kind: str, tied: bool, kv_heads: int) -> None:
+    config = small_config(kind, tied=tied, kv_heads=kv_heads)
+    weights = weights_of(config)
+    section = yaml.safe_load(yaml.safe_dump(model_section(config, vocabulary=90, eos=5, length=64)))
+    found = decoder_of(section, "here")
+    assert split(fused(weights, config), found, "here").keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in split(fused(weights, config), found, "x").items())
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "tie_word_embeddings",
+            "rope_parameters", "max_position_embeddings", "model_type")  # fmt: skip
+    assert {name: getattr(found, name) for name in same} == {name: getattr(config, name) for name in same}
+    assert getattr(found, "clip_qkv", None) == getattr(config, "clip_qkv", None)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(["first", "second"]), tied=st.booleans(), layers=st.integers(1, 3), heads=st.integers(1, 4),
@@ -69,17 +81,30 @@ def test_any_sizes_go_there_and_back(
     assert sum(value.numel() for value in native.values()) == sum(value.numel() for value in weights.values())
 
 
-def test_the_model_section_is_read_as_the_same_decoder() -> None:
-    for kind, tied, kv_heads in KINDS:
-        config = small_config(kind, tied=tied, kv_heads=kv_heads)
-        section = yaml.safe_load(yaml.safe_dump(model_section(config, vocabulary=90, eos=5, length=64)))
-        found = backbone_config(read_model(section, "here").backbone)
-        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "tie_word_embeddings", "rope_parameters", "model_type")  # fmt: skip
-        assert {name: getattr(found, name) for name in same} == {name: getattr(config, name) for name in same}
-        # An attribute of the one kind alone each.
-        name = "clip_qkv" if kind == "first" else "rms_norm_eps"
-        assert getattr(found, name) == getattr(config, name)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block_type": "llama"}, "block_type is 'llama'"),
+        ({"alibi": True}, "alibi is True"),
+        ({"rope": False}, "rope is False"),
+        ({"activation_type": "gelu"}, "activation_type is 'gelu'"),
+        ({"include_bias": True}, "include_bias is True"),
+        ({"bias_for_layer_norm": None, "include_bias": True}, "include_bias is True"),
+        ({"layer_norm_with_affine": True}, "layer_norm_with_affine is True"),
+        ({"layer_norm_type": "rms"}, "is False"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
+        ({"attention_layer_norm": True}, "attention_layer_norm is True"),
+        ({"n_layers": 0}, "n_layers is 0: give a whole number"),
+        ({"d_model": "1e3"}, "d_model is '1e3': give a whole number"),
+        ({"n_heads": 5}, "d_model 32 is not divisible by n_heads 5"),
+    ],
+)
+def test_another_architecture_is_refused(change: dict[str, Any], words: str) -> None:
+    section = model_section(small_config("first", tied=True), vocabulary=90, eos=5, length=64)
+    decoder_of(section, "here")
+    with pytest.raises(UserError, match=r"^here: ") as error:
+        decoder_of({**section, **change}, "here")
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_sizes_that_olmo_has_no_word_for_are_refused() -> None:

@@ -18,10 +18,12 @@ from pipeline.systems.olmo.config import OlmoConfig
 
 
 class ModelOutput(NamedTuple):
-    """losses [batch, sequence / degree]: nats per label, 0 where ignored; predictions alike, int64, when asked for."""
+    """losses [batch, sequence / degree]: nats per label, 0 where ignored; predictions alike, int64, when asked for;
+    z_losses like the losses, where they have a weight."""
 
     losses: Tensor
     predictions: Tensor | None
+    z_losses: Tensor | None = None
 
 
 class OlmoModel(nn.Module):
@@ -38,7 +40,7 @@ class OlmoModel(nn.Module):
         """`document_mask`: documents in one sequence do not see each other, and positions restart with each; without,
         attention and positions run over the sequence."""
         super().__init__()
-        self.document_mask = document_mask
+        self.document_mask, self.z_loss = document_mask, config.z_loss
         self.backbone = build_backbone(backbone)
         self.attention = AttentionConfig("full", backend=config.attention.backend)
         self.activation_checkpointing = activation_checkpointing
@@ -73,7 +75,8 @@ class OlmoModel(nn.Module):
                 return layer(hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
 
             hidden = checkpoint(block, hidden, use_reentrant=False) if recompute else block(hidden)
-        return ModelOutput(*self.backbone.lm_head(self.backbone.model.norm(hidden), labels, predict))
+        hidden = self.backbone.model.norm(hidden)
+        return ModelOutput(*self.backbone.lm_head(hidden, labels, predict, z_loss=self.z_loss or None))
 
 
 def _one_document(segment_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,22 +9,36 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from pipeline.capabilities import PublishedHours
 from pipeline.config import RunConfig
-from pipeline.data.batch import TokenBatch
+from pipeline.data.batch import Counts, TokenBatch
+from pipeline.errors import UserError
+from pipeline.host.devices import Device
+from pipeline.host.hardware import on_gpu
+from pipeline.lm.activations import TrainedDecoder, decoder_bytes
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
+from pipeline.lm.flops import decoder_flops
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, Evaluation, ParameterGroup, Phase, StepContext, StepOutput
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
 from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
 from pipeline.systems.olmo.native_run import native_run
 
-TERM = "cross_entropy"
+GUIDE = PublishedHours(
+    "A100",
+    {
+        (10**9, 1): 5.6, (10**9, 8): 0.7, (10**10, 1): 56, (10**10, 8): 7, (10**11, 1): 23 * 24, (10**11, 8): 2.9 * 24,
+        (3 * 10**12, 1): 1.9 * 365.25 * 24, (3 * 10**12, 8): 88 * 24,
+    },
+)  # fmt: skip
+"""Of OLMo-1B of February 2024, by the guide to it whose run `olmo_1b` repeats."""
+TERM, Z_LOSS = "cross_entropy", "z_loss"
 
 
 class OlmoSystem(LanguageModelSystem):
@@ -64,6 +78,42 @@ class OlmoSystem(LanguageModelSystem):
     def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
         return native_run(self.config, model, global_batch, weights.CUTOFF)
 
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(model, OlmoModel)
+        return list(model.backbone.model.layers)
+
+    def check_compile(self, topology: Topology) -> None:
+        if topology.sequence > 1:
+            raise UserError(
+                f"--compile with --parallel.sequence {topology.sequence}: a block that ranks share is no single graph:"
+                " leave one of them out"
+            )
+        if self.config.data.document_mask and not on_gpu():
+            raise UserError(
+                "--compile with --data.document-mask on a CPU: attention is another graph for every batch of documents:"
+                " leave one of them out"
+            )
+
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
+        return decoder_flops(self.backbone, sequence_length)
+
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
+        kept, work = decoder_bytes(
+            TrainedDecoder(
+                self.backbone,
+                self.attention,
+                element,
+                rows=self.config.batch_size,
+                sequence=self.config.sequence_length,
+                degree=topology.sequence,
+                recompute=self.config.activation_checkpointing,
+            )
+        )
+        return {"kept activations": kept, "working set": work}
+
+    def published_hours(self) -> PublishedHours | None:
+        return GUIDE if self.sizes == OlmoConfig() else None
+
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)
 
@@ -83,6 +133,10 @@ class OlmoSystem(LanguageModelSystem):
             return True
         return self.sizes.decay_embeddings if "embed_tokens" in name else self.sizes.decay_norms
 
+    def count(self, batch: TokenBatch) -> Counts:
+        labels = {**super().count(batch)}
+        return {**labels, Z_LOSS: labels[TERM]} if self.sizes.z_loss else labels
+
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         local = context.topology.shard(batch.input_ids.shape[1])
         output = model(
@@ -95,7 +149,8 @@ class OlmoSystem(LanguageModelSystem):
         )
         per_token = {"losses": output.losses, "predictions": output.predictions}
         tokens = {name: value.detach() for name, value in per_token.items() if value is not None}
-        return StepOutput({TERM: output.losses.sum()}, {}, tokens=tokens)
+        z_losses = {} if output.z_losses is None else {Z_LOSS: output.z_losses.sum()}
+        return StepOutput({TERM: output.losses.sum(), **z_losses}, {}, tokens=tokens)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:

@@ -141,8 +141,8 @@ def _act_like_a_gpu(monkeypatch: pytest.MonkeyPatch, degree: int, natively: bool
     def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         return _norm(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
 
-    def softmax(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-        return logits.new_empty(labels.shape, dtype=torch.float32), torch.empty_like(logits)
+    def softmax(logits: Tensor, labels: Tensor, ignored: int, z_loss: float) -> tuple[Tensor, None, Tensor]:
+        return logits.new_empty(labels.shape, dtype=torch.float32), None, torch.empty_like(logits)
 
     monkeypatch.setattr(cross_entropy, "_losses_and_gradient", softmax)
     monkeypatch.setattr(F, "rms_norm", rms_norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,15 @@ def test_a_degree_that_does_not_divide_is_refused(degree: int, what: str) -> Non
     system.check(Topology(world=4, sequence=4))
     with pytest.raises(UserError, match=f"--parallel.sequence {degree} does not divide the {what}"):
         system.check(Topology(world=degree, sequence=degree))
+
+
+def test_the_z_loss_is_a_term_of_its_own_with_the_counts_of_the_labels() -> None:
+    system, model = built(small("olmo2"))
+    part = batch(tokens(), LENGTHS)
+    output = run(system, model, tokens())
+    counts = system.count(part)
+    assert counts == {"cross_entropy": sum(LENGTHS) - 2, "z_loss": sum(LENGTHS) - 2}
+    # Logits of weights this small are all but 0: the log-sum-exp is that of 64 zeros.
+    mean = float(output.sums["z_loss"].detach()) / counts["z_loss"]
+    assert mean == pytest.approx(0.01 * math.log(64) ** 2, rel=0.05)
+    assert system.count(part).keys() == output.sums.keys()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.harness import launch
-from tests.launch.resume_main import LAST, cases
+from tests.launch.resume_main import LAST, STAGES, cases
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_resumed_run_ends_with_the_same_bits(found: dict[str, dict], case: str
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_resume_from_the_checkpoint_of_the_start_is_a_fresh_start(folder: Path, stage: int) -> None:
     found = json.loads((folder / "start.json").read_text())[f"zero{stage}"]
     assert found["kept"] == ["checkpoint-0", "checkpoint-1", "checkpoint-2", "latest"]

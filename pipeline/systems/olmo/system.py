@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
 from pipeline.lm.flops import decoder_flops
+from pipeline.lm.held_out_files import evaluate_files
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
@@ -157,6 +159,8 @@ class OlmoSystem(LanguageModelSystem):
         was_training = model.training
         model.eval()
         try:
-            return evaluate_perplexity(self, model, phase, sync_point, {"held out": {}}, edges={}, ratios={})
+            found = evaluate_perplexity(self, model, phase, sync_point, {"held out": {}}, edges={}, ratios={})
         finally:
             model.train(was_training)
+        files = evaluate_files(self, model, sync_point)
+        return dataclasses.replace(found, scalars={**found.scalars, **files.scalars})

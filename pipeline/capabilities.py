@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from pipeline.errors import UserError
 from pipeline.system import Evaluation, Phase, Sample, StepContext, System
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
 
@@ -63,6 +66,23 @@ class Recalls(Protocol):
 
 
 @runtime_checkable
+class TrainsDecoder(Protocol):
+    """Trains one decoder of transformers and nothing besides, so that other programs can take its weights."""
+
+    decoder_prefix: str
+    """What stands before transformers' names in those of the model's parameters."""
+
+    def decoder_config(self) -> PreTrainedConfig:
+        """What transformers builds the decoder from."""
+        ...
+
+    def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
+        """The config.yaml of an OLMo run that trains as this one does, on `global_batch` sequences a step; `model` is
+        what its `model` section says of the decoder."""
+        ...
+
+
+@runtime_checkable
 class Compiles(Protocol):
     """Has blocks that torch.compile makes one graph of, each (`--compile`)."""
 
@@ -72,6 +92,25 @@ class Compiles(Protocol):
 
     def check_compile(self, topology: Topology) -> None:
         """Raises UserError where a block would not be one graph, or be compiled anew at every step."""
+        ...
+
+
+@dataclass(frozen=True)
+class PublishedHours:
+    """Training times that others state for a model."""
+
+    device: str
+    """The device that they state them for, of the table of devices."""
+    hours: Mapping[tuple[int, int], float]
+    """By tokens and number of devices."""
+
+
+@runtime_checkable
+class Published(Protocol):
+    """Is a model whose training time others have stated (`plan RECIPE --tokens N`)."""
+
+    def published_hours(self) -> PublishedHours | None:
+        """None where nobody has for these sizes."""
         ...
 
 

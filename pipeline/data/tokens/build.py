@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.sources.content import hash_files
-from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, TokenFile, check_head, layout_of
+from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, OpenFiles, TokenFile, check_head, layout_of
 from pipeline.data.tokens.listing import TokenName, TokenSource, list_tokens
 from pipeline.data.tokens.loader import WindowLoader
 from pipeline.data.tokens.sidecar import Sidecar, read_sidecar
@@ -27,12 +27,13 @@ def build_window_loader(config: RunConfig, topology: Topology, *, vocab_size: in
     entries = data.held_out_tokens if held_out and apart else data.tokens
     listed = list_tokens(entries, "--data.held-out-tokens" if held_out and apart else "--data.tokens")
     side: Side = "all" if apart else "held_out" if held_out else "training"
-    opened = [[open_token_file(file, data, vocab_size) for file in source.files] for source in listed]
+    files = OpenFiles()
+    opened = [[open_token_file(file, data, vocab_size, files) for file in source.files] for source in listed]
     sources = [
-        Windows(source.given, [file for file, _ in files], config.sequence_length, side, data.holdout)
-        for source, files in zip(listed, opened, strict=True)
+        Windows(source.given, [file for file, _ in pairs], config.sequence_length, side, data.holdout)
+        for source, pairs in zip(listed, opened, strict=True)
     ]
-    eos_id = eos_of([pair for files in opened for pair in files], data) if data.document_mask else None
+    eos_id = eos_of([pair for pairs in opened for pair in pairs], data) if data.document_mask else None
     return WindowLoader(
         sources,
         [source.ratio for source in listed],
@@ -50,7 +51,9 @@ def build_window_loader(config: RunConfig, topology: Topology, *, vocab_size: in
     )
 
 
-def open_token_file(file: TokenName, data: DataConfig, vocab_size: int) -> tuple[TokenFile, Sidecar | None]:
+def open_token_file(
+    file: TokenName, data: DataConfig, vocab_size: int, files: OpenFiles | None = None
+) -> tuple[TokenFile, Sidecar | None]:
     """A file that begins as one of its dtype and vocabulary does, and its sidecar. Raises UserError."""
     path = Path(file.name)
     sidecar = read_sidecar(path)
@@ -58,9 +61,14 @@ def open_token_file(file: TokenName, data: DataConfig, vocab_size: int) -> tuple
     with path.open("rb") as handle:
         head = handle.read(HEAD_BYTES)
     layout = layout_of(file.name, head, dtype, header=data.token_header)
-    found = LocalTokenFile(path, file.identity, layout)
+    found = LocalTokenFile(path, file.identity, layout, files)
     check_head(file.name, head, layout, vocab_size)
     return found, sidecar
+
+
+def sidecars_of(loader: WindowLoader) -> dict[str, Sidecar | None]:
+    """The sidecar of each file of a loader, by the file's name."""
+    return {file.name: read_sidecar(Path(file.name)) for source in loader.sources for file in source.files}
 
 
 def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: int) -> str:

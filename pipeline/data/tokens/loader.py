@@ -56,7 +56,7 @@ class WindowLoader:
         for source in sources:
             if not len(source):
                 raise _too_short(source)
-        self._order = Interleaving(ratios)
+        self.order = Interleaving(ratios)
         self.fingerprint = {**fingerprint, "seed": seed, "shuffle": shuffle, "sequence_length": self.length}
         self._taken: _State = [0] * len(sources)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
@@ -87,7 +87,7 @@ class WindowLoader:
 
     def windows_of_step(self, taken: _State) -> tuple[np.ndarray, np.ndarray, _State]:
         """(source, window in it) of each row of the step that begins at `taken`, [rows] int64, and where it ends."""
-        sources, numbers, after = self._order.next(taken, self.rows)
+        sources, numbers, after = self.order.next(taken, self.rows)
         windows = np.empty(self.rows, np.int64)
         for source in np.unique(sources).tolist():
             here = sources == source

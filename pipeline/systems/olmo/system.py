@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
+from pipeline.capabilities import PublishedHours
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, TokenBatch
 from pipeline.errors import UserError
+from pipeline.host.devices import Device
 from pipeline.host.hardware import on_gpu
+from pipeline.lm.activations import TrainedDecoder, decoder_bytes
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
 from pipeline.lm.flops import decoder_flops
+from pipeline.lm.held_out_files import evaluate_files
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
@@ -23,7 +30,16 @@ from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, Ste
 from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
+from pipeline.systems.olmo.native_run import native_run
 
+GUIDE = PublishedHours(
+    "A100",
+    {
+        (10**9, 1): 5.6, (10**9, 8): 0.7, (10**10, 1): 56, (10**10, 8): 7, (10**11, 1): 23 * 24, (10**11, 8): 2.9 * 24,
+        (3 * 10**12, 1): 1.9 * 365.25 * 24, (3 * 10**12, 8): 88 * 24,
+    },
+)  # fmt: skip
+"""Of OLMo-1B of February 2024, by the guide to it whose run `olmo_1b` repeats."""
 TERM, Z_LOSS = "cross_entropy", "z_loss"
 
 
@@ -31,6 +47,7 @@ class OlmoSystem(LanguageModelSystem):
     """A decoder on packed text (see pipeline/system.py for what a system is)."""
 
     name = "olmo"
+    decoder_prefix = "backbone."
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, OlmoConfig)
@@ -57,6 +74,12 @@ class OlmoSystem(LanguageModelSystem):
             activation_checkpointing=self.config.activation_checkpointing,
         )
 
+    def decoder_config(self) -> PreTrainedConfig:
+        return self.backbone
+
+    def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
+        return native_run(self.config, model, global_batch, weights.CUTOFF)
+
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, OlmoModel)
         return list(model.backbone.model.layers)
@@ -75,6 +98,23 @@ class OlmoSystem(LanguageModelSystem):
 
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         return decoder_flops(self.backbone, sequence_length)
+
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
+        kept, work = decoder_bytes(
+            TrainedDecoder(
+                self.backbone,
+                self.attention,
+                element,
+                rows=self.config.batch_size,
+                sequence=self.config.sequence_length,
+                degree=topology.sequence,
+                recompute=self.config.activation_checkpointing,
+            )
+        )
+        return {"kept activations": kept, "working set": work}
+
+    def published_hours(self) -> PublishedHours | None:
+        return GUIDE if self.sizes == OlmoConfig() else None
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         weights.initialise(model, self.sizes, self.config.seed, topology)
@@ -119,6 +159,8 @@ class OlmoSystem(LanguageModelSystem):
         was_training = model.training
         model.eval()
         try:
-            return evaluate_perplexity(self, model, phase, sync_point, {"held out": {}}, edges={}, ratios={})
+            found = evaluate_perplexity(self, model, phase, sync_point, {"held out": {}}, edges={}, ratios={})
         finally:
             model.train(was_training)
+        files = evaluate_files(self, model, sync_point)
+        return dataclasses.replace(found, scalars={**found.scalars, **files.scalars})

@@ -72,16 +72,15 @@ def run_inspect(words: Sequence[str]) -> None:
 def _inspect_file(name: str, options: InspectOptions) -> None:
     import itertools
 
-    from pipeline.data.tokens.build import open_token_file
+    from pipeline.data.tokens.build import open_token_file, sidecar_of
     from pipeline.data.tokens.documents import documents_from
     from pipeline.data.tokens.listing import list_tokens
-    from pipeline.data.tokens.sidecar import read_sidecar
     from pipeline.data_config import DataConfig
 
     if options.count < 1:
         raise UserError(f"--count is {options.count}: give 1 or more")
     (source,) = list_tokens([name], "data inspect")
-    sidecar = read_sidecar(Path(source.files[0].name))
+    sidecar = sidecar_of(source.files[0])
     tokenizer = _tokenizer(options.tokenizer, sidecar, name)
     data = DataConfig(token_dtype=options.dtype, token_header=options.header)
     file, _ = open_token_file(source.files[0], data, tokenizer.vocab_size)

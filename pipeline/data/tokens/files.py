@@ -50,9 +50,14 @@ class TokenFile(Protocol):
     """What a resume knows the file by, wherever it lies."""
     layout: Layout
     tokens: int
+    is_remote: bool
 
     def read(self, start: int, count: int) -> np.ndarray:
         """ids [count] of the file's dtype. Raises UserError where the file ends before or cannot be read."""
+        ...
+
+    def ahead(self, start: int, count: int) -> None:
+        """Says that `read` will be asked for these tokens soon."""
         ...
 
     def content(self, start: int, count: int) -> bytes:
@@ -87,6 +92,8 @@ class LocalTokenFile:
     """A file on this machine. It is read by position, not mapped: a mapped file that is cut short, or whose disk fails,
     ends the process by a bus error."""
 
+    is_remote = False
+
     def __init__(self, path: Path, identity: str, layout: Layout, files: OpenFiles | None = None) -> None:
         """`files` may be shared with others. Raises UserError when the size does not fit the dtype."""
         self.name, self.path, self.identity, self.layout = str(path), path, identity, layout
@@ -102,6 +109,9 @@ class LocalTokenFile:
         size = self.layout.itemsize
         found = self.content(self.layout.offset + start * size, count * size)
         return np.frombuffer(found, DTYPES[self.layout.dtype])
+
+    def ahead(self, start: int, count: int) -> None:
+        pass  # the system reads ahead itself
 
     def content(self, start: int, count: int) -> bytes:
         try:

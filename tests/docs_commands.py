@@ -235,6 +235,8 @@ def _mnemos(words: list[str]) -> list[str] | None:
         return _bench(rest)
     if command == "eval":
         return ["eval", RUN, *rest[1:], "--evaluation.steps", "1", "--report.no-plots"]
+    if command == "data":
+        return ["data", *rest]
     if command == "fetch":
         _expect(rest[:1] in ([name] for name in MODELS), words)
         return None

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.sources.content import hash_files
-from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, TokenFile, check_head, layout_of
+from pipeline.data.sources.content import hash_contents
+from pipeline.data.sources.readers import unreadable
+from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, OpenFiles, TokenFile, check_head, layout_of
 from pipeline.data.tokens.listing import TokenName, TokenSource, list_tokens
 from pipeline.data.tokens.loader import WindowLoader
-from pipeline.data.tokens.sidecar import Sidecar, read_sidecar
+from pipeline.data.tokens.remote import Remote, RemoteTokenFile, default_cache, fetch_beside
+from pipeline.data.tokens.sidecar import Sidecar, parse_sidecar, read_sidecar
 from pipeline.data.tokens.windows import Side, Windows
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
+from pipeline.files.json_file import parse_json
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -27,12 +30,13 @@ def build_window_loader(config: RunConfig, topology: Topology, *, vocab_size: in
     entries = data.held_out_tokens if held_out and apart else data.tokens
     listed = list_tokens(entries, "--data.held-out-tokens" if held_out and apart else "--data.tokens")
     side: Side = "all" if apart else "held_out" if held_out else "training"
-    opened = [[open_token_file(file, data, vocab_size) for file in source.files] for source in listed]
+    files = OpenFiles()
+    opened = [[open_token_file(file, data, vocab_size, files) for file in source.files] for source in listed]
     sources = [
-        Windows(source.given, [file for file, _ in files], config.sequence_length, side, data.holdout)
-        for source, files in zip(listed, opened, strict=True)
+        Windows(source.given, [file for file, _ in pairs], config.sequence_length, side, data.holdout)
+        for source, pairs in zip(listed, opened, strict=True)
     ]
-    eos_id = eos_of([pair for files in opened for pair in files], data) if data.document_mask else None
+    eos_id = eos_of([pair for pairs in opened for pair in pairs], data) if data.document_mask else None
     return WindowLoader(
         sources,
         [source.ratio for source in listed],
@@ -50,17 +54,52 @@ def build_window_loader(config: RunConfig, topology: Topology, *, vocab_size: in
     )
 
 
-def open_token_file(file: TokenName, data: DataConfig, vocab_size: int) -> tuple[TokenFile, Sidecar | None]:
+def open_token_file(
+    file: TokenName, data: DataConfig, vocab_size: int, files: OpenFiles | None = None
+) -> tuple[TokenFile, Sidecar | None]:
     """A file that begins as one of its dtype and vocabulary does, and its sidecar. Raises UserError."""
-    path = Path(file.name)
-    sidecar = read_sidecar(path)
+    sidecar = sidecar_of(file)
     dtype = dtype_of(file.name, sidecar, data, vocab_size)
-    with path.open("rb") as handle:
-        head = handle.read(HEAD_BYTES)
+    cache = Path(data.token_cache).expanduser() if data.token_cache else default_cache()
+    remote = Remote(file.name, cache) if file.is_url else None
+    head = _head(Path(file.name)) if remote is None else remote.read(0, min(HEAD_BYTES, remote.size))
     layout = layout_of(file.name, head, dtype, header=data.token_header)
-    found = LocalTokenFile(path, file.identity, layout)
+    found: TokenFile = (
+        LocalTokenFile(Path(file.name), file.identity, layout, files)
+        if remote is None
+        else RemoteTokenFile(file.name, file.identity, layout, remote)
+    )
     check_head(file.name, head, layout, vocab_size)
     return found, sidecar
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as handle:
+            return handle.read(HEAD_BYTES)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def sidecar_of(file: TokenName) -> Sidecar | None:
+    """The sidecar beside a file or a URL; None without one. Raises UserError for one that is damaged."""
+    if not file.is_url:
+        return read_sidecar(Path(file.name))
+    content = fetch_beside(file.name, ".json")
+    if content is None:
+        return None
+    try:
+        # A server may answer any name with a page of its own.
+        found = parse_json(content)
+    except ValueError:
+        return None
+    return parse_sidecar(found, f"{file.name}.json")
+
+
+def sidecars_of(loader: WindowLoader) -> dict[str, Sidecar | None]:
+    """The sidecar of each file of a loader, by the file's name."""
+    files = [file for source in loader.sources for file in source.files]
+    return {file.name: sidecar_of(TokenName(file.name, file.identity)) for file in files}
 
 
 def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: int) -> str:
@@ -102,7 +141,9 @@ def _fingerprint(
             "files": len(files),
             "tokens": sum(file.tokens for file in files),
             "dtype": ", ".join(sorted({file.layout.dtype for file in files})),
-            "digest": hash_files([(file.identity, Path(file.name)) for file in files]),
+            "digest": hash_contents(
+                [(file.identity, file) for file in files], samples=any(file.is_remote for file in files)
+            ),
         }
     ratios = [str(source.ratio) for source in listed]
     return {

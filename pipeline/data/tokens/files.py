@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -48,9 +50,14 @@ class TokenFile(Protocol):
     """What a resume knows the file by, wherever it lies."""
     layout: Layout
     tokens: int
+    is_remote: bool
 
     def read(self, start: int, count: int) -> np.ndarray:
         """ids [count] of the file's dtype. Raises UserError where the file ends before or cannot be read."""
+        ...
+
+    def ahead(self, start: int, count: int) -> None:
+        """Says that `read` will be asked for these tokens soon."""
         ...
 
     def content(self, start: int, count: int) -> bytes:
@@ -63,30 +70,57 @@ class TokenFile(Protocol):
         ...
 
 
-class LocalTokenFile:
-    """A file on this machine, mapped into memory: only what is read of it takes memory, which the system reclaims."""
+class OpenFiles:
+    """Descriptors of the files that were read last: a corpus may have more files than a process may open."""
 
-    def __init__(self, path: Path, identity: str, layout: Layout) -> None:
-        """Raises UserError when its size does not fit its dtype."""
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
+        self._open: OrderedDict[Path, IO[bytes]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, start: int, count: int) -> bytes:
+        """`count` bytes from byte `start` on, fewer where the file ends. Raises OSError."""
+        with self._lock:
+            file = self._open.pop(path, None)
+            self._open[path] = file = path.open("rb", buffering=0) if file is None else file
+            if len(self._open) > self._most:
+                self._open.popitem(last=False)[1].close()
+            return os.pread(file.fileno(), count, start)
+
+
+class LocalTokenFile:
+    """A file on this machine. It is read by position, not mapped: a mapped file that is cut short, or whose disk fails,
+    ends the process by a bus error."""
+
+    is_remote = False
+
+    def __init__(self, path: Path, identity: str, layout: Layout, files: OpenFiles | None = None) -> None:
+        """`files` may be shared with others. Raises UserError when the size does not fit the dtype."""
         self.name, self.path, self.identity, self.layout = str(path), path, identity, layout
+        self._files = files or OpenFiles()
         try:
             self.size = path.stat().st_size
-            self.tokens = count_tokens(self.name, self.size, layout)
-            self._ids = np.asarray(
-                np.memmap(path, DTYPES[layout.dtype], "r", layout.offset, (self.tokens,))
-                if self.tokens
-                else np.empty(0, DTYPES[layout.dtype])
-            )
         except OSError as error:
             raise unreadable(path, error) from error
+        self.tokens = count_tokens(self.name, self.size, layout)
 
     def read(self, start: int, count: int) -> np.ndarray:
         assert 0 <= start <= start + count <= self.tokens, (self.name, start, count)
-        return self._ids[start : start + count]
+        size = self.layout.itemsize
+        found = self.content(self.layout.offset + start * size, count * size)
+        return np.frombuffer(found, DTYPES[self.layout.dtype])
+
+    def ahead(self, start: int, count: int) -> None:
+        pass  # the system reads ahead itself
 
     def content(self, start: int, count: int) -> bytes:
-        with self.path.open("rb") as file:
-            return os.pread(file.fileno(), count, start)
+        try:
+            found = self._files.read(self.path, start, count)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if len(found) < count:
+            raise UserError(f"{self.name} has been cut short while it was read: restore it, and start again")
+        return found
 
 
 def count_tokens(name: str, size: int, layout: Layout) -> int:

@@ -17,6 +17,10 @@ from pipeline.data.tokens.files import check_ids
 from pipeline.data.tokens.windows import Interleaving, Windows, shuffled
 from pipeline.errors import UserError
 
+READ_AHEAD = 64
+"""Windows of a rank, of at least one step, that a file is told of before they are read: one behind a URL fetches them
+meanwhile."""
+
 _State = Sequence[int]
 """Windows that each source has given since the start of the run."""
 
@@ -56,9 +60,13 @@ class WindowLoader:
         for source in sources:
             if not len(source):
                 raise _too_short(source)
-        self._order = Interleaving(ratios)
+        self.order = Interleaving(ratios)
         self.fingerprint = {**fingerprint, "seed": seed, "shuffle": shuffle, "sequence_length": self.length}
         self._taken: _State = [0] * len(sources)
+        self._told: _State = self._taken
+        """Up to where files have been told of what will be read."""
+        # Of files on disk the system reads ahead itself.
+        self._tells = any(file.is_remote for source in sources for file in source.files)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
         self._pending: Future[tuple[list[TokenBatch], _State]] | None = None
 
@@ -74,6 +82,8 @@ class WindowLoader:
 
     def _prepare(self, taken: _State) -> tuple[list[TokenBatch], _State]:
         sources, windows, after = self.windows_of_step(taken)
+        if self._tells:
+            self._tell(taken)
         ids = np.empty((len(self._local), self.length), np.int64)
         for row, number in enumerate(self._local):
             file, start = self.sources[sources[number]].place(int(windows[number]))
@@ -85,9 +95,20 @@ class WindowLoader:
         parts = zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)
         return [TokenBatch(*part) for part in parts], after
 
+    def _tell(self, taken: _State) -> None:
+        """Tells the files of the windows of this step and the next ones."""
+        if sum(self._told) < sum(taken):
+            self._told = taken
+        steps = 1 + max(1, READ_AHEAD // len(self._local))
+        while sum(self._told) < sum(taken) + steps * self.rows:
+            sources, windows, self._told = self.windows_of_step(self._told)
+            for number in self._local:
+                file, start = self.sources[sources[number]].place(int(windows[number]))
+                file.ahead(start, self.length)
+
     def windows_of_step(self, taken: _State) -> tuple[np.ndarray, np.ndarray, _State]:
         """(source, window in it) of each row of the step that begins at `taken`, [rows] int64, and where it ends."""
-        sources, numbers, after = self._order.next(taken, self.rows)
+        sources, numbers, after = self.order.next(taken, self.rows)
         windows = np.empty(self.rows, np.int64)
         for source in np.unique(sources).tolist():
             here = sources == source
@@ -142,7 +163,7 @@ class WindowLoader:
         if self._pending is not None:
             self._pending.exception()  # waits; that step is thrown away, and its error with it
             self._pending = None
-        self._taken = taken
+        self._taken = self._told = taken
 
     def state_dict(self) -> dict[str, Any]:
         return {"windows": sum(self._taken), "taken": list(self._taken), "fingerprint": self.fingerprint}

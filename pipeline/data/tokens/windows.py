@@ -55,33 +55,43 @@ def _held_out(counts: Sequence[int], holdout: float) -> list[int]:
 
 
 class Interleaving:
-    """Which source each window of the run comes from, at any length as near to its ratio as can be.
+    """Which source each window of the run comes from: within one window of its ratio at any length.
 
-    Window g, from 0, is of the source that lags most behind its share of the first g + 1. The state is how many windows
-    each source has given.
+    Of the sources that are not ahead of their ratio, the one whose next window is due first is next (earliest deadline
+    first; Steiner and Yeomans, "Level schedules for mixed-model, just-in-time processes", Management Science 39, 1993).
+    The state is how many windows each source has given.
     """
 
     def __init__(self, ratios: Sequence[Fraction]) -> None:
-        whole = math.lcm(*(ratio.denominator for ratio in ratios))
-        self._weights = [int(ratio * whole) for ratio in ratios]
-        self._whole = sum(self._weights)
+        """`ratios` sum to 1."""
+        self._whole = math.lcm(*(ratio.denominator for ratio in ratios))
+        self._weights = [int(ratio * self._whole) for ratio in ratios]
+        assert sum(self._weights) == self._whole
 
     def next(self, taken: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """(source, number in the source) of the next `count` windows, [count] int64 each, and what is taken then."""
         if len(self._weights) == 1:
             numbers = np.arange(taken[0], taken[0] + count, dtype=np.int64)
             return np.zeros(count, np.int64), numbers, [taken[0] + count]
-        taken, done = list(taken), sum(taken)
+        taken, done, whole = list(taken), sum(taken), self._whole
         sources, numbers = np.empty(count, np.int64), np.empty(count, np.int64)
         for index in range(count):
-            lags = [
-                (done + index + 1) * weight - self._whole * given
-                for weight, given in zip(self._weights, taken, strict=True)
-            ]
-            source = lags.index(max(lags))
+            now = done + index + 1
+            _, source = min(
+                (-(-(given + 1) * whole // weight), source)
+                for source, (weight, given) in enumerate(zip(self._weights, taken, strict=True))
+                if given * whole < now * weight
+            )
             sources[index], numbers[index] = source, taken[source]
             taken[source] += 1
         return sources, numbers, taken
+
+    def taken_after(self, windows: int) -> list[int]:
+        """Windows that each source has given of the first so many of a run."""
+        # Where every source has given exactly its share, all begins anew.
+        periods, rest = divmod(windows, self._whole)
+        _, _, taken = self.next([0] * len(self._weights), rest)
+        return [periods * weight + more for weight, more in zip(self._weights, taken, strict=True)]
 
 
 def shuffled(windows: Windows, source: int, numbers: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:

@@ -72,6 +72,10 @@ EXPERIMENTS = {
         "a small OLMo predicts the standard library to less than 2.6 bits per byte in less than four minutes",
         ("tests/launch/test_olmo_tiny.py",), 9,
     ),
+    "dense_speed": Experiment(
+        "a step of a decoder is as fast here as in a plain PyTorch loop",
+        ("tests/bench/test_dense.py",), 10,
+    ),
     "limits": Experiment(
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",
         ("tests/ops/test_memory_limits.py",), 10,

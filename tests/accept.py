@@ -68,6 +68,10 @@ EXPERIMENTS = {
         "trained on distances to 1K tokens, it recalls eight pairs after a million",
         ("tests/launch/test_recall_long.py",), 30,
     ),
+    "olmo_tiny": Experiment(
+        "a small OLMo predicts the standard library to less than 2.6 bits per byte in less than four minutes",
+        ("tests/launch/test_olmo_tiny.py",), 9,
+    ),
     "dense_speed": Experiment(
         "a step of a decoder is as fast here as in a plain PyTorch loop",
         ("tests/bench/test_dense.py",), 10,

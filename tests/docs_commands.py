@@ -249,8 +249,8 @@ def _mnemos(words: list[str]) -> list[str] | None:
         _expect(rest[:1] in ([name] for name in MODELS), words)
         return None
     if command == "checkpoint":
-        if not {"--to", "--from"}.isdisjoint(rest):
-            return None
+        if {"--to", "--from"} & set(rest):
+            return None  # it needs a checkpoint of another system
         return ["checkpoint", rest[0], RUN, *(["converted"] if rest[0] == "convert" else rest[2:])]
     return words
 

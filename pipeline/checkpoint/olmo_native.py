@@ -142,7 +142,7 @@ def _trainer_content(checkpoint: Path, manifest: Mapping[str, Any], run: RunConf
 
 def read_native(folder: Path, out: Path, decoder: Decoder, run: RunConfig, phase: str) -> list[str]:
     """Writes a native folder to the new folder `out` as a checkpoint of `run` in the universal format, at the step
-    that it says; returns what it lacks, in words. `phase` is the one that a run of it trains.
+    that it holds; returns what it lacks, as sentences. `phase` is the one that a run of it trains.
 
     Raises UserError, with nothing left behind, for what is damaged or of another model.
     """

@@ -23,7 +23,7 @@ from pipeline.system import Evaluation
 
 
 class EvaluatedByFile(Evaluated, Protocol):
-    """What the evaluation of named files asks of a system besides."""
+    """What the evaluation of named files needs of a system besides."""
 
     def file_loaders(self, topology: Topology) -> Mapping[str, StatefulLoader[TokenBatch]]:
         """By name, each at its start."""

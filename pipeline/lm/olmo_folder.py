@@ -79,7 +79,7 @@ def read_weights(folder: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """What train.pt of a native folder says; {} where there is none. Raises UserError.
+    """The content of train.pt in a native folder; {} where there is none. Raises UserError.
 
     OLMo keeps arrays of NumPy in it (a generator's state) and paths (of checkpoints).
     """

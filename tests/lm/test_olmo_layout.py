@@ -107,7 +107,7 @@ def test_another_architecture_is_refused(change: dict[str, Any], words: str) -> 
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_sizes_that_olmo_has_no_word_for_are_refused() -> None:
+def test_sizes_that_olmo_does_not_have_are_refused() -> None:
     check_layout(small_config("first", tied=True), "here")
     scaled = small_config("second", tied=True)
     scaled.rope_parameters = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}

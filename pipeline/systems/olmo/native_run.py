@@ -15,8 +15,8 @@ PRECISIONS = {"bf16": "amp_bf16", "fp16": "amp_fp16", "fp32": "fp32"}
 
 
 def native_run(config: RunConfig, model: Mapping[str, Any], global_batch: int, cutoff: float) -> dict[str, Any]:
-    """Its content, as plain YAML values. `model`: what its section says of the decoder; `cutoff`: the standard
-    deviations beyond which no random weight lies. What this system has no word for is left to OLMo's defaults."""
+    """Its content, as plain YAML values. `model`: the fields of the decoder in it; `cutoff`: the standard
+    deviations beyond which no random weight lies. What this system has no setting for is left to OLMo's defaults."""
     sizes = config.model
     assert isinstance(sizes, OlmoConfig)
     data, optimizer = config.data, config.optimizer

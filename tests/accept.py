@@ -72,6 +72,9 @@ EXPERIMENTS = {
         "a small OLMo predicts the standard library to less than 2.6 bits per byte in less than four minutes",
         ("tests/launch/test_olmo_tiny.py",), 9,
     ),
+    "compiled": Experiment(
+        "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
+    ),
     "dense_speed": Experiment(
         "a step of a decoder is as fast here as in a plain PyTorch loop",
         ("tests/bench/test_dense.py",), 10,

@@ -16,6 +16,7 @@ from pipeline.data.sources.base import Source
 from pipeline.data.sources.listing import Listing, file_format, list_files
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.tokens.listing import TokenListing, list_token_data
 from pipeline.data_config import DataConfig, mix_weights
 from pipeline.errors import UserError
 
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
     from pipeline.parallel.topology import Topology
 
 
-Listings = tuple[Listing | None, ...]
-"""What was listed of each source of a configuration; None for one that is no files."""
+Listings = tuple[Listing | None, ...] | TokenListing
+"""What was listed of each source of a configuration, None for one that is no files; or its token files."""
 
 
 def list_data(config: RunConfig) -> Listings:
-    """The files that `--data.path` or `--data.mix` names, as this process sees them. Raises UserError."""
+    """The files that `--data.path`, `--data.mix` or `--data.tokens` names, as this process sees them. Raises
+    UserError."""
     if config.data.tokens:
-        return ()
+        return list_token_data(config.data)
     if not config.data.mix:
         return (list_files(config.data.path, config.output_dir) if config.data.path else None,)
     listings: list[Listing | None] = []
@@ -65,6 +67,7 @@ def build_source(config: RunConfig, files: Listings | None = None) -> Source:
     if data.tokens:
         raise UserError("--data.tokens names token files, where documents are read: give --data.path or --data.dataset")
     listings = list_data(config) if files is None else files
+    assert not isinstance(listings, TokenListing)
     if not data.mix:
         return _build_one(data, listings[0])
     from pipeline.data.sources.mixed import MixedSource
@@ -143,7 +146,9 @@ def build_loader(
     if data.tokens:
         from pipeline.data.tokens.build import build_window_loader
 
-        return build_window_loader(config, topology, vocab_size=vocab_size, held_out=held_out)
+        listed = list_data(config) if files is None else files
+        assert isinstance(listed, TokenListing)
+        return build_window_loader(config, topology, listed, vocab_size=vocab_size, held_out=held_out)
     if data.held_out_tokens:
         raise UserError("--data.held-out-tokens is given without --data.tokens: name the files of training too")
     return PackedLoader(

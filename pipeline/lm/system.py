@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED, Counts, StatefulLoader, TokenBatch
 from pipeline.data.build import build_loader, build_source
+from pipeline.data.byte_lengths import byte_lengths_of
 from pipeline.data.sources.base import Source
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
 from pipeline.lm.decoder_config import kv_heads
@@ -33,6 +32,7 @@ class LanguageModelSystem(System[TokenBatch]):
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
         self._files: dict[str, StatefulLoader[TokenBatch]] | None = None
+        self._byte_lengths: tuple[Tensor | None] | None = None
 
     def check(self, topology: Topology) -> None:
         """Raises UserError when heads or sequence cannot be divided over the ranks, the vocabulary has no room for the
@@ -71,7 +71,12 @@ class LanguageModelSystem(System[TokenBatch]):
         if self.config.data.recall is None and not self.config.data.tokens:
             self._source = self._source or build_source(self.config, self.files)
         return build_loader(
-            self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
+            self.config,
+            topology,
+            vocab_size=self.backbone.vocab_size,
+            held_out=held_out,
+            files=self.files,
+            source=self._source,
         )
 
     def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
@@ -94,17 +99,11 @@ class LanguageModelSystem(System[TokenBatch]):
         return {self.token_term: int((batch.labels != IGNORED).sum())}
 
     def byte_lengths(self) -> Tensor | None:
-        """Bytes of text that each token id stands for; None where the tokenizer cannot say.
-
-        Of token files that is known only where their tokenizer is here: ids are all that is read of them.
-        """
-        data = self.config.data
-        if data.recall is not None or (data.tokens and not _is_here(data.tokenizer)):
-            return None
-        tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
-        if data.tokens and tokenizer.name == "bytes" and self.backbone.vocab_size > tokenizer.vocab_size:
-            return None  # nobody has named a tokenizer: these are ids of another
-        lengths = tokenizer.byte_lengths()
+        """Bytes of text that each token id stands for; None where that is not known."""
+        # Its tokenizer is loaded for it, and evaluations ask again.
+        if self._byte_lengths is None:
+            self._byte_lengths = (byte_lengths_of(self.config.data, self.files, self.backbone.vocab_size),)
+        (lengths,) = self._byte_lengths
         if lengths is None or lengths.numel() >= self.backbone.vocab_size:
             return lengths
         # Rows that pad the vocabulary stand for nothing.
@@ -115,17 +114,3 @@ def is_linear_weight(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter, sharded or not, is the matrix of a linear layer; that of an embedding is not, nor is one
     that a head shares with it."""
     return name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name
-
-
-def _is_here(name: str) -> bool:
-    """Whether a tokenizer can be loaded without a network: all but names on the Hub that are not in its cache."""
-    if name == "bytes" or Path(name).expanduser().exists():
-        return True
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    repository, _, revision = name.partition("@")
-    try:
-        return isinstance(try_to_load_from_cache(repository, "tokenizer.json", revision=revision or None), str)
-    except HFValidationError:  # a path, of nothing
-        return False

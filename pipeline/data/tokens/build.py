@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.sources.content import hash_contents
 from pipeline.data.sources.readers import unreadable
 from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, OpenFiles, TokenFile, check_head, layout_of
-from pipeline.data.tokens.listing import TokenName, TokenSource, list_tokens
+from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource
 from pipeline.data.tokens.loader import WindowLoader
 from pipeline.data.tokens.remote import Remote, RemoteTokenFile, default_cache, fetch_beside
 from pipeline.data.tokens.sidecar import Sidecar, parse_sidecar, read_sidecar
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     from pipeline.parallel.topology import Topology
 
 
-def build_window_loader(config: RunConfig, topology: Topology, *, vocab_size: int, held_out: bool) -> WindowLoader:
+def build_window_loader(
+    config: RunConfig, topology: Topology, files: TokenListing, *, vocab_size: int, held_out: bool
+) -> WindowLoader:
     """The loader of this data rank. `vocab_size` is the model's. Raises UserError."""
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
-    apart = bool(data.held_out_tokens)
-    entries = data.held_out_tokens if held_out and apart else data.tokens
-    listed = list_tokens(entries, "--data.held-out-tokens" if held_out and apart else "--data.tokens")
-    side: Side = "all" if apart else "held_out" if held_out else "training"
-    files = OpenFiles()
-    opened = [[open_token_file(file, data, vocab_size, files) for file in source.files] for source in listed]
+    listed = files.evaluated if held_out else files.training
+    side: Side = "all" if files.held_out is not None else "held_out" if held_out else "training"
+    open_files = OpenFiles()
+    opened = [[open_token_file(file, data, vocab_size, open_files) for file in source.files] for source in listed]
     sources = [
         Windows(source.given, [file for file, _ in pairs], config.sequence_length, side, data.holdout)
         for source, pairs in zip(listed, opened, strict=True)
@@ -42,7 +43,7 @@ def build_window_loader(config: RunConfig, topology: Topology, *, vocab_size: in
         [source.ratio for source in listed],
         batch_size=rows or config.batch_size,
         vocab_size=vocab_size,
-        fingerprint=_fingerprint(listed, sources, data, held_out=held_out, eos_id=eos_id),
+        fingerprint=functools.partial(_fingerprint, listed, sources, data, held_out=held_out, eos_id=eos_id),
         grad_accum=1 if rows else config.grad_accum,
         data_rank=topology.data_rank,
         data_degree=topology.data,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
 
 SUFFIXES = (".npy", ".bin")
@@ -36,6 +37,26 @@ class TokenSource:
     given: str
     ratio: Fraction
     files: tuple[TokenName, ...]
+
+
+@dataclass(frozen=True)
+class TokenListing:
+    """What was found at one moment, for all ranks."""
+
+    training: tuple[TokenSource, ...]
+    held_out: tuple[TokenSource, ...] | None
+    """None where a part of the training files is held out."""
+
+    @property
+    def evaluated(self) -> tuple[TokenSource, ...]:
+        """The files that evaluations read."""
+        return self.training if self.held_out is None else self.held_out
+
+
+def list_token_data(data: DataConfig) -> TokenListing:
+    """The files of `--data.tokens` and `--data.held-out-tokens`. Raises UserError."""
+    held_out = list_tokens(data.held_out_tokens, "--data.held-out-tokens") if data.held_out_tokens else None
+    return TokenListing(list_tokens(data.tokens), held_out)
 
 
 def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[TokenSource, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from pipeline.errors import UserError
 READ_AHEAD = 64
 """Windows of a rank, of at least one step, that a file is told of before they are read: one behind a URL fetches them
 meanwhile."""
+
+logger = logging.getLogger(__name__)
 
 _State = Sequence[int]
 """Windows that each source has given since the start of the run."""
@@ -41,7 +45,7 @@ class WindowLoader:
         *,
         batch_size: int,
         vocab_size: int,
-        fingerprint: Mapping[str, Any],
+        fingerprint: Callable[[], Mapping[str, Any]],
         grad_accum: int = 1,
         data_rank: int = 0,
         data_degree: int = 1,
@@ -51,8 +55,8 @@ class WindowLoader:
         prefetch: bool = False,
         accept_change: bool = False,
     ) -> None:
-        """`fingerprint`: that of the files, and of what else decides what is read. Raises UserError where a source has
-        no window."""
+        """`fingerprint` gives that of the files, which it reads for it, and what else decides what is read. Raises
+        UserError where a source has no window."""
         self.sources, self.ratios, self.batch_size = list(sources), list(ratios), batch_size
         self.length, self._vocab_size, self._eos_id = sources[0].length, vocab_size, eos_id
         self.rows, self._local = stream_layout(batch_size, grad_accum, data_rank, data_degree)
@@ -61,7 +65,7 @@ class WindowLoader:
             if not len(source):
                 raise _too_short(source)
         self.order = Interleaving(ratios)
-        self.fingerprint = {**fingerprint, "seed": seed, "shuffle": shuffle, "sequence_length": self.length}
+        self._make_fingerprint = fingerprint
         self._taken: _State = [0] * len(sources)
         self._told: _State = self._taken
         """Up to where files have been told of what will be read."""
@@ -69,6 +73,12 @@ class WindowLoader:
         self._tells = any(file.is_remote for source in sources for file in source.files)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
         self._pending: Future[tuple[list[TokenBatch], _State]] | None = None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must agree on."""
+        settings = {"seed": self._seed, "shuffle": self._shuffle, "sequence_length": self.length}
+        return {**self._make_fingerprint(), **settings}
 
     def next_step(self) -> list[TokenBatch]:
         """The micro-batches of one optimizer step, on the CPU."""
@@ -172,9 +182,20 @@ class WindowLoader:
         """Goes on at the window after the last one that was read. Raises UserError for other data."""
         saved = state["fingerprint"]
         check_reading_settings(saved, self.fingerprint)
-        if saved.get("source") != self.fingerprint["source"] and not self._accept_change:
-            why = "windows that this run has read, or has yet to read, may be others"
-            raise refuse_source(saved.get("source"), self.fingerprint["source"], why)
+        if saved.get("source") != self.fingerprint["source"]:
+            if not self._accept_change:
+                why = "windows that this run has read, or has yet to read, may be others"
+                raise refuse_source(saved.get("source"), self.fingerprint["source"], why)
+            if len(state["taken"]) != len(self.sources):
+                raise UserError(
+                    f"--data.tokens has {len(self.sources)} sources and the checkpoint {len(state['taken'])}: their"
+                    " positions mean nothing to each other: begin a new run with --init-from"
+                )
+            if self._local.start == 0:
+                logger.warning(
+                    "the token files have changed, and --data.on-change accept goes on with them: windows of this epoch"
+                    " may be read twice or not at all"
+                )
         self._go_to([int(count) for count in state["taken"]])
 
 

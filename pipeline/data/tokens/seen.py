@@ -11,6 +11,7 @@ from pipeline.data.resume import check_fingerprint
 from pipeline.data.tokens.build import build_window_loader, sidecars_of
 from pipeline.data.tokens.documents import FoundDocument, documents_from
 from pipeline.data.tokens.files import TokenFile
+from pipeline.data.tokens.listing import list_token_data
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 
@@ -46,7 +47,7 @@ def windows_seen(
     narrow = dtypes == {"uint16"} and not config.data.token_header
     data = dataclasses.replace(config.data, token_dtype="uint16" if narrow else config.data.token_dtype)
     config = dataclasses.replace(config, data=data, batch_size=rows, grad_accum=1)
-    loader = build_window_loader(config, Topology(world=1), vocab_size=ANY_ID, held_out=False)
+    loader = build_window_loader(config, Topology(world=1), list_token_data(data), vocab_size=ANY_ID, held_out=False)
     check_fingerprint(state["fingerprint"], loader.fingerprint)
     # Of a run of several phases, the loader has read the steps of the last one alone.
     before = step - 1 - (saved_at - int(state["windows"]) // rows)

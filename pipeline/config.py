@@ -65,6 +65,8 @@ class OptimizerConfig:
     """Shape of the learning rate after warm-up, over `steps`."""
     min_lr_ratio: float = 0.1
     """A cosine or linear schedule ends at this share of the peak learning rate."""
+    warmup_start: float = 0.0
+    """Share of the peak learning rate from which the warm-up rises."""
     max_skipped: int = 20
     """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
 
@@ -82,6 +84,11 @@ class EvaluationConfig:
     0: never. They cost four to six evaluations' passes (docs/gap_closed.md)."""
     full_length: int = 0
     """Tokens that the full attention of gap closed sees; 0: those that a pretrained backbone was trained at."""
+    path: tuple[str, ...] = ()
+    """Held-out documents of their own, NAME=PATH each: a file, folder or glob as for --data.path. Loss and bits per
+    byte of each stand under its name."""
+    tokens: tuple[str, ...] = ()
+    """Held-out token files, NAME=FILE each, as for --data.tokens; the other flags of token files hold for them too."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ class ReportConfig:
     """Draw PNG plots at evaluations and at the end."""
     plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0
     """Steps between drawings of the training curves, which are also drawn at the end; 0: at every evaluation."""
+    spike_factor: float = 4.0
+    """A step whose gradient norm is above this multiple of the running median is logged with its batch; 0: none is."""
     tensorboard: bool = False
     """Write TensorBoard events under OUT/tensorboard."""
     wandb: str | None = None
@@ -110,10 +119,10 @@ class RunConfig:
     """Name of the recipe that made this config."""
     model: ModelConfig
     """The system and its sizes."""
-    steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override"])]
+    steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override", "--max-duration"])]
     """Optimizer updates in the whole schedule, or in each phase that has no number of its own where there are several;
     steps are counted from 1."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs"])]
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs", "--device-train-microbatch-size"])]
     """Sequences per data rank and micro-batch."""
     sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]
     """Tokens per sequence, over all ranks that share it."""
@@ -121,6 +130,11 @@ class RunConfig:
     """Peak learning rate."""
     grad_accum: int = 1
     """Micro-batches per step."""
+    global_batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--global-train-batch-size"])] = None
+    """Sequences per step over all ranks: --grad-accum is then what makes them of --batch-size on each data rank. None:
+    as many as --batch-size and --grad-accum give."""
+    global_batch_tokens: int | None = None
+    """--global-batch-size in tokens: a multiple of --sequence-length."""
     phases: tuple[str, ...] = ()
     """Phases that the run is made of, in their order, of a system with several; none: all."""
     phase: str | None = None
@@ -142,6 +156,8 @@ class RunConfig:
     """Checkpoint to take weights alone from."""
     save_every: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = 500
     """Steps between checkpoints; 0: at the end only."""
+    save_at_start: bool = False
+    """Save a checkpoint before the first step too: checkpoint-0, with the initial weights."""
     keep: int = 2
     """Complete checkpoints to keep: the newest."""
     keep_every: int = 0
@@ -156,8 +172,8 @@ class RunConfig:
     """Steps between samples, of a system that draws from its model; 0: at the end only."""
     ablate_every: Annotated[int, tyro.conf.arg(aliases=["--ablate-interval"])] = 0
     """Steps between ablations, of a system that leaves parts of its model out; 0: at the end only."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    warmup_steps: Annotated[int, tyro.conf.arg(aliases=["--scheduler.t-warmup"])] = 0
+    """Steps over which the learning rate rises linearly, from --optimizer.warmup-start of the peak."""
     weight_decay: float = 0.0
     """AdamW decay of matrices; vectors, norms and gates are never decayed."""
     clip: float = 1.0
@@ -169,6 +185,9 @@ class RunConfig:
     scale on an older one, fp32 on a CPU. auto-amx: the same, but bf16 on a CPU with AMX (for widths from 512 on)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Compile the blocks of the model with torch.compile, each as a single graph, when they first run: a minute of the
+    first step. Not with ZeRO-3."""
     profile: int = 0
     """Record this many steps (after two of warm-up) with torch.profiler into OUT/profile."""
     dry_run: bool = False
@@ -194,6 +213,10 @@ class RunConfig:
             "--parallel.start-minutes": self.parallel.start_minutes,
             "--optimizer.max-skipped": self.optimizer.max_skipped,
         }
+        if self.global_batch_size is not None:
+            positive["--global-batch-size"] = self.global_batch_size
+        if self.global_batch_tokens is not None:
+            positive["--global-batch-tokens"] = self.global_batch_tokens
         if self.max_hours is not None:
             positive["--max-hours"] = self.max_hours
         if self.report.peak_tflops is not None:
@@ -214,6 +237,7 @@ class RunConfig:
             "--data.min-tokens": self.data.min_tokens,
             "--optimizer.eps": self.optimizer.eps,
             "--report.plot-every": self.report.plot_every,
+            "--report.spike-factor": self.report.spike_factor,
             "--evaluation.batch-size": self.evaluation.batch_size,
             "--evaluation.gap-every": self.evaluation.gap_every,
             "--evaluation.full-length": self.evaluation.full_length,
@@ -235,6 +259,8 @@ class RunConfig:
             raise UserError(f"--optimizer.betas are {self.optimizer.betas}: give two values from 0 to below 1")
         if not 0 <= self.optimizer.min_lr_ratio <= 1:
             raise UserError(f"--optimizer.min-lr-ratio is {self.optimizer.min_lr_ratio}: give a share from 0 to 1")
+        if not 0 <= self.optimizer.warmup_start <= 1:
+            raise UserError(f"--optimizer.warmup-start is {self.optimizer.warmup_start}: give a share from 0 to 1")
         if not 0 < self.data.holdout < 1:
             raise UserError(f"--data.holdout is {self.data.holdout}: give a share between 0 and 1")
         if self.data.path and self.data.dataset:

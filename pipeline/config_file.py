@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,8 @@ import yaml
 from pipeline.config import RunConfig
 from pipeline.errors import UserError, brief, shown
 
+Foreign = Callable[[dict[str, Any], str], RunConfig | None]
+"""Reads another trainer's file, of the content and what it is called in messages; None for what is none of them."""
 LONGEST = 4096
 """Bytes of the longest path, and so of any text in a config."""
 MOVED = {("model", "recall"): ("data", "recall")}
@@ -52,16 +55,21 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: Path, recipes: dict[str, Any]) -> RunConfig:
-    """The config in a YAML file, over the defaults of the recipe that it names. Raises UserError.
+def load_config(path: Path, recipes: dict[str, Any], foreign: Foreign | None = None) -> RunConfig:
+    """The config in a YAML file, over the defaults of the recipe that it names, or what `foreign` makes of one that
+    names none. Raises UserError.
 
     Whether foreign code may run is for the flags of a command alone to say: a file can come from anywhere.
     """
     content = _read(path)
     name = content.get("recipe") if isinstance(content, dict) else None
-    if not isinstance(name, str) or name not in recipes:
-        raise UserError(f"--config {path}: `recipe` must name one of {', '.join(sorted(recipes))}")
     try:
+        if foreign is not None and isinstance(content, dict) and "recipe" not in content:
+            found = foreign(content, f"--config {path}")
+            if found is not None:
+                return found
+        if not isinstance(name, str) or name not in recipes:
+            raise UserError(f"--config {path}: `recipe` must name one of {', '.join(sorted(recipes))}")
         config = merge(recipes[name](), with_moved_keys(content, str(path)), str(path))
     except UserError as error:
         # What a section says of its own values names flags, not the file.

@@ -15,6 +15,7 @@ from pipeline.checkpoint.restore import read_progress
 from pipeline.checkpoint.rng import seed_all
 from pipeline.checkpoint.trainable import load_trainable
 from pipeline.checkpoint.universal import check_switchable
+from pipeline.compilation import compile_blocks
 from pipeline.config import RunConfig
 from pipeline.data.batch import StatefulLoader
 from pipeline.data.resume import different_rank
@@ -60,6 +61,7 @@ def create_run(
     with shared_errors(topology):
         loader: StatefulLoader = system.loader(phase, topology)
     frozen = frozen_weights(model, phases.trained, topology)
+    compiled = compile_blocks(config, system, model)
     engine = Engine(model, phase, config, resolved.ds_config)
     if phases.after:
         with shared_errors(topology):
@@ -82,7 +84,10 @@ def create_run(
         phases=phases,
         progress=Progress(phase=phase.name),
         lock=lock or FolderLock(),
-        chosen=describe(resolved, phases, model, loader, topology, device),
+        chosen={
+            **describe(resolved, phases, model, loader, topology, device),
+            **({"compiled": f"{compiled} blocks, each at its first step"} if compiled else {}),
+        },
     )
 
 

@@ -96,6 +96,22 @@ class DataConfig:
     mix: tuple[str, ...] = ()
     """Several sources, NAME=WEIGHT each: a file, folder or glob as for `path`, or a data set as for `dataset`. Each
     stream reads one of them, as many streams as its weight is of the sum."""
+    tokens: tuple[str, ...] = ()
+    """Token files in place of documents: raw little-endian uint16 or uint32 ids, as files, folders, globs or URLs. With
+    a share of the windows each, NAME=RATIO, where the ratios sum to 1; without, all windows are shuffled together."""
+    held_out_tokens: tuple[str, ...] = ()
+    """Token files for evaluation, as `tokens`; without, the last `holdout` of the windows of `tokens` is held out."""
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """What a token file holds. auto: what its sidecar says, or else uint16 where the model's vocabulary allows it."""
+    token_header: bool = False
+    """The token files begin with NumPy's header, as np.save writes it; without: raw ids from the first byte on."""
+    eos_id: int | None = None
+    """Id that ends a document in token files; None: that of their sidecar, or else of the tokenizer."""
+    document_mask: bool = False
+    """Documents in one window of a token file do not see each other, and the first token of one is no label. Systems
+    that let documents of one sequence see each other read it for packed text too."""
+    token_cache: str | None = None
+    """Folder for blocks of token files that are URLs; None: mnemos/tokens in $XDG_CACHE_HOME or ~/.cache."""
     dataset_config: str | None = None
     """Configuration (subset) of the Hugging Face data set."""
     split: str = "train"
@@ -130,6 +146,11 @@ class DataConfig:
         if self.mix and (self.path or self.dataset):
             other = "--data.path" if self.path else "--data.dataset"
             raise UserError(f"{other} and --data.mix are both given: name all sources in --data.mix")
+        if self.tokens and (self.path or self.dataset or self.mix):
+            other = "--data.path" if self.path else "--data.dataset" if self.dataset else "--data.mix"
+            raise UserError(f"{other} and --data.tokens are both given: name documents or token files")
+        if self.eos_id is not None and not 0 <= self.eos_id < 2**32:
+            raise UserError(f"--data.eos-id is {self.eos_id}: give the id of the end-of-document token, 0 or more")
 
 
 def mix_weights(mix: Sequence[str]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import nn
 from pipeline.capabilities import check_intervals
 from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
 from pipeline.checkpoint.trainable import load_trainable
+from pipeline.compilation import check_compile
 from pipeline.config import RunConfig
 from pipeline.data.build import list_data
 from pipeline.ds_config import check_precision, deepspeed_config
@@ -58,7 +59,9 @@ def resolve(config: RunConfig, system: System, topology: Topology, checkpoint: P
         resumed = keep_global_batch(config, topology, checkpoint)
         if resumed != config:
             config, system = resumed, create_system(resumed)
-    return Resolved(config, system, deepspeed_config(config))
+    ds_config = deepspeed_config(config)
+    check_compile(config, system, topology, ds_config)
+    return Resolved(config, system, ds_config)
 
 
 def load_model(

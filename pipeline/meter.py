@@ -34,6 +34,8 @@ class Meter:
         """Sums of the last step alone."""
         self.latest_counts: Mapping[str, float] = {}
         self.steps = 0
+        self.waited = 0.0
+        """Seconds in which this rank waited for its batches."""
         self.begun = time.perf_counter()
 
     def add(self, output: StepOutput) -> None:
@@ -55,6 +57,10 @@ class Meter:
         self.latest, self.latest_counts = {}, counts
         for term, count in counts.items():
             self.counts[term] = self.counts.get(term, 0) + count
+
+    def add_wait(self, seconds: float) -> None:
+        """Time in which the loader was waited for."""
+        self.waited += seconds
 
     def seconds(self) -> float:
         """Time since the last record."""
@@ -84,9 +90,11 @@ class Meter:
         """Reduces over ranks and starts anew. Collective. Updates the run's tokens and elapsed time."""
         run, elapsed = self.run, self.seconds()
         loss, metrics = self._reduce(self.sums, self.counts)
-        memory = torch.tensor(peak_memory(), device=run.device)
+        # Bytes are whole in float64.
+        largest = torch.tensor([float(peak_memory()), self.waited], dtype=torch.float64, device=run.device)
         if run.topology.world > 1:
-            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        memory, waited = largest.tolist()
         run.progress.tokens += int(self.counts[run.system.token_term])
         run.progress.elapsed += elapsed
         tok_s = self.steps * run.tokens_per_step / elapsed
@@ -100,6 +108,7 @@ class Meter:
             tokens=run.progress.tokens,
             elapsed=run.progress.elapsed,
             peak_memory=int(memory),
+            data_wait=min(1.0, waited / elapsed),
             mfu=utilisation(tok_s, self.flops, run.topology.world, self.peak),
             metrics=metrics,
             loss_scale=result.loss_scale,

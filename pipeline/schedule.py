@@ -31,6 +31,7 @@ def schedule_of(config: RunConfig) -> Schedule:
     return Schedule(
         peak=config.lr,
         warmup_steps=config.warmup_steps,
+        warmup_start=optimizer.warmup_start,
         shape=optimizer.schedule,
         floor=optimizer.min_lr_ratio,
         betas=optimizer.betas,

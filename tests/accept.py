@@ -73,6 +73,17 @@ EXPERIMENTS = {
         "trained on distances to 1K tokens, it recalls eight pairs after a million",
         ("tests/launch/test_recall_long.py",), 30,
     ),
+    "olmo_tiny": Experiment(
+        "a small OLMo predicts the standard library to less than 2.6 bits per byte in less than four minutes",
+        ("tests/launch/test_olmo_tiny.py",), 9,
+    ),
+    "compiled": Experiment(
+        "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
+    ),
+    "dense_speed": Experiment(
+        "a step of a decoder is as fast here as in a plain PyTorch loop",
+        ("tests/bench/test_dense.py",), 10,
+    ),
     "limits": Experiment(
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",
         ("tests/ops/test_memory_limits.py",), 10,

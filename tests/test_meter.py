@@ -182,3 +182,14 @@ def test_memory_is_what_the_process_has_held_at_most(run: Run, clock, monkeypatc
     clock(1.0)
     assert meter.record(1, DONE).peak_memory == 2**40 + 1
     assert hardware.peak_memory() > 0
+
+
+def test_the_wait_for_data_is_a_share_of_the_time_since_the_last_record(run: Run, clock) -> None:
+    meter = Meter(run)
+    for seconds, waits, share in ((2.0, (0.25, 0.25), 0.25), (4.0, (), 0.0)):
+        meter.add_counts(counts(cross_entropy=1))
+        meter.add(output(1.0))
+        for wait in waits:
+            meter.add_wait(wait)
+        clock(seconds)
+        assert meter.record(1, DONE).data_wait == pytest.approx(share)

@@ -29,6 +29,8 @@ class StepRecord:
     """Model FLOP/s as a share of the devices' peak; None where the peak is not known."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The system's own."""
+    data_wait: float = 0.0
+    """Share of the time since the last record in which the rank that waited longest waited for its batches."""
     loss_scale: float | None = None
     """Factor of the loss in the step's backward passes; None unless the model computes in float16."""
 
@@ -52,6 +54,10 @@ class Callback:
     def on_overflow(self, step: int, loss_scale: float) -> None:
         """After a step in float16 whose update was skipped since its gradients, times the loss scale, were too large:
         the next step has a lower one."""
+
+    def on_spike(self, step: int, grad_norm: float, median: float, batch: dict[str, Any]) -> None:
+        """After a step whose gradient norm is far above the running `median`. `batch` says where in the data the step
+        began: all streams, or the position of a loader without streams."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""

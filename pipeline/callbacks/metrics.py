@@ -47,6 +47,7 @@ class MetricsFile(Callback):
                 "elapsed": record.elapsed,
                 "peak_memory": record.peak_memory,
                 "mfu": record.mfu,
+                "data_wait": record.data_wait,
                 **({} if record.loss_scale is None else {"loss_scale": record.loss_scale}),
                 **record.metrics,
             }

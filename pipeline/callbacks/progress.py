@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.callbacks.spikes import SPIKES
 from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.runtime.exit import silence
@@ -21,9 +22,13 @@ from pipeline.units import human_count
 BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
 """What the bar shows; it takes the columns that the text leaves of a terminal's width."""
 
+LEAST_WAIT = 0.01
+"""Share of the time that is waited for data from which on a line says it."""
+
 
 class ProgressLines(Callback):
-    """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known.
+    """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known, the
+    wait for data only where there is one.
 
     Evaluations come in the system's words, with its health at the last logged step.
     """
@@ -61,6 +66,8 @@ class ProgressLines(Callback):
         ]
         if record.mfu is not None:
             parts.append(f"MFU {record.mfu:.1%}")
+        if record.data_wait >= LEAST_WAIT:
+            parts.append(f"data {record.data_wait:.0%}")
         self.metrics = record.metrics
         line = "  ".join([*parts, eta])
         if self.bar is None:
@@ -87,6 +94,12 @@ class ProgressLines(Callback):
 
     def on_overflow(self, step: int, loss_scale: float) -> None:
         self._log(f"step {step}: gradients overflow at loss scale {loss_scale:g}, update skipped; the scale is lowered")
+
+    def on_spike(self, step: int, grad_norm: float, median: float, batch: dict[str, Any]) -> None:
+        self._log(
+            f"step {step}: gradient norm {grad_norm:.3g}, {grad_norm / median:.1f} times its running median; its batch"
+            f" is in {self.run.folder / SPIKES}"
+        )
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._log(f"{self._step(step)}  {self.run.system.headline(evaluation)}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import pickle
-import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,20 +14,10 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from pipeline.errors import UserError
+from pipeline.files.pickle_file import read_pickle
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-DAMAGE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    pickle.UnpicklingError,
-)
-"""What torch.load raises at files that it did not write, or not to their end."""
+FIX = "take a checkpoint of this program"
 
 
 def trusted_types() -> list[Any]:
@@ -57,18 +45,7 @@ def load_pickle(path: Path, *, mmap: bool = False) -> Any:
 
     Raises UserError when it is damaged or holds anything but tensors, plain values and `trusted_types`.
     """
-    try:
-        with torch.serialization.safe_globals(trusted_types()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except DAMAGE as error:
-        found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if found is not None:
-            raise UserError(
-                f"{path}: holds something else than tensors and plain values ({found[1]}): nothing of it was run; take"
-                " a checkpoint of this program"
-            ) from error
-        reason = getattr(error, "strerror", None) or "it is damaged"
-        raise UserError(f"{path}: cannot be read ({reason}): copy it again, or take another checkpoint") from error
+    return read_pickle(path, trusted_types(), fix=FIX, mmap=mmap)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ COMMON = (
     "steps", "stop_after", "seed", "output_dir", "resume", "init_from", "save_every", "keep", "eval_every",
     "run_name", "run_id",
     "batch_size", "sequence_length", "grad_accum", "lr", "warmup_steps", "weight_decay", "clip", "precision",
-    "activation_checkpointing", "profile", "dry_run", "zero", "parallel.sequence", "data.path", "data.dataset",
-    "data.mix", "data.text_field", "data.tokenizer", "data.min_tokens",
+    "activation_checkpointing", "compile", "profile", "dry_run", "zero", "parallel.sequence",
+    "data.path", "data.dataset", "data.mix", "data.tokens", "data.text_field", "data.tokenizer", "data.min_tokens",
 )  # fmt: skip
 """Fields of every run whose flags `--help` shows; a model names its own (`ModelConfig.common`)."""
 

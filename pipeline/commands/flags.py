@@ -13,8 +13,15 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 HELP_WORDS = ("-h", "--help", "--help-all")
-RECORDED = ("parallel.sequence", "data.path", "data.dataset", "data.mix", "output_dir", "run_name", "run_id")
+SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
+"""Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
+RECORDED = (
+    "parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id", "grad_accum", "global_batch_size",
+    "global_batch_tokens",
+)  # fmt: skip
 """Fields whose flags mean more than their value: that a person chose it."""
+LISTED_PATHS = "--data.paths"
+"""OLMo's flag for token files."""
 
 
 def wants_help(words: Sequence[str]) -> bool:
@@ -27,22 +34,23 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
 
     `own`: the command's own options, a dataclass, for its help and for what a misspelt flag may have meant.
     `ranks`: how many there will be. The recipe's own sequence degree is made to fit them; one that a flag or a --config
-    file gives is left alone, to be refused. None: the degree stays as it is.
+    file gives is left alone, to be refused. Micro-batches follow from --global-batch-size. None: both stay as they are.
     """
     from pathlib import Path
 
     from pipeline.commands.flag_help import show_help
     from pipeline.config import replace
     from pipeline.config_file import load_config, states
-    from pipeline.recipes import all_recipes, describe
+    from pipeline.global_batch import in_global_batches
+    from pipeline.recipes import all_recipes, describe, read_foreign
     from pipeline.run_name import with_named_folder
 
     recipes = all_recipes()
-    rest = list(words)
+    rest = with_listed_paths(words)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else None
     file, rest = pop_flag(rest, "--config")
     if file is not None:
-        config = load_config(Path(file), recipes)
+        config = load_config(Path(file), recipes, read_foreign)
         if name is not None and name != config.recipe:
             raise UserError(f"--config {file} is a run of {config.recipe}, not of {name}: name one of them")
         name = config.recipe
@@ -67,15 +75,20 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         show_help(config, program, everything=everything, own=own, description=describe(recipes[name]))
     given: set[str] = set()
     # Parsed without the recipe's own source, which what a person names replaces.
-    sourceless = replace(config, data__path=(), data__dataset=None, data__mix=())
+    sourceless = replace(config, data__path=(), data__dataset=None, data__mix=(), data__tokens=())
     parsed: RunConfig = parse_flags(sourceless, rest, program, own, given)
-    if given.isdisjoint(("data.path", "data.dataset", "data.mix")):
+    if given.isdisjoint(SOURCES):
         data = config.data
-        parsed = replace(parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix)
+        parsed = replace(
+            parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
+        )
     if file is not None and states(Path(file), "parallel", "sequence"):
         given.add("parallel.sequence")
     if ranks is not None and "parallel.sequence" not in given:
         parsed = replace(parsed, parallel__sequence=math.gcd(parsed.parallel.sequence, ranks))
+    if file is not None and states(Path(file), "grad_accum") and not states(Path(file), "global_batch_size"):
+        given.add("grad_accum")
+    parsed = in_global_batches(parsed, given, ranks)
     stated = {"output_dir"} if file is not None and states(Path(file), "output_dir") else set()
     return with_named_folder(parsed, given, stated)
 
@@ -147,6 +160,18 @@ def pop_flag(words: list[str], flag: str) -> tuple[str | None, list[str]]:
         if word.startswith(f"{flag}="):
             return word.partition("=")[2], words[:index] + words[index + 1 :]
     return None, words
+
+
+def with_listed_paths(words: Sequence[str]) -> list[str]:
+    """The words with `--data.paths='[FILE, ...]'`, as OLMo's trainer takes it, in the form of `--data.tokens FILE ...`.
+    Raises UserError where the value is no list."""
+    file, rest = pop_flag(list(words), LISTED_PATHS)
+    if file is None:
+        return rest
+    names = [name.strip().strip("'\"") for name in file.strip().removeprefix("[").removesuffix("]").split(",")]
+    if not (file.strip().startswith("[") and file.strip().endswith("]") and all(names)):
+        raise UserError(f"{LISTED_PATHS}={file}: give a list, {LISTED_PATHS}='[FILE, ...]', or --data.tokens FILE ...")
+    return [*rest, "--data.tokens", *names]
 
 
 def split_flags(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:

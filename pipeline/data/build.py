@@ -16,6 +16,7 @@ from pipeline.data.sources.base import Source
 from pipeline.data.sources.listing import Listing, file_format, list_files
 from pipeline.data.synthetic import RecallLoader
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
+from pipeline.data.tokens.listing import TokenListing, list_token_data
 from pipeline.data_config import DataConfig, mix_weights
 from pipeline.errors import UserError
 
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from pipeline.parallel.topology import Topology
 
 
-Listings = tuple[Listing | None, ...]
-"""What was listed of each source of a configuration; None for one that is no files."""
+Listings = tuple[Listing | None, ...] | TokenListing
+"""What was listed of each source of a configuration, None for one that is no files; or its token files."""
 
 
 def list_data(config: RunConfig) -> Listings:
-    """The files that `--data.path` or `--data.mix` names, as this process sees them. Raises UserError."""
+    """The files that `--data.path`, `--data.mix` or `--data.tokens` names, as this process sees them. Raises
+    UserError."""
+    if config.data.tokens:
+        return list_token_data(config.data)
     if not config.data.mix:
         return (list_files(config.data.path, config.output_dir) if config.data.path else None,)
     listings: list[Listing | None] = []
@@ -60,7 +64,10 @@ def build_source(config: RunConfig, files: Listings | None = None) -> Source:
     `files` is what another process has listed for all; without, this one lists them.
     """
     data = config.data
+    if data.tokens:
+        raise UserError("--data.tokens names token files, where documents are read: give --data.path or --data.dataset")
     listings = list_data(config) if files is None else files
+    assert not isinstance(listings, TokenListing)
     if not data.mix:
         return _build_one(data, listings[0])
     from pipeline.data.sources.mixed import MixedSource
@@ -107,15 +114,16 @@ def build_loader(
     files: Listings | None = None,
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
+    whole: bool = False,
 ) -> StatefulLoader[TokenBatch]:
-    """The loader of this data rank: of documents, or of the recall task where the configuration has one.
+    """The loader of this data rank: of documents, of token files, or of the recall task, as the configuration has it.
 
     `vocab_size` is the model's: a token id beyond it is refused. `files` are as in `build_source`; training and
     held-out loader may share a `source`, which is then indexed once. Raises UserError.
 
     The held-out loader reads in an order that no seed changes; `reset()` it before each evaluation. Unless
     `--evaluation.batch-size` sets its rows, they are those of training, and a run that resumes on other ranks evaluates
-    the same text.
+    the same text. `whole`: a held-out loader of all documents of the configuration, none of which is for training.
     """
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
     if data.recall is not None:
@@ -135,6 +143,14 @@ def build_loader(
             seed=config.seed,
             held_out=held_out,
         )
+    if data.tokens:
+        from pipeline.data.tokens.build import build_window_loader
+
+        listed = list_data(config) if files is None else files
+        assert isinstance(listed, TokenListing)
+        return build_window_loader(config, topology, listed, vocab_size=vocab_size, held_out=held_out)
+    if data.held_out_tokens:
+        raise UserError("--data.held-out-tokens is given without --data.tokens: name the files of training too")
     return PackedLoader(
         source or build_source(config, files),
         tokenizer or load_tokenizer(data.tokenizer, data.trust_remote_code),
@@ -145,8 +161,9 @@ def build_loader(
         data_degree=topology.data,
         seed=0 if held_out else config.seed,
         vocab_size=vocab_size,
-        held_out=held_out,
-        holdout=data.holdout,
+        # Where nothing is held out, all documents are on the other side.
+        held_out=held_out and not whole,
+        holdout=0.0 if whole else data.holdout,
         shuffle=data.shuffle,
         min_tokens=data.min_tokens,
         prefetch=not held_out,

@@ -18,6 +18,9 @@ _FLAGS = {
     "shuffle": "--data.shuffle",
     "holdout": "--data.holdout",
     "min_tokens": "--data.min-tokens",
+    "tokens": "--data.tokens",
+    "sequence_length": "--sequence-length",
+    "eos_id": "--data.document-mask or --data.eos-id",
 }
 
 
@@ -59,6 +62,8 @@ def _mix(fingerprint: dict[str, Any]) -> list[float] | None:
 
 def _flag(key: str, value: Any) -> str:
     """What sets a part of a fingerprint, whose value is given."""
+    if key == "source" and isinstance(value, dict) and "ratios" in value:
+        return _FLAGS["tokens"]
     return _FLAGS["mix"] if key == "source" and _mix({"source": value}) else _FLAGS.get(key, key)
 
 
@@ -132,5 +137,5 @@ def accepted(documents: Documents, cursor: Mapping[str, Any]) -> dict[str, Any]:
     if cursor["offset"]:
         document = documents.read(int(cursor["epoch"]), int(cursor["position"]))
         if document is None or cursor.get("document") is None or content_hash(document) != cursor["document"]:
-            found |= {"offset": 0, "document": None, "segment": int(cursor["segment"]) + 1}
+            found |= {"offset": 0, "document": None, "name": None, "segment": int(cursor["segment"]) + 1}
     return found

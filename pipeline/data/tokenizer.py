@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import remote_code
+from pipeline.data.piece_bytes import piece_bytes
 from pipeline.data.sources.content import hash_files
 from pipeline.errors import UserError
 
@@ -35,6 +36,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """ids [tokens] int64."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, at the tokenizer's speed for many."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str: ...
@@ -59,6 +64,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         return bytes(i for i in _as_list(ids) if i < 256).decode(errors="replace")
@@ -99,6 +107,11 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._vocabulary.values()) + 1
         # Code of its own may split text before the Rust tokenizer, or after it.
         self._backend = None if code is not None else _backend(self._tokenizer)
+        if not len(self.encode(_PROBE)):
+            # transformers makes an empty one of a folder that holds a model alone.
+            raise UserError(
+                f"--data.tokenizer {self.name} has no vocabulary: give a folder with the files of a tokenizer"
+            )
 
     def _unusable(self, error: Exception) -> UserError:
         return UserError(
@@ -107,11 +120,14 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._backend is not None:
-            ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        else:
-            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        return np.array(ids, np.int64)
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, np.int64) for encoding in found]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return [np.array(self._tokenizer(text, **options)["input_ids"], np.int64) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         text = self._tokenizer.decode(_as_list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -129,7 +145,7 @@ class HuggingFaceTokenizer:
     def _byte_lengths(self) -> Tensor | None:
         if self._backend is None:
             return None
-        return _piece_bytes(json.loads(self._backend.to_str()), self._vocabulary, self.vocab_size)
+        return piece_bytes(json.loads(self._backend.to_str()), self._vocabulary, self.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -171,54 +187,6 @@ def _backend(tokenizer: Any) -> Any:
     return copy
 
 
-def _piece_bytes(description: dict[str, Any], vocabulary: dict[str, int], size: int) -> Tensor | None:
-    """Bytes per id from a tokenizer.json, [size], or None where the pieces do not give them."""
-    normalizers = list(_components(description["normalizer"], "normalizers"))
-    decoders = [part["type"] for part in _components(description["decoder"], "decoders")]
-    added = {token["id"]: token for token in description["added_tokens"]}
-    lengths = torch.zeros(size, dtype=torch.long)
-    for token in added.values():
-        if not token["special"]:
-            lengths[token["id"]] = len(token["content"].encode())
-    pieces = [(piece, i) for piece, i in vocabulary.items() if i not in added]
-    if "ByteLevel" in decoders and all(part["type"] in ("NFC", "ByteLevel") for part in normalizers):
-        alphabet = _byte_alphabet()
-        if not all(alphabet.issuperset(piece) for piece, _ in pieces):
-            return None
-        for piece, i in pieces:
-            lengths[i] = len(piece)
-        return lengths
-    if description["model"].get("byte_fallback") and all(_keeps_text(part) for part in normalizers):
-        for piece, i in pieces:
-            lengths[i] = 1 if _is_byte(piece) else len(piece.replace("▁", " ").encode())
-        return lengths
-    return None
-
-
-def _components(part: dict[str, Any] | None, field: str) -> Iterable[dict[str, Any]]:
-    """The members of a sequence, or the part itself."""
-    if part is None:
-        return []
-    return part[field] if part["type"] == "Sequence" else [part]
-
-
-def _keeps_text(normalizer: dict[str, Any]) -> bool:
-    """Whether a normalizer only spells spaces as U+2581."""
-    if normalizer["type"] == "Replace":
-        return normalizer["pattern"] == {"String": " "} and normalizer["content"] == "▁"
-    return normalizer["type"] == "Prepend" and normalizer["prepend"] == "▁"
-
-
-def _is_byte(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-
-
-def _byte_alphabet() -> set[str]:
-    """The characters that byte-level BPE writes bytes with: printable Latin-1 as itself, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return {chr(code) for code in printable} | {chr(256 + i) for i in range(256 - len(printable))}
-
-
 class SentencePieceTokenizer:
     """A sentencepiece .model file."""
 
@@ -239,6 +207,9 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text), np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         return self._model.decode(_as_list(ids))

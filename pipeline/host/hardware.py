@@ -132,10 +132,13 @@ def _best(work: Callable[[], object], repeats: int = 7) -> float:
 
 def utilisation(tok_s: float, flops_per_token: float, devices: int, peak: float | None) -> float | None:
     """Model FLOPs utilisation; None where the peak is unknown, or wrong (a figure above 1)."""
-    if peak is None:
-        return None
-    share = tok_s * flops_per_token / (devices * peak)
-    return share if share <= 1 else None
+    share = share_of_peak(tok_s, flops_per_token, devices, peak)
+    return share if share is not None and share <= 1 else None
+
+
+def share_of_peak(tok_s: float, flops_per_token: float, devices: int, peak: float | None) -> float | None:
+    """As `utilisation`, whatever the figure is; None where the peak is unknown."""
+    return None if peak is None else tok_s * flops_per_token / (devices * peak)
 
 
 def peak_memory() -> int:

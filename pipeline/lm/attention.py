@@ -79,19 +79,24 @@ def attend(
     """
     call, topology = attention_call, attention_call.topology
     q, k, v, *tokens = to_heads([*(x.transpose(1, 2) for x in (query, key, value)), *beside.tokens], topology)
-    index = int(module.layer_idx)  # type: ignore[arg-type]
     if call.plan.kind == "full":
         out = full_attention(q, k, v, call.plan, scale=scaling)
     else:
+        index = _number(module)
         out, call.after[index] = window_attention(q, k, v, call.plan, call.before[index], scale=scaling)
     if beside.refine is not None:
         out = beside.refine(q, k, v, out, scaling, *tokens)
     (out,) = to_sequence([out], topology)
     if beside.gate is not None:
         out = out * beside.gate.view_as(out)
-    if index in call.keep:
-        call.kept[index] = out
+    if call.keep and _number(module) in call.keep:
+        call.kept[_number(module)] = out
     return out, None
+
+
+def _number(module: nn.Module) -> int:
+    """Of the layer. Where it is not read, one compiled block serves all layers."""
+    return int(module.layer_idx)  # type: ignore[arg-type]
 
 
 AttentionInterface.register(ATTENTION_NAME, attend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -10,6 +11,8 @@ from pipeline.errors import UserError
 
 ModelType: TypeAlias = Literal["llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3"]
 """Model types of transformers that a backbone may have; SmolLM2 is a llama."""
+AttentionBackend: TypeAlias = Literal["auto", "sdpa", "flex", "flash2", "flash3", "flash4"]
+"""What computes attention (`pipeline.ops.attention`)."""
 
 SMOLLM2 = "outputs/smollm2"
 """Where `fetch smollm2` puts the model, and the recipe that is made for it looks for it."""
@@ -34,6 +37,8 @@ class BackboneConfig:
     """Model type of transformers of random weights."""
     tied: bool = False
     """Random weights alone: the output embedding is the input embedding."""
+    clip_qkv: float | None = None
+    """Random weights of the type olmo alone: queries, keys and values are clipped to this size; None: they are not."""
     layers: int = 16
     """Decoder layers."""
     width: int = 2048
@@ -49,12 +54,19 @@ class BackboneConfig:
     rope_theta: float = 500000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
-    """Epsilon of the RMS norms."""
+    """Epsilon of the RMS norms; the norms of the type olmo have 1e-5 and no weights."""
     initializer_range: float = 0.02
     """Standard deviation of random matrices."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "backbone", "layers", "width", "heads", "kv_heads", "ffn", "vocabulary")
+        if self.clip_qkv is not None and self.model_type != "olmo":
+            raise UserError(
+                f"--model.backbone.clip-qkv {self.clip_qkv}: {self.model_type} has no clipping: leave it out, or give"
+                " --model.backbone.model-type olmo"
+            )
+        if self.clip_qkv is not None and not 0 < self.clip_qkv < math.inf:
+            raise UserError(f"--model.backbone.clip-qkv {self.clip_qkv}: give a value above 0, or none")
         if self.width % self.heads:
             raise UserError(
                 f"--model.backbone.width {self.width} is not divisible by --model.backbone.heads {self.heads}"
@@ -75,7 +87,7 @@ class AttentionConfig:
     """Tokens that a windowed query sees, itself included."""
     sinks: int = 4
     """First tokens of a document that every windowed query sees as well (attention sinks)."""
-    backend: Literal["auto", "sdpa", "flex", "flash2", "flash3", "flash4"] = field(default="auto", metadata=MAY_CHANGE)
+    backend: AttentionBackend = field(default="auto", metadata=MAY_CHANGE)
     """What computes it; auto takes the fastest that fits."""
 
     def __post_init__(self) -> None:

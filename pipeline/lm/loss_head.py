@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
+from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy, linear_cross_entropy_z
 from pipeline.ops.distillation import linear_kl
 
 
@@ -25,9 +25,12 @@ class LossHead(nn.Linear):
         predict: bool = False,
         *,
         teacher: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        z_loss: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
         """Losses in nats of hidden [batch, sequence, width] and labels [batch, sequence], 0 where ignored, and
         predictions alike, int64, when `predict` asks for them; without labels the logits, as transformers has them.
+
+        With the weight of a z-loss, above 0: the z-loss of every label too [batch, sequence].
 
         With a teacher's hidden states [tokens, width], of hidden alike: KL(teacher || student) in nats [tokens].
         """
@@ -36,10 +39,14 @@ class LossHead(nn.Linear):
             return linear_kl(hidden, teacher, self.weight)
         if labels is None:
             return super().forward(hidden)
-        flat = hidden.flatten(0, 1)
-        losses = linear_cross_entropy(flat, self.weight, labels.flatten()).view_as(labels)
+        flat, penalties = hidden.flatten(0, 1), None
+        if z_loss is None:
+            losses = linear_cross_entropy(flat, self.weight, labels.flatten())
+        else:
+            losses, penalties = linear_cross_entropy_z(flat, self.weight, labels.flatten(), z_loss)
         predictions = linear_argmax(flat, self.weight).view_as(labels) if predict else None
-        return losses, predictions
+        found = losses.view_as(labels), predictions
+        return found if penalties is None else (*found, penalties.view_as(labels))
 
 
 def _without_weight(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -47,6 +47,7 @@ def backbone_config(config: BackboneConfig) -> PreTrainedConfig:
             bos_token_id=None,
             eos_token_id=None,
             tie_word_embeddings=config.tied,
+            **({} if config.clip_qkv is None else {"clip_qkv": config.clip_qkv}),
         )
         check_decoder(found, f"--model.backbone.width {config.width} with --model.backbone.heads {config.heads}")
     return found

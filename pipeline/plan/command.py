@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from pipeline.commands.flags import parse_flags, parse_run, split_flags
 from pipeline.config import RunConfig
+from pipeline.errors import UserError
 from pipeline.host.devices import DEVICES, GIB
 from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
 from pipeline.plan.estimate import Plan, PlanOptions, make_plan
+from pipeline.plan.scaling import render_scaling
 from pipeline.plan.zero import PhaseCounts
 
-OWN = ("ranks", "device", "utilisation", "reserve")
+OWN = ("ranks", "device", "utilisation", "reserve", "tokens")
 
 
 @dataclass(frozen=True)
@@ -22,20 +24,24 @@ class CommandOptions(PlanOptions):
 
     all_devices: bool = False
     """A table of what fits on every device that is known."""
+    tokens: str | None = None
+    """Numbers of tokens, such as 1B,10B,3T: a table of the time that they take on one device and on eight."""
 
 
 def run_plan(words: Sequence[str]) -> None:
-    """The command: `plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation X] [--reserve GIB] [flags of
-    the recipe]`."""
+    """The command: `plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation X] [--reserve GIB]
+    [--tokens N,...] [flags of the recipe]`."""
     switches = [word for word in words if word == "--all-devices"]
     own, rest = split_flags([word for word in words if word not in switches], OWN)
     options: CommandOptions = parse_flags(CommandOptions(), [*own, *switches], "mnemos plan")
     config = parse_run(rest, "plan", options, options.ranks)
-    print(render_devices(config, options, rest) if options.all_devices else render(config, options))
+    if options.tokens is not None and options.all_devices:
+        raise UserError("--tokens and --all-devices are both given: a table of times is of one device: leave one out")
+    print(render_devices(config, options, rest) if options.all_devices else render(config, options, options.tokens))
 
 
-def render(config: RunConfig, options: PlanOptions) -> str:
-    """One plan as a table, and what would make it fit."""
+def render(config: RunConfig, options: PlanOptions, tokens: str | None = None) -> str:
+    """One plan as a table, what would make it fit, and how long `tokens` take."""
     plan = make_plan(config, options)
     largest = largest_batch(config, options, plan.counts)
     most = "or more" if largest == MOST_ROWS else ""
@@ -61,6 +67,8 @@ def render(config: RunConfig, options: PlanOptions) -> str:
     lines += [f"  {name:<{width}}  {value}" for name, value in rows]
     if not plan.fits:
         lines += _advice(plan, options, ways_to_fit(config, options, counts))
+    if tokens is not None:
+        lines += render_scaling(config, plan, options.utilisation, tokens)
     return "\n".join(lines)
 
 

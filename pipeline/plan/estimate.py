@@ -42,6 +42,8 @@ class Plan:
     held: dict[str, int]
     """Bytes by what they are: weights, gradients, optimizer, ZeRO's buffers, and what the system's step holds."""
     device: Device
+    ranks: int
+    """Devices in all."""
     reserve: int
     """Bytes of the device that stay free."""
     flops_per_token: float
@@ -103,6 +105,7 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
             **system.activation_bytes(topology, element, device),
         },
         device=device,
+        ranks=options.ranks,
         reserve=int(reserve),
         flops_per_token=flops,
         tokens_per_step=tokens,

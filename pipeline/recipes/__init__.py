@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 from pipeline.config import RunConfig
 
@@ -21,6 +22,17 @@ def all_recipes() -> dict[str, Callable[[], RunConfig]]:
             if function.__annotations__.get("return") in ("RunConfig", RunConfig):
                 found[name] = function
     return found
+
+
+def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
+    """The config that another trainer's YAML file means, by the module here whose `read_foreign` knows its form; None
+    where none does. `where` begins its messages. Raises UserError."""
+    for info in pkgutil.iter_modules(__path__):
+        reader = getattr(importlib.import_module(f"{__name__}.{info.name}"), "read_foreign", None)
+        found = None if reader is None else reader(content, where)
+        if found is not None:
+            return found
+    return None
 
 
 def describe(recipe: Callable[[], RunConfig]) -> str:

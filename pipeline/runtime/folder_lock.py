@@ -21,8 +21,9 @@ class FolderLock:
     def __init__(self) -> None:
         self._handle: IO[str] | None = None
 
-    def acquire(self, folder: Path, timeout: float = LOCK_TIMEOUT) -> bool:
-        """Locks a folder if it exists; False when it was locked here already. UserError when another run keeps it.
+    def acquire(self, folder: Path, timeout: float = LOCK_TIMEOUT, flag: str = "--output-dir") -> bool:
+        """Locks a folder if it exists; False when it was locked here already. UserError, which names the folder's
+        `flag`, when another run keeps it.
 
         On a file system without locks it does nothing.
         """
@@ -39,7 +40,7 @@ class FolderLock:
                 if time.monotonic() - begun >= timeout:
                     handle.close()
                     raise UserError(
-                        f"--output-dir {folder}: another run is writing there: wait for its end, or name another folder"
+                        f"{flag} {folder}: another run is writing there: wait for its end, or name another folder"
                     ) from None
             except OSError:
                 break

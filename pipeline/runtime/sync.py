@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -69,17 +70,24 @@ def next_step(loader: StatefulLoader[B], sync_point: SyncPoint, place: str) -> l
 
 
 def next_counted_step(
-    loader: StatefulLoader[B], sync_point: SyncPoint, place: str, count: Callable[[B], Counts] | None = None
+    loader: StatefulLoader[B],
+    sync_point: SyncPoint,
+    place: str,
+    count: Callable[[B], Counts] | None = None,
+    waited: Callable[[float], None] | None = None,
 ) -> tuple[list[B], dict[str, float]]:
     """As `next_step`, with what each loss term of the step averages over, over all its micro-batches and data ranks.
 
-    `count` says it of one micro-batch.
+    `count` says it of one micro-batch. `waited` takes the seconds in which the loader was waited for.
     """
     problem: str | None = None
     batches: list[B] = []
     counts: dict[str, int] = {}
+    begun = time.perf_counter()
     try:
         batches = loader.next_step()
+        if waited is not None:
+            waited(time.perf_counter() - begun)
         counts = {} if count is None else add_counts(map(count, batches))
     except UserError as error:
         problem = str(error)

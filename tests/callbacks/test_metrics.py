@@ -16,7 +16,8 @@ from pipeline.callbacks.metrics import MetricsFile, perplexity, read_rows
 from pipeline.system import Evaluation
 
 TRAIN = {
-    "mode", "step", "phase", "phase_step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed", "peak_memory"
+    "mode", "step", "phase", "phase_step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed",
+    "peak_memory", "data_wait",
 }  # fmt: skip
 
 
@@ -34,13 +35,13 @@ def strict_rows(folder: Path) -> list[dict[str, Any]]:
 def test_a_train_row_holds_what_is_promised(make_run, record) -> None:
     run = make_run()
     MetricsFile(run).on_step(
-        record(3, loss=1.2345678901234567, mfu=0.25, metrics={"norm_M": 1.5, "memory/alpha": 0.001})
+        record(3, loss=1.2345678901234567, mfu=0.25, data_wait=0.125, metrics={"norm_M": 1.5, "memory/alpha": 0.001})
     )
     (row,) = strict_rows(run.folder)
     assert set(row) == TRAIN | {"mfu", "norm_M", "memory/alpha"}
     assert (row["mode"], row["step"], row["tokens"], row["elapsed"]) == ("train", 3, 300, 6.0)
     assert row["loss"] == 1.2345678901234567
-    assert row["ppl"] == math.exp(row["loss"])
+    assert row["ppl"] == math.exp(row["loss"]) and row["data_wait"] == 0.125
     assert (row["lr"], row["grad_norm"], row["tok_s"]) == (3e-4, 0.75, 4096.0)
     assert (row["peak_memory"], row["mfu"], row["norm_M"], row["memory/alpha"]) == (3 * 2**29, 0.25, 1.5, 0.001)
 

@@ -83,6 +83,10 @@ def test_a_skipped_update_is_said(line) -> None:
     assert "grad skipped" in line({"grad_norm": None})
 
 
+def test_a_wait_for_data_is_said_where_there_is_one(line) -> None:
+    assert "data 12%" in line({"data_wait": 0.12}) and line({"data_wait": 0.004}) == line({})
+
+
 def test_the_metrics_of_a_system_are_left_to_evaluations(line) -> None:
     assert line({"metrics": {"norm_M": 1.2345, "memory/alpha": 0.001}}) == line({})
 

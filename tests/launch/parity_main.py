@@ -28,10 +28,10 @@ from pipeline.parallel.weights import fill, generator_for
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import StepContext
-from pipeline.systems.miras import create
+from pipeline.system import StepContext, create_system
 from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from tests.launch.harness import ROOT
+from tests.launch.olmo_cases import MODELS, STEPS, olmo, updates
 
 ROWS = 2
 LENGTH = 48
@@ -98,6 +98,11 @@ def mixed() -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 
 
+def small_olmo(kind: str, **changes: Any) -> RunConfig:
+    """A model of the olmo system on the batches of this module."""
+    return olmo(kind, rows=ROWS, length=LENGTH, vocabulary=VOCABULARY, **changes)
+
+
 def randomise(name: str, shape: torch.Size) -> torch.Tensor:
     """Nothing is zero: gates, output projections and norms included."""
     noise = torch.randn(shape, generator=generator_for(7, name))
@@ -139,6 +144,23 @@ def micro_batches(topology: Topology, accumulation: int) -> list[TokenBatch]:
     return batches
 
 
+def batches_of_steps(topology: Topology, steps: int) -> tuple[list[list[TokenBatch]], list[TokenBatch]]:
+    """By step, this data rank's micro-batches of two rows in all, and the same of all ranks as one batch."""
+    mine, everything = [], []
+    for step in range(steps):
+        part = rows(ROWS, seed=100 + step)
+        first = topology.data_rank * (ROWS // topology.data)
+        own = part[first : first + ROWS // topology.data]
+        mine.append([_stacked([row], first + index) for index, row in enumerate(own)])
+        everything.append(_stacked(part, 0))
+    return mine, everything
+
+
+def _stacked(part: list[dict[str, torch.Tensor]], first: int) -> TokenBatch:
+    columns = {key: torch.stack([row[key] for row in part]) for key in part[0]}
+    return TokenBatch(**columns, streams=torch.arange(first, first + len(part)))
+
+
 def everything_sharded(folder: Path, rank: int) -> str:
     """The path of zero3 without its exception for small parameters, which here would be all of them."""
     settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
@@ -171,12 +193,16 @@ def cases(sharded: str, ranks: int) -> list[tuple[str, RunConfig]]:
     for stage in range(4):
         config = dataclasses.replace(distillation(stage), activation_checkpointing=stage == 3)
         found.append((f"distilled-zero{stage}", dataclasses.replace(config, zero=sharded) if stage == 3 else config))
+    for kind in MODELS:
+        for stage in range(4):
+            zero = sharded if stage == 3 and kind == "olmo2" else f"zero{stage}"
+            found.append((f"{kind}-zero{stage}", small_olmo(kind, zero=zero, grad_accum=2)))
     found.append(("offload", dataclasses.replace(base(), zero="zero3_offload")))
     return found
 
 
 def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
-    system = create(config)
+    system = create_system(config)
     ds_config = deepspeed_config(dataclasses.replace(config, batch_size=ROWS // topology.data))
     with building(ds_config, torch.float32):
         model = system.build()
@@ -207,7 +233,7 @@ def run_case(config: RunConfig, topology: Topology) -> dict[str, object]:
 
 def plain_gradients(config: RunConfig) -> dict[str, object]:
     """The same step in plain PyTorch, without DeepSpeed: the gradient of each term's sum / count, added up."""
-    system = create(config)
+    system = create_system(config)
     with building({}, torch.float32):
         model = system.build()
     fill(model, randomise)
@@ -237,7 +263,7 @@ def gather(losses: list[torch.Tensor], topology: Topology) -> torch.Tensor:
 
 def causality(config: RunConfig, topology: Topology) -> dict[str, float]:
     """Largest change of an allowed-to-be-unchanged loss when one input token changes; a row for each such token."""
-    system = create(config)
+    system = create_system(config)
     with building({}, torch.float32):
         model = system.build()
     fill(model, randomise)
@@ -298,7 +324,7 @@ def gap(attachment: str, topology: Topology, zero: str) -> dict[str, float]:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention=attention), evaluation=evaluation, zero=zero
     )
-    system = create(config)
+    system = create_system(config)
     ds_config = deepspeed_config(dataclasses.replace(config, batch_size=ROWS // topology.data))
     with building(ds_config, torch.float32):
         model = system.build()
@@ -325,6 +351,14 @@ def main() -> None:
             torch.save(plain_gradients(config), out / f"plain-accum{accumulation}.pt")
         for stage in range(4):
             torch.save(plain_gradients(distillation(stage)), out / f"plain-distilled-zero{stage}.pt")
+        for kind in MODELS:
+            torch.save(plain_gradients(small_olmo(kind, grad_accum=2)), out / f"plain-{kind}.pt")
+    if topology.world < 4:
+        zero = "zero0" if topology.world == 1 else "zero2" if topology.sequence == 1 else "zero3"
+        batches = batches_of_steps(topology, STEPS)
+        found = {kind: updates(kind, zero, topology, *batches, out) for kind in MODELS}
+        if topology.rank == 0:
+            (out / "updates.json").write_text(json.dumps(found))
     for attachment in GAPS:
         scalars = gap(attachment, topology, everything_sharded(out, topology.rank) if attachment != "mac" else "zero1")
         if topology.rank == 0:

@@ -83,7 +83,7 @@ def same(one: Path, other: Path, step: int) -> list[str]:
     if {**states[0], "elapsed": 0} != {**states[1], "elapsed": 0}:
         found.append(f"trainer_state {states}")
     for mode in ("train", "val"):
-        timed = ("elapsed", "tok_s", "peak_memory")
+        timed = ("elapsed", "tok_s", "peak_memory", "data_wait")
         both = [
             [{key: value for key, value in row.items() if key not in timed} for row in rows_of(run, mode)]
             for run in (one, other)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.launch.harness import launch, single
+from tests.launch.olmo_cases import MODELS
 from tests.launch.parity_main import GAPS
 
 TOLERANCE = 1e-5
@@ -24,6 +25,7 @@ CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
 ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
 ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac"]
+OLMO = [f"{kind}-zero{stage}" for kind in MODELS for stage in range(4)]
 DISTILLED = [f"distilled-zero{stage}" for stage in range(4)]
 
 
@@ -69,9 +71,26 @@ def test_one_rank_of_a_distillation_equals_plain_pytorch(one_rank: Path, case: s
     compare(torch.load(one_rank / f"{case}.pt"), torch.load(one_rank / f"plain-{case}.pt"))
 
 
+@pytest.mark.parametrize("case", OLMO)
+def test_one_rank_of_olmo_equals_plain_pytorch(one_rank: Path, case: str) -> None:
+    compare(torch.load(one_rank / f"{case}.pt"), torch.load(one_rank / f"plain-{case.partition('-')[0]}.pt"))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_twenty_updates_of_olmo_are_those_of_transformers_and_adamw(
+    one_rank: Path, many_ranks: Path, kind: str
+) -> None:
+    for folder in (one_rank, many_ranks):
+        path = folder / "updates.json"
+        if not path.exists():
+            continue  # four ranks on two cores take their time
+        found = json.loads(path.read_text())[kind]
+        assert found["difference"] < 1e-5 and found["moved"] > 1e-2
+
+
 def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path, request: pytest.FixtureRequest) -> None:
     ranks, degree = request.node.callspec.params["many_ranks"]
-    for case in [*(CASES if ranks < 4 else CASES[4:]), *OTHERS, *ATTACHED, *DISTILLED]:
+    for case in [*(CASES if ranks < 4 else CASES[4:]), *OTHERS, *ATTACHED, *DISTILLED, *OLMO]:
         expected = torch.load(one_rank / f"{case}.pt")
         found = torch.load(many_ranks / f"{case}.pt")
         if case == "mac-mlp-zero3" and ranks > degree:

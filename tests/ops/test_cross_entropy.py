@@ -15,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.ops import cross_entropy
-from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
+from pipeline.ops.cross_entropy import (
+    linear_argmax,
+    linear_cross_entropy,
+    linear_cross_entropy_z,
+    softmax_and_gradient,
+)
 
 IGNORED = -100
 
@@ -73,6 +78,34 @@ def test_lower_precisions(dtype: torch.dtype, tolerance: float, tile: int | None
     hidden, weight, labels = make(dtype=dtype)
     assert linear_cross_entropy(hidden, weight, labels).dtype == torch.float32
     assert_equal_to_truth(hidden, weight, labels, scale=1.0, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("cached", [1, 4 * 29 * 5])
+def test_losses_and_gradients_whatever_a_cache_holds(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", cached)
+    assert_equal_to_truth(*make(), scale=1.0, tolerance=1e-12)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+def test_the_form_for_a_gpu_is_the_same_function(
+    dtype: torch.dtype, tolerance: float, tile: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_losses_and_gradient", softmax_and_gradient)
+    assert_equal_to_truth(*make(dtype=dtype), scale=1.0, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_form_for_a_gpu_is_one_graph_and_does_not_overflow(compiled: bool) -> None:
+    function = (
+        torch.compile(softmax_and_gradient, backend="eager", fullgraph=True) if compiled else softmax_and_gradient
+    )
+    logits, labels = torch.tensor([[3e4, 0.0, -3e4], [1e4, 1e4, 0.0]]), torch.tensor([1, IGNORED])
+    losses, z_losses, gradient = function(logits, labels, IGNORED)
+    assert z_losses is None
+    assert losses.tolist() == [3e4, 0.0]
+    assert gradient.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_an_ignored_label_has_no_loss_and_no_gradient() -> None:
@@ -181,10 +214,15 @@ def test_the_logits_of_a_sequence_never_exist(monkeypatch: pytest.MonkeyPatch) -
     with LargestTensor() as naive:
         truth(hidden, weight, labels).sum().backward()
     assert naive.elements == tokens * vocabulary
+    assert hidden.requires_grad and weight.requires_grad
     with LargestTensor() as tiled:
         linear_cross_entropy(hidden, weight, labels).sum().backward()
         linear_argmax(hidden, weight)
     assert tiled.elements == tile * vocabulary
+    monkeypatch.setattr(cross_entropy, "_losses_and_gradient", softmax_and_gradient)
+    with LargestTensor() as fused:
+        linear_cross_entropy(hidden, weight, labels).sum().backward()
+    assert fused.elements == tile * vocabulary
 
 
 def test_a_vocabulary_larger_than_the_budget_goes_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,3 +235,38 @@ def test_the_likeliest_ids(tile: int | None) -> None:
     predictions = linear_argmax(hidden, weight)
     assert torch.equal(predictions, (hidden @ weight.T).argmax(dim=-1))
     assert predictions.dtype == torch.int64 and not predictions.requires_grad
+
+
+def z_truth(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    logits = hidden.double() @ weight.double().T
+    return truth(hidden, weight, labels), z_loss * logits.logsumexp(-1).square() * (labels != IGNORED)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["blocks", "as compiled for a GPU"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_z_loss_is_that_of_float64(
+    dtype: torch.dtype, tolerance: float, on_gpu: bool, tile: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_gpu:
+        monkeypatch.setattr(cross_entropy, "_losses_and_gradient", softmax_and_gradient)
+    hidden, weight, labels = make(dtype=dtype)
+    found = linear_cross_entropy_z(hidden, weight, labels, 0.03)
+    expected = z_truth(hidden, weight, labels, 0.03)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found[0], linear_cross_entropy(hidden, weight, labels))
+    actual = torch.autograd.grad((found[0].sum() + found[1].sum()) * 0.7, (hidden, weight))
+    wanted = torch.autograd.grad((expected[0].sum() + expected[1].sum()) * 0.7, (hidden, weight))
+    for gradient, reference in zip(actual, wanted, strict=True):
+        error = (gradient.double() - reference.double()).norm() / reference.double().norm()
+        assert float(error) <= tolerance
+    with torch.no_grad():
+        for one, other in zip(linear_cross_entropy_z(hidden, weight, labels, 0.03), expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+
+
+def test_losses_and_z_losses_of_other_scales_are_refused() -> None:
+    hidden, weight, labels = make()
+    losses, z_losses = linear_cross_entropy_z(hidden, weight, labels, 0.03)
+    with pytest.raises(ValueError, match="losses and z-losses have other gradients"):
+        (losses.sum() + 2 * z_losses.sum()).backward()

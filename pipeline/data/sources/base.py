@@ -40,6 +40,7 @@ class Order:
     """Streams that this data rank reads."""
     held_out: bool
     holdout: float
+    """Share of the documents that is held out; 0: none, in a corpus that is all for one purpose."""
     shuffle: bool
     seed: int
 
@@ -126,13 +127,17 @@ def _mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
+def _mix_many(words: np.ndarray) -> np.ndarray:
+    """`_mix` of each of `words`, uint64."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
 def row_hashes(identity: str, start: int, stop: int) -> np.ndarray:
     """64-bit hashes [stop - start] of the rows of a file, from its identity and the row numbers."""
     with np.errstate(over="ignore"):
-        word = np.uint64(digest(identity)) + np.arange(start, stop, dtype=np.uint64) * np.uint64(_GOLDEN)
-        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
+        return _mix_many(np.uint64(digest(identity)) + np.arange(start, stop, dtype=np.uint64) * np.uint64(_GOLDEN))
 
 
 def hold_out_threshold(holdout: float) -> int:
@@ -177,3 +182,17 @@ class Permutation:
             index = left << half | right
             if index < self.size:
                 return index
+
+    def many(self, indices: np.ndarray) -> np.ndarray:
+        """What calling it gives for each of `indices` [n] uint64, all at once."""
+        half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
+        found = indices.astype(np.uint64)
+        outside = np.ones(found.shape, bool)
+        while outside.any():
+            walked = found[outside]
+            left, right = walked >> half, walked & mask
+            for key in self._keys:
+                left, right = right, left ^ (_mix_many(right ^ np.uint64(key)) & mask)
+            found[outside] = left << half | right
+            outside[outside] = found[outside] >= self.size
+        return found

@@ -49,6 +49,10 @@ class GroupCache:
         self._lock = threading.Lock()
         self._open: Decompressed | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process: an empty one."""
+        return GroupCache, (self._limit,)
+
     def get(self, file: GroupedFile, group: int) -> Any:
         """The group as the file's `read_group` gives it."""
         key = (file.path, group)

@@ -30,7 +30,8 @@ from pipeline.data.sources.readers import DamagedFile, FileReader, JsonLinesFile
 from pipeline.errors import UserError
 
 _EXCLUDED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
-_GROUPED = (ParquetFile, CompressedJsonLinesFile)
+GROUPED = (ParquetFile, CompressedJsonLinesFile)
+"""Readers whose rows are cheap to read a group at a time."""
 
 
 class LocalFiles:
@@ -54,7 +55,7 @@ class LocalFiles:
         if not self._readers:
             raise UserError(f"{self.name} holds no document: every file is empty")
         self._ends = np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)
-        grouped = [reader for reader in self._readers if isinstance(reader, _GROUPED)]
+        grouped = [reader for reader in self._readers if isinstance(reader, GROUPED)]
         self.groups = _group_boundaries(self._readers) if grouped else None
         self.groups_per_shuffle = _groups_per_shuffle(reader.group_bytes for reader in grouped)
 
@@ -91,8 +92,16 @@ class LocalFiles:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def _number(self, index: int) -> int:
+        """Of the file that holds a document."""
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def identity(self, index: int) -> str:
+        """That of the file that holds a document."""
+        return self._files[self._number(index)].identity
+
     def __getitem__(self, index: int) -> Document:
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = self._number(index)
         reader = self._readers[number]
         try:
             return reader[index - (int(self._ends[number - 1]) if number else 0)]
@@ -101,6 +110,10 @@ class LocalFiles:
 
     def parts(self) -> Iterable[tuple[str, int]]:
         return ((file.identity, reader.rows) for file, reader in zip(self._files, self._readers, strict=True))
+
+    def readers(self) -> list[tuple[LocalFile, FileReader]]:
+        """The files that hold documents, each with its reader, in the order of the documents."""
+        return list(zip(self._files, self._readers, strict=True))
 
     def open(self, order: Order) -> Documents:
         return DividedText(self._whole, order) if len(self) == 1 else IndexedDocuments(self, order)
@@ -172,7 +185,7 @@ def _group_boundaries(readers: Sequence[FileReader]) -> np.ndarray:
     sizes: list[int] = []
     joined = False
     for reader in readers:
-        if isinstance(reader, _GROUPED):
+        if isinstance(reader, GROUPED):
             sizes.extend(reader.group_rows)
             joined = False
         elif joined:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from pipeline.host.devices import Device
+from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import head_dim, kv_width
 from pipeline.ops import scan_native
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -47,6 +48,15 @@ class Step:
         return self.natively and (
             self.device is None or runs_natively(memory, 4 if self.float16 else self.element, self.device)
         )
+
+    @property
+    def attention(self) -> AttentionConfig:
+        return self.sizes.attention
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the backbone is trained."""
+        return self.sizes.backbone.trainable
 
     @property
     def head_dim(self) -> int:

@@ -11,10 +11,10 @@ import math
 import torch
 from transformers import PreTrainedConfig
 
-from pipeline.lm.decoder_config import attention_width, kv_width, norm_width
+from pipeline.lm.activations import block_bytes, head_bytes, plan_bytes
+from pipeline.lm.decoder_config import attention_width, kv_width
 from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
 from pipeline.ops.chunks import span_tokens
-from pipeline.ops.cross_entropy import LOGIT_BYTES
 from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
 from pipeline.ops.scan_torch import kept_bytes, recomputes
 from pipeline.systems.miras.activation_step import Step
@@ -55,9 +55,10 @@ def step_bytes(step: Step) -> tuple[int, int]:
         work = max([block + block_work, *whole])
         return kept, max(gradients + work, head + head_work, asking)
     added = hidden * sum(attachment != "overflow" for attachment, *_ in memories)
-    kept = learning * block + sum(kept for _, kept, _ in memories) + added + head + plan_bytes(step)
+    kept = learning * block + sum(kept for _, kept, _ in memories) + added + plan_bytes(step)
     branch_work = max((work for *_, work in memories), default=0)
-    return kept + asked, max(gradients + max(block_work, branch_work), head_work, asking)
+    # The loss has let go of what it kept when the blocks are differentiated.
+    return kept + asked, max(gradients + max(block_work, branch_work), head + head_work, asking)
 
 
 def teacher_bytes(step: Step) -> tuple[int, int]:
@@ -84,40 +85,6 @@ def block_inputs(step: Step, first: int) -> int:
     return step.backbone.num_hidden_layers - first + own
 
 
-def plan_bytes(step: Step) -> int:
-    """Rotations and ids, which every rank has of whole sequences: the attention plan and the batch."""
-    attention = step.sizes.attention
-    windowed = attention.kind == "window"
-    tokens = step.rows * step.sequence
-    # Cosines and sines in float32; sinks have rotations of their own, and so have the keys that are carried.
-    rotations = 4 * step.head_dim * (tokens * (2 if windowed and attention.sinks else 1))
-    rotations += 4 * step.head_dim * step.rows * attention.window if windowed else 0
-    return rotations + 32 * tokens
-
-
-def block_bytes(step: Step) -> tuple[int, int]:
-    """(saved, made by the backward pass) of a decoder block.
-
-    Norms keep their float32 input, and their float32 output when it is trained. Attention keeps q, k and v rotated, its
-    output, and with sinks q before rotation. The feed-forward part keeps the gate before and after its activation and
-    what it multiplies, and a trained block the inputs of its matrices too. Backward, either a norm holds float32
-    gradients beside all of it, or the feed-forward part those of its three inner tensors.
-    """
-    element, width, inner = step.element, step.backbone.hidden_size, step.backbone.intermediate_size
-    attention, norms = step.sizes.attention, 4 * norm_width(step.backbone)
-    queries = 2 + (attention.kind == "window" and attention.sinks > 0)
-    saved = element * (queries * attention_width(step.backbone) + 2 * step.kv_width) + norms + 3 * element * inner
-    norm, released = 20 * width, 4 * width
-    if step.sizes.backbone.trainable:
-        # The input of a block that is recomputed is kept already.
-        saved += (2 + (not step.recompute)) * element * width + norms + element * inner
-        norm, released = 16 * width, 8 * width + element * inner
-    work = max(norm, 3 * element * inner - released)
-    window = attention.window if attention.kind == "window" else 0
-    carried = 2 * element * step.kv_width * window * step.rows // step.degree
-    return step.tokens * saved + carried, step.tokens * work
-
-
 def memory_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     """(saved, made beside it) of a layer's memory."""
     branch = step.tokens * branch_bytes(memory, step.backbone.hidden_size, step.element, step.head_dim)
@@ -127,21 +94,6 @@ def memory_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     there = 3 if memory.attachment == "overflow" else 5
     forward = there * step.element * memory.heads * memory.head_dim * step.tokens
     return branch + scan, max(forward, scan_work)
-
-
-def head_bytes(step: Step) -> tuple[int, int]:
-    """(saved, made beside it) of the last norm and the loss: the gradient of its input, and of the head when trained.
-
-    The loss holds three tiles of logits at a time, and the norm's backward pass float32 gradients.
-    """
-    element, width = step.element, step.backbone.hidden_size
-    hidden = step.tokens * width
-    tile = min(LOGIT_BYTES, 4 * step.backbone.vocab_size * step.tokens)
-    if not step.sizes.backbone.trainable:
-        return hidden * (4 + element), max(20 * hidden, 3 * tile)
-    # Its gradient is summed in float32, and a tile's part of it is made in the model's type and in float32.
-    head = step.backbone.vocab_size * width
-    return hidden * (8 + element) + 4 * head, max(20 * hidden, 3 * tile, 3 * tile // 2 + (4 + element) * head)
 
 
 def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:

@@ -6,7 +6,8 @@ import math
 
 from transformers import PreTrainedConfig
 
-from pipeline.lm.decoder_config import attention_width, head_dim, kv_width
+from pipeline.lm.decoder_config import attention_width, head_dim
+from pipeline.lm.flops import attention_flops, block_flops, causal_reach, head_flops
 from pipeline.lm.pretrained import trained_length
 from pipeline.ops import dual_scan
 from pipeline.system import Flops
@@ -26,21 +27,21 @@ def attention_reach(config: MirasConfig, sequence_length: int) -> float:
     """Mean number of keys that a query meets when documents are as long as they can be."""
     attention = config.attention
     if attention.kind == "full":
-        return (sequence_length + 1) / 2
+        return causal_reach(sequence_length)
     return float(attention.window + attention.sinks)
 
 
 def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length: int) -> Flops:
     """Forward and backward model FLOPs per token.
 
-    A multiply-add is two FLOPs. A frozen matrix has an input gradient and no weight gradient, and what comes before
-    the first memory has no backward pass at all. A scan costs about twice its forward pass backward. A teacher costs
-    its forward pass, and at the compared tokens the head of both.
+    Counted as in `pipeline/lm/flops.py`. A frozen matrix has an input gradient and no weight gradient, and what comes
+    before the first memory has no backward pass at all. A scan costs about twice its forward pass backward. A teacher
+    costs its forward pass, and at the compared tokens the head of both.
     """
     width, inner = backbone.hidden_size, attention_width(backbone)
-    matrices = 2.0 * (2 * width * inner + 2 * width * kv_width(backbone) + 3 * width * backbone.intermediate_size)
-    attention = 4.0 * inner * attention_reach(config, sequence_length)
-    head = 2.0 * width * backbone.vocab_size
+    matrices = block_flops(backbone)
+    attention = attention_flops(backbone, attention_reach(config, sequence_length))
+    head = head_flops(backbone)
     by_number = by_layer(on_backbone(config, backbone).memory, backbone)
     memories = sum(
         branch_flops(kind, width, head_dim(backbone)) + kind.heads * scan_flops(kind) for kind in by_number.values()

@@ -8,20 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
-from pipeline.data.batch import IGNORED, Counts, StatefulLoader, TokenBatch
-from pipeline.data.build import build_loader, build_source
-from pipeline.data.sources.base import Source
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.batch import Counts, TokenBatch
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
-from pipeline.lm.decoder_config import check_window, kv_heads, sliding_window
+from pipeline.lm.decoder_config import check_window, sliding_window
 from pipeline.lm.distillation import choose, comparable, count_compared
-from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors, trained_length
+from pipeline.lm.pretrained import trained_length
+from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
 from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
@@ -36,23 +33,20 @@ TERM, WRITE = "cross_entropy", "write"
 """Loss terms: of the labels, and the penalty on writing."""
 
 
-class MirasSystem(System[TokenBatch]):
+class MirasSystem(LanguageModelSystem):
     """A decoder with MIRAS neural long-term memory (see pipeline/system.py for what a system is)."""
 
     name = "miras"
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, MirasConfig)
-        super().__init__(config)
-        self.backbone = backbone_config(config.model.backbone)
+        super().__init__(config, config.model.backbone)
         self.sizes = on_backbone(config.model, self.backbone)
         self.kinds = kinds_of_memory(self.sizes.memory, self.backbone)
         for kind in self.kinds:
             check_attachment(kind, self.backbone, self.sizes.attention)
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
         self.trained_length = self._trained_length()
-        self._source: Source | None = None
-        self._held_out: StatefulLoader[TokenBatch] | None = None
 
     def _trained_length(self) -> int | None:
         """Tokens that the backbone was trained to see, as far as a teacher asks. Raises UserError where it then has
@@ -69,34 +63,20 @@ class MirasSystem(System[TokenBatch]):
         weights are not whole."""
         if not self.sizes.memory.layers and not self.sizes.backbone.trainable:
             raise UserError("nothing is trained: name --model.memory.layers, or give --model.backbone.trainable")
-        if is_local(self.sizes.backbone):
-            pretrained_tensors(self.sizes.backbone)
-        degree = topology.sequence
-        counts = {
-            "sequence length": self.config.sequence_length,
-            "attention heads": self.backbone.num_attention_heads,
-            "key-value heads": kv_heads(self.backbone),
-        }
-        for kind in self.kinds:
-            # Those of overflow are attention's.
-            if kind.attachment != "overflow":
-                counts["memory heads"] = kind.heads
-        task = self.config.data.recall
-        if task is not None and task.vocab_size > self.backbone.vocab_size:
-            raise UserError(
-                f"--model.backbone.vocabulary {self.backbone.vocab_size}: the recall task has"
-                f" {task.vocab_size} ids: give as many or more"
-            )
         check_chunks(self.kinds, self.config.sequence_length)
         if self.config.evaluation.gap_every:
             from pipeline.systems.miras.evaluation import check_gap
 
             check_gap(self, topology)
-        for what, count in counts.items():
-            if count % degree:
-                raise UserError(
-                    f"--parallel.sequence {degree} does not divide the {count} {what}: choose a degree that does"
-                )
+        super().check(topology)
+
+    def divided(self) -> dict[str, int]:
+        counts = super().divided()
+        for kind in self.kinds:
+            # Those of overflow are attention's.
+            if kind.attachment != "overflow":
+                counts["memory heads"] = kind.heads
+        return counts
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
         attention = self.sizes.attention
@@ -143,9 +123,7 @@ class MirasSystem(System[TokenBatch]):
                 continue
             # Gates decide how long a memory lasts: decay would pull them to one half of their range.
             gate = any(word in name for word in ("alpha_proj", "beta_proj", "share_proj"))
-            matrix = (
-                name.endswith(".weight") and len(full_shape(parameter)) == 2 and "embed_tokens" not in name and not gate
-            )
+            matrix = is_linear_weight(name, parameter) and not gate
             groups.setdefault((part, matrix), []).append(name)
         return [
             Phase(
@@ -163,29 +141,8 @@ class MirasSystem(System[TokenBatch]):
             )
         ]
 
-    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
-        return self.open_loader(topology, held_out=False)
-
-    def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
-        """Training or held-out data of this data rank."""
-        # Before its tokenizer is missed, which is in the same folder.
-        check_fetched(self.sizes.backbone)
-        if self.config.data.recall is None:
-            self._source = self._source or build_source(self.config, self.files)
-        return build_loader(
-            self.config, topology, vocab_size=self.backbone.vocab_size, held_out=held_out, source=self._source
-        )
-
-    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
-        """The held-out loader at its start: opened once, so that what it has read stays read."""
-        if self._held_out is None:
-            self._held_out = self.open_loader(topology, held_out=True)
-        else:
-            self._held_out.reset()
-        return self._held_out
-
     def count(self, batch: TokenBatch) -> Counts:
-        counts = {TERM: int((batch.labels != IGNORED).sum())}
+        counts = {**super().count(batch)}
         if self.sizes.distil == "full":
             compared = count_compared(self._comparable(batch), self.sizes.distillation.tokens)
             counts |= dict.fromkeys(term_weights(self.sizes.distillation), compared)
@@ -291,9 +248,3 @@ class MirasSystem(System[TokenBatch]):
         streams = 2 * self.config.grad_accum * rows
         carry = streams * activations.carry_bytes(self.sizes, self.backbone, element) // topology.sequence
         return {"carry": carry, "kept activations": kept, "working set": work}
-
-    def byte_lengths(self) -> Tensor | None:
-        """Bytes of text that each token id stands for; None where the tokenizer cannot say."""
-        if self.config.data.recall is not None:
-            return None
-        return load_tokenizer(self.config.data.tokenizer, self.config.data.trust_remote_code).byte_lengths()

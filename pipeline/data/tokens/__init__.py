@@ -1,0 +1,1 @@
+"""Token files: documents that are tokenised already, as raw ids."""

@@ -1,0 +1,155 @@
+"""From a run's configuration to its loader of token files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.sources.content import hash_contents
+from pipeline.data.sources.readers import unreadable
+from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, OpenFiles, TokenFile, check_head, layout_of
+from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource
+from pipeline.data.tokens.loader import WindowLoader
+from pipeline.data.tokens.remote import Remote, RemoteTokenFile, default_cache, fetch_beside
+from pipeline.data.tokens.sidecar import Sidecar, parse_sidecar, read_sidecar
+from pipeline.data.tokens.windows import Side, Windows
+from pipeline.data_config import DataConfig
+from pipeline.errors import UserError
+from pipeline.files.json_file import parse_json
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.parallel.topology import Topology
+
+
+def build_window_loader(
+    config: RunConfig, topology: Topology, files: TokenListing, *, vocab_size: int, held_out: bool
+) -> WindowLoader:
+    """The loader of this data rank. `vocab_size` is the model's. Raises UserError."""
+    data, rows = config.data, config.evaluation.batch_size if held_out else 0
+    listed = files.evaluated if held_out else files.training
+    side: Side = "all" if files.held_out is not None else "held_out" if held_out else "training"
+    open_files = OpenFiles()
+    opened = [[open_token_file(file, data, vocab_size, open_files) for file in source.files] for source in listed]
+    sources = [
+        Windows(source.given, [file for file, _ in pairs], config.sequence_length, side, data.holdout)
+        for source, pairs in zip(listed, opened, strict=True)
+    ]
+    eos_id = eos_of([pair for pairs in opened for pair in pairs], data) if data.document_mask else None
+    return WindowLoader(
+        sources,
+        [source.ratio for source in listed],
+        batch_size=rows or config.batch_size,
+        vocab_size=vocab_size,
+        fingerprint=functools.partial(_fingerprint, listed, sources, data, held_out=held_out, eos_id=eos_id),
+        grad_accum=1 if rows else config.grad_accum,
+        data_rank=topology.data_rank,
+        data_degree=topology.data,
+        seed=0 if held_out else config.seed,
+        shuffle=data.shuffle,
+        eos_id=eos_id,
+        prefetch=not held_out,
+        accept_change=data.on_change == "accept",
+    )
+
+
+def open_token_file(
+    file: TokenName, data: DataConfig, vocab_size: int, files: OpenFiles | None = None
+) -> tuple[TokenFile, Sidecar | None]:
+    """A file that begins as one of its dtype and vocabulary does, and its sidecar. Raises UserError."""
+    sidecar = sidecar_of(file)
+    dtype = dtype_of(file.name, sidecar, data, vocab_size)
+    cache = Path(data.token_cache).expanduser() if data.token_cache else default_cache()
+    remote = Remote(file.name, cache) if file.is_url else None
+    head = _head(Path(file.name)) if remote is None else remote.read(0, min(HEAD_BYTES, remote.size))
+    layout = layout_of(file.name, head, dtype, header=data.token_header)
+    found: TokenFile = (
+        LocalTokenFile(Path(file.name), file.identity, layout, files)
+        if remote is None
+        else RemoteTokenFile(file.name, file.identity, layout, remote)
+    )
+    check_head(file.name, head, layout, vocab_size)
+    return found, sidecar
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as handle:
+            return handle.read(HEAD_BYTES)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def sidecar_of(file: TokenName) -> Sidecar | None:
+    """The sidecar beside a file or a URL; None without one. Raises UserError for one that is damaged."""
+    if not file.is_url:
+        return read_sidecar(Path(file.name))
+    content = fetch_beside(file.name, ".json")
+    if content is None:
+        return None
+    try:
+        # A server may answer any name with a page of its own.
+        found = parse_json(content)
+    except ValueError:
+        return None
+    return parse_sidecar(found, f"{file.name}.json")
+
+
+def sidecars_of(loader: WindowLoader) -> dict[str, Sidecar | None]:
+    """The sidecar of each file of a loader, by the file's name."""
+    files = [file for source in loader.sources for file in source.files]
+    return {file.name: sidecar_of(TokenName(file.name, file.identity)) for file in files}
+
+
+def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: int) -> str:
+    """The dtype of a raw file: what the flag, the sidecar or the size of the vocabulary says, in this order."""
+    if data.token_dtype != "auto":
+        if sidecar is not None and sidecar.dtype != data.token_dtype:
+            raise UserError(
+                f"{name} holds {sidecar.dtype} by its sidecar, not {data.token_dtype}: leave out --data.token-dtype"
+            )
+        return data.token_dtype
+    if sidecar is not None:
+        return sidecar.dtype
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def eos_of(files: Sequence[tuple[TokenFile, Sidecar | None]], data: DataConfig) -> int:
+    """The id that ends documents: what the flag, the sidecars or the tokenizer says. Raises UserError."""
+    if data.eos_id is not None:
+        return data.eos_id
+    found = {sidecar.eos_id: file.name for file, sidecar in files if sidecar is not None}
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise UserError(f"{first} ends documents with id {one}, {second} with {other}: give files of one tokenizer")
+    if found:
+        return next(iter(found))
+    from pipeline.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(data.tokenizer, data.trust_remote_code).eos_id
+
+
+def _fingerprint(
+    listed: Sequence[TokenSource], sources: Sequence[Windows], data: DataConfig, *, held_out: bool, eos_id: int | None
+) -> dict[str, Any]:
+    """What a resume compares: the files by name, size and content, and what decides how they are read."""
+    numbered: dict[str, Any] = {}
+    for number, windows in enumerate(sources, start=1):
+        files = windows.files
+        numbered[f"source {number}"] = {
+            "files": len(files),
+            "tokens": sum(file.tokens for file in files),
+            "dtype": ", ".join(sorted({file.layout.dtype for file in files})),
+            "digest": hash_contents(
+                [(file.identity, file) for file in files], samples=any(file.is_remote for file in files)
+            ),
+        }
+    ratios = [str(source.ratio) for source in listed]
+    return {
+        "source": {"ratios": ratios, **numbered},
+        "holdout": None if data.held_out_tokens else data.holdout,
+        "held_out": held_out,
+        "eos_id": eos_id,
+    }

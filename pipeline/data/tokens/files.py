@@ -1,0 +1,206 @@
+"""One token file: raw little-endian ids, read at any place, and what is wrong with a file that is none."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from pipeline.data.sources.readers import unreadable
+from pipeline.errors import UserError
+
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+HEAD_BYTES = 1 << 16
+"""What is looked at of a file before it is used."""
+_NUMPY = b"\x93NUMPY"
+_FOREIGN = (
+    (b"PAR1", "is a parquet file: tokenise it with `data prepare`"),
+    (b"\x28\xb5\x2f\xfd", "is zstd data: decompress it"),
+    ((20240520).to_bytes(4, "little"), "has a header of llm.c: write the ids after its first 1024 bytes to a file"),
+    (b"MMIDIDX", "is an index of Megatron: give the .bin file beside it"),
+    (b"version https://git-lfs.github.com/spec/", "is a pointer of Git LFS, not the data: run `git lfs pull`"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ids lie in a file."""
+
+    dtype: str
+    """A key of DTYPES."""
+    offset: int = 0
+    """Bytes before the first id."""
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+
+class TokenFile(Protocol):
+    """Ids by their place in a file."""
+
+    name: str
+    """Path or URL."""
+    identity: str
+    """What a resume knows the file by, wherever it lies."""
+    layout: Layout
+    tokens: int
+    is_remote: bool
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """ids [count] of the file's dtype. Raises UserError where the file ends before or cannot be read."""
+        ...
+
+    def ahead(self, start: int, count: int) -> None:
+        """Says that `read` will be asked for these tokens soon."""
+        ...
+
+    def content(self, start: int, count: int) -> bytes:
+        """Bytes of the file, for its fingerprint."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        ...
+
+
+class OpenFiles:
+    """Descriptors of the files that were read last: a corpus may have more files than a process may open."""
+
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
+        self._open: OrderedDict[Path, IO[bytes]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, start: int, count: int) -> bytes:
+        """`count` bytes from byte `start` on, fewer where the file ends. Raises OSError."""
+        with self._lock:
+            file = self._open.pop(path, None)
+            self._open[path] = file = path.open("rb", buffering=0) if file is None else file
+            if len(self._open) > self._most:
+                self._open.popitem(last=False)[1].close()
+            return os.pread(file.fileno(), count, start)
+
+
+class LocalTokenFile:
+    """A file on this machine. It is read by position, not mapped: a mapped file that is cut short, or whose disk fails,
+    ends the process by a bus error."""
+
+    is_remote = False
+
+    def __init__(self, path: Path, identity: str, layout: Layout, files: OpenFiles | None = None) -> None:
+        """`files` may be shared with others. Raises UserError when the size does not fit the dtype."""
+        self.name, self.path, self.identity, self.layout = str(path), path, identity, layout
+        self._files = files or OpenFiles()
+        try:
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self.tokens = count_tokens(self.name, self.size, layout)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert 0 <= start <= start + count <= self.tokens, (self.name, start, count)
+        size = self.layout.itemsize
+        found = self.content(self.layout.offset + start * size, count * size)
+        return np.frombuffer(found, DTYPES[self.layout.dtype])
+
+    def ahead(self, start: int, count: int) -> None:
+        pass  # the system reads ahead itself
+
+    def content(self, start: int, count: int) -> bytes:
+        try:
+            found = self._files.read(self.path, start, count)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if len(found) < count:
+            raise UserError(f"{self.name} has been cut short while it was read: restore it, and start again")
+        return found
+
+
+def count_tokens(name: str, size: int, layout: Layout) -> int:
+    """Ids in a file of `size` bytes. Raises UserError when that is no whole number."""
+    whole, rest = divmod(size - layout.offset, layout.itemsize)
+    if rest or whole < 0:
+        other = "uint32" if layout.dtype == "uint16" else "uint16"
+        raise UserError(
+            f"{name}: {size - layout.offset} bytes of ids are no whole number of {layout.dtype}: the file is cut short,"
+            f" or give --data.token-dtype {other}"
+        )
+    return whole
+
+
+def layout_of(name: str, head: bytes, dtype: str, *, header: bool) -> Layout:
+    """The layout of a file that begins with `head`, and holds `dtype` unless its `header` says. Raises UserError for
+    one that begins as no token file does."""
+    if head.startswith(_NUMPY):
+        if not header:
+            raise UserError(
+                f"{name} has a NumPy header, which would be read as ids: give --data.token-header, or write the ids"
+                f" alone with numpy.load({Path(name).name!r}).tofile(FILE)"
+            )
+        return _layout_of_array(name, head)
+    if header:
+        raise UserError(f"{name} has no NumPy header, but --data.token-header says so: leave that flag out")
+    for mark, what in _FOREIGN:
+        if head.startswith(mark):
+            raise UserError(f"{name} {what}")
+    return Layout(dtype)
+
+
+def _layout_of_array(name: str, head: bytes) -> Layout:
+    """What NumPy's header says."""
+    import io
+
+    from numpy.lib import format as npy
+
+    stream = io.BytesIO(head)
+    try:
+        version = npy.read_magic(stream)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, _, dtype = read(stream)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{name} has a damaged NumPy header ({error}): write the file again") from error
+    found = next((key for key, value in DTYPES.items() if value == dtype), None)
+    if found is None or len(shape) != 1:
+        raise UserError(
+            f"{name} holds an array of {dtype.str} of shape {shape}: write one dimension of uint16 or uint32,"
+            " little-endian"
+        )
+    return Layout(found, stream.tell())
+
+
+def check_head(name: str, head: bytes, layout: Layout, vocab_size: int) -> None:
+    """Raises UserError when the first ids of a file cannot be of its dtype and vocabulary."""
+    count = (len(head) - layout.offset) // layout.itemsize
+    ids = np.frombuffer(head, DTYPES[layout.dtype], max(count, 0), layout.offset)
+    if layout.dtype == "uint16" and len(ids) >= 64 and looks_wide(ids):
+        raise UserError(
+            f"{name} is read as uint16 and looks like uint32 (every second id is 0): give --data.token-dtype uint32"
+        )
+    if layout.dtype == "uint32" and len(ids) >= 64 and (ids >= vocab_size).mean() > 0.5:
+        narrow = np.frombuffer(head, DTYPES["uint16"], count * 2, layout.offset)
+        if narrow.max() < vocab_size:
+            raise UserError(f"{name} is read as uint32 and looks like uint16: give --data.token-dtype uint16")
+    check_ids(name, 0, ids, vocab_size)
+
+
+def looks_wide(ids: np.ndarray) -> bool:
+    """Whether uint16 `ids` are halves of uint32: the high halves are all 0 and the low ones are not."""
+    even = len(ids) // 2 * 2
+    return not ids[1:even:2].any() and bool(ids[:even:2].any())
+
+
+def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int) -> None:
+    """Raises UserError for the first of `ids` [n], which begin at token `start`, that no vocabulary row is for."""
+    if len(ids) and ids.max() >= vocab_size:
+        first = int(np.argmax(ids >= vocab_size))
+        raise UserError(
+            f"{name}: token {start + first} is id {int(ids[first])}, beyond the model's vocabulary of {vocab_size}:"
+            " give files of the tokenizer that the model was made for, or another --data.token-dtype"
+        )

@@ -1,0 +1,201 @@
+"""OLMo's own training configurations, such as configs/official/OLMo-1B.yaml of github.com/allenai/OLMo, as runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config import RunConfig, replace
+from pipeline.data_config import LARGEST
+from pipeline.errors import UserError, shown
+from pipeline.lm.olmo_config import DEFAULTS
+from pipeline.recipes.olmo import olmo2_1b, olmo_1b
+from pipeline.runtime.exit import log_line
+from pipeline.systems.olmo import native_config
+from pipeline.systems.olmo.native_config import number, read_model
+
+Section = Mapping[str, Any]
+
+SCHEDULES = {"cosine_with_warmup": "cosine", "linear_with_warmup": "linear", "constant": "constant"}
+PRECISIONS = {"amp_bf16": "bf16", "amp_fp16": "fp16", "fp32": "fp32"}
+SECTIONS = ("model", "optimizer", "scheduler", "data")
+"""Sections of which fields are read."""
+READ = {
+    "model": native_config.READ,
+    "optimizer": {
+        "name", "learning_rate", "weight_decay", "betas", "eps", "decay_norm_and_bias", "decay_embeddings",
+    },
+    "scheduler": {"name", "units", "t_warmup", "t_max", "alpha_f", "warmup_min_lr"},
+    "data": {"paths", "memmap_dtype", "generate_doc_lengths"},
+    "": {
+        "run_name", "seed", "max_duration", "global_train_batch_size", "device_train_microbatch_size", "precision",
+        "max_grad_norm", "save_interval", "save_num_checkpoints_to_keep", "eval_interval", "softmax_auxiliary_loss",
+        "auxiliary_loss_multiplier", *SECTIONS,
+    },
+}  # fmt: skip
+"""Fields that are read, by section."""
+WITHOUT_EFFECT = {
+    "model": native_config.NO_EFFECT,
+    "optimizer": {"metrics_log_interval"},
+    "data": {
+        "num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "timeout", "pad_direction", "drop_last",
+    },
+    "": {"dry_run", "fused_loss", "load_path", "save_overwrite"},
+}  # fmt: skip
+"""Fields that are OLMo's way to do what is done here without them."""
+
+
+def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
+    """The run that a file of OLMo's form means, over the recipe of its model; None for a file of another form.
+
+    Fields that have no effect here are named in one line. Raises UserError.
+    """
+    model = content.get("model")
+    if not isinstance(model, dict) or "d_model" not in model:
+        return None
+    for name in SECTIONS:
+        if not isinstance(content.get(name) or {}, dict):
+            raise UserError(f"{where}: {name} is {shown(content[name])}: give it as a section")
+    content = _resolved(content, where)
+    _name_others(content, where)
+    sizes = read_model(content["model"], where)
+    base = olmo2_1b() if sizes.backbone.model_type == "olmo2" else olmo_1b()
+    optimizer: Section = content.get("optimizer") or {}
+    data: Section = content.get("data") or {}
+    length = int(content["model"].get("max_sequence_length", DEFAULTS["max_sequence_length"]))
+    rows = _count(content, "global_train_batch_size", where, 512)
+    micro = _count(content, "device_train_microbatch_size", where, 16)
+    z_loss = number(content.get("auxiliary_loss_multiplier", 1e-4), f"{where}: auxiliary_loss_multiplier")
+    betas = optimizer.get("betas", (0.9, 0.95))
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise UserError(f"{where}: optimizer.betas is {shown(betas)}: give two numbers")
+    precision = content.get("precision", "fp32")
+    if precision not in PRECISIONS:
+        raise UserError(f"{where}: precision is {shown(precision)}: give one of {', '.join(PRECISIONS)}")
+    run_name = content.get("run_name")
+    keep = int(number(content.get("save_num_checkpoints_to_keep", -1), f"{where}: save_num_checkpoints_to_keep"))
+    clip = content.get("max_grad_norm")
+    return replace(
+        base,
+        model=dataclasses.replace(
+            sizes,
+            decay_norms=bool(optimizer.get("decay_norm_and_bias", False)),
+            decay_embeddings=bool(optimizer.get("decay_embeddings", False)),
+            z_loss=z_loss if content.get("softmax_auxiliary_loss") else 0.0,
+        ),
+        sequence_length=length,
+        batch_size=min(micro, rows),
+        grad_accum=1,
+        global_batch_size=rows,
+        weight_decay=number(optimizer.get("weight_decay", 0.01), f"{where}: optimizer.weight_decay"),
+        clip=0.0 if clip is None else number(clip, f"{where}: max_grad_norm"),
+        precision=PRECISIONS[precision],
+        seed=_count(content, "seed", where, 6198),
+        run_name=None if run_name is None else str(run_name),
+        save_every=_count(content, "save_interval", where, 1000),
+        eval_every=_count(content, "eval_interval", where, 1000),
+        keep=LARGEST if keep < 0 else keep,
+        optimizer__betas=tuple(number(beta, f"{where}: optimizer.betas") for beta in betas),
+        optimizer__eps=number(optimizer.get("eps", 1e-5), f"{where}: optimizer.eps"),
+        **_schedule(content, rows * length, where),
+        **_data(data, where),
+    )
+
+
+def _schedule(content: Section, tokens: int, where: str) -> dict[str, Any]:
+    """The fields of the schedule and its length; `tokens`: those of a step."""
+    section, optimizer = content.get("scheduler") or {}, content.get("optimizer") or {}
+    name = section.get("name", "cosine_with_warmup")
+    if name not in SCHEDULES:
+        raise UserError(f"{where}: scheduler.name is {shown(name)}: give one of {', '.join(SCHEDULES)}")
+    if optimizer.get("name", "lionw") != "adamw":
+        raise UserError(f"{where}: optimizer.name is {shown(optimizer.get('name', 'lionw'))}: only adamw is supported")
+    unit = section.get("units", "steps")
+    if unit not in ("steps", "tokens"):
+        raise UserError(f"{where}: scheduler.units is {shown(unit)}: give steps or tokens")
+
+    def steps(value: Any, what: str) -> int:
+        # 4e12T: tokens. Of the schedule, every number is in its units.
+        text, given = str(value), what.startswith("scheduler") and unit == "tokens"
+        if text.endswith("T"):
+            text, given = text[:-1], True
+        if text.endswith("ep"):
+            raise UserError(f"{where}: {what} is {shown(value)}: give it in steps, or in tokens as 4e12T")
+        found = number(text.replace("_", ""), f"{where}: {what}")
+        return -(-int(found) // tokens) if given else int(found)
+
+    peak = number(optimizer.get("learning_rate", 1e-4), f"{where}: optimizer.learning_rate")
+    start = section.get("warmup_min_lr")
+    # OLMo's own default: a tenth of the peak.
+    share = 0.1 if start is None else number(start, f"{where}: scheduler.warmup_min_lr") / peak
+    duration = steps(content.get("max_duration", 10_000), "max_duration")
+    whole = duration if section.get("t_max") is None else steps(section["t_max"], "scheduler.t_max")
+    return {
+        "lr": peak,
+        "steps": max(whole, duration),
+        "stop_after": duration if whole > duration else None,
+        "warmup_steps": steps(section.get("t_warmup", 100), "scheduler.t_warmup"),
+        "optimizer__schedule": SCHEDULES[name],
+        "optimizer__warmup_start": share,
+        "optimizer__min_lr_ratio": number(section.get("alpha_f", 0.1), f"{where}: scheduler.alpha_f"),
+    }
+
+
+def _data(section: Section, where: str) -> dict[str, Any]:
+    """The fields of the data."""
+    paths = section.get("paths") or []
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise UserError(f"{where}: data.paths is {shown(paths)}: give a list of files")
+    found: dict[str, Any] = {"data__document_mask": bool(section.get("generate_doc_lengths", False))}
+    if paths:
+        dtype = section.get("memmap_dtype", "uint16")
+        if dtype not in ("uint16", "uint32"):
+            raise UserError(f"{where}: data.memmap_dtype is {shown(dtype)}: give uint16 or uint32")
+        found |= {"data__tokens": tuple(paths), "data__token_dtype": dtype}
+    return found
+
+
+def _name_others(content: Section, where: str) -> None:
+    """Prints one line that names the fields which have no effect here."""
+    others = [key for key in content if key not in READ[""] | WITHOUT_EFFECT[""]]
+    for name in SECTIONS:
+        known = READ[name] | WITHOUT_EFFECT.get(name, set())
+        others += [f"{name}.{key}" for key in content.get(name) or {} if key not in known]
+    if others and os.environ.get("RANK", "0") == "0":
+        log_line(f"{where}: no effect here: {', '.join(others)}")
+
+
+def _count(content: Section, key: str, where: str, default: int) -> int:
+    return int(number(content.get(key, default), f"{where}: {key}"))
+
+
+def _resolved(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """The content with every `${section.key}` of a field that is read in place of what it refers to, as OmegaConf has
+    it. Raises UserError for a reference that leads nowhere."""
+
+    def value(key: str, found: Any) -> Any:
+        for _ in range(len(content)):
+            match = re.fullmatch(r"\$\{([\w.]+)\}", found) if isinstance(found, str) else None
+            if match is None:
+                break
+            target: Any = content
+            for part in match[1].split("."):
+                target = target.get(part) if isinstance(target, dict) else None
+            if target is None:
+                raise UserError(f"{where}: {key} is {shown(found)}, which the file does not have: give its value")
+            found = target
+        if isinstance(found, str) and "${" in found:
+            raise UserError(f"{where}: {key} is {shown(found)}: give its value, or leave it out")
+        return found
+
+    resolved = {key: value(key, found) if key in READ[""] else found for key, found in content.items()}
+    for name in SECTIONS:
+        section = resolved.get(name) or {}
+        known = READ[name]
+        resolved[name] = {
+            key: value(f"{name}.{key}", found) if key in known else found for key, found in section.items()
+        }
+    return resolved

@@ -1,0 +1,53 @@
+"""Token files that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.data.build import build_loader
+from pipeline.data.tokens.loader import WindowLoader
+from pipeline.data_config import DataConfig
+from pipeline.parallel.topology import Topology
+from tests.data.conftest import refusal  # noqa: F401
+
+VOCABULARY = 260
+
+
+def write(path: Path, ids: Sequence[int] | np.ndarray, dtype: str = "uint16") -> str:
+    """A token file as OLMo's tools write it."""
+    np.asarray(ids).astype(np.dtype(dtype).newbyteorder("<")).tofile(path)
+    return str(path)
+
+
+@pytest.fixture
+def token_files(tmp_path: Path) -> list[str]:
+    """Three files of 1000, 93 and 407 ids."""
+    random = np.random.default_rng(0)
+    return [write(tmp_path / f"part-{i}.npy", random.integers(0, 256, n)) for i, n in enumerate((1000, 93, 407))]
+
+
+def config(tokens: Sequence[str], **options: Any) -> RunConfig:
+    """A run on token files; `options` are those of the data, or of the run where it has such a field."""
+    plain = {"steps": 1, "batch_size": 2, "sequence_length": 16, "lr": 1.0}
+    plain |= {key: options.pop(key) for key in list(options) if key in RunConfig.__dataclass_fields__}
+    data = DataConfig(tokens=tuple(tokens), **options)
+    return RunConfig(recipe="", model=ModelConfig(), data=data, **plain)  # type: ignore[arg-type]
+
+
+Open = Callable[..., WindowLoader]
+
+
+def open_loader(
+    tokens: Sequence[str], *, rank: int = 0, ranks: int = 1, held_out: bool = False, vocab: int = VOCABULARY,
+    **options: Any,
+) -> WindowLoader:  # fmt: skip
+    topology = Topology(world=ranks, rank=rank)
+    found = build_loader(config(tokens, **options), topology, vocab_size=vocab, held_out=held_out)
+    assert isinstance(found, WindowLoader)
+    return found

@@ -1,0 +1,135 @@
+"""OLMo's own configuration files, as runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.commands.flags import parse_run
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.recipes.olmo import olmo2_1b, olmo_1b
+from pipeline.systems.olmo.config import OlmoConfig
+
+PARTS: dict[str, Any] = {
+    "run_name": "mine",
+    "model": {
+        "d_model": 2048, "n_heads": 16, "n_layers": 16, "mlp_ratio": 8, "weight_tying": True, "alibi": False,
+        "rope": True, "flash_attention": False, "attention_dropout": 0.0, "attention_layer_norm": False,
+        "include_bias": False, "block_type": "sequential", "layer_norm_type": "default",
+        "layer_norm_with_affine": False, "activation_type": "swiglu", "residual_dropout": 0.0,
+        "embedding_dropout": 0.0, "max_sequence_length": 2048, "vocab_size": 50280, "embedding_size": 50304,
+        "init_fn": "mitchell",
+    },
+    "optimizer": {"name": "adamw", "learning_rate": 4e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]},
+    "scheduler": {"name": "cosine_with_warmup", "t_warmup": 500, "alpha_f": 0.1},
+    "max_duration": 7640, "global_train_batch_size": 64, "device_train_microbatch_size": 8,
+    "precision": "amp_bf16", "max_grad_norm": 1.0, "save_interval": 1000, "eval_interval": "${save_interval}",
+    "data": {"paths": ["a.npy"], "num_workers": 4},
+}  # fmt: skip
+NORMS = {
+    "layer_norm_type": "rms", "layer_norm_with_affine": True, "attention_layer_norm": True, "norm_after": True,
+}  # fmt: skip
+
+
+def read(folder: Path, *flags: str, ranks: int = 1, **changes: Any) -> RunConfig:
+    """The run of the file in which sections are changed by key, and other fields whole."""
+    content = {key: dict(value) if isinstance(value, dict) else value for key, value in PARTS.items()}
+    for key, value in changes.items():
+        content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
+    file = folder / "olmo.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return parse_run(["--config", str(file), *flags], "train", ranks=ranks)
+
+
+def test_the_guides_file_is_the_recipe(tmp_path: Path) -> None:
+    found, recipe = read(tmp_path), olmo_1b()
+    assert found.model == recipe.model
+    for name in ("steps", "lr", "warmup_steps", "weight_decay", "clip", "sequence_length", "batch_size", "grad_accum"):
+        assert getattr(found, name) == getattr(recipe, name), name
+    assert found.optimizer == recipe.optimizer
+    assert (found.save_every, found.eval_every, found.precision) == (1000, 1000, "bf16")
+    assert found.output_dir == Path("outputs/mine")
+    assert (found.data.tokens, found.data.token_dtype) == (("a.npy",), "uint16")
+
+
+def test_flags_of_the_guides_command_stand_over_the_file(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, "--max_duration=7630", "--save_interval=7", "--eval_interval=9", "--global_train_batch_size=32",
+        "--device_train_microbatch_size=4", "--scheduler.t_warmup=11", "--data.paths=[x/1.npy, x/2.npy]", ranks=2,
+    )  # fmt: skip
+    assert (found.steps, found.save_every, found.eval_every, found.warmup_steps) == (7630, 7, 9, 11)
+    assert (found.batch_size, found.grad_accum, found.global_batch_size) == (4, 4, 32)
+    assert found.data.tokens == ("x/1.npy", "x/2.npy")
+
+
+def test_olmo2s_file_in_tokens_is_the_recipe_of_olmo2(tmp_path: Path) -> None:
+    model = {
+        **NORMS, "weight_tying": False, "rope_theta": 500000, "layer_norm_eps": "1e-6", "max_sequence_length": 4096,
+        "vocab_size": 100278, "embedding_size": 100352, "init_fn": "normal", "init_cutoff_factor": 3,
+    }  # fmt: skip
+    found = read(
+        tmp_path, model=model, max_duration="4e12T", softmax_auxiliary_loss=True, auxiliary_loss_multiplier="1e-5",
+        optimizer={"eps": "1e-8", "decay_norm_and_bias": True},
+        scheduler={"units": "tokens", "t_warmup": 8388608000, "t_max": "5e12", "warmup_min_lr": 0.0},
+        global_train_batch_size=512, device_train_microbatch_size=4,
+    )  # fmt: skip
+    recipe = olmo2_1b()
+    assert found.model == recipe.model and found.optimizer == recipe.optimizer
+    assert (found.steps, found.stop_after, found.warmup_steps) == (recipe.steps, recipe.stop_after, recipe.warmup_steps)
+
+
+def test_keys_without_effect_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read(tmp_path, evaluators=[], fsdp={"precision": "mixed"}, optimizer={"momentum": 1}, save_folder="${path.x:1}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("olmo.yaml: no effect here: evaluators, fsdp, save_folder, optimizer.momentum")
+
+
+def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
+    model = {"mlp_hidden_size": 96, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "clip_qkv": 8.0, "n_layers": 3}
+    found = read(tmp_path, model=model).model
+    assert isinstance(found, OlmoConfig)
+    sizes = found.backbone
+    assert (sizes.width, sizes.heads, sizes.kv_heads, sizes.ffn, sizes.clip_qkv, sizes.layers) == (32, 4, 2, 48, 8.0, 3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": {"alibi": True}}, "model: alibi is True, and a first OLMo has False"),
+        ({"model": {"activation_type": "gelu"}}, "model: activation_type is 'gelu', and"),
+        ({"model": {"norm_after": True}}, "model: norm_after is True, and"),
+        ({"model": {**NORMS, "clip_qkv": 8}}, "model: clip_qkv is 8.0, and a second OLMo does not clip"),
+        ({"model": {"d_model": "wide"}}, "model: d_model is 'wide': give a whole number"),
+        ({"model": {"n_layers": 1.5}}, "model: n_layers is 1.5: give a whole number"),
+        ({"model": {"residual_dropout": 0.1}}, "model: residual_dropout is 0.1, and here there is no dropout"),
+        ({"model": {"layer_norm_eps": "small"}}, "model: layer_norm_eps is 'small': give a number"),
+        ({"model": {"init_fn": "fan_in"}}, "model: init_fn is 'fan_in': only mitchell and normal"),
+        ({"model": {"n_heads": 3}}, "d_model 2048 is not divisible by n_heads 3"),
+        ({"optimizer": {"name": "lionw"}}, "optimizer.name is 'lionw': only adamw"),
+        ({"optimizer": {"betas": 0.9}}, "optimizer.betas is 0.9: give two numbers"),
+        ({"optimizer": "adamw"}, "optimizer is 'adamw': give it as a section"),
+        ({"scheduler": {"name": "max_scheduler"}}, "scheduler.name is 'max_scheduler': give one of"),
+        ({"scheduler": {"units": "epochs"}}, "scheduler.units is 'epochs': give steps or tokens"),
+        ({"max_duration": "2ep"}, "max_duration is '2ep': give it in steps, or in tokens"),
+        ({"precision": "fp64"}, "precision is 'fp64': give one of amp_bf16"),
+        ({"data": {"paths": "a.npy"}}, "data.paths is 'a.npy': give a list of files"),
+        ({"data": {"memmap_dtype": "int8"}}, "data.memmap_dtype is 'int8': give uint16 or uint32"),
+        ({"eval_interval": "${save_intervall}"}, "eval_interval is .*which the file does not have"),
+        ({"run_name": "${oc.env:X}"}, "run_name is .*: give its value, or leave it out"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        read(tmp_path, **changes)
+    assert "\n" not in str(refusal.value) and "olmo.yaml" in str(refusal.value)
+
+
+def test_a_file_of_another_form_is_refused_as_before(tmp_path: Path) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text("steps: 3\n")
+    with pytest.raises(UserError, match="`recipe` must name one of"):
+        parse_run(["--config", str(file)], "train")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from pipeline.errors import UserError
 from pipeline.system import Evaluation, Phase, Sample, StepContext, System
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
 
@@ -60,6 +62,23 @@ class Recalls(Protocol):
     ) -> Evaluation:
         """Shares of right answers by length. `lengths` in tokens, None: the system's own; at least `queries` questions
         a point. Collective; leaves the model's mode as it found it. Raises UserError."""
+        ...
+
+
+@runtime_checkable
+class TrainsDecoder(Protocol):
+    """Trains one decoder of transformers and nothing besides, so that other programs can take its weights."""
+
+    decoder_prefix: str
+    """What stands before transformers' names in those of the model's parameters."""
+
+    def decoder_config(self) -> PreTrainedConfig:
+        """What transformers builds the decoder from."""
+        ...
+
+    def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
+        """The config.yaml of an OLMo run that trains as this one does, on `global_batch` sequences a step; `model` is
+        what its `model` section says of the decoder."""
         ...
 
 

@@ -41,6 +41,7 @@ Mnemos trains language models that remember.
   data prepare|inspect|verify                documents to token files; what is in them; checks
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
+  bench dense [flags]                        a decoder's training steps beside those of a plain PyTorch loop
   bench kernels [flags]                      the native ops by every backend, and their peers, against the roofline
   bench resume [flags]                       seconds to save and load a checkpoint, against plain files of that size
   bench report FOLDER                        what `make gpu` measured, into docs/results.md
@@ -262,10 +263,11 @@ HELP = {
     ),
     "bench": (
         "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
+        "       mnemos bench dense [--rounds N] [--threads N] [--ranks 1 2] [--compile] [RECIPE] [flags]\n"
         "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n"
         "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n"
         "       mnemos bench report FOLDER\n\n"
-        "The first three take --json FILE, --repeats N and --help."
+        "All but report take --json FILE and --help, and all of these but dense --repeats N."
     ),
     "plan": (
         "usage: mnemos plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation SHARE] [--reserve GIB]\n"

@@ -84,6 +84,11 @@ class EvaluationConfig:
     0: never. They cost four to six evaluations' passes (docs/gap_closed.md)."""
     full_length: int = 0
     """Tokens that the full attention of gap closed sees; 0: those that a pretrained backbone was trained at."""
+    path: tuple[str, ...] = ()
+    """Held-out documents of their own, NAME=PATH each: a file, folder or glob as for --data.path. Loss and bits per
+    byte of each stand under its name."""
+    tokens: tuple[str, ...] = ()
+    """Held-out token files, NAME=FILE each, as for --data.tokens; the other flags of token files hold for them too."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class ReportConfig:
     """Draw PNG plots at evaluations and at the end."""
     plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0
     """Steps between drawings of the training curves, which are also drawn at the end; 0: at every evaluation."""
+    spike_factor: float = 4.0
+    """A step whose gradient norm is above this multiple of the running median is logged with its batch; 0: none is."""
     tensorboard: bool = False
     """Write TensorBoard events under OUT/tensorboard."""
     wandb: str | None = None
@@ -126,6 +133,8 @@ class RunConfig:
     global_batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--global-train-batch-size"])] = None
     """Sequences per step over all ranks: --grad-accum is then what makes them of --batch-size on each data rank. None:
     as many as --batch-size and --grad-accum give."""
+    global_batch_tokens: int | None = None
+    """--global-batch-size in tokens: a multiple of --sequence-length."""
     phases: tuple[str, ...] = ()
     """Phases that the run is made of, in their order, of a system with several; none: all."""
     phase: str | None = None
@@ -147,6 +156,8 @@ class RunConfig:
     """Checkpoint to take weights alone from."""
     save_every: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = 500
     """Steps between checkpoints; 0: at the end only."""
+    save_at_start: bool = False
+    """Save a checkpoint before the first step too: checkpoint-0, with the initial weights."""
     keep: int = 2
     """Complete checkpoints to keep: the newest."""
     keep_every: int = 0
@@ -204,6 +215,8 @@ class RunConfig:
         }
         if self.global_batch_size is not None:
             positive["--global-batch-size"] = self.global_batch_size
+        if self.global_batch_tokens is not None:
+            positive["--global-batch-tokens"] = self.global_batch_tokens
         if self.max_hours is not None:
             positive["--max-hours"] = self.max_hours
         if self.report.peak_tflops is not None:
@@ -224,6 +237,7 @@ class RunConfig:
             "--data.min-tokens": self.data.min_tokens,
             "--optimizer.eps": self.optimizer.eps,
             "--report.plot-every": self.report.plot_every,
+            "--report.spike-factor": self.report.spike_factor,
             "--evaluation.batch-size": self.evaluation.batch_size,
             "--evaluation.gap-every": self.evaluation.gap_every,
             "--evaluation.full-length": self.evaluation.full_length,

@@ -100,6 +100,12 @@ class Engine:
         self.deepspeed.checkpoint_engine = self._shards = ShardFiles()
         # Scripts that unpickle whatever they are given; `checkpoint convert` and `export` do their work.
         self.deepspeed._copy_recovery_script = lambda save_path: None
+        if self.stage == 0 and self.deepspeed.dp_world_size == 1:
+            # There is nothing to reduce, and DeepSpeed would copy all gradients to a buffer and back. The call that is
+            # left gives parameters without a gradient one of zeros, as a reduction does.
+            self.deepspeed.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: (
+                self.deepspeed._get_gradients_for_reduction()
+            )
         self._peak_lrs = [schedule.peak * group.lr_scale for group in phase.groups]
 
     @staticmethod

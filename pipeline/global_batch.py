@@ -1,4 +1,4 @@
-"""`--global-batch-size`: micro-batches that follow from the ranks."""
+"""`--global-batch-size` and `--global-batch-tokens`: micro-batches that follow from the ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from pipeline.errors import UserError
 def in_global_batches(config: RunConfig, given: Collection[str], ranks: int | None) -> RunConfig:
     """The config with as many micro-batches as `global_batch_size` takes on so many ranks; None: as they are.
 
-    `given`: the fields that a person chose. A `grad_accum` among them stands over a recipe's `global_batch_size`.
+    `given`: the fields that a person chose. A `grad_accum` among them stands over a recipe's `global_batch_size`, and
+    either over its `global_batch_tokens`, which is the number of sequences in tokens.
     Raises UserError where the sequences cannot be divided so.
     """
+    if config.global_batch_tokens is not None:
+        others = {"global_batch_size", "grad_accum"}.intersection(given)
+        if others and "global_batch_tokens" not in given:
+            config = dataclasses.replace(config, global_batch_tokens=None)
+        else:
+            config, given = _in_sequences(config, given), {*given, "global_batch_size"}
     if config.global_batch_size is None:
         return config
     if "grad_accum" in given and "global_batch_size" not in given:
@@ -36,6 +43,25 @@ def in_global_batches(config: RunConfig, given: Collection[str], ranks: int | No
             f" {config.batch_size} on {data} data ranks, and --grad-accum is {config.grad_accum}: leave one out"
         )
     return dataclasses.replace(config, grad_accum=accumulation)
+
+
+def _in_sequences(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """The config with the sequences that `global_batch_tokens` are. Raises UserError where they are no whole number, or
+    where a person gave another one."""
+    tokens, length = config.global_batch_tokens, config.sequence_length
+    assert tokens is not None
+    rows, rest = divmod(tokens, length)
+    if rest or not rows:
+        raise UserError(
+            f"--global-batch-tokens {tokens} is no multiple of --sequence-length {length}: give"
+            f" {max(1, round(tokens / length)) * length}"
+        )
+    if "global_batch_size" in given and config.global_batch_size != rows:
+        raise UserError(
+            f"--global-batch-tokens {tokens} are {rows} sequences of --sequence-length {length}, and"
+            f" --global-batch-size is {config.global_batch_size}: leave one out"
+        )
+    return dataclasses.replace(config, global_batch_size=rows)
 
 
 def _divisor(whole: int, rows: int, data: int) -> str:

@@ -48,20 +48,20 @@ def where_it_began(run: Run, outputs: Sequence[StepOutput], position: Mapping[st
     By stream: those with a non-finite loss, or else all. Of a loader without streams: its position.
     """
     if "streams" not in position:
-        return _numbers(position)
+        return _readable(position)
     bad = {
         str(int(stream))
         for output, ids in zip(outputs, run.streams, strict=True)
         if not all(bool(value.isfinite()) for value in output.sums.values())
         for stream in ids
     }
-    places = {stream: _numbers(place) for stream, place in position["streams"].items()}
+    places = {stream: _readable(place) for stream, place in position["streams"].items()}
     local = {stream: place for stream, place in places.items() if stream in bad}
     everyone = all_gather_object(run.topology, (local, places))
     found = {stream: place for bad_ones, _ in everyone for stream, place in bad_ones.items()}
     return found or {stream: place for _, all_of_them in everyone for stream, place in all_of_them.items()}
 
 
-def _numbers(place: Mapping[str, Any]) -> dict[str, int]:
-    """The part of a position that means something to a person."""
-    return {key: value for key, value in place.items() if isinstance(value, int)}
+def _readable(place: Mapping[str, Any]) -> dict[str, int | str]:
+    """The part of a position that means something to a person: numbers, and the name of the document that goes on."""
+    return {key: value for key, value in place.items() if isinstance(value, int) or (key == "name" and value)}

@@ -189,7 +189,7 @@ class System(ABC, Generic[B]):
 
     def headline(self, evaluation: Evaluation) -> str:
         """Held-out numbers as one short line for a person; the files have all of them."""
-        names = [name for name in evaluation.scalars if name not in ("loss", "ppl", "bpb", "labels")]
+        names = [x for x in evaluation.scalars if x not in ("loss", "bpb") and not x.endswith(("ppl", "labels"))]
         parts = [f"val {evaluation.scalars['loss']:.3f}"] if "loss" in evaluation.scalars else []
         parts += [f"{name} {evaluation.scalars[name]:.4g}" for name in names]
         parts += [f"{evaluation.scalars['bpb']:.2f} bpb"] if "bpb" in evaluation.scalars else []

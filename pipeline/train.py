@@ -20,8 +20,8 @@ from pipeline.run import Run
 from pipeline.run_folder import open_folder, write_run_file
 from pipeline.runtime.stop import Stopped
 from pipeline.runtime.sync import SyncPoint, next_counted_step
-from pipeline.skipped_updates import count_overflow, count_skipped
 from pipeline.system import Carry, CarryEntry, StepContext, StepOutput
+from pipeline.update_watch import UpdateWatch
 
 
 class Trainer:
@@ -79,9 +79,12 @@ class Trainer:
 
     def _steps(self, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
+        if config.save_at_start and progress.step == 0 and self.saved is None:
+            self._save()
+        watch = UpdateWatch(self.run, self.callbacks)
         evaluations = Evaluations(self.run, self.sync_point, self.callbacks)
-        if evaluations.catch_up():
-            meter.begun = time.perf_counter()
+        evaluations.catch_up()
+        meter.begun = time.perf_counter()
         if progress.phase != self.phase.name:
             progress.enter(self.phase.name)
         else:
@@ -104,12 +107,7 @@ class Trainer:
                 self._record(meter)
             for callback in self.callbacks:
                 callback.after_step(step)
-            if result.scale_was_lowered:
-                count_overflow(self.run, result, self.callbacks)
-            elif result.skipped:
-                count_skipped(self.run, self.outputs, self.snapshot.cursors, self.callbacks)
-            else:
-                progress.skipped_in_a_row = 0
+            watch.after(result, self.outputs, self.snapshot.cursors)
             self.snapshot = take_snapshot(self.run, self.carries)
             paused = time.perf_counter()
             self._committed(self.saver.poll())

@@ -3,6 +3,8 @@
     python -m tests.accept            lists them
     python -m tests.accept NAME       runs one, writes OUT/NAME.json and prints a line for docs/results.md
 
+An experiment of several long runs keeps them in OUT/NAME, and goes on with them when it is started again.
+
 An experiment is one or several tests marked `slow`. What they hand to pytest's `record_property` are its figures; their
 assertions decide whether it is accepted.
 """
@@ -25,6 +27,9 @@ from pipeline.host.provenance import ROOT, commit
 from pipeline.host.versions import versions
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.ranks import describe_devices
+
+KEPT = "ACCEPT_KEPT"
+"""Environment variable: the folder of an experiment's runs."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,17 @@ EXPERIMENTS = {
         "trained on distances to 1K tokens, it recalls eight pairs after a million",
         ("tests/launch/test_recall_long.py",), 30,
     ),
+    "olmo_tiny": Experiment(
+        "a small OLMo predicts the standard library to less than 2.6 bits per byte in less than four minutes",
+        ("tests/launch/test_olmo_tiny.py",), 9,
+    ),
+    "compiled": Experiment(
+        "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
+    ),
+    "dense_speed": Experiment(
+        "a step of a decoder is as fast here as in a plain PyTorch loop",
+        ("tests/bench/test_dense.py",), 10,
+    ),
     "limits": Experiment(
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",
         ("tests/ops/test_memory_limits.py",), 10,
@@ -94,21 +110,23 @@ def main(words: Sequence[str], experiments: Mapping[str, Experiment] = EXPERIMEN
     (name,) = words
     folder = Path(os.environ.get("OUT") or ROOT / "outputs" / "accept")
     folder.mkdir(parents=True, exist_ok=True)
-    result = run(name, experiments[name])
+    result = run(name, experiments[name], folder / name)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(f"\n{line(result)}\n\nwritten to {path}")
     return 0 if result["accepted"] else 1
 
 
-def run(name: str, experiment: Experiment) -> dict[str, Any]:
-    """Runs the tests of an experiment in a process of their own, with their output on this terminal."""
+def run(name: str, experiment: Experiment, kept: Path) -> dict[str, Any]:
+    """Runs the tests of an experiment in a process of their own, with their output on this terminal. They may keep runs
+    in the folder `kept`."""
+    environment = {**os.environ, KEPT: str(kept)}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "slow", "-s", f"--junitxml={report}", *experiment.tests]
         command += ["-k", experiment.keywords] if experiment.keywords else []
         begun = time.perf_counter()
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         seconds = time.perf_counter() - begun
         tests = read_junit(report.read_text()) if report.exists() else {"passed": 0, "properties": {}}
     return {

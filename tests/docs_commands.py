@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.bench import BENCHES
+from pipeline.bench.dense import DEFAULT, DenseOptions
+from pipeline.bench.dense import _split as split_dense
 from pipeline.bench.kernels import KernelOptions
 from pipeline.bench.resume import ResumeOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
@@ -40,6 +42,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 RUN = "outputs/prepared"
 TEXTS = "my_texts"
 """What the folder in which commands are run holds: a run with a checkpoint, and a folder of texts."""
+
+TOKENS = "tokens"
+"""The token files that pages make of these texts."""
+WIDEST = 1024
+"""The widest model of which a step is made here."""
 
 MARK = re.compile(r"<!-- not run here: (.+) -->")
 _FENCE = re.compile(r"(`{3,}|~{3,})(\w*)")
@@ -217,7 +224,8 @@ def _train_once(given: tuple[str, ...], ranks: int) -> tuple[str, ...] | None:
     config = parse_run(words, "train", ranks=ranks)
     check_degrees(ranks, config.parallel.sequence)
     create_system(config).check(Topology(world=ranks, sequence=config.parallel.sequence))
-    if config.model.backbone.pretrained is not None:  # type: ignore[attr-defined]
+    backbone = config.model.backbone  # type: ignore[attr-defined]
+    if backbone.pretrained is not None or backbone.width > WIDEST:
         return None
     # A dry run is one step, that saves nothing, in any case.
     for flag in ("--output-dir", "--stop-after", "--seed"):
@@ -236,11 +244,13 @@ def _mnemos(words: list[str]) -> list[str] | None:
     if command == "eval":
         return ["eval", RUN, *rest[1:], "--evaluation.steps", "1", "--report.no-plots"]
     if command == "data":
-        return ["data", *rest]
+        return ["data", *rest] if any(word.startswith((TEXTS, TOKENS)) for word in rest) else None
     if command == "fetch":
         _expect(rest[:1] in ([name] for name in MODELS), words)
         return None
     if command == "checkpoint":
+        if {"--to", "--from"} & set(rest):
+            return None  # it needs a checkpoint of another system
         return ["checkpoint", rest[0], RUN, *(["converted"] if rest[0] == "convert" else rest[2:])]
     return words
 
@@ -252,6 +262,9 @@ def _bench(words: list[str]) -> None:
         parse_flags(KernelOptions(), rest, "bench kernels")
     elif name == "report":
         _expect(len(rest) == 1, words)
+    elif name == "dense":
+        own, run = split_dense(rest)
+        parse_run(run or [*DEFAULT], "bench dense", parse_flags(DenseOptions(), own, "bench dense"))
     elif name in ("throughput", "resume"):
         options = ThroughputOptions() if name == "throughput" else ResumeOptions()
         names = ("ranks", "bench-steps", "repeats", "json")

@@ -12,11 +12,18 @@ from tests import accept
 from tests.accept import EXPERIMENTS, Experiment
 
 TEST = """
+import os
+from pathlib import Path
+
 import pytest
 
 @pytest.mark.slow
 def test_measures(record_property):
     record_property("gap closed", 0.25)
+    kept = Path(os.environ["ACCEPT_KEPT"])
+    record_property("runs kept before", sum(1 for _ in kept.iterdir()) if kept.exists() else 0)
+    kept.mkdir(exist_ok=True)
+    (kept / "run").touch()
     assert {holds}
 
 def test_is_not_slow():
@@ -48,7 +55,10 @@ def test_an_experiment_leaves_a_file_and_a_line(
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     assert accept.main(["gap"], {"gap": Experiment("it remembers", (str(test),), 1)}) == (0 if holds else 1)
     written = json.loads((tmp_path / "out" / "gap.json").read_text())
-    assert written["accepted"] is holds and written["figures"] == {"gap closed": "0.25"}
+    assert written["accepted"] is holds and written["figures"] == {"gap closed": "0.25", "runs kept before": "0"}
     assert written["machine"]["device"]["kind"] and written["versions"]["torch"]
     outcome = "accepted" if holds else "not accepted"
-    assert f"| it remembers | {outcome} | gap closed 0.25 | 0." in capfd.readouterr().out
+    assert f"| it remembers | {outcome} | gap closed 0.25; runs kept before 0 | 0." in capfd.readouterr().out
+    # Started again, it finds what the first time left.
+    accept.main(["gap"], {"gap": Experiment("it remembers", (str(test),), 1)})
+    assert json.loads((tmp_path / "out" / "gap.json").read_text())["figures"]["runs kept before"] == "1"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from pipeline import compilation
+from pipeline.callbacks.metrics import read_rows
 from pipeline.compilation import check_compile, compile_blocks
 from pipeline.config import RunConfig, replace
 from pipeline.data.batch import TokenBatch
@@ -20,6 +23,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_tiny
 from pipeline.recipes.olmo import olmo_tiny
 from pipeline.system import StepContext, System, create_system
+from tests.launch.harness import launch
 
 ROWS, LENGTH = 2, 16
 
@@ -119,3 +123,21 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch: pytest.Monk
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler (CXX=no-such-compiler)" in refusal(run)
     check_compile(dataclasses.replace(run, compile=False), create_system(run), Topology(), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero0", "zero2"])
+def test_two_ranks_train_alike_with_compiled_blocks(zero: str, tmp_path: Path, record_property: Any) -> None:
+    found = {}
+    for flag in ("--compile", "--no-compile"):
+        words = [
+            "train", "olmo_tiny", flag, "--zero", zero, "--steps", "5", "--sequence-length", "64", "--batch-size", "2",
+            "--model.backbone.layers", "2", "--model.backbone.width", "64", "--activation-checkpointing",
+            "--eval-every", "0", "--evaluation.steps", "1", "--report.no-plots", "--output-dir", str(tmp_path / flag),
+        ]  # fmt: skip
+        done = launch(2, "pipeline", *words, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[flag] = [row["loss"] for row in read_rows(tmp_path / flag / "metrics.jsonl")]
+    worst = max(abs(a / b - 1) for a, b in zip(found["--compile"], found["--no-compile"], strict=True))
+    record_property(f"relative difference of losses, {zero}", f"{worst:.1e}")
+    assert len(found["--compile"]) == 7 and worst < 1e-5

@@ -48,6 +48,43 @@ def test_a_run_of_a_saved_config_has_its_global_batch_on_other_ranks(tmp_path: P
     assert parse_run(["--config", str(tmp_path / "own.yaml")], "train", ranks=4).grad_accum == 5
 
 
+def test_a_batch_in_tokens_is_one_of_sequences() -> None:
+    config = parse_run(["olmo_1b", "--global-batch-tokens", "131072"], "train", ranks=2)
+    assert (config.global_batch_size, config.grad_accum) == (64, 4)
+    halved = ["olmo_1b", "--global-batch-tokens", "131072", "--sequence-length", "1024"]
+    assert parse_run(halved, "train", ranks=2).global_batch_size == 128
+    same = ["olmo_1b", "--global-batch-tokens", "131072", "--global-batch-size", "64"]
+    assert parse_run(same, "train", ranks=1).grad_accum == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--global-batch-tokens", "131073"], "no multiple of --sequence-length 2048: give 131072"),
+        (["--global-batch-tokens", "5"], "give 2048"),
+        (["--global-batch-tokens", "0"], "--global-batch-tokens is 0: give a value above 0"),
+        (["--global-batch-tokens", "131072", "--global-batch-size", "32"], "are 64 sequences .* is 32: leave one out"),
+        (["--global-batch-tokens", "131072", "--grad-accum", "3"], "--grad-accum is 3: leave one out"),
+    ],
+)
+def test_a_batch_in_tokens_that_does_not_fit_is_refused(flags: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_run(["olmo_1b", *flags], "train", ranks=1)
+
+
+def test_flags_stand_over_the_tokens_of_a_saved_config(tmp_path: Path) -> None:
+    from pipeline.config_file import save_config
+
+    path = tmp_path / "config.yaml"
+    save_config(parse_run(["olmo_1b", "--global-batch-tokens", "131072"], "train", ranks=1), path)
+    again = parse_run(["--config", str(path)], "train", ranks=4)
+    assert (again.global_batch_tokens, again.global_batch_size, again.grad_accum) == (131072, 64, 2)
+    sizes = parse_run(["--config", str(path), "--global-batch-size", "32"], "train", ranks=1)
+    assert (sizes.global_batch_tokens, sizes.global_batch_size, sizes.grad_accum) == (None, 32, 4)
+    accumulated = parse_run(["--config", str(path), "--grad-accum", "3"], "train", ranks=1)
+    assert (accumulated.global_batch_tokens, accumulated.global_batch_size, accumulated.grad_accum) == (None, None, 3)
+
+
 @given(SIZES, SIZES, SIZES)
 def test_the_product_is_the_global_batch_or_the_fix_makes_it_so(whole: int, rows: int, ranks: int) -> None:
     config = replace(olmo_1b(), global_batch_size=whole, batch_size=rows)

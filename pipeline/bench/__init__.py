@@ -11,6 +11,8 @@ from pipeline.spelling import did_you_mean, nearest
 BENCHES = {
     "throughput": ("pipeline.bench.throughput", "run_throughput"),
     "throughput-case": ("pipeline.bench.throughput", "run_case"),
+    "dense": ("pipeline.bench.dense", "run_dense"),
+    "dense-case": ("pipeline.bench.dense_case", "run_case"),
     "kernels": ("pipeline.bench.kernels", "run_kernels"),
     "resume": ("pipeline.bench.resume", "run_resume"),
     "report": ("pipeline.bench.gpu.report", "run_report"),

@@ -23,12 +23,13 @@ def local_callbacks(run: Run) -> list[Callback]:
     from pipeline.callbacks.profiler import Profiler
     from pipeline.callbacks.progress import ProgressLines
     from pipeline.callbacks.samples import SampleFiles
+    from pipeline.callbacks.spikes import SpikeFile
 
     callbacks: list[Callback] = []
     if run.config.profile:
         callbacks.append(Profiler(run))
     if run.is_main:
-        callbacks += [MetricsFile(run), ProgressLines(run), SampleFiles(run)]
+        callbacks += [MetricsFile(run), ProgressLines(run), SampleFiles(run), SpikeFile(run)]
         if run.config.report.tensorboard:
             callbacks.append(TensorBoard(run))
         if run.config.report.wandb is not None:

@@ -55,6 +55,10 @@ class Callback:
         """After a step in float16 whose update was skipped since its gradients, times the loss scale, were too large:
         the next step has a lower one."""
 
+    def on_spike(self, step: int, grad_norm: float, median: float, batch: dict[str, Any]) -> None:
+        """After a step whose gradient norm is far above the running `median`. `batch` says where in the data the step
+        began: all streams, or the position of a loader without streams."""
+
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""
 

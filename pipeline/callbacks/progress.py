@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.callbacks.spikes import SPIKES
 from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.runtime.exit import silence
@@ -93,6 +94,12 @@ class ProgressLines(Callback):
 
     def on_overflow(self, step: int, loss_scale: float) -> None:
         self._log(f"step {step}: gradients overflow at loss scale {loss_scale:g}, update skipped; the scale is lowered")
+
+    def on_spike(self, step: int, grad_norm: float, median: float, batch: dict[str, Any]) -> None:
+        self._log(
+            f"step {step}: gradient norm {grad_norm:.3g}, {grad_norm / median:.1f} times its running median; its batch"
+            f" is in {self.run.folder / SPIKES}"
+        )
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._log(f"{self._step(step)}  {self.run.system.headline(evaluation)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.checkpoint.carry import carry_content, write_carry
 from pipeline.checkpoint.files import Entry, checksum, tensor_bytes, write_shard, write_tensors
-from pipeline.checkpoint.restore import TRAINER_STATE
+from pipeline.checkpoint.restore import LOADER_STATE, TRAINER_STATE
 from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
 from pipeline.config import RunConfig
@@ -72,7 +72,7 @@ def rank_parts(run: Run, snapshot: Snapshot, folder: Path, tag: str) -> list[Par
 def shared_parts(run: Run, snapshot: Snapshot, cursors: Sequence[dict[str, Any]]) -> list[Part]:
     """What rank 0 writes for all ranks, whose data cursors are given."""
     config = run.config
-    plain = {TRAINER_STATE: dataclasses.asdict(snapshot.progress), "loader.json": _merged(cursors)}
+    plain = {TRAINER_STATE: dataclasses.asdict(snapshot.progress), LOADER_STATE: _merged(cursors)}
     return [
         *(Part(name, content, _write_json) for name, content in plain.items()),
         Part("config.yaml", config, _write_config),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +14,8 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pipeline.errors import UserError
 
 BLOCK = 2**22
 """Bytes that are hashed at a time."""
@@ -79,6 +83,31 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError where a folder that is to be written exists."""
+    if folder.exists():
+        raise UserError(f"{folder}: exists already: name a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, partial: Path | None = None) -> Iterator[Path]:
+    """A folder to fill, hidden beside `folder` (or `partial`), which takes its name at the end: what fails leaves
+    nothing. Raises UserError for what cannot be written."""
+    partial = partial or folder.with_name(f".{folder.name.removeprefix('.')}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: not written ({error.strerror or error}): make room there") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 class Staging:

@@ -20,7 +20,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.run import Progress, Run
 from pipeline.system import Carry
 
-TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE, LOADER_STATE = "trainer_state.json", "loader.json"
 KINDS: dict[type, Any] = {str: str, bool: bool, int: int, float: (int, float), tuple: list}
 """What JSON makes of the types of `Progress`."""
 
@@ -44,8 +44,9 @@ def restore(run: Run, checkpoint: Path) -> list[Carry]:
     progress = read_progress(checkpoint)
     switches = progress.phase != run.phase.name and run.several
     goes_on = not switches or run.phase.keep_carry
-    if goes_on:
-        cursors = read_json(checkpoint / "loader.json", RESTORE)
+    # What was converted from another trainer's checkpoint has no position in this data: it is read from its start.
+    if goes_on and LOADER_STATE in manifest["files"]:
+        cursors = read_json(checkpoint / LOADER_STATE, RESTORE)
         with shared_errors(run.topology):
             run.loader.load_state_dict(cursors)
     layout = {"world": run.topology.world, "zero_stage": run.engine.stage, **run.engine.layout}

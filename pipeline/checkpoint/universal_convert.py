@@ -8,7 +8,6 @@ parameter, state and rank before it merges them. Its layout is kept, and tests c
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.files import Entry, checksum, sync_folder, write_shard
+from pipeline.checkpoint.files import Entry, check_new, checksum, new_folder, write_shard
 from pipeline.checkpoint.manifest import problems, read_manifest, write_manifest
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.errors import UserError
@@ -30,6 +29,7 @@ PARAMETERS = "zero"
 MASTER, MOMENTS, STEP = "fp32", ("exp_avg", "exp_avg_sq"), "step"
 TENSORS = (MASTER, *MOMENTS)
 MODEL_STATES = "mp_rank_00_model_states.pt"
+OPTIMIZER_STATE = "optimizer_state.pt"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 LOSS_SCALE = "loss_scale"
 VERSION = 0.4
@@ -55,8 +55,7 @@ def convert(checkpoint: Path, out: Path) -> None:
 
     Raises UserError, with nothing left behind, for what cannot be converted.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already: name a new folder")
+    check_new(out)
     wrong = problems(checkpoint, hashes=True)
     if wrong:
         raise UserError(wrong[0])
@@ -64,28 +63,17 @@ def convert(checkpoint: Path, out: Path) -> None:
     assert manifest is not None
     if manifest.get("format") == FORMAT:
         raise UserError(f"{checkpoint}: is in the universal format already: resume from it as it is")
-    partial = out.with_name(f".{out.name.removeprefix('.')}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files = _write(checkpoint, manifest, partial)
+    with new_folder(out) as partial:
+        try:
+            files = _write(checkpoint, manifest, partial)
+        except KeyError as error:
+            version = manifest.get("versions", {}).get("deepspeed")
+            raise UserError(
+                f"{checkpoint}: cannot be converted: its shards, of DeepSpeed {version}, have no {error}: use this"
+                " program's version of DeepSpeed"
+            ) from error
         facts = {key: value for key, value in manifest.items() if key not in ("files", "written")}
         write_manifest(partial, {**facts, "format": FORMAT}, files)
-        os.replace(partial, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{out}: not written ({error.strerror or error}): make room there") from error
-    except KeyError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        version = manifest.get("versions", {}).get("deepspeed")
-        raise UserError(
-            f"{checkpoint}: cannot be converted: its shards, of DeepSpeed {version}, have no {error}: use this"
-            " program's version of DeepSpeed"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> dict[str, Entry]:
@@ -104,7 +92,7 @@ def _write(checkpoint: Path, manifest: dict[str, Any], folder: Path) -> dict[str
             write(f"{place}/{kind}.pt", {"cat_dim": 0, "param": tensor})
         write(f"{place}/{STEP}.pt", torch.tensor(saved.step))
         shapes[saved.name] = tuple(saved.tensors[MASTER].shape)
-    write(f"{PARAMETERS}/optimizer_state.pt", source.optimizer_state())
+    write(f"{PARAMETERS}/{OPTIMIZER_STATE}", source.optimizer_state())
     write(MODEL_STATES, {**source.model_states(), "param_shapes": [shapes]})
     for name in manifest["files"]:
         if not name.endswith("_states.pt"):

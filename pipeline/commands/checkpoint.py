@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, read_manifest, unlisted
-from pipeline.commands.flags import wants_help
+from pipeline.commands.convert import CONVERT, FORMAT_FLAGS, check_format, from_native, to_native, to_universal
+from pipeline.commands.flags import pop_flag, wants_help
 from pipeline.errors import UserError
+from pipeline.host.hardware import choose_accelerator
 from pipeline.spelling import did_you_mean, nearest, nearest_flag
 from pipeline.units import human_bytes
 
 USAGE = """\
 usage: mnemos checkpoint verify PATH ... [--quick]
        mnemos checkpoint list PATH [--json]
-       mnemos checkpoint convert CHECKPOINT DIR
+       mnemos checkpoint convert CHECKPOINT DIR [--to olmo]
+       mnemos checkpoint convert FOLDER DIR --from olmo
 
 A PATH is a checkpoint's folder, or a run directory for all of its checkpoints. Each command takes --help."""
 
@@ -38,12 +41,8 @@ The checkpoints of a run directory, or the one in a folder: step, time, size, ra
 
   --json  as JSON"""
 
-CONVERT = """\
-usage: mnemos checkpoint convert CHECKPOINT DIR
-
-Writes a checkpoint to the new folder DIR in the universal format, which any number of ranks and any ZeRO stage can
-resume from. CHECKPOINT is a checkpoint's folder, or a run directory for its newest complete one; it stays as it is."""
-
+Flags = Mapping[str, str | None]
+"""The flags that are given, with the values of those that have one."""
 NAME = re.compile(r"checkpoint-\d+")
 HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(partial|replaced|removed|universal)")
 
@@ -64,17 +63,22 @@ def run_checkpoint(words: Sequence[str]) -> None:
     if not words or words[0] not in _COMMANDS:
         given = f"{words[0]!r}{did_you_mean(nearest(words[0], _COMMANDS))}" if words else "none"
         raise UserError(f"checkpoint needs one of {', '.join(_COMMANDS)} (got {given})")
-    command, help_text, flags = _COMMANDS[words[0]]
+    command, help_text, flags, valued = _COMMANDS[words[0]]
     rest = list(words[1:])
     if wants_help(rest):
         print(help_text)
         return
+    values: dict[str, str | None] = {}
+    for flag in valued:
+        value, rest = pop_flag(rest, flag)
+        if value is not None:
+            values[flag] = value
     given_flags = [word for word in rest if word.startswith("-")]
     unknown = [word for word in given_flags if word not in flags]
     if unknown:
-        meant = did_you_mean(nearest_flag(unknown[0], flags))
+        meant = did_you_mean(nearest_flag(unknown[0], [*flags, *valued]))
         raise UserError(f"checkpoint {words[0]} has no {unknown[0]}{meant} (see mnemos checkpoint {words[0]} --help)")
-    command([word for word in rest if not word.startswith("-")], set(given_flags))
+    command([word for word in rest if not word.startswith("-")], {**dict.fromkeys(given_flags), **values})
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def facts(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _verify(words: Sequence[str], flags: set[str]) -> None:
+def _verify(words: Sequence[str], flags: Flags) -> None:
     if not words:
         raise UserError(
             "checkpoint verify needs the folder of a checkpoint or run (see mnemos checkpoint verify --help)"
@@ -212,7 +216,7 @@ def _notes(folder: Path | None) -> list[str]:
     return notes
 
 
-def _list(words: Sequence[str], flags: set[str]) -> None:
+def _list(words: Sequence[str], flags: Flags) -> None:
     if len(words) != 1:
         raise UserError(f"checkpoint list takes one run directory or checkpoint, got {len(words)}")
     place = find(Path(words[0]))
@@ -245,12 +249,17 @@ def _line(*cells: str) -> str:
     return f"{name:<18} {step:>8} {size:>10}  {ranks:<26} {stage:>4}  {kind:<9}  {end}".rstrip()
 
 
-def _convert(words: Sequence[str], flags: set[str]) -> None:
+def _convert(words: Sequence[str], flags: Flags) -> None:
     if len(words) != 2:
         raise UserError(
             "checkpoint convert needs CHECKPOINT and the new folder DIR (see mnemos checkpoint convert --help)"
         )
+    choose_accelerator()
     source, out = Path(words[0]), Path(words[1])
+    other = check_format(flags)
+    if other == "--from":
+        from_native(source, out)
+        return
     place = find(source)
     checkpoint: Path | None = source
     if place.folder is not None:
@@ -258,18 +267,12 @@ def _convert(words: Sequence[str], flags: set[str]) -> None:
         if checkpoint is None:
             raise UserError(f"{source}: no complete checkpoint there: only saves that did not finish")
     assert checkpoint is not None
-    from pipeline.checkpoint.universal import convert
-
-    begun = time.perf_counter()
-    convert(checkpoint, out)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{checkpoint} -> {out}: {human_bytes(size)} in the universal format, {time.perf_counter() - begun:.1f} s")
-    print(f"resume from it on any number of ranks and any ZeRO stage: train RECIPE --resume {out} --output-dir NEW_DIR")
+    (to_native if other == "--to" else to_universal)(checkpoint, out)
 
 
-_COMMANDS: dict[str, tuple[Callable[[Sequence[str], set[str]], None], str, tuple[str, ...]]] = {
-    "verify": (_verify, VERIFY, ("--quick",)),
-    "list": (_list, LIST, ("--json",)),
-    "convert": (_convert, CONVERT, ()),
+_COMMANDS: dict[str, tuple[Callable[[Sequence[str], Flags], None], str, tuple[str, ...], tuple[str, ...]]] = {
+    "verify": (_verify, VERIFY, ("--quick",), ()),
+    "list": (_list, LIST, ("--json",), ()),
+    "convert": (_convert, CONVERT, (), FORMAT_FLAGS),
 }
-"""What each does, its help and its flags."""
+"""What each does, its help, its flags without and with a value."""

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 HELP_WORDS = ("-h", "--help", "--help-all")
 SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
 """Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
-RECORDED = ("parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id", "grad_accum", "global_batch_size")
+RECORDED = (
+    "parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id", "grad_accum", "global_batch_size",
+    "global_batch_tokens",
+)  # fmt: skip
 """Fields whose flags mean more than their value: that a person chose it."""
 LISTED_PATHS = "--data.paths"
 """OLMo's flag for token files."""

@@ -114,6 +114,7 @@ def build_loader(
     files: Listings | None = None,
     source: Source | None = None,
     tokenizer: Tokenizer | None = None,
+    whole: bool = False,
 ) -> StatefulLoader[TokenBatch]:
     """The loader of this data rank: of documents, of token files, or of the recall task, as the configuration has it.
 
@@ -122,7 +123,7 @@ def build_loader(
 
     The held-out loader reads in an order that no seed changes; `reset()` it before each evaluation. Unless
     `--evaluation.batch-size` sets its rows, they are those of training, and a run that resumes on other ranks evaluates
-    the same text.
+    the same text. `whole`: a held-out loader of all documents of the configuration, none of which is for training.
     """
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
     if data.recall is not None:
@@ -160,8 +161,9 @@ def build_loader(
         data_degree=topology.data,
         seed=0 if held_out else config.seed,
         vocab_size=vocab_size,
-        held_out=held_out,
-        holdout=data.holdout,
+        # Where nothing is held out, all documents are on the other side.
+        held_out=held_out and not whole,
+        holdout=0.0 if whole else data.holdout,
         shuffle=data.shuffle,
         min_tokens=data.min_tokens,
         prefetch=not held_out,

@@ -32,6 +32,8 @@ class Cursor:
     """Digest of all documents before this one, in order; None: not known, in a run that began without."""
     document: str | None = None
     """Digest of this document, once part of it is read."""
+    name: str | None = None
+    """Name of this document, once part of it is read: for messages."""
 
 
 def content_hash(document: Document) -> str:
@@ -91,7 +93,7 @@ class StreamPacker:
         self._nothing_found, self._log = nothing_found, log
         self._cursor = Cursor(0, order.first(stream, 0))
         self._tokens: np.ndarray | None = None
-        self._digest, self._undecodable = "", False
+        self._digest, self._name, self._undecodable = "", "", False
 
     def fill(self, input_ids: np.ndarray, labels: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> None:
         """Writes the stream's next sequence into four arrays [T] int64."""
@@ -113,7 +115,7 @@ class StreamPacker:
                 self._cursor = self._after_document(segment=self._cursor.segment + 1)
                 self._tokens = None
             else:
-                self._cursor = replace(self._cursor, offset=stop, document=self._digest)
+                self._cursor = replace(self._cursor, offset=stop, document=self._digest, name=self._name)
 
     def _document(self) -> np.ndarray:
         """Tokens of the document at the cursor, which moves past documents that are left out."""
@@ -129,6 +131,7 @@ class StreamPacker:
                     self._nothing_found()
                 continue
             self._digest, self._undecodable = content_hash(document), document.undecodable
+            self._name = document.name
             if document.problem is not None:
                 self._log.refuse_or_skip(document)
                 self._cursor = replace(self._after_document(segment=cursor.segment), skipped=cursor.skipped + 1)
@@ -154,6 +157,7 @@ class StreamPacker:
             undecodable=cursor.undecodable + self._undecodable,
             read=None if cursor.read is None else chained(cursor.read, self._digest),
             document=None,
+            name=None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,5 +176,6 @@ class StreamPacker:
             undecodable=int(state.get("undecodable", 0)),
             read=state.get("read"),
             document=state.get("document"),
+            name=state.get("name"),
         )
         self._tokens = None

@@ -137,5 +137,5 @@ def accepted(documents: Documents, cursor: Mapping[str, Any]) -> dict[str, Any]:
     if cursor["offset"]:
         document = documents.read(int(cursor["epoch"]), int(cursor["position"]))
         if document is None or cursor.get("document") is None or content_hash(document) != cursor["document"]:
-            found |= {"offset": 0, "document": None, "segment": int(cursor["segment"]) + 1}
+            found |= {"offset": 0, "document": None, "name": None, "segment": int(cursor["segment"]) + 1}
     return found

@@ -107,6 +107,11 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._vocabulary.values()) + 1
         # Code of its own may split text before the Rust tokenizer, or after it.
         self._backend = None if code is not None else _backend(self._tokenizer)
+        if not len(self.encode(_PROBE)):
+            # transformers makes an empty one of a folder that holds a model alone.
+            raise UserError(
+                f"--data.tokenizer {self.name} has no vocabulary: give a folder with the files of a tokenizer"
+            )
 
     def _unusable(self, error: Exception) -> UserError:
         return UserError(

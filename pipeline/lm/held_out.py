@@ -80,9 +80,21 @@ def run_held_out(
     system: Evaluated, model: nn.Module, phase: Phase, sync_point: SyncPoint, options: Mapping[str, Any]
 ) -> list[tuple[TokenBatch, Tensor, Tensor | None]]:
     """Held-out micro-batches of a phase with this rank's losses and predictions [rows, T / degree]. Collective."""
-    device = next(model.parameters()).device
     with shared_errors(sync_point.topology):
         loader = system.held_out(phase, sync_point.topology)
+    return run_loader(system, model, loader, sync_point, options)
+
+
+def run_loader(
+    system: Evaluated,
+    model: nn.Module,
+    loader: StatefulLoader[TokenBatch],
+    sync_point: SyncPoint,
+    options: Mapping[str, Any],
+) -> list[tuple[TokenBatch, Tensor, Tensor | None]]:
+    """Micro-batches of `--evaluation.steps` steps with this rank's losses and predictions [rows, T / degree].
+    Collective."""
+    device = next(model.parameters()).device
     results = []
     carries: dict[int, Carry] = {}
     for step in range(1, system.config.evaluation.steps + 1):

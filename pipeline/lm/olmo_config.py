@@ -30,7 +30,7 @@ BOTH: Mapping[str, Any] = {
 }  # fmt: skip
 FIRST: Mapping[str, Any] = {"layer_norm_type": "default", "attention_layer_norm": False, "norm_after": False}
 SECOND: Mapping[str, Any] = {"layer_norm_type": "rms", "attention_layer_norm": True, "norm_after": True}
-"""What OLMo's YAML says of the decoders that transformers has as OlmoForCausalLM and Olmo2ForCausalLM."""
+"""Fields in which the decoders differ that transformers has as OlmoForCausalLM and Olmo2ForCausalLM."""
 SIZES = ("d_model", "n_heads", "n_layers", "max_sequence_length", "vocab_size")
 DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
@@ -52,7 +52,7 @@ def decoder_of(model: Any, where: str) -> PreTrainedConfig:
         if key not in DROPOUTS and section[key] != value:
             raise _refused(where, key, section[key], f"a {'second' if second else 'first'} OLMo has {shown(value)}")
     for key in ("include_bias", "bias_for_layer_norm"):
-        # Biases of norms are those of all layers where nothing is said of them.
+        # Biases of norms are those of all layers where they have no field of their own.
         if section["include_bias"] if section[key] is None else section[key]:
             raise _refused(where, key, section[key], "its biases have no place in transformers' decoder")
     if not second and section["layer_norm_eps"] != NORM_EPS:

@@ -7,6 +7,7 @@ olmo/optim.py (get_param_groups).
 from __future__ import annotations
 
 import pathlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,26 @@ from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
 from pipeline.files.pickle_file import read_pickle
-from pipeline.lm.olmo_config import decoder_of
 from pipeline.lm.olmo_layout import split
 
 MODEL, OPTIMIZER, TRAINER, CONFIG = "model.pt", "optim.pt", "train.pt", "config.yaml"
+NATIVE = "olmo"
+"""What the layout is called in flags."""
 FIX = "take one that OLMo or this program wrote"
 
 
 def is_native(folder: Path) -> bool:
     """Whether a folder is such a one; its files may still be damaged."""
     return (folder / MODEL).is_file() and (folder / CONFIG).is_file()
+
+
+def check_native(folder: Path) -> None:
+    """Raises UserError for a folder that is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: give one as OLMo writes it, step1000-unsharded")
+    missing = next((name for name in (MODEL, CONFIG) if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise UserError(f"{folder}: holds no {missing}: give a folder as OLMo writes it, step1000-unsharded")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,9 +54,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_decoder(folder: Path) -> PreTrainedConfig:
-    """The transformers config of the decoder in a native folder. Raises UserError."""
-    return decoder_of(read_config(folder).get("model"), str(folder / CONFIG))
+def tokenizer_name(content: dict[str, Any]) -> str | None:
+    """The tokenizer that a config.yaml names, as `--data.tokenizer` takes it; None where it names a file of OLMo's
+    repository, or none."""
+    section = content.get("tokenizer")
+    name = section.get("identifier") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        return None
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(".json")
+    here = name == "bytes" or Path(name).is_dir() or (name.endswith(".model") and Path(name).is_file())
+    return name if here or on_hub else None
 
 
 def read_weights(folder: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -61,7 +79,7 @@ def read_weights(folder: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """What train.pt of a native folder says; {} where there is none. Raises UserError.
+    """The content of train.pt in a native folder; {} where there is none. Raises UserError.
 
     OLMo keeps arrays of NumPy in it (a generator's state) and paths (of checkpoints).
     """

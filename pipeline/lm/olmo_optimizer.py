@@ -28,16 +28,6 @@ WRAPPER = "_fsdp_wrapped_module."
 
 
 @dataclass(frozen=True)
-class AdamState:
-    """AdamW's state of a decoder by transformers' names: for each of MOMENTS the tensors, the updates that they have
-    seen, and the weight decay. A parameter that was never updated has no moments, and 0 updates."""
-
-    moments: Mapping[str, Mapping[str, Tensor]]
-    steps: Mapping[str, float]
-    decay: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class AdamSettings:
     """What OLMo keeps in each group."""
 
@@ -50,10 +40,21 @@ class AdamSettings:
     """Largest gradient norm; None: no clipping."""
 
 
-def optimizer_content(state: AdamState, settings: AdamSettings, config: PreTrainedConfig, where: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AdamState:
+    """AdamW's state of a decoder by transformers' names: for each of MOMENTS the tensors, the updates that they have
+    seen, and the weight decay. A parameter that was never updated has 0 updates, and its moments do not count."""
+
+    moments: Mapping[str, Mapping[str, Tensor]]
+    steps: Mapping[str, float]
+    decay: Mapping[str, float]
+    settings: AdamSettings
+
+
+def optimizer_content(state: AdamState, config: PreTrainedConfig, where: str) -> dict[str, Any]:
     """The content of optim.pt. Raises UserError, which begins with `where`, where parameters that OLMo fuses differ in
     their updates or decay."""
-    names = layout(config)
+    names, settings = layout(config), state.settings
     updates: dict[str, float] = {}
     decay: dict[str, float] = {}
     for name, parts in names.items():
@@ -94,7 +95,8 @@ def read_optimizer(folder: Path, config: PreTrainedConfig) -> AdamState | None:
     content = read_pickle(path, fix=FIX, mmap=True)
     try:
         states, decay = _by_name(content)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        settings = _settings(content["param_groups"][0])
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: holds no optimizer's state with the names of its parameters: {FIX}") from error
     names = layout(config)
     unknown = next((name for name in {**states, **decay} if name not in names), None)
@@ -112,7 +114,7 @@ def read_optimizer(folder: Path, config: PreTrainedConfig) -> AdamState | None:
     for kind in MOMENTS:
         found = {name: state[kind] for name, state in states.items()}
         moments[kind] = split(found, config, str(path), partial=True)
-    return AdamState(moments, steps, decays)
+    return AdamState(moments, steps, decays, settings)
 
 
 def _by_name(content: Any) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
@@ -126,3 +128,12 @@ def _by_name(content: Any) -> tuple[dict[str, dict[str, Any]], dict[str, float]]
             named[key] = name.replace(WRAPPER, "")
             decay[named[key]] = float(group.get("weight_decay", 0.0))
     return {named[key]: dict(state) for key, state in content["state"].items()}, decay
+
+
+def _settings(group: Any) -> AdamSettings:
+    first, second = group["betas"]
+    clip = group.get("max_grad_norm")
+    return AdamSettings(
+        lr=float(group["lr"]), peak_lr=float(group.get("initial_lr", group["lr"])), betas=(float(first), float(second)),
+        eps=float(group["eps"]), clip=None if clip is None else float(clip),
+    )  # fmt: skip

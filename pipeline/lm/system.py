@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from pipeline.data.sources.base import Source
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
 from pipeline.lm.decoder_config import kv_heads
+from pipeline.lm.held_out_files import named_files, open_files
 from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
@@ -28,11 +31,13 @@ class LanguageModelSystem(System[TokenBatch]):
         self.backbone = backbone_config(backbone)
         self._source: Source | None = None
         self._held_out: StatefulLoader[TokenBatch] | None = None
+        self._files: dict[str, StatefulLoader[TokenBatch]] | None = None
         self._byte_lengths: tuple[Tensor | None] | None = None
 
     def check(self, topology: Topology) -> None:
         """Raises UserError when heads or sequence cannot be divided over the ranks, the vocabulary has no room for the
-        recall task, or local weights are not whole."""
+        recall task, local weights are not whole, or a held-out file has no name."""
+        named_files(self.config)
         if is_local(self.backbone_section):
             pretrained_tensors(self.backbone_section)
         task = self.config.data.recall
@@ -81,6 +86,14 @@ class LanguageModelSystem(System[TokenBatch]):
         else:
             self._held_out.reset()
         return self._held_out
+
+    def file_loaders(self, topology: Topology) -> Mapping[str, StatefulLoader[TokenBatch]]:
+        """Of the held-out files that have a name, each at its start."""
+        if self._files is None:
+            self._files = open_files(self.config, topology, self.backbone.vocab_size)
+        for loader in self._files.values():
+            loader.reset()
+        return self._files
 
     def count(self, batch: TokenBatch) -> Counts:
         return {self.token_term: int((batch.labels != IGNORED).sum())}

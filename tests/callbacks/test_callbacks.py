@@ -16,9 +16,9 @@ def names(run) -> list[str]:
 
 
 def test_rank_0_writes(make_run) -> None:
-    assert names(make_run()) == ["MetricsFile", "ProgressLines", "SampleFiles", "Plots"]
-    assert names(make_run(report__plots=False)) == ["MetricsFile", "ProgressLines", "SampleFiles"]
-    watching = ["MetricsFile", "ProgressLines", "SampleFiles", "TensorBoard", "Plots"]
+    assert names(make_run()) == ["MetricsFile", "ProgressLines", "SampleFiles", "SpikeFile", "Plots"]
+    assert names(make_run(report__plots=False)) == ["MetricsFile", "ProgressLines", "SampleFiles", "SpikeFile"]
+    watching = ["MetricsFile", "ProgressLines", "SampleFiles", "SpikeFile", "TensorBoard", "Plots"]
     assert names(make_run(report__tensorboard=True)) == watching
 
 

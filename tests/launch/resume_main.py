@@ -1,7 +1,8 @@
 """Started by test_resume.py on every rank: N steps straight against k steps, a stop, a resume and N - k steps.
 
-Then a named run, whose folder the time of its start names. Usage: resume_main OUT DATA. Rank 0 writes OUT/result.json
-and OUT/named.json.
+Then runs that save at their start, runs that go on by way of OLMo's layout, and a named run, whose folder the time of
+its start names. Usage: resume_main OUT DATA. Rank 0 writes OUT/result.json, OUT/start.json, OUT/native.json and
+OUT/named.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from pipeline.callbacks.metrics import read_rows
+from pipeline.checkpoint.manifest import read_manifest, write_manifest
 from pipeline.cli import without_local_rank
+from pipeline.commands.checkpoint import run_checkpoint
 from pipeline.commands.flags import parse_run
 from pipeline.config import RunConfig, replace
 from pipeline.job import train
@@ -26,8 +29,11 @@ from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import stop
 from pipeline.systems.miras.system import MirasSystem
 from tests.launch.comparing import differences
+from tests.launch.olmo_cases import olmo
 
 LAST, MIDDLE = 6, 3
+STAGES = (0, 1, 3)
+"""Of runs that save at their start: DeepSpeed has another optimizer in each; in stage 2 it is that of 1."""
 
 
 def base(folder: Path, data: Path, **changes: object) -> RunConfig:
@@ -53,6 +59,73 @@ def cases() -> dict[str, dict[str, object]]:
     found["zero2 frozen"] = {"zero": "zero2", "model": two_kinds}
     found["zero3 frozen background"] = {"zero": "zero3", "model": frozen, "async_save": True, "save_every": 1}
     return found
+
+
+def from_start(out: Path, data: Path) -> dict[str, object]:
+    """By stage: whether a run that saves at its start names that first, and in what one from there differs from it."""
+    found: dict[str, object] = {}
+    for stage in STAGES:
+        first, second, third = (out / f"{name}{stage}" for name in ("begun", "resumed", "plain"))
+        same: dict[str, object] = {"zero": f"zero{stage}", "steps": 2, "warmup_steps": 0}
+        train(base(first, data, **same, save_at_start=True, save_every=1, keep=5))
+        train(base(second, data, **same, resume=str(first / "checkpoints" / "checkpoint-0")))
+        train(base(third, data, **same))
+        if dist.get_rank() == 0:
+            last = [run / "checkpoints" / "checkpoint-2" for run in (first, second, third)]
+            losses = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (first, second, third)]
+            found[f"zero{stage}"] = {
+                "kept": sorted(path.name for path in (first / "checkpoints").iterdir()),
+                "resumed": sorted(path.name for path in (second / "checkpoints").iterdir()),
+                "differences": [*differences(last[0], last[1]), *differences(last[0], last[2])],
+                "losses": losses,
+            }
+        dist.barrier()
+    return found
+
+
+def native(out: Path, data: Path) -> dict[str, object]:
+    """By kind of decoder: in what a run that goes on from a checkpoint by way of OLMo's layout differs from one that
+    goes on from it with the data from its start, and in what its own conversion differs from the first."""
+    found: dict[str, object] = {}
+    for kind, zero in (("olmo", "zero1"), ("olmo2", "zero3")):
+        config = olmo(kind, rows=1, length=64, vocabulary=260)
+        begun, here, there = (out / f"{kind}-{name}" for name in ("begun", "here", "there"))
+        config = replace(
+            config, recipe="olmo_tiny", zero=zero, steps=4, eval_every=0, evaluation__steps=1, report__plots=False,
+            data__path=(str(data),), data__holdout=0.2,
+        )  # fmt: skip
+        train(replace(config, output_dir=begun, stop_after=2))
+        if dist.get_rank() == 0:
+            checkpoint = begun / "checkpoints" / "checkpoint-2"
+            run_checkpoint(["convert", str(begun), str(out / f"{kind}-native"), "--to", "olmo"])
+            folder = out / f"{kind}-native" / "step2-unsharded"
+            run_checkpoint(["convert", str(folder), str(out / f"{kind}-back"), "--from", "olmo"])
+            run_checkpoint(["convert", str(checkpoint), str(out / f"{kind}-whole")])
+            without_position(out / f"{kind}-whole")
+        dist.barrier()
+        for source, run in (("back", there), ("whole", here)):
+            train(replace(config, output_dir=run, resume=str(out / f"{kind}-{source}")))
+        if dist.get_rank() == 0:
+            rows = [read_rows(run / "metrics.jsonl") for run in (here, there)]
+            found[kind] = {
+                "losses": [[row["loss"] for row in run if row["mode"] == "train"] for run in rows],
+                "steps": [row["step"] for row in rows[1] if row["mode"] == "train"],
+                "differences": differences(*(run / "checkpoints" / "checkpoint-4" for run in (here, there))),
+            }
+        dist.barrier()
+    return found
+
+
+def without_position(checkpoint: Path) -> None:
+    """Takes from a checkpoint where its run was in the data, and the states of its ranks."""
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    gone = {name for name in manifest["files"] if name.startswith(("loader", "rng", "carry"))}
+    for name in gone:
+        (checkpoint / name).unlink()
+    files = {name: entry for name, entry in manifest["files"].items() if name not in gone}
+    facts = {key: value for key, value in manifest.items() if key not in ("files", "written")}
+    write_manifest(checkpoint, {**facts, "world": 0}, files)
 
 
 def named(out: Path, data: Path) -> dict[str, object]:
@@ -113,6 +186,12 @@ def main() -> None:
             }
             (out / "result.json").write_text(json.dumps(result))
         dist.barrier()
+    begun = from_start(out, data)
+    if dist.get_rank() == 0:
+        (out / "start.json").write_text(json.dumps(begun))
+    converted = native(out, data)
+    if dist.get_rank() == 0:
+        (out / "native.json").write_text(json.dumps(converted))
     facts = named(out, data)
     if dist.get_rank() == 0:
         (out / "named.json").write_text(json.dumps(facts))

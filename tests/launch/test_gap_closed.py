@@ -1,6 +1,7 @@
 """miras_smollm2 as a user runs it: how much of the gap to full attention the memory closes, by both ways of training.
 
-Half an hour a run on two cores. The gap of a run is measured by the command that a user has for it.
+Half an hour a run on two cores. The gap of a run is measured by the command that a user has for it. Runs are kept
+beside the result of `make accept`, so that an experiment that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,45 +15,44 @@ from typing import Any
 import pytest
 
 from pipeline.callbacks.metrics import read_rows
+from tests.accept import KEPT
 from tests.launch.harness import single
 
 SEEDS = (0, 1)
 TRAINED = {"distillation": (), "cross-entropy": ("--model.distil", "none", "--steps", "360")}
 """Flags by the way of training. As many steps of cross-entropy as take the time of the recipe's distillation."""
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+EVALUATED = ("--evaluation.steps", "4", "--evaluation.batch-size", "8")
 GOAL = 0.35
 LONGEST = 2
 """Sequences: up to this many times the training length, the memory is asked for more the further back it is."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fetched") / "smollm2"
-    done = single("pipeline", "fetch", "smollm2", str(folder), timeout=1800)
-    assert done.returncode == 0, done.stderr
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kept = os.environ.get(KEPT)
+    return Path(kept) if kept else tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def folder(runs: Path) -> Path:
+    folder = runs / "smollm2"
+    if not folder.exists():
+        done = single("pipeline", "fetch", "smollm2", str(folder), timeout=1800)
+        assert done.returncode == 0, done.stderr
     return folder
 
 
 def gap(run: Path, folder: Path, *words: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """Trains into `run` and measures: the scalars, and gap closed by position."""
+    """Trains into `run`, or goes on with it, and measures: the scalars, and gap closed by position."""
     words = ("--model.backbone.pretrained", str(folder), "--data.tokenizer", str(folder), *words)
     done = single("pipeline", "train", "miras_smollm2", *words, "--output-dir", str(run), timeout=2 * 3600, **THREADS)
     assert done.returncode == 0, done.stderr
-    done = single(
-        "pipeline",
-        "eval",
-        str(run),
-        "--suite",
-        "long",
-        "--evaluation.steps",
-        "4",
-        "--evaluation.batch-size",
-        "8",
-        timeout=3600,
-        **THREADS,
-    )
-    assert done.returncode == 0, done.stderr
-    (out,) = (run / "evals").iterdir()
+    last = (run / "checkpoints" / "latest").read_text().strip()
+    out = run / "evals" / last
+    if not (out / "gap_closed.json").exists():
+        done = single("pipeline", "eval", str(run), "--suite", "long", *EVALUATED, timeout=3600, **THREADS)
+        assert done.returncode == 0, done.stderr
     scalars, curve = (json.loads((out / name).read_text()) for name in ("evaluation.json", "gap_closed.json"))
     return scalars["scalars"], curve
 
@@ -60,12 +60,12 @@ def gap(run: Path, folder: Path, *words: str) -> tuple[dict[str, float], dict[st
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 def test_the_memory_closes_a_third_of_the_gap(
-    folder: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    folder: Path, runs: Path, record_property: Callable[[str, object], None]
 ) -> None:
     closed, worth, growing = {}, {}, {}
     for name, flags in TRAINED.items():
         for seed in SEEDS:
-            run = tmp_path / f"{name}-{seed}"
+            run = runs / f"{name}-{seed}"
             scalars, curve = gap(run, folder, "--seed", str(seed), *flags)
             seconds = [row for row in read_rows(run / "metrics.jsonl") if row["mode"] == "train"][-1]["elapsed"]
             closed[name, seed] = scalars["gap/closed"]

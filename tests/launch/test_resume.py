@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.harness import launch
-from tests.launch.resume_main import LAST, cases
+from tests.launch.resume_main import LAST, STAGES, cases
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,26 @@ def test_a_resumed_run_ends_with_the_same_bits(found: dict[str, dict], case: str
     assert len(straight) == LAST and stopped == straight
     assert found[case]["differences"] == []
     assert found[case]["kept"][-1] == "latest" and len(found[case]["kept"]) <= 3
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resume_from_the_checkpoint_of_the_start_is_a_fresh_start(folder: Path, stage: int) -> None:
+    found = json.loads((folder / "start.json").read_text())[f"zero{stage}"]
+    assert found["kept"] == ["checkpoint-0", "checkpoint-1", "checkpoint-2", "latest"]
+    assert found["resumed"] == ["checkpoint-2", "latest"]
+    assert found["differences"] == []
+    begun, resumed, plain = found["losses"]
+    assert len(plain) == 4 and begun == resumed == plain, "of an evaluation, two steps and an evaluation"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["olmo", "olmo2"])
+def test_training_goes_on_by_way_of_olmos_layout_bit_for_bit(folder: Path, kind: str) -> None:
+    found = json.loads((folder / "native.json").read_text())[kind]
+    here, there = found["losses"]
+    assert found["steps"] == [3, 4] and len(here) == 2 and here == there
+    assert found["differences"] == []
 
 
 def test_a_resume_keeps_the_loss_scale_which_is_logged_in_float16_alone(found: dict[str, dict]) -> None:

@@ -52,6 +52,9 @@ class System:
         self.step += 1
         return [TokenBatch(ids, labels, segments, positions, torch.arange(self.rows))]
 
+    def file_loaders(self, topology: Topology) -> dict[str, System]:
+        return {}
+
     def byte_lengths(self) -> Tensor:
         return torch.full((7,), 2.0)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError
-from pipeline.lm.olmo_config import decoder_of, model_section
-from pipeline.lm.olmo_folder import read_config, read_decoder, read_trainer, read_weights
+from pipeline.lm.olmo_config import check_layout, decoder_of, model_section
+from pipeline.lm.olmo_folder import read_config, read_trainer, read_weights, tokenizer_name
 from pipeline.lm.olmo_layout import fused, has_layout, split
 from pipeline.lm.olmo_optimizer import MOMENTS, AdamSettings, AdamState, optimizer_content, read_optimizer
 from tests.lm.olmo_reference import native_logits, small_config, small_decoder
@@ -22,6 +22,10 @@ from tests.lm.olmo_reference import native_logits, small_config, small_decoder
 KINDS = [
     ("first", True, 4), ("first", False, 4), ("first", True, 2), ("second", True, 4), ("second", False, 1),
 ]  # fmt: skip
+
+SETTINGS = AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, None)
+
+GROUP = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-5}
 
 
 def weights_of(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -103,6 +107,14 @@ def test_another_architecture_is_refused(change: dict[str, Any], words: str) -> 
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_sizes_that_olmo_does_not_have_are_refused() -> None:
+    check_layout(small_config("first", tied=True), "here")
+    scaled = small_config("second", tied=True)
+    scaled.rope_parameters = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+    with pytest.raises(UserError, match=r"here: its rotary embedding \(linear\)"):
+        check_layout(scaled, "here")
+
+
 def test_only_the_olmos_have_the_layout() -> None:
     assert has_layout(small_config("first", tied=True)) and has_layout(small_config("second", tied=False))
     assert not has_layout(AutoConfig.for_model("llama"))
@@ -142,8 +154,7 @@ def test_the_optimizer_state_comes_back_bit_for_bit(kind: str, names: bool, tmp_
     }
     decay = {name: 0.1 if "proj" in name else 0.0 for name in weights}
     steps = {name: 7.0 if "embed" not in name else 0.0 for name in weights}
-    settings = AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, 1.0)
-    content = optimizer_content(AdamState(moments, steps, decay), settings, config, "here")
+    content = optimizer_content(AdamState(moments, steps, decay, SETTINGS), config, "here")
     if names:  # as FSDP writes it
         groups = content["param_groups"]
         named = {key: name for group in groups for key, name in zip(group["params"], group["param_names"], strict=True)}
@@ -153,7 +164,7 @@ def test_the_optimizer_state_comes_back_bit_for_bit(kind: str, names: bool, tmp_
             group["params"] = group["param_names"] = [wrapped[key] for key in group["params"]]
     torch.save(content, tmp_path / "optim.pt")
     found = read_optimizer(tmp_path, config)
-    assert found is not None and found.steps == steps and found.decay == decay
+    assert found is not None and found.steps == steps and found.decay == decay and found.settings == SETTINGS
     for moment in MOMENTS:
         updated = {name for name in weights if steps[name]}
         assert found.moments[moment].keys() == updated
@@ -164,8 +175,9 @@ def test_torch_takes_the_optimizer_state(tmp_path: Path) -> None:
     config = small_config("first", tied=True)
     native = fused(weights_of(config), config)
     state = AdamState({moment: weights_of(config) for moment in MOMENTS}, dict.fromkeys(weights_of(config), 3.0),
-                      {name: 0.1 if "proj" in name else 0.0 for name in weights_of(config)})  # fmt: skip
-    content = optimizer_content(state, AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, None), config, "here")
+                      {name: 0.1 if "proj" in name else 0.0 for name in weights_of(config)},
+                      SETTINGS)  # fmt: skip
+    content = optimizer_content(state, config, "here")
     groups = [[torch.nn.Parameter(native[name]) for name in group["param_names"]] for group in content["param_groups"]]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups])
     optimizer.load_state_dict(content)
@@ -180,9 +192,9 @@ def test_parts_with_different_decay_are_refused() -> None:
     config = small_config("first", tied=True)
     weights = weights_of(config)
     decay = {name: 0.1 if "q_proj" in name else 0.0 for name in weights}
-    state = AdamState(dict.fromkeys(MOMENTS, weights), dict.fromkeys(weights, 1.0), decay)
+    state = AdamState(dict.fromkeys(MOMENTS, weights), dict.fromkeys(weights, 1.0), decay, SETTINGS)
     with pytest.raises(UserError, match=r"here: the parts of .*att_proj.* differ"):
-        optimizer_content(state, AdamSettings(1e-4, 4e-4, (0.9, 0.95), 1e-5, 1.0), config, "here")
+        optimizer_content(state, config, "here")
 
 
 class Evil:
@@ -194,9 +206,10 @@ class Evil:
     ("content", "words"),
     [
         ({"state": {0: {"step": 1}}, "param_groups": [{"params": [0]}]}, "no optimizer's state with the names"),
-        ({"state": {0: {}}, "param_groups": [{"params": [0], "param_names": ["other"]}]}, "'other' is no parameter"),
+        ({"state": {0: {}}, "param_groups": [{**GROUP, "params": [0], "param_names": ["other"]}]},
+         "'other' is no parameter"),
         ({"state": {"transformer.wte.weight": {"step": 1, "exp_avg": torch.zeros(1)}},
-          "param_groups": [{"params": ["transformer.wte.weight"]}]}, "has no 'exp_avg_sq'"),
+          "param_groups": [{**GROUP, "params": ["transformer.wte.weight"]}]}, "has no 'exp_avg_sq'"),
         ([1], "no optimizer's state"),
         (Evil(), "nothing of it was run"),
     ],
@@ -235,7 +248,6 @@ def test_the_state_of_olmos_trainer_is_read_and_runs_no_code(
     [
         ("model: [", "not YAML"),
         ("- 1", "holds no sections"),
-        ("a: 1", "has no `model` section"),
         (None, "cannot be read"),
     ],
 )
@@ -243,10 +255,14 @@ def test_a_config_that_is_none_is_refused(text: str | None, words: str, tmp_path
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml") as error:
-        read_decoder(tmp_path)
+        read_config(tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_config_is_read(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model:\n  d_model: 8\n")
-    assert read_config(tmp_path) == {"model": {"d_model": 8}}
+def test_a_tokenizer_of_here_or_of_the_hub_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.model").write_bytes(b"")
+    named = [str(tmp_path), str(tmp_path / "own.model"), "bytes", "allenai/gpt-neox-olmo-dolma-v1_5"]
+    others = ["tokenizers/allenai_dolma2.json", "/nowhere/own.model", "gpt2/a/b", None, 3]
+    for name in named + others:
+        assert tokenizer_name({"tokenizer": {"identifier": name}}) == (name if name in named else None)
+    assert tokenizer_name({}) is None

@@ -30,6 +30,9 @@ class Even:
     def held_out(self, phase: Phase, topology: Topology) -> RecallLoader:
         return RecallLoader(TASK, sequence_length=256, batch_size=4, held_out=True)
 
+    def file_loaders(self, topology: Topology) -> dict[str, RecallLoader]:
+        return {}
+
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Mapping, context: StepContext) -> object:
         first = (batch.input_ids[:, None] == batch.input_ids[..., None]).long().argmax(-1)
         even = (torch.arange(batch.labels.shape[1]) - first - 1) % 2 == 0

@@ -205,10 +205,13 @@ def _only(name: str) -> tuple[str, ...]:
 
 
 def _train(target: Target) -> list[Step]:
+    """The recipes' own sizes, and a short training."""
     if target.emulated:
         runs: list[tuple[str, int, tuple[str, ...]]] = [
             ("window", 256, ("miras_tiny", "--parallel.sequence", "1", "--batch-size", "1"))
         ]
+        dense: list[tuple[str, tuple[str, ...]]] = [("dense", ("olmo_tiny", "--batch-size", "1"))]
+        tokens = 128
         recall: tuple[str, ...] = ("--sequence-length", "128", "--batch-size", "2", "--data.recall.max-gap", "100")
     else:
         # Random weights, and the longest texts that are on every machine. A document fills the sequence, or attention
@@ -222,6 +225,21 @@ def _train(target: Target) -> list[Step]:
             for length in (65_536, 131_072) for kind in ("window", "full")
         ]  # fmt: skip
         recall = ()
+        # The rows of one micro-batch of the recipe. Texts are joined up, so that every sequence is full.
+        texts = ("--data.dataset", "stdlib", "--data.tokenizer", "bytes", "--grad-accum", "1", "--zero", "zero0")
+        dense = [("dense", ("olmo_1b", *texts)), ("dense, compiled", ("olmo_1b", *texts, "--compile"))]
+        tokens = 2048
+    pretraining = [
+        Step(
+            f"throughput {name}", f"tokens/s, MFU and peak memory of pretraining at {tokens} tokens, {name}",
+            module(
+                "pipeline", "bench", "throughput", "--lengths", str(tokens), "--bench-steps", "10", "--json", RESULT,
+                *flags,
+            ),
+            150, needs=ENGINE, writes="json", measures=True,
+        )
+        for name, flags in dense
+    ]  # fmt: skip
     throughput = [
         Step(
             f"throughput {length // 1024 or length}{'K' if length >= 1024 else ''} {kind}",
@@ -240,4 +258,4 @@ def _train(target: Target) -> list[Step]:
         module("pipeline.bench.gpu.recall", RESULT, SCRATCH, "--steps", str(steps), *recall), 120, needs=ENGINE,
         writes="json",
     )  # fmt: skip
-    return [*throughput[:2], remembering, *throughput[2:]]
+    return [*throughput[:2], remembering, *pretraining, *throughput[2:]]

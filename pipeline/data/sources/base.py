@@ -40,6 +40,7 @@ class Order:
     """Streams that this data rank reads."""
     held_out: bool
     holdout: float
+    """Share of the documents that is held out; 0: none, in a corpus that is all for one purpose."""
     shuffle: bool
     seed: int
 

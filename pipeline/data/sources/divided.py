@@ -32,7 +32,7 @@ class DividedText:
         self._whole, self._order = whole, order
         size = len(whole.data)
         cut = _boundary(whole.data, max(int(size * (1 - order.holdout)), 1), size)
-        if not 0 < cut < size:
+        if order.holdout and not 0 < cut < size:
             raise UserError(
                 f"{whole.name} is the only document, and its {size} bytes cannot be divided by --data.holdout: give"
                 " more text"

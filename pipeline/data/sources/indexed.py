@@ -37,7 +37,7 @@ class IndexedDocuments:
     def __init__(self, source: RandomAccess, order: Order) -> None:
         self._source, self._order = source, order
         self._held = held_out_rows(source.parts(), order.holdout)
-        if not 0 < len(self._held) < len(source):
+        if order.holdout and not 0 < len(self._held) < len(source):
             raise UserError(_empty_side(source, len(self._held)))
         # The k-th training document is k plus the held-out ones before it, so only the smaller side is stored.
         self._before = self._held - np.arange(len(self._held))

@@ -14,6 +14,7 @@ from pipeline.lm.attention import window_edges
 from pipeline.lm.decoder_config import sliding_window
 from pipeline.lm.gap_closed import GapModes, measure_gap
 from pipeline.lm.held_out import Modes
+from pipeline.lm.held_out_files import EvaluatedByFile, evaluate_files
 from pipeline.lm.long_recall import DISTANCES, QUERIES, evaluate_capacity, evaluate_long_recall
 from pipeline.lm.long_text import LENGTHS, ReadsText, evaluate_long_text
 from pipeline.lm.passages import repeated_passages
@@ -32,7 +33,7 @@ RATIO, EMPTIED_RATIO = "memory off / on", "memory emptied / on"
 """Series of the curves."""
 
 
-class EvaluatedMiras(ReadsText, Protocol):
+class EvaluatedMiras(ReadsText, EvaluatedByFile, Protocol):
     """What an evaluation of this system asks of it."""
 
     sizes: MirasConfig
@@ -85,9 +86,11 @@ def evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point:
     was_training = model.training
     model.eval()
     try:
-        return _evaluate(system, model, phase, sync_point)
+        found = _evaluate(system, model, phase, sync_point)
     finally:
         model.train(was_training)
+    files = evaluate_files(system, model, sync_point)
+    return dataclasses.replace(found, scalars={**found.scalars, **files.scalars})
 
 
 def _evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.capabilities import PublishedHours
 from pipeline.config import RunConfig
@@ -18,6 +21,7 @@ from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
 from pipeline.lm.flops import decoder_flops
+from pipeline.lm.held_out_files import evaluate_files
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
@@ -26,6 +30,7 @@ from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, Ste
 from pipeline.systems.olmo import weights
 from pipeline.systems.olmo.config import OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
+from pipeline.systems.olmo.native_run import native_run
 
 GUIDE = PublishedHours(
     "A100",
@@ -42,6 +47,7 @@ class OlmoSystem(LanguageModelSystem):
     """A decoder on packed text (see pipeline/system.py for what a system is)."""
 
     name = "olmo"
+    decoder_prefix = "backbone."
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.model, OlmoConfig)
@@ -67,6 +73,12 @@ class OlmoSystem(LanguageModelSystem):
             document_mask=self.config.data.document_mask,
             activation_checkpointing=self.config.activation_checkpointing,
         )
+
+    def decoder_config(self) -> PreTrainedConfig:
+        return self.backbone
+
+    def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
+        return native_run(self.config, model, global_batch, weights.CUTOFF)
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, OlmoModel)
@@ -147,6 +159,8 @@ class OlmoSystem(LanguageModelSystem):
         was_training = model.training
         model.eval()
         try:
-            return evaluate_perplexity(self, model, phase, sync_point, {"held out": {}}, edges={}, ratios={})
+            found = evaluate_perplexity(self, model, phase, sync_point, {"held out": {}}, edges={}, ratios={})
         finally:
             model.train(was_training)
+        files = evaluate_files(self, model, sync_point)
+        return dataclasses.replace(found, scalars={**found.scalars, **files.scalars})

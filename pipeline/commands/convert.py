@@ -1,0 +1,112 @@
+"""`checkpoint convert`: to DeepSpeed's universal format, to OLMo's native layout, and from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.units import human_bytes
+
+CONVERT = """\
+usage: mnemos checkpoint convert CHECKPOINT DIR
+       mnemos checkpoint convert CHECKPOINT DIR --to olmo
+       mnemos checkpoint convert FOLDER DIR --from olmo
+
+Writes a checkpoint to the new folder DIR in the universal format, which any number of ranks and any ZeRO stage can
+resume from. CHECKPOINT is a checkpoint's folder, or a run directory for its newest complete one; it stays as it is.
+
+  --to olmo    write DIR/step{N}-unsharded as OLMo's trainer does: model.pt, optim.pt, train.pt and config.yaml, of a
+               system that trains an OLMo or OLMo 2 decoder and nothing besides
+  --from olmo  FOLDER is such a folder; DIR becomes a checkpoint in the universal format, to resume from, or to take the
+               weights from with --init-from"""
+FORMAT_FLAGS = ("--to", "--from")
+UNIVERSAL = "universal"
+
+
+def check_format(flags: Mapping[str, str | None]) -> str | None:
+    """The flag that names OLMo's layout; None where the universal format is meant. Raises UserError."""
+    from pipeline.lm.olmo_folder import NATIVE
+
+    given = [flag for flag in FORMAT_FLAGS if flag in flags]
+    if len(given) > 1:
+        raise UserError("checkpoint convert: --to and --from are both given: convert in two steps")
+    if not given or (given == ["--to"] and flags["--to"] == UNIVERSAL):
+        return None
+    known = [NATIVE] if given == ["--from"] else [NATIVE, UNIVERSAL]
+    if flags[given[0]] not in known:
+        raise UserError(f"checkpoint convert {given[0]} {flags[given[0]]}: give {' or '.join(known)}")
+    return given[0]
+
+
+def to_universal(checkpoint: Path, out: Path) -> None:
+    """Writes a checkpoint in the universal format. Raises UserError."""
+    from pipeline.checkpoint.universal import convert
+
+    begun = time.perf_counter()
+    convert(checkpoint, out)
+    print(f"{checkpoint} -> {out}: {_size(out)} in the universal format, {time.perf_counter() - begun:.1f} s")
+    print(f"resume from it on any number of ranks and any ZeRO stage: train RECIPE --resume {out} --output-dir NEW_DIR")
+
+
+def to_native(checkpoint: Path, out: Path) -> None:
+    """Writes a checkpoint below `out` as OLMo's trainer does. Raises UserError."""
+    from pipeline.capabilities import TrainsDecoder
+    from pipeline.checkpoint.manifest import manifest_with, problems
+    from pipeline.checkpoint.olmo_native import Decoder, write_native
+    from pipeline.config_file import load_config
+    from pipeline.data.tokenizer import load_tokenizer
+    from pipeline.lm.olmo_config import model_section
+    from pipeline.lm.olmo_folder import CONFIG
+    from pipeline.recipes import all_recipes
+    from pipeline.system import create_system
+
+    begun = time.perf_counter()
+    wrong = problems(checkpoint, hashes=True, only=(CONFIG,))
+    if wrong:
+        raise UserError(wrong[0])
+    run = load_config(checkpoint / CONFIG, all_recipes())
+    system = create_system(run)
+    if not isinstance(system, TrainsDecoder):
+        raise UserError(
+            f"{checkpoint}: a checkpoint of {run.recipe}, which is more than a decoder: OLMo's layout has no place for"
+            " the rest; give one of a recipe that trains an OLMo"
+        )
+    config = system.decoder_config()
+    if run.data.tokens and run.data.eos_id is not None:
+        vocabulary, eos = config.vocab_size, run.data.eos_id
+    else:
+        tokenizer = load_tokenizer(run.data.tokenizer)
+        vocabulary, eos = tokenizer.vocab_size, tokenizer.eos_id
+    section = model_section(config, vocabulary=vocabulary, eos=eos, length=run.sequence_length)
+    content = system.native_config(section, manifest_with(checkpoint, "global_batch")["global_batch"])
+    written = write_native(checkpoint, out, Decoder(config, system.decoder_prefix), run, content)
+    print(f"{checkpoint} -> {written}: {_size(written)} in OLMo's layout, {time.perf_counter() - begun:.1f} s")
+
+
+def from_native(folder: Path, out: Path) -> None:
+    """Writes a folder of OLMo's as a checkpoint in the universal format. Raises UserError."""
+    from pipeline.capabilities import TrainsDecoder
+    from pipeline.checkpoint.olmo_native import Decoder, read_native
+    from pipeline.global_batch import in_global_batches
+    from pipeline.inference.load import native_run
+    from pipeline.lm.olmo_folder import CONFIG
+    from pipeline.load import model_without_storage
+
+    begun = time.perf_counter()
+    run = native_run(folder)
+    # On one rank: a resume on others keeps the sequences of a step.
+    run = in_global_batches(run, (), 1)
+    built = model_without_storage(run)
+    assert isinstance(built.system, TrainsDecoder)
+    decoder = Decoder(built.system.decoder_config(), built.system.decoder_prefix)
+    lacks = read_native(folder, out, decoder, run, built.phases[0].name)
+    print(f"{folder} -> {out}: {_size(out)} in the universal format, {time.perf_counter() - begun:.1f} s")
+    for what in lacks:
+        print(f"{folder}: {what}")
+    print(f"go on from it: train --config {out / CONFIG} --resume {out} --output-dir NEW_DIR; its data begins anew")
+
+
+def _size(folder: Path) -> str:
+    return human_bytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))

@@ -1,0 +1,142 @@
+"""A trained model and its tokenizer, in an ordinary Python process: `from pipeline.lm import load`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.errors import UserError, brief
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+    from pipeline.capabilities import TrainsDecoder
+    from pipeline.config import RunConfig
+    from pipeline.data.tokenizer import Tokenizer
+
+GIVE = "give a checkpoint, a run directory, a folder of OLMo's layout, or one of save_pretrained"
+
+
+class Loaded(NamedTuple):
+    """`model`: a causal language model of transformers, in evaluation mode on the CPU. `model(ids).logits` are
+    [batch, sequence, vocabulary] of ids [batch, sequence]; it may have more rows than the tokenizer has ids.
+    `tokenizer`: `encode(text)` gives ids [tokens] without special tokens, `decode(ids)` the text."""
+
+    model: Any
+    tokenizer: Tokenizer
+
+
+def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype | None = None) -> Loaded:
+    """The model and the tokenizer in a folder: a checkpoint of this program, a run directory for its newest one, a
+    native folder of OLMo (`step1000-unsharded`), or a folder as `save_pretrained` writes it.
+
+    `tokenizer`: in place of the one that belongs to the model, as `--data.tokenizer` takes it. `dtype`: of the weights;
+    None: float32. No code that comes with a model or a tokenizer is run. Raises UserError
+    for a folder that is none of these, and for a model that is more than a decoder of transformers.
+    """
+    import torch
+
+    from pipeline.data.tokenizer import load_tokenizer
+    from pipeline.host.hardware import choose_accelerator
+    from pipeline.lm.olmo_folder import is_native
+
+    choose_accelerator()
+    folder, dtype = Path(path).expanduser(), dtype or torch.float32
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such folder: {GIVE}")
+    if (folder / "config.json").is_file():
+        read = _hugging_face
+    else:
+        read = _native if is_native(folder) else _checkpoint
+    model, own = read(folder, dtype)
+    return Loaded(model.eval(), load_tokenizer(tokenizer or own))
+
+
+def _checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+    """The model and the name of its tokenizer."""
+    from pipeline.checkpoint.manifest import MANIFEST, newest, problems
+    from pipeline.checkpoint.trainable import TRAINABLE
+    from pipeline.config_file import load_config
+    from pipeline.parallel.weight_files import file_tensors
+    from pipeline.recipes import all_recipes
+
+    checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
+    if checkpoint is None or not (checkpoint / MANIFEST).is_file():
+        raise UserError(f"{folder}: holds no complete checkpoint and no model: {GIVE}")
+    wrong = problems(checkpoint, hashes=True, only=("config.yaml", TRAINABLE))
+    if wrong:
+        raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
+    config = load_config(checkpoint / "config.yaml", all_recipes())
+    system = _decoder_system(config, str(checkpoint))
+    stored = file_tensors(checkpoint / TRAINABLE)
+    weights = {name.removeprefix(system.decoder_prefix): tensor.read(name) for name, tensor in stored.items()}
+    model = _filled(system.decoder_config(), weights, dtype, str(checkpoint / TRAINABLE))
+    return model, config.data.tokenizer
+
+
+def _native(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+    from pipeline.lm.olmo_folder import MODEL, read_weights
+
+    config = native_run(folder)
+    decoder = _decoder_system(config, str(folder)).decoder_config()
+    model = _filled(decoder, read_weights(folder, decoder), dtype, str(folder / MODEL))
+    return model, config.data.tokenizer
+
+
+def _hugging_face(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a damaged file raises whatever it meets
+        raise UserError(f"{folder}: no model can be loaded ({brief(error)}): copy or save it again") from error
+    return model, str(folder)
+
+
+def native_run(folder: Path) -> RunConfig:
+    """The run that the config.yaml of a native folder means, with its tokenizer where that is one of here. Raises
+    UserError."""
+    from pipeline.config import replace
+    from pipeline.lm.olmo_folder import CONFIG, check_native, read_config, tokenizer_name
+    from pipeline.recipes import read_foreign
+
+    check_native(folder)
+    content = read_config(folder)
+    run = read_foreign(content, str(folder / CONFIG))
+    if run is None:
+        raise UserError(f"{folder / CONFIG}: has no `model` section of OLMo's: give a folder as OLMo writes it")
+    name = tokenizer_name(content)
+    return run if name is None else replace(run, data__tokenizer=name)
+
+
+def _decoder_system(config: RunConfig, where: str) -> TrainsDecoder:
+    from pipeline.capabilities import TrainsDecoder
+    from pipeline.system import create_system
+
+    system = create_system(config)
+    if not isinstance(system, TrainsDecoder):
+        raise UserError(
+            f"{where}: of the recipe {config.recipe}, whose model is more than a decoder of transformers: load takes a"
+            " checkpoint of one that is not; evaluate this one with `mnemos eval`"
+        )
+    return system
+
+
+def _filled(config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
+    """The decoder with these weights by transformers' names. Raises UserError unless they are its own."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, found = kind.from_pretrained(
+        None, config=copy.deepcopy(config), state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            first = sorted(map(str, found[what]))[0]
+            raise UserError(f"{where}: {brief(first)} ({what.replace('_', ' ')}): it is of another model")
+    return model

@@ -1,0 +1,230 @@
+"""Native folders of OLMo to checkpoints and back, bit for bit; and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import PreTrainedConfig
+
+from pipeline.checkpoint.manifest import problems, read_manifest
+from pipeline.checkpoint.restore import read_progress
+from pipeline.commands.checkpoint import run_checkpoint
+from pipeline.errors import UserError
+from pipeline.lm import load
+from pipeline.lm.olmo_config import model_section
+from pipeline.lm.olmo_layout import fused
+from tests.checkpoint.small_runs import a_run, save
+from tests.lm.olmo_reference import small_config, small_decoder
+
+STEP, ROWS, LENGTH = 7, 6, 16
+KINDS = [("first", True), ("first", False), ("second", True), ("second", False)]
+
+
+def native(folder: Path, kind: str = "first", *, tied: bool = True, **changes: Any) -> Path:
+    """A folder as OLMo writes it after STEP updates of a small decoder with random moments."""
+    config = small_config(kind, tied=tied, vocab_size=260)
+    weights = weights_of(config)
+    generator = torch.Generator().manual_seed(3)
+    decayed = sorted(name for name in weights if weights[name].dim() == 2 and "wte" not in name)
+    others = sorted(name for name in weights if name not in decayed)
+    numbers = {name: number for number, name in enumerate([*decayed, *others])}
+    shared = {"lr": 1e-4, "initial_lr": 4e-4, "betas": (0.9, 0.95), "eps": 1e-5, "amsgrad": False, "maximize": False,
+              "foreach": None, "capturable": False, "differentiable": False, "fused": None, "sharded": False,
+              "max_grad_norm": 1.0, "max_grad_norm_ratio": None}  # fmt: skip
+    optimizer = {
+        "state": {
+            number: {
+                "step": torch.tensor(float(STEP)),
+                "exp_avg": torch.randn(weights[name].shape, generator=generator),
+                "exp_avg_sq": torch.rand(weights[name].shape, generator=generator),
+            }
+            for name, number in numbers.items()
+        },
+        "param_groups": [
+            {**shared, "weight_decay": decay, "param_names": names, "params": [numbers[name] for name in names]}
+            for decay, names in ((0.1, decayed), (0.0, others))
+        ],
+    }
+    trainer = {"epoch": 0, "global_step": STEP, "global_train_examples_seen_this_epoch": STEP * ROWS,
+               "global_train_tokens_seen": STEP * ROWS * LENGTH, "world_size": 1}  # fmt: skip
+    content = {
+        "model": {**model_section(config, vocabulary=260, eos=256, length=LENGTH), "init_fn": "mitchell"},
+        "optimizer": {"name": "adamw", "learning_rate": 4e-4, "weight_decay": 0.1},
+        "scheduler": {"name": "cosine_with_warmup", "t_warmup": 2},
+        "tokenizer": {"identifier": "bytes"},
+        "max_duration": 20, "global_train_batch_size": ROWS, "device_train_microbatch_size": 2, "precision": "fp32",
+        "max_grad_norm": 1.0, **changes,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    for name, part in (("model", weights), ("optim", optimizer), ("train", trainer)):
+        torch.save(part, folder / f"{name}.pt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def weights_of(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    return fused(small_decoder(config).state_dict(), config)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal in every bit, key and type."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+def convert(*words: object) -> None:
+    run_checkpoint(["convert", *map(str, words)])
+
+
+@pytest.mark.parametrize(("kind", "tied"), KINDS)
+def test_a_native_folder_comes_back_bit_for_bit(
+    kind: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = native(tmp_path / "native", kind, tied=tied)
+    convert(folder, tmp_path / "here", "--from", "olmo")
+    convert(tmp_path / "here", tmp_path / "again", "--to", "olmo")
+    again = tmp_path / "again" / f"step{STEP}-unsharded"
+    assert sorted(path.name for path in again.iterdir()) == ["config.yaml", "model.pt", "optim.pt", "train.pt"]
+    for name in ("model.pt", "optim.pt"):
+        one, other = (torch.load(place / name, weights_only=True) for place in (folder, again))
+        assert same(one, other), name
+    one, other = (torch.load(place / "train.pt", weights_only=True) for place in (folder, again))
+    assert {key: other[key] for key in one if key != "world_size"} == {
+        key: value for key, value in one.items() if key != "world_size"
+    }
+    one, other = (yaml.safe_load((place / "config.yaml").read_text()) for place in (folder, again))
+    assert one["model"] == {key: other["model"][key] for key in one["model"]}
+    for key in ("max_duration", "global_train_batch_size", "device_train_microbatch_size", "precision", "tokenizer"):
+        assert other[key] == one[key] or key == "tokenizer", key
+    assert other["tokenizer"]["identifier"] == "bytes" and other["scheduler"]["t_warmup"] == 2
+    assert not list(tmp_path.rglob("*-tmp")) and not list(tmp_path.rglob(".*"))
+    assert f"--resume {tmp_path / 'here'}" in capsys.readouterr().out
+
+
+def test_the_checkpoint_is_whole_and_at_its_step(tmp_path: Path) -> None:
+    convert(native(tmp_path / "native"), tmp_path / "here", "--from", "olmo")
+    assert problems(tmp_path / "here", hashes=True) == []
+    manifest, progress = read_manifest(tmp_path / "here"), read_progress(tmp_path / "here")
+    assert manifest is not None
+    assert (manifest["format"], manifest["step"], manifest["global_batch"]) == ("universal", STEP, ROWS)
+    assert (progress.step, progress.phase) == (STEP, "train")
+    assert progress.tokens == STEP * ROWS * (LENGTH - 1), "a window of T tokens has T - 1 labels"
+
+
+def test_without_an_optimizer_the_moments_are_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = native(tmp_path / "native")
+    (folder / "optim.pt").unlink()
+    (folder / "train.pt").unlink()
+    convert(folder, tmp_path / "here", "--from", "olmo")
+    out = capsys.readouterr().out
+    assert "no optim.pt: its moments are zero" in out and "no step in train.pt: it is at step 0" in out
+    convert(tmp_path / "here", tmp_path / "again", "--to", "olmo")
+    again = tmp_path / "again" / "step0-unsharded"
+    assert torch.load(again / "optim.pt", weights_only=True)["state"] == {}
+
+
+@pytest.mark.parametrize(("kind", "tied"), KINDS)
+def test_load_gives_the_same_logits_of_every_folder(kind: str, tied: bool, tmp_path: Path) -> None:
+    config = small_config(kind, tied=tied, vocab_size=260)
+    folder = native(tmp_path / "native", kind, tied=tied)
+    convert(folder, tmp_path / "here", "--from", "olmo")
+    small_decoder(config).save_pretrained(tmp_path / "hf")
+    model, tokenizer = load(folder)
+    ids = torch.from_numpy(tokenizer.encode("Language modeling is")).unsqueeze(0)
+    assert tokenizer.decode(ids[0]) == "Language modeling is"
+    with torch.no_grad():
+        wanted = small_decoder(config)(ids).logits
+        assert not model.training and model.dtype == torch.float32
+        for loaded in (model, load(tmp_path / "here").model, load(tmp_path / "hf", tokenizer="bytes").model):
+            torch.testing.assert_close(loaded(ids).logits, wanted, rtol=0, atol=1e-5)
+    assert load(tmp_path / "here", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_what_load_cannot_take_is_refused(tmp_path: Path, make_run: Any) -> None:
+    small_decoder(small_config("first", tied=True)).save_pretrained(tmp_path / "hf")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    save(make_run(), 1)  # of miras_tiny
+    for folder, words in {
+        "nowhere": "no such folder", "empty": "holds no complete checkpoint", "hf": "has no vocabulary",
+        "damaged": "no model can be loaded", "checkpoints/checkpoint-1": "more than a decoder of transformers",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError) as error:
+            load(tmp_path / folder)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("remove", "words"),
+    [("model.pt", "holds no model.pt"), ("config.yaml", "holds no config.yaml"), (None, "no such folder")],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused(remove: str | None, words: str, tmp_path: Path) -> None:
+    if remove is not None:
+        (native(tmp_path / "native") / remove).unlink()
+    with pytest.raises(UserError, match=r"native: .*give (a folder|one) as OLMo writes it") as error:
+        convert(tmp_path / "native", tmp_path / "here", "--from", "olmo")
+    assert words in str(error.value) and not (tmp_path / "here").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, make_run: Any) -> None:
+    save(make_run(), 1)
+    with pytest.raises(UserError, match="a checkpoint of miras_tiny, which is more than a decoder"):
+        convert(tmp_path, tmp_path / "native", "--to", "olmo")
+    model = model_section(small_config("first", tied=True), vocabulary=260, eos=256, length=LENGTH)
+    other = native(tmp_path / "other", model={**model, "embedding_size": 260, "d_model": 64})
+    with pytest.raises(UserError, match=r"model\.pt: .* in the model of its config\.yaml"):
+        convert(other, tmp_path / "here", "--from", "olmo")
+    assert not (tmp_path / "here").exists() and not (tmp_path / "native").exists()
+
+
+def test_targets_that_exist_and_formats_that_do_not_are_refused(tmp_path: Path) -> None:
+    folder = native(tmp_path / "native")
+    convert(folder, tmp_path / "here", "--from", "olmo")
+    with pytest.raises(UserError, match="here: exists already"):
+        convert(folder, tmp_path / "here", "--from", "olmo")
+    (tmp_path / "again" / f"step{STEP}-unsharded").mkdir(parents=True)
+    with pytest.raises(UserError, match="step7-unsharded: exists already"):
+        convert(tmp_path / "here", tmp_path / "again", "--to", "olmo")
+    for words, message in {
+        ("--to", "gguf"): "--to gguf: give olmo or universal",
+        ("--from", "universal"): "--from universal: give olmo",
+        ("--from", "olmo", "--to", "olmo"): "both given",
+        ("--form", "olmo"): "has no --form",
+        ("--to",): "--to needs a value",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "here", tmp_path / "new", *words)
+
+
+def test_a_count_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = native(tmp_path / "native")
+    torch.save({"global_step": "seven"}, folder / "train.pt")
+    with pytest.raises(UserError, match=r"train\.pt: global_step is 'seven'"):
+        convert(folder, tmp_path / "here", "--from", "olmo")
+
+
+def test_the_random_states_go_along_where_olmo_would_take_them(tmp_path: Path) -> None:
+    import numpy as np
+
+    from pipeline.checkpoint.olmo_native import _trainer_content
+    from pipeline.checkpoint.rng import rng_state
+
+    run = a_run(tmp_path).config
+    state = rng_state()
+    manifest = {"step": 3, "global_batch": 2, "world": 1}
+    torch.save(state, tmp_path / "rng-00000.pt")
+    assert "rng" not in _trainer_content(tmp_path, manifest, run), "of a CPU there is none of CUDA's"
+    torch.save({**state, "cuda": state["torch"]}, tmp_path / "rng-00000.pt")
+    found = _trainer_content(tmp_path, manifest, run)["rng"]
+    np.random.set_state(found["numpy"])
+    assert found["python"] == state["python"] and torch.equal(found["cuda"], state["torch"])

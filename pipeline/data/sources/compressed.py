@@ -46,11 +46,12 @@ class Decompressed:
         self.position = 0
         """Bytes of text before those that come next."""
         self._file = path.open("rb")
-        self._stream: Any = (
-            lzma.LZMAFile(self._file)  # which Arrow does not read
-            if codec == "xz"
-            else pyarrow.CompressedInputStream(pyarrow.PythonFile(self._file, mode="r"), codec)
-        )
+        self._stream: Any
+        if codec == "xz":
+            # Arrow has no codec for it.
+            self._stream = lzma.LZMAFile(self._file)  # noqa: SIM115
+        else:
+            self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._file, mode="r"), codec)
         self._left = b""
 
     def chunks(self) -> Iterator[bytes]:

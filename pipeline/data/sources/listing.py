@@ -213,8 +213,8 @@ class _Search:
             shown = _extension(path.name)
             ending = "has no extension" if shown == _BARE else f"ends in {shown!r}"
             raise UserError(
-                f"--data.path {self.given} {ending}: {_READABLE} files can be read, text and JSON also with .gz, .zst, .bz2"
-                " or .xz behind it"
+                f"--data.path {self.given} {ending}: {_READABLE} files can be read, text and JSON also with .gz, .zst,"
+                " .bz2 or .xz behind it"
             )
         if path.stat().st_size == 0:
             raise UserError(f"--data.path {self.given} is empty: name a file with documents")

@@ -20,8 +20,6 @@ from pipeline.data.sources.local import standard_library
 from pipeline.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from tests.data.tokens.conftest import open_loader
 
-pytestmark = pytest.mark.slow
-
 Record = Callable[[str, Any], None]
 
 
@@ -37,6 +35,7 @@ def start_over(path: str) -> None:
     print(json.dumps([seconds, process.memory_info().rss - before, len(loader.sources[0])]))
 
 
+@pytest.mark.slow
 def test_a_start_over_ten_billion_tokens(tmp_path: Path, record_property: Record) -> None:
     """At most 2 s and 100 MB, with the fingerprint and the first step."""
     path = tmp_path / "sparse.npy"
@@ -52,6 +51,7 @@ def test_a_start_over_ten_billion_tokens(tmp_path: Path, record_property: Record
     assert windows > 4_700_000 and seconds < 2 and added < 100e6
 
 
+@pytest.mark.slow
 def test_a_rank_reads_ten_million_tokens_a_second(tmp_path: Path, record_property: Record) -> None:
     path = tmp_path / "a.npy"
     np.random.default_rng(0).integers(0, 50_000, 200_000_000, np.uint16).tofile(path)
@@ -65,6 +65,7 @@ def test_a_rank_reads_ten_million_tokens_a_second(tmp_path: Path, record_propert
     assert speed > 10e6
 
 
+@pytest.mark.slow
 def test_prepare_is_nearly_as_fast_as_the_tokenizer_alone(
     tmp_path: Path, bpe_folder: Path, record_property: Record
 ) -> None:

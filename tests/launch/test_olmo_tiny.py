@@ -67,7 +67,8 @@ def bigram(config: RunConfig) -> float:
 def plain_loop(config: RunConfig, seconds: float) -> tuple[float, int]:
     """Bits per byte, and updates, of a loop on transformers' decoder and torch's AdamW that stops after `seconds`.
 
-    It has the recipe's batches, schedule, decay groups and clipping, and attention within the sequence by SDPA.
+    It has the recipe's batches, schedule, decay groups and clipping, and attention within the sequence by SDPA. Its
+    first weights are those of transformers, not the recipe's: the two losses differ by that too.
     """
     assert isinstance(config.model, OlmoConfig)
     torch.manual_seed(config.seed)

@@ -110,21 +110,6 @@ def run_dense(words: Sequence[str]) -> None:
             options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own flags, wherever they stand; --ranks takes every number that follows."""
-    own: list[str] = []
-    pending = list(words)
-    if "--ranks" in pending:
-        start = pending.index("--ranks")
-        end = start + 1
-        while end < len(pending) and pending[end].isdigit():
-            end += 1
-        own, pending = pending[start:end], pending[:start] + pending[end:]
-    own += [word for word in pending if word == "--compile"]
-    more, rest = split_flags([word for word in pending if word != "--compile"], ("rounds", "threads", "json"))
-    return own + more, rest
-
-
 def contenders(ranks: int, *, compiled: bool) -> list[Contender]:
     """Those that run on so many ranks."""
     return [c for c in CONTENDERS if c.ranks == ranks and (compiled or not c.compiled)]
@@ -199,3 +184,8 @@ def render(result: Mapping[str, Any]) -> str:
             line += f"; goal {row['goal']:.2f}: {'reached' if row['reached'] else 'not reached'}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own flags, wherever they stand, and the others."""
+    return split_flags(words, ("rounds", "threads", "json"), numbers="ranks", switches=("compile",))

@@ -81,20 +81,6 @@ def run_throughput(words: Sequence[str]) -> None:
             options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own flags, wherever they stand; --lengths takes every number that follows."""
-    own: list[str] = []
-    pending = list(words)
-    if "--lengths" in pending:
-        start = pending.index("--lengths")
-        end = start + 1
-        while end < len(pending) and pending[end].isdigit():
-            end += 1
-        own, pending = pending[start:end], pending[:start] + pending[end:]
-    more, rest = split_flags(pending, ("ranks", "bench-steps", "repeats", "json"))
-    return own + more, rest
-
-
 def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict[str, Any]:
     words = ["pipeline", "bench", "throughput-case", *rest, "--sequence-length", str(length)]
     words += ["--steps", str(options.bench_steps + 1)]
@@ -243,3 +229,8 @@ def render(result: dict[str, Any]) -> str:
         rate, dtype = result["rows"][0]["matrix_flops"] / 1e9, result["rows"][0]["dtype"]
         lines.append(f"matmul: model FLOPs as a share of {rate:.1f} GFLOP/s, {dtype} matrix products of {MATRIX} here")
     return "\n".join(lines)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own flags, wherever they stand, and the others."""
+    return split_flags(words, ("ranks", "bench-steps", "repeats", "json"), numbers="lengths")

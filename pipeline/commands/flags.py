@@ -174,14 +174,26 @@ def with_listed_paths(words: Sequence[str]) -> list[str]:
     return [*rest, "--data.tokens", *names]
 
 
-def split_flags(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words of the flags in `names` (with their values), and the others."""
+def split_flags(
+    words: Sequence[str], names: Sequence[str], *, numbers: str = "", switches: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Words of the flags in `names` (with their values), and the others.
+
+    `numbers`: a flag that takes all numbers behind it. `switches`: flags without a value.
+    """
     own: list[str] = []
     rest: list[str] = []
     pending = list(words)
     while pending:
         word = pending.pop(0)
-        if word.lstrip("-").partition("=")[0] in names and word.startswith("--"):
+        name = word.removeprefix("--") if word.startswith("--") else ""
+        if name and name in switches:
+            own.append(word)
+        elif name and name == numbers:
+            own.append(word)
+            while pending and pending[0].isdigit():
+                own.append(pending.pop(0))
+        elif name.partition("=")[0] in names and name:
             own.append(word)
             if "=" not in word and pending:
                 own.append(pending.pop(0))

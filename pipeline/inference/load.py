@@ -90,11 +90,16 @@ def _hugging_face(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # a damaged file raises whatever it meets
         raise UserError(f"{folder}: no model can be loaded ({brief(error)}): copy or save it again") from error
+    model, found = loaded
+    # transformers fills these with random numbers, and only warns.
+    missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}: save it again")
     return model, str(folder)
 
 

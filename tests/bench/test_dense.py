@@ -95,7 +95,7 @@ def test_compiled_blocks_take_part_where_they_are_asked_for() -> None:
     assert not any(contender.compiled for contender in contenders(1, compiled=False))
     assert [c.name for c in contenders(1, compiled=True) if c.compiled] == ["zero0, fp32, compiled"]
     assert _split(["--compile", "--ranks", "1", "2", "olmo_tiny", "--json", "x"]) == (
-        ["--ranks", "1", "2", "--compile", "--json", "x"], ["olmo_tiny"],
+        ["--compile", "--ranks", "1", "2", "--json", "x"], ["olmo_tiny"],
     )  # fmt: skip
 
 

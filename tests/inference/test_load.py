@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
+from safetensors.torch import load_file, save_file
 
 from pipeline.commands.checkpoint import run_checkpoint
+from pipeline.errors import UserError
 from pipeline.inference.load import load
 from tests.checkpoint.test_olmo_native import native
 
@@ -32,3 +35,15 @@ def test_load_is_a_name_of_lm_and_no_other_is() -> None:
     assert pipeline.lm.load is load
     with pytest.raises(AttributeError, match="has no attribute 'other'"):
         pipeline.lm.other  # noqa: B018
+
+
+def test_a_folder_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.OlmoConfig(**sizes, num_key_value_heads=2, vocab_size=32)
+    transformers.OlmoForCausalLM(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the model's weights, such as model\.layers\.1\.mlp\.up_proj"):
+        load(tmp_path)

@@ -24,7 +24,7 @@ class FoundDocument:
     source: str | None = None
     """The file that it was made from; None where no sidecar says."""
     number: int | None = None
-    """The how manieth document of that file it is, from 0, of those with text."""
+    """Its number among the documents with text of that file, from 0."""
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,7 @@ from tests.accept import KEPT
 from tests.launch.harness import single
 
 SEEDS = (0, 1)
-TRAINED = {"distillation": (), "cross-entropy": ("--model.distil", "none", "--steps", "360")}
+TRAINED = {"distillation": (), "cross-entropy": ("--model.distil", "none", "--steps", "270")}
 """Flags by the way of training. As many steps of cross-entropy as take the time of the recipe's distillation."""
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 EVALUATED = ("--evaluation.steps", "4", "--evaluation.batch-size", "8")

@@ -16,13 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.callbacks.metrics import read_rows
+from pipeline.capabilities import TrainsDecoder
 from pipeline.config import RunConfig, replace
 from pipeline.data.batch import IGNORED, StatefulLoader, TokenBatch
 from pipeline.data.build import build_loader
+from pipeline.engine import building
 from pipeline.lm.pretrained import backbone_config
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.olmo import olmo_tiny
 from pipeline.schedule import lr_multiple, schedule_of
+from pipeline.system import create_system
 from pipeline.systems.olmo.config import OlmoConfig
 from tests.launch.harness import single
 
@@ -64,17 +67,28 @@ def bigram(config: RunConfig) -> float:
     return float(-log_shares[ids, labels].sum()) / int((labels < BYTES).sum())
 
 
+def first_weights(config: RunConfig) -> dict[str, Tensor]:
+    """Those that a run of the recipe starts from, by transformers' names."""
+    system = create_system(config)
+    assert isinstance(system, TrainsDecoder)
+    with building({}, torch.float32):
+        model = system.build()
+    system.initialise(model, Topology())
+    return {name.removeprefix(system.decoder_prefix): value for name, value in model.state_dict().items()}
+
+
 def plain_loop(config: RunConfig, seconds: float) -> tuple[float, int]:
     """Bits per byte, and updates, of a loop on transformers' decoder and torch's AdamW that stops after `seconds`.
 
-    It has the recipe's batches, schedule, decay groups and clipping, and attention within the sequence by SDPA. Its
-    first weights are those of transformers, not the recipe's: the two losses differ by that too.
+    It has the recipe's first weights, batches, schedule, decay groups and clipping, and attention within the sequence
+    by SDPA.
     """
     assert isinstance(config.model, OlmoConfig)
-    torch.manual_seed(config.seed)
     model: Any = AutoModelForCausalLM.from_config(
         backbone_config(config.model.backbone), attn_implementation="sdpa", dtype=torch.float32
     )
+    found = model.load_state_dict(first_weights(config), strict=False)
+    assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}
     groups = [
         {"params": [p for name, p in model.named_parameters() if ("proj" in name) is decays], "weight_decay": decay}
         for decays, decay in ((True, config.weight_decay), (False, 0.0))

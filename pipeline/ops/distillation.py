@@ -35,15 +35,10 @@ class _LinearKL(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], tile):
             rows = slice(start, start + tile)
-            student_log = F.linear(hidden[rows], weight).to(compute).log_softmax(dim=-1)
-            teacher_log = F.linear(teacher[rows], weight).to(compute).log_softmax(dim=-1)
-            expected = teacher_log.exp()
-            # In place: `teacher_log` is the pointwise difference from here on.
-            divergence[rows] = torch.linalg.vecdot(expected, teacher_log.sub_(student_log))
+            logits, of_teacher = F.linear(hidden[rows], weight), F.linear(teacher[rows], weight)
+            divergence[rows] = _divergences(logits, of_teacher, compute, with_gradient=gradient is not None)
             if gradient is not None:
-                # d KL / d logits is q - p.
-                difference = student_log.exp_().sub_(expected)
-                gradient[rows] = difference.to(weight.dtype) @ weight
+                gradient[rows] = logits @ weight
         ctx.save_for_backward(gradient)
         ctx.tile = tile
         return divergence
@@ -55,3 +50,21 @@ class _LinearKL(torch.autograd.Function):
         pieces = zip(gradient.split(ctx.tile), upstream.split(ctx.tile), strict=True)
         scaled = [(piece.to(scale.dtype) * scale.unsqueeze(1)).to(gradient.dtype) for piece, scale in pieces]
         return torch.cat(scaled) if scaled else gradient, None, None
+
+
+def _divergences(logits: Tensor, of_teacher: Tensor, compute: torch.dtype, *, with_gradient: bool) -> Tensor:
+    """Divergences [tokens] of two tiles of logits [tokens, vocabulary]; the gradient takes the place of `logits`."""
+    block = len(logits)
+    if logits.device.type == "cpu":
+        # More than the cache holds would pass through memory once for every operation.
+        block = max(1, cross_entropy.CACHED_BYTES * torch.get_num_threads() // (8 * logits.shape[1]))
+    found = []
+    for student, teacher in zip(logits.split(block), of_teacher.split(block), strict=True):
+        student_log, teacher_log = (part.to(compute).log_softmax(dim=-1) for part in (student, teacher))
+        expected = teacher_log.exp()
+        # In place: `teacher_log` is the pointwise difference from here on.
+        found.append(torch.linalg.vecdot(expected, teacher_log.sub_(student_log)))
+        if with_gradient:
+            # d KL / d logits is q - p.
+            student.copy_(student_log.exp_().sub_(expected))
+    return torch.cat(found)

@@ -121,7 +121,8 @@ class RunConfig:
     """The system and its sizes."""
     steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override", "--max-duration"])]
     """Optimizer updates in the whole schedule, or in each phase that has no number of its own where there are several;
-    steps are counted from 1."""
+    steps are counted from 1. --max-duration also takes tokens (4e12T); beside --steps, or a stop of the recipe's or
+    file's own, it is --stop-after."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs", "--device-train-microbatch-size"])]
     """Sequences per data rank and micro-batch."""
     sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "spelling", "units", "host", "files"),
     ("data_config",),
-    ("config", "precision", "schedule", "run_name", "global_batch"),
+    ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
     ("capabilities", "heat_map", "system"),

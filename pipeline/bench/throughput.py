@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.flags import parse_flags, parse_run, split_flags
+from pipeline.commands.flags import parse_flags, parse_run, pop_duration, split_flags
 from pipeline.errors import UserError
 from pipeline.files.output import writing
 from pipeline.host.local import LocalHost
@@ -56,6 +56,7 @@ class ThroughputOptions:
 def run_throughput(words: Sequence[str]) -> None:
     """The command: `bench throughput [--lengths 2048 16384] [--ranks N] RECIPE [flags]`."""
     own, rest = _split(words)
+    _, rest = pop_duration(rest)  # --bench-steps is how many there are
     options: ThroughputOptions = parse_flags(ThroughputOptions(), own, "mnemos bench throughput")
     config = parse_run(rest or ["miras_tiny"], "bench throughput", options)
     lengths = options.lengths or (config.sequence_length,)

@@ -17,7 +17,7 @@ SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
 """Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
 RECORDED = (
     "parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id", "grad_accum", "global_batch_size",
-    "global_batch_tokens",
+    "global_batch_tokens", "steps", "stop_after",
 )  # fmt: skip
 """Fields whose flags mean more than their value: that a person chose it."""
 LISTED_PATHS = "--data.paths"
@@ -41,6 +41,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     from pipeline.commands.flag_help import show_help
     from pipeline.config import replace
     from pipeline.config_file import load_config, states
+    from pipeline.durations import with_duration
     from pipeline.global_batch import in_global_batches
     from pipeline.recipes import all_recipes, describe, read_foreign
     from pipeline.run_name import with_named_folder
@@ -49,6 +50,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     rest = with_listed_paths(words)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else None
     file, rest = pop_flag(rest, "--config")
+    duration, rest = pop_duration(rest)
     if file is not None:
         config = load_config(Path(file), recipes, read_foreign)
         if name is not None and name != config.recipe:
@@ -89,6 +91,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     if file is not None and states(Path(file), "grad_accum") and not states(Path(file), "global_batch_size"):
         given.add("grad_accum")
     parsed = in_global_batches(parsed, given, ranks)
+    parsed = with_duration(parsed, duration, given, ranks, own_stop=config.stop_after is not None)
     stated = {"output_dir"} if file is not None and states(Path(file), "output_dir") else set()
     return with_named_folder(parsed, given, stated)
 
@@ -160,6 +163,17 @@ def pop_flag(words: list[str], flag: str) -> tuple[str | None, list[str]]:
         if word.startswith(f"{flag}="):
             return word.partition("=")[2], words[:index] + words[index + 1 :]
     return None, words
+
+
+def pop_duration(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--max-duration`, the last one where it is given twice, and the words without it."""
+    last, rest = None, list(words)
+    for flag in ("--max-duration", "--max_duration"):
+        value, rest = pop_flag(rest, flag)
+        while value is not None:
+            last = value
+            value, rest = pop_flag(rest, flag)
+    return last, rest
 
 
 def with_listed_paths(words: Sequence[str]) -> list[str]:

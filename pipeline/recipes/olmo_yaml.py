@@ -10,12 +10,13 @@ from typing import Any
 
 from pipeline.config import RunConfig, replace
 from pipeline.data_config import LARGEST
+from pipeline.durations import number, steps_of
 from pipeline.errors import UserError, shown
 from pipeline.lm.olmo_config import DEFAULTS
 from pipeline.recipes.olmo import olmo2_1b, olmo_1b
 from pipeline.runtime.exit import log_line
 from pipeline.systems.olmo import native_config
-from pipeline.systems.olmo.native_config import number, read_model
+from pipeline.systems.olmo.native_config import read_model
 
 Section = Mapping[str, Any]
 
@@ -118,25 +119,21 @@ def _schedule(content: Section, tokens: int, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: scheduler.units is {shown(unit)}: give steps or tokens")
 
     def steps(value: Any, what: str) -> int:
-        # 4e12T: tokens. Of the schedule, every number is in its units.
-        text, given = str(value), what.startswith("scheduler") and unit == "tokens"
-        if text.endswith("T"):
-            text, given = text[:-1], True
-        if text.endswith("ep"):
-            raise UserError(f"{where}: {what} is {shown(value)}: give it in steps, or in tokens as 4e12T")
-        found = number(text.replace("_", ""), f"{where}: {what}")
-        return -(-int(found) // tokens) if given else int(found)
+        # Of the schedule, every number is in its units.
+        in_tokens = what.startswith("scheduler") and unit == "tokens"
+        return steps_of(value, f"{where}: {what}", tokens, in_tokens=in_tokens)
 
     peak = number(optimizer.get("learning_rate", 1e-4), f"{where}: optimizer.learning_rate")
     start = section.get("warmup_min_lr")
     # OLMo's own default: a tenth of the peak.
     share = 0.1 if start is None else number(start, f"{where}: scheduler.warmup_min_lr") / peak
     duration = steps(content.get("max_duration", 10_000), "max_duration")
-    whole = duration if section.get("t_max") is None else steps(section["t_max"], "scheduler.t_max")
+    length = None if section.get("t_max") is None else steps(section["t_max"], "scheduler.t_max")
     return {
         "lr": peak,
-        "steps": max(whole, duration),
-        "stop_after": duration if whole > duration else None,
+        "steps": max(length or 0, duration),
+        # Also at the end of a schedule that has a length of its own: --max-duration leaves that length.
+        "stop_after": None if length is None else duration,
         "warmup_steps": steps(section.get("t_warmup", 100), "scheduler.t_warmup"),
         "optimizer__schedule": SCHEDULES[name],
         "optimizer__warmup_start": share,

@@ -18,15 +18,15 @@ from pipeline.recipes.miras import miras_recall, miras_tiny
     ("words", "names"),
     [
         ("", set()),
-        ("--steps 3 --data.text-field path --resume parallel.sequence", set()),
+        ("--seed 3 --data.text-field path --resume parallel.sequence", set()),
         ("--output_dir=outputs/miras_tiny", {"output_dir"}),
         ("--run-name a --run-id None", {"run_name", "run_id"}),
         ("--parallel.sequence 2", {"parallel.sequence"}),
         ("--parallel.sequence=2 --parallel.timeout-minutes 3", {"parallel.sequence"}),
         ("--data.path", {"data.path"}),
-        ("--data.path a b --steps 3", {"data.path"}),
+        ("--data.path a b --seed 3", {"data.path"}),
         ("--data.dataset None", {"data.dataset"}),
-        ("--data.mix a=1 b=2 --steps 3", {"data.mix"}),
+        ("--data.mix a=1 b=2 --seed 3", {"data.mix"}),
     ],
 )
 def test_a_flag_is_given_whatever_its_value(words: str, names: set[str]) -> None:

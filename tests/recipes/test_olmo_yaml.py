@@ -66,6 +66,68 @@ def test_flags_of_the_guides_command_stand_over_the_file(tmp_path: Path) -> None
     assert found.data.tokens == ("x/1.npy", "x/2.npy")
 
 
+SCHEDULED = {"max_duration": 4, "scheduler": {"t_max": 100}}
+"""Training stops at step 4 of a schedule of 100."""
+
+
+@pytest.mark.parametrize(
+    "flags, steps, stop_after",
+    [
+        ("", 100, 4),
+        ("--max_duration=50", 100, 50),
+        ("--max-duration 50 --max_duration 60", 100, 60),
+        ("--max_duration=100", 100, 100),
+        ("--max_duration=6553600T", 100, 50),
+        ("--max_duration=6553600T --global_train_batch_size=32", 100, 100),
+        ("--max_duration=6553601T --device_train_microbatch_size=16", 100, 51),
+        ("--steps 50", 50, None),
+        ("--max-steps 50 --max_duration=20", 50, 20),
+        ("--steps 50 --stop-after 30", 50, 30),
+        ("--stop-after 30", 100, 30),
+    ],
+)
+def test_max_duration_is_where_training_stops(tmp_path: Path, flags: str, steps: int, stop_after: int | None) -> None:
+    found = read(tmp_path, *flags.split(), **SCHEDULED)
+    assert (found.steps, found.stop_after) == (steps, stop_after)
+    if not flags:
+        native = read(tmp_path, max_duration=7, scheduler={"t_max": 7})
+        assert (native.steps, native.stop_after) == (7, 7), "the schedule has a length of its own"
+
+
+def test_max_duration_stops_a_recipe_that_stops_before_its_schedule_ends() -> None:
+    found = parse_run(["olmo2_1b", "--max_duration=50"], "train", ranks=1)
+    assert (found.steps, found.stop_after) == (olmo2_1b().steps, 50)
+    found = parse_run(["olmo2_1b", "--max_duration=4e12T"], "train", ranks=8)
+    assert found == parse_run(["olmo2_1b"], "train", ranks=8)
+    assert parse_run(["olmo2_1b", "--steps", "50"], "train", ranks=1).stop_after is None
+
+
+def test_max_duration_is_the_length_of_a_schedule_without_one() -> None:
+    for value, steps in (("7630", 7630), ("7_630", 7630), ("1e9T", 7630), ("131072T", 1), ("131073T", 2)):
+        found = parse_run(["olmo_1b", f"--max_duration={value}"], "train", ranks=4)
+        assert (found.steps, found.stop_after) == (steps, None), value
+    found = parse_run(["olmo_1b", "--max_duration=10", "--stop-after", "5"], "train", ranks=1)
+    assert (found.steps, found.stop_after) == (10, 5)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--max_duration=200", "--max-duration is '200', 200 steps, and the schedule ends at 100: give --steps 200"),
+        ("--max_duration=50 --stop-after 30", "--max-duration and --stop-after are both given"),
+        ("--max_duration=2ep", "--max-duration is '2ep': give it in steps, or in tokens as 4e12T"),
+        ("--max_duration=1.5", "--max-duration is '1.5': give a whole number, 0 or more"),
+        ("--max_duration=infT", "--max-duration is 'inf': give a number"),
+        ("--max_duration=0", "--max-duration is '0': give 1 or more"),
+        ("--max_duration", "--max_duration needs a value"),
+    ],
+)
+def test_a_duration_that_is_none_is_refused_in_a_line(tmp_path: Path, flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        read(tmp_path, *flags.split(), **SCHEDULED)
+    assert "\n" not in str(refusal.value)
+
+
 def test_olmo2s_file_in_tokens_is_the_recipe_of_olmo2(tmp_path: Path) -> None:
     model = {
         **NORMS, "weight_tying": False, "rope_theta": 500000, "layer_norm_eps": "1e-6", "max_sequence_length": 4096,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.durations import number
 from pipeline.errors import UserError, shown
 from pipeline.lm.config import BackboneConfig
 from pipeline.lm.decoder_config import kv_heads, norm_eps
@@ -52,13 +53,3 @@ def read_model(section: Mapping[str, Any], where: str) -> OlmoConfig:
         ),
         initialisation="mitchell" if initialisation == "mitchell" else "normal",
     )
-
-
-def number(value: Any, what: str) -> float:
-    """A number of a YAML file, to which 1e-6 is text. Raises UserError, which begins with `what`."""
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{what} is {shown(value)}: give a number") from None

@@ -112,7 +112,8 @@ def native_run(folder: Path) -> RunConfig:
 
     check_native(folder)
     content = read_config(folder)
-    run = read_foreign(content, str(folder / CONFIG))
+    # Where that training began and left its files is nothing to one that goes on from the folder.
+    run = read_foreign({**content, "load_path": None, "dry_run": False}, str(folder / CONFIG))
     if run is None:
         raise UserError(f"{folder / CONFIG}: has no `model` section of OLMo's: give a folder as OLMo writes it")
     name = tokenizer_name(content)

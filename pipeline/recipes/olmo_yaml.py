@@ -34,7 +34,7 @@ READ = {
     "": {
         "run_name", "seed", "max_duration", "global_train_batch_size", "device_train_microbatch_size", "precision",
         "max_grad_norm", "save_interval", "save_num_checkpoints_to_keep", "eval_interval", "softmax_auxiliary_loss",
-        "auxiliary_loss_multiplier", *SECTIONS,
+        "auxiliary_loss_multiplier", "load_path", "dry_run", *SECTIONS,
     },
 }  # fmt: skip
 """Fields that are read, by section."""
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = {
     "data": {
         "num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "timeout", "pad_direction", "drop_last",
     },
-    "": {"dry_run", "fused_loss", "load_path", "save_overwrite"},
+    "": {"fused_loss", "save_overwrite"},
 }  # fmt: skip
 """Fields that are OLMo's way to do what is done here without them."""
 
@@ -62,6 +62,12 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
             raise UserError(f"{where}: {name} is {shown(content[name])}: give it as a section")
     content = _resolved(content, where)
     _name_others(content, where)
+    if content.get("load_path") is not None:
+        path = shown(content["load_path"])
+        raise UserError(
+            f"{where}: load_path is {path}: convert it with `mnemos checkpoint convert FOLDER DIR --from olmo`, leave"
+            " load_path out, and give --init-from DIR (weights alone) or --resume DIR"
+        )
     sizes = read_model(content["model"], where)
     base = olmo2_1b() if sizes.backbone.model_type == "olmo2" else olmo_1b()
     optimizer: Section = content.get("optimizer") or {}
@@ -83,9 +89,9 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
         base,
         model=dataclasses.replace(
             sizes,
-            decay_norms=bool(optimizer.get("decay_norm_and_bias", False)),
-            decay_embeddings=bool(optimizer.get("decay_embeddings", False)),
-            z_loss=z_loss if content.get("softmax_auxiliary_loss") else 0.0,
+            decay_norms=_switch(optimizer, "decay_norm_and_bias", f"{where}: optimizer"),
+            decay_embeddings=_switch(optimizer, "decay_embeddings", f"{where}: optimizer"),
+            z_loss=z_loss if _switch(content, "softmax_auxiliary_loss", where) else 0.0,
         ),
         sequence_length=length,
         batch_size=min(micro, rows),
@@ -94,6 +100,7 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
         weight_decay=number(optimizer.get("weight_decay", 0.01), f"{where}: optimizer.weight_decay"),
         clip=0.0 if clip is None else number(clip, f"{where}: max_grad_norm"),
         precision=PRECISIONS[precision],
+        dry_run=_switch(content, "dry_run", where),
         seed=_count(content, "seed", where, 6198),
         run_name=None if run_name is None else str(run_name),
         save_every=_count(content, "save_interval", where, 1000),
@@ -146,7 +153,7 @@ def _data(section: Section, where: str) -> dict[str, Any]:
     paths = section.get("paths") or []
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise UserError(f"{where}: data.paths is {shown(paths)}: give a list of files")
-    found: dict[str, Any] = {"data__document_mask": bool(section.get("generate_doc_lengths", False))}
+    found: dict[str, Any] = {"data__document_mask": _switch(section, "generate_doc_lengths", f"{where}: data")}
     if paths:
         dtype = section.get("memmap_dtype", "uint16")
         if dtype not in ("uint16", "uint32"):
@@ -167,6 +174,13 @@ def _name_others(content: Section, where: str) -> None:
 
 def _count(content: Section, key: str, where: str, default: int) -> int:
     return int(number(content.get(key, default), f"{where}: {key}"))
+
+
+def _switch(section: Section, key: str, where: str) -> bool:
+    value = section.get(key)
+    if value not in (None, True, False):
+        raise UserError(f"{where}: {key} is {shown(value)}: give true or false")
+    return bool(value)
 
 
 def _resolved(content: dict[str, Any], where: str) -> dict[str, Any]:

@@ -120,6 +120,12 @@ def test_the_checkpoint_is_whole_and_at_its_step(tmp_path: Path) -> None:
     assert progress.tokens == STEP * ROWS * (LENGTH - 1), "a window of T tokens has T - 1 labels"
 
 
+def test_where_the_training_of_a_folder_began_is_nothing_to_it(tmp_path: Path) -> None:
+    folder = native(tmp_path / "native", load_path="s3://a/step9-unsharded", dry_run=True)
+    convert(folder, tmp_path / "here", "--from", "olmo")
+    assert not yaml.safe_load((tmp_path / "here" / "config.yaml").read_text())["dry_run"]
+
+
 def test_without_an_optimizer_the_moments_are_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = native(tmp_path / "native")
     (folder / "optim.pt").unlink()

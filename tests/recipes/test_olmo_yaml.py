@@ -150,6 +150,12 @@ def test_keys_without_effect_are_named_in_one_line(tmp_path: Path, capsys: pytes
     assert line.endswith("olmo.yaml: no effect here: evaluators, fsdp, save_folder, optimizer.momentum")
 
 
+def test_a_dry_run_of_the_file_is_one_here(tmp_path: Path) -> None:
+    assert read(tmp_path, dry_run=True, load_path=None).dry_run
+    assert not read(tmp_path, "--no-dry-run", dry_run=True).dry_run
+    assert not read(tmp_path, dry_run=False).dry_run
+
+
 def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
     model = {"mlp_hidden_size": 96, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "clip_qkv": 8.0, "n_layers": 3}
     found = read(tmp_path, model=model).model
@@ -176,6 +182,12 @@ def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
         ({"optimizer": "adamw"}, "optimizer is 'adamw': give it as a section"),
         ({"scheduler": {"name": "max_scheduler"}}, "scheduler.name is 'max_scheduler': give one of"),
         ({"scheduler": {"units": "epochs"}}, "scheduler.units is 'epochs': give steps or tokens"),
+        (
+            {"load_path": "s3://a/step9-unsharded"},
+            "load_path is 's3://a/step9-unsharded': convert it with `mnemos check",
+        ),
+        ({"dry_run": "no"}, "dry_run is 'no': give true or false"),
+        ({"softmax_auxiliary_loss": 1.5}, "softmax_auxiliary_loss is 1.5: give true or false"),
         ({"max_duration": "2ep"}, "max_duration is '2ep': give it in steps, or in tokens"),
         ({"precision": "fp64"}, "precision is 'fp64': give one of amp_bf16"),
         ({"data": {"paths": "a.npy"}}, "data.paths is 'a.npy': give a list of files"),

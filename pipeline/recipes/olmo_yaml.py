@@ -20,7 +20,10 @@ from pipeline.systems.olmo.native_config import read_model
 
 Section = Mapping[str, Any]
 
-SCHEDULES = {"cosine_with_warmup": "cosine", "linear_with_warmup": "linear", "constant": "constant"}
+SCHEDULES = {
+    "cosine_with_warmup": "cosine", "linear_with_warmup": "linear", "constant": "constant",
+    "constant_with_warmup": "constant",
+}  # fmt: skip
 PRECISIONS = {"amp_bf16": "bf16", "amp_fp16": "fp16", "fp32": "fp32"}
 SECTIONS = ("model", "optimizer", "scheduler", "data")
 """Sections of which fields are read."""
@@ -135,13 +138,20 @@ def _schedule(content: Section, tokens: int, where: str) -> dict[str, Any]:
     # OLMo's own default: a tenth of the peak.
     share = 0.1 if start is None else number(start, f"{where}: scheduler.warmup_min_lr") / peak
     duration = steps(content.get("max_duration", 10_000), "max_duration")
-    length = None if section.get("t_max") is None else steps(section["t_max"], "scheduler.t_max")
+    # A constant schedule has no end.
+    ends = section.get("t_max") is not None and SCHEDULES[name] != "constant"
+    length = steps(section["t_max"], "scheduler.t_max") if ends else None
+    if length is not None and length < duration:
+        raise UserError(
+            f"{where}: scheduler.t_max is {shown(section['t_max'])}, {length} steps, and max_duration {duration}: here"
+            " training ends with its schedule: raise t_max, or lower max_duration to it"
+        )
     return {
         "lr": peak,
-        "steps": max(length or 0, duration),
+        "steps": duration if length is None else length,
         # Also at the end of a schedule that has a length of its own: --max-duration leaves that length.
         "stop_after": None if length is None else duration,
-        "warmup_steps": steps(section.get("t_warmup", 100), "scheduler.t_warmup"),
+        "warmup_steps": 0 if name == "constant" else steps(section.get("t_warmup", 100), "scheduler.t_warmup"),
         "optimizer__schedule": SCHEDULES[name],
         "optimizer__warmup_start": share,
         "optimizer__min_lr_ratio": number(section.get("alpha_f", 0.1), f"{where}: scheduler.alpha_f"),

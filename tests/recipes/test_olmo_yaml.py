@@ -13,6 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.recipes.olmo import olmo2_1b, olmo_1b
 from pipeline.systems.olmo.config import OlmoConfig
+from pipeline.systems.olmo.native_run import SCHEDULES
 
 PARTS: dict[str, Any] = {
     "run_name": "mine",
@@ -150,6 +151,15 @@ def test_keys_without_effect_are_named_in_one_line(tmp_path: Path, capsys: pytes
     assert line.endswith("olmo.yaml: no effect here: evaluators, fsdp, save_folder, optimizer.momentum")
 
 
+@pytest.mark.parametrize("name, warmup_steps", [("constant", 0), ("constant_with_warmup", 500)])
+def test_a_constant_schedule_has_no_end(tmp_path: Path, name: str, warmup_steps: int) -> None:
+    """And OLMo's `constant` has no warm-up either."""
+    found = read(tmp_path, max_duration=100, scheduler={"name": name, "t_max": 50})
+    assert (found.steps, found.stop_after, found.warmup_steps) == (100, None, warmup_steps)
+    assert found.optimizer.schedule == "constant"
+    assert SCHEDULES["constant"] == "constant_with_warmup", "what is written comes back with its warm-up"
+
+
 def test_a_dry_run_of_the_file_is_one_here(tmp_path: Path) -> None:
     assert read(tmp_path, dry_run=True, load_path=None).dry_run
     assert not read(tmp_path, "--no-dry-run", dry_run=True).dry_run
@@ -185,6 +195,10 @@ def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
         (
             {"load_path": "s3://a/step9-unsharded"},
             "load_path is 's3://a/step9-unsharded': convert it with `mnemos check",
+        ),
+        (
+            {"max_duration": 100, "scheduler": {"t_max": 50}},
+            "scheduler.t_max is 50, 50 steps, and max_duration 100: here training ends with its schedule: raise",
         ),
         ({"dry_run": "no"}, "dry_run is 'no': give true or false"),
         ({"softmax_auxiliary_loss": 1.5}, "softmax_auxiliary_loss is 1.5: give true or false"),

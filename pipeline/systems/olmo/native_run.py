@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.systems.olmo.config import OlmoConfig
 
-SCHEDULES = {"cosine": "cosine_with_warmup", "linear": "linear_with_warmup", "constant": "constant"}
+SCHEDULES = {"cosine": "cosine_with_warmup", "linear": "linear_with_warmup", "constant": "constant_with_warmup"}
 PRECISIONS = {"bf16": "amp_bf16", "fp16": "amp_fp16", "fp32": "fp32"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import RunConfig, replace
 from pipeline.data_config import LARGEST
-from pipeline.durations import number, steps_of
+from pipeline.durations import number, steps_of, whole
 from pipeline.errors import UserError, shown
 from pipeline.lm.olmo_config import DEFAULTS
 from pipeline.recipes.olmo import olmo2_1b, olmo_1b
@@ -76,8 +76,8 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
     optimizer: Section = content.get("optimizer") or {}
     data: Section = content.get("data") or {}
     length = int(content["model"].get("max_sequence_length", DEFAULTS["max_sequence_length"]))
-    rows = _count(content, "global_train_batch_size", where, 512)
-    micro = _count(content, "device_train_microbatch_size", where, 16)
+    rows = _count(content, "global_train_batch_size", where, 512, least=1)
+    micro = _count(content, "device_train_microbatch_size", where, 16, least=1)
     z_loss = number(content.get("auxiliary_loss_multiplier", 1e-4), f"{where}: auxiliary_loss_multiplier")
     betas = optimizer.get("betas", (0.9, 0.95))
     if not isinstance(betas, list | tuple) or len(betas) != 2:
@@ -86,7 +86,7 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
     if precision not in PRECISIONS:
         raise UserError(f"{where}: precision is {shown(precision)}: give one of {', '.join(PRECISIONS)}")
     run_name = content.get("run_name")
-    keep = int(number(content.get("save_num_checkpoints_to_keep", -1), f"{where}: save_num_checkpoints_to_keep"))
+    keep = _count(content, "save_num_checkpoints_to_keep", where, -1, least=-1)
     clip = content.get("max_grad_norm")
     return replace(
         base,
@@ -134,6 +134,10 @@ def _schedule(content: Section, tokens: int, where: str) -> dict[str, Any]:
         return steps_of(value, f"{where}: {what}", tokens, in_tokens=in_tokens)
 
     peak = number(optimizer.get("learning_rate", 1e-4), f"{where}: optimizer.learning_rate")
+    if peak <= 0:
+        raise UserError(
+            f"{where}: optimizer.learning_rate is {shown(optimizer['learning_rate'])}: give a value above 0"
+        )
     start = section.get("warmup_min_lr")
     # OLMo's own default: a tenth of the peak.
     share = 0.1 if start is None else number(start, f"{where}: scheduler.warmup_min_lr") / peak
@@ -182,8 +186,11 @@ def _name_others(content: Section, where: str) -> None:
         log_line(f"{where}: no effect here: {', '.join(others)}")
 
 
-def _count(content: Section, key: str, where: str, default: int) -> int:
-    return int(number(content.get(key, default), f"{where}: {key}"))
+def _count(content: Section, key: str, where: str, default: int, least: int = 0) -> int:
+    found = whole(content.get(key, default), f"{where}: {key}", least)
+    if found > LARGEST:
+        raise UserError(f"{where}: {key} is {shown(content[key])}: give at most {LARGEST}")
+    return found
 
 
 def _switch(section: Section, key: str, where: str) -> bool:

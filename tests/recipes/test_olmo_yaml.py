@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,33 @@ def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
             {"max_duration": 100, "scheduler": {"t_max": 50}},
             "scheduler.t_max is 50, 50 steps, and max_duration 100: here training ends with its schedule: raise",
         ),
+        ({"max_duration": math.inf}, "max_duration is 'inf': give a number"),
+        ({"max_duration": "infT"}, "max_duration is 'inf': give a number"),
+        ({"max_duration": 1.5}, "max_duration is '1.5': give a whole number, 0 or more"),
+        ({"max_duration": 10**400}, "max_duration is '10.*0': give a number"),
+        ({"max_duration": None}, "max_duration is 'None': give a number"),
+        ({"max_duration": 0}, "--steps is 0: give a value above 0"),
+        ({"scheduler": {"t_warmup": 0.5}}, "scheduler.t_warmup is '0.5': give a whole number"),
+        ({"scheduler": {"t_max": math.nan}}, "scheduler.t_max is 'nan': give a number"),
+        ({"scheduler": {"alpha_f": math.inf}}, "scheduler.alpha_f is inf: give a number"),
+        ({"seed": math.nan}, "seed is nan: give a number"),
+        ({"seed": -1}, "seed is -1: give a whole number, 0 or more"),
+        ({"seed": 10**30}, "seed is 10.*0: give at most 2147483647"),
+        (
+            {"optimizer": {"learning_rate": 0}, "scheduler": {"warmup_min_lr": 0}},
+            "learning_rate is 0: give a value above",
+        ),
+        ({"optimizer": {"betas": [0.9, math.inf]}}, "optimizer.betas is inf: give a number"),
+        (
+            {"global_train_batch_size": 0, "max_duration": "1e6T"},
+            "global_train_batch_size is 0: give a whole number, 1",
+        ),
+        ({"global_train_batch_size": 64.5}, "global_train_batch_size is 64.5: give a whole number, 1 or more"),
+        ({"device_train_microbatch_size": None}, "device_train_microbatch_size is None: give a number"),
+        ({"save_num_checkpoints_to_keep": math.inf}, "save_num_checkpoints_to_keep is inf: give a number"),
+        ({"save_num_checkpoints_to_keep": -2}, "save_num_checkpoints_to_keep is -2: give a whole number, -1"),
+        ({"save_interval": 1.5}, "save_interval is 1.5: give a whole number"),
+        ({"model": {"rope_theta": math.inf}}, "model: rope_theta is inf: give a number"),
         ({"dry_run": "no"}, "dry_run is 'no': give true or false"),
         ({"softmax_auxiliary_loss": 1.5}, "softmax_auxiliary_loss is 1.5: give true or false"),
         ({"max_duration": "2ep"}, "max_duration is '2ep': give it in steps, or in tokens"),

@@ -106,18 +106,17 @@ def _hugging_face(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
 def native_run(folder: Path) -> RunConfig:
     """The run that the config.yaml of a native folder means, with its tokenizer where that is one of here. Raises
     UserError."""
-    from pipeline.config import replace
-    from pipeline.lm.olmo_folder import CONFIG, check_native, read_config, tokenizer_name
+    from pipeline.lm.olmo_folder import CONFIG, check_native, read_config
     from pipeline.recipes import read_foreign
 
     check_native(folder)
     content = read_config(folder)
     # Where that training began and left its files is nothing to one that goes on from the folder.
-    run = read_foreign({**content, "load_path": None, "dry_run": False}, str(folder / CONFIG))
+    elsewhere = {"load_path": None, "save_folder": None, "dry_run": False}
+    run = read_foreign({**content, **elsewhere}, str(folder / CONFIG))
     if run is None:
         raise UserError(f"{folder / CONFIG}: has no `model` section of OLMo's: give a folder as OLMo writes it")
-    name = tokenizer_name(content)
-    return run if name is None else replace(run, data__tokenizer=name)
+    return run
 
 
 def _decoder_system(config: RunConfig, where: str) -> TrainsDecoder:

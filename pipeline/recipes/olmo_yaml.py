@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, replace
@@ -13,9 +14,11 @@ from pipeline.data_config import LARGEST
 from pipeline.durations import number, steps_of, whole
 from pipeline.errors import UserError, shown
 from pipeline.lm.olmo_config import DEFAULTS
+from pipeline.lm.olmo_folder import tokenizer_name
 from pipeline.recipes.olmo import olmo2_1b, olmo_1b
 from pipeline.runtime.exit import log_line
 from pipeline.systems.olmo import native_config
+from pipeline.systems.olmo.config import CUTOFF
 from pipeline.systems.olmo.native_config import read_model
 
 Section = Mapping[str, Any]
@@ -25,6 +28,12 @@ SCHEDULES = {
     "constant_with_warmup": "constant",
 }  # fmt: skip
 PRECISIONS = {"amp_bf16": "bf16", "amp_fp16": "fp16", "fp32": "fp32"}
+TOKENIZERS = {
+    "allenai_gpt-neox-olmo-dolma-v1_5.json": "allenai/OLMo-1B-0724-hf",
+    "allenai_eleuther-ai-gpt-neox-20b-pii-special.json": "allenai/OLMo-1B-0724-hf",
+    "allenai_dolma2.json": "allenai/OLMo-2-0425-1B",
+}
+"""Files of OLMo's repository, by the models that were trained with them."""
 SECTIONS = ("model", "optimizer", "scheduler", "data")
 """Sections of which fields are read."""
 READ = {
@@ -37,7 +46,8 @@ READ = {
     "": {
         "run_name", "seed", "max_duration", "global_train_batch_size", "device_train_microbatch_size", "precision",
         "max_grad_norm", "save_interval", "save_num_checkpoints_to_keep", "eval_interval", "softmax_auxiliary_loss",
-        "auxiliary_loss_multiplier", "load_path", "dry_run", *SECTIONS,
+        "auxiliary_loss_multiplier", "load_path", "dry_run", "stop_at", "activation_checkpointing",
+        *SECTIONS,
     },
 }  # fmt: skip
 """Fields that are read, by section."""
@@ -47,9 +57,9 @@ WITHOUT_EFFECT = {
     "data": {
         "num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "timeout", "pad_direction", "drop_last",
     },
-    "": {"fused_loss", "save_overwrite"},
+    "": {"compile", "fused_loss", "save_folder", "save_overwrite", "tokenizer"},
 }  # fmt: skip
-"""Fields that are OLMo's way to do what is done here without them."""
+"""Fields that are OLMo's way to do what is done here without them, and those that have a reader of their own."""
 
 
 def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
@@ -64,7 +74,10 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
         if not isinstance(content.get(name) or {}, dict):
             raise UserError(f"{where}: {name} is {shown(content[name])}: give it as a section")
     content = _resolved(content, where)
-    _name_others(content, where)
+    folder, tokenizer, eos_id = _folder(content), _tokenizer(content), content["model"].get("eos_token_id")
+    if type(eos_id) is not int or eos_id < 0:
+        eos_id = None
+    _name_others(content, where, folder=folder, tokenizer=tokenizer)
     if content.get("load_path") is not None:
         path = shown(content["load_path"])
         raise UserError(
@@ -85,6 +98,12 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
     precision = content.get("precision", "fp32")
     if precision not in PRECISIONS:
         raise UserError(f"{where}: precision is {shown(precision)}: give one of {', '.join(PRECISIONS)}")
+    recompute = content.get("activation_checkpointing")
+    if recompute not in (None, "whole_layer"):
+        raise UserError(f"{where}: activation_checkpointing is {shown(recompute)}: give whole_layer, or null")
+    compiled = content.get("compile")
+    if compiled is not None and not isinstance(compiled, dict):
+        raise UserError(f"{where}: compile is {shown(compiled)}: give it as a section, or null")
     run_name = content.get("run_name")
     keep = _count(content, "save_num_checkpoints_to_keep", where, -1, least=-1)
     clip = content.get("max_grad_norm")
@@ -105,14 +124,35 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
         precision=PRECISIONS[precision],
         dry_run=_switch(content, "dry_run", where),
         seed=_count(content, "seed", where, 6198),
-        run_name=None if run_name is None else str(run_name),
+        run_name=None if run_name is None or folder is not None else str(run_name),
+        output_dir=base.output_dir if folder is None else folder,
+        activation_checkpointing=recompute is not None,
+        compile=compiled is not None,
         save_every=_count(content, "save_interval", where, 1000),
         eval_every=_count(content, "eval_interval", where, 1000),
         keep=LARGEST if keep < 0 else keep,
         optimizer__betas=tuple(number(beta, f"{where}: optimizer.betas") for beta in betas),
         optimizer__eps=number(optimizer.get("eps", 1e-5), f"{where}: optimizer.eps"),
         **_schedule(content, rows * length, where),
+        data__tokenizer=base.data.tokenizer if tokenizer is None else tokenizer,
+        data__eos_id=eos_id,
         **_data(data, where),
+    )
+
+
+def _folder(content: Section) -> Path | None:
+    """The run directory that `save_folder` means; None where it is on another machine, or an expression."""
+    found = content.get("save_folder")
+    return None if not isinstance(found, str) or not found or "://" in found or "${" in found else Path(found)
+
+
+def _tokenizer(content: Section) -> str | None:
+    """The tokenizer that the file names, as `--data.tokenizer` takes it; None where it names none, or one that is not
+    here."""
+    section = content.get("tokenizer")
+    name = section.get("identifier") if isinstance(section, dict) else None
+    return (
+        TOKENIZERS.get(Path(name).name) if isinstance(name, str) and name.endswith(".json") else tokenizer_name(content)
     )
 
 
@@ -145,16 +185,17 @@ def _schedule(content: Section, tokens: int, where: str) -> dict[str, Any]:
     # A constant schedule has no end.
     ends = section.get("t_max") is not None and SCHEDULES[name] != "constant"
     length = steps(section["t_max"], "scheduler.t_max") if ends else None
-    if length is not None and length < duration:
+    stop = duration if content.get("stop_at") is None else min(duration, _count(content, "stop_at", where, 0, least=1))
+    if length is not None and length < stop:
         raise UserError(
-            f"{where}: scheduler.t_max is {shown(section['t_max'])}, {length} steps, and max_duration {duration}: here"
-            " training ends with its schedule: raise t_max, or lower max_duration to it"
+            f"{where}: scheduler.t_max is {shown(section['t_max'])}, {length} steps, and training goes on to {stop}:"
+            " here it ends with its schedule: raise t_max, or lower max_duration to it"
         )
     return {
         "lr": peak,
         "steps": duration if length is None else length,
         # Also at the end of a schedule that has a length of its own: --max-duration leaves that length.
-        "stop_after": None if length is None else duration,
+        "stop_after": stop if length is not None or stop < duration else None,
         "warmup_steps": 0 if name == "constant" else steps(section.get("t_warmup", 100), "scheduler.t_warmup"),
         "optimizer__schedule": SCHEDULES[name],
         "optimizer__warmup_start": share,
@@ -176,12 +217,24 @@ def _data(section: Section, where: str) -> dict[str, Any]:
     return found
 
 
-def _name_others(content: Section, where: str) -> None:
-    """Prints one line that names the fields which have no effect here."""
+def _name_others(content: Section, where: str, *, folder: Path | None, tokenizer: str | None) -> None:
+    """Prints one line that names the fields which have no effect here. `folder`, `tokenizer`: what was taken."""
     others = [key for key in content if key not in READ[""] | WITHOUT_EFFECT[""]]
     for name in SECTIONS:
         known = READ[name] | WITHOUT_EFFECT.get(name, set())
         others += [f"{name}.{key}" for key in content.get(name) or {} if key not in known]
+    if content.get("save_folder") is not None and folder is None:
+        others.append("save_folder")
+    named = content.get("tokenizer")
+    if isinstance(named, dict):
+        taken = {"truncate_direction", *(("identifier",) if tokenizer is not None else ())}
+        others += [f"tokenizer.{key}" for key in named if key not in taken]
+    if isinstance(content.get("compile"), dict):
+        others += [f"compile.{key}" for key in content["compile"]]
+    cutoff = content["model"].get("init_cutoff_factor")
+    # Without one, OLMo's `mitchell` takes the same as here, and its `normal` none.
+    if cutoff != CUTOFF and not (cutoff is None and content["model"].get("init_fn") == "mitchell"):
+        others.append(f"model.init_cutoff_factor (weights are cut off at {CUTOFF:g} standard deviations)")
     if others and os.environ.get("RANK", "0") == "0":
         log_line(f"{where}: no effect here: {', '.join(others)}")
 

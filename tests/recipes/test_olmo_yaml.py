@@ -149,7 +149,56 @@ def test_olmo2s_file_in_tokens_is_the_recipe_of_olmo2(tmp_path: Path) -> None:
 def test_keys_without_effect_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read(tmp_path, evaluators=[], fsdp={"precision": "mixed"}, optimizer={"momentum": 1}, save_folder="${path.x:1}")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("olmo.yaml: no effect here: evaluators, fsdp, save_folder, optimizer.momentum")
+    assert line.endswith("olmo.yaml: no effect here: evaluators, fsdp, optimizer.momentum, save_folder")
+    assert "no effect" not in named(capsys, tmp_path), "all of the guide's file has one"
+
+
+def named(capsys: pytest.CaptureFixture[str], folder: Path, **changes: Any) -> str:
+    """The line of what has no effect."""
+    read(folder, **changes)
+    return capsys.readouterr().err.strip()
+
+
+def test_fields_that_have_a_flag_here_are_taken(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, activation_checkpointing="whole_layer", compile={}, stop_at=50, save_folder=str(tmp_path / "out"),
+        model={"eos_token_id": 0},
+    )  # fmt: skip
+    assert found.activation_checkpointing and found.compile
+    assert (found.steps, found.stop_after, found.data.eos_id) == (7640, 50, 0)
+    assert found.output_dir == tmp_path / "out", "save_folder is where OLMo saves, whatever the run's name"
+    assert read(tmp_path, "--run-name", "b", save_folder="a").output_dir == Path("outputs/b")
+    plain = read(tmp_path, activation_checkpointing=None, compile=None, stop_at=9999, save_folder=None)
+    assert plain == read(tmp_path)
+    assert not plain.activation_checkpointing and not plain.compile and plain.data.eos_id is None
+    ends = read(tmp_path, max_duration=100, stop_at=50, scheduler={"t_max": 60})
+    assert (ends.steps, ends.stop_after) == (60, 50), "it never goes beyond its schedule"
+
+
+def test_the_tokenizer_of_the_file_is_taken_where_it_is_one_of_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, taken in (
+        ("bytes", "bytes"),
+        (str(tmp_path), str(tmp_path)),
+        ("allenai/gpt-neox-olmo-dolma-v1_5", "allenai/gpt-neox-olmo-dolma-v1_5"),
+        ("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json", "allenai/OLMo-1B-0724-hf"),
+        ("tokenizers/allenai_dolma2.json", olmo2_1b().data.tokenizer),
+    ):
+        assert read(tmp_path, tokenizer={"identifier": name, "truncate_direction": "right"}).data.tokenizer == taken
+        assert capsys.readouterr().err == ""
+    assert read(tmp_path, tokenizer={"identifier": "tokenizers/mine.json"}).data.tokenizer == olmo_1b().data.tokenizer
+    assert capsys.readouterr().err.strip().endswith("no effect here: tokenizer.identifier")
+
+
+def test_fields_are_named_whose_value_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named(capsys, tmp_path, save_folder="s3://bucket/x").endswith("no effect here: save_folder")
+    assert named(capsys, tmp_path, compile={"fullgraph": False}).endswith("no effect here: compile.fullgraph")
+    cutoff = "model.init_cutoff_factor (weights are cut off at 3 standard deviations)"
+    for model in ({"init_fn": "normal"}, {"init_fn": "normal", "init_cutoff_factor": 2}, {"init_cutoff_factor": 4}):
+        assert named(capsys, tmp_path, model=model).endswith(f"no effect here: {cutoff}"), model
+    for model in ({"init_fn": "normal", "init_cutoff_factor": 3.0}, {"init_cutoff_factor": None}):
+        assert named(capsys, tmp_path, model=model) == "", model
 
 
 @pytest.mark.parametrize("name, warmup_steps", [("constant", 0), ("constant_with_warmup", 500)])
@@ -199,7 +248,7 @@ def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
         ),
         (
             {"max_duration": 100, "scheduler": {"t_max": 50}},
-            "scheduler.t_max is 50, 50 steps, and max_duration 100: here training ends with its schedule: raise",
+            "scheduler.t_max is 50, 50 steps, and training goes on to 100: here it ends with its schedule: raise",
         ),
         ({"max_duration": math.inf}, "max_duration is 'inf': give a number"),
         ({"max_duration": "infT"}, "max_duration is 'inf': give a number"),
@@ -228,6 +277,9 @@ def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
         ({"save_num_checkpoints_to_keep": -2}, "save_num_checkpoints_to_keep is -2: give a whole number, -1"),
         ({"save_interval": 1.5}, "save_interval is 1.5: give a whole number"),
         ({"model": {"rope_theta": math.inf}}, "model: rope_theta is inf: give a number"),
+        ({"activation_checkpointing": "one_in_two"}, "activation_checkpointing is 'one_in_two': give whole_layer, or"),
+        ({"compile": True}, "compile is True: give it as a section, or null"),
+        ({"stop_at": 0}, "stop_at is 0: give a whole number, 1 or more"),
         ({"dry_run": "no"}, "dry_run is 'no': give true or false"),
         ({"softmax_auxiliary_loss": 1.5}, "softmax_auxiliary_loss is 1.5: give true or false"),
         ({"max_duration": "2ep"}, "max_duration is '2ep': give it in steps, or in tokens"),

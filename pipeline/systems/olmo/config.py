@@ -12,6 +12,9 @@ from pipeline.config import MAY_CHANGE, ModelConfig
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionBackend, BackboneConfig
 
+CUTOFF = 3.0
+"""Standard deviations beyond which no random weight lies."""
+
 
 @dataclass(frozen=True)
 class OlmoAttentionConfig:

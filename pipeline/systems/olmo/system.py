@@ -28,7 +28,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
 from pipeline.systems.olmo import weights
-from pipeline.systems.olmo.config import OlmoConfig
+from pipeline.systems.olmo.config import CUTOFF, OlmoConfig
 from pipeline.systems.olmo.model import OlmoModel
 from pipeline.systems.olmo.native_run import native_run
 
@@ -78,7 +78,7 @@ class OlmoSystem(LanguageModelSystem):
         return self.backbone
 
     def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
-        return native_run(self.config, model, global_batch, weights.CUTOFF)
+        return native_run(self.config, model, global_batch, CUTOFF)
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, OlmoModel)

@@ -14,10 +14,7 @@ from transformers import PreTrainedConfig
 from pipeline.lm.pretrained import pretrained_tensors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for, load_safetensors
-from pipeline.systems.olmo.config import OlmoConfig
-
-CUTOFF = 3.0
-"""Standard deviations beyond which no weight lies."""
+from pipeline.systems.olmo.config import CUTOFF, OlmoConfig
 
 
 def initialise(model: nn.Module, config: OlmoConfig, seed: int, topology: Topology) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def tokenizer_name(content: dict[str, Any]) -> str | None:
+def tokenizer_name(content: Mapping[str, Any]) -> str | None:
     """The tokenizer that a config.yaml names, as `--data.tokenizer` takes it; None where it names a file of OLMo's
     repository, or none."""
     section = content.get("tokenizer")

@@ -158,7 +158,7 @@ class RunConfig:
     save_every: Annotated[int, tyro.conf.arg(aliases=["--save-interval"])] = 500
     """Steps between checkpoints; 0: at the end only."""
     save_at_start: bool = False
-    """Save a checkpoint before the first step too: checkpoint-0, with the initial weights."""
+    """Save a checkpoint before the first step too: checkpoint-0, with the initial weights, which is kept."""
     keep: int = 2
     """Complete checkpoints to keep: the newest."""
     keep_every: int = 0

@@ -164,17 +164,18 @@ def _write_latest(path: Path, name: str) -> None:
         os.fsync(handle.fileno())
 
 
-def prune_old(folder: Path, keep: int, saved: int, every: int = 0) -> list[Path]:
+def prune_old(folder: Path, keep: int, saved: int, every: int = 0, *, start: bool = False) -> list[Path]:
     """Takes their names from complete checkpoints up to step `saved` beyond the `keep` newest; returns what may be
     removed. A run that went back to an earlier step leaves later ones alone until it saves them anew. Multiples of
-    `every` keep their names (0: none does for that).
+    `every` keep their names (0: none does for that), and with `start` that of step 0.
 
     What is half removed is never taken for a checkpoint, and removing, which takes time, can wait.
     """
     ours = [path for path in complete_checkpoints(folder) if step_of(path) <= saved]
     pruned = []
     for old in ours[:-keep]:
-        if every and step_of(old) % every == 0:
+        step = step_of(old)
+        if (every and step % every == 0) or (start and step == 0):
             continue
         hidden = _hidden(old, "removed")
         os.replace(old, hidden)

@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.checkpoint.manifest import MANIFEST, complete_checkpoints, prune_old, step_of
+from pipeline.config import replace
 from tests.checkpoint.small_runs import save, steps
 
-STEPS = st.sets(st.integers(1, 60), min_size=1, max_size=12)
+STEPS = st.sets(st.integers(0, 60), min_size=1, max_size=12)
 
 
-def pruned(present: set[int], damaged: set[int], keep: int, saved: int, every: int) -> tuple[set[int], set[int]]:
+def pruned(
+    present: set[int], damaged: set[int], keep: int, saved: int, every: int, start: bool
+) -> tuple[set[int], set[int]]:
     """The steps that are complete afterwards, and those that may be removed; `damaged` lack a manifest."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -24,44 +27,53 @@ def pruned(present: set[int], damaged: set[int], keep: int, saved: int, every: i
             (folder / f"checkpoint-{step}").mkdir()
         for step in present - damaged:
             (folder / f"checkpoint-{step}" / MANIFEST).write_text("{}")
-        hidden = prune_old(folder, keep, saved, every)
+        hidden = prune_old(folder, keep, saved, every, start=start)
         assert all((folder / f"checkpoint-{step}").is_dir() for step in damaged)
         gone = {int(path.name.split("-")[1].removesuffix(".removed")) for path in hidden}
         assert all(path.is_dir() and path.name.startswith(".") for path in hidden)
         return {step_of(path) for path in complete_checkpoints(folder)}, gone
 
 
-@given(STEPS, STEPS, st.integers(1, 5), st.integers(1, 60), st.integers(0, 12))
-def test_the_newest_and_the_multiples_stay_and_nothing_else(
-    present: set[int], damaged: set[int], keep: int, saved: int, every: int
+@given(STEPS, STEPS, st.integers(1, 5), st.integers(1, 60), st.integers(0, 12), st.booleans())
+def test_the_newest_the_multiples_and_the_start_stay_and_nothing_else(
+    present: set[int], damaged: set[int], keep: int, saved: int, every: int, start: bool
 ) -> None:
     complete = present - damaged
     ours = sorted(step for step in complete if step <= saved)
     later = complete - set(ours)
     multiples = {step for step in ours if every and step % every == 0}
-    left, gone = pruned(present, damaged, keep, saved, every)
-    assert left == later | set(ours[-keep:]) | multiples
+    left, gone = pruned(present, damaged, keep, saved, every, start)
+    assert left == later | set(ours[-keep:]) | multiples | ({0} & set(ours) if start else set())
     assert gone == complete - left
 
 
-@given(STEPS, st.integers(1, 5), st.integers(0, 12))
+@given(STEPS, st.integers(1, 5), st.integers(0, 12), st.booleans())
 def test_pruning_after_every_save_leaves_what_pruning_once_at_the_end_does(
-    present: set[int], keep: int, every: int
+    present: set[int], keep: int, every: int, start: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for step in sorted(present):
             (folder / f"checkpoint-{step}").mkdir()
             (folder / f"checkpoint-{step}" / MANIFEST).write_text("{}")
-            for path in prune_old(folder, keep, step, every):
+            for path in prune_old(folder, keep, step, every, start=start):
                 shutil.rmtree(path)
         left = {step_of(path) for path in complete_checkpoints(folder)}
-    assert left == pruned(present, set(), keep, max(present), every)[0]
+    assert left == pruned(present, set(), keep, max(present), every, start)[0]
 
 
 @pytest.mark.parametrize("every, left", [(0, [250, 300]), (100, [100, 200, 250, 300]), (150, [150, 250, 300])])
 def test_a_run_keeps_its_multiples_beside_the_newest(make_run, every: int, left: list[int]) -> None:
     run = make_run(keep=2, keep_every=every)
     for step in (50, 100, 150, 200, 250, 300):
+        save(run, step)
+    assert steps(run) == left
+
+
+@pytest.mark.parametrize("at_start, left", [(True, [0, 250, 300]), (False, [250, 300])])
+def test_the_initial_weights_of_save_at_start_are_kept(make_run, at_start: bool, left: list[int]) -> None:
+    run = make_run(keep=2)
+    run.config = replace(run.config, save_at_start=at_start)
+    for step in (0, 200, 250, 300):
         save(run, step)
     assert steps(run) == left

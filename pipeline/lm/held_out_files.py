@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED, StatefulLoader, TokenBatch
-from pipeline.data.build import build_loader
+from pipeline.data.build import Listings, build_loader
+from pipeline.data.sources.listing import list_files
+from pipeline.data.tokens.listing import TokenListing, list_tokens
 from pipeline.errors import UserError
 from pipeline.lm.held_out import Evaluated, run_loader
 from pipeline.parallel.collectives import shared_errors
@@ -30,9 +33,27 @@ class EvaluatedByFile(Evaluated, Protocol):
         ...
 
 
-def named_files(config: RunConfig) -> dict[str, RunConfig]:
-    """By name, the config of a run on one set of held-out files. Raises UserError."""
-    found: dict[str, RunConfig] = {}
+@dataclass(frozen=True)
+class NamedFiles:
+    """A set of held-out files."""
+
+    flag: str
+    """Its flag and name, for messages."""
+    place: str
+    config: RunConfig
+    """That of a run on these files."""
+
+    def listed(self) -> Listings:
+        """Raises UserError."""
+        if self.config.data.tokens:
+            found = list_tokens((self.place,), self.flag)
+            return TokenListing(found, found)
+        return (list_files((self.place,), self.config.output_dir, flag=self.flag),)
+
+
+def named_files(config: RunConfig) -> dict[str, NamedFiles]:
+    """The sets of held-out files by name. Raises UserError."""
+    found: dict[str, NamedFiles] = {}
     data = dataclasses.replace(config.data, path=(), dataset=None, mix=(), tokens=(), held_out_tokens=(), recall=None)
     own = {
         "path": lambda place: dataclasses.replace(data, path=(place,)),
@@ -44,7 +65,7 @@ def named_files(config: RunConfig) -> dict[str, RunConfig]:
         for name, place in _named(flag, entries):
             if name in found:
                 raise UserError(f"{flag} {name}={place}: {name} is given twice: give each a name of its own")
-            found[name] = dataclasses.replace(config, data=own[kind](place))
+            found[name] = NamedFiles(f"{flag} {name}:", place, dataclasses.replace(config, data=own[kind](place)))
     return found
 
 
@@ -60,10 +81,13 @@ def open_files(config: RunConfig, topology: Topology, vocab_size: int) -> dict[s
     """A loader of all that each set of held-out files holds, by name. Raises UserError."""
     loaders: dict[str, StatefulLoader[TokenBatch]] = {}
     for name, own in named_files(config).items():
+        listed = own.listed()
         try:
-            loaders[name] = build_loader(own, topology, vocab_size=vocab_size, held_out=True, whole=True)
+            loaders[name] = build_loader(
+                own.config, topology, vocab_size=vocab_size, held_out=True, files=listed, whole=True
+            )
         except UserError as error:
-            raise UserError(f"--evaluation {name}: {error}") from None
+            raise UserError(f"{own.flag} {error}") from None
     return loaders
 
 

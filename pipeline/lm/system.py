@@ -62,6 +62,8 @@ class LanguageModelSystem(System[TokenBatch]):
         }
 
     def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
+        # Opened before the first step: not the first evaluation, an hour later, is to find that a file is not there.
+        self.file_loaders(topology)
         return self.open_loader(topology, held_out=False)
 
     def open_loader(self, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:

@@ -106,8 +106,25 @@ def test_a_file_without_a_name_of_its_own_is_refused(changes: dict[str, Any], wo
         system.check(Topology())
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    for flag in ("path", "tokens"):
-        system, model = built(config(**{f"evaluation__{flag}": (f"mine={tmp_path / 'gone.npy'}",)}))
-        with pytest.raises(UserError, match=r"--evaluation mine: .*gone"):
-            evaluate_files(system, model, SyncPoint(Topology()))
+@pytest.mark.parametrize(
+    ("flag", "name", "content", "words"),
+    [
+        ("path", "gone.txt", None, "gone.txt does not exist: check the path"),
+        ("tokens", "gone.npy", None, "gone.npy does not exist: check the path"),
+        ("path", "text.pdf", b"x", "text.pdf ends in '.pdf'"),
+        ("tokens", "short.npy", b"\1\0", "short.npy"),
+        ("tokens", "ids.npy", b"\xff\xff" * 4 * LENGTH, "65535"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_before_training(
+    flag: str, name: str, content: bytes | None, words: str, tmp_path: Path
+) -> None:
+    """With its own flag, where the training data is opened: before the first step, and by `mnemos check`."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    system, model = built(config(**{f"evaluation__{flag}": (f"mine={tmp_path / name}",)}))
+    with pytest.raises(UserError) as refusal:
+        system.loader(system.phases(model)[0], Topology())
+    message = str(refusal.value)
+    assert message.startswith(f"--evaluation.{flag} mine: ") and words in message and "\n" not in message
+    assert "--data.path" not in message and "--data.tokens" not in message

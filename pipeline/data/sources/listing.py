@@ -66,8 +66,8 @@ def file_format(name: str) -> tuple[str, str | None] | None:
     return (suffix, None) if suffix in SUFFIXES else None
 
 
-def list_files(paths: Sequence[str], output_dir: Path | None = None) -> Listing:
-    """The files that `--data.path` names, in sorted order for each path. Raises UserError.
+def list_files(paths: Sequence[str], output_dir: Path | None = None, *, flag: str = "--data.path") -> Listing:
+    """The files that a flag names, in sorted order for each path. Raises UserError.
 
     Below a folder or a pattern, hidden files, run directories and `output_dir` are left out, there or not yet.
     """
@@ -75,12 +75,12 @@ def list_files(paths: Sequence[str], output_dir: Path | None = None) -> Listing:
     passed: Counter[str] = Counter()
     own = None if output_dir is None else os.path.realpath(output_dir)
     for given in paths:
-        search = _Search(given, own)
+        search = _Search(given, own, flag)
         try:
             files = search.files()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--data.path {given} cannot be read ({reason}): check the path") from error
+            raise UserError(f"{search.what} cannot be read ({reason}): check the path") from error
         passed.update(search.passed)
         for file in files:
             found.setdefault(file.path.resolve(), file)
@@ -91,8 +91,8 @@ def list_files(paths: Sequence[str], output_dir: Path | None = None) -> Listing:
 class _Search:
     """What one of the paths names. `own`: the real path of the run's own directory."""
 
-    def __init__(self, given: str, own: str | None) -> None:
-        self.given, self.own = given, own
+    def __init__(self, given: str, own: str | None, flag: str) -> None:
+        self.given, self.own, self.what = given, own, f"{flag} {given}"
         self.passed: Counter[str] = Counter()
         self._kinds: dict[Path, str | None] = {}
 
@@ -105,16 +105,16 @@ class _Search:
             self._refuse_file(path)
             return [LocalFile(path, path.name)]
         elif path.exists():
-            raise UserError(f"--data.path {self.given} is neither a file nor a folder: name files")
+            raise UserError(f"{self.what} is neither a file nor a folder: name files")
         elif glob.has_magic(self.given):
             found, shown = self._matching(path), "matches"
         else:
-            raise UserError(f"--data.path {self.given} does not exist: check the path")
+            raise UserError(f"{self.what} does not exist: check the path")
         if not found:
             notes = Listing("", (), dict(self.passed)).notes()
             passed_over = f" (passed over: {notes})" if notes else ""
             fix = "name another folder" if shown == "holds" else "check the pattern"
-            raise UserError(f"--data.path {self.given} {shown} no {_READABLE} file{passed_over}: {fix}")
+            raise UserError(f"{self.what} {shown} no {_READABLE} file{passed_over}: {fix}")
         return found
 
     def _below(self, folder: Path, root: Path) -> list[LocalFile]:
@@ -202,22 +202,22 @@ class _Search:
     def _refuse_folder(self, folder: Path) -> None:
         names = set(os.listdir(folder))
         if is_saved_to_disk(names):
-            raise saved_to_disk(f"--data.path {self.given}")
+            raise saved_to_disk(self.what)
         if os.path.realpath(folder) == self.own:
-            raise UserError(f"--data.path {self.given} is also --output-dir: name another --output-dir")
+            raise UserError(f"{self.what} is also --output-dir: name another --output-dir")
         if any(files <= names for files in _RUN_FILES):
-            raise UserError(f"--data.path {self.given} is the folder of a run, not of documents: name another")
+            raise UserError(f"{self.what} is the folder of a run, not of documents: name another")
 
     def _refuse_file(self, path: Path) -> None:
         if file_format(path.name) is None:
             shown = _extension(path.name)
             ending = "has no extension" if shown == _BARE else f"ends in {shown!r}"
             raise UserError(
-                f"--data.path {self.given} {ending}: {_READABLE} files can be read, text and JSON also with .gz, .zst,"
+                f"{self.what} {ending}: {_READABLE} files can be read, text and JSON also with .gz, .zst,"
                 " .bz2 or .xz behind it"
             )
         if path.stat().st_size == 0:
-            raise UserError(f"--data.path {self.given} is empty: name a file with documents")
+            raise UserError(f"{self.what} is empty: name a file with documents")
 
 
 def is_saved_to_disk(names: set[str]) -> bool:

@@ -61,7 +61,7 @@ def list_token_data(data: DataConfig) -> TokenListing:
 
 def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[TokenSource, ...]:
     """The sources that a flag names: one of all files, or one per NAME=RATIO. Raises UserError."""
-    split = [_split(entry) for entry in entries]
+    split = [_split(entry, flag) for entry in entries]
     with_ratio = [entry for entry, (_, ratio) in zip(entries, split, strict=True) if ratio is not None]
     if not with_ratio:
         found = [file for entry in entries for file in _files(entry, flag)]
@@ -83,7 +83,7 @@ def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[To
     return tuple(sources)
 
 
-def _split(entry: str) -> tuple[str, Fraction | None]:
+def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
     """NAME and RATIO of NAME=RATIO; a file of the whole name has no ratio."""
     name, equals, ratio = entry.rpartition("=")
     if not (equals and name) or Path(entry).expanduser().exists():
@@ -93,7 +93,7 @@ def _split(entry: str) -> tuple[str, Fraction | None]:
     except ValueError:
         return entry, None
     if not 0 < value < math.inf:
-        raise UserError(f"--data.tokens {entry}: {ratio} is no share: give a number above 0")
+        raise UserError(f"{flag} {entry}: {ratio} is no share: give a number above 0")
     return name, Fraction(ratio)
 
 

@@ -86,6 +86,11 @@ class Meter:
             metrics |= {f"loss/{term}": mean for term, mean in means.items()}
         return sum(means.values()), metrics
 
+    def _token_loss(self, loss: float, metrics: Mapping[str, float]) -> float | None:
+        weight = self.run.system.token_weight
+        # Of several terms, that of the tokens; of one alone, the loss.
+        return metrics.get(f"loss/{self.run.system.token_term}", loss) / weight if weight else None
+
     def record(self, step: int, result: StepResult) -> StepRecord:
         """Reduces over ranks and starts anew. Collective. Updates the run's tokens and elapsed time."""
         run, elapsed = self.run, self.seconds()
@@ -111,5 +116,6 @@ class Meter:
             data_wait=min(1.0, waited / elapsed),
             mfu=utilisation(tok_s, self.flops, run.topology.world, self.peak),
             metrics=metrics,
+            token_loss=self._token_loss(loss, metrics),
             loss_scale=result.loss_scale,
         )

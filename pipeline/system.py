@@ -168,16 +168,16 @@ class System(ABC, Generic[B]):
     name: str
     token_term: str = "cross_entropy"
     """The loss term whose counts are tokens; the others average over whatever they like."""
+    token_weight: float = 1.0
+    """By what its sums are multiplied in the loss; 0: it is not measured in training, and perplexity is not known."""
     files: Listings | None = None
-    """The files of `--data.path` and `--data.mix` as rank 0 has listed them, set before `loader` is called in a run;
-    None: the process lists them itself."""
+    """What rank 0 has listed of the data, set before `loader` is called in a run; None: this process lists it."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
     def check(self, topology: Topology) -> None:
-        """Raises UserError when the sizes cannot be laid out so; called before anything is built. By default all can
-        be."""
+        """Raises UserError for sizes that cannot be laid out so, before anything is built. By default all can."""
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
         """What was chosen on this machine, for the log: {"attention": "window of 4096 tokens, backend flex", ...}."""

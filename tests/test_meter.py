@@ -37,7 +37,9 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 def run(clock, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of 4 x 1024 tokens a step on one CPU rank, a thousand FLOPs a token."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    system = types.SimpleNamespace(flops=lambda length, phase: Flops(400.0, 600.0), token_term="cross_entropy")
+    system = types.SimpleNamespace(
+        flops=lambda length, phase: Flops(400.0, 600.0), token_term="cross_entropy", token_weight=1.0
+    )
     config = replace(miras_tiny(), parallel__sequence=1)
     return Run(config, Topology(), torch.device("cpu"), system, Phase("train", 1, ()), None, None, {})  # type: ignore[arg-type]
 
@@ -107,6 +109,19 @@ def test_terms_are_added_up_and_said_one_by_one(run: Run, clock) -> None:
     assert record.loss == pytest.approx(2.5)
     assert record.tokens == 4, "the modules of a regulariser are no tokens"
     assert record.metrics == {"loss/cross_entropy": 2.0, "loss/regulariser": 0.5}
+    assert record.token_loss == 2.0
+
+
+@pytest.mark.parametrize("weight, token_loss", [(1.0, 2.0), (0.5, 4.0), (0.0, None)])
+def test_the_loss_of_tokens_is_without_its_weight(run: Run, clock, weight: float, token_loss: float | None) -> None:
+    """Of one term alone too; of weight 0 nothing was measured."""
+    run.system.token_weight = weight
+    meter = Meter(run)
+    for others in ({}, {"kl": torch.tensor(3.0)}):
+        meter.add_counts(counts(cross_entropy=4, **dict.fromkeys(others, 1)))
+        meter.add(StepOutput({"cross_entropy": torch.tensor(8.0), **others}, {}))
+        clock(1.0)
+        assert meter.record(1, DONE).token_loss == token_loss
 
 
 def test_a_stopping_rule_gets_the_numbers_of_the_last_step_alone(run: Run, clock) -> None:

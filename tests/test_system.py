@@ -142,6 +142,7 @@ def test_what_else_a_system_may_leave_out_says_nothing() -> None:
     assert system.describe("cpu", torch.float32) == {}
     assert system.activation_bytes(Topology(), 4, DEVICES[0]) == {}
     assert system.caption() == "" and system.files is None and system.token_term == "cross_entropy"
+    assert system.token_weight == 1.0
 
 
 def test_a_system_without_one_of_the_seven_methods_is_refused_as_it_is_made() -> None:

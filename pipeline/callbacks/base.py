@@ -15,6 +15,9 @@ class StepRecord:
 
     step: int
     loss: float
+    """The mean of each loss term, added up."""
+    token_loss: float | None
+    """Nats per counted label: `loss` without other terms; None where training does not measure it."""
     lr: float
     grad_norm: float | None
     """Before clipping; None when the update was skipped."""

@@ -39,7 +39,7 @@ class MetricsFile(Callback):
                 "step": record.step,
                 **self._place(record.step),
                 "loss": record.loss,
-                "ppl": perplexity(record.loss),
+                "ppl": None if record.token_loss is None else perplexity(record.token_loss),
                 "lr": record.lr,
                 "grad_norm": record.grad_norm,
                 "tok_s": record.tok_s,

@@ -56,6 +56,7 @@ def record() -> Callable[..., StepRecord]:
             "step": step, "loss": 2.5, "lr": 3e-4, "grad_norm": 0.75, "tok_s": 4096.0, "tokens": 100 * step,
             "elapsed": 2.0 * step, "peak_memory": 3 * 2**29, "mfu": None, "metrics": {},
         }  # fmt: skip
-        return StepRecord(**{**facts, **changes})
+        facts |= changes
+        return StepRecord(**{"token_loss": facts["loss"], **facts})
 
     return make

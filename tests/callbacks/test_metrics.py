@@ -280,3 +280,11 @@ def test_an_evaluation_that_is_made_again_has_one_row(make_run) -> None:
     after.on_evaluation(2, Evaluation({"loss": 3.0}))
     after.on_evaluation(4, Evaluation({"loss": 1.0}))
     assert [(row["step"], row["loss"]) for row in read_rows(file.path)] == [(0, 2.0), (2, 3.0), (4, 1.0)]
+
+
+def test_perplexity_is_that_of_the_tokens_alone(make_run, record) -> None:
+    run = make_run()
+    file = MetricsFile(run)
+    for number, token_loss in enumerate((2.0, 1.5, None), start=1):
+        file.on_step(record(number, loss=2.0, token_loss=token_loss))
+    assert [row["ppl"] for row in strict_rows(run.folder)] == [math.exp(2.0), math.exp(1.5), None]

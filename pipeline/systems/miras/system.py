@@ -47,6 +47,8 @@ class MirasSystem(LanguageModelSystem):
             check_attachment(kind, self.backbone, self.sizes.attention)
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
         self.trained_length = self._trained_length()
+        if self.sizes.distil == "full":
+            self.token_weight = self.sizes.distillation.cross_entropy
 
     def _trained_length(self) -> int | None:
         """Tokens that the backbone was trained to see, as far as a teacher asks. Raises UserError where it then has

@@ -327,3 +327,5 @@ def test_a_step_names_its_terms_and_counts_tokens_by_the_labels() -> None:
     assert output.sums.keys() == system.count(part).keys() == {"cross_entropy", "kl", "hidden"}
     assert system.count(part)[system.token_term] == LENGTH - 2
     assert float(output.sums["cross_entropy"]) == 0 and "losses" not in output.tokens
+    assert system.token_weight == 0, "no perplexity is known of it"
+    assert frozen(distilled(cross_entropy=0.25))[0].token_weight == 0.25

@@ -58,6 +58,12 @@ def run_throughput(words: Sequence[str]) -> None:
     own, rest = _split(words)
     _, rest = pop_duration(rest)  # --bench-steps is how many there are
     options: ThroughputOptions = parse_flags(ThroughputOptions(), own, "mnemos bench throughput")
+    for flag in ("ranks", "bench-steps", "repeats"):
+        value = getattr(options, flag.replace("-", "_"))
+        if value < 1:
+            raise UserError(f"--{flag} is {value}: give 1 or more")
+    if any(length < 1 for length in options.lengths):
+        raise UserError(f"--lengths is {' '.join(map(str, options.lengths))}: give 1 token or more each")
     config = parse_run(rest or ["miras_tiny"], "bench throughput", options)
     lengths = options.lengths or (config.sequence_length,)
     runs: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
@@ -98,11 +104,17 @@ def _start(rest: Sequence[str], length: int, options: ThroughputOptions) -> dict
     if line is None:
         if "Traceback" in done.stderr:
             print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-        tail = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
-        # A launcher prints more lines after that of the error.
-        why = next((line for line in reversed(tail) if "OutOfMemoryError" in line), tail[-1])
-        raise UserError(f"the run at {length} tokens failed: {why.strip()}")
+        raise UserError(f"the run at {length} tokens failed: {reason_of(done)}")
     return json.loads(line.removeprefix(MARK))
+
+
+def reason_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a case has no figures: its own line of an error, or the last that it printed."""
+    tail = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+    # A launcher prints more lines after that of the error.
+    own = (line for line in reversed(tail) if line.startswith("mnemos: ") or "OutOfMemoryError" in line)
+    why = next(own, tail[-1])
+    return why.strip().removeprefix("mnemos: ")
 
 
 def run_case(words: Sequence[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from pipeline.bench.throughput import _planned_memory, check_share, render
+from pipeline.bench.throughput import _planned_memory, check_share, reason_of, render, run_throughput
+from pipeline.commands.flags import parse_run
 from pipeline.errors import UserError
 from pipeline.host import hardware
 from pipeline.plan import PlanOptions, make_plan
@@ -65,3 +67,52 @@ def test_an_unknown_device_has_no_mfu() -> None:
     text = render({"recipe": "x", "machine": device, "versions": {"torch": "2"}, "rows": [row(mfu=None), row()]})
     _, header, unknown, known = text.splitlines()
     assert "MFU" in header and unknown.split()[-2] == "n/a" and known.split()[-2] == "40.0%"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--repeats 0", "--repeats is 0: give 1 or more"), ("--ranks 0", "--ranks is 0: give 1 or more"),
+        ("--bench-steps 0", "--bench-steps is 0: give 1 or more"), ("--bench-steps=-1", "--bench-steps is -1"),
+        ("--lengths 128 0", "--lengths is 128 0: give 1 token or more each"),
+    ],
+)  # fmt: skip
+def test_what_measures_nothing_is_refused(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.run", None)  # before any process starts
+    with pytest.raises(UserError, match=message) as refusal:
+        run_throughput(words.split())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "stderr, reason",
+    [
+        ("a warning\nmnemos: --lr is inf: give less\nthe launcher ends", "--lr is inf: give less"),
+        ("torch.OutOfMemoryError: CUDA out of memory\nthe launcher ends", "torch.OutOfMemoryError: CUDA out of memory"),
+        ("one\ntwo\n", "two"),
+        ("", "no output"),
+    ],
+)
+def test_the_reason_of_a_case_is_its_own_line(stderr: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 2, "", stderr)
+    assert reason_of(done) == reason
+    monkeypatch.setattr("subprocess.run", lambda *words, **options: done)
+    with pytest.raises(UserError) as refusal:
+        run_throughput(["olmo_tiny"])
+    assert str(refusal.value) == f"the run at 256 tokens failed: {reason}"
+
+
+def test_a_duration_of_the_command_is_not_that_of_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--steps stands in the words of a case, which a longer --max-duration beside it would be refused for."""
+    begun: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        begun.append(command)
+        return subprocess.CompletedProcess([], 2, "", "")
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(UserError, match="no output"):
+        run_throughput(["olmo_tiny", "--max_duration=7640"])
+    (command,) = begun
+    case = command[command.index("throughput-case") + 1 :]
+    assert parse_run(case, "bench throughput-case", ranks=1).steps == 4

@@ -92,6 +92,13 @@ def run_dense(words: Sequence[str]) -> None:
     config = parse_run(rest, "bench dense", options)
     if config.grad_accum > 1:
         raise UserError(f"--grad-accum is {config.grad_accum}: the plain loop has one micro-batch a step: give 1")
+    if config.data.document_mask:
+        raise UserError(
+            "--data.document-mask: the plain loop sees across documents, so it is no comparison: leave it out"
+        )
+    z_loss = getattr(config.model, "z_loss", 0.0)
+    if z_loss:
+        raise UserError(f"--model.z-loss is {z_loss}: the plain loop has none: give 0")
     ranks = sorted(set(options.ranks))
     if config.batch_size % ranks[-1]:
         raise UserError(f"--batch-size is {config.batch_size}: two ranks share these rows: give an even number")

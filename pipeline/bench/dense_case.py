@@ -157,5 +157,5 @@ def check_losses(losses: dict[str, float], taking_part: Sequence[Contender]) -> 
         if not math.isclose(loss, plain, rel_tol=TOLERANCE[contender.precision]):
             raise UserError(
                 f"the first loss is {loss:.5f} with {contender.name} and {plain:.5f} in the plain loop, so they train"
-                " other models: leave out --data.document-mask and what the plain decoder lacks"
+                " other models: leave out what the plain decoder lacks"
             )

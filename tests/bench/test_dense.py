@@ -117,10 +117,13 @@ def test_contenders_that_train_other_models_are_not_compared() -> None:
     ("words", "part"),
     [
         ("--rounds 0", "--rounds is 0"), ("--threads 0", "--threads is 0"), ("--ranks 3", "--ranks is 3"),
+        ("--data.document-mask", "--data.document-mask: the plain loop sees across documents"),
+        ("--model.z-loss 1e-5", "--model.z-loss is 1e-05: the plain loop has none: give 0"),
         ("--grad-accum 2", "--grad-accum is 2"), ("--batch-size 3", "--batch-size is 3"), ("--round 3", "--rounds?"),
     ],
 )  # fmt: skip
-def test_refusals(words: str, part: str) -> None:
+def test_refusals(words: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.run", None)  # before anything is measured
     with pytest.raises(UserError) as caught:
         run_dense(words.split())
     assert part in str(caught.value)

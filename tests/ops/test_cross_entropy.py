@@ -270,3 +270,9 @@ def test_losses_and_z_losses_of_other_scales_are_refused() -> None:
     losses, z_losses = linear_cross_entropy_z(hidden, weight, labels, 0.03)
     with pytest.raises(ValueError, match="losses and z-losses have other gradients"):
         (losses.sum() + 2 * z_losses.sum()).backward()
+
+
+def test_a_tile_is_as_long_as_is_said() -> None:
+    assert cross_entropy.tile_of(50_304) == 1334
+    assert 4 * 50_304 * 1334 <= cross_entropy.LOGIT_BYTES < 4 * 50_304 * 1335
+    assert cross_entropy.tile_of(10**9) == 1

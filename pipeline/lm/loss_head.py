@@ -11,7 +11,7 @@ from pipeline.ops.distillation import linear_kl
 
 
 class LossHead(nn.Linear):
-    """The output embedding, which turns hidden states into losses without holding the logits of a sequence."""
+    """The output embedding, which turns hidden states into losses with a tile of logits at a time."""
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Takes the embedding's weight for its own: one parameter, which the model's state holds as the embedding's."""

@@ -30,7 +30,7 @@ class _LinearKL(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Logits of both, in as many bytes as the cross-entropy has for one.
-        tile = max(1, cross_entropy.LOGIT_BYTES // (8 * weight.shape[0]))
+        tile = cross_entropy.tile_of(2 * weight.shape[0])
         divergence = torch.empty(hidden.shape[0], dtype=compute, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], tile):

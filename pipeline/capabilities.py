@@ -13,8 +13,9 @@ from pipeline.errors import UserError
 from pipeline.system import Evaluation, Phase, Sample, StepContext, System
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+    from pipeline.lm.decoding import Decoder
     from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
 
@@ -79,6 +80,25 @@ class TrainsDecoder(Protocol):
     def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
         """The config.yaml of an OLMo run that trains as this one does, on `global_batch` sequences a step; `model` is
         what its `model` section says of the decoder."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Is a language model that reads text and goes on with it (`generate CHECKPOINT`)."""
+
+    def decoder(self, model: nn.Module) -> Decoder:
+        """Decodes with the model that `build` made and `load_model` filled; whole on this process, not sharded."""
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """Can be written as a folder that transformers loads (`export CHECKPOINT DIR`)."""
+
+    def exported(self, model: nn.Module) -> PreTrainedModel:
+        """A causal language model of transformers with the parameters of `model` (shared, not copied) and the config
+        that `save_pretrained` writes; whole on this process, not sharded."""
         ...
 
 

@@ -77,9 +77,10 @@ def load_model(
     `ds_config`: the configuration whose ZeRO stage shards it; None: it is whole on every rank. Collective; raises
     UserError on every rank.
     """
-    # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read.
+    # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read. Only training is
+    # sure to read the data: an evaluation may be made where the servers cannot be reached.
     with shared_errors(topology):
-        listed = list_data(config) if topology.rank == 0 else None
+        listed = list_data(config, ask_servers=ds_config is not None) if topology.rank == 0 else None
     system.files = broadcast_object(topology, listed)
     with building(ds_config or {}, precision_of(config)):
         model = system.build()

@@ -81,7 +81,7 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
         raise UserError(f"--count is {options.count}: give 1 or more")
     (source,) = list_tokens([name], "data inspect")
     sidecar = sidecar_of(source.files[0])
-    tokenizer = _tokenizer(options.tokenizer, sidecar, name)
+    tokenizer = _tokenizer(options.tokenizer, sidecar, source.files[0].shown)
     data = DataConfig(token_dtype=options.dtype, token_header=options.header)
     file, _ = open_token_file(source.files[0], data, tokenizer.vocab_size)
     eos_id = options.eos_id if options.eos_id is not None else sidecar.eos_id if sidecar else tokenizer.eos_id
@@ -176,7 +176,7 @@ def run_verify(words: Sequence[str]) -> None:
     failed: list[str] = []
     for file in source.files:
         if file.is_url:
-            raise UserError(f"data verify reads every byte of local files: download {file.name} first")
+            raise UserError(f"data verify reads every byte of local files: download {file.shown} first")
         for check in verify(Path(file.name), expected):
             state = {True: "ok", False: "FAILED", None: "not checked"}[check.ok]
             print(f"{file.name}  {check.name:<10}  {state:<11}  {check.found}", flush=True)

@@ -29,11 +29,11 @@ Listings = tuple[Listing | None, ...] | TokenListing
 """What was listed of each source of a configuration, None for one that is no files; or its token files."""
 
 
-def list_data(config: RunConfig) -> Listings:
-    """The files that `--data.path`, `--data.mix` or `--data.tokens` names, as this process sees them. Raises
-    UserError."""
+def list_data(config: RunConfig, *, ask_servers: bool = False) -> Listings:
+    """The files that `--data.path`, `--data.mix` or `--data.tokens` names, as this process sees them; with
+    `ask_servers`, also what is said of URLs. Raises UserError."""
     if config.data.tokens:
-        return list_token_data(config.data)
+        return list_token_data(config.data, ask_servers=ask_servers)
     if not config.data.mix:
         return (list_files(config.data.path, config.output_dir) if config.data.path else None,)
     listings: list[Listing | None] = []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 _HASHED_WHOLE = 1 << 30
 _SAMPLE_BLOCK, _SAMPLES = 64 << 10, 16
@@ -45,18 +45,18 @@ def hash_files(files: Sequence[tuple[str, Path]]) -> str:
 def hash_contents(files: Sequence[tuple[str, Readable]], *, samples: bool = False) -> str:
     """`hash_files` of files wherever they lie; with `samples`, no file above 1 MiB is read whole."""
     state = blake2b(digest_size=16)
-    whole = not samples and sum(file.size for _, file in files) <= _HASHED_WHOLE
+    samples = samples or sum(file.size for _, file in files) > _HASHED_WHOLE
     for identity, file in files:
         state.update(f"{identity}\0{file.size}\0".encode("utf-8", "surrogateescape"))
-        _hash_content(file, state, whole=whole)
+        for start, count in places_read(file.size, samples=samples):
+            state.update(file.content(start, count))
     return state.hexdigest()
 
 
-def _hash_content(file: Readable, state: Any, *, whole: bool) -> None:
+def places_read(size: int, *, samples: bool) -> Iterator[tuple[int, int]]:
+    """(start, count) of what is read of a file of `size` bytes for its digest: with `samples`, of one above 1 MiB, 16
+    evenly spaced blocks, first and last included."""
     step = _SAMPLE_BLOCK * _SAMPLES
-    if whole or file.size <= step:
-        for start in range(0, file.size, step):
-            state.update(file.content(start, min(step, file.size - start)))
-        return
-    for sample in range(_SAMPLES):
-        state.update(file.content((file.size - _SAMPLE_BLOCK) * sample // (_SAMPLES - 1), _SAMPLE_BLOCK))
+    if not samples or size <= step:
+        return ((start, min(step, size - start)) for start in range(0, size, step))
+    return (((size - _SAMPLE_BLOCK) * sample // (_SAMPLES - 1), _SAMPLE_BLOCK) for sample in range(_SAMPLES))

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.sources.content import hash_contents
+from pipeline.data.sources.content import hash_contents, places_read
 from pipeline.data.sources.readers import unreadable
+from pipeline.data.tokens.blocks import cache_folder
 from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, OpenFiles, TokenFile, check_head, layout_of
-from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource
+from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource, asked
 from pipeline.data.tokens.loader import WindowLoader
-from pipeline.data.tokens.remote import Remote, RemoteTokenFile, default_cache, fetch_beside
-from pipeline.data.tokens.sidecar import Sidecar, parse_sidecar, read_sidecar
+from pipeline.data.tokens.remote import Remote, RemoteTokenFile, fetch_sidecar, look_up, open_remote
+from pipeline.data.tokens.sidecar import Sidecar, read_sidecar
 from pipeline.data.tokens.windows import Side, Windows
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
-from pipeline.files.json_file import parse_json
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -29,9 +29,13 @@ def build_window_loader(
 ) -> WindowLoader:
     """The loader of this data rank. `vocab_size` is the model's. Raises UserError."""
     data, rows = config.data, config.evaluation.batch_size if held_out else 0
-    listed = files.evaluated if held_out else files.training
+    listed = asked(files.evaluated if held_out else files.training, data)
     side: Side = "all" if files.held_out is not None else "held_out" if held_out else "training"
     open_files = OpenFiles()
+    # Kept until the files are open.
+    remotes = [_remote(file, data) for source in listed for file in source.files if file.is_url]
+    for remote in remotes:
+        remote.ahead(0, min(HEAD_BYTES, remote.size))
     opened = [[open_token_file(file, data, vocab_size, open_files) for file in source.files] for source in listed]
     sources = [
         Windows(source.given, [file for file, _ in pairs], config.sequence_length, side, data.holdout)
@@ -43,7 +47,7 @@ def build_window_loader(
         [source.ratio for source in listed],
         batch_size=rows or config.batch_size,
         vocab_size=vocab_size,
-        fingerprint=functools.partial(_fingerprint, listed, sources, data, held_out=held_out, eos_id=eos_id),
+        fingerprint=functools.partial(_fingerprint, listed, sources, data, topology, held_out=held_out, eos_id=eos_id),
         grad_accum=1 if rows else config.grad_accum,
         data_rank=topology.data_rank,
         data_degree=topology.data,
@@ -60,18 +64,23 @@ def open_token_file(
 ) -> tuple[TokenFile, Sidecar | None]:
     """A file that begins as one of its dtype and vocabulary does, and its sidecar. Raises UserError."""
     sidecar = sidecar_of(file)
-    dtype = dtype_of(file.name, sidecar, data, vocab_size)
-    cache = Path(data.token_cache).expanduser() if data.token_cache else default_cache()
-    remote = Remote(file.name, cache) if file.is_url else None
+    dtype = dtype_of(file.shown, sidecar, data, vocab_size)
+    remote = _remote(file, data) if file.is_url else None
     head = _head(Path(file.name)) if remote is None else remote.read(0, min(HEAD_BYTES, remote.size))
-    layout = layout_of(file.name, head, dtype, header=data.token_header)
+    layout = layout_of(file.shown, head, dtype, header=data.token_header)
     found: TokenFile = (
         LocalTokenFile(Path(file.name), file.identity, layout, files)
         if remote is None
         else RemoteTokenFile(file.name, file.identity, layout, remote)
     )
-    check_head(file.name, head, layout, vocab_size)
+    check_head(file.shown, head, layout, vocab_size)
     return found, sidecar
+
+
+def _remote(file: TokenName, data: DataConfig) -> Remote:
+    cache = cache_folder(data.token_cache)
+    served = file.served or look_up([file.name], cache)[file.name]
+    return open_remote(file.name, cache, served.version)
 
 
 def _head(path: Path) -> bytes:
@@ -83,24 +92,20 @@ def _head(path: Path) -> bytes:
 
 
 def sidecar_of(file: TokenName) -> Sidecar | None:
-    """The sidecar beside a file or a URL; None without one. Raises UserError for one that is damaged."""
-    if not file.is_url:
-        return read_sidecar(Path(file.name))
-    content = fetch_beside(file.name, ".json")
-    if content is None:
-        return None
-    try:
-        # A server may answer any name with a page of its own.
-        found = parse_json(content)
-    except ValueError:
-        return None
-    return parse_sidecar(found, f"{file.name}.json")
+    """The sidecar beside a file or a URL; None without one. That of a URL whose server was asked before is without its
+    spans. Raises UserError for one that is damaged."""
+    if file.served is not None:
+        return file.served.sidecar
+    return fetch_sidecar(file.name) if file.is_url else read_sidecar(Path(file.name))
 
 
 def sidecars_of(loader: WindowLoader) -> dict[str, Sidecar | None]:
     """The sidecar of each file of a loader, by the file's name."""
     files = [file for source in loader.sources for file in source.files]
-    return {file.name: sidecar_of(TokenName(file.name, file.identity)) for file in files}
+    return {
+        file.name: sidecar_of(TokenName(file.url if isinstance(file, RemoteTokenFile) else file.name, file.identity))
+        for file in files
+    }
 
 
 def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: int) -> str:
@@ -132,10 +137,17 @@ def eos_of(files: Sequence[tuple[TokenFile, Sidecar | None]], data: DataConfig) 
 
 
 def _fingerprint(
-    listed: Sequence[TokenSource], sources: Sequence[Windows], data: DataConfig, *, held_out: bool, eos_id: int | None
+    listed: Sequence[TokenSource],
+    sources: Sequence[Windows],
+    data: DataConfig,
+    topology: Topology,
+    *,
+    held_out: bool,
+    eos_id: int | None,
 ) -> dict[str, Any]:
     """What a resume compares: the files by name, size and content, and what decides how they are read."""
     numbered: dict[str, Any] = {}
+    _fetch_samples([file for windows in sources for file in windows.files], topology.rank / topology.world)
     for number, windows in enumerate(sources, start=1):
         files = windows.files
         numbered[f"source {number}"] = {
@@ -153,3 +165,13 @@ def _fingerprint(
         "held_out": held_out,
         "eos_id": eos_id,
     }
+
+
+def _fetch_samples(files: Sequence[TokenFile], begin: float) -> None:
+    """Begins to fetch what the fingerprint reads of files behind URLs, from the share `begin` of them on: ranks of one
+    machine have what they fetch in common, so they begin at different files."""
+    remote = [file for file in files if isinstance(file, RemoteTokenFile)]
+    first = int(len(remote) * begin)
+    for file in (*remote[first:], *remote[:first]):
+        for start, count in places_read(file.size, samples=True):
+            file.content_ahead(start, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import math
 import re
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from pipeline.data.tokens.blocks import cache_folder
+from pipeline.data.tokens.remote import Served, look_up
+from pipeline.data.tokens.urls import shown_url
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
 
@@ -24,10 +28,17 @@ class TokenName:
 
     name: str
     identity: str
+    served: Served | None = None
+    """What its server says of a URL; None where it was not asked."""
 
     @property
     def is_url(self) -> bool:
         return _URL.match(self.name) is not None
+
+    @property
+    def shown(self) -> str:
+        """For messages."""
+        return _shown(self.name)
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,34 @@ class TokenListing:
         return self.training if self.held_out is None else self.held_out
 
 
-def list_token_data(data: DataConfig) -> TokenListing:
-    """The files of `--data.tokens` and `--data.held-out-tokens`. Raises UserError."""
+def list_token_data(data: DataConfig, *, ask_servers: bool = False) -> TokenListing:
+    """The files of `--data.tokens` and `--data.held-out-tokens`; with `ask_servers`, what is said of URLs too. Raises
+    UserError."""
+    training = list_tokens(data.tokens)
     held_out = list_tokens(data.held_out_tokens, "--data.held-out-tokens") if data.held_out_tokens else None
-    return TokenListing(list_tokens(data.tokens), held_out)
+    if ask_servers:
+        known = asked((*training, *(held_out or ())), data)
+        training, held_out = known[: len(training)], held_out and known[len(training) :]
+    return TokenListing(training, held_out)
+
+
+def asked(sources: Sequence[TokenSource], data: DataConfig) -> tuple[TokenSource, ...]:
+    """The sources with what servers say of their URLs: those that were not asked are, many at once. Raises
+    UserError."""
+    urls = [file.name for source in sources for file in source.files if file.is_url and file.served is None]
+    found = look_up(urls, cache_folder(data.token_cache))
+    return tuple(
+        dataclasses.replace(
+            source,
+            files=tuple(dataclasses.replace(file, served=file.served or found.get(file.name)) for file in source.files),
+        )
+        for source in sources
+    )
+
+
+def _shown(entry: str) -> str:
+    """A file, pattern or URL for messages, without credentials."""
+    return shown_url(entry) if _URL.match(entry) else entry
 
 
 def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[TokenSource, ...]:
@@ -66,18 +101,21 @@ def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[To
     if not with_ratio:
         found = [file for entry in entries for file in _files(entry, flag)]
         _refuse_twice(found, flag)
-        name = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+        name = ", ".join(map(_shown, entries[:3])) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
         return (TokenSource(name, Fraction(1), tuple(found)),)
     if len(with_ratio) < len(entries):
         without = next(entry for entry in entries if entry not in with_ratio)
         raise UserError(
-            f"{flag} {without} has no ratio, and {with_ratio[0]} has one: give NAME=RATIO for each, or none"
+            f"{flag} {_shown(without)} has no ratio, and {_shown(with_ratio[0])} has one: give NAME=RATIO for each, or"
+            " none"
         )
     total = sum((ratio for _, ratio in split if ratio is not None), Fraction())
     if abs(total - 1) > _TOLERANCE:
         raise UserError(f"{flag}: the ratios sum to {float(total):g}, not to 1: give shares of the windows")
     sources = [
-        TokenSource(name, ratio / total, tuple(_files(name, flag))) for name, ratio in split if ratio is not None
+        TokenSource(_shown(name), ratio / total, tuple(_files(name, flag)))
+        for name, ratio in split
+        if ratio is not None
     ]
     _refuse_twice([file for source in sources for file in source.files], flag)
     return tuple(sources)
@@ -93,7 +131,7 @@ def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
     except ValueError:
         return entry, None
     if not 0 < value < math.inf:
-        raise UserError(f"{flag} {entry}: {ratio} is no share: give a number above 0")
+        raise UserError(f"{flag} {_shown(entry)}: {ratio} is no share: give a number above 0")
     return name, Fraction(ratio)
 
 
@@ -102,7 +140,7 @@ def _refuse_twice(files: Sequence[TokenName], flag: str) -> None:
     for file in files:
         real = file.name if file.is_url else str(Path(file.name).resolve())
         if real in seen:
-            raise UserError(f"{flag} names {file.name} twice: an epoch reads every window once, so give it once")
+            raise UserError(f"{flag} names {file.shown} twice: an epoch reads every window once, so give it once")
         seen.add(real)
 
 

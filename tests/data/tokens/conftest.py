@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.data.build import build_loader
+from pipeline.data.tokens import blocks, http
 from pipeline.data.tokens.loader import WindowLoader
 from pipeline.data_config import DataConfig
 from pipeline.parallel.topology import Topology
 from tests.data.conftest import refusal  # noqa: F401
+from tests.data.tokens.serving import Server
 
 VOCABULARY = 260
 
@@ -51,3 +54,17 @@ def open_loader(
     found = build_loader(config(tokens, **options), topology, vocab_size=vocab, held_out=held_out)
     assert isinstance(found, WindowLoader)
     return found
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Of tmp_path/served. Blocks have 1024 bytes, and nothing pauses before it tries again."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(blocks, "BLOCK", 1024)
+    monkeypatch.setattr(http, "PAUSE", 0.0)
+    (tmp_path / "served").mkdir()
+    with Server(tmp_path / "served") as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield found
+        found.shutdown()

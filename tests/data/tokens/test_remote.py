@@ -2,92 +2,30 @@
 
 from __future__ import annotations
 
-import re
+import os
+import resource
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.cli import main
+from pipeline.data.build import list_data
 from pipeline.data.tokens import remote
-from pipeline.data.tokens.remote import Remote, default_cache
-from pipeline.data.tokens.sidecar import Sidecar
+from pipeline.data.tokens.blocks import cache_folder
+from pipeline.data.tokens.http import CONNECTIONS, WORKERS
+from pipeline.data.tokens.remote import Remote, look_up
+from pipeline.data.tokens.sidecar import Sidecar, Span
 from pipeline.files.output import write_json
-from tests.data.tokens.conftest import open_loader, write
+from tests.data.tokens.conftest import config, open_loader, write
+from tests.data.tokens.serving import Server
 
 IDS = np.random.default_rng(0).integers(0, 256, 5000)
 SIZE = 2 * len(IDS)
-
-
-class Server(ThreadingHTTPServer):
-    """Serves the files of a folder by ranges; a test may spoil its answers."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked = folder, []
-        self.ranges, self.tag = True, '"1"'
-        self.statuses: list[int] = []
-        """Those of the next answers."""
-        self.cut = 0
-        """Answers that come cut short."""
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that has seen enough of an answer goes away.
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        server, path = self.server, self.server.folder / self.path.partition("?")[0].lstrip("/")
-        server.asked.append((path.name, self.headers.get("Range")))
-        content = path.read_bytes() if path.is_file() else b""
-        status = 200 if path.is_file() else 404
-        headers = {"ETag": server.tag}
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        if found and status == 200 and server.ranges:
-            start, stop = int(found[1]), min(int(found[2]) + 1, len(content))
-            status = 206 if start < len(content) else 416
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-            content = content[start:stop]
-        if server.statuses:
-            status = server.statuses.pop(0)
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if server.cut:
-            server.cut -= 1
-            content = content[:-1]
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(remote, "BLOCK", 1024)
-    monkeypatch.setattr(remote, "PAUSE", 0.0)
-    (tmp_path / "served").mkdir()
-    with Server(tmp_path / "served") as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield found
-        found.shutdown()
 
 
 @pytest.fixture
@@ -95,20 +33,56 @@ def file(server: Server) -> str:
     return write(server.folder / "a.npy", IDS)
 
 
+@pytest.fixture
+def content(file: str) -> bytes:
+    return Path(file).read_bytes()
+
+
+def open_url(url: str, cache: Path) -> Remote:
+    """As the first run that reads it does."""
+    return Remote(url, cache, look_up([url], cache)[url].version)
+
+
+def wait_until(condition, seconds: float = 10) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_windows_are_those_of_the_file_and_are_fetched_once(server: Server, file: str, tmp_path: Path) -> None:
     options = {"token_cache": str(tmp_path / "cache"), "batch_size": 8}
-    local, far = (open_loader([name], **options) for name in (file, f"{server.url}/a.npy?key=b"))
+    url = f"{server.url}/a.npy?key=b"
+    local, far = (open_loader([name], **options) for name in (file, url))
     for _ in range(80):
         for one, other in zip(local.next_step(), far.next_step(), strict=True):
             assert one.input_ids.equal(other.input_ids)
-    blocks = [asked for name, asked in server.asked if name == "a.npy"]
-    assert len(blocks) == len(set(blocks)) == -(-SIZE // 1024) and None not in blocks
-    again = open_loader([f"{server.url}/a.npy?key=c"], **options)
+    fetched = server.blocks()
+    assert len(fetched) == len(set(fetched)) == -(-SIZE // 1024) and None not in fetched
+    again = open_loader([url], **options)
     again.next_step()
-    assert len([name for name, _ in server.asked if name == "a.npy"]) == len(blocks) + 1, "the size alone is asked for"
+    assert server.blocks()[len(fetched) :] == ["bytes=0-1023"], "the version alone is asked for"
     # The same content in either place is the same data.
     again.load_state_dict(local.state_dict())
     local.load_state_dict(far.state_dict())
+
+
+def test_training_and_evaluation_read_a_url_in_common_as_rank_0_found_it(
+    server: Server, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/a.npy"
+    spans = (Span("a.txt", 1, 5000),)
+    beside = Sidecar("uint16", 5000, 1, 260, 256, "bytes", "", "", spans)
+    write_json(server.folder / "a.npy.json", beside.to_json())
+    options = {"token_cache": str(tmp_path / "cache"), "holdout": 0.2}
+    listed = list_data(config([url], **options), ask_servers=True)
+    ((name,),) = (source.files for source in listed.training)
+    assert name.served is not None and name.served.version.size == SIZE and name.served.sidecar is not None
+    assert name.served.sidecar.spans == () and server.asked == [("a.npy", "bytes=0-1023"), ("a.npy.json", None)]
+    monkeypatch.setattr("pipeline.data.build.list_data", lambda config: listed)
+    loaders = [open_loader([url], held_out=held_out, **options) for held_out in (False, True) for _ in range(2)]
+    assert len({loader.sources[0].files[0]._remote for loader in loaders}) == 1
+    assert len(server.asked) == len(set(server.asked)), "nobody asks again"
 
 
 def test_what_will_be_read_is_fetched_before(server: Server, file: str, tmp_path: Path) -> None:
@@ -118,69 +92,218 @@ def test_what_will_be_read_is_fetched_before(server: Server, file: str, tmp_path
     loader.next_step()
     # 1 + 64 windows of 16 ids of 2 bytes.
     wanted = {f"bytes={start}-{start + 1023}" for start in range(0, 65 * 32, 1024)}
-    deadline = time.monotonic() + 10
-    while not wanted <= {asked for _, asked in server.asked} and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert wanted <= {asked for _, asked in server.asked}
+    wait_until(lambda: wanted <= {asked for _, asked in server.asked})
 
 
-def test_a_damaged_block_of_the_cache_is_fetched_again(server: Server, file: str, tmp_path: Path) -> None:
+def test_a_damaged_block_of_the_cache_is_fetched_again(server: Server, content: bytes, tmp_path: Path) -> None:
     url, cache = f"{server.url}/a.npy", tmp_path / "cache"
-    content = Path(file).read_bytes()
-    assert Remote(url, cache).read(0, SIZE) == content
-    (data,) = cache.glob("*.data")
-    spoilt = bytearray(data.read_bytes())
+    assert open_url(url, cache).read(0, SIZE) == content
+    (kept,) = cache.iterdir()
+    spoilt = bytearray(kept.read_bytes())
     spoilt[3000] ^= 1
-    data.write_bytes(spoilt)
-    asked = len(server.asked)
-    found = Remote(url, cache)
+    kept.write_bytes(spoilt)
+    before = len(server.blocks())
+    found = open_url(url, cache)
+    found.ahead(100, 0)
     assert found.read(100, 0) == b"" and found.read(1000, 5000) == content[1000:6000]
-    assert [block for _, block in server.asked[asked:]] == ["bytes=0-1023", "bytes=2048-3071"]
-    server.tag = '"2"'
-    assert Remote(url, cache).read(0, SIZE) == content
-    assert len(list(cache.glob("*.data"))) == 2, "another version has blocks of its own"
+    assert server.blocks()[before:] == ["bytes=0-1023", "bytes=2048-3071"]
+    kept.unlink()
+    assert found.read(1000, 5000) == content[1000:6000], "the cache may be emptied while it is in use"
 
 
-def test_a_server_may_fail_for_a_moment(server: Server, file: str, tmp_path: Path) -> None:
-    server.statuses, server.cut = [503, 500], 3
-    assert Remote(f"{server.url}/a.npy", tmp_path / "cache").read(0, SIZE) == Path(file).read_bytes()
+def test_files_that_may_be_others_have_blocks_of_their_own(server: Server, content: bytes, tmp_path: Path) -> None:
+    url, cache = f"{server.url}/a.npy", tmp_path / "cache"
+    contents = [content, content[::-1]]
+    versions = [
+        (url, '"1"', ""),
+        (url, '"2"', ""),
+        (f"{url}?version=3", '"2"', ""),  # the query may choose the file
+        (url, '"2"', "now"),
+        (url, "", "now"),
+        (url, "", "then"),
+        (url, "", ""),
+        (url, "", ""),
+    ]
+    for number, (name, tag, server.modified) in enumerate(versions):
+        server.tags = [tag]
+        (server.folder / "a.npy").write_bytes(contents[number % 2])
+        assert open_url(name, cache).read(0, SIZE) == contents[number % 2]
+    assert len(list(cache.iterdir())) == 6, "what has no validator is not kept"
+
+
+def test_a_url_that_is_signed_anew_is_the_same_file(server: Server, content: bytes, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for number in range(2):
+        url = f"{server.url}/a.npy?versionId=3&X-Amz-Date={number}&X-Amz-Signature={number}"
+        assert open_url(url, cache).read(0, SIZE) == content
+    assert len(server.blocks()) == -(-SIZE // 1024) + 1 and len(list(cache.iterdir())) == 1
+
+
+def test_without_validators_a_run_reads_each_block_once(server: Server, content: bytes, tmp_path: Path) -> None:
+    server.tags = [""]
+    found = open_url(f"{server.url}/a.npy", tmp_path / "cache")
+    before = len(server.blocks())
+    for _ in range(2):
+        assert found.read(10, SIZE - 10) == content[10:]
+    found.ahead(0, SIZE)
+    assert len(server.blocks()) - before == -(-SIZE // 1024)
+
+
+def test_servers_behind_one_address_may_have_tags_of_their_own(
+    server: Server, content: bytes, tmp_path: Path, refusal
+) -> None:
+    url, cache = f"{server.url}/a.npy", tmp_path / "cache"
+    server.tags = ['"1"', 'W/"1"', '"1"', 'W/"1"']
+    assert open_url(url, cache).read(0, SIZE) == content
+    server.tags, server.modified = [f'"{node}"' for node in range(20)], "Sat, 28 Nov 2026 08:00:00 GMT"
+    assert open_url(url, cache).read(0, SIZE) == content
+    found = open_url(url, tmp_path / "other")
+    server.tags, server.modified = ['"21"'], "Sat, 28 Nov 2026 09:00:00 GMT"
+    assert "has changed on the server while it was read" in refusal(found.read, 4096, 10)
+
+
+def test_a_file_that_shrinks_or_grows_has_changed(server: Server, file: str, tmp_path: Path, refusal) -> None:
+    found = open_url(f"{server.url}/a.npy", tmp_path / "cache")
+    for length in (4990, 1000, 6000):
+        write(Path(file), IDS[:length] if length < 5000 else np.zeros(length))
+        assert "has changed on the server while it was read" in refusal(found.read, 4096, 10)
 
 
 def test_what_cannot_be_read_is_said_in_one_line(server: Server, file: str, tmp_path: Path, refusal) -> None:
     url, cache = f"{server.url}/a.npy", tmp_path / "cache"
-    server.statuses = [503] * 5
-    assert "cannot be read after 5 tries (the server answers 503): check the network" in refusal(Remote, url, cache)
-    server.cut = 5
-    assert "bytes came of 1024" in refusal(Remote, url, cache)
-    assert "(status 404): check the address" in refusal(Remote, f"{server.url}/b.npy", cache)
-    server.statuses = [403]
-    assert "(status 403): check that it may be read from here" in refusal(Remote, url, cache)
-    assert "check the network" in refusal(Remote, "http://127.0.0.1:9/a.npy", cache)
-    assert "check the address" in refusal(Remote, "http://:80:80/a.npy", cache)
     write(server.folder / "empty.npy", [])
-    assert "is empty" in refusal(Remote, f"{server.url}/empty.npy", cache)
+    assert "is empty" in refusal(open_url, f"{server.url}/empty.npy", cache)
     (tmp_path / "file").write_text("")
-    assert "name another folder with --data.token-cache" in refusal(Remote, url, tmp_path / "file")
-    found = Remote(url, cache)
-    server.tag = '"2"'
-    assert "has changed on the server while it was read" in refusal(found.read, 4096, 10)
+    assert "name another folder with --data.token-cache" in refusal(open_url, url, tmp_path / "file")
+    server.tags = [""]
+    assert "name another folder with --data.token-cache" in refusal(open_url, url, tmp_path / "file")
+    many = [f"{server.url}/none-{number}.npy" for number in range(100)]
+    assert f"{server.url}/none-0.npy cannot be read (status 404)" in refusal(look_up, many, cache)
 
 
 def test_a_url_without_ranges_ends_in_one_line_and_exit_code_2(
     server: Server, file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_cache() == tmp_path / "xdg" / "mnemos" / "tokens"
+    assert cache_folder(None) == tmp_path / "xdg" / "mnemos" / "tokens"
     server.ranges = False
-    assert main(["data", "inspect", f"{server.url}/a.npy", "--tokenizer", "bytes"]) == 2
+    assert main(["data", "inspect", f"{server.url}/a.npy?key=secret", "--tokenizer", "bytes"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "is served whole, without ranges (status 200): download it" in error
+    assert "secret" not in error
 
 
-def test_the_sidecar_of_a_url_is_read(server: Server, tmp_path: Path) -> None:
+def test_the_sidecar_of_a_url_is_read(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal) -> None:
     write(server.folder / "wide.npy", IDS, "uint32")
-    write_json(server.folder / "wide.npy.json", Sidecar("uint32", 5000, 1, 260, 256, "bytes", "", "").to_json())
-    loader = open_loader([f"{server.url}/wide.npy?key=b"], token_cache=str(tmp_path), shuffle=False)
+    beside = server.folder / "wide.npy.json"
+    write_json(beside, Sidecar("uint32", 5000, 1, 260, 256, "bytes", "", "").to_json())
+    url, options = f"{server.url}/wide.npy?key=secret", {"token_cache": str(tmp_path), "shuffle": False}
+    server.statuses = [206, 503]
+    loader = open_loader([url], **options)
     assert loader.next_step()[0].input_ids.flatten().tolist() == IDS[:32].tolist()
-    (server.folder / "wide.npy.json").write_text("<html>not found</html>")
-    assert len(open_loader([f"{server.url}/wide.npy"], token_cache=str(tmp_path), token_dtype="uint32").sources) == 1
+    assert "secret" not in loader.describe() + loader.sources[0].files[0].name
+    monkeypatch.setattr(remote, "SIDECAR_BYTES", 1 << 20)
+    beside.write_bytes(bytes(1 + (1 << 20)))
+    message = refusal(open_loader, [url], **options)
+    assert "wide.npy.json?[" in message and "is longer than 1 MiB" in message and "secret" not in message
+    beside.write_text('{"format": ')
+    assert "is no sidecar of a token file" in refusal(open_loader, [url], **options)
+    beside.write_text("<html>not found</html>")
+    assert len(open_loader([url], token_dtype="uint32", **options).sources) == 1
+
+
+def test_many_urls_take_few_connections_threads_and_descriptors(server: Server, tmp_path: Path, refusal) -> None:
+    count, ids = 300, 32
+    every = np.arange(count * ids) % 250
+    for number in range(count):
+        write(server.folder / f"{number}.npy", every[number * ids :][:ids])
+    # So that at least two requests are under way at a time.
+    server.gate = lambda name: time.sleep(0.001)
+    urls = [f"{server.url}/{number}.npy" for number in range(count)]
+    options = {"token_cache": str(tmp_path / "cache"), "shuffle": False, "batch_size": 30, "held_out_tokens": urls}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Server and client are in this process: two sockets and two files for each of 16 connections.
+    few = len(os.listdir("/proc/self/fd")) + 4 * CONNECTIONS + 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        training, held_out = (open_loader(urls, held_out=held_out, **options) for held_out in (False, True))
+        training.state_dict()
+        read = [loader.next_step()[0].input_ids.flatten() for loader in (training, held_out) for _ in range(20)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for loader in range(2):
+        assert np.concatenate(read[loader * 20 :][:20]).tolist() == every.tolist()
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("url-")]
+    assert len(threads) <= CONNECTIONS and 2 <= server.most < 2 * CONNECTIONS
+    assert all(len(server.blocks(f"{number}.npy")) == 2 for number in range(0, count, 50)), "once a loader"
+
+
+READ = """
+import sys
+from pathlib import Path
+from pipeline.data.tokens import blocks
+from pipeline.data.tokens.remote import Remote, look_up
+blocks.BLOCK = 1024
+url, cache, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+print("ready", flush=True)
+sys.stdin.readline()
+sys.stdout.buffer.write(Remote(url, cache, look_up([url], cache)[url].version).read(0, size))
+"""
+
+
+def test_two_processes_share_a_cache(server: Server, content: bytes, tmp_path: Path) -> None:
+    url, cache = f"{server.url}/a.npy", tmp_path / "cache"
+    child = subprocess.Popen(
+        [sys.executable, "-c", READ, url, str(cache), str(SIZE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+    # Both ask for the first block before either has it.
+    first = threading.Barrier(2)
+    passed = threading.Event()
+
+    def gate(name: str) -> None:
+        if not passed.is_set() and name == "a.npy":
+            first.wait(30)
+            passed.set()
+
+    server.gate = gate
+    assert child.stdin is not None
+    child.stdin.write(b"\n")
+    child.stdin.flush()
+    assert open_url(url, cache).read(0, SIZE) == content
+    theirs, _ = child.communicate(timeout=60)
+    assert theirs == content and child.returncode == 0
+    asked = len(server.blocks())
+    assert open_url(url, cache).read(0, SIZE) == content and len(list(cache.iterdir())) == 1
+    assert len(server.blocks()) == asked + 1
+
+
+END = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pipeline.data.tokens.http import Version
+from pipeline.data.tokens.remote import Remote
+found = Remote(sys.argv[1], Path(sys.argv[2]), Version(1 << 30, "1"))
+found.ahead(0, 1 << 30)
+step = ThreadPoolExecutor(1).submit(found.read, 1 << 20, 100)
+sys.stdin.readline()
+print(time.time(), flush=True)
+"""
+
+
+def test_a_process_ends_while_blocks_are_awaited(server: Server, file: str, tmp_path: Path) -> None:
+    stopped = threading.Event()
+    server.gate = lambda name: bool(stopped.wait(60))  # type: ignore[assignment,return-value]
+    child = subprocess.Popen(
+        [sys.executable, "-c", END, f"{server.url}/a.npy", str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: len(server.asked) >= CONNECTIONS, 60)
+        said, problem = child.communicate("\n", timeout=20)
+        seconds = time.time() - float(said)
+    finally:
+        stopped.set()
+    assert child.returncode == 0 and not problem and seconds < 5
+    assert WORKERS.submit(lambda: 1).result() == 1

@@ -23,7 +23,10 @@ Azure."""
 def shown_url(url: str) -> str:
     """A URL for messages: its query and its user may be credentials. Of the query a short digest is left, by which two
     URLs can be told apart."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no URL: it is in the message that says so
+        return url.partition("?")[0].rpartition("@")[2]
     digest = f"?[{xxh3_64(parts.query.encode()).hexdigest()[:6]}]" if parts.query else ""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{digest}"
 

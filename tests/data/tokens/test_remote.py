@@ -18,7 +18,7 @@ from pipeline.data.build import list_data
 from pipeline.data.tokens import remote
 from pipeline.data.tokens.blocks import cache_folder
 from pipeline.data.tokens.http import CONNECTIONS, WORKERS
-from pipeline.data.tokens.remote import Remote, look_up
+from pipeline.data.tokens.remote import Remote, RemoteTokenFile, look_up
 from pipeline.data.tokens.sidecar import Sidecar, Span
 from pipeline.files.output import write_json
 from tests.data.tokens.conftest import config, open_loader, write
@@ -238,11 +238,28 @@ def test_many_urls_take_few_connections_threads_and_descriptors(server: Server, 
     assert all(len(server.blocks(f"{number}.npy")) == 2 for number in range(0, count, 50)), "once a loader"
 
 
+def test_ranks_begin_at_different_files_for_the_fingerprint(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [f"{server.url}/{number}.npy" for number in range(4)]
+    for number in range(4):
+        write(server.folder / f"{number}.npy", np.full(100, number))
+    begun: list[int] = []
+    monkeypatch.setattr(
+        RemoteTokenFile, "content_ahead", lambda file, start, count: begun.append(urls.index(file.name))
+    )
+    found = []
+    for rank in (0, 1):
+        loader = open_loader(urls, rank=rank, ranks=2, token_cache=str(tmp_path / "cache"))
+        found.append(loader.state_dict()["fingerprint"])
+    assert begun == [0, 1, 2, 3, 2, 3, 0, 1] and found[0] == found[1]
+
+
 READ = """
 import sys
 from pathlib import Path
 from pipeline.data.tokens import blocks
-from pipeline.data.tokens.remote import Remote, look_up
+from pipeline.data.tokens.remote import Remote, RemoteTokenFile, look_up
 blocks.BLOCK = 1024
 url, cache, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 print("ready", flush=True)

@@ -34,6 +34,7 @@ def test_credentials_are_not_shown() -> None:
     one, other = (shown_url(f"https://user:pass@host:80/a.npy?key={key}") for key in "bc")
     assert one.startswith("https://host:80/a.npy?[") and one != other and len(one) == len(other)
     assert shown_url("http://host/a.npy") == "http://host/a.npy"
+    assert shown_url("http://user:pass@[::1/a.npy?key=b") == "[::1/a.npy"
     error = ValueError("Max retries exceeded with url: /a.npy?key=secret (Caused by 'http://u:secret@h/b?c=secret')")
     assert shown_error(error) == "Max retries exceeded with url: /a.npy?[...] (Caused by 'http://h/b?[...]')"
 

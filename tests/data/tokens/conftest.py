@@ -14,12 +14,15 @@ from pipeline.config import ModelConfig, RunConfig
 from pipeline.data.build import build_loader
 from pipeline.data.tokens import blocks, http
 from pipeline.data.tokens.loader import WindowLoader
+from pipeline.data.tokens.remote import Remote, look_up
 from pipeline.data_config import DataConfig
 from pipeline.parallel.topology import Topology
 from tests.data.conftest import refusal  # noqa: F401
 from tests.data.tokens.serving import Server
 
 VOCABULARY = 260
+IDS = np.random.default_rng(0).integers(0, 256, 5000)
+SIZE = 2 * len(IDS)
 
 
 def write(path: Path, ids: Sequence[int] | np.ndarray, dtype: str = "uint16") -> str:
@@ -68,3 +71,19 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.start()
         yield found
         found.shutdown()
+
+
+@pytest.fixture
+def file(server: Server) -> str:
+    """Of IDS, at `server.url`/a.npy."""
+    return write(server.folder / "a.npy", IDS)
+
+
+@pytest.fixture
+def content(file: str) -> bytes:
+    return Path(file).read_bytes()
+
+
+def open_url(url: str, cache: Path) -> Remote:
+    """As the first run that reads it does."""
+    return Remote(url, cache, look_up([url], cache)[url].version)

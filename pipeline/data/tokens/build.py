@@ -15,6 +15,7 @@ from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource, a
 from pipeline.data.tokens.loader import WindowLoader
 from pipeline.data.tokens.remote import Remote, RemoteTokenFile, fetch_sidecar, look_up, open_remote
 from pipeline.data.tokens.sidecar import Sidecar, read_sidecar
+from pipeline.data.tokens.urls import shown_names
 from pipeline.data.tokens.windows import Side, Windows
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
@@ -38,7 +39,7 @@ def build_window_loader(
         remote.ahead(0, min(HEAD_BYTES, remote.size))
     opened = [[open_token_file(file, data, vocab_size, open_files) for file in source.files] for source in listed]
     sources = [
-        Windows(source.given, [file for file, _ in pairs], config.sequence_length, side, data.holdout)
+        Windows(shown_names(source.given), [file for file, _ in pairs], config.sequence_length, side, data.holdout)
         for source, pairs in zip(listed, opened, strict=True)
     ]
     eos_id = eos_of([pair for pairs in opened for pair in pairs], data) if data.document_mask else None

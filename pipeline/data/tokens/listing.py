@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.data.tokens.blocks import cache_folder
 from pipeline.data.tokens.remote import Served, look_up
-from pipeline.data.tokens.urls import shown_url
+from pipeline.data.tokens.urls import shown_names
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
 
@@ -38,7 +38,7 @@ class TokenName:
     @property
     def shown(self) -> str:
         """For messages."""
-        return _shown(self.name)
+        return shown_names(self.name)
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,6 @@ def asked(sources: Sequence[TokenSource], data: DataConfig) -> tuple[TokenSource
     )
 
 
-def _shown(entry: str) -> str:
-    """A file, pattern or URL for messages, without credentials."""
-    return shown_url(entry) if _URL.match(entry) else entry
-
-
 def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[TokenSource, ...]:
     """The sources that a flag names: one of all files, or one per NAME=RATIO. Raises UserError."""
     split = [_split(entry, flag) for entry in entries]
@@ -101,21 +96,19 @@ def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[To
     if not with_ratio:
         found = [file for entry in entries for file in _files(entry, flag)]
         _refuse_twice(found, flag)
-        name = ", ".join(map(_shown, entries[:3])) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+        name = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
         return (TokenSource(name, Fraction(1), tuple(found)),)
     if len(with_ratio) < len(entries):
         without = next(entry for entry in entries if entry not in with_ratio)
         raise UserError(
-            f"{flag} {_shown(without)} has no ratio, and {_shown(with_ratio[0])} has one: give NAME=RATIO for each, or"
+            f"{flag} {shown_names(without)} has no ratio, and {shown_names(with_ratio[0])} has one: give NAME=RATIO for each, or"
             " none"
         )
     total = sum((ratio for _, ratio in split if ratio is not None), Fraction())
     if abs(total - 1) > _TOLERANCE:
         raise UserError(f"{flag}: the ratios sum to {float(total):g}, not to 1: give shares of the windows")
     sources = [
-        TokenSource(_shown(name), ratio / total, tuple(_files(name, flag)))
-        for name, ratio in split
-        if ratio is not None
+        TokenSource(name, ratio / total, tuple(_files(name, flag))) for name, ratio in split if ratio is not None
     ]
     _refuse_twice([file for source in sources for file in source.files], flag)
     return tuple(sources)
@@ -131,7 +124,7 @@ def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
     except ValueError:
         return entry, None
     if not 0 < value < math.inf:
-        raise UserError(f"{flag} {_shown(entry)}: {ratio} is no share: give a number above 0")
+        raise UserError(f"{flag} {shown_names(entry)}: {ratio} is no share: give a number above 0")
     return name, Fraction(ratio)
 
 

@@ -10,6 +10,7 @@ from xxhash import xxh3_64
 from pipeline.errors import brief
 
 _QUERY = re.compile(r"\?[^\s'\"()<>]+")
+_URLS = re.compile(r"https?://\S*[^\s,]", re.IGNORECASE)
 _USER = re.compile(r"//[^/\s@'\"()<>]+@")
 _SIGNED_PREFIXES = ("x-amz-", "x-goog-")
 _SIGNATURES = (
@@ -29,6 +30,11 @@ def shown_url(url: str) -> str:
         return url.partition("?")[0].rpartition("@")[2]
     digest = f"?[{xxh3_64(parts.query.encode()).hexdigest()[:6]}]" if parts.query else ""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{digest}"
+
+
+def shown_names(text: str) -> str:
+    """A text that names files and URLs, for messages."""
+    return _URLS.sub(lambda found: shown_url(found[0]), text)
 
 
 def shown_error(error: BaseException) -> str:

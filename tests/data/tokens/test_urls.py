@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.data.tokens.urls import beside, content_of, shown_error, shown_url
+from pipeline.data.tokens.urls import beside, content_of, shown_error, shown_names, shown_url
 
 SIGNED = [
     "X-Amz-Algorithm=a&X-Amz-Credential=b%2Fc&X-Amz-Date={0}&X-Amz-Signature={0}",
@@ -35,6 +35,8 @@ def test_credentials_are_not_shown() -> None:
     assert one.startswith("https://host:80/a.npy?[") and one != other and len(one) == len(other)
     assert shown_url("http://host/a.npy") == "http://host/a.npy"
     assert shown_url("http://user:pass@[::1/a.npy?key=b") == "[::1/a.npy"
+    names = shown_names("a-?.npy, https://user:pass@host:80/a.npy?key=b, HTTP://h/b.npy?key=b and 3 more")
+    assert names == f"a-?.npy, {one}, {shown_url('http://h/b.npy?key=b')} and 3 more"
     error = ValueError("Max retries exceeded with url: /a.npy?key=secret (Caused by 'http://u:secret@h/b?c=secret')")
     assert shown_error(error) == "Max retries exceeded with url: /a.npy?[...] (Caused by 'http://h/b?[...]')"
 

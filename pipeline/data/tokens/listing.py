@@ -101,8 +101,8 @@ def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[To
     if len(with_ratio) < len(entries):
         without = next(entry for entry in entries if entry not in with_ratio)
         raise UserError(
-            f"{flag} {shown_names(without)} has no ratio, and {shown_names(with_ratio[0])} has one: give NAME=RATIO for each, or"
-            " none"
+            f"{flag} {shown_names(without)} has no ratio, and {shown_names(with_ratio[0])} has one: give NAME=RATIO for"
+            " each, or none"
         )
     total = sum((ratio for _, ratio in split if ratio is not None), Fraction())
     if abs(total - 1) > _TOLERANCE:

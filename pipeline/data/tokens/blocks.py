@@ -14,6 +14,7 @@ from xxhash import xxh3_64, xxh3_128
 from pipeline.data.tokens.http import Version
 from pipeline.data.tokens.urls import content_of, shown_url
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 
 BLOCK = 1 << 16
 """Bytes of a block, which is fetched by one request."""
@@ -23,7 +24,7 @@ _DIGEST = 8
 def cache_folder(given: str | None) -> Path:
     """Where blocks are kept: the folder that a flag names, or else mnemos/tokens in the user's cache."""
     if given:
-        return Path(given).expanduser()
+        return expanded(given)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "mnemos" / "tokens"
 

@@ -19,6 +19,7 @@ from pipeline.data.tokens.documents import documents_from
 from pipeline.data.tokens.files import Layout, LocalTokenFile
 from pipeline.data.tokens.seen import windows_seen
 from pipeline.data.tokens.sidecar import Sidecar, Span, read_sidecar, sidecar_path
+from pipeline.data.tokens.urls import shown_url
 from pipeline.data_config import DataConfig
 from pipeline.recipes.olmo import olmo_tiny
 from tests.checkpoint.token_runs import save_run, tokenised
@@ -200,7 +201,7 @@ def test_a_step_is_shown_by_the_tokenizer_that_made_its_files(
     url, cache = f"{server.url}/a.npy?part=3", str(tmp_path / "cache")
     run_folder = a_run(tmp_path / "run", [url], token_cache=cache, document_mask=True)
     code, out, err = inspected(capsys, str(run_folder), "--step", "2", "--count", "0")
-    assert (code, err) == (0, "") and out.count("\nrow ") == 4 and f"row 0: {url} tokens " in out
+    assert (code, err) == (0, "") and out.count("\nrow ") == 4 and f"row 0: {shown_url(url)} tokens " in out
     assert out.count("document ") > 3 and "word word" in out and "�" not in out, "text, not ids of bytes"
     (server.folder / "a.npy.json").unlink()
     code, out, err = inspected(capsys, str(run_folder), "--step", "2")

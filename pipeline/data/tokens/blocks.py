@@ -26,7 +26,7 @@ def cache_folder(given: str | None) -> Path:
     if given:
         return expanded(given)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "mnemos" / "tokens"
+    return expanded(base) / "mnemos" / "tokens"
 
 
 class Blocks(Protocol):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems
-from pipeline.config import MAY_CHANGE, RunConfig
+from pipeline.config import RunConfig
 from pipeline.config_file import to_plain, with_moved_keys
 from pipeline.errors import UserError, brief
+from pipeline.model_config import MAY_CHANGE
 from pipeline.parallel.topology import Topology
 from pipeline.run import Progress
 from pipeline.system import Phase

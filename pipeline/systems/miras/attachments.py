@@ -22,7 +22,6 @@ from pipeline.lm.decoder_config import attention_width
 from pipeline.ops.convolution import causal_convolution
 from pipeline.ops.gates import GateLinear
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import is_sharded
 from pipeline.systems.miras.config import MemoryConfig
 from pipeline.systems.miras.memory import MemoryCarry, MemoryHealth, activated, memory_health
 from pipeline.systems.miras.rules import State, memory_rule
@@ -51,20 +50,6 @@ def check_attachment(
             f"--model.memory.heads {config.heads}: mac writes what each of the {backbone.num_attention_heads} attention"
             f" heads gave into a memory of its own: give {backbone.num_attention_heads}, or another"
             " --model.memory.attachment"
-        )
-
-
-def check_gathering(model: nn.Module, config: MemoryConfig, topology: Topology) -> None:
-    """Raises UserError where ranks would wait for each other in vain.
-
-    ZeRO-3 gathers a rule's own parameters whenever the rule is used: once per stage of `mac`, of which data ranks with
-    other documents have another number.
-    """
-    own = [p for name, p in model.named_parameters() if ".rule." in name and is_sharded(p)]
-    if config.attachment == "mac" and topology.data > 1 and own:
-        raise UserError(
-            f"--model.memory.attachment mac with --model.memory.rule {config.rule}: ZeRO-3 would gather its weights at"
-            " other moments on every data rank: give --zero zero2, or one data rank (--parallel.sequence)"
         )
 
 

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import tyro
-
-from pipeline.config import MAY_CHANGE, ModelConfig, at_least
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.model_config import MAY_CHANGE, ModelConfig, Suppress, at_least
 from pipeline.ops.gates import MAX_MOMENTUM, STRETCH
 from pipeline.systems.miras.layer_choice import LAYERS, OVERFLOW, Layers, check_words, chosen_layers
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
@@ -185,7 +183,7 @@ class MirasConfig(ModelConfig):
         "memory.attachment",
         "distil",
     )
-    system: tyro.conf.Suppress[str] = "miras"
+    system: Suppress[str] = "miras"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

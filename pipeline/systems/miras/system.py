@@ -20,7 +20,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
 from pipeline.systems.miras import descriptions, weights
-from pipeline.systems.miras.attachments import check_attachment, check_gathering
+from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on_backbone
@@ -112,7 +112,7 @@ class MirasSystem(LanguageModelSystem):
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         for kind in self.kinds:
-            check_gathering(model, kind, topology)
+            weights.check_gathering(model, kind, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
         # The config of a name on a hub may have come with the weights.
         self.trained_length = self._trained_length()

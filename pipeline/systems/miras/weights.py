@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.lm.pretrained import pretrained_tensors
 from pipeline.ops.gates import initial_alpha_logits, initial_beta_logits, initial_eta_logit, logit
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import fill, generator_for, load_safetensors
-from pipeline.systems.miras.config import MirasConfig
+from pipeline.parallel.weights import fill, generator_for, is_sharded, load_safetensors
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 
 
 def initialise(model: nn.Module, config: MirasConfig, seed: int, topology: Topology) -> None:
@@ -28,6 +29,20 @@ def initialise(model: nn.Module, config: MirasConfig, seed: int, topology: Topol
         load_safetensors(model, find, rename, topology, what=what)
         random = [name for name in names if name not in rename]
     fill(model, lambda name, shape: _random(name, shape, config, seed), random)
+
+
+def check_gathering(model: nn.Module, config: MemoryConfig, topology: Topology) -> None:
+    """Raises UserError where ranks would wait for each other in vain.
+
+    ZeRO-3 gathers a rule's own parameters whenever the rule is used: once per stage of `mac`, of which data ranks with
+    other documents have another number.
+    """
+    own = [p for name, p in model.named_parameters() if ".rule." in name and is_sharded(p)]
+    if config.attachment == "mac" and topology.data > 1 and own:
+        raise UserError(
+            f"--model.memory.attachment mac with --model.memory.rule {config.rule}: ZeRO-3 would gather its weights at"
+            " other moments on every data rank: give --zero zero2, or one data rank (--parallel.sequence)"
+        )
 
 
 def _random(name: str, shape: torch.Size, config: MirasConfig, seed: int) -> Tensor:

@@ -80,6 +80,10 @@ EXPERIMENTS = {
     "compiled": Experiment(
         "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
     ),
+    "long_prompt": Experiment(
+        "a prompt of a million tokens is read in the memory and at the speed of a short one",
+        ("tests/systems/miras/decoding/test_long_prompt.py",), 10,
+    ),
     "dense_speed": Experiment(
         "a step of a decoder is as fast here as in a plain PyTorch loop",
         ("tests/bench/test_dense.py",), 10,

@@ -7,6 +7,7 @@ memory until the chunk is full. Rows may be at different places of their chunks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -91,6 +92,14 @@ class RuleStep(ABC, Generic[RuleT]):
             if rule.empty_read:
                 read = read - self._read_empty(q)
         return read.to(v.dtype)
+
+    @torch.no_grad()
+    def write_tokens(self, tokens: Sequence[Tensor], eta_logits: Tensor | None, state: StepState) -> None:
+        """Write several tokens per row without reading: q, k, v, alpha_logits and beta_logits of `step`, [rows, tokens,
+        heads, ...] each. They begin at a border and fill no chunk."""
+        for place in range(tokens[0].shape[1]):
+            q, k, v, alpha_logits, beta_logits = (x[:, place] for x in tokens)
+            self.step(q, k, v, alpha_logits, beta_logits, eta_logits, state)
 
     def border(self, state: StepState) -> Tensor:
         """[rows] bool on the CPU: whether a parallel pass could go on here."""
@@ -231,6 +240,19 @@ class SwigluStep(RuleStep[SwigluRule]):
         state.gates[..., 1].mul_(1 - gates.alpha)
         self._advance(state)
         return read
+
+    @torch.no_grad()
+    def write_tokens(self, tokens: Sequence[Tensor], eta_logits: Tensor | None, state: StepState) -> None:
+        # A chunk may have thousands of tokens, and their gradients are taken at the same weights.
+        assert state.place is not None and state.gathered is not None and state.gates is not None
+        _, k, v, alpha_logits, beta_logits = tokens
+        gates = bounded_gates(alpha_logits, beta_logits, eta_logits, self.rule.step, self.rule.config.stretch)
+        k, v, theta = (x.transpose(1, 2).to(state.memory.dtype) for x in (k, v, gates.theta))
+        weights = Weights(*self._take_starts(state).chunk(3, dim=-2))
+        state.gathered.add_(torch.cat(ascent(k, v, theta, weights), dim=-2))
+        state.gates[..., 0].add_(gates.eta.sum(dim=1))
+        state.gates[..., 1].mul_((1 - gates.alpha).prod(dim=1))
+        state.place.add_(k.shape[2])
 
     def _end(self, state: StepState, rows: Tensor) -> None:
         if not bool(rows.any()):

@@ -73,9 +73,7 @@ class MemorySteps(ABC):
             q, k, v, alpha, beta = (x[:, :whole] for x in call[:5])
             _, state, _ = self.module(q, k, v, alpha, beta, call.eta_logits, state, None, self.heads)
         running = self.rule.begin(state)
-        for place in range(whole, count):
-            q, k, v, alpha, beta = (x[:, place] for x in call[:5])
-            self.rule.step(q, k, v, alpha, beta, call.eta_logits, running)
+        self.rule.write_tokens([x[:, whole:] for x in call[:5]], call.eta_logits, running)
         return running
 
 

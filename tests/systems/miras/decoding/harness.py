@@ -30,6 +30,7 @@ def model_of(
     kind: str = "window",
     dtype: torch.dtype = torch.float64,
     family: dict[str, Any] | None = None,
+    window: int = 10,
     **memory: Any,
 ) -> MirasModel:
     """Three layers, memories on the last two, no parameter zero; `mixed` is mac on one and overflow on the other."""
@@ -38,7 +39,11 @@ def model_of(
     if attachment == "mixed":
         memory["overflow_layers"] = (2,)
     swiglu = dataclasses.replace(config.memory.swiglu, gradient_chunk=CHUNK)
-    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, swiglu=swiglu, **memory))
+    config = dataclasses.replace(
+        config,
+        attention=dataclasses.replace(config.attention, window=window),
+        memory=dataclasses.replace(config.memory, **{"swiglu": swiglu, **memory}),
+    )
     sizes = {**SIZES, "model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -9,16 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from pipeline.ops import memory_step_native, miras_scan, native
 from pipeline.ops.memory_step import memory_step
+from tests.ops.memory_step_cases import BF16, FP32, NAMES, assert_close, expected, make
 from tests.ops.reference import token_loop
 
-FP32, BF16 = 1e-6, 6e-3  # relative RMSE of reads; states are float32 whatever the tokens are
-NAMES = ("q", "k", "v", "alpha", "eta", "theta", "memory", "momentum")
 BACKENDS = ("torch", "cpu")
 ISAS = ("generic", "avx2", "avx512")
 
@@ -38,63 +36,11 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make(
-    rows: int = 2,
-    heads: int = 3,
-    key_dim: int = 32,
-    value_dim: int = 48,
-    *,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    tokens: int = 1,
-    momentum: bool = True,
-) -> dict[str, Tensor | None]:
-    """The arguments by name; tokens and gates of several tokens are [rows, tokens, heads, ...]."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    def gate(largest: float) -> Tensor:
-        return largest * torch.rand(rows, tokens, heads, generator=rng, dtype=torch.float64)
-
-    size = (rows, tokens, heads)
-    q, k = (F.normalize(normal(*size, key_dim), dim=-1).to(dtype) for _ in range(2))
-    v = normal(*size, value_dim).to(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    gates = [x.to(wide) for x in (gate(1.0), gate(0.95), gate(0.9))]
-    states = [normal(rows, heads, key_dim, value_dim).to(wide) for _ in range(2)]
-    made: dict[str, Tensor | None] = dict(zip(NAMES, (q, k, v, *gates, *states), strict=True))
-    if tokens == 1:
-        made = {name: x if x is None or x.dim() == 4 and x.shape[1] != 1 else x.squeeze(1) for name, x in made.items()}
-        made |= {"memory": states[0], "momentum": states[1]}
-    return made if momentum else made | {"eta": None}
-
-
 def run(x: dict[str, Tensor | None], backend: str = "auto", out: Tensor | None = None) -> list[Tensor]:
     """The read and both states after; those of ``x`` stay as they are."""
     states = {name: x[name].clone() for name in ("memory", "momentum")}  # type: ignore[union-attr]
     y = memory_step(**{**x, **states}, out=out, backend=backend)  # type: ignore[arg-type]
     return [y, *states.values()]
-
-
-def expected(x: dict[str, Tensor | None]) -> list[Tensor]:
-    """By the token loop in float64."""
-    alpha = x["alpha"]
-    assert alpha is not None
-    eta = torch.zeros_like(alpha) if x["eta"] is None else x["eta"]
-    tokens = [z.unsqueeze(1) for z in (x["q"], x["k"], x["v"], alpha, eta, x["theta"])]  # type: ignore[union-attr]
-    y, after = token_loop(*tokens, state=(x["memory"], x["momentum"]))  # type: ignore[arg-type]
-    return [y.squeeze(1), *after]
-
-
-def error(actual: Tensor, wanted: Tensor) -> float:
-    return float((actual.double() - wanted).norm() / wanted.norm())
-
-
-def assert_close(actual: list[Tensor], wanted: list[Tensor], read: float = FP32, state: float = FP32) -> None:
-    for name, a, b, bound in zip(("y", "M", "S"), actual, wanted, (read, state, state), strict=True):
-        assert a.shape == b.shape and error(a, b) < bound, f"{name}: {error(a, b):.1e}"
 
 
 @pytest.mark.parametrize("momentum", [True, False])
@@ -194,7 +140,7 @@ def test_strided_states_are_pytorchs(grad: bool) -> None:
     memory, momentum = (x[name].mT.contiguous().mT for name in ("memory", "momentum"))  # type: ignore[union-attr]
     with torch.set_grad_enabled(grad):
         y = memory_step(*(x[name] for name in NAMES[:6]), memory, momentum)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="memory is float32 .* expects a contiguous tensor"):
+        with pytest.raises(ValueError, match=r"memory is float32 .* expects a contiguous tensor"):
             memory_step(*(x[name] for name in NAMES[:6]), memory, momentum, backend="cpu")  # type: ignore[arg-type]
     assert_close([y, memory, momentum], wanted)
 
@@ -296,7 +242,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(grad: bool, change: dict
 def test_a_kernel_asked_for_by_name_refuses_what_it_does_not_take(x: dict[str, Tensor | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(x, "cpu")
-    with pytest.raises(ValueError, match="q is .* expects a cuda tensor"):
+    with pytest.raises(ValueError, match=r"q is .* expects a cuda tensor"):
         run(x, "cuda")
     assert_close(run(x), expected(x), 1e-2, 1e-2)
 

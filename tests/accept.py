@@ -88,6 +88,10 @@ EXPERIMENTS = {
         "a step of a decoder is as fast here as in a plain PyTorch loop",
         ("tests/bench/test_dense.py",), 10,
     ),
+    "memory_step": Experiment(
+        "a token of the memory takes at most 3 times as long as to read and write M and S once",
+        ("tests/bench/test_decode.py",), 1,
+    ),
     "limits": Experiment(
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",
         ("tests/ops/test_memory_limits.py",), 10,

@@ -16,9 +16,11 @@ from torch import Tensor
 from pipeline.ops.checks import sum_dtype
 from pipeline.ops.dual_maps import shrink
 from pipeline.ops.gates import Gates, bounded_gates
-from pipeline.ops.memory_step import memory_step, write
+from pipeline.ops.memory_step import memory_step
+from pipeline.ops.memory_step_torch import write_
 from pipeline.ops.mlp_scan import gelu
 from pipeline.ops.muon import newton_schulz
+from pipeline.ops.scan import Backend
 from pipeline.ops.swiglu_scan import Weights, apply_swiglu, ascent, moved_weights, renormalise
 from pipeline.systems.miras.rules import DualRule, ExactRule, MemoryRule, MlpRule, State, SwigluRule
 
@@ -167,7 +169,10 @@ class ExactStep(RuleStep[ExactRule]):
     """titans and delta."""
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: StepState) -> Tensor:
-        return memory_step(q, k, v, gates.alpha, self._eta(gates), gates.theta, state.memory, state.momentum)
+        # A backend that training was asked to run on may not be there when its model is used.
+        backend: Backend = "torch" if self.rule.config.backend == "torch" else "auto"
+        gate = (gates.alpha, self._eta(gates), gates.theta)
+        return memory_step(q, k, v, *gate, state.memory, state.momentum, backend=backend)
 
 
 class DualStep(RuleStep[DualRule]):
@@ -185,7 +190,7 @@ class DualStep(RuleStep[DualRule]):
         if rule.clip is not None:
             squared = key.square().sum(dim=-1, keepdim=True) * signal.square().sum(dim=-1, keepdim=True)
             signal = signal * shrink(squared, rule.clip)
-        write(key, signal, gates.alpha, self._eta(gates), gates.theta, state.memory, state.momentum)
+        write_(key, signal, gates.alpha, self._eta(gates), gates.theta, state.memory, state.momentum)
         self._advance(state)
         return self._recall(q, (state.memory, state.momentum))
 
@@ -209,7 +214,7 @@ class MlpStep(RuleStep[MlpRule]):
         error, back = error * factor, back * factor
         memories, momenta = state.memory.chunk(2, dim=-2), state.momentum.chunk(2, dim=-2)
         for rows, columns, memory, momentum in zip((back, x), (key, error), memories, momenta, strict=True):
-            write(rows, columns, gates.alpha, self._eta(gates), gates.theta, memory, momentum)
+            write_(rows, columns, gates.alpha, self._eta(gates), gates.theta, memory, momentum)
         self._advance(state)
         return self._recall(q, (state.memory, state.momentum))
 

@@ -27,8 +27,8 @@ from tests.systems.miras.harness import built
 ATTACHMENTS = ("residual", "mal", "mag", "mac", "overflow", "mixed")
 RULES = ("titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu")
 PARTS = (8, -1, -1, -1, -1, -1, -1, 13, -1, 9, -1, -1, -1)
-"""Reads that begin and end within chunks and segments; steps over the borders of both, and to where the window of 10 has
-lost first the 2 sinks, then another token."""
+"""Reads that begin and end within chunks and segments; steps over the borders of both, and to where the window of 10
+has lost first the 2 sinks, then another token."""
 
 
 @pytest.mark.parametrize("rule", RULES)

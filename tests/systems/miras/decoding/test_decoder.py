@@ -117,7 +117,9 @@ def test_wherever_reads_and_steps_begin(attachment: str, rule: str) -> None:
 
 @pytest.mark.parametrize("kind", ["window", "full"])
 @pytest.mark.parametrize("piece", [7, 16])
-def test_the_length_of_a_piece_changes_nothing(piece: int, kind: str) -> None:
+def test_the_length_of_a_piece_changes_nothing(piece: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of full attention become shorter the more there is to see."""
+    monkeypatch.setattr("pipeline.systems.miras.decoding.decoder.SCORES", 150)
     model, ids = model_of("mac", "yaad", kind=kind), texts(1)
     decoder = MirasDecoder(model, piece=piece)
     state = decoder.empty(1)
@@ -125,6 +127,8 @@ def test_the_length_of_a_piece_changes_nothing(piece: int, kind: str) -> None:
     expected = parallel_logits(model, ids)
     assert_close(last, expected[:, -2])
     assert_close(decoder.step(ids[:, -1], state), expected[:, -1])
+    longest = (piece, piece) if kind == "window" else (min(piece, 150 // piece), 150 // (30 + piece))
+    assert (decoder._piece(0), decoder._piece(30)) == longest
 
 
 @pytest.mark.parametrize(("attachment", "rule"), [("residual", "swiglu"), ("mixed", "titans"), ("mac", "moneta")])

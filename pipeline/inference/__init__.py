@@ -1,1 +1,16 @@
-"""Models for use after training."""
+"""Models for use after training: text that goes on from a prompt, and what was read, kept for later.
+
+    from pipeline.inference import generate, load
+
+    model, tokenizer = load("outputs/olmo_tiny")
+    print(generate(model, tokenizer, "def load(path):", max_new_tokens=64))
+"""
+
+from __future__ import annotations
+
+from pipeline.inference.generation import Token, generate, stream
+from pipeline.inference.load import Loaded, load
+from pipeline.inference.state_file import load_state, save_state
+from pipeline.inference.texts import Texts, read
+
+__all__ = ["Loaded", "Texts", "Token", "generate", "load", "load_state", "read", "save_state", "stream"]

@@ -21,8 +21,9 @@ GIVE = "give a checkpoint, a run directory, a folder of OLMo's layout, or one of
 
 
 class Loaded(NamedTuple):
-    """`model`: a causal language model of transformers, in evaluation mode on the CPU. `model(ids).logits` are
-    [batch, sequence, vocabulary] of ids [batch, sequence]; it may have more rows than the tokenizer has ids.
+    """`model`: a causal language model of transformers, or a `SystemModel` of a system whose model is more than that;
+    in evaluation mode on the CPU. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; it may
+    have more rows than the tokenizer has ids.
     `tokenizer`: `encode(text)` gives ids [tokens] without special tokens, `decode(ids)` the text."""
 
     model: Any
@@ -35,7 +36,7 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
 
     `tokenizer`: in place of the one that belongs to the model, as `--data.tokenizer` takes it. `dtype`: of the weights;
     None: float32. No code that comes with a model or a tokenizer is run. Raises UserError
-    for a folder that is none of these, and for a model that is more than a decoder of transformers.
+    for a folder that is none of these, and for a system that cannot generate text.
     """
     import torch
 
@@ -57,11 +58,13 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
 
 def _checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
     """The model and the name of its tokenizer."""
+    from pipeline.capabilities import Generates, TrainsDecoder
     from pipeline.checkpoint.manifest import MANIFEST, newest, problems
     from pipeline.checkpoint.trainable import TRAINABLE
     from pipeline.config_file import load_config
     from pipeline.parallel.weight_files import file_tensors
     from pipeline.recipes import all_recipes
+    from pipeline.system import create_system
 
     checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
     if checkpoint is None or not (checkpoint / MANIFEST).is_file():
@@ -70,6 +73,11 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
     if wrong:
         raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
     config = load_config(checkpoint / "config.yaml", all_recipes())
+    system = create_system(config)
+    if isinstance(system, Generates) and not isinstance(system, TrainsDecoder):
+        from pipeline.inference.system_model import system_model
+
+        return system_model(system, checkpoint, dtype), config.data.tokenizer
     system = _decoder_system(config, str(checkpoint))
     stored = file_tensors(checkpoint / TRAINABLE)
     weights = {name.removeprefix(system.decoder_prefix): tensor.read(name) for name, tensor in stored.items()}
@@ -126,8 +134,8 @@ def _decoder_system(config: RunConfig, where: str) -> TrainsDecoder:
     system = create_system(config)
     if not isinstance(system, TrainsDecoder):
         raise UserError(
-            f"{where}: of the recipe {config.recipe}, whose model is more than a decoder of transformers: load takes a"
-            " checkpoint of one that is not; evaluate this one with `mnemos eval`"
+            f"{where}: of the recipe {config.recipe}, whose model does not generate text: give a checkpoint of one that"
+            " does; evaluate this one with `mnemos eval`"
         )
     return system
 

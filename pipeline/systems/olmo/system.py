@@ -18,8 +18,11 @@ from pipeline.host.devices import Device
 from pipeline.host.hardware import on_gpu
 from pipeline.lm.activations import TrainedDecoder, decoder_bytes
 from pipeline.lm.attention import attention_backend
+from pipeline.lm.backbone import plain_decoder
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
+from pipeline.lm.decoding import Decoder
+from pipeline.lm.dense_decoder import DenseDecoder
 from pipeline.lm.flops import decoder_flops
 from pipeline.lm.held_out_files import evaluate_files
 from pipeline.lm.perplexity import evaluate_perplexity
@@ -53,6 +56,10 @@ class OlmoSystem(LanguageModelSystem):
         assert isinstance(config.model, OlmoConfig)
         super().__init__(config, config.model.backbone)
         self.sizes = config.model
+        if self.sizes.backbone.pretrained is None:
+            # The family's own is nobody's choice, and may be shorter than what is trained on.
+            longest = max(self.backbone.max_position_embeddings, config.sequence_length)
+            self.backbone.max_position_embeddings = longest
         self.attention = AttentionConfig("full", backend=self.sizes.attention.backend)
         check_window(self.attention, self.backbone, config.sequence_length)
 
@@ -76,6 +83,10 @@ class OlmoSystem(LanguageModelSystem):
 
     def decoder_config(self) -> PreTrainedConfig:
         return self.backbone
+
+    def decoder(self, model: nn.Module) -> Decoder:
+        assert isinstance(model, OlmoModel)
+        return DenseDecoder(plain_decoder(model.backbone))
 
     def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
         return native_run(self.config, model, global_batch, CUTOFF)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -48,14 +49,13 @@ def _of_transformers(config: Any) -> dict[str, Any]:
 
 def _decisive(section: Any, plain: dict[str, Any]) -> dict[str, Any]:
     """The fields that make it another model; as a resume compares them."""
-    fields = type(section).__dataclass_fields__
     ignored = {*FROM, *getattr(section, "ignored_fields", ())}
     found = {}
-    for name, field in fields.items():
-        if name in ignored or MAY_CHANGE.items() <= field.metadata.items():
+    for field in dataclasses.fields(section):
+        if field.name in ignored or MAY_CHANGE.items() <= field.metadata.items():
             continue
-        value = getattr(section, name)
-        found[name] = _decisive(value, plain[name]) if hasattr(value, "__dataclass_fields__") else plain[name]
+        value, name = getattr(section, field.name), field.name
+        found[name] = _decisive(value, plain[name]) if dataclasses.is_dataclass(value) else plain[name]
     return found
 
 

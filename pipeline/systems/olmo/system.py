@@ -57,9 +57,8 @@ class OlmoSystem(LanguageModelSystem):
         super().__init__(config, config.model.backbone)
         self.sizes = config.model
         if self.sizes.backbone.pretrained is None:
-            # The family's own is nobody's choice, and may be shorter than what is trained on.
-            longest = max(self.backbone.max_position_embeddings, config.sequence_length)
-            self.backbone.max_position_embeddings = longest
+            # The family's own is nobody's choice: no position beyond these is ever seen.
+            self.backbone.max_position_embeddings = config.sequence_length
         self.attention = AttentionConfig("full", backend=self.sizes.attention.backend)
         check_window(self.attention, self.backbone, config.sequence_length)
 

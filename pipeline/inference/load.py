@@ -42,6 +42,7 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
 
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.host.hardware import choose_accelerator
+    from pipeline.inference.quiet import quiet_transformers
     from pipeline.lm.olmo_folder import is_native
 
     choose_accelerator()
@@ -52,7 +53,8 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
         read = _hugging_face
     else:
         read = _native if is_native(folder) else _checkpoint
-    model, own = read(folder, dtype)
+    with quiet_transformers():
+        model, own = read(folder, dtype)
     return Loaded(model.eval(), load_tokenizer(tokenizer or own))
 
 

@@ -31,8 +31,8 @@ from pipeline.bench.resume import ResumeOptions
 from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
 from pipeline.commands.fetch import MODELS
-from pipeline.commands.generate import GenerateOptions, pop_prompts
 from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags
+from pipeline.commands.generate import GenerateOptions, pop_prompts
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system

@@ -34,7 +34,7 @@ LAYERS = (
     ("systems",),
     ("recipes",),
     ("inference",),
-    ("commands", "plan", "evals", "bench"),
+    ("commands", "plan", "evals", "export", "bench"),
     ("launch", "cli"),
 )
 """The modules and folders of pipeline/, lowest first: each imports from its own layer and from those before it."""

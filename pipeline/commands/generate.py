@@ -67,13 +67,13 @@ def run_generate(words: Sequence[str]) -> None:
         print(USAGE)
         return
     if not rest or rest[0].startswith("-"):
-        raise UserError("generate needs a model: mnemos generate OUT --prompt TEXT, OUT a run directory or a checkpoint")
+        raise UserError("generate needs a model: mnemos generate CHECKPOINT --prompt TEXT")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("generate is one process: start it without a launcher")
     options: GenerateOptions = parse_flags(GenerateOptions(), rest[1:], "mnemos generate")
     texts = [_text(flag, value) for flag, value in prompts]
     if not texts and options.state is None:
-        raise UserError("generate needs something to go on from: give --prompt TEXT, --prompt-file FILE or --state FILE")
+        raise UserError("generate needs a text to go on from: give --prompt TEXT, --prompt-file FILE or --state FILE")
     if not options.max_new_tokens and options.save_state is None:
         raise UserError("--max-new-tokens 0 writes nothing: give a number of tokens, or --save-state FILE")
     try:
@@ -133,9 +133,11 @@ def _text(flag: str, value: str) -> str:
 def _generate(folder: str, prompts: Sequence[str], options: GenerateOptions) -> None:
     import torch
 
+    from pipeline.data.run_tokenizer import UnknownTokenizerError
     from pipeline.host.hardware import on_gpu
     from pipeline.inference import load, load_state, read, save_state
     from pipeline.inference.generation import tokens_after
+    from pipeline.inference.load import NAME_TOKENIZER
     from pipeline.inference.sampling import Sampling
     from pipeline.inference.state_file import check_readable, check_writable
     from pipeline.inference.texts import decoder_of
@@ -148,7 +150,10 @@ def _generate(folder: str, prompts: Sequence[str], options: GenerateOptions) -> 
         check_readable(options.state)
     if options.save_state is not None:
         check_writable(options.save_state)
-    model, tokenizer = load(folder, tokenizer=options.tokenizer, dtype=getattr(torch, options.dtype))
+    try:
+        model, tokenizer = load(folder, tokenizer=options.tokenizer, dtype=getattr(torch, options.dtype))
+    except UnknownTokenizerError as error:
+        raise UserError(str(error).replace(NAME_TOKENIZER, "give --tokenizer NAME")) from None
     model.to("cuda" if on_gpu() else "cpu")
     decoder = decoder_of(model)
     texts = None if options.state is None else load_state(model, options.state)

@@ -1,9 +1,6 @@
 """Models for use after training: text that goes on from a prompt, and what was read, kept for later.
 
-    from pipeline.inference import generate, load
-
-    model, tokenizer = load("outputs/olmo_tiny")
-    print(generate(model, tokenizer, "def load(path):", max_new_tokens=64))
+`load` gives a model and its tokenizer, which `generate(model, tokenizer, prompt)`, `stream` and `read` take.
 """
 
 from __future__ import annotations

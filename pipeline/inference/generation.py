@@ -69,10 +69,10 @@ def stream(
 ) -> Iterator[Token]:
     """The tokens that follow each prompt, as they are drawn: of several prompts one each in turn, until all have ended.
 
-    `model`, `tokenizer`: as `load` gives them, or any causal language model of transformers, in evaluation mode. `state`:
-    what was read before the prompts, as `read` takes it; without prompts each of its rows goes on. The options are those
-    of `Sampling`; a row's text depends on its own prompt, its index among them and the seed, not on the other prompts.
-    The prompts are read before this returns. Raises UserError as `read` and `Sampling` do.
+    `model`, `tokenizer`: as `load` gives them, or any causal language model of transformers, in evaluation mode.
+    `state`: what was read before the prompts, as `read` takes it; without prompts each of its rows goes on. The options
+    are those of `Sampling`; a row's text depends on its own prompt, its index among them and the seed, not on the other
+    prompts. The prompts are read before this returns. Raises UserError as `read` and `Sampling` do.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 0:

@@ -16,7 +16,7 @@ from pipeline.config_file import to_plain
 from pipeline.inference.system_model import SystemModel
 
 ELSEWHERE = (
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype",
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
     "transformers_version", "use_cache",
 )  # fmt: skip
 """What a config of transformers says that changes no logit."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.data.tokenizer import Tokenizer
 
 GIVE = "give a checkpoint, a run directory, a folder of OLMo's layout, or one of save_pretrained"
+NAME_TOKENIZER = "give load(..., tokenizer=NAME)"
 
 
 Read = tuple[Any, DataConfig, dict[str, str]]
@@ -28,8 +29,8 @@ Read = tuple[Any, DataConfig, dict[str, str]]
 
 class Loaded(NamedTuple):
     """`model`: a causal language model of transformers, or a `SystemModel` of a system whose model is more than that;
-    in evaluation mode on the CPU. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; it may
-    have more rows than the tokenizer has ids.
+    in evaluation mode on the CPU. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; there
+    may be more of them than the tokenizer has ids.
     `tokenizer`: `encode(text)` gives ids [tokens] without special tokens, `decode(ids)` the text."""
 
     model: Any
@@ -66,8 +67,7 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
     if tokenizer is not None:
         return Loaded(model.eval(), load_tokenizer(tokenizer))
     vocabulary = model.decoder().vocab_size if isinstance(model, SystemModel) else model.config.vocab_size
-    fix = "give load(..., tokenizer=NAME), or --tokenizer NAME"
-    return Loaded(model.eval(), run_tokenizer(data, vocabulary, makers, fix=fix))
+    return Loaded(model.eval(), run_tokenizer(data, vocabulary, makers, fix=NAME_TOKENIZER))
 
 
 def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:

@@ -62,8 +62,8 @@ def system_model(system: System, checkpoint: Path, dtype: torch.dtype) -> System
     missing = sorted(trained - file_tensors(checkpoint / TRAINABLE).keys())
     if missing:
         raise UserError(
-            f"{checkpoint / TRAINABLE} lacks {len(missing)} of the weights that were trained, such as {missing[0]}: give"
-            " another checkpoint"
+            f"{checkpoint / TRAINABLE} lacks {len(missing)} of the weights that were trained, such as {missing[0]}:"
+            " give another checkpoint"
         )
     load_trainable(model, checkpoint, alone)
     manifest = read_manifest(checkpoint) or {}

@@ -74,7 +74,8 @@ def read(model: Any, tokenizer: Tokenizer, prompts: str | Sequence[str], state: 
             raise UserError(
                 f"the state is of {state.rows} texts, and there are {len(every)} prompts: give one prompt, or as many"
             )
-    return joined(decoder, [_read(decoder, ids, name, state, row) for row, (ids, name) in enumerate(zip(every, names))])
+    parts = [_read(decoder, every[row], names[row], state, row) for row in range(len(every))]
+    return joined(decoder, parts)
 
 
 def joined(decoder: Decoder, parts: Sequence[Texts]) -> Texts:
@@ -110,7 +111,7 @@ def check_prompt(text: str, name: str) -> None:
 def check_room(decoder: Decoder, tokens: int, name: str) -> None:
     """Raises UserError, which begins with `name`, for a text of more tokens than a model takes."""
     if decoder.limit is not None and tokens > decoder.limit:
-        raise UserError(f"{name} has {tokens} tokens with what is before it, the model takes {decoder.limit}: shorten it")
+        raise UserError(f"{name} has {tokens} tokens with those before it, the model takes {decoder.limit}: shorten it")
 
 
 def _ids(tokenizer: Tokenizer, text: str, name: str, decoder: Decoder) -> Tensor:

@@ -7,7 +7,6 @@ before they call attention; given `unrotated`, they rotate by nothing, and our a
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -34,22 +33,6 @@ def build_backbone(config: PreTrainedConfig) -> Any:
     if config.tie_word_embeddings:
         backbone.lm_head.tie(backbone.model.embed_tokens)
     return backbone
-
-
-def plain_decoder(backbone: Any) -> Any:
-    """The decoder that `build_backbone` made as transformers has it, on transformers' own attention, in evaluation
-    mode; with the same parameters, shared and not copied."""
-    config = copy.deepcopy(backbone.config)
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        plain = type(backbone)(config)
-    plain.load_state_dict(backbone.state_dict(), strict=False, assign=True)
-    plain.tie_weights()
-    # It has no parameters, and its buffers are in no state.
-    plain.model.rotary_emb = type(plain.model.rotary_emb)(config).to(backbone.device)
-    lacking = [name for name, tensor in (*plain.named_parameters(), *plain.named_buffers()) if tensor.is_meta]
-    assert not lacking, lacking
-    return plain.eval()
 
 
 def rope_of(backbone: Any) -> Rope:

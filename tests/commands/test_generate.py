@@ -154,7 +154,7 @@ def test_a_state_of_another_model_is_refused(runs: Path, said: Any, refusal: Any
     assert "state is the state of another model" in refusal(runs / "miras", "--state", "state")
     assert "in another precision" in refusal(runs / "olmo", "--state", "state", "--dtype", "bfloat16")
     line = refusal(runs / "olmo", "--state", "state", "--prompt", "a" * LIMIT)
-    assert f"has {LIMIT + 1} tokens with what is before it" in line
+    assert f"has {LIMIT + 1} tokens with those before it" in line
 
 
 def test_ranks_are_refused(runs: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_a_text_that_ends_inside_a_character_shows_it() -> None:
 def test_the_prompt_is_read_before_the_first_token_is_asked_for() -> None:
     """A mistake in it is no surprise of a loop."""
     fake = FakeDecoder(pseudo_random(260), 260, limit=10)
-    with pytest.raises(UserError, match="the prompt has 11 tokens with what is before it, the model takes 10: shorten"):
+    with pytest.raises(UserError, match="the prompt has 11 tokens with those before it, the model takes 10: shorten"):
         stream(fake, BYTES, "a" * 11)
     with pytest.raises(UserError, match="prompt 2 is empty"):
         stream(fake, BYTES, ["a", ""])

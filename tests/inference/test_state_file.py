@@ -168,6 +168,6 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state_file, "save_file", fail)
-    with pytest.raises(UserError, match="file: not written .No space left on device.: make room there"):
+    with pytest.raises(UserError, match=r"file: not written .No space left on device.: make room there"):
         save_state(small, read(small, _Letters(), "other text"), saved)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]

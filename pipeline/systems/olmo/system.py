@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.capabilities import PublishedHours
 from pipeline.config import RunConfig
@@ -18,11 +18,11 @@ from pipeline.host.devices import Device
 from pipeline.host.hardware import on_gpu
 from pipeline.lm.activations import TrainedDecoder, decoder_bytes
 from pipeline.lm.attention import attention_backend
-from pipeline.lm.backbone import plain_decoder
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
 from pipeline.lm.decoding import Decoder
 from pipeline.lm.dense_decoder import DenseDecoder
+from pipeline.lm.exported import plain_decoder
 from pipeline.lm.flops import decoder_flops
 from pipeline.lm.held_out_files import evaluate_files
 from pipeline.lm.perplexity import evaluate_perplexity
@@ -85,10 +85,15 @@ class OlmoSystem(LanguageModelSystem):
 
     def decoder(self, model: nn.Module) -> Decoder:
         assert isinstance(model, OlmoModel)
-        return DenseDecoder(plain_decoder(model.backbone))
+        return DenseDecoder(self.exported(model))
 
     def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
         return native_run(self.config, model, global_batch, CUTOFF)
+
+    def exported(self, model: nn.Module) -> PreTrainedModel:
+        assert isinstance(model, OlmoModel)
+        length, pretrained = self.config.sequence_length, self.sizes.backbone.pretrained is not None
+        return plain_decoder(model.backbone, trained_length=length, keep_length=pretrained)
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, OlmoModel)

@@ -74,8 +74,10 @@ def read(model: Any, tokenizer: Tokenizer, prompts: str | Sequence[str], state: 
             raise UserError(
                 f"the state is of {state.rows} texts, and there are {len(every)} prompts: give one prompt, or as many"
             )
-    parts = [_read(decoder, every[row], names[row], state, row) for row in range(len(every))]
-    return joined(decoder, parts)
+    for row, (ids, name) in enumerate(zip(every, names, strict=True)):
+        before = 0 if state is None else state.lengths[row if state.rows > 1 else 0]
+        check_room(decoder, len(ids) + before, name)
+    return joined(decoder, [_read(decoder, ids, state, row) for row, ids in enumerate(every)])
 
 
 def joined(decoder: Decoder, parts: Sequence[Texts]) -> Texts:
@@ -127,10 +129,9 @@ def _ids(tokenizer: Tokenizer, text: str, name: str, decoder: Decoder) -> Tensor
     return ids
 
 
-def _read(decoder: Decoder, ids: Tensor, name: str, state: Texts | None, row: int) -> Texts:
+def _read(decoder: Decoder, ids: Tensor, state: Texts | None, row: int) -> Texts:
     """One text [tokens], from the start or from a row of a state."""
     before = None if state is None else copied(decoder, state, [row if state.rows > 1 else 0])
-    check_room(decoder, len(ids) + (0 if before is None else before.lengths[0]), name)
     rows = decoder.empty(1) if before is None else before.state
     logits = decoder.read(ids.unsqueeze(0), rows)
     last = torch.full((1, BEFORE), NONE) if before is None else before.last

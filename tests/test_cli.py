@@ -155,7 +155,7 @@ def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> N
         ("train miras_tinny", ["'miras_tinny'", "did you mean miras_tiny"]),
         ("bench throughput mirastiny", ["'mirastiny'", "did you mean miras_tiny?"]),
         ("bench throughpt", ["'throughpt'", "did you mean throughput?"]),
-        ("bench", ["throughput, dense, kernels, resume", "none"]),
+        ("bench", ["throughput, dense, kernels, decode, resume", "none"]),
         ("checkpoint verfy x", ["'verfy'", "did you mean verify?"]),
         ("checkpoint verify x --quik", ["--quik", "did you mean --quick?"]),
         ("train miras_tiny --step 3", ["--step:", "did you mean --steps? "]),

@@ -76,7 +76,7 @@ def read(model: Any, tokenizer: Tokenizer, prompts: str | Sequence[str], state: 
             )
     for row, (ids, name) in enumerate(zip(every, names, strict=True)):
         before = 0 if state is None else state.lengths[row if state.rows > 1 else 0]
-        check_room(decoder, len(ids) + before, name)
+        check_room(decoder, len(ids), name, before)
     return joined(decoder, [_read(decoder, ids, state, row) for row, ids in enumerate(every)])
 
 
@@ -110,10 +110,11 @@ def check_prompt(text: str, name: str) -> None:
         raise UserError(f"{name} is not UTF-8 (character {error.start}): give text in UTF-8") from None
 
 
-def check_room(decoder: Decoder, tokens: int, name: str) -> None:
-    """Raises UserError, which begins with `name`, for a text of more tokens than a model takes."""
-    if decoder.limit is not None and tokens > decoder.limit:
-        raise UserError(f"{name} has {tokens} tokens with those before it, the model takes {decoder.limit}: shorten it")
+def check_room(decoder: Decoder, tokens: int, name: str, before: int = 0) -> None:
+    """Raises UserError, which begins with `name`, for more tokens, behind those before them, than a model takes."""
+    if decoder.limit is not None and before + tokens > decoder.limit:
+        behind = f" behind the {before} of the state" if before else ""
+        raise UserError(f"{name} has {tokens} tokens{behind}, the model takes {decoder.limit}: shorten it")
 
 
 def _ids(tokenizer: Tokenizer, text: str, name: str, decoder: Decoder) -> Tensor:

@@ -164,7 +164,9 @@ def _compared(case: Case, out: Path) -> Difference:
     kind = str(facts["class"])
     if "logits" not in found:
         shape = stored["logits"].shape if "logits" in stored else None
-        return Difference(found, kind, f"its logits are {shape}, those of the trained model {case.states['logits'].shape}")
+        return Difference(
+            found, kind, f"its logits are {shape}, those of the trained model {case.states['logits'].shape}"
+        )
     return Difference(found, kind, _problem(found) or _other_tokens(case, facts))
 
 

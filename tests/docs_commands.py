@@ -32,6 +32,7 @@ from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
 from pipeline.commands.fetch import MODELS
 from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags
+from pipeline.export.command import parse as parse_export
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
@@ -245,6 +246,9 @@ def _mnemos(words: list[str]) -> list[str] | None:
         return ["eval", RUN, *rest[1:], "--evaluation.steps", "1", "--report.no-plots"]
     if command == "data":
         return ["data", *rest] if any(word.startswith((TEXTS, TOKENS)) for word in rest) else None
+    if command == "export":
+        parse_export(rest)
+        return None
     if command == "fetch":
         _expect(rest[:1] in ([name] for name in MODELS), words)
         return None

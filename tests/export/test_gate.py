@@ -65,8 +65,9 @@ def change_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(content))
 
 
+DEFAULT = {"rope_type": "default"}
 SPOILT = {
-    "another base of the frequencies": lambda f: change_config(f, rope_parameters={"rope_type": "default", "rope_theta": 1e4 + 10}),
+    "another base of the frequencies": lambda f: change_config(f, rope_parameters={**DEFAULT, "rope_theta": 1e4 + 10}),
     "another epsilon": lambda f: change_config(f, rms_norm_eps=2e-5),
     "a weight of block 1": lambda f: change_weight(f, "model.layers.1.mlp.up_proj.weight"),
     "a weight of the head": lambda f: change_weight(f, "lm_head.weight"),

@@ -195,7 +195,9 @@ def _in_training(checkpoint: Path, run: Path) -> Iterator[tuple[str, float, str]
     command = shlex.join(["mnemos", *(_place(str(word)) for word in words[1:])])
     for row in reversed(read_rows(path)):
         if row["mode"] == "val" and str(row["step"]) == step:
-            yield from ((name, value, command) for name, value in row.items() if name not in PASSED and _is_number(value))
+            yield from (
+                (name, value, command) for name, value in row.items() if name not in PASSED and _is_number(value)
+            )
             return
 
 

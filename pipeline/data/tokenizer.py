@@ -19,6 +19,7 @@ from pipeline.data import remote_code
 from pipeline.data.piece_bytes import piece_bytes
 from pipeline.data.sources.content import hash_files
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 
 _PROBE = (
     "The  quick\tbrown\n\n    fox_jumps(over=13.37) l'été, Straße, 日本語, Ελληνικά, \U0001f9e0 <|endoftext|> </s>\r\n"
@@ -147,6 +148,11 @@ class HuggingFaceTokenizer:
             return None
         return piece_bytes(json.loads(self._backend.to_str()), self._vocabulary, self.vocab_size)
 
+    @property
+    def transformers_tokenizer(self) -> Any:
+        """What transformers made of the files."""
+        return self._tokenizer
+
     @cached_property
     def fingerprint(self) -> str:
         state = blake2b(digest_size=16)
@@ -231,9 +237,14 @@ class SentencePieceTokenizer:
         lengths[[i for i in ids if model.is_control(i) or model.is_unknown(i)]] = 0
         return lengths
 
+    @property
+    def serialized(self) -> bytes:
+        """The content of the file."""
+        return bytes(self._model.serialized_model_proto())
+
     @cached_property
     def fingerprint(self) -> str:
-        return f"sentencepiece/{blake2b(self._model.serialized_model_proto(), digest_size=16).hexdigest()}"
+        return f"sentencepiece/{blake2b(self.serialized, digest_size=16).hexdigest()}"
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
@@ -244,7 +255,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.endswith(".model"):
         return SentencePieceTokenizer(str(path))
     if path.exists():

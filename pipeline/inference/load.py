@@ -6,7 +6,9 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.data_config import DataConfig
 from pipeline.errors import UserError, brief
+from pipeline.files.home import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +20,17 @@ if TYPE_CHECKING:
     from pipeline.data.tokenizer import Tokenizer
 
 GIVE = "give a checkpoint, a run directory, a folder of OLMo's layout, or one of save_pretrained"
+NAME_TOKENIZER = "give load(..., tokenizer=NAME)"
+
+
+Read = tuple[Any, DataConfig, dict[str, str]]
+"""A model, the data that it was trained on, and what is known of the tokenizers of its token files (`makers_of`)."""
 
 
 class Loaded(NamedTuple):
-    """`model`: a causal language model of transformers, in evaluation mode on the CPU. `model(ids).logits` are
-    [batch, sequence, vocabulary] of ids [batch, sequence]; it may have more rows than the tokenizer has ids.
+    """`model`: a causal language model of transformers, or a `SystemModel` of a system whose model is more than that;
+    in evaluation mode on the CPU. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; there
+    may be more of them than the tokenizer has ids.
     `tokenizer`: `encode(text)` gives ids [tokens] without special tokens, `decode(ids)` the text."""
 
     model: Any
@@ -35,33 +43,43 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
 
     `tokenizer`: in place of the one that belongs to the model, as `--data.tokenizer` takes it. `dtype`: of the weights;
     None: float32. No code that comes with a model or a tokenizer is run. Raises UserError
-    for a folder that is none of these, and for a model that is more than a decoder of transformers.
+    for a folder that is none of these, and for a system that cannot generate text.
     """
     import torch
 
+    from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.host.hardware import choose_accelerator
+    from pipeline.inference.quiet import quiet_transformers
+    from pipeline.inference.system_model import SystemModel
     from pipeline.lm.olmo_folder import is_native
 
     choose_accelerator()
-    folder, dtype = Path(path).expanduser(), dtype or torch.float32
+    folder, dtype = expanded(path), dtype or torch.float32
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder: {GIVE}")
     if (folder / "config.json").is_file():
         read = _hugging_face
     else:
         read = _native if is_native(folder) else _checkpoint
-    model, own = read(folder, dtype)
-    return Loaded(model.eval(), load_tokenizer(tokenizer or own))
+    with quiet_transformers():
+        model, data, makers = read(folder, dtype)
+    if tokenizer is not None:
+        return Loaded(model.eval(), load_tokenizer(tokenizer))
+    vocabulary = model.decoder().vocab_size if isinstance(model, SystemModel) else model.config.vocab_size
+    return Loaded(model.eval(), run_tokenizer(data, vocabulary, makers, fix=NAME_TOKENIZER))
 
 
-def _checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
-    """The model and the name of its tokenizer."""
+def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
+    from pipeline.capabilities import Generates, TrainsDecoder
+    from pipeline.checkpoint.loader_state import makers_at
     from pipeline.checkpoint.manifest import MANIFEST, newest, problems
     from pipeline.checkpoint.trainable import TRAINABLE
     from pipeline.config_file import load_config
+    from pipeline.inference.system_model import system_model
     from pipeline.parallel.weight_files import file_tensors
     from pipeline.recipes import all_recipes
+    from pipeline.system import create_system
 
     checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
     if checkpoint is None or not (checkpoint / MANIFEST).is_file():
@@ -70,23 +88,26 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
     if wrong:
         raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
     config = load_config(checkpoint / "config.yaml", all_recipes())
+    whole = create_system(config)
+    if isinstance(whole, Generates) and not isinstance(whole, TrainsDecoder):
+        return system_model(whole, checkpoint, dtype), config.data, makers_at(checkpoint)
     system = _decoder_system(config, str(checkpoint))
     stored = file_tensors(checkpoint / TRAINABLE)
     weights = {name.removeprefix(system.decoder_prefix): tensor.read(name) for name, tensor in stored.items()}
     model = _filled(system.decoder_config(), weights, dtype, str(checkpoint / TRAINABLE))
-    return model, config.data.tokenizer
+    return model, config.data, makers_at(checkpoint)
 
 
-def _native(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+def _native(folder: Path, dtype: torch.dtype) -> Read:
     from pipeline.lm.olmo_folder import MODEL, read_weights
 
-    config = native_run(folder)
+    config = native_run(folder, model_alone=True)
     decoder = _decoder_system(config, str(folder)).decoder_config()
     model = _filled(decoder, read_weights(folder, decoder), dtype, str(folder / MODEL))
-    return model, config.data.tokenizer
+    return model, config.data, {}
 
 
-def _hugging_face(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+def _hugging_face(folder: Path, dtype: torch.dtype) -> Read:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -100,17 +121,28 @@ def _hugging_face(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
     missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}: save it again")
-    return model, str(folder)
+    return model, DataConfig(tokenizer=str(folder)), {}
 
 
-def native_run(folder: Path) -> RunConfig:
-    """The run that the config.yaml of a native folder means, with its tokenizer where that is one of here. Raises
-    UserError."""
+def native_run(folder: Path, *, model_alone: bool = False) -> RunConfig:
+    """The run that the config.yaml of a native folder means, with its tokenizer where that is one of here; with
+    `model_alone`, whatever it says of the training. Raises UserError."""
+    from pipeline.lm.olmo_config import DROPOUTS
     from pipeline.lm.olmo_folder import CONFIG, check_native, read_config
     from pipeline.recipes import read_foreign
 
     check_native(folder)
     content = read_config(folder)
+    if model_alone and isinstance(content.get("model"), dict):
+        # Of the training, fields that this program takes.
+        untrained = {
+            **dict.fromkeys(DROPOUTS, 0.0),
+            "init_fn": "mitchell",
+            "init_std": 0.02,
+            "init_cutoff_factor": None,
+        }
+        kept = {key: content[key] for key in ("tokenizer",) if key in content}
+        content = {**kept, "model": {**content["model"], **untrained}, "optimizer": {"name": "adamw"}}
     # Where that training began and left its files is nothing to one that goes on from the folder.
     elsewhere = {"load_path": None, "save_folder": None, "dry_run": False}
     run = read_foreign({**content, **elsewhere}, str(folder / CONFIG))
@@ -126,8 +158,8 @@ def _decoder_system(config: RunConfig, where: str) -> TrainsDecoder:
     system = create_system(config)
     if not isinstance(system, TrainsDecoder):
         raise UserError(
-            f"{where}: of the recipe {config.recipe}, whose model is more than a decoder of transformers: load takes a"
-            " checkpoint of one that is not; evaluate this one with `mnemos eval`"
+            f"{where}: of the recipe {config.recipe}, whose model does not generate text: give a checkpoint of one that"
+            " does; evaluate this one with `mnemos eval`"
         )
     return system
 

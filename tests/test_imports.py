@@ -13,8 +13,8 @@ LAYERS = (
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("capabilities", "heat_map", "system"),
-    ("lm",),
+    ("heat_map", "system"),
+    ("capabilities", "lm"),
     (
         "ds_config",
         "loss_scale",

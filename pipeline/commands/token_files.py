@@ -97,7 +97,7 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
 
 def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
     from pipeline.checkpoint.loader_state import read_loader_state
-    from pipeline.checkpoint.manifest import manifest_with, step_of
+    from pipeline.checkpoint.manifest import manifest_with
     from pipeline.config_file import load_config
     from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokens.seen import windows_seen
@@ -120,8 +120,7 @@ def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
         raise UserError(f"{folder} has read documents, not token files: what a step of it has read is not known")
     rows = int(manifest["global_batch"])
     seen = windows_seen(
-        config, state, rows=rows, step=step, saved_at=int(manifest.get("step", step_of(checkpoint))),
-        eos_id=options.eos_id,
+        config, state, rows=rows, step=step, saved_at=int(manifest["step"]), eos_id=options.eos_id,
     )  # fmt: skip
     tokenizers: dict[str, Tokenizer] = {}
     print(f"step {step}: {rows} windows of {config.sequence_length} tokens")

@@ -175,7 +175,10 @@ def _layout_of_array(name: str, head: bytes) -> Layout:
     try:
         version = npy.read_magic(stream)
         # The third is the second with names of fields beyond Latin-1, which ids have not.
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        second = npy.read_array_header_2_0
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): second, (3, 0): second}.get(version)
+        if read is None:
+            raise ValueError(f"version {version[0]}.{version[1]}")
         shape, _, dtype = read(stream)
     # NumPy parses what stands there as Python.
     except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:

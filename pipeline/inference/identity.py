@@ -11,9 +11,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from pipeline.config import MAY_CHANGE
 from pipeline.config_file import to_plain
 from pipeline.inference.system_model import SystemModel
+from pipeline.model_config import MAY_CHANGE
 
 ELSEWHERE = (
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ class MemoryCache(Cache):
         self.state: DecodingState | None = None
         self.columns = 0
 
-    def extend(self, decoder: Decoder, ids: Tensor, mask: Tensor | None, *, every: bool) -> Tensor:
+    def extend(self, build: Callable[[], Decoder], ids: Tensor, mask: Tensor | None, *, every: bool) -> Tensor:
         """Goes on with ids [rows, columns] where mask [rows, columns] bool says so (None: everywhere).
 
         Logits [rows, columns, vocabulary], or of the last column alone unless `every`. In a column without a token:
-        those of the row's last token before it; zeros where there is none. `decoder` reads what is new to the cache.
+        those of the row's last token before it; zeros where there is none. An empty cache builds its decoder.
         """
         if self.decoder is None or self.state is None:
-            self.decoder, self.state = decoder, decoder.empty(len(ids))
+            self.decoder = build()
+            self.state = self.decoder.empty(len(ids))
         decoder = self.decoder
         if self.state.rows != len(ids):
             raise ValueError(f"input_ids have {len(ids)} rows, and past_key_values {self.state.rows}")
@@ -72,6 +74,14 @@ class MemoryCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return self.state is not None
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else self.state.rows
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
 
     @property
     def is_compileable(self) -> bool:

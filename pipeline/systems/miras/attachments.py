@@ -8,13 +8,12 @@ docs/attachments.md has the equations.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import attention_width
-from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
 
 

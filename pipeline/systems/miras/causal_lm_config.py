@@ -15,8 +15,11 @@ S = TypeVar("S")
 MODEL_TYPE = "mnemos"
 ANY_LENGTH = 2**20
 """What `max_position_embeddings` says of a model whose attention has a window, and whose texts have no limit."""
-NOT_THE_BACKBONE = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-"""Keys of a backbone's config that are about its files."""
+NOT_THE_BACKBONE = (
+    "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "torch_dtype",
+    "transformers_version",
+)  # fmt: skip
+"""Keys of a backbone's config that are about its files, or about labels."""
 COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Special tokens: those of the backbone, unless others are given."""
@@ -31,7 +34,7 @@ class MnemosConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
         self,
@@ -48,14 +51,12 @@ class MnemosConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
         own = self.backbone_config()
-        # What others ask of a config, whatever the file says: it is the backbone's.
-        for name in COMMON:
-            kwargs.pop(name, None)
-            setattr(self, name, getattr(own, name))
         for name in TOKENS:
             kwargs.setdefault(name, getattr(own, name, None))
-        tied = bool(own.tie_word_embeddings)
-        super().__init__(tie_word_embeddings=tied, **kwargs)
+        super().__init__(**kwargs)
+        # What others ask of a config, whatever the file says: it is the backbone's.
+        for name in COMMON:
+            setattr(self, name, getattr(own, name))
 
     def backbone_config(self) -> PreTrainedConfig:
         """The config of the decoder, a new one."""
@@ -78,13 +79,15 @@ class MnemosConfig(PreTrainedConfig):
 def config_of(sizes: MirasConfig, backbone: PreTrainedConfig, *, limit: int | None) -> MnemosConfig:
     """The config of a model with these sizes, `on_backbone`, on this decoder. `limit`: tokens of a text at the most.
 
-    Backends are left to the machine that loads it.
+    Backends are left to the machine that loads it, and where weights came from is not said.
     """
     values = backbone.to_dict()
+    memory = plain_section(dataclasses.replace(sizes.memory, backend="auto"))
+    memory.pop("pretrained", None)
     return MnemosConfig(
         backbone={key: value for key, value in values.items() if key not in NOT_THE_BACKBONE},
         attention=plain_section(dataclasses.replace(sizes.attention, backend="auto")),
-        memory=plain_section(dataclasses.replace(sizes.memory, backend="auto")),
+        memory=memory,
         max_position_embeddings=limit or ANY_LENGTH,
     )
 
@@ -102,7 +105,7 @@ def plain_section(section: Any) -> dict[str, Any]:
 
 
 def section_of(kind: type[S], values: Mapping[str, Any], name: str) -> S:
-    """The inverse of `plain_section`. Raises ValueError for a field that the section has not: `name` is the section's."""
+    """The inverse of `plain_section`, of the section `name`. Raises ValueError for a field that it has not."""
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(values.keys() - fields.keys())
     if unknown:

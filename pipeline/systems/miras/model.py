@@ -99,6 +99,7 @@ class MirasModel(nn.Module):
         attention: AttentionConfig | None = None,
         predict: bool = False,
         compared: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> ModelOutput:
         """One forward pass over this rank's part of the sequences.
 
@@ -107,7 +108,7 @@ class MirasModel(nn.Module):
         beyond what attention sees (`emptied.py`). `attention`: in place of the model's own. The carry of one choice of
         these is not that of another. compared [batch, sequence] bool (whole): the tokens at which the teacher is asked
         too, in training: an evaluation measures the student alone. Without labels no losses are computed, and the
-        hidden states are given instead.
+        hidden states are given instead. `states` gets those of the embedding and behind every layer, like them.
         """
         attention = attention or self.config.attention
         layers = self.backbone.model.layers
@@ -140,6 +141,8 @@ class MirasModel(nn.Module):
             )
             # Frozen and without a memory: with the same attention too, one pass is that of both, to the bit.
             first = teacher.first if distillation.lower_layers == "window" else 0
+        if states is not None:
+            states.append(hidden)
         for index in range(first):
             hidden = self._layer(index, hidden, step)
         if teacher is not None:
@@ -149,6 +152,8 @@ class MirasModel(nn.Module):
             step.attention.keep = teacher.kept
         for index in range(first, len(layers)):
             hidden = self._layer(index, hidden, step)
+            if states is not None:
+                states.append(hidden)
             if teacher is not None:
                 teacher.compare(index, hidden, step.attention)
         # A block that is recomputed in the backward pass keeps nothing more.

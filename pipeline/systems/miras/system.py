@@ -254,6 +254,16 @@ class MirasSystem(LanguageModelSystem):
         assert isinstance(model, MirasModel)
         return MirasDecoder(model)
 
+    def exported(self, model: nn.Module) -> PreTrainedModel:
+        from pipeline.systems.miras.causal_lm import causal_lm_of
+
+        assert isinstance(model, MirasModel)
+        limit = None
+        if self.sizes.attention.kind == "full":
+            own = self.backbone.max_position_embeddings if self.sizes.backbone.pretrained is not None else 0
+            limit = max(own, self.config.sequence_length)
+        return causal_lm_of(model, limit=limit)
+
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         from pipeline.systems.miras.flops import count_flops
 

@@ -35,6 +35,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -
             backend, special = _sentencepiece_backend(tokenizer)
         else:
             raise UserError(f"--data.tokenizer {tokenizer.name}: transformers has no such tokenizer: {INSTEAD}")
+        if "eos_token" in special:
+            # Texts of a batch are padded before they are gone on with; a mask says where, whatever the token.
+            special = {"pad_token": special["eos_token"], "padding_side": "left"} | special
         found = transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend, model_max_length=model_max_length, clean_up_tokenization_spaces=False,
             split_special_tokens=True, **special,

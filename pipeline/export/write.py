@@ -21,6 +21,7 @@ from pipeline.data.run_tokenizer import run_tokenizer
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError, brief
 from pipeline.export.card import Facts, use_memory, use_model, write_card
+from pipeline.export.code import carry_code
 from pipeline.export.gate import Difference, attached_difference, case_of, compare
 from pipeline.export.tokenizer_files import write_tokenizer
 from pipeline.export.trained import Trained
@@ -63,6 +64,7 @@ def export_model(load: Load, system: System[Any], out: Path, *, tokenizer: bool)
     own = _tokenizer(trained, model) if tokenizer else None
     _end_texts(model, trained, own)
     with _writing(out, trained.model) as partial:
+        carry_code(model, partial)
         with _quiet():
             model.save_pretrained(partial, max_shard_size=SHARD)
         if own is not None:

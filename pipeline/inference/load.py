@@ -110,6 +110,9 @@ def _native(folder: Path, dtype: torch.dtype) -> Read:
 def _hugging_face(folder: Path, dtype: torch.dtype) -> Read:
     from transformers import AutoModelForCausalLM
 
+    from pipeline.lm.auto_classes import register_auto_classes
+
+    register_auto_classes()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True

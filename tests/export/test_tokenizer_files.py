@@ -77,6 +77,12 @@ def test_any_bytes_are_the_same_text(of_bytes: Any, row: list[int]) -> None:
     assert of_bytes.decode(row, skip_special_tokens=True) == ByteTokenizer().decode(row)
 
 
+def test_a_batch_is_padded_on_the_left(of_bytes: Any) -> None:
+    found = of_bytes(["abc", "a"], padding=True)
+    assert found["input_ids"] == [[97, 98, 99], [256, 256, 97]]
+    assert found["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
+
+
 def test_text_that_spells_a_special_token_is_text(of_bytes: Any) -> None:
     for text in (*SPECIAL, *TEXTS):
         assert ids(of_bytes, text) == ByteTokenizer().encode(text).tolist()

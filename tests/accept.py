@@ -77,6 +77,10 @@ EXPERIMENTS = {
         "a small OLMo predicts the standard library to less than 2.6 bits per byte in less than four minutes",
         ("tests/launch/test_olmo_tiny.py",), 9,
     ),
+    "export": Experiment(
+        "a checkpoint that one or two ranks save is one export, which computes the same where only transformers is",
+        ("tests/launch/test_export.py",), 5,
+    ),
     "compiled": Experiment(
         "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
     ),

@@ -31,3 +31,9 @@ def makers_at(checkpoint: Path) -> dict[str, str]:
     """What the loader of a checkpoint knew of the tokenizers of its token files, as `makers_of`."""
     found = read_loader_state(checkpoint).get("tokenizers")
     return found if isinstance(found, dict) else {}
+
+
+def dtypes_at(checkpoint: Path) -> set[Any]:
+    """The dtypes of the token files that a checkpoint was trained on; none where it knows of no such files."""
+    source = read_loader_state(checkpoint).get("fingerprint", {}).get("source", {})
+    return {part["dtype"] for part in source.values() if isinstance(part, dict) and "dtype" in part}

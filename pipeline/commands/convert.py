@@ -60,7 +60,7 @@ def to_native(checkpoint: Path, out: Path, tokenizer: str | None = None) -> None
     import dataclasses
 
     from pipeline.capabilities import TrainsDecoder
-    from pipeline.checkpoint.loader_state import makers_at
+    from pipeline.checkpoint.loader_state import dtypes_at, makers_at
     from pipeline.checkpoint.manifest import manifest_with, problems
     from pipeline.checkpoint.olmo_native import Decoder, write_native
     from pipeline.config_file import load_config
@@ -83,6 +83,10 @@ def to_native(checkpoint: Path, out: Path, tokenizer: str | None = None) -> None
         )
     config, makers = system.decoder_config(), makers_at(checkpoint)
     data = run.data if tokenizer is None else dataclasses.replace(run.data, tokenizer=tokenizer)
+    dtypes = dtypes_at(checkpoint)
+    if data.tokens and len(dtypes) == 1:
+        # OLMo takes uint16 unless its file says otherwise.
+        data = dataclasses.replace(data, token_dtype=dtypes.pop())
     stated = data.eos_id if data.tokens else None
     if stated is not None and not any(makers) and not is_here(data.tokenizer):
         # All that is asked of it is known, and a name needs no network.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.commands.flags import pop_flag, wants_help
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 from pipeline.spelling import did_you_mean, nearest_flag
 
 USAGE = """\
@@ -54,7 +55,7 @@ def parse(words: Sequence[str]) -> Request:
         raise UserError(f"unknown flag {unknown}{did_you_mean(nearest_flag(unknown, (*SWITCHES, *VALUED)))}")
     if len(places) != 2:
         raise UserError("export needs CHECKPOINT and the new folder DIR (see mnemos export --help)")
-    source, out = (Path(place).expanduser() for place in places)
+    source, out = map(expanded, places)
     return Request(source, out.absolute(), "--memory-only" in rest, "--no-tokenizer" not in rest, values)
 
 

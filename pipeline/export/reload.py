@@ -91,7 +91,7 @@ def _reloaded(case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     settings = json.loads((Path(folder) / "config.json").read_text())
     trusted = {"local_files_only": True, "trust_remote_code": "auto_map" in settings}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trusted).eval()
-    keywords = {"use_cache": False}
+    keywords: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         keywords["logits_to_keep"] = torch.tensor(positions)
     ids = torch.tensor(case["ids"])

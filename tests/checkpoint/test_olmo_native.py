@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -253,6 +254,7 @@ def test_the_tokenizer_that_made_the_token_files_goes_along(tmp_path: Path, bpe_
     made_by = load_tokenizer(str(bpe_folder))
     one, other = (tokenised(tmp_path / f"{name}.npy", TEXTS, str(bpe_folder)) for name in ("one", "other"))
     here = on_tokens(tmp_path, [f"{one}=0.75", f"{other}=0.25"])
+    convert(here, tmp_path / "present", "--to", "olmo")
     # What the checkpoint knows is not lost with its files.
     for file in tmp_path.glob("*.npy*"):
         file.unlink()
@@ -267,7 +269,23 @@ def test_the_tokenizer_that_made_the_token_files_goes_along(tmp_path: Path, bpe_
         "vocab_size": made_by.vocab_size, "embedding_size": 640, "eos_token_id": made_by.eos_id,
         "pad_token_id": made_by.eos_id,
     }  # fmt: skip
+    assert content["data"]["memmap_dtype"] == "uint16", "which the sidecar has said"
+    present = yaml.safe_load((tmp_path / "present" / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert present == content
     assert load(again).tokenizer.fingerprint == made_by.fingerprint
+
+
+def test_a_folder_of_token_files_goes_along_as_its_files(tmp_path: Path) -> None:
+    """OLMo takes files alone, and uint16 where nothing is said."""
+    (tmp_path / "tokens").mkdir()
+    files = [str(tmp_path / "tokens" / f"{name}.npy") for name in "ab"]
+    for file in files:
+        np.arange(500, dtype="<u4").tofile(file)
+    here = on_tokens(tmp_path, [str(tmp_path / "tokens")], token_dtype="uint32", eos_id=7, tokenizer="allenai/not@here")
+    trained_on(here, [f"{tmp_path}/tok*/*.npy"], steps=STEP, vocab_size=70_000, eos_id=7, tokenizer="allenai/not@here")
+    convert(here, tmp_path / "again", "--to", "olmo")
+    content = yaml.safe_load((tmp_path / "again" / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert content["data"] == {"paths": files, "memmap_dtype": "uint32", "generate_doc_lengths": False}
 
 
 def test_the_data_of_a_native_folder_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

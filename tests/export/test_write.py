@@ -41,7 +41,7 @@ def test_the_folder_has_all_that_transformers_needs(
         "tokenizer_config.json",
     ]  # fmt: skip
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(model) is transformers.OlmoForCausalLM and model.dtype == torch.bfloat16
+    assert type(model).__name__ == "OlmoForCausalLM" and model.dtype == torch.bfloat16
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 256
     assert model.generation_config.pad_token_id == 256 and model.config.max_position_embeddings == 96
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "out")

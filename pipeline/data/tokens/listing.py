@@ -85,8 +85,17 @@ def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[To
 
 
 def names_of(entries: Sequence[str]) -> list[str]:
-    """What the entries of a flag name, without their ratios."""
-    return [_split(entry, "--data.tokens")[0] for entry in entries]
+    """The files that the entries of a flag name, without ratios; a folder or pattern whose files are not on this
+    machine stands for itself."""
+    flag = "--data.tokens"
+    found: list[str] = []
+    for name, _ in (_split(entry, flag) for entry in entries):
+        try:
+            found += [file.name for file in _files(name, flag)]
+        except UserError:
+            # Of a checkpoint from elsewhere.
+            found.append(name)
+    return found
 
 
 def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from pipeline.checkpoint.compatibility import first_difference
 from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.config_file import to_plain
 from pipeline.errors import UserError, brief
+from pipeline.files.home import expanded
 from pipeline.lm.memory_folder import MemoryAlone, plain_settings, read_memory
 from pipeline.lm.pretrained import pretrained_tensors
 from pipeline.parallel.collectives import broadcast_object, shared_errors
@@ -49,7 +49,7 @@ def attach(model: nn.Module, config: MirasConfig, topology: Topology) -> None:
     Raises UserError on every rank unless it is a memory of these settings, for a backbone with these weights.
     """
     assert config.memory.pretrained is not None
-    folder = Path(config.memory.pretrained).expanduser()
+    folder = expanded(config.memory.pretrained)
     flag = f"--model.memory.pretrained {config.memory.pretrained}"
     names = [name for name, _ in model.named_parameters() if name.startswith(MEMORY)]
     with shared_errors(topology):
@@ -59,9 +59,8 @@ def attach(model: nn.Module, config: MirasConfig, topology: Topology) -> None:
         _check_settings(memory, config, flag)
         strange = sorted(memory.names.symmetric_difference(names))
         if strange:
-            raise UserError(
-                f"{flag}: {brief(strange[0])} is in one of the memory there and that of this run: another one?"
-            )
+            where = "there alone" if strange[0] in memory.names else "in this run alone"
+            raise UserError(f"{flag}: {brief(strange[0])} is {where}: give the memory of a run with the same settings")
     own = base_hash(model, config, topology)
     with shared_errors(topology):
         if own != memory.base["sha256"]:

@@ -186,7 +186,8 @@ class KeyCache:
     def tensors(self, lengths: Tensor) -> dict[str, Tensor]:
         """Keys and values as far as a row of `lengths` [rows] has them; `restored` is the inverse."""
         filled = self.sinks + min(self.slots, int(lengths.max()) if len(lengths) else 0)
-        return {"keys": self.keys[:, :, :filled], "values": self.values[:, :, :filled]}
+        parts = {"keys": self.keys, "values": self.values}
+        return {name: x[:, :, :filled].contiguous() for name, x in parts.items()}
 
     def restored(self, tensors: Mapping[str, Tensor], lengths: Tensor, rope: Rope) -> KeyCache:
         """A cache like this one with what `tensors` gave of rows of these lengths. Raises ValueError for another shape:

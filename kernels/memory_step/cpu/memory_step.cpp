@@ -6,7 +6,7 @@
 namespace mnemos::memory_step {
 namespace {
 
-// Elements of M below which a step is one thread's: waking another one takes some microseconds.
+// Elements of M that a thread gets at least: waking one takes some microseconds.
 constexpr int64_t kGrain = 1 << 14;
 // Columns of a span, where memories have as many: a cache line or several of each row, and at 128 rows a block of M
 // that fits a first cache of 32 KB.
@@ -38,7 +38,7 @@ void memory_step(
   const Step p = checked(q, k, v, alpha, eta, theta, memory, momentum, out);
   const Kernel step = kernel();
   const int64_t spans = (p.value_dim + kSpan - 1) / kSpan;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (p.key_dim * std::min(p.value_dim, kSpan) + 1));
+  const int64_t grain = std::max<int64_t>(1, kGrain / (p.key_dim * std::clamp(p.value_dim, 1, kSpan)));
   torch::stable::parallel_for(0, p.memories * spans, grain, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     for (int64_t unit = begin; unit < end; ++unit) {

@@ -29,7 +29,7 @@ class MemoryCarry(NamedTuple):
     """S [batch, heads, rows, dim], float32."""
     tail: Tensor
     """The last conv - 1 tokens of (q, k, v) before the convolution [batch, conv - 1, heads, 3 dim]; the attachment mac
-    keeps more of them, and more of each (attachments.py)."""
+    keeps more of them, and more of each (context_memory.py)."""
     tail_segments: Tensor
     """Their segment ids [batch, conv - 1] int64; -1 where there is no token."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,8 +90,9 @@ class MirasState(DecodingState):
         layers = []
         for parts in zip(*(state.layers for state in states), strict=True):
             memories = [part.memory for part in parts if part.memory is not None]
-            tensors = [memory.tensors() for memory in memories]
-            memory = memories[0].mapped(lambda name, _: torch.cat([x[name] for x in tensors])) if memories else None  # noqa: B023
+            memory = None
+            if memories:
+                memory = memories[0].mapped(partial(_joined, [memory.tensors() for memory in memories]))
             layers.append(LayerState(KeyCache.join([part.attention for part in parts]), memory))
         return MirasState(torch.cat([state.lengths for state in states]), layers)
 
@@ -109,10 +111,10 @@ class MirasState(DecodingState):
                 raise ValueError(f"{name} is {x.dtype}; expected {like.dtype}")
             return x
 
-        def like_empty(name: str, like: Tensor) -> Tensor:
-            x = take(name, like)
+        def take_alike(prefix: str, name: str, like: Tensor) -> Tensor:
+            x = take(prefix + name, like)
             if x.shape != like.shape:
-                raise ValueError(f"{name} is {list(x.shape)}; expected {list(like.shape)}")
+                raise ValueError(f"{prefix}{name} is {list(x.shape)}; expected {list(like.shape)}")
             return x.to(like.device, copy=True)
 
         layers = []
@@ -125,7 +127,7 @@ class MirasState(DecodingState):
                 raise ValueError(f"{prefix}{error}") from None
             memory = layer.memory
             if memory is not None:
-                memory = memory.mapped(lambda name, like: like_empty(f"{index}.memory.{name}", like))  # noqa: B023
+                memory = memory.mapped(partial(take_alike, f"{index}.memory."))
             layers.append(LayerState(attention, memory))
         if rest:
             raise ValueError(f"{min(rest)} is nothing that this model keeps")
@@ -138,3 +140,7 @@ class MirasState(DecodingState):
     def become(self, other: MirasState) -> None:
         """Takes over all of another state, in place."""
         self._lengths, self.layers = other._lengths, other.layers
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], name: str, _: Tensor) -> Tensor:
+    return torch.cat([part[name] for part in parts])

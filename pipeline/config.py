@@ -8,37 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.data_config import LARGEST, DataConfig
+from pipeline.data_config import DataConfig
 from pipeline.errors import UserError, shown
-
-MAY_CHANGE: Mapping[str, bool] = {"may_change_at_resume": True}
-"""Metadata of a field of a model's section that leaves the model the same, such as a choice of backend: a resume does
-not compare it."""
-
+from pipeline.model_config import ModelConfig
+from pipeline.units import LARGEST
 
 AUTO_ID = "auto"
 """The `run_id` that stands for the time of the start."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a system is made of. Each system derives its own section from this one.
-
-    A resume compares all fields but those with the metadata MAY_CHANGE and those that the section they are in names in
-    a property `ignored_fields`, since they mean nothing beside its other values.
-    """
-
-    common: ClassVar[tuple[str, ...]] = ()
-    """Dotted names of the fields whose flags `train RECIPE --help` shows; `--help-all` shows all."""
-    system: tyro.conf.Suppress[str] = ""
-    """Name of the folder under pipeline/systems that implements this section."""
 
 
 @dataclass(frozen=True)
@@ -286,13 +268,3 @@ def replace(config: RunConfig, **changes: object) -> RunConfig:
     for section, values in sections.items():
         plain[section] = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **plain)  # type: ignore[arg-type]
-
-
-def at_least(least: int, section: object, name: str, *fields: str) -> None:
-    """Raises UserError where one of the fields of a model's section lies below `least` or above what any size is;
-    `name` is the section's in flags, `memory.mlp`."""
-    for key in fields:
-        value = getattr(section, key)
-        if not least <= value <= LARGEST:
-            fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
-            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")

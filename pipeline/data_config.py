@@ -10,9 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipeline.errors import UserError, shown
-
-LARGEST = 2**31 - 1
-"""Of what is counted or sized: more is a slip, and overflows where it is used."""
+from pipeline.units import LARGEST
 
 
 def _before(name: str) -> Any:

@@ -1,6 +1,9 @@
-"""Numbers as a person reads them: a few digits and a unit. Standard library only."""
+"""Numbers as a person reads them: a few digits and a unit; and the largest one that is taken. Standard library only."""
 
 from __future__ import annotations
+
+LARGEST = 2**31 - 1
+"""Of what is counted or sized: more is a slip, and overflows where it is used."""
 
 
 def human_count(value: float) -> str:

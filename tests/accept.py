@@ -77,12 +77,24 @@ EXPERIMENTS = {
         "a small OLMo predicts the standard library to less than 2.6 bits per byte in less than four minutes",
         ("tests/launch/test_olmo_tiny.py",), 9,
     ),
+    "export": Experiment(
+        "a checkpoint that one or two ranks save is one export, which computes the same where only transformers is",
+        ("tests/launch/test_export.py",), 5,
+    ),
     "compiled": Experiment(
         "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
+    ),
+    "long_prompt": Experiment(
+        "a prompt of a million tokens is read in the memory and at the speed of a short one",
+        ("tests/systems/miras/decoding/test_long_prompt.py",), 10,
     ),
     "dense_speed": Experiment(
         "a step of a decoder is as fast here as in a plain PyTorch loop",
         ("tests/bench/test_dense.py",), 10,
+    ),
+    "memory_step": Experiment(
+        "a token of the memory takes at most 3 times as long as to read and write M and S once",
+        ("tests/bench/test_decode.py",), 1,
     ),
     "limits": Experiment(
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",

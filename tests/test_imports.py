@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "spelling", "units", "host", "files"),
-    ("data_config",),
+    ("data_config", "model_config"),
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
@@ -34,7 +34,7 @@ LAYERS = (
     ("systems",),
     ("recipes",),
     ("inference",),
-    ("commands", "plan", "evals", "bench"),
+    ("commands", "plan", "evals", "export", "bench"),
     ("launch", "cli"),
 )
 """The modules and folders of pipeline/, lowest first: each imports from its own layer and from those before it."""

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from pipeline.config import MAY_CHANGE, at_least
 from pipeline.errors import UserError
+from pipeline.model_config import MAY_CHANGE, at_least
 
 ModelType: TypeAlias = Literal["llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3"]
 """Model types of transformers that a backbone may have; SmolLM2 is a llama."""

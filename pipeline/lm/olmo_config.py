@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import Olmo2Config, OlmoConfig, PreTrainedConfig
 
-from pipeline.data_config import LARGEST
 from pipeline.errors import UserError, shown
 from pipeline.lm.decoder_config import NORM_EPS, head_dim, kv_heads
+from pipeline.units import LARGEST
 
 DEFAULTS: Mapping[str, Any] = {
     "d_model": 768, "n_heads": 12, "n_kv_heads": None, "n_layers": 12, "mlp_ratio": 4, "mlp_hidden_size": None,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, replace
-from pipeline.data_config import LARGEST
 from pipeline.durations import number, steps_of, whole
 from pipeline.errors import UserError, shown
 from pipeline.lm.olmo_config import DEFAULTS
@@ -20,6 +19,7 @@ from pipeline.runtime.exit import log_line
 from pipeline.systems.olmo import native_config
 from pipeline.systems.olmo.config import CUTOFF
 from pipeline.systems.olmo.native_config import read_model
+from pipeline.units import LARGEST
 
 Section = Mapping[str, Any]
 

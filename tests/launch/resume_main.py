@@ -28,7 +28,7 @@ from pipeline.recipes.miras import miras_tiny
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import stop
 from pipeline.systems.miras.system import MirasSystem
-from tests.launch.comparing import differences
+from tests.launch.comparing import content, differences
 from tests.launch.olmo_cases import olmo
 
 LAST, MIDDLE = 6, 3
@@ -75,6 +75,11 @@ def from_start(out: Path, data: Path) -> dict[str, object]:
         if stage == STAGES[0]:  # saving is the same code in each
             train(base(third, data, **same))
             runs.append(third)
+        ended = out / f"ended{stage}"
+        if stage == STAGES[-1]:
+            # No step is left of it: what it stands at is saved in its own folder, and nothing the second time.
+            for _ in range(2):
+                train(base(ended, data, **same, resume=str(second / "checkpoints" / "checkpoint-2")))
         if dist.get_rank() == 0:
             last = [run / "checkpoints" / "checkpoint-2" for run in runs]
             losses = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in runs]
@@ -83,9 +88,18 @@ def from_start(out: Path, data: Path) -> dict[str, object]:
                 "resumed": sorted(path.name for path in (second / "checkpoints").iterdir()),
                 "differences": [difference for other in last[1:] for difference in differences(last[0], other)],
                 "losses": losses,
+                "ended": sorted(path.name for path in ended.glob("checkpoints/*")),
+                "changed": unlike(last[1], ended / "checkpoints" / "checkpoint-2") if ended.exists() else [],
             }
         dist.barrier()
     return found
+
+
+def unlike(one: Path, other: Path) -> list[str]:
+    """Where two checkpoints differ, but for the learning rates of the groups, which a step sets before it uses them."""
+    left, right = content(one), content(other)
+    places = (place for place in left.keys() | right.keys() if left.get(place) != right.get(place))
+    return sorted(place for place in places if not place.endswith("/lr"))
 
 
 def native(out: Path, data: Path) -> dict[str, object]:

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import tyro
-
-from pipeline.config import MAY_CHANGE, ModelConfig, at_least
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.model_config import MAY_CHANGE, ModelConfig, Suppress, at_least
 from pipeline.ops.gates import MAX_MOMENTUM, STRETCH
 from pipeline.systems.miras.layer_choice import LAYERS, OVERFLOW, Layers, check_words, chosen_layers
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
@@ -23,6 +21,9 @@ Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 class MemoryConfig:
     """The memory branch on each chosen layer."""
 
+    pretrained: str | None = field(default=None, metadata=MAY_CHANGE)
+    """Folder of a trained memory, as `export --memory-only` writes it, which the run starts with; its backbone and its
+    settings must be the same. None: initial values."""
     layers: Layers = (8, 10, 12, 14)
     """Layers that get a memory, counted from 0; or upperN for the last N, everyN for every Nth."""
     rule: Rule = "titans"
@@ -181,11 +182,12 @@ class MirasConfig(ModelConfig):
         "attention.kind",
         "attention.window",
         "memory.layers",
+        "memory.pretrained",
         "memory.rule",
         "memory.attachment",
         "distil",
     )
-    system: tyro.conf.Suppress[str] = "miras"
+    system: Suppress[str] = "miras"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import at_least
 from pipeline.errors import UserError
+from pipeline.model_config import at_least
 
 
 @dataclass(frozen=True)

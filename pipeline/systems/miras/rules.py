@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
-from pipeline.ops import chunks, miras_scan, scan_native
+from pipeline.ops import chunks, scan_native
 from pipeline.ops.checks import dtype_name, sum_dtype
 from pipeline.ops.dual_maps import ErrorMap, HuberError, Link, PNormError, QNormLink, SoftmaxLink, squared_error
 from pipeline.ops.dual_scan import dual_scan
 from pipeline.ops.gates import Gates, bounded_gates
 from pipeline.ops.mlp_scan import gelu, mlp_scan
+from pipeline.ops.scan import miras_scan
 from pipeline.ops.swiglu_scan import Weights, apply_swiglu, swiglu_scan
 from pipeline.systems.miras.config import MemoryConfig
 from pipeline.systems.miras.limits import largest_step

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, TokenBatch
@@ -13,14 +15,17 @@ from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.decoder_config import check_window, sliding_window
+from pipeline.lm.decoding import Decoder
 from pipeline.lm.distillation import choose, comparable, count_compared
+from pipeline.lm.memory_folder import MemoryAlone
 from pipeline.lm.pretrained import trained_length
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
 from pipeline.systems.miras import descriptions, weights
-from pipeline.systems.miras.attachments import check_attachment, check_gathering
+from pipeline.systems.miras.attach import attach, memory_alone
+from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on_backbone
@@ -112,10 +117,30 @@ class MirasSystem(LanguageModelSystem):
 
     def initialise(self, model: nn.Module, topology: Topology) -> None:
         for kind in self.kinds:
-            check_gathering(model, kind, topology)
+            weights.check_gathering(model, kind, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
+        if self.sizes.memory.pretrained is not None:
+            attach(model, self.sizes, topology)
         # The config of a name on a hub may have come with the weights.
         self.trained_length = self._trained_length()
+
+    def check_memory_alone(self) -> None:
+        if self.sizes.backbone.trainable:
+            raise UserError(
+                f"--memory-only: {self.config.recipe} trained its backbone too, and the memory is nothing without it:"
+                " leave it out"
+            )
+        if not self.kinds:
+            raise UserError(f"--memory-only: {self.config.recipe} has no memory on any layer: leave it out")
+
+    def memory_alone(self, model: nn.Module) -> MemoryAlone:
+        return memory_alone(model, self.sizes, Topology())
+
+    def with_memory(self, folder: str) -> System[TokenBatch]:
+        assert isinstance(self.config.model, MirasConfig)
+        memory = dataclasses.replace(self.config.model.memory, pretrained=folder)
+        model = dataclasses.replace(self.config.model, memory=memory)
+        return MirasSystem(dataclasses.replace(self.config, model=model))
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         groups: dict[tuple[str, bool], list[str]] = {}
@@ -222,6 +247,22 @@ class MirasSystem(LanguageModelSystem):
         from pipeline.systems.miras.evaluation import recall_suite
 
         return recall_suite(self, model, sync_point, lengths=lengths, queries=queries)
+
+    def decoder(self, model: nn.Module) -> Decoder:
+        from pipeline.systems.miras.decoding.decoder import MirasDecoder
+
+        assert isinstance(model, MirasModel)
+        return MirasDecoder(model)
+
+    def exported(self, model: nn.Module) -> PreTrainedModel:
+        from pipeline.systems.miras.causal_lm import causal_lm_of
+
+        assert isinstance(model, MirasModel)
+        limit = None
+        if self.sizes.attention.kind == "full":
+            own = self.backbone.max_position_embeddings if self.sizes.backbone.pretrained is not None else 0
+            limit = max(own, self.config.sequence_length)
+        return causal_lm_of(model, limit=limit)
 
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         from pipeline.systems.miras.flops import count_flops

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import tyro
-
-from pipeline.config import MAY_CHANGE, ModelConfig
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionBackend, BackboneConfig
+from pipeline.model_config import MAY_CHANGE, ModelConfig, Suppress
 
 CUTOFF = 3.0
 """Standard deviations beyond which no random weight lies."""
@@ -37,7 +35,7 @@ class OlmoConfig(ModelConfig):
         "initialisation",
         "z_loss",
     )
-    system: tyro.conf.Suppress[str] = "olmo"
+    system: Suppress[str] = "olmo"
     backbone: BackboneConfig = field(
         default_factory=lambda: BackboneConfig(
             trainable=True, model_type="olmo", tied=True, vocabulary=50304, rope_theta=10_000.0, norm_eps=1e-5

@@ -13,10 +13,11 @@ from pipeline.errors import UserError
 from pipeline.ops import scan_native
 from pipeline.ops.gates import STEP_MARGIN
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.weights import generator_for
 from pipeline.recipes.miras import miras_recall
 from pipeline.system import Evaluation, System, create_system
-from pipeline.systems.miras import weights
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.initial_values import initial_value
 from pipeline.systems.miras.limits import largest_step
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
@@ -123,13 +124,18 @@ def test_momentum_can_be_had_or_not(rule: str) -> None:
             made(*x, other, made.empty_state(2, ALL, x[0]), None, ALL)
 
 
+def initial(name: str, shape: torch.Size, memory: MemoryConfig) -> Tensor:
+    """The initial value of a parameter of a model, by its name there."""
+    return initial_value(name, shape, MirasConfig(memory=memory), generator_for(0, name))
+
+
 @pytest.mark.parametrize("form", ["elementwise", "norm"])
 def test_huber_thresholds_start_as_configured_and_follow_the_key(form: str) -> None:
     config = settings("yaad", yaad=YaadConfig(form=form, delta=0.3))
     made, (_, k, *_) = memory_rule(config), tokens()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            parameter.copy_(weights._random(f"memory.0.rule.{name}", parameter.shape, MirasConfig(memory=config), 0))
+            parameter.copy_(initial(f"memory.0.rule.{name}", parameter.shape, config))
     assert made.threshold(k, ALL).allclose(torch.tensor(0.3, dtype=torch.float64))
     with torch.no_grad():
         made.delta_weight.fill_(1.0)
@@ -342,7 +348,7 @@ def trained(config: MemoryConfig, *, steps: int = 300, rows: int = 16, signs: bo
     branch = MemoryBranch(2 * size + 2, config, 1e-6)
     with torch.no_grad():
         for name, parameter in branch.named_parameters():
-            parameter.copy_(weights._random(f"memory.0.{name}", parameter.shape, MirasConfig(memory=config), 0))
+            parameter.copy_(initial(f"memory.0.{name}", parameter.shape, config))
     rng = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(branch.parameters(), lr=rate, betas=(0.9, 0.98))
     length, variance = 2 * pairs + gap, 1.0 if signs else 1 - 1 / size

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import MAY_CHANGE, EvaluationConfig, ModelConfig, OptimizerConfig, ReportConfig, RunConfig
+from pipeline.config import EvaluationConfig, OptimizerConfig, ReportConfig, RunConfig
+from pipeline.model_config import MAY_CHANGE, ModelConfig
 from pipeline.system import System
 
 ROWS = 4

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,18 +47,28 @@ class Sampling:
             raise UserError("the model's logits are not finite: its weights have diverged: give an earlier checkpoint")
         if self.temperature == 0:
             return [int(i) for i in logits.argmax(dim=-1)]
-        draws = [self.uniform(text, position) for text, position in zip(texts, positions, strict=True)]
-        return [_at(*self.distribution(row), draw) for row, draw in zip(logits, draws, strict=True)]
+        return [self._draw(*row) for row in zip(logits, texts, positions, strict=True)]
 
-    def uniform(self, text: int, position: int) -> float:
-        """A number in [0, 1), of 53 bits, that these and the seed decide on any machine."""
-        digest = hashlib.blake2b(f"{self.seed}/{text}/{position}".encode(), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") >> 11) / 2**53
+    def _draw(self, logits: Tensor, text: int, position: int) -> int:
+        """The token whose waiting time is least, where tokens wait exponentially at the rate of their probability: each
+        is the first with just that probability. Noise of a token's own, other than one number for all, makes it the
+        same of a vocabulary that is padded otherwise."""
+        tokens, probabilities = (part.cpu() for part in self.distribution(logits))
+        waiting = self.noise(text, position, len(logits))[tokens] / probabilities
+        return int(tokens[waiting.argmin()])
+
+    def noise(self, text: int, position: int, count: int) -> Tensor:
+        """Independent exponential numbers of mean 1 for tokens 0 to count - 1, float64, that these and the seed decide
+        on any machine."""
+        digest = hashlib.blake2b(f"{self.seed}/{text}/{position}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
+        return torch.from_numpy(generator.standard_exponential(count, method="inv"))
 
     def distribution(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits [vocabulary] and a temperature above 0: the tokens that may be drawn [candidates], and their
         probabilities, float64, which add up to 1."""
-        scaled = logits.double() / self.temperature
+        # The likeliest at 0: no temperature is then too low.
+        scaled = (logits.double() - logits.double().max()) / self.temperature
         if not self.top_k and self.top_p == 1:
             return torch.arange(len(scaled), device=scaled.device), scaled.softmax(dim=0)
         # Stable: of equals the lower token is first.
@@ -71,10 +82,3 @@ class Sampling:
             count = max(1, int((before < self.top_p).sum()))
             tokens, probabilities = tokens[:count], probabilities[:count] / probabilities[:count].sum()
         return tokens, probabilities
-
-
-def _at(tokens: Tensor, probabilities: Tensor, draw: float) -> int:
-    """The token whose part of [0, 1) holds `draw`; parts lie side by side, as wide as the probabilities."""
-    ends = probabilities.cumsum(dim=0)
-    place = int(torch.searchsorted(ends, draw * float(ends[-1]), right=True))
-    return int(tokens[min(place, len(tokens) - 1)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.errors import UserError
-from pipeline.inference.sampling import Sampling, _at
+from pipeline.inference.sampling import Sampling
 
 
 def logits_of(seed: int, count: int = 40) -> torch.Tensor:
@@ -47,23 +47,37 @@ def test_of_equally_likely_tokens_the_lower_ones_stay() -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=9), Sampling(1.3, top_p=0.8)])
-def test_even_draws_give_each_token_its_share(sampling: Sampling) -> None:
-    logits, count = logits_of(3, 12), 4_000
-    tokens, probabilities = sampling.distribution(logits)
-    drawn = torch.tensor([_at(tokens, probabilities, (draw + 0.5) / count) for draw in range(count)])
-    shares = torch.bincount(drawn, minlength=12) / count
-    assert (shares - dense(sampling, logits)).abs().max() <= 1 / count
+def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling) -> None:
+    logits, count = logits_of(3, 8) / 3, 4_000
+    drawn = torch.tensor(sampling.choose(logits.expand(count, -1), range(count), [5] * count))
+    wanted = count * dense(sampling, logits)
+    counts = torch.bincount(drawn, minlength=8)
+    assert counts[wanted == 0].sum() == 0
+    terms = (counts - wanted)[wanted > 0] ** 2 / wanted[wanted > 0]
+    # Chi-squared with 7 degrees of freedom at the most: beyond 24 in one of 1,000 cases, and the draws are always the
+    # same.
+    assert float(terms.sum()) < 24
 
 
-def test_draws_are_uniform_and_depend_on_seed_text_and_position() -> None:
-    found = [Sampling(seed=1).uniform(text, place) for text in range(20) for place in range(500)]
-    draws = torch.tensor(found, dtype=torch.float64)
-    assert draws.min() >= 0 and draws.max() < 1 and len(draws.unique()) == len(draws)
-    counts = torch.histc(draws, bins=20, min=0, max=1)
-    # Chi-squared with 19 degrees of freedom: beyond 50 in one of 7,000 cases, and the draws are always the same.
+def test_noise_is_exponential_and_depends_on_seed_text_and_position() -> None:
+    noise = torch.stack([Sampling(seed=1).noise(text, place, 50) for text in range(10) for place in range(20)])
+    assert noise.dtype == torch.float64 and noise.min() >= 0 and len(noise.unique()) == noise.numel()
+    # exp(-x) of exponential numbers is uniform; 19 degrees of freedom, beyond 50 in one of 7,000 cases.
+    counts = torch.histc((-noise).exp(), bins=20, min=0, max=1)
     assert float(((counts - 500) ** 2 / 500).sum()) < 50
-    assert Sampling(seed=1).uniform(2, 3) == Sampling(seed=1).uniform(2, 3)
-    assert len({Sampling(seed=seed).uniform(text, 5) for seed in (0, 1, -1) for text in (0, 1)}) == 6
+    assert torch.corrcoef(noise[:, :4].T).fill_diagonal_(0).abs().max() < 0.25
+    assert torch.equal(Sampling(seed=1).noise(2, 3, 9), noise[2 * 20 + 3, :9])
+    firsts = {float(Sampling(seed=seed).noise(text, 5, 1)) for seed in (0, 1, -1) for text in (0, 1)}
+    assert len(firsts) == 6
+
+
+@given(st.integers(0, 1000), st.integers(0, 30))
+def test_tokens_that_are_hardly_possible_change_no_draw(seed: int, padding: int) -> None:
+    """A vocabulary that is padded to another size draws the same."""
+    logits = logits_of(seed)
+    padded = torch.cat([logits, torch.full((padding,), -60.0, dtype=torch.float64)])
+    for sampling in (Sampling(2.0, seed=seed), Sampling(2.0, top_p=0.9, seed=seed)):
+        assert sampling.choose(padded.unsqueeze(0), [1], [7]) == sampling.choose(logits.unsqueeze(0), [1], [7])
 
 
 @given(st.data())
@@ -80,7 +94,7 @@ def test_a_row_is_drawn_alike_whatever_is_beside_it(data: st.DataObject) -> None
 def test_temperature_zero_is_the_likeliest_token() -> None:
     logits = torch.stack([logits_of(row) for row in range(5)])
     assert Sampling(0).choose(logits, range(5), [0] * 5) == logits.argmax(dim=1).tolist()
-    assert Sampling(1e-300).choose(logits, range(5), [0] * 5) == logits.argmax(dim=1).tolist()
+    assert Sampling(1e-320).choose(logits, range(5), [0] * 5) == logits.argmax(dim=1).tolist()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -79,7 +79,7 @@ EXPERIMENTS = {
     ),
     "export": Experiment(
         "a checkpoint that one or two ranks save is one export, which computes the same where only transformers is",
-        ("tests/launch/test_export.py",), 5,
+        ("tests/launch/test_export.py",), 8,
     ),
     "compiled": Experiment(
         "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",

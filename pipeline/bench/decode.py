@@ -197,7 +197,7 @@ def step_error(shape: Shape, dtype: torch.dtype, device: torch.device, backend: 
     """
     x = inputs(shape, dtype, device, seed=1)
     wide = [each.cpu().double() for each in x]
-    results = []
+    results: list[list[Tensor]] = []
     for *tokens, states in (wide, x):
         chosen = "torch" if not results else backend
         y = memory_step(*tokens, states[0], states[1], backend=chosen)  # type: ignore[arg-type, misc]

@@ -133,17 +133,19 @@ def self_check(device: str, dtype: torch.dtype, key_dim: int) -> float:
         v = normal(*size, value_dim).to(dtype)
         alpha, eta, theta = (largest * torch.rand(size, generator=rng, device="cpu") for largest in (0.01, 0.9, 0.9))
         states = [normal(*size, key_dim, value_dim).float() for _ in range(2)]
-        gates = [alpha, eta if has_momentum else None, theta]
 
-        expected = [x.double() for x in states]
-        wide = [None if x is None else x.double() for x in gates]
+        memory, momentum = (x.double() for x in states)
         y = torch.empty(v.shape, dtype=torch.float64, device="cpu")
-        memory_step_torch(q.double(), k.double(), v.double(), wide[0], wide[1], wide[2], *expected, y)  # type: ignore[arg-type]
+        given = eta.double() if has_momentum else None
+        memory_step_torch(
+            q.double(), k.double(), v.double(), alpha.double(), given, theta.double(), memory, momentum, y
+        )
+        expected = [y, memory, momentum]
 
-        actual = [x.to(device) for x in states]
-        there = [None if x is None else x.to(device) for x in gates]
+        memory, momentum = (x.to(device) for x in states)
         out = torch.empty(v.shape, dtype=dtype, device=device)
-        memory_step_native(*(x.to(device) for x in (q, k, v)), *there, *actual, out)  # type: ignore[arg-type]
-        for found, wanted in zip((out, *actual), (y, *expected), strict=True):
+        q, k, v, alpha, eta, theta = (x.to(device) for x in (q, k, v, alpha, eta, theta))
+        memory_step_native(q, k, v, alpha, eta if has_momentum else None, theta, memory, momentum, out)
+        for found, wanted in zip((out, memory, momentum), expected, strict=True):
             errors.append(float((found.cpu().double() - wanted).norm() / wanted.norm()))
     return math.nan if any(map(math.isnan, errors)) else max(errors)

@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 def run(x: dict[str, Tensor | None], backend: str = "cuda", out: Tensor | None = None) -> list[Tensor]:
     """On the device: the read and both states after."""
     there = {name: None if z is None else z.cuda() for name, z in x.items()}
-    y = memory_step(**there, out=out, backend=backend)  # type: ignore[arg-type]
-    return [y, there["memory"], there["momentum"]]  # type: ignore[list-item]
+    y = memory_step(**there, out=out, backend=backend)
+    return [y, there["memory"], there["momentum"]]
 
 
 def check(x: dict[str, Tensor | None], dtype: torch.dtype) -> None:
@@ -57,12 +57,12 @@ def test_it_runs_on_the_stream_of_the_caller() -> None:
     late = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()) as _, torch.no_grad():
-        v = torch.zeros_like(there["v"])  # type: ignore[arg-type]
+        v = torch.zeros_like(there["v"])
         # Work that is late on this stream alone: a kernel on another one would read zeros.
         for _ in range(20):
             late = late @ late * 1e-4
-        v.copy_(there["v"])  # type: ignore[arg-type]
-        y = memory_step(**{**there, "v": v}, backend="cuda")  # type: ignore[arg-type]
+        v.copy_(there["v"])
+        y = memory_step(**{**there, "v": v}, backend="cuda")
     torch.cuda.synchronize()
     assert torch.equal(y, wanted[0])
 
@@ -71,16 +71,16 @@ def test_it_is_captured_in_a_graph() -> None:
     """As a decoder would: the same buffers at every replay, and states that go on."""
     x = make(2, 8, 64, 64)
     there = {name: None if z is None else z.cuda() for name, z in x.items()}
-    out = torch.empty_like(there["v"])  # type: ignore[arg-type]
+    out = torch.empty_like(there["v"])
     run(x)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        memory_step(**there, out=out)  # type: ignore[arg-type]
+        memory_step(**there, out=out)
     for name in ("memory", "momentum"):
-        there[name].copy_(x[name])  # type: ignore[union-attr, arg-type]
+        there[name].copy_(x[name])
     first = run(x)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip((out, there["memory"], there["momentum"]), first, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip((out, there["memory"], there["momentum"]), first, strict=True))
     second = run(x | {"memory": first[1], "momentum": first[2]})
     graph.replay()
     assert torch.equal(out, second[0])

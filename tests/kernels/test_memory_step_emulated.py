@@ -36,22 +36,22 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def run(emulator: ctypes.CDLL, x: dict[str, Tensor | None], order: int = 0) -> tuple[list[Tensor], int]:
     """The read, both states after, and the blocks of the launch. NaNs surround every tensor, and stay there."""
-    out = torch.full_like(x["v"], math.nan)  # type: ignore[arg-type]
+    out = torch.full_like(x["v"], math.nan)
     tensors = [*(x[name] for name in NAMES), out]
     padded = [
         None if z is None else torch.nn.functional.pad(z.flatten(), (GUARD, GUARD), value=math.nan) for z in tensors
     ]
     inner = [None if z is None else z[GUARD:-GUARD] for z in padded]
-    rows, heads, key_dim = x["q"].shape  # type: ignore[union-attr]
+    rows, heads, key_dim = x["q"].shape
     sizes = (ctypes.c_int64 * 5)(rows * heads, key_dim, out.shape[-1], out.dtype == torch.bfloat16, order)
     pointers = (ctypes.c_void_p * 9)(*(None if z is None else z.data_ptr() for z in inner))
     blocks = emulator.emulated_step(sizes, pointers)
     for z in padded:
         assert z is None or bool(torch.cat([z[:GUARD], z[-GUARD:]]).isnan().all())
     for before, z in zip(tensors[:6], inner[:6], strict=True):
-        assert before is None or torch.equal(before.flatten(), z)  # type: ignore[arg-type]
+        assert before is None or torch.equal(before.flatten(), z)
     after = [inner[8], inner[6], inner[7]]
-    return [z.view(like.shape) for z, like in zip(after, (out, x["memory"], x["momentum"]), strict=True)], blocks  # type: ignore[union-attr]
+    return [z.view(like.shape) for z, like in zip(after, (out, x["memory"], x["momentum"]), strict=True)], blocks
 
 
 @pytest.mark.parametrize("momentum", [True, False])
@@ -78,5 +78,5 @@ def test_the_order_of_the_threads_changes_no_bit(emulator: ctypes.CDLL, key_dim:
 def test_without_momentum_what_s_was_has_no_part(emulator: ctypes.CDLL) -> None:
     x = make(momentum=False)
     clean, _ = run(emulator, x)
-    x["momentum"] = torch.full_like(x["momentum"], math.nan)  # type: ignore[arg-type]
+    x["momentum"] = torch.full_like(x["momentum"], math.nan)
     assert all(torch.equal(a, b) for a, b in zip(run(emulator, x)[0], clean, strict=True))

@@ -49,8 +49,8 @@ def expected(x: dict[str, Tensor | None]) -> list[Tensor]:
     alpha = x["alpha"]
     assert alpha is not None
     eta = torch.zeros_like(alpha) if x["eta"] is None else x["eta"]
-    tokens = [z.unsqueeze(1) for z in (x["q"], x["k"], x["v"], alpha, eta, x["theta"])]  # type: ignore[union-attr]
-    y, after = token_loop(*tokens, state=(x["memory"], x["momentum"]))  # type: ignore[arg-type]
+    tokens = [z.unsqueeze(1) for z in (x["q"], x["k"], x["v"], alpha, eta, x["theta"])]
+    y, after = token_loop(*tokens, state=(x["memory"], x["momentum"]))
     return [y.squeeze(1), *after]
 
 

@@ -38,8 +38,8 @@ def threads() -> Iterator[None]:
 
 def run(x: dict[str, Tensor | None], backend: str = "auto", out: Tensor | None = None) -> list[Tensor]:
     """The read and both states after; those of ``x`` stay as they are."""
-    states = {name: x[name].clone() for name in ("memory", "momentum")}  # type: ignore[union-attr]
-    y = memory_step(**{**x, **states}, out=out, backend=backend)  # type: ignore[arg-type]
+    states = {name: x[name].clone() for name in ("memory", "momentum")}
+    y = memory_step(**{**x, **states}, out=out, backend=backend)
     return [y, *states.values()]
 
 
@@ -87,17 +87,17 @@ def test_any_shape_and_dtype_equals_the_token_loop(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_steps_equal_the_token_loop_and_the_scan(backend: str) -> None:
     x = make(key_dim=64, value_dim=64, tokens=200)
-    size = x["alpha"].shape  # type: ignore[union-attr]
-    x["alpha"] = 0.01 * x["alpha"]  # type: ignore[operator]
+    size = x["alpha"].shape
+    x["alpha"] = 0.01 * x["alpha"]
     x["eta"] = torch.full(size, 0.5)
-    x["theta"] = 0.25 * x["theta"]  # type: ignore[operator]
+    x["theta"] = 0.25 * x["theta"]
     tokens = [x[name] for name in NAMES[:6]]
-    y, after = token_loop(*tokens, state=(x["memory"], x["momentum"]))  # type: ignore[arg-type]
-    memory, momentum = x["memory"].clone(), x["momentum"].clone()  # type: ignore[union-attr]
+    y, after = token_loop(*tokens, state=(x["memory"], x["momentum"]))
+    memory, momentum = x["memory"].clone(), x["momentum"].clone()
     with torch.no_grad():
-        reads = [memory_step(*(z[:, t] for z in tokens), memory, momentum, backend=backend) for t in range(200)]  # type: ignore[index, arg-type]
+        reads = [memory_step(*(z[:, t] for z in tokens), memory, momentum, backend=backend) for t in range(200)]
     assert_close([torch.stack(reads, dim=1), memory, momentum], [y, *after], 2e-6, 2e-6)
-    parallel, ends = miras_scan(*tokens, state=(x["memory"], x["momentum"]))  # type: ignore[arg-type]
+    parallel, ends = miras_scan(*tokens, state=(x["memory"], x["momentum"]))
     assert_close([torch.stack(reads, dim=1), memory, momentum], [z.double() for z in (parallel, *ends)], 2e-5, 2e-5)
 
 
@@ -105,7 +105,7 @@ def test_many_steps_equal_the_token_loop_and_the_scan(backend: str) -> None:
 def test_without_momentum_what_s_was_has_no_part(backend: str) -> None:
     x = make(momentum=False)
     clean = run(x, backend)
-    x["momentum"] = torch.full_like(x["momentum"], math.nan)  # type: ignore[arg-type]
+    x["momentum"] = torch.full_like(x["momentum"], math.nan)
     assert all(torch.equal(a, b) for a, b in zip(run(x, backend), clean, strict=True))
 
 
@@ -113,7 +113,7 @@ def test_without_momentum_what_s_was_has_no_part(backend: str) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_result_is_put_where_it_is_wanted(backend: str, grad: bool) -> None:
     x = make()
-    out = torch.full_like(x["v"], math.nan)  # type: ignore[arg-type]
+    out = torch.full_like(x["v"], math.nan)
     with torch.set_grad_enabled(grad):
         y, *_ = run(x, backend, out)
         assert y is out and torch.equal(y, run(x, backend)[0])
@@ -124,8 +124,8 @@ def test_strided_tokens_and_gates(grad: bool) -> None:
     x = make(key_dim=32, value_dim=48)
     wanted = expected(x)
     for name in NAMES[:6]:
-        x[name] = torch.stack([x[name]] * 2, dim=-1)[..., 0]  # type: ignore[list-item]
-    x["eta"] = x["eta"][0].expand(2, 3)  # type: ignore[index]
+        x[name] = torch.stack([x[name]] * 2, dim=-1)[..., 0]
+    x["eta"] = x["eta"][0].expand(2, 3)
     with torch.set_grad_enabled(grad):
         for backend in ("auto", *BACKENDS):
             assert_close(run(x, backend), expected(x))
@@ -137,11 +137,11 @@ def test_strided_states_are_pytorchs(grad: bool) -> None:
     """In place they are; a kernel would write to a copy."""
     x = make(key_dim=32, value_dim=32)
     wanted = expected(x)
-    memory, momentum = (x[name].mT.contiguous().mT for name in ("memory", "momentum"))  # type: ignore[union-attr]
+    memory, momentum = (x[name].mT.contiguous().mT for name in ("memory", "momentum"))
     with torch.set_grad_enabled(grad):
-        y = memory_step(*(x[name] for name in NAMES[:6]), memory, momentum)  # type: ignore[arg-type]
+        y = memory_step(*(x[name] for name in NAMES[:6]), memory, momentum)
         with pytest.raises(ValueError, match=r"memory is float32 .* expects a contiguous tensor"):
-            memory_step(*(x[name] for name in NAMES[:6]), memory, momentum, backend="cpu")  # type: ignore[arg-type]
+            memory_step(*(x[name] for name in NAMES[:6]), memory, momentum, backend="cpu")
     assert_close([y, memory, momentum], wanted)
 
 
@@ -160,7 +160,7 @@ def test_rows_heads_and_threads_change_no_bit() -> None:
 def test_a_row_that_is_no_number_stays_alone() -> None:
     x = make(2, 2, 64, 64)
     clean = run(x)
-    x["v"][0, 0] = math.nan  # type: ignore[index]
+    x["v"][0, 0] = math.nan
     for a, b in zip(run(x), clean, strict=True):
         assert bool(a[0, 0].isnan().all())
         assert torch.equal(a[0, 1], b[0, 1]) and torch.equal(a[1], b[1])
@@ -169,12 +169,12 @@ def test_a_row_that_is_no_number_stays_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_is_allocated(dtype: torch.dtype) -> None:
     x = make(1, 8, 64, 64, dtype=dtype)
-    out = torch.empty_like(x["v"])  # type: ignore[arg-type]
+    out = torch.empty_like(x["v"])
     with torch.no_grad():
-        memory_step(**x, out=out)  # type: ignore[arg-type]
+        memory_step(**x, out=out)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             for _ in range(10):
-                memory_step(**x, out=out)  # type: ignore[arg-type]
+                memory_step(**x, out=out)
     found = profile.key_averages()
     assert sum(event.count for event in found if event.key == "mnemos::memory_step") == 10
     assert sum(max(event.self_cpu_memory_usage, 0) for event in found) == 0
@@ -183,7 +183,7 @@ def test_nothing_is_allocated(dtype: torch.dtype) -> None:
 def test_nothing_is_recorded_for_a_backward_pass() -> None:
     x = make()
     for name in NAMES[:6]:
-        x[name].requires_grad_()  # type: ignore[union-attr]
+        x[name].requires_grad_()
     assert not any(z.requires_grad for backend in ("auto", *BACKENDS) for z in run(x, backend))
 
 
@@ -197,7 +197,7 @@ def test_it_compiles() -> None:
 
 def test_opcheck() -> None:
     x = make(key_dim=32, value_dim=32)
-    out = torch.empty_like(x["v"])  # type: ignore[arg-type]
+    out = torch.empty_like(x["v"])
     for eta in (x["eta"], None):
         torch.library.opcheck(torch.ops.mnemos.memory_step.default, (*(x | {"eta": eta}).values(), out))
 
@@ -221,12 +221,12 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_does_not_fit_is_named_and_changes_nothing(grad: bool, change: dict[str, object], message: str) -> None:
     x: dict[str, object] = {**make(), **change}
-    before = [x[name].clone() for name in ("memory", "momentum")]  # type: ignore[attr-defined]
+    before = [x[name].clone() for name in ("memory", "momentum")]
     with torch.set_grad_enabled(grad):
         run(make())
         with pytest.raises(ValueError, match=message):
-            memory_step(**x)  # type: ignore[arg-type]
-    assert all(torch.equal(x[name], old) for name, old in zip(("memory", "momentum"), before, strict=True))  # type: ignore[arg-type]
+            memory_step(**x)
+    assert all(torch.equal(x[name], old) for name, old in zip(("memory", "momentum"), before, strict=True))
 
 
 @pytest.mark.parametrize(

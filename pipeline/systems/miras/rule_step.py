@@ -7,8 +7,7 @@ memory until the chunk is full. Rows may be at different places of their chunks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,33 +22,9 @@ from pipeline.ops.muon import newton_schulz
 from pipeline.ops.scan import Backend
 from pipeline.ops.swiglu_scan import Weights, apply_swiglu, ascent, moved_weights, renormalise
 from pipeline.systems.miras.rules import DualRule, ExactRule, MemoryRule, MlpRule, State, SwigluRule
+from pipeline.systems.miras.step_state import StepState
 
 RuleT = TypeVar("RuleT", bound=MemoryRule)
-
-
-class StepState(NamedTuple):
-    """What the memories of one layer keep between tokens; None is what the rule has no need of. Float32, or float64 of
-    a model in float64."""
-
-    memory: Tensor
-    """M [rows, heads, state rows, dim]."""
-    momentum: Tensor
-    """S, like memory."""
-    place: Tensor | None = None
-    """[rows] int64 on the CPU: tokens of the present chunk so far, 0 at a border."""
-    start: Tensor | None = None
-    """Like memory: what the chunk's gradients are taken at (a matrix behind its link; whole weights of a deep memory).
-    Of no meaning at a border."""
-    gathered: Tensor | None = None
-    """Like memory: the sum of the chunk's gradients, of a rule that writes at the chunk's end (swiglu); 0 at a
-    border."""
-    gates: Tensor | None = None
-    """[rows, heads, 2] of such a rule: the sum of the chunk's eta and the product of its 1 - alpha; (0, 1) at a
-    border."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by name; `StepState(**tensors)` is the inverse."""
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
 
 class RuleStep(ABC, Generic[RuleT]):
@@ -68,6 +43,21 @@ class RuleStep(ABC, Generic[RuleT]):
             return StepState(memory, momentum)
         place = torch.zeros(memory.shape[0], dtype=torch.int64, device="cpu")
         return StepState(memory, momentum, place, torch.zeros_like(memory))
+
+    def begin_within(self, before: State, after: State, gates: Gates) -> StepState:
+        """The state of rows that are all as far in a chunk, from a parallel pass over its first tokens: (M, S) before
+        it, at the border, and after it, and its gates [rows, tokens, heads]. Copied. Raises ValueError where the tokens
+        are not fewer than a chunk's."""
+        begun = self.begin(after)
+        if begun.place is None or begun.start is None:
+            return begun
+        tokens = gates.alpha.shape[1]
+        if not 0 < tokens < (self.chunk or 1):
+            raise ValueError(f"there are {tokens} tokens; expected fewer than a chunk's {self.chunk}, and one at least")
+        begun.place.fill_(tokens)
+        with torch.no_grad():
+            begun.start.copy_(self._start(before[0]))
+        return begun
 
     @torch.no_grad()
     def step(
@@ -94,14 +84,6 @@ class RuleStep(ABC, Generic[RuleT]):
             if rule.empty_read:
                 read = read - self._read_empty(q)
         return read.to(v.dtype)
-
-    @torch.no_grad()
-    def write_tokens(self, tokens: Sequence[Tensor], eta_logits: Tensor | None, state: StepState) -> None:
-        """Write several tokens per row without reading: q, k, v, alpha_logits and beta_logits of `step`, [rows, tokens,
-        heads, ...] each. They begin at a border and fill no chunk."""
-        for place in range(tokens[0].shape[1]):
-            q, k, v, alpha_logits, beta_logits = (x[:, place] for x in tokens)
-            self.step(q, k, v, alpha_logits, beta_logits, eta_logits, state)
 
     def border(self, state: StepState) -> Tensor:
         """[rows] bool on the CPU: whether a parallel pass could go on here."""
@@ -155,9 +137,9 @@ class RuleStep(ABC, Generic[RuleT]):
 
     def _advance(self, state: StepState) -> None:
         """A token more in every row's chunk; what is full ends."""
-        assert state.place is not None
+        assert state.place is not None and self.chunk is not None
         state.place.add_(1)
-        self._end(state, state.place == self.chunk)
+        self._end(state, state.place.eq(self.chunk))
 
     def _end(self, state: StepState, rows: Tensor) -> None:
         """Chunks end in rows [rows] bool on the CPU."""
@@ -228,6 +210,18 @@ class SwigluStep(RuleStep[SwigluRule]):
         gates[..., 1] = 1
         return begun._replace(gathered=torch.zeros_like(begun.memory), gates=gates)
 
+    @torch.no_grad()
+    def begin_within(self, before: State, after: State, gates: Gates) -> StepState:
+        # The pass has ended its chunk: what it gathered is the update that it made, without what momentum added.
+        update, momentum = after[1], before[1]
+        if self.rule.config.has_momentum:
+            update = update - gates.eta.mean(dim=1)[..., None, None] * momentum
+        begun = super().begin_within(before, before, gates)
+        assert begun.gathered is not None and begun.gates is not None
+        begun.gathered.copy_(update)
+        begun.gates.copy_(torch.stack([gates.eta.sum(dim=1), (1 - gates.alpha).prod(dim=1)], dim=-1))
+        return begun
+
     def _initial(self, dtype: torch.dtype) -> Weights:
         return Weights(*(w.to(dtype) for w in (self.rule.w_gate, self.rule.w_up, self.rule.w_down)))
 
@@ -245,19 +239,6 @@ class SwigluStep(RuleStep[SwigluRule]):
         state.gates[..., 1].mul_(1 - gates.alpha)
         self._advance(state)
         return read
-
-    @torch.no_grad()
-    def write_tokens(self, tokens: Sequence[Tensor], eta_logits: Tensor | None, state: StepState) -> None:
-        # A chunk may have thousands of tokens, and their gradients are taken at the same weights.
-        assert state.place is not None and state.gathered is not None and state.gates is not None
-        _, k, v, alpha_logits, beta_logits = tokens
-        gates = bounded_gates(alpha_logits, beta_logits, eta_logits, self.rule.step, self.rule.config.stretch)
-        k, v, theta = (x.transpose(1, 2).to(state.memory.dtype) for x in (k, v, gates.theta))
-        weights = Weights(*self._take_starts(state).chunk(3, dim=-2))
-        state.gathered.add_(torch.cat(ascent(k, v, theta, weights), dim=-2))
-        state.gates[..., 0].add_(gates.eta.sum(dim=1))
-        state.gates[..., 1].mul_((1 - gates.alpha).prod(dim=1))
-        state.place.add_(k.shape[2])
 
     def _end(self, state: StepState, rows: Tensor) -> None:
         if not bool(rows.any()):

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
+from pipeline.ops.gates import Gates
 from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
-from pipeline.systems.miras.rule_step import RuleStep, StepState, rule_step
+from pipeline.systems.miras.rule_step import RuleStep, rule_step
 from pipeline.systems.miras.rules import RULES, MemoryRule
+from pipeline.systems.miras.step_state import StepState
 from tests.systems.miras.test_rules import ALL, CHUNK, make, momentum_of, tokens
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
@@ -77,7 +79,7 @@ def test_steps_equal_the_parallel_pass_and_hand_its_state_back(variant: str) -> 
 
 
 @every_variant
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(lengths=strategies.lists(strategies.integers(0, 2 * CHUNK + 1), min_size=2, max_size=3))
 def test_rows_at_different_places_do_not_meet(variant: str, lengths: list[int]) -> None:
     rule = made(variant)
@@ -109,6 +111,30 @@ def test_a_chunk_that_is_closed_early_is_the_end_of_a_parallel_pass(variant: str
     equal(steps(stepper, [part[:, cut : cut + CHUNK] for part in x], state), second)
     for part, wanted in zip(stepper.finish(state), end, strict=True):
         equal(part, wanted)
+
+
+@every_variant
+def test_steps_go_on_within_the_chunk_that_a_parallel_pass_began(variant: str) -> None:
+    rule, x = made(variant), tokens(length=3 * CHUNK)
+    stepper, cut = rule_step(rule), 2 * CHUNK - 3
+    expected, end = parallel(rule, x, rule.empty_state(2, ALL, x[0]))
+    _, before = parallel(rule, [part[:, :CHUNK] for part in x], rule.empty_state(2, ALL, x[0]))
+    with torch.no_grad():
+        _, after, gates = rule(*(part[:, CHUNK:cut] for part in x), momentum_of(rule), before, None, ALL)
+    state = stepper.begin_within(before, after, gates)
+    assert stepper.border(state).tolist() == [rule.config.chunk_start is None] * 2
+    equal(steps(stepper, [part[:, cut:] for part in x], state), expected[:, cut:])
+    for part, wanted in zip(stepper.finish(state), end, strict=True):
+        equal(part, wanted)
+
+
+@pytest.mark.parametrize("length", [0, CHUNK])
+def test_a_chunk_that_is_full_or_empty_is_not_begun_within(length: int) -> None:
+    rule, x = make("yaad"), tokens(length=CHUNK)
+    empty = rule.empty_state(2, ALL, x[0])
+    gate = torch.zeros(2, length, 3)
+    with pytest.raises(ValueError, match=f"there are {length} tokens; expected fewer than a chunk's {CHUNK}"):
+        rule_step(rule).begin_within(empty, empty, Gates(gate, gate, gate))
 
 
 @pytest.mark.parametrize("rule", ["yaad", "mlp", "swiglu"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.ops.convolution import causal_convolution
 from pipeline.systems.miras.decoding.state import MemoryState
-from pipeline.systems.miras.decoding.steps import MemorySteps, RuleCall
+from pipeline.systems.miras.decoding.steps import MemorySteps, RulePass
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, unit_keys
 
 TAIL = "tail"
@@ -43,6 +43,6 @@ class BranchSteps(MemorySteps):
         ids[:, : max(0, tail.shape[1] - length)] = -1
         return MemoryCarry(*self.rule.finish(state.running), tail, ids)
 
-    def loaded(self, carry: MemoryCarry, length: int, call: RuleCall | None) -> MemoryState:
-        running = self.rule.begin((carry.memory, carry.momentum)) if call is None else self.after(call)
+    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
+        running = self.running((carry.memory, carry.momentum), within)
         return MemoryState(running, {TAIL: carry.tail.clone()})

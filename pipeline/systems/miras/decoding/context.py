@@ -12,9 +12,11 @@ from torch import Tensor
 from pipeline.ops.key_cache import TokenPlan
 from pipeline.systems.miras.context_memory import ContextBranch, ContextTokens
 from pipeline.systems.miras.decoding.state import MemoryState
-from pipeline.systems.miras.decoding.steps import MemorySteps, RuleCall, as_ring, in_order
+from pipeline.systems.miras.decoding.steps import MemorySteps, RulePass, as_ring, in_order
 from pipeline.systems.miras.memory import MemoryCarry
+from pipeline.systems.miras.rules import State
 from pipeline.systems.miras.segments import rows_at
+from pipeline.systems.miras.step_state import StepState
 
 MEMORY, MOMENTUM = "segment_memory", "segment_momentum"
 """(M, S) as they were before the segment."""
@@ -88,7 +90,7 @@ class ContextSteps(MemorySteps):
     def carry(self, state: MemoryState, length: int) -> MemoryCarry:
         return MemoryCarry(state.kept[MEMORY], state.kept[MOMENTUM], *in_order(state.kept[TAIL], length))
 
-    def loaded(self, carry: MemoryCarry, length: int, call: RuleCall | None) -> MemoryState:
+    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
         dtype = self.core.context_kv.dtype
         kept = {MEMORY: carry.memory.clone(), MOMENTUM: carry.momentum.clone(), TAIL: as_ring(carry.tail, length)}
         kept |= self._pairs(carry.memory.shape[0], self.core.context_kv)
@@ -103,10 +105,23 @@ class ContextSteps(MemorySteps):
         places = slice(self.config.persistent, self.config.persistent + count)
         for name, pairs in zip((KEYS, VALUES), self._read(queries, ids, state), strict=True):
             kept[name][:, :, places] = rearrange(pairs, "rows tokens heads dim -> rows heads tokens dim")
-        q, k, v = self.core.rule_inputs(written, ids, self.heads)
         alpha, beta = tail[:, -count:, :, -2:].unbind(-1)
-        begun = (carry.memory, carry.momentum)
-        return MemoryState(self.after(RuleCall(q, k, v, alpha, beta, self.eta_logits, begun)), kept)
+        tokens = (*self.core.rule_inputs(written, ids, self.heads), alpha, beta)
+        return MemoryState(self._after(tokens, (carry.memory, carry.momentum)), kept)
+
+    def _after(self, tokens: tuple[Tensor, ...], state: State) -> StepState:
+        """The rule's state after tokens q, k, v, alpha and beta logits [rows, tokens, heads, ...] of a segment."""
+        count = tokens[0].shape[1]
+        whole = count - count % (self.config.chunk_start or 1)
+        within = None
+        for part in (slice(0, whole), slice(whole, count)):
+            if part.start == part.stop:
+                continue
+            q, k, v, alpha, beta = (x[:, part] for x in tokens)
+            _, after, gates = self.module(q, k, v, alpha, beta, self.eta_logits, state, None, self.heads)
+            within = RulePass(state, after, gates) if part.start == whole else None
+            state = after
+        return self.running(state, within)
 
     def _pairs(self, rows: int, like: Tensor) -> dict[str, Tensor]:
         """Keys and values with the persistent pairs alone."""

@@ -16,6 +16,7 @@ from pipeline.lm.backbone import rope_of
 from pipeline.lm.decoder_config import head_dim, kv_heads
 from pipeline.lm.decoding import Decoder, DecodingState
 from pipeline.ops.attention_sinks import NO_TOKEN, WindowCarry
+from pipeline.ops.gates import Gates
 from pipeline.ops.key_cache import KeyCache
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.context_memory import ContextBranch
@@ -23,10 +24,11 @@ from pipeline.systems.miras.decoding.branch import BranchSteps
 from pipeline.systems.miras.decoding.context import ContextSteps
 from pipeline.systems.miras.decoding.overflow import OverflowSteps
 from pipeline.systems.miras.decoding.state import LENGTHS, LayerState, MirasState
-from pipeline.systems.miras.decoding.steps import MemorySteps, RuleCall
+from pipeline.systems.miras.decoding.steps import MemorySteps, RulePass
 from pipeline.systems.miras.decoding.token import run_token
 from pipeline.systems.miras.model import LayerCarry, MirasModel
 from pipeline.systems.miras.overflow import OverflowBranch
+from pipeline.systems.miras.rules import State
 
 PIECE = 1024
 """Tokens that a parallel pass takes at a time, about."""
@@ -155,13 +157,13 @@ class MirasDecoder(Decoder):
             return torch.cat(found, dim=1)
         ids, stepped = ids.to(self._like.device), done
         carry = self._carry(state, length + done) if length + done else None
-        calls: dict[int, RuleCall] = {}
+        within: dict[int, RulePass] = {}
         rest = tokens - (tokens - done) % self.grain
         while done < tokens:
-            # What begins a chunk and does not end it is a pass of its own, whose tokens the rules take one by one.
+            # What begins a chunk and does not end it is a pass of its own.
             last = done == rest
             end = tokens if last else min(rest, done + self._piece(length + done))
-            with self._kept_calls() if last else nullcontext(calls) as calls:
+            with self._kept_passes() if last else nullcontext(within) as within:
                 hidden, carry = self._pass(ids[:, done:end], carry, length + done)
             keep(hidden)
             done = end
@@ -170,7 +172,7 @@ class MirasDecoder(Decoder):
             assert left.attention is not None
             layer.attention.load(left.attention, length + tokens, self.rope)
             if left.memory is not None:
-                layer.memory = self.memories[index].loaded(left.memory, length + tokens, calls.get(index))
+                layer.memory = self.memories[index].loaded(left.memory, length + tokens, within.get(index))
         state.advance(tokens - stepped)
         return torch.cat(found, dim=1)
 
@@ -201,20 +203,20 @@ class MirasDecoder(Decoder):
         return max(self.grain, min(self.piece, SCORES // (length + self.piece) // self.grain * self.grain))
 
     @contextmanager
-    def _kept_calls(self) -> Iterator[dict[int, RuleCall]]:
-        """What the rules that step by the chunk are called with meanwhile, by layer."""
-        calls: dict[int, RuleCall] = {}
+    def _kept_passes(self) -> Iterator[dict[int, RulePass]]:
+        """What the rules that step by the chunk do meanwhile, by layer."""
+        found: dict[int, RulePass] = {}
 
-        def keep(index: int, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-            calls[index] = RuleCall(*arguments[: len(RuleCall._fields)])
+        def keep(index: int, _: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, State, Gates]) -> None:
+            found[index] = RulePass(arguments[6], *output[1:])
 
         handles = [
-            steps.module.register_forward_pre_hook(partial(keep, index))
+            steps.module.register_forward_hook(partial(keep, index))
             for index, steps in self.memories.items()
             if steps.grain > 1
         ]
         try:
-            yield calls
+            yield found
         finally:
             for handle in handles:
                 handle.remove()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.ops.key_cache import TokenPlan
 from pipeline.systems.miras.decoding.state import MemoryState
-from pipeline.systems.miras.decoding.steps import MemorySteps, RuleCall, as_ring, in_order
+from pipeline.systems.miras.decoding.steps import MemorySteps, RulePass, as_ring, in_order
 from pipeline.systems.miras.memory import MemoryCarry
 from pipeline.systems.miras.overflow import OverflowBranch
 
@@ -53,6 +53,6 @@ class OverflowSteps(MemorySteps):
         tail, ids = in_order(state.kept[LOGITS], length)
         return MemoryCarry(*self.rule.finish(state.running), tail[..., None], ids)
 
-    def loaded(self, carry: MemoryCarry, length: int, call: RuleCall | None) -> MemoryState:
-        running = self.rule.begin((carry.memory, carry.momentum)) if call is None else self.after(call)
+    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
+        running = self.running((carry.memory, carry.momentum), within)
         return MemoryState(running, {LOGITS: as_ring(carry.tail.squeeze(-1), length)})

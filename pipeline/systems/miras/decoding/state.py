@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.lm.decoding import DecodingState
 from pipeline.ops.key_cache import KeyCache
 from pipeline.ops.rope import Rope
-from pipeline.systems.miras.rule_step import StepState
+from pipeline.systems.miras.step_state import StepState
 
 LENGTHS = "lengths"
 RUNNING = "running."

@@ -9,23 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.ops.gates import Gates
 from pipeline.systems.miras.config import MemoryConfig
 from pipeline.systems.miras.decoding.state import MemoryState
 from pipeline.systems.miras.memory import MemoryCarry
-from pipeline.systems.miras.rule_step import StepState, rule_step
+from pipeline.systems.miras.rule_step import rule_step
 from pipeline.systems.miras.rules import MemoryRule, State
+from pipeline.systems.miras.step_state import StepState
 
 
-class RuleCall(NamedTuple):
-    """What a rule was called with in a parallel pass, [rows, tokens, heads, ...] each, and the state before it."""
+class RulePass(NamedTuple):
+    """A parallel pass of a rule over the first tokens of a chunk: (M, S) before and after it, and its gates."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    alpha_logits: Tensor
-    beta_logits: Tensor
-    eta_logits: Tensor | None
-    state: State
+    before: State
+    after: State
+    gates: Gates
 
 
 class MemorySteps(ABC):
@@ -52,9 +50,9 @@ class MemorySteps(ABC):
         """What a parallel pass goes on with, of rows of `length` tokens each, at least one."""
 
     @abstractmethod
-    def loaded(self, carry: MemoryCarry, length: int, call: RuleCall | None) -> MemoryState:
-        """The state after a parallel pass that left rows of `length` tokens each. Where it ended within a chunk, `call`
-        is what the rule was called with since the chunk's start."""
+    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
+        """The state after a parallel pass that left rows of `length` tokens each; `within`: it took the first tokens of
+        a chunk, and no others."""
 
     def begin(self, rows: int, like: Tensor) -> StepState:
         """The rule's state before any token."""
@@ -65,16 +63,9 @@ class MemorySteps(ABC):
         q, k, v, alpha, beta = (x.squeeze(1) for x in (q, k, v, alpha, beta))
         return self.rule.step(q, k, v, alpha, beta, self.eta_logits, state).unsqueeze(1)
 
-    def after(self, call: RuleCall) -> StepState:
-        """The rule's state after the tokens of a call, which began at a chunk's start."""
-        state, count = call.state, call.q.shape[1]
-        whole = count - count % (self.config.chunk_start or 1)
-        if whole:
-            q, k, v, alpha, beta = (x[:, :whole] for x in call[:5])
-            _, state, _ = self.module(q, k, v, alpha, beta, call.eta_logits, state, None, self.heads)
-        running = self.rule.begin(state)
-        self.rule.write_tokens([x[:, whole:] for x in call[:5]], call.eta_logits, running)
-        return running
+    def running(self, state: State, within: RulePass | None) -> StepState:
+        """The rule's state after a parallel pass, as `loaded` has it."""
+        return self.rule.begin(state) if within is None else self.rule.begin_within(*within)
 
 
 def in_order(ring: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "spelling", "units", "host", "files"),
-    ("data_config",),
+    ("data_config", "evaluation_config"),
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("capabilities", "heat_map", "system"),
+    ("capabilities", "evaluation_result", "heat_map", "system"),
     ("lm",),
     (
         "ds_config",
@@ -27,7 +27,7 @@ LAYERS = (
         "phases",
         "compilation",
     ),
-    ("load", "run_folder", "skipped_updates", "update_watch"),
+    ("downstream", "load", "run_folder", "skipped_updates", "update_watch"),
     ("create_run", "end_run", "evaluations"),
     ("train",),
     ("job",),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from pipeline.capabilities import ClosesGap, Recalls
+from pipeline.capabilities import ClosesGap, Recalls, ScoresText
 from pipeline.commands.flags import pop_flag
+from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
+from pipeline.downstream.tasks import DEFAULT_TASKS, check_path, load_tasks, writes_text
 from pipeline.errors import UserError, shown
 from pipeline.evaluations import together
+from pipeline.parallel.collectives import shared_errors
+from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation, Phase, System
 
@@ -30,6 +35,10 @@ class Suite:
     """Whether it adds to the system's own evaluation, in the same files."""
     flags: Mapping[str, Callable[[str, str], Any]] = field(default_factory=dict)
     """From the flags of its own to what reads (flag, value). Raises UserError."""
+    prepare: Callable[[Mapping[str, Any], Topology], Mapping[str, Any]] | None = None
+    """From the values of the flags to what `evaluate` takes: what can fail before a model is loaded. Collective."""
+    reads_data: bool = True
+    """Whether it reads the data that the model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,11 @@ class Chosen:
         """Raises UserError when the system cannot be evaluated so."""
         if not isinstance(system, self.suite.needs):
             raise UserError(f"--suite {self.name}: {system.config.recipe} {self.suite.lacks}: leave it out")
+
+    def prepared(self, topology: Topology) -> Chosen:
+        """With all that it needs besides the model. Collective; raises UserError."""
+        prepare = self.suite.prepare
+        return self if prepare is None else dataclasses.replace(self, values=prepare(self.values, topology))
 
     def run(self, system: System, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         """What it finds, the same on every rank. Collective."""
@@ -90,12 +104,53 @@ def _long(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, va
     return together(system.evaluate(model, phase, sync_point), gap)
 
 
+def names(flag: str, words: str) -> tuple[str, ...]:
+    """Names apart from each other, such as sciq,copa. Raises UserError."""
+    parts = [part.strip() for part in words.split(",")]
+    if not all(parts):
+        raise UserError(f"{flag} {shown(words)}: give names, such as sciq,copa")
+    return tuple(parts)
+
+
+def folder(flag: str, words: str) -> str:
+    """A folder that is there. Raises UserError."""
+    check_path(words, flag)
+    return words
+
+
+def _with_tasks(values: Mapping[str, Any], topology: Topology) -> Mapping[str, Any]:
+    flag = "--tasks" if "--tasks" in values else "--suite downstream"
+    chosen = values.get("--tasks", DEFAULT_TASKS)
+    return {**values, TASKS: load_tasks(chosen, values.get("--task-path"), topology, flag)}
+
+
+def _downstream(
+    system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
+) -> Evaluation:
+    with shared_errors(sync_point.topology):
+        tokenizer = system.tokenizer()
+    decoder = own_decoder(system, model) if writes_text(values[TASKS]) else None
+    return evaluate_tasks(system, model, sync_point, values[TASKS], tokenizer, values.get("--limit"), decoder)
+
+
+TASKS = "tasks"
+"""Among the values of the suite: the tasks with their data."""
+DOWNSTREAM = "downstream"
+"""The suite of tasks, which folders that transformers loads are evaluated with too."""
 OWN = Suite(_own)
 """A system's own evaluation, as in training."""
 SUITES = {
     "long": Suite(_long, ClosesGap, "has no memory", adds=True),
     "recall": Suite(
         _recall, Recalls, "cannot be asked for what stood far back", flags={"--lengths": counts, "--queries": count}
+    ),
+    DOWNSTREAM: Suite(
+        _downstream,
+        ScoresText,
+        "reads no text",
+        flags={"--tasks": names, "--limit": count, "--task-path": folder},
+        prepare=_with_tasks,
+        reads_data=False,
     ),
 }
 """The suites by name."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.checkpoint.carry import carry_content, write_carry
 from pipeline.checkpoint.files import Entry, checksum, tensor_bytes, write_shard, write_tensors
-from pipeline.checkpoint.restore import LOADER_STATE, TRAINER_STATE
+from pipeline.checkpoint.loader_state import LOADER_STATE
+from pipeline.checkpoint.restore import TRAINER_STATE
 from pipeline.checkpoint.rng import rng_state
 from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
 from pipeline.config import RunConfig
@@ -100,7 +101,9 @@ def manifest_facts(run: Run, snapshot: Snapshot, packages: dict[str, str | None]
 def _merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The loaders' states of all ranks as one: each has the cursors of its own streams, or all are at one place."""
     if "streams" not in states[0]:
-        assert all(state == states[0] for state in states), "a loader without streams is at one place on every rank"
+        # The sidecars of another node may name the tokenizer otherwise.
+        places = [{key: value for key, value in state.items() if key != "tokenizers"} for state in states]
+        assert all(place == places[0] for place in places), "a loader without streams is at one place on every rank"
         return states[0]
     streams = {key: value for state in states for key, value in state["streams"].items()}
     return {**states[0], "streams": streams}

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from pipeline.checkpoint.files import Entry, check_new, checksum, new_folder, write_shard, write_tensors
+from pipeline.checkpoint.loader_state import read_loader_state
 from pipeline.checkpoint.manifest import manifest_with, problems, write_manifest
 from pipeline.checkpoint.parameters import Parameters
 from pipeline.checkpoint.restore import TRAINER_STATE
@@ -121,10 +122,11 @@ def _adam(source: Parameters, decoder: Decoder, run: RunConfig) -> AdamState:
 
 def _trainer_content(checkpoint: Path, manifest: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
     step, rows = int(manifest["step"]), int(manifest["global_batch"])
+    epoch, examples = divmod(step * rows, _examples_per_epoch(checkpoint) or step * rows + 1)
     content: dict[str, Any] = {
-        "epoch": 0,
+        "epoch": epoch,
         "global_step": step,
-        "global_train_examples_seen_this_epoch": step * rows,
+        "global_train_examples_seen_this_epoch": examples,
         "global_train_tokens_seen": step * rows * run.sequence_length,
         "world_size": int(manifest["world"]),
         "checkpoints": [],
@@ -138,6 +140,12 @@ def _trainer_content(checkpoint: Path, manifest: Mapping[str, Any], run: RunConf
         name, keys, *rest = saved["numpy"]
         content["rng"] = {**saved, "numpy": (name, keys.numpy().astype(np.uint32), *rest)}
     return content
+
+
+def _examples_per_epoch(checkpoint: Path) -> int | None:
+    """Windows of the token files that a run is trained on; None where it reads documents, or has read nothing here."""
+    windows = read_loader_state(checkpoint).get("windows_per_epoch")
+    return None if windows is None else sum(windows)
 
 
 def read_native(folder: Path, out: Path, decoder: Decoder, run: RunConfig, phase: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.carry import load_carry
+from pipeline.checkpoint.loader_state import LOADER_STATE
 from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems, read_manifest, unlisted
 from pipeline.checkpoint.rng import seed_all, set_rng_state
 from pipeline.checkpoint.safe import load_pickle
@@ -20,7 +21,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.run import Progress, Run
 from pipeline.system import Carry
 
-TRAINER_STATE, LOADER_STATE = "trainer_state.json", "loader.json"
+TRAINER_STATE = "trainer_state.json"
 KINDS: dict[type, Any] = {str: str, bool: bool, int: int, float: (int, float), tuple: list}
 """What JSON makes of the types of `Progress`."""
 

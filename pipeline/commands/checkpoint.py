@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, read_manifest, unlisted
-from pipeline.commands.convert import CONVERT, FORMAT_FLAGS, check_format, from_native, to_native, to_universal
+from pipeline.commands.convert import (
+    CONVERT,
+    FORMAT_FLAGS,
+    TOKENIZER,
+    check_format,
+    from_native,
+    to_native,
+    to_universal,
+)
 from pipeline.commands.flags import pop_flag, wants_help
 from pipeline.errors import UserError
 from pipeline.host.hardware import choose_accelerator
@@ -21,7 +29,7 @@ from pipeline.units import human_bytes
 USAGE = """\
 usage: mnemos checkpoint verify PATH ... [--quick]
        mnemos checkpoint list PATH [--json]
-       mnemos checkpoint convert CHECKPOINT DIR [--to olmo]
+       mnemos checkpoint convert CHECKPOINT DIR [--to olmo [--tokenizer NAME]]
        mnemos checkpoint convert FOLDER DIR --from olmo
 
 A PATH is a checkpoint's folder, or a run directory for all of its checkpoints. Each command takes --help."""
@@ -267,7 +275,10 @@ def _convert(words: Sequence[str], flags: Flags) -> None:
         if checkpoint is None:
             raise UserError(f"{source}: no complete checkpoint there: only saves that did not finish")
     assert checkpoint is not None
-    (to_native if other == "--to" else to_universal)(checkpoint, out)
+    if other == "--to":
+        to_native(checkpoint, out, flags.get(TOKENIZER))
+    else:
+        to_universal(checkpoint, out)
 
 
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str], Flags], None], str, tuple[str, ...], tuple[str, ...]]] = {

@@ -11,7 +11,7 @@ from pipeline.units import human_bytes
 
 CONVERT = """\
 usage: mnemos checkpoint convert CHECKPOINT DIR
-       mnemos checkpoint convert CHECKPOINT DIR --to olmo
+       mnemos checkpoint convert CHECKPOINT DIR --to olmo [--tokenizer NAME]
        mnemos checkpoint convert FOLDER DIR --from olmo
 
 Writes a checkpoint to the new folder DIR in the universal format, which any number of ranks and any ZeRO stage can
@@ -20,8 +20,10 @@ resume from. CHECKPOINT is a checkpoint's folder, or a run directory for its new
   --to olmo    write DIR/step{N}-unsharded as OLMo's trainer does: model.pt, optim.pt, train.pt and config.yaml, of a
                system that trains an OLMo or OLMo 2 decoder and nothing besides
   --from olmo  FOLDER is such a folder; DIR becomes a checkpoint in the universal format, to resume from, or to take the
-               weights from with --init-from"""
-FORMAT_FLAGS = ("--to", "--from")
+               weights from with --init-from
+  --tokenizer NAME  with --to olmo: the tokenizer of the run, where its token files do not say, as --data.tokenizer"""
+TOKENIZER = "--tokenizer"
+FORMAT_FLAGS = ("--to", "--from", TOKENIZER)
 UNIVERSAL = "universal"
 
 
@@ -29,7 +31,9 @@ def check_format(flags: Mapping[str, str | None]) -> str | None:
     """The flag that names OLMo's layout; None where the universal format is meant. Raises UserError."""
     from pipeline.lm.olmo_folder import NATIVE
 
-    given = [flag for flag in FORMAT_FLAGS if flag in flags]
+    given = [flag for flag in ("--to", "--from") if flag in flags]
+    if TOKENIZER in flags and (given != ["--to"] or flags["--to"] != NATIVE):
+        raise UserError(f"checkpoint convert: {TOKENIZER} goes with --to {NATIVE} alone: leave it out")
     if len(given) > 1:
         raise UserError("checkpoint convert: --to and --from are both given: convert in two steps")
     if not given or (given == ["--to"] and flags["--to"] == UNIVERSAL):
@@ -50,13 +54,17 @@ def to_universal(checkpoint: Path, out: Path) -> None:
     print(f"resume from it on any number of ranks and any ZeRO stage: train RECIPE --resume {out} --output-dir NEW_DIR")
 
 
-def to_native(checkpoint: Path, out: Path) -> None:
-    """Writes a checkpoint below `out` as OLMo's trainer does. Raises UserError."""
+def to_native(checkpoint: Path, out: Path, tokenizer: str | None = None) -> None:
+    """Writes a checkpoint below `out` as OLMo's trainer does. `tokenizer`: in place of the run's, where that is not
+    known. Raises UserError."""
+    import dataclasses
+
     from pipeline.capabilities import TrainsDecoder
+    from pipeline.checkpoint.loader_state import makers_at
     from pipeline.checkpoint.manifest import manifest_with, problems
     from pipeline.checkpoint.olmo_native import Decoder, write_native
     from pipeline.config_file import load_config
-    from pipeline.data.tokenizer import load_tokenizer
+    from pipeline.data.run_tokenizer import is_here, run_tokenizer
     from pipeline.lm.olmo_config import model_section
     from pipeline.lm.olmo_folder import CONFIG
     from pipeline.recipes import all_recipes
@@ -73,12 +81,20 @@ def to_native(checkpoint: Path, out: Path) -> None:
             f"{checkpoint}: a checkpoint of {run.recipe}, which is more than a decoder: OLMo's layout has no place for"
             " the rest; give one of a recipe that trains an OLMo"
         )
-    config = system.decoder_config()
-    if run.data.tokens and run.data.eos_id is not None:
-        vocabulary, eos = config.vocab_size, run.data.eos_id
+    config, makers = system.decoder_config(), makers_at(checkpoint)
+    data = run.data if tokenizer is None else dataclasses.replace(run.data, tokenizer=tokenizer)
+    stated = data.eos_id if data.tokens else None
+    if stated is not None and not any(makers) and not is_here(data.tokenizer):
+        # All that is asked of it is known, and a name needs no network.
+        vocabulary, eos = config.vocab_size, stated
     else:
-        tokenizer = load_tokenizer(run.data.tokenizer)
-        vocabulary, eos = tokenizer.vocab_size, tokenizer.eos_id
+        made_by = run_tokenizer(data, config.vocab_size, makers, fix=f"give {TOKENIZER} NAME")
+        vocabulary, eos = made_by.vocab_size, made_by.eos_id if stated is None else stated
+        data = dataclasses.replace(data, tokenizer=made_by.name)
+    # The config.yaml names it.
+    run = dataclasses.replace(run, data=data)
+    system = create_system(run)
+    assert isinstance(system, TrainsDecoder)
     section = model_section(config, vocabulary=vocabulary, eos=eos, length=run.sequence_length)
     content = system.native_config(section, manifest_with(checkpoint, "global_batch")["global_batch"])
     written = write_native(checkpoint, out, Decoder(config, system.decoder_prefix), run, content)

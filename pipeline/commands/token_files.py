@@ -80,6 +80,10 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
     if options.count < 1:
         raise UserError(f"--count is {options.count}: give 1 or more")
     (source,) = list_tokens([name], "data inspect")
+    if len(source.files) > 1:
+        raise UserError(
+            f"data inspect {name} names {len(source.files)} files: name one, such as {source.files[0].name}"
+        )
     sidecar = sidecar_of(source.files[0])
     tokenizer = _tokenizer(options.tokenizer, sidecar, name)
     data = DataConfig(token_dtype=options.dtype, token_header=options.header)
@@ -92,12 +96,12 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
 
 
 def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
-    import json
-
-    from pipeline.checkpoint.manifest import manifest_with, step_of
+    from pipeline.checkpoint.loader_state import read_loader_state
+    from pipeline.checkpoint.manifest import manifest_with
     from pipeline.config_file import load_config
+    from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokens.seen import windows_seen
-    from pipeline.data.tokens.sidecar import read_sidecar
+    from pipeline.data.tokens.sidecar import makers_of
     from pipeline.evals.command import find_checkpoint_folder
     from pipeline.recipes import all_recipes
 
@@ -106,14 +110,19 @@ def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
     checkpoint = find_checkpoint_folder(folder)
     manifest = manifest_with(checkpoint, "global_batch", "step")
     config = load_config(checkpoint / "config.yaml", all_recipes())
-    state = json.loads((checkpoint / "loader.json").read_text())
+    state = read_loader_state(checkpoint)
+    if not state:
+        raise UserError(
+            f"{checkpoint} was converted from another trainer's folder, which does not say what its steps have read:"
+            " give a run that went on from it"
+        )
     if not config.data.tokens:
         raise UserError(f"{folder} has read documents, not token files: what a step of it has read is not known")
     rows = int(manifest["global_batch"])
     seen = windows_seen(
-        config, state, rows=rows, step=step, saved_at=int(manifest.get("step", step_of(checkpoint))),
-        eos_id=options.eos_id,
+        config, state, rows=rows, step=step, saved_at=int(manifest["step"]), eos_id=options.eos_id,
     )  # fmt: skip
+    tokenizers: dict[str, Tokenizer] = {}
     print(f"step {step}: {rows} windows of {config.sequence_length} tokens")
     for window in seen:
         if options.count and window.row >= options.count:
@@ -121,25 +130,27 @@ def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
             break
         stop = window.start + config.sequence_length
         print(f"row {window.row}: {window.file.name} tokens {window.start} to {stop - 1}")
-        tokenizer = None
-        if window.documents and options.characters >= 0:
-            tokenizer = _tokenizer(
-                options.tokenizer, read_sidecar(Path(window.file.name)), window.file.name, config.data.tokenizer
-            )
+        makers = makers_of([window.sidecar])
+        key = str(makers)
+        if window.documents and key not in tokenizers:
+            if options.tokenizer is not None:
+                tokenizers[key] = _tokenizer(options.tokenizer, window.sidecar, window.file.name)
+            else:
+                # Older checkpoints do not say how many ids their model has.
+                vocab_size = int(state.get("vocab_size", 0))
+                tokenizers[key] = run_tokenizer(config.data, vocab_size, makers, fix="give --tokenizer")
         for document in window.documents:
             first, last = max(document.start, window.start), min(document.stop, stop)
             of = f", document {document.number} of {document.source}" if document.source is not None else ""
             print(f"  tokens {first} to {last - 1} of {document.start} to {document.stop - 1}{of}")
-            if tokenizer is not None:
-                text = _text(tokenizer, window.file.read(first, last - first), options.characters)
-                print(f"    {text}")
+            print(f"    {_text(tokenizers[key], window.file.read(first, last - first), options.characters)}")
 
 
-def _tokenizer(given: str | None, sidecar: Sidecar | None, name: str, configured: str | None = None) -> Tokenizer:
-    """The tokenizer that is given, or that the sidecar names, or that a run had. Raises UserError."""
+def _tokenizer(given: str | None, sidecar: Sidecar | None, name: str) -> Tokenizer:
+    """The tokenizer that is given, or that the sidecar names. Raises UserError."""
     from pipeline.data.tokenizer import load_tokenizer
 
-    chosen = given or (sidecar.tokenizer if sidecar is not None else configured)
+    chosen = given or (sidecar.tokenizer if sidecar is not None else None)
     if chosen is None:
         raise UserError(f"{name} has no sidecar that names its tokenizer: give --tokenizer")
     tokenizer = load_tokenizer(chosen)
@@ -172,9 +183,9 @@ def run_verify(words: Sequence[str]) -> None:
         vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         eos_id = tokenizer.eos_id if eos_id is None else eos_id
     expected = Expected(None if options.dtype == "auto" else options.dtype, vocab_size, eos_id, options.header)
-    (source,) = list_tokens(places, "data verify")
     failed: list[str] = []
-    for file in source.files:
+    # Also with ratios, as they stand in --data.tokens.
+    for file in (file for source in list_tokens(places, "data verify") for file in source.files):
         if file.is_url:
             raise UserError(f"data verify reads every byte of local files: download {file.name} first")
         for check in verify(Path(file.name), expected):

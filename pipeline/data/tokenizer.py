@@ -19,6 +19,7 @@ from pipeline.data import remote_code
 from pipeline.data.piece_bytes import piece_bytes
 from pipeline.data.sources.content import hash_files
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 
 _PROBE = (
     "The  quick\tbrown\n\n    fox_jumps(over=13.37) l'été, Straße, 日本語, Ελληνικά, \U0001f9e0 <|endoftext|> </s>\r\n"
@@ -244,7 +245,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.endswith(".model"):
         return SentencePieceTokenizer(str(path))
     if path.exists():

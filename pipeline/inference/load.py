@@ -6,7 +6,9 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.data_config import DataConfig
 from pipeline.errors import UserError, brief
+from pipeline.files.home import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from pipeline.data.tokenizer import Tokenizer
 
 GIVE = "give a checkpoint, a run directory, a folder of OLMo's layout, or one of save_pretrained"
+
+
+Read = tuple[Any, DataConfig, dict[str, str]]
+"""A model, the data that it was trained on, and what is known of the tokenizers of its token files (`makers_of`)."""
 
 
 class Loaded(NamedTuple):
@@ -39,24 +45,28 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
     """
     import torch
 
+    from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.host.hardware import choose_accelerator
     from pipeline.lm.olmo_folder import is_native
 
     choose_accelerator()
-    folder, dtype = Path(path).expanduser(), dtype or torch.float32
+    folder, dtype = expanded(path), dtype or torch.float32
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder: {GIVE}")
     if (folder / "config.json").is_file():
         read = _hugging_face
     else:
         read = _native if is_native(folder) else _checkpoint
-    model, own = read(folder, dtype)
-    return Loaded(model.eval(), load_tokenizer(tokenizer or own))
+    model, data, makers = read(folder, dtype)
+    if tokenizer is not None:
+        return Loaded(model.eval(), load_tokenizer(tokenizer))
+    fix = "give load(..., tokenizer=NAME)"
+    return Loaded(model.eval(), run_tokenizer(data, model.config.vocab_size, makers, fix=fix))
 
 
-def _checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
-    """The model and the name of its tokenizer."""
+def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
+    from pipeline.checkpoint.loader_state import makers_at
     from pipeline.checkpoint.manifest import MANIFEST, newest, problems
     from pipeline.checkpoint.trainable import TRAINABLE
     from pipeline.config_file import load_config
@@ -74,19 +84,19 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
     stored = file_tensors(checkpoint / TRAINABLE)
     weights = {name.removeprefix(system.decoder_prefix): tensor.read(name) for name, tensor in stored.items()}
     model = _filled(system.decoder_config(), weights, dtype, str(checkpoint / TRAINABLE))
-    return model, config.data.tokenizer
+    return model, config.data, makers_at(checkpoint)
 
 
-def _native(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+def _native(folder: Path, dtype: torch.dtype) -> Read:
     from pipeline.lm.olmo_folder import MODEL, read_weights
 
-    config = native_run(folder)
+    config = native_run(folder, model_alone=True)
     decoder = _decoder_system(config, str(folder)).decoder_config()
     model = _filled(decoder, read_weights(folder, decoder), dtype, str(folder / MODEL))
-    return model, config.data.tokenizer
+    return model, config.data, {}
 
 
-def _hugging_face(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
+def _hugging_face(folder: Path, dtype: torch.dtype) -> Read:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -100,17 +110,28 @@ def _hugging_face(folder: Path, dtype: torch.dtype) -> tuple[Any, str]:
     missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}: save it again")
-    return model, str(folder)
+    return model, DataConfig(tokenizer=str(folder)), {}
 
 
-def native_run(folder: Path) -> RunConfig:
-    """The run that the config.yaml of a native folder means, with its tokenizer where that is one of here. Raises
-    UserError."""
+def native_run(folder: Path, *, model_alone: bool = False) -> RunConfig:
+    """The run that the config.yaml of a native folder means, with its tokenizer where that is one of here; with
+    `model_alone`, whatever it says of the training. Raises UserError."""
+    from pipeline.lm.olmo_config import DROPOUTS
     from pipeline.lm.olmo_folder import CONFIG, check_native, read_config
     from pipeline.recipes import read_foreign
 
     check_native(folder)
     content = read_config(folder)
+    if model_alone and isinstance(content.get("model"), dict):
+        # Of the training, fields that this program takes.
+        untrained = {
+            **dict.fromkeys(DROPOUTS, 0.0),
+            "init_fn": "mitchell",
+            "init_std": 0.02,
+            "init_cutoff_factor": None,
+        }
+        kept = {key: content[key] for key in ("tokenizer",) if key in content}
+        content = {**kept, "model": {**content["model"], **untrained}, "optimizer": {"name": "adamw"}}
     # Where that training began and left its files is nothing to one that goes on from the folder.
     elsewhere = {"load_path": None, "save_folder": None, "dry_run": False}
     run = read_foreign({**content, **elsewhere}, str(folder / CONFIG))

@@ -62,7 +62,9 @@ def tokenizer_name(content: Mapping[str, Any]) -> str | None:
     name = section.get("identifier") if isinstance(section, dict) else None
     if not isinstance(name, str):
         return None
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(".json")
+    # NAME or ORGANISATION/NAME, with a revision or without.
+    on_hub = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", name) is not None
+    on_hub = on_hub and not name.endswith((".json", ".model"))
     here = name == "bytes" or Path(name).is_dir() or (name.endswith(".model") and Path(name).is_file())
     return name if here or on_hub else None
 

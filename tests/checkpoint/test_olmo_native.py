@@ -13,20 +13,23 @@ from transformers import PreTrainedConfig
 from pipeline.checkpoint.manifest import problems, read_manifest
 from pipeline.checkpoint.restore import read_progress
 from pipeline.commands.checkpoint import run_checkpoint
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.lm import load
 from pipeline.lm.olmo_config import model_section
 from pipeline.lm.olmo_layout import fused
 from tests.checkpoint.small_runs import a_run, save
+from tests.checkpoint.token_runs import tokenised, trained_on
+from tests.data.conftest import bpe_folder  # noqa: F401
 from tests.lm.olmo_reference import small_config, small_decoder
 
 STEP, ROWS, LENGTH = 7, 6, 16
 KINDS = [("first", True), ("first", False), ("second", True), ("second", False)]
 
 
-def native(folder: Path, kind: str = "first", *, tied: bool = True, **changes: Any) -> Path:
+def native(folder: Path, kind: str = "first", *, tied: bool = True, vocabulary: int = 260, **changes: Any) -> Path:
     """A folder as OLMo writes it after STEP updates of a small decoder with random moments."""
-    config = small_config(kind, tied=tied, vocab_size=260)
+    config = small_config(kind, tied=tied, vocab_size=vocabulary)
     weights = weights_of(config)
     generator = torch.Generator().manual_seed(3)
     decayed = sorted(name for name in weights if weights[name].dim() == 2 and "wte" not in name)
@@ -52,7 +55,7 @@ def native(folder: Path, kind: str = "first", *, tied: bool = True, **changes: A
     trainer = {"epoch": 0, "global_step": STEP, "global_train_examples_seen_this_epoch": STEP * ROWS,
                "global_train_tokens_seen": STEP * ROWS * LENGTH, "world_size": 1}  # fmt: skip
     content = {
-        "model": {**model_section(config, vocabulary=260, eos=256, length=LENGTH), "init_fn": "mitchell"},
+        "model": {**model_section(config, vocabulary=vocabulary, eos=256, length=LENGTH), "init_fn": "mitchell"},
         "optimizer": {"name": "adamw", "learning_rate": 4e-4, "weight_decay": 0.1},
         "scheduler": {"name": "cosine_with_warmup", "t_warmup": 2},
         "tokenizer": {"identifier": "bytes"},
@@ -234,3 +237,106 @@ def test_the_random_states_go_along_where_olmo_would_take_them(tmp_path: Path) -
     found = _trainer_content(tmp_path, manifest, run)["rng"]
     np.random.set_state(found["numpy"])
     assert found["python"] == state["python"] and torch.equal(found["cuda"], state["torch"])
+
+
+TEXTS = [f"def function_{i}(path):\n    return {'x + ' * (i % 5)}1\n" for i in range(60)]
+
+
+def on_tokens(folder: Path, tokens: list[str], **data: Any) -> Path:
+    """A checkpoint of STEP steps on token files, of a model with 640 ids."""
+    run_checkpoint(["convert", str(native(folder / "native", vocabulary=640)), str(folder / "here"), "--from", "olmo"])
+    return trained_on(folder / "here", tokens, steps=STEP, vocab_size=640, **data)
+
+
+def test_the_tokenizer_that_made_the_token_files_goes_along(tmp_path: Path, bpe_folder: Path) -> None:  # noqa: F811
+    """Not the default of --data.tokenizer, which a run on token files has no use for."""
+    made_by = load_tokenizer(str(bpe_folder))
+    one, other = (tokenised(tmp_path / f"{name}.npy", TEXTS, str(bpe_folder)) for name in ("one", "other"))
+    here = on_tokens(tmp_path, [f"{one}=0.75", f"{other}=0.25"])
+    # What the checkpoint knows is not lost with its files.
+    for file in tmp_path.glob("*.npy*"):
+        file.unlink()
+    tokenizer = load(here).tokenizer
+    assert tokenizer.fingerprint == made_by.fingerprint and tokenizer.decode(made_by.encode(TEXTS[3])) == TEXTS[3]
+    convert(here, tmp_path / "again", "--to", "olmo")
+    again = tmp_path / "again" / f"step{STEP}-unsharded"
+    content = yaml.safe_load((again / "config.yaml").read_text())
+    assert content["tokenizer"]["identifier"] == str(bpe_folder) and content["data"]["paths"] == [one, other]
+    sizes = {key: content["model"][key] for key in ("vocab_size", "embedding_size", "eos_token_id", "pad_token_id")}
+    assert sizes == {
+        "vocab_size": made_by.vocab_size, "embedding_size": 640, "eos_token_id": made_by.eos_id,
+        "pad_token_id": made_by.eos_id,
+    }  # fmt: skip
+    assert load(again).tokenizer.fingerprint == made_by.fingerprint
+
+
+def test_the_data_of_a_native_folder_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = tokenised(tmp_path / "a.npy", TEXTS, "bytes")
+    data = {"paths": [ids, "https://host/b.npy?part=3"], "memmap_dtype": "uint16", "generate_doc_lengths": True}
+    convert(native(tmp_path / "native", data=data), tmp_path / "here", "--from", "olmo")
+    convert(tmp_path / "here", tmp_path / "again", "--to", "olmo")
+    again = yaml.safe_load((tmp_path / "again" / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert again["data"] == data and again["model"]["eos_token_id"] == 256
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_bytes_are_not_taken_for_what_made_files_of_a_larger_vocabulary(
+    tmp_path: Path,
+    bpe_folder: Path,  # noqa: F811
+) -> None:
+    file = tokenised(tmp_path / "a.npy", TEXTS, str(bpe_folder), sidecar=False)
+    here, out = on_tokens(tmp_path, [file]), tmp_path / "again"
+    what = "nothing says which tokenizer made the token files: .* .bytes., of 260 ids, and the model has 640: "
+    with pytest.raises(UserError, match=what + r"give load\(\.\.\., tokenizer=NAME\)$"):
+        load(here)
+    with pytest.raises(UserError, match=what + "give --tokenizer NAME$"):
+        convert(here, out, "--to", "olmo")
+    assert not out.exists() and load(here, tokenizer=str(bpe_folder)).tokenizer.vocab_size > 260
+    with pytest.raises(UserError, match="--tokenizer goes with --to olmo alone"):
+        convert(here, out, "--tokenizer", "bytes")
+    convert(here, out, "--to", "olmo", "--tokenizer", bpe_folder)
+    content = yaml.safe_load((out / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert content["tokenizer"]["identifier"] == str(bpe_folder)
+
+
+def test_a_conversion_needs_no_network_where_the_end_of_documents_is_given(tmp_path: Path) -> None:
+    here = on_tokens(
+        tmp_path, [tokenised(tmp_path / "a.npy", TEXTS, "bytes", sidecar=False)], eos_id=7, tokenizer="allenai/not@here"
+    )
+    convert(here, tmp_path / "again", "--to", "olmo")
+    content = yaml.safe_load((tmp_path / "again" / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert content["tokenizer"]["identifier"] == "allenai/not@here"
+    assert (content["model"]["vocab_size"], content["model"]["eos_token_id"]) == (640, 7)
+
+
+def test_the_epoch_of_a_run_goes_along(tmp_path: Path) -> None:
+    """OLMo reads on at the example of the epoch: beyond the end of its data there is none."""
+    here = on_tokens(tmp_path, [tokenised(tmp_path / "a.npy", TEXTS[:9], "bytes")], holdout=0.2)
+    convert(here, tmp_path / "again", "--to", "olmo")
+    trainer = torch.load(tmp_path / "again" / f"step{STEP}-unsharded" / "train.pt", weights_only=True)
+    windows = sum(len(text) + 1 for text in TEXTS[:9]) // LENGTH
+    windows -= int(0.2 * windows)
+    epoch, examples = divmod(STEP * ROWS, windows)
+    assert epoch > 0 and (trainer["epoch"], trainer["global_train_examples_seen_this_epoch"]) == (epoch, examples)
+
+
+def test_a_native_folder_is_loaded_for_its_model_whatever_its_training_was(tmp_path: Path) -> None:
+    model = model_section(small_config("second", tied=True, vocab_size=260), vocabulary=260, eos=256, length=LENGTH)
+    folder = native(
+        tmp_path / "native", "second",
+        model={**model, "residual_dropout": 0.1, "attention_dropout": 0.1, "init_fn": "fan_in", "init_std": "x"},
+        optimizer={"name": "lionw", "learning_rate": 0}, scheduler={"name": "max_scheduler"}, precision="fp64",
+        activation_checkpointing="one_in_two", max_duration="2ep", global_train_batch_size=0, stop_at=0,
+        data={"paths": "${oc.env:X}"}, compile=True, seed=-1, evaluators=[{"label": "${nothing}"}],
+    )  # fmt: skip
+    loaded = load(folder)
+    assert loaded.tokenizer.name == "bytes"
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        wanted = small_decoder(small_config("second", tied=True, vocab_size=260))(ids).logits
+        torch.testing.assert_close(loaded.model(ids).logits, wanted, rtol=0, atol=1e-5)
+    dropout = native(tmp_path / "dropout", model={**model, "residual_dropout": 0.1})
+    with pytest.raises(UserError, match="model: residual_dropout is"):
+        convert(dropout, tmp_path / "here", "--from", "olmo")
+    with pytest.raises(UserError, match="model: alibi is True"):
+        load(native(tmp_path / "other", model={**model, "alibi": True}))

@@ -15,6 +15,7 @@ from pipeline.data.sources.listing import is_saved_to_disk, saved_to_disk
 from pipeline.data.sources.streamed import INTERLEAVED_SHARDS, StreamedDocuments
 from pipeline.data.sources.text import well_formed
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 
 _COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
@@ -34,7 +35,7 @@ class HuggingFaceStream:
         skip: bool = False,
     ) -> None:
         self.name, self.split, self.text_field, self.shuffle_buffer = dataset, split, text_field, shuffle_buffer
-        folder = Path(dataset).expanduser()
+        folder = expanded(dataset)
         self._local = folder.exists()
         self._path, _, revision = (str(folder), "", "") if self._local else dataset.partition("@")
         self._config_name, self._skip = config_name, skip

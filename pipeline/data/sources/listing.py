@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.data.sources.compressed import CODECS
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".json")
@@ -97,7 +98,7 @@ class _Search:
         self._kinds: dict[Path, str | None] = {}
 
     def files(self) -> list[LocalFile]:
-        path = Path(self.given).expanduser()
+        path = expanded(self.given)
         if path.is_dir():
             self._refuse_folder(path)
             found, shown = self._below(path, path), "holds"

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.run_tokenizer import run_tokenizer
 from pipeline.data.sources.content import hash_contents
 from pipeline.data.sources.readers import unreadable
 from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, OpenFiles, TokenFile, check_head, layout_of
 from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource
 from pipeline.data.tokens.loader import WindowLoader
 from pipeline.data.tokens.remote import Remote, RemoteTokenFile, default_cache, fetch_beside
-from pipeline.data.tokens.sidecar import Sidecar, parse_sidecar, read_sidecar
+from pipeline.data.tokens.sidecar import FIX, Sidecar, makers_of, parse_sidecar, read_sidecar
 from pipeline.data.tokens.windows import Side, Windows
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 from pipeline.files.json_file import parse_json
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ def build_window_loader(
         Windows(source.given, [file for file, _ in pairs], config.sequence_length, side, data.holdout)
         for source, pairs in zip(listed, opened, strict=True)
     ]
-    eos_id = eos_of([pair for pairs in opened for pair in pairs], data) if data.document_mask else None
+    beside = [pair for pairs in opened for pair in pairs]
+    eos_id = eos_of(beside, data, vocab_size) if data.document_mask else None
     return WindowLoader(
         sources,
         [source.ratio for source in listed],
@@ -52,16 +55,17 @@ def build_window_loader(
         eos_id=eos_id,
         prefetch=not held_out,
         accept_change=data.on_change == "accept",
+        makers=makers_of(sidecar for _, sidecar in beside),
     )
 
 
 def open_token_file(
     file: TokenName, data: DataConfig, vocab_size: int, files: OpenFiles | None = None
 ) -> tuple[TokenFile, Sidecar | None]:
-    """A file that begins as one of its dtype and vocabulary does, and its sidecar. Raises UserError."""
+    """A file that begins as one of its dtype and vocabulary does, and its sidecar, which it fits. Raises UserError."""
     sidecar = sidecar_of(file)
     dtype = dtype_of(file.name, sidecar, data, vocab_size)
-    cache = Path(data.token_cache).expanduser() if data.token_cache else default_cache()
+    cache = expanded(data.token_cache) if data.token_cache else default_cache()
     remote = Remote(file.name, cache) if file.is_url else None
     head = _head(Path(file.name)) if remote is None else remote.read(0, min(HEAD_BYTES, remote.size))
     layout = layout_of(file.name, head, dtype, header=data.token_header)
@@ -70,6 +74,13 @@ def open_token_file(
         if remote is None
         else RemoteTokenFile(file.name, file.identity, layout, remote)
     )
+    if sidecar is not None:
+        check_end(sidecar.eos_id, f"the sidecar of {file.name}", vocab_size)
+        if sidecar.tokens != found.tokens:
+            raise UserError(
+                f"{file.name} holds {found.tokens:,} ids, and {sidecar.tokens:,} by its sidecar: it is cut short or"
+                f" changed: copy it again, or {FIX}"
+            )
     check_head(file.name, head, layout, vocab_size)
     return found, sidecar
 
@@ -116,19 +127,35 @@ def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: i
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def eos_of(files: Sequence[tuple[TokenFile, Sidecar | None]], data: DataConfig) -> int:
-    """The id that ends documents: what the flag, the sidecars or the tokenizer says. Raises UserError."""
-    if data.eos_id is not None:
-        return data.eos_id
-    found = {sidecar.eos_id: file.name for file, sidecar in files if sidecar is not None}
-    if len(found) > 1:
-        (one, first), (other, second), *_ = found.items()
-        raise UserError(f"{first} ends documents with id {one}, {second} with {other}: give files of one tokenizer")
-    if found:
-        return next(iter(found))
-    from pipeline.data.tokenizer import load_tokenizer
+def check_end(eos_id: int | None, where: str, vocab_size: int) -> None:
+    """Raises UserError for an end-of-document id, which `where` gives, that the model does not have."""
+    if eos_id is not None and not 0 <= eos_id < vocab_size:
+        raise UserError(
+            f"{where} ends documents with id {eos_id}, beyond the model's vocabulary of {vocab_size}: give the files"
+            " and the id of the tokenizer that the model was made for"
+        )
 
-    return load_tokenizer(data.tokenizer, data.trust_remote_code).eos_id
+
+def eos_of(files: Sequence[tuple[TokenFile, Sidecar | None]], data: DataConfig, vocab_size: int) -> int:
+    """The id that ends documents: what the flag, the sidecars or, where there are none, the tokenizer says. Raises
+    UserError."""
+    if data.eos_id is not None:
+        check_end(data.eos_id, "--data.eos-id", vocab_size)
+        return data.eos_id
+    found = {None if sidecar is None else sidecar.eos_id: file.name for file, sidecar in files}
+    if len(found) > 1:
+        (one, first), (other, second), *_ = sorted(found.items(), key=lambda item: item[0] is None)
+        if other is None:
+            raise UserError(
+                f"{first} ends documents with id {one} by its sidecar, and {second} has none: give --data.eos-id"
+            )
+        raise UserError(f"{first} ends documents with id {one}, {second} with {other}: give files of one tokenizer")
+    (stated,) = found
+    if stated is not None:
+        return stated
+    end = run_tokenizer(data, vocab_size, {}, fix="give --data.eos-id, or --data.tokenizer").eos_id
+    check_end(end, f"--data.tokenizer {data.tokenizer}", vocab_size)
+    return end
 
 
 def _fingerprint(

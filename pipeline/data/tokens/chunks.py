@@ -44,7 +44,7 @@ class Chunk:
     spans: list[Span] = field(default_factory=list)
     empty: int = 0
     problems: list[Document] = field(default_factory=list)
-    """Records that are no documents."""
+    """Records that are no documents, or none that can be told from the next."""
     undecodable: list[Document] = field(default_factory=list)
     """Documents, without their text, of which bytes are read as U+FFFD."""
 
@@ -77,7 +77,7 @@ def cut(source: LocalFiles, limit: int = CHUNK_BYTES) -> list[range]:
 
 
 def encode(source: LocalFiles, tokenizer: Tokenizer, dtype: str, documents: range) -> Chunk:
-    """Tokenises documents by their numbers. Raises UserError for one that has the end-of-document id inside."""
+    """Tokenises documents by their numbers. One that has the end-of-document id inside is a problem."""
     found = Chunk(np.empty(0, DTYPES[dtype]))
     texts: list[str] = []
     names: list[str] = []
@@ -102,10 +102,9 @@ def encode(source: LocalFiles, tokenizer: Tokenizer, dtype: str, documents: rang
             found.empty += 1
             continue
         if (ids == tokenizer.eos_id).any():
-            raise UserError(
-                f"{name} has the end-of-document id {tokenizer.eos_id} in its text, by {tokenizer.name}: take the text"
-                " of that token out of the document"
-            )
+            problem = f"{name} has the end-of-document id {tokenizer.eos_id} in its text, by {tokenizer.name}"
+            found.problems.append(Document(name, "", problem))
+            continue
         parts += [ids.astype(DTYPES[dtype]), np.array([tokenizer.eos_id], DTYPES[dtype])]
         count = counts.setdefault(source.identity(number), [0, 0])
         count[0] += 1

@@ -12,11 +12,15 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from pipeline.data.sources.readers import unreadable
-from pipeline.errors import UserError
+from pipeline.errors import UserError, brief
 
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEAD_BYTES = 1 << 16
 """What is looked at of a file before it is used."""
+LEAST_IDS = 64
+"""Ids from which a dtype can be told."""
+_LARGEST_VOCABULARY = 1 << 20
+"""No tokenizer has more ids."""
 _NUMPY = b"\x93NUMPY"
 _FOREIGN = (
     (b"PAR1", "is a parquet file: tokenise it with `data prepare`"),
@@ -35,6 +39,8 @@ class Layout:
     """A key of DTYPES."""
     offset: int = 0
     """Bytes before the first id."""
+    declared: int | None = None
+    """Ids that the file's own header says; None without one."""
 
     @property
     def itemsize(self) -> int:
@@ -132,6 +138,11 @@ def count_tokens(name: str, size: int, layout: Layout) -> int:
             f"{name}: {size - layout.offset} bytes of ids are no whole number of {layout.dtype}: the file is cut short,"
             f" or give --data.token-dtype {other}"
         )
+    if layout.declared is not None and layout.declared != whole:
+        raise UserError(
+            f"{name} holds {whole:,} ids, and {layout.declared:,} by its NumPy header: it is cut short or changed:"
+            " write it again"
+        )
     return whole
 
 
@@ -156,44 +167,58 @@ def layout_of(name: str, head: bytes, dtype: str, *, header: bool) -> Layout:
 def _layout_of_array(name: str, head: bytes) -> Layout:
     """What NumPy's header says."""
     import io
+    import tokenize
 
     from numpy.lib import format as npy
 
     stream = io.BytesIO(head)
     try:
         version = npy.read_magic(stream)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        # The third is the second with names of fields beyond Latin-1, which ids have not.
+        second = npy.read_array_header_2_0
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): second, (3, 0): second}.get(version)
+        if read is None:
+            raise ValueError(f"version {version[0]}.{version[1]}")
         shape, _, dtype = read(stream)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{name} has a damaged NumPy header ({error}): write the file again") from error
+    # NumPy parses what stands there as Python.
+    except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise UserError(f"{name} has a damaged NumPy header ({brief(error)}): write the file again") from error
     found = next((key for key, value in DTYPES.items() if value == dtype), None)
     if found is None or len(shape) != 1:
         raise UserError(
             f"{name} holds an array of {dtype.str} of shape {shape}: write one dimension of uint16 or uint32,"
             " little-endian"
         )
-    return Layout(found, stream.tell())
+    return Layout(found, stream.tell(), shape[0])
 
 
 def check_head(name: str, head: bytes, layout: Layout, vocab_size: int) -> None:
     """Raises UserError when the first ids of a file cannot be of its dtype and vocabulary."""
     count = (len(head) - layout.offset) // layout.itemsize
     ids = np.frombuffer(head, DTYPES[layout.dtype], max(count, 0), layout.offset)
-    if layout.dtype == "uint16" and len(ids) >= 64 and looks_wide(ids):
-        raise UserError(
-            f"{name} is read as uint16 and looks like uint32 (every second id is 0): give --data.token-dtype uint32"
-        )
-    if layout.dtype == "uint32" and len(ids) >= 64 and (ids >= vocab_size).mean() > 0.5:
-        narrow = np.frombuffer(head, DTYPES["uint16"], count * 2, layout.offset)
-        if narrow.max() < vocab_size:
-            raise UserError(f"{name} is read as uint32 and looks like uint16: give --data.token-dtype uint16")
+    wrong = other_dtype(ids, vocab_size)
+    if wrong is not None:
+        raise UserError(f"{name} {wrong}: give --data.token-dtype {'uint32' if ids.itemsize == 2 else 'uint16'}")
     check_ids(name, 0, ids, vocab_size)
 
 
-def looks_wide(ids: np.ndarray) -> bool:
-    """Whether uint16 `ids` are halves of uint32: the high halves are all 0 and the low ones are not."""
-    even = len(ids) // 2 * 2
-    return not ids[1:even:2].any() and bool(ids[:even:2].any())
+def other_dtype(ids: np.ndarray, vocab_size: int | None) -> str | None:
+    """What shows that `ids` [n], which begin a file, are of the other dtype than they are read as; None where nothing
+    does. `vocab_size`: None where it is not known."""
+    if len(ids) < LEAST_IDS:
+        return None
+    most = _LARGEST_VOCABULARY if vocab_size is None else vocab_size
+    halves = ids[: len(ids) // 2 * 2] if ids.itemsize == 2 else np.ascontiguousarray(ids).view(DTYPES["uint16"])
+    if ids.itemsize == 2:
+        low, high = halves[::2], halves[1::2]
+        largest = (most - 1) >> 16
+        # Those of ids in a small vocabulary are all 0, of others 0 and 1: as every second id of a text they are not.
+        if high.max() > largest or not (low > largest).any():
+            return None
+        return f"is read as uint16 and looks like uint32 (every second id is {'0' if not largest else 'tiny'})"
+    if (ids >= most).mean() > 0.5 and (vocab_size is None or halves.max() < vocab_size):
+        return "is read as uint32 and looks like uint16"
+    return None
 
 
 def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int) -> None:

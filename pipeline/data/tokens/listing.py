@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 
 SUFFIXES = (".npy", ".bin")
 _URL = re.compile(r"https?://", re.IGNORECASE)
@@ -83,10 +84,16 @@ def list_tokens(entries: Sequence[str], flag: str = "--data.tokens") -> tuple[To
     return tuple(sources)
 
 
+def names_of(entries: Sequence[str]) -> list[str]:
+    """What the entries of a flag name, without their ratios."""
+    return [_split(entry, "--data.tokens")[0] for entry in entries]
+
+
 def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
-    """NAME and RATIO of NAME=RATIO; a file of the whole name has no ratio."""
+    """NAME and RATIO of NAME=RATIO; a file of the whole name has no ratio, nor has the value at the end of a URL's
+    query."""
     name, equals, ratio = entry.rpartition("=")
-    if not (equals and name) or Path(entry).expanduser().exists():
+    if not (equals and name) or expanded(entry).exists() or _is_query_value(entry):
         return entry, None
     try:
         value = float(ratio)
@@ -95,6 +102,12 @@ def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
     if not 0 < value < math.inf:
         raise UserError(f"{flag} {entry}: {ratio} is no share: give a number above 0")
     return name, Fraction(ratio)
+
+
+def _is_query_value(entry: str) -> bool:
+    """Whether the last `=` of an entry is that of a parameter in a URL."""
+    _, mark, query = entry.partition("?")
+    return _URL.match(entry) is not None and bool(mark) and query.rpartition("&")[2].count("=") == 1
 
 
 def _refuse_twice(files: Sequence[TokenName], flag: str) -> None:
@@ -110,7 +123,7 @@ def _files(given: str, flag: str) -> list[TokenName]:
     """The files that one name stands for: a file, those of a folder, those that a pattern matches, or a URL."""
     if _URL.match(given):
         return [TokenName(given, given.partition("?")[0].rpartition("/")[2] or given)]
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_dir():
         below = (file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
         parts = sorted((file.relative_to(path).as_posix(), file) for file in below)

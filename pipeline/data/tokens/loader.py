@@ -54,9 +54,10 @@ class WindowLoader:
         eos_id: int | None = None,
         prefetch: bool = False,
         accept_change: bool = False,
+        makers: Mapping[str, str] | None = None,
     ) -> None:
-        """`fingerprint` gives that of the files, which it reads for it, and what else decides what is read. Raises
-        UserError where a source has no window."""
+        """`fingerprint` gives that of the files, which it reads for it, and what else decides what is read; `makers`
+        the tokenizers that made them. Raises UserError where a source has no window."""
         self.sources, self.ratios, self.batch_size = list(sources), list(ratios), batch_size
         self.length, self._vocab_size, self._eos_id = sources[0].length, vocab_size, eos_id
         self.rows, self._local = stream_layout(batch_size, grad_accum, data_rank, data_degree)
@@ -65,7 +66,7 @@ class WindowLoader:
             if not len(source):
                 raise _too_short(source)
         self.order = Interleaving(ratios)
-        self._make_fingerprint = fingerprint
+        self._make_fingerprint, self._makers = fingerprint, dict(makers or {})
         self._taken: _State = [0] * len(sources)
         self._told: _State = self._taken
         """Up to where files have been told of what will be read."""
@@ -157,8 +158,10 @@ class WindowLoader:
                 f"{share}{source.name}: {len(source.files):,} token files, {len(source):,} windows"
                 f" ({tokens:,} tokens), an epoch in {steps:,.1f} steps"
             )
+        short = [file.name for source in self.sources for file in source.too_short]
+        left_out = f"; {len(short):,} files shorter than a window left out, such as {short[0]}" if short else ""
         mask = "" if self._eos_id is None else f"; documents kept apart at id {self._eos_id}"
-        return "; ".join(parts) + mask
+        return "; ".join(parts) + left_out + mask
 
     @property
     def epochs(self) -> list[float]:
@@ -176,7 +179,14 @@ class WindowLoader:
         self._taken = self._told = taken
 
     def state_dict(self) -> dict[str, Any]:
-        return {"windows": sum(self._taken), "taken": list(self._taken), "fingerprint": self.fingerprint}
+        return {
+            "windows": sum(self._taken),
+            "taken": list(self._taken),
+            "windows_per_epoch": [len(source) for source in self.sources],
+            "tokenizers": self._makers,
+            "vocab_size": self._vocab_size,
+            "fingerprint": self.fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on at the window after the last one that was read. Raises UserError for other data."""

@@ -12,6 +12,7 @@ from pipeline.data.tokens.build import build_window_loader, sidecars_of
 from pipeline.data.tokens.documents import FoundDocument, documents_from
 from pipeline.data.tokens.files import TokenFile
 from pipeline.data.tokens.listing import list_token_data
+from pipeline.data.tokens.sidecar import Sidecar
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 
@@ -32,6 +33,8 @@ class SeenWindow:
     """Its first token in the file."""
     documents: tuple[FoundDocument, ...]
     """Those that have a token in the window, as far as it is known what ends a document."""
+    sidecar: Sidecar | None = None
+    """Of the file."""
 
 
 def windows_seen(
@@ -42,17 +45,21 @@ def windows_seen(
     `rows`: the global batch. `eos_id`: what ends a document where neither configuration nor sidecar says. Raises
     UserError when the files are others now, or the step belongs to an earlier phase.
     """
+    # What the run has found at its start: the size of the model's vocabulary decided it, which is not known here.
     dtypes = {part["dtype"] for key, part in state["fingerprint"]["source"].items() if key != "ratios"}
-    # What files without a sidecar hold was decided by the size of the model's vocabulary.
     narrow = dtypes == {"uint16"} and not config.data.token_header
-    data = dataclasses.replace(config.data, token_dtype="uint16" if narrow else config.data.token_dtype)
+    ends = config.data.eos_id if config.data.eos_id is not None else state["fingerprint"].get("eos_id")
+    data = dataclasses.replace(config.data, token_dtype="uint16" if narrow else config.data.token_dtype, eos_id=ends)
     config = dataclasses.replace(config, data=data, batch_size=rows, grad_accum=1)
     loader = build_window_loader(config, Topology(world=1), list_token_data(data), vocab_size=ANY_ID, held_out=False)
     check_fingerprint(state["fingerprint"], loader.fingerprint)
     # Of a run of several phases, the loader has read the steps of the last one alone.
     before = step - 1 - (saved_at - int(state["windows"]) // rows)
     if before < 0:
-        raise UserError(f"--step {step} is of an earlier phase of the run: give a checkpoint that was saved in it")
+        raise UserError(
+            f"--step {step} is of an earlier phase of the run, or of the trainer that it was converted from: give a"
+            " checkpoint that was saved in that phase"
+        )
     sources, windows, _ = loader.windows_of_step(loader.order.taken_after(before * rows))
     beside = sidecars_of(loader)
     for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
@@ -65,4 +72,4 @@ def windows_seen(
                 if document.start >= start + loader.length:
                     break
                 found.append(document)
-        yield SeenWindow(row, file, start, tuple(found))
+        yield SeenWindow(row, file, start, tuple(found), sidecar)

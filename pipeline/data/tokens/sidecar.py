@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class Sidecar:
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+def makers_of(sidecars: Iterable[Sidecar | None]) -> dict[str, str]:
+    """The tokenizers that made files, by fingerprint, with the names that their sidecars give; "" stands for files
+    without one."""
+    return {
+        "" if sidecar is None else sidecar.tokenizer_fingerprint: "" if sidecar is None else sidecar.tokenizer
+        for sidecar in sidecars
+    }
 
 
 def sidecar_path(path: Path) -> Path:

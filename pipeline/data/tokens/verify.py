@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.tokens.files import DTYPES, HEAD_BYTES, Layout, count_tokens, layout_of, looks_wide
+from pipeline.data.tokens.files import DTYPES, HEAD_BYTES, Layout, count_tokens, layout_of, other_dtype
 from pipeline.data.tokens.sidecar import Sidecar, read_sidecar
 from pipeline.errors import UserError
 
@@ -73,11 +73,15 @@ def verify(path: Path, expected: Expected) -> Iterator[Check]:
         yield Check("header", False, str(error))
         return
     yield Check("header", True, "none" if not layout.offset else f"NumPy, {layout.offset} bytes")
-    yield _dtype(head, layout, expected)
+    yield _dtype(head, layout, expected, vocab_size)
     yield _size(path, size, layout, sidecar)
     if size - layout.offset < layout.itemsize:
         return
-    seen = _read(path, layout, vocab_size, eos_id)
+    try:
+        seen = _read(path, layout, vocab_size, eos_id)
+    except OSError as error:
+        yield Check("readable", False, f"{path}: {error.strerror or error}")
+        return
     yield _vocabulary(seen, vocab_size)
     yield _documents(seen, (size - layout.offset) // layout.itemsize, eos_id, sidecar)
     if sidecar is None:
@@ -88,13 +92,12 @@ def verify(path: Path, expected: Expected) -> Iterator[Check]:
         yield Check("hash", same, f"SHA-256 {found}")
 
 
-def _dtype(head: bytes, layout: Layout, expected: Expected) -> Check:
+def _dtype(head: bytes, layout: Layout, expected: Expected, vocab_size: int | None) -> Check:
     if expected.dtype is not None and expected.dtype != layout.dtype:
         return Check("dtype", False, f"{layout.dtype}, not {expected.dtype}")
-    ids = np.frombuffer(head, "<u2", (len(head) - layout.offset) // 2, layout.offset)
-    if layout.dtype == "uint16" and len(ids) >= 64 and looks_wide(ids):
-        return Check("dtype", False, "read as uint16 and looks like uint32: every second id is 0")
-    return Check("dtype", True, layout.dtype)
+    ids = np.frombuffer(head, DTYPES[layout.dtype], (len(head) - layout.offset) // layout.itemsize, layout.offset)
+    wrong = other_dtype(ids, vocab_size)
+    return Check("dtype", wrong is None, layout.dtype if wrong is None else wrong)
 
 
 def _size(path: Path, size: int, layout: Layout, sidecar: Sidecar | None) -> Check:
@@ -140,11 +143,14 @@ def _documents(seen: _Seen, tokens: int, eos_id: int | None, sidecar: Sidecar | 
         return Check("documents", None, "give --tokenizer or --eos-id to check how often documents end")
     rate = f"{seen.ends:,} end-of-document ids ({eos_id})"
     rate += f", one per {tokens / seen.ends:,.0f} ids" if seen.ends else ""
+    if sidecar is not None and seen.ends != sidecar.documents:
+        return Check("documents", False, f"{rate}, and {sidecar.documents:,} documents by the sidecar")
+    if seen.last != eos_id and (seen.ends or sidecar is not None):
+        return Check(
+            "documents", False, f"{rate}; the last document has no end: the file is cut short, or a part of one"
+        )
     if sidecar is not None:
-        whole = seen.last == eos_id or not tokens
-        if seen.ends != sidecar.documents:
-            return Check("documents", False, f"{rate}, and {sidecar.documents:,} documents by the sidecar")
-        return Check("documents", whole, rate if whole else f"{rate}; the last document has no end")
+        return Check("documents", True, rate)
     # A short file may be a part of one document.
     usual = LEAST_RATE * tokens <= seen.ends <= MOST_RATE * tokens if tokens >= 1 / LEAST_RATE or seen.ends else True
     return Check("documents", usual, rate if usual else f"{rate}: that is not how often documents end; check --eos-id")

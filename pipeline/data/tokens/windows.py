@@ -13,6 +13,8 @@ from pipeline.data.sources.base import Permutation
 from pipeline.data.tokens.files import TokenFile
 
 Side = Literal["all", "training", "held_out"]
+_SLOTS = 1 << 16
+"""Windows of an interleaving that are looked at at once."""
 
 
 class Windows:
@@ -24,6 +26,8 @@ class Windows:
 
     def __init__(self, name: str, files: Sequence[TokenFile], length: int, side: Side, holdout: float) -> None:
         self.name, self.files, self.length = name, list(files), length
+        self.too_short = [file for file in files if file.tokens < length]
+        """Files that no window is in."""
         counts = [file.tokens // length for file in files]
         held = _held_out(counts, holdout) if side != "all" else [0] * len(counts)
         kept = [count - less for count, less in zip(counts, held, strict=True)]
@@ -90,8 +94,45 @@ class Interleaving:
         """Windows that each source has given of the first so many of a run."""
         # Where every source has given exactly its share, all begins anew.
         periods, rest = divmod(windows, self._whole)
-        _, _, taken = self.next([0] * len(self._weights), rest)
-        return [periods * weight + more for weight, more in zip(self._weights, taken, strict=True)]
+        return [periods * weight + self._given(source, rest) for source, weight in enumerate(self._weights)]
+
+    def _given(self, source: int, now: int) -> int:
+        """Windows of a source among the first `now`: its share, rounded down or up.
+
+        Up where the window in question is among them. Window j of source k may be given from the slot after
+        j / ratio on. Of two that may, the one that is due first is given, whatever else waits; so what is given of all
+        windows that are not due after this one is what a queue serves that gets one arrival after the other: with
+        A(s) arrivals up to slot s, min over s <= now of A(s) + now - s. (Lindley, "The theory of queues with a single
+        server", Mathematical Proceedings of the Cambridge Philosophical Society 48, 1952.)
+        """
+        weight, whole = self._weights[source], self._whole
+        own, part = divmod(now * weight, whole)
+        if not part:
+            return own
+        due = -(-(own + 1) * whole // weight)
+        # Windows that are due before, or with it: of equals, the first source's is first.
+        before = [
+            own if other == source else (due - (other > source)) * share // whole
+            for other, share in enumerate(self._weights)
+        ]
+        upto = [count + (other == source) for other, count in enumerate(before)]
+        return own + self._served(upto, now) - self._served(before, now)
+
+    def _served(self, most: Sequence[int], now: int) -> int:
+        """What a queue has served after `now` slots of the first `most` windows of each source."""
+        # Before a source has none left there are arrivals for every slot.
+        first = min(count * self._whole // share + 1 for count, share in zip(most, self._weights, strict=True))
+        least = 0
+        # Ratios of many digits have products beyond 64 bits.
+        kind = np.int64 if (now + 1) * self._whole < 1 << 62 else object
+        for start in range(first, now + 1, _SLOTS):
+            slots = np.arange(min(_SLOTS, now + 1 - start)).astype(kind) + start
+            arrived = sum(
+                np.minimum(-(-slots * share // self._whole), count)
+                for count, share in zip(most, self._weights, strict=True)
+            )
+            least = min(least, int((arrived - slots).min()))
+        return now + least
 
 
 def shuffled(windows: Windows, source: int, numbers: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.data.tokens.listing import names_of
 from pipeline.systems.olmo.config import OlmoConfig
 
 SCHEDULES = {"cosine": "cosine_with_warmup", "linear": "linear_with_warmup", "constant": "constant_with_warmup"}
@@ -23,7 +23,7 @@ def native_run(config: RunConfig, model: Mapping[str, Any], global_batch: int, c
     tokens: dict[str, Any] = {}
     if data.tokens:
         # Without their ratios, which OLMo has not.
-        tokens = {"paths": [re.sub(r"(?<=.)=[\d.eE+-]+$", "", name) for name in data.tokens]}
+        tokens = {"paths": names_of(data.tokens)}
         if data.token_dtype != "auto":
             tokens["memmap_dtype"] = data.token_dtype
     return {

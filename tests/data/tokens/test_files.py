@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.tokens.files import Layout, LocalTokenFile, OpenFiles
-from pipeline.data.tokens.listing import list_tokens
+from pipeline.data.tokens.files import Layout, LocalTokenFile, OpenFiles, other_dtype
+from pipeline.data.tokens.listing import list_tokens, names_of
 from pipeline.data.tokens.sidecar import Sidecar, read_sidecar, sidecar_path
 from pipeline.data_config import DataConfig
 from tests.data.tokens.conftest import open_loader, write
@@ -37,8 +37,37 @@ def test_a_numpy_header_is_not_read_as_ids_and_is_skipped_when_it_is_expected(tm
     assert "holds an array of <i8 of shape (2, 100): write one dimension" in refusal(
         open_loader, [str(path)], token_header=True
     )
-    path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00" + b"nonsense" * 20)
-    assert "has a damaged NumPy header" in refusal(open_loader, [str(path)], token_header=True)
+
+
+@pytest.mark.parametrize(
+    "version, text",
+    [
+        (b"\x01\x00", b"nonsense"),
+        (b"\x01\x00", b"{'descr': '<u2', 'fortran_order': False, 'shape': (200,"),
+        (b"\x02\x00", b"{'descr': '''<u2"),
+        (b"\x02\x00", b"{'descr': {'a': []}, 'fortran_order': False, 'shape': (200,)}"),
+        (b"\x03\x00", b"-" * 9000 + b"1"),
+        (b"\x01\x00", b"{'descr': '<u2'" + b" " * 20_000),
+        (b"\x04\x00", b"{'descr': '<u2', 'fortran_order': False, 'shape': (200,)}"),
+    ],
+)
+def test_a_damaged_numpy_header_ends_in_a_line(tmp_path: Path, refusal, version: bytes, text: bytes) -> None:
+    path = tmp_path / "a.npy"
+    size = len(text).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+    path.write_bytes(b"\x93NUMPY" + version + size + text + bytes(400))
+    line = refusal(open_loader, [str(path)], token_header=True)
+    assert "a.npy has a damaged NumPy header" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_numpys_header_is_read(tmp_path: Path, refusal, version: tuple[int, int]) -> None:
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, IDS.astype("<u2"), version=version)
+    assert open_loader([str(path)], token_header=True, shuffle=False).next_step()[0].input_ids[0, 5] == 5
+    path.write_bytes(path.read_bytes()[:-20])
+    line = refusal(open_loader, [str(path)], token_header=True)
+    assert "holds 190 ids, and 200 by its NumPy header: it is cut short or changed" in line
 
 
 @pytest.mark.parametrize(
@@ -86,6 +115,33 @@ def test_a_dtype_that_does_not_fit_is_refused(tmp_path: Path, refusal) -> None:
     assert len(open_loader([narrow], vocab=70_000).sources[0]) == 11, "the sidecar says it"
 
 
+def test_uint32_of_a_large_vocabulary_is_not_read_as_uint16_nor_the_reverse(tmp_path: Path, refusal) -> None:
+    """Of whose ids the high halves are 0 and 1."""
+    ids = np.random.default_rng(0).integers(0, 100_278, 4000)
+    wide = write(tmp_path / "wide.npy", ids, "uint32")
+    line = refusal(open_loader, [wide], vocab=100_352, token_dtype="uint16")
+    assert "is read as uint16 and looks like uint32 (every second id is tiny): give --data.token-dtype uint32" in line
+    assert open_loader([wide], vocab=100_352, shuffle=False).next_step()[0].input_ids[0].tolist() == ids[:16].tolist()
+    narrow = write(tmp_path / "narrow.npy", ids % 50_000)
+    assert "is read as uint32 and looks like uint16" in refusal(open_loader, [narrow], vocab=100_352)
+    assert len(open_loader([narrow], vocab=100_352, token_dtype="uint16").sources[0]) > 1
+    for vocabulary in (None, 100_352, 260):
+        for few in (np.zeros(200), np.full(200, 3), np.arange(200) % 7):
+            assert other_dtype(few.astype("<u2"), vocabulary) is None, (vocabulary, few[:7])
+            assert other_dtype(few.astype("<u4"), vocabulary) is None, (vocabulary, few[:7])
+    assert other_dtype(ids.astype("<u4").view("<u2"), None) and other_dtype(
+        (ids % 50_000).astype("<u2").view("<u4"), None
+    )
+
+
+@pytest.mark.parametrize("held", [150, 250])
+def test_another_number_of_ids_than_the_sidecar_says_is_refused(tmp_path: Path, refusal, held: int) -> None:
+    path = write(tmp_path / "a.npy", np.resize(IDS, held))
+    sidecar(path)
+    line = refusal(open_loader, [path])
+    assert f"a.npy holds {held} ids, and 200 by its sidecar: it is cut short or changed: copy it again, or" in line
+
+
 def test_a_file_without_a_window_is_refused(tmp_path: Path, refusal) -> None:
     short = write(tmp_path / "a.npy", IDS[:15])
     assert "a.npy has no window of --sequence-length 16: its longest file has 15 tokens" in refusal(
@@ -114,8 +170,24 @@ def test_ratios_and_names(tmp_path: Path, refusal, monkeypatch) -> None:
     odd = write(Path("a=0.5"), IDS)
     assert [file.name for file in list_tokens([odd])[0].files] == ["a=0.5"], "a file of that very name"
     assert [file.identity for file in list_tokens([str(tmp_path)])[0].files] == ["one.npy", "two.npy"]
-    url = "https://host/a.npy?sign=b2"
-    assert list_tokens([url])[0].files[0].identity == "a.npy" and list_tokens([url + "=1"])[0].given == url
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host/a.npy?sign=b2", "https://host/a.npy?part=3", "http://host/a.npy?x=a=b&part=0.5", "HTTP://h/a"]
+)
+def test_a_number_at_the_end_of_a_query_is_no_ratio(url: str) -> None:
+    (source,) = list_tokens([url])
+    assert (source.given, source.ratio, source.files[0].name) == (url, 1, url)
+    one, other = list_tokens([f"{url}=0.25", "https://host/b.npy=0.75"])
+    assert (one.given, float(one.ratio)) == (url, 0.25) and other.given == "https://host/b.npy"
+    assert names_of([f"{url}=0.25", url]) == [url, url]
+
+
+def test_a_home_of_nobody_is_a_path_that_does_not_exist(tmp_path: Path, refusal) -> None:
+    path = write(tmp_path / "a.npy", IDS)
+    assert "~nosuchuser/a.npy does not exist: check the path" in refusal(list_tokens, ["~nosuchuser/a.npy"])
+    assert "does not exist" in refusal(list_tokens, ["~nosuchuser/a.npy=0.5", f"{path}=0.5"])
+    assert len(open_loader([path], token_cache="~nosuchuser/cache").sources) == 1
 
 
 def test_only_one_kind_of_data_is_named(refusal) -> None:
@@ -152,6 +224,30 @@ def test_sidecars_of_two_tokenizers_have_no_common_end(tmp_path: Path, refusal) 
     line = refusal(open_loader, [one, two], document_mask=True)
     assert "one.npy ends documents with id 256" in line and "two.npy with 0" in line
     assert open_loader([one, two], document_mask=True, eos_id=3)._eos_id == 3
+    sidecar_path(Path(two)).unlink()
+    line = refusal(open_loader, [two, one], document_mask=True)
+    assert "one.npy ends documents with id 256 by its sidecar, and " in line and "two.npy has none: give" in line
+    assert open_loader([one], document_mask=True)._eos_id == 256
+
+
+def test_an_end_that_the_model_does_not_have_is_refused(tmp_path: Path, refusal) -> None:
+    path = write(tmp_path / "a.npy", IDS)
+    line = refusal(open_loader, [path], document_mask=True, eos_id=260)
+    assert "--data.eos-id ends documents with id 260, beyond the model's vocabulary of 260" in line
+    sidecar(path, eos_id=300)
+    assert "the sidecar of" in refusal(open_loader, [path]) and "id 300" in refusal(open_loader, [path])
+    sidecar(path, eos_id=-1)
+    assert "id -1" in refusal(open_loader, [path])
+
+
+def test_documents_of_unknown_files_do_not_end_where_bytes_do(tmp_path: Path, refusal) -> None:
+    """The default tokenizer is that of bytes, and its end is an ordinary id of any other."""
+    path = write(tmp_path / "a.npy", IDS)
+    line = refusal(open_loader, [path], vocab=50_304, document_mask=True)
+    assert "nothing says which tokenizer made the token files" in line and "give --data.eos-id, or --data.tok" in line
+    assert open_loader([path], vocab=50_304, document_mask=True, eos_id=0)._eos_id == 0
+    assert open_loader([path], vocab=260, document_mask=True)._eos_id == 256
+    assert open_loader([path], vocab=50_304)._eos_id is None
 
 
 @pytest.mark.parametrize("change", ["content", "size", "name"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -11,14 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.checkpoint.manifest import read_manifest, write_manifest
 from pipeline.cli import main
-from pipeline.data.tokens import documents
+from pipeline.data.tokens import documents, verify
 from pipeline.data.tokens.documents import documents_from
 from pipeline.data.tokens.files import Layout, LocalTokenFile
 from pipeline.data.tokens.seen import windows_seen
 from pipeline.data.tokens.sidecar import Sidecar, Span, read_sidecar, sidecar_path
+from pipeline.data_config import DataConfig
+from pipeline.recipes.olmo import olmo_tiny
+from tests.checkpoint.token_runs import save_run, tokenised
 from tests.data.tokens.conftest import config, open_loader, write
 from tests.data.tokens.test_prepare import run, write_lines
+from tests.data.tokens.test_remote import Server, server  # noqa: F401
 
 TEXTS = [f"document {i} " + "word " * (i % 7) for i in range(40)]
 
@@ -167,3 +173,97 @@ def test_inspect_shows_documents_and_their_source(tmp_path: Path, capsys) -> Non
     assert "has no sidecar that names its tokenizer: give --tokenizer" in capsys.readouterr().err
     assert main(["data", "inspect", str(tmp_path)]) == 2
     assert "is a folder: name a file in it, or give the --step of a run" in capsys.readouterr().err
+
+
+def inspected(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(["data", "inspect", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def a_run(folder: Path, tokens: list[str], vocab_size: int = 640, **options: object) -> Path:
+    config = dataclasses.replace(
+        olmo_tiny(), batch_size=4, grad_accum=1, global_batch_size=None, sequence_length=24,
+        data=DataConfig(tokens=tuple(tokens), **options),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return save_run(folder, config, 3, vocab_size)
+
+
+def test_a_step_is_shown_by_the_tokenizer_that_made_its_files(
+    tmp_path: Path,
+    capsys,
+    server: Server,  # noqa: F811
+    bpe_folder: Path,
+) -> None:
+    """Also of files behind a URL, whatever --data.tokenizer of the run is."""
+    tokenised(server.folder / "a.npy", TEXTS, str(bpe_folder))
+    url, cache = f"{server.url}/a.npy?part=3", str(tmp_path / "cache")
+    run_folder = a_run(tmp_path / "run", [url], token_cache=cache, document_mask=True)
+    code, out, err = inspected(capsys, str(run_folder), "--step", "2", "--count", "0")
+    assert (code, err) == (0, "") and out.count("\nrow ") == 4 and f"row 0: {url} tokens " in out
+    assert out.count("document ") > 3 and "word word" in out and "�" not in out, "text, not ids of bytes"
+    (server.folder / "a.npy.json").unlink()
+    code, out, err = inspected(capsys, str(run_folder), "--step", "2")
+    assert code == 2 and err.count("\n") == 1
+    assert "of 260 ids, and the model has 640: give --tokenizer" in err
+    code, out, _ = inspected(capsys, str(run_folder), "--step", "2", "--tokenizer", str(bpe_folder))
+    assert code == 0 and "document " in out
+
+
+def test_a_converted_checkpoint_has_read_nothing_here(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "a.npy", np.arange(200) % 256)
+    folder = a_run(tmp_path / "run", [path], 260)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    files = {name: entry for name, entry in manifest.pop("files").items() if name != "loader.json"}
+    (folder / "loader.json").unlink()
+    write_manifest(folder, manifest, files)
+    code, _, err = inspected(capsys, str(folder), "--step", "1")
+    assert code == 2 and "run was converted from another trainer's folder, which does not say what its" in err
+
+
+def test_a_pattern_of_several_files_is_no_file(tmp_path: Path, capsys) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.npy", [1, 2, 256])
+    code, _, err = inspected(capsys, f"{tmp_path}/*.npy", "--tokenizer", "bytes")
+    assert code == 2 and "names 2 files: name one" in err
+
+
+def test_verify_takes_what_data_tokens_takes(tmp_path: Path, capsys) -> None:
+    one, two = (write(tmp_path / f"{name}.npy", [5, 6, 256] * 100) for name in "ab")
+    code = main(["data", "verify", f"{one}=0.5", f"{two}=0.5"])
+    out = capsys.readouterr().out
+    assert code == 0 and out.count(one) == out.count(two) == len(ALL)
+
+
+def test_verify_tells_the_dtypes_apart_for_large_vocabularies(tmp_path: Path, capsys) -> None:
+    ids = np.random.default_rng(0).integers(0, 100_278, 4000)
+    wide, narrow = write(tmp_path / "w.npy", ids, "uint32"), write(tmp_path / "n.npy", ids % 50_000)
+    for words in (("--vocab-size", "100278"), ()):
+        dtypes = {dtype: [verified(capsys, path, "--dtype", dtype, *words)[1]["dtype"] for path in (wide, narrow)]
+                  for dtype in ("uint16", "uint32")}  # fmt: skip
+        assert dtypes == {"uint16": ["FAILED", "ok"], "uint32": ["ok", "FAILED"]}, words
+
+
+def test_verify_finds_a_cut_without_a_sidecar(tmp_path: Path, capsys) -> None:
+    path = Path(write(tmp_path / "a.npy", [5, 6, 256] * 100))
+    whole = path.read_bytes()
+    for cut, failed in ((1, {"size", "documents"}), (2, {"documents"}), (4, {"documents"}), (6, set())):
+        path.write_bytes(whole[:-cut])
+        code, checks, err = verified(capsys, str(path), "--tokenizer", "bytes")
+        assert {name for name, state in checks.items() if state == "FAILED"} == failed and code == (2 if failed else 0)
+        assert cut != 2 or "the last document has no end: the file is cut short, or a part of one" in err
+    path.write_bytes(np.frombuffer(whole, "<u2").astype("<u4").tobytes()[:-2])
+    code, checks, _ = verified(capsys, str(path), "--tokenizer", "bytes", "--dtype", "uint32")
+    assert code == 2 and checks["size"] == "FAILED"
+
+
+def test_verify_says_where_a_disk_fails(tmp_path: Path, capsys, monkeypatch) -> None:
+    path = write(tmp_path / "a.npy", [5, 6, 256] * 100)
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(verify, "_read", fails)
+    code, checks, err = verified(capsys, path)
+    assert code == 2 and checks["readable"] == "FAILED" and "a.npy: Input/output error" in err

@@ -129,10 +129,14 @@ def test_bad_records_stop_or_are_left_out(tmp_path: Path, refusal, caplog) -> No
     assert "a.jsonl:2 is not JSON" in caplog.text
 
 
-def test_an_end_inside_a_document_is_refused(tmp_path: Path, monkeypatch, refusal) -> None:  # noqa: F811
+def test_an_end_inside_a_document_is_a_bad_record(tmp_path: Path, monkeypatch, refusal, caplog) -> None:  # noqa: F811
     monkeypatch.setattr(ByteTokenizer, "eos_id", ord("!"))
-    path = write_lines(tmp_path / "a.jsonl", ["one", "two!"])
-    assert "has the end-of-document id 33 in its text" in refusal(run, [path], tmp_path / "out")
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two!", "three"])
+    line = refusal(run, [path], tmp_path / "out")
+    assert "has the end-of-document id 33 in its text, by bytes: correct it" in line
+    found = run([path], tmp_path / "skipped", skip=True)
+    assert ids_of(found) == expected(["one", "three"], ByteTokenizer()), "it is a record that is passed over"
+    assert found[0].sidecar.documents == 2 and "in its text, by bytes: passed over" in caplog.text
 
 
 def test_a_process_that_dies_ends_the_call(tmp_path: Path, monkeypatch) -> None:

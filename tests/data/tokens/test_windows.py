@@ -61,3 +61,25 @@ def test_every_source_is_within_one_window_of_its_share(shares: list[Fraction], 
             done = start + offset + 1
             assert all(abs(count - done * share) < 1 for count, share in zip(seen, shares, strict=True))
         assert taken == seen == order.taken_after(start + batch)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 10**15), min_size=2, max_size=6), st.integers(1, 500), st.integers(0, 2))
+def test_where_sources_stand_is_known_without_what_came_before(weights: list[int], windows: int, rare: int) -> None:
+    """Against one window after the other; also for ratios of many digits, and rare sources."""
+    if rare:
+        weights = [max(1, weights[0] // 10 ** (5 * rare)), *weights[1:]]
+    order = Interleaving([Fraction(weight, sum(weights)) for weight in weights])
+    _, _, taken = order.next([0] * len(weights), windows)
+    assert order.taken_after(windows) == taken
+
+
+def test_the_place_of_a_late_window_takes_no_time_that_grows_with_it() -> None:
+    calls = []
+    shares = [Fraction("0.3333333333333333"), Fraction("0.3333333333333334"), Fraction("0.3333333333333333")]
+    order = Interleaving(shares)
+    order.next = lambda *given: calls.append(given)  # type: ignore[method-assign,assignment,return-value]
+    late = 10**15 + 1
+    taken = order.taken_after(late)
+    assert sum(taken) == late and not calls
+    assert all(abs(count - late * ratio) < 1 for count, ratio in zip(taken, shares, strict=True))

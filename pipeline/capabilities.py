@@ -75,8 +75,9 @@ class ScoresText(Protocol):
 
     config: RunConfig
 
-    def tokenizer(self) -> Tokenizer:
-        """The one whose ids the model reads. Raises UserError where there is none."""
+    def tokenizer(self, makers: Mapping[str, str] | None = None) -> Tokenizer:
+        """The one whose ids the model reads. `makers`: what is known of the tokenizers of its token files; None: the
+        files say it. Raises UserError where there is none."""
         ...
 
     def text_limit(self) -> int | None:

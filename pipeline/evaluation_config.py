@@ -26,8 +26,8 @@ class EvaluationConfig:
     tokens: tuple[str, ...] = ()
     """Held-out token files, NAME=FILE each, as for --data.tokens; the other flags of token files hold for them too."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness by name, of those that read and do not generate text (needs the `eval` extra). Their
-    scores are part of an evaluation."""
+    """Tasks of lm-evaluation-harness by name, of those that read and do not generate text (needs the `eval` extra).
+    Their scores are part of an evaluation."""
     tasks_every: int = 0
     """Steps between scores of the tasks, each with an evaluation and at the end too; 0: at the end only."""
     task_path: str | None = None

@@ -75,9 +75,9 @@ def groups(widths: Sequence[int], tokens: int, ranks: int = 1, rows: int | None 
 
 
 def rows_of(requests: Sequence[Request], limit: int | None, width: int, padding: int) -> tuple[Tensor, Tensor]:
-    """(ids, labels), each [rows, width] int64 on the CPU: every request read from the left, with labels where a token of
-    its continuation is predicted and `IGNORED` elsewhere. What stands behind a text, to make rows equally long, changes
-    nothing before it."""
+    """(ids, labels), each [rows, width] int64 on the CPU: every request read from the left, with labels where a token
+    of its continuation is predicted and `IGNORED` elsewhere. What stands behind a text, to make rows equally long,
+    changes nothing before it."""
     ids = torch.full((len(requests), width), padding)
     labels = torch.full_like(ids, IGNORED)
     for row, request in enumerate(requests):

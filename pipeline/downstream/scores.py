@@ -146,8 +146,8 @@ def _hash(task: Any) -> str:
 
 
 def as_evaluation(scores: Sequence[Score]) -> Evaluation:
-    """Scalars `downstream/TASK/METRIC`, with `_stderr` where there is one, `downstream/TASK/n` and `chance`; and a table
-    of all that is known."""
+    """Scalars `downstream/TASK/METRIC`, with `_stderr` where there is one, `downstream/TASK/n` and `chance`; and a
+    table of all that is known."""
     scalars: dict[str, float] = {}
     for score in scores:
         scalars[score.name] = score.value

@@ -75,8 +75,8 @@ def _load(names: Sequence[str], path: str | None, flag: str, generate: bool) -> 
     writes = writes_text(loaded)
     if writes and not generate:
         raise UserError(
-            f"{flag} {writes[0]}: it generates text, which training does not: leave it out, and evaluate a checkpoint with"
-            " eval --suite downstream"
+            f"{flag} {writes[0]}: it generates text, which training does not: leave it out, and evaluate a checkpoint"
+            " with eval --suite downstream"
         )
     return loaded
 

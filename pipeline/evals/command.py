@@ -46,8 +46,6 @@ def run_eval(words: Sequence[str]) -> None:
     if wrong:
         raise UserError(wrong[0])
     config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), flags, f"mnemos eval {words[0]}")
-    if not suite.suite.reads_data:
-        config = without_data(config, tokenizer_named=any(word.startswith("--data.tokenizer") for word in flags))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.parallel.sequence:
         # A checkpoint of two sequence ranks is evaluated on one laptop as well.
@@ -56,7 +54,10 @@ def run_eval(words: Sequence[str]) -> None:
         topology = start(config)
         system = checked_system(config, topology)
         suite.check(system)
-        suite = suite.prepared(topology)
+        suite = suite.prepared(system, checkpoint, topology)
+        if not suite.suite.reads_data:
+            config = without_data(config)
+            system = checked_system(config, topology)
         loaded = load_model(config, system, topology, weights=checkpoint)
         with shared_errors(topology):
             name = read_progress(checkpoint).phase
@@ -71,8 +72,8 @@ def run_eval(words: Sequence[str]) -> None:
 
 
 def report(evaluation: Evaluation, path: Path, suite: Chosen, facts: Mapping[str, object], subtitle: str) -> None:
-    """Prints the result and writes it: beside the run's checkpoints; a checkpoint that was copied elsewhere, and a model
-    without a run, keep theirs beside themselves."""
+    """Prints the result and writes it: beside the run's checkpoints; a checkpoint that was copied elsewhere, and a
+    model without a run, keep theirs beside themselves."""
     beside = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     folder = beside / "evals" / path.name / suite.folder
     write(evaluation, folder, {"versions": versions(), **facts}, subtitle)
@@ -80,12 +81,9 @@ def report(evaluation: Evaluation, path: Path, suite: Chosen, facts: Mapping[str
     print(f"written to {folder}")
 
 
-def without_data(config: RunConfig, *, tokenizer_named: bool) -> RunConfig:
-    """The run without the files that it trains on, which need not be here. Token files stay unless a flag names the
-    tokenizer, which is that of the files."""
-    data = dataclasses.replace(config.data, path=(), dataset=None, mix=())
-    if tokenizer_named:
-        data = dataclasses.replace(data, tokens=(), held_out_tokens=())
+def without_data(config: RunConfig) -> RunConfig:
+    """The run without the files that it trained on, which need not be here."""
+    data = dataclasses.replace(config.data, path=(), dataset=None, mix=(), tokens=(), held_out_tokens=())
     return dataclasses.replace(config, data=data)
 
 

@@ -12,7 +12,7 @@ from pipeline.commands.flags import pop_flag
 from pipeline.downstream.logits_scorer import LogitsScorer
 from pipeline.downstream.tasks import writes_text
 from pipeline.errors import UserError
-from pipeline.evals.suites import DOWNSTREAM, TASKS, Chosen
+from pipeline.evals.suites import DOWNSTREAM, Chosen, chosen_tasks
 from pipeline.host.hardware import on_gpu
 from pipeline.inference.load import load
 from pipeline.lm.olmo_folder import is_native
@@ -38,14 +38,15 @@ def evaluate_folder(path: Path, chosen: Chosen, flags: Sequence[str]) -> tuple[E
     if rest:
         raise UserError(f"{rest[0]}: {path} is no checkpoint of a recipe, whose flags these are: leave it out")
     topology = Topology()
-    values = chosen.prepared(topology).values
+    loaded = chosen_tasks(chosen.values, topology)
     model, text = load(path, tokenizer=tokenizer)
     model.to("cuda" if on_gpu() else "cpu")
     scorer = LogitsScorer(model, text.eos_id, getattr(model.config, "max_position_embeddings", None))
     from pipeline.downstream.harness_model import HarnessModel
     from pipeline.downstream.scores import as_evaluation, score_tasks
+    from pipeline.inference.texts import decoder_of
 
-    decoder = decoder_of(model) if writes_text(values[TASKS]) else None
+    decoder = decoder_of(model) if writes_text(loaded) else None
     harness_model = HarnessModel(scorer, text, SyncPoint(topology), decoder)
-    scores = score_tasks(values[TASKS], harness_model, values.get("--limit"))
+    scores = score_tasks(loaded, harness_model, chosen.values.get("--limit"))
     return as_evaluation(scores), {"machine": describe_devices(topology), "folder": path.name}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pipeline.capabilities import ClosesGap, Recalls, ScoresText
+from pipeline.checkpoint.loader_state import makers_at
 from pipeline.commands.flags import pop_flag
 from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
-from pipeline.downstream.tasks import DEFAULT_TASKS, check_path, load_tasks, writes_text
+from pipeline.downstream.tasks import DEFAULT_TASKS, Loaded, check_path, load_tasks, writes_text
 from pipeline.errors import UserError, shown
 from pipeline.evaluations import together
 from pipeline.parallel.collectives import shared_errors
@@ -35,8 +37,9 @@ class Suite:
     """Whether it adds to the system's own evaluation, in the same files."""
     flags: Mapping[str, Callable[[str, str], Any]] = field(default_factory=dict)
     """From the flags of its own to what reads (flag, value). Raises UserError."""
-    prepare: Callable[[Mapping[str, Any], Topology], Mapping[str, Any]] | None = None
-    """From the values of the flags to what `evaluate` takes: what can fail before a model is loaded. Collective."""
+    prepare: Callable[[Mapping[str, Any], Any, Path, Topology], Mapping[str, Any]] | None = None
+    """From the values of the flags, a system and its checkpoint to what `evaluate` takes: what can fail before a model
+    is loaded. Collective."""
     reads_data: bool = True
     """Whether it reads the data that the model was trained on."""
 
@@ -59,10 +62,11 @@ class Chosen:
         if not isinstance(system, self.suite.needs):
             raise UserError(f"--suite {self.name}: {system.config.recipe} {self.suite.lacks}: leave it out")
 
-    def prepared(self, topology: Topology) -> Chosen:
+    def prepared(self, system: System, checkpoint: Path, topology: Topology) -> Chosen:
         """With all that it needs besides the model. Collective; raises UserError."""
-        prepare = self.suite.prepare
-        return self if prepare is None else dataclasses.replace(self, values=prepare(self.values, topology))
+        if self.suite.prepare is None:
+            return self
+        return dataclasses.replace(self, values=self.suite.prepare(self.values, system, checkpoint, topology))
 
     def run(self, system: System, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         """What it finds, the same on every rank. Collective."""
@@ -118,23 +122,28 @@ def folder(flag: str, words: str) -> str:
     return words
 
 
-def _with_tasks(values: Mapping[str, Any], topology: Topology) -> Mapping[str, Any]:
-    flag = "--tasks" if "--tasks" in values else "--suite downstream"
-    chosen = values.get("--tasks", DEFAULT_TASKS)
-    return {**values, TASKS: load_tasks(chosen, values.get("--task-path"), topology, flag)}
+def chosen_tasks(values: Mapping[str, Any], topology: Topology) -> Loaded:
+    """The tasks that the flags of `downstream` name. Collective; raises UserError."""
+    flag = "--tasks" if "--tasks" in values else f"--suite {DOWNSTREAM}"
+    return load_tasks(values.get("--tasks", DEFAULT_TASKS), values.get("--task-path"), topology, flag)
+
+
+def _with_tasks(values: Mapping[str, Any], system: Any, checkpoint: Path, topology: Topology) -> Mapping[str, Any]:
+    with shared_errors(topology):
+        tokenizer = system.tokenizer(makers_at(checkpoint))
+    return {**values, TASKS: chosen_tasks(values, topology), TOKENIZER: tokenizer}
 
 
 def _downstream(
     system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
 ) -> Evaluation:
-    with shared_errors(sync_point.topology):
-        tokenizer = system.tokenizer()
-    decoder = own_decoder(system, model) if writes_text(values[TASKS]) else None
-    return evaluate_tasks(system, model, sync_point, values[TASKS], tokenizer, values.get("--limit"), decoder)
+    loaded, tokenizer = values[TASKS], values[TOKENIZER]
+    decoder = own_decoder(system, model) if writes_text(loaded) else None
+    return evaluate_tasks(system, model, sync_point, loaded, tokenizer, values.get("--limit"), decoder)
 
 
-TASKS = "tasks"
-"""Among the values of the suite: the tasks with their data."""
+TASKS, TOKENIZER = "tasks", "tokenizer"
+"""Among the values of `downstream`, once it is prepared: the tasks with their data, and the model's tokenizer."""
 DOWNSTREAM = "downstream"
 """The suite of tasks, which folders that transformers loads are evaluated with too."""
 OWN = Suite(_own)

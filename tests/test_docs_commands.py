@@ -169,6 +169,8 @@ def test_a_block_that_does_not_end_is_an_error() -> None:
         "deepspeed --num_gpus 8 --module pipeline train miras_64",
         "mnemos trian miras_tiny",
         "mnemos train miras_tiny --steps many",
+        "mnemos generate --prompt text",
+        "mnemos generate outputs/olmo_tiny --promt text",
         "mnemos bench thruput",
         "mnemos bench throughput --length 64",
         "mnemos bench throughput miras_tiny --lenght 64",

@@ -13,8 +13,8 @@ LAYERS = (
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("capabilities", "evaluation_result", "heat_map", "system"),
-    ("lm",),
+    ("evaluation_result", "heat_map", "system"),
+    ("capabilities", "lm"),
     (
         "ds_config",
         "loss_scale",
@@ -34,7 +34,7 @@ LAYERS = (
     ("systems",),
     ("recipes",),
     ("inference",),
-    ("commands", "plan", "evals", "bench"),
+    ("commands", "plan", "evals", "export", "bench"),
     ("launch", "cli"),
 )
 """The modules and folders of pipeline/, lowest first: each imports from its own layer and from those before it."""

@@ -28,7 +28,11 @@ from pipeline.load import checked_system, load_model, resolve
 from pipeline.meter import Meter
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.ranks import describe_devices, device_of, start, stop
+from pipeline.system import ParameterGroup
 from pipeline.train import Trainer
+
+BACKBONE = "backbone."
+"""What stands before transformers' names in those of a system's decoder."""
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Relative difference of the first losses beyond which two contenders do not train the same model."""
@@ -58,7 +62,8 @@ class Plain:
     def __init__(self, config: RunConfig, topology: Topology, batches: Sequence[TokenBatch]) -> None:
         self.config, self.topology, self.batches, self.done = config, topology, batches, 0
         system = checked_system(config, topology)
-        weights = load_model(config, system, topology).model.backbone.state_dict()  # type: ignore[union-attr]
+        loaded = load_model(config, system, topology)
+        weights = loaded.model.backbone.state_dict()  # type: ignore[union-attr]
         assert isinstance(config.model.backbone, BackboneConfig)  # type: ignore[attr-defined]
         sizes = backbone_config(config.model.backbone)  # type: ignore[attr-defined]
         sizes._attn_implementation = "sdpa"
@@ -70,7 +75,7 @@ class Plain:
         betas, eps = config.optimizer.betas, config.optimizer.eps
         # As the engine's: the slower loops over tensors would be no comparison.
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=betas, eps=eps, weight_decay=config.weight_decay, fused=True
+            decay_groups(model, loaded.phases[0].groups, config), lr=config.lr, betas=betas, eps=eps, fused=True
         )
 
     def step(self) -> float:
@@ -87,6 +92,24 @@ class Plain:
         if self.topology.world > 1:
             dist.all_reduce(loss)
         return float(loss) / self.topology.world
+
+
+def decay_groups(model: nn.Module, groups: Sequence[ParameterGroup], config: RunConfig) -> list[dict[str, Any]]:
+    """The parameters of a plain decoder with the rates and decays that they have in a system's groups. Raises UserError
+    where the system trains something else besides."""
+    own = dict(model.named_parameters())
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        names = [name.removeprefix(BACKBONE) for name in group.parameters]
+        strange = [name for name in names if name not in own]
+        if strange:
+            raise UserError(
+                f"{config.recipe} trains {strange[0]}, which the plain decoder lacks: leave it out, or name another"
+                " recipe"
+            )
+        lr = config.lr * group.lr_scale
+        found.append({"params": [own[name] for name in names], "lr": lr, "weight_decay": group.weight_decay})
+    return found
 
 
 def run_case(words: Sequence[str]) -> None:

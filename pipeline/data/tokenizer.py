@@ -148,6 +148,11 @@ class HuggingFaceTokenizer:
             return None
         return piece_bytes(json.loads(self._backend.to_str()), self._vocabulary, self.vocab_size)
 
+    @property
+    def transformers_tokenizer(self) -> Any:
+        """What transformers made of the files."""
+        return self._tokenizer
+
     @cached_property
     def fingerprint(self) -> str:
         state = blake2b(digest_size=16)
@@ -232,9 +237,14 @@ class SentencePieceTokenizer:
         lengths[[i for i in ids if model.is_control(i) or model.is_unknown(i)]] = 0
         return lengths
 
+    @property
+    def serialized(self) -> bytes:
+        """The content of the file."""
+        return bytes(self._model.serialized_model_proto())
+
     @cached_property
     def fingerprint(self) -> str:
-        return f"sentencepiece/{blake2b(self._model.serialized_model_proto(), digest_size=16).hexdigest()}"
+        return f"sentencepiece/{blake2b(self.serialized, digest_size=16).hexdigest()}"
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:

@@ -1,1 +1,13 @@
-"""Models for use after training."""
+"""Models for use after training: text that goes on from a prompt, and what was read, kept for later.
+
+`load` gives a model and its tokenizer, which `generate(model, tokenizer, prompt)`, `stream` and `read` take.
+"""
+
+from __future__ import annotations
+
+from pipeline.inference.generation import Token, generate, stream
+from pipeline.inference.load import Loaded, load
+from pipeline.inference.state_file import load_state, save_state
+from pipeline.inference.texts import Texts, read
+
+__all__ = ["Loaded", "Texts", "Token", "generate", "load", "load_state", "read", "save_state", "stream"]

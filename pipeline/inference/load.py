@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.data.tokenizer import Tokenizer
 
 GIVE = "give a checkpoint, a run directory, a folder of OLMo's layout, or one of save_pretrained"
+NAME_TOKENIZER = "give load(..., tokenizer=NAME)"
 
 
 Read = tuple[Any, DataConfig, dict[str, str]]
@@ -27,8 +28,9 @@ Read = tuple[Any, DataConfig, dict[str, str]]
 
 
 class Loaded(NamedTuple):
-    """`model`: a causal language model of transformers, in evaluation mode on the CPU. `model(ids).logits` are
-    [batch, sequence, vocabulary] of ids [batch, sequence]; it may have more rows than the tokenizer has ids.
+    """`model`: a causal language model of transformers, or a `SystemModel` of a system whose model is more than that;
+    in evaluation mode on the CPU. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; there
+    may be more of them than the tokenizer has ids.
     `tokenizer`: `encode(text)` gives ids [tokens] without special tokens, `decode(ids)` the text."""
 
     model: Any
@@ -41,13 +43,15 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
 
     `tokenizer`: in place of the one that belongs to the model, as `--data.tokenizer` takes it. `dtype`: of the weights;
     None: float32. No code that comes with a model or a tokenizer is run. Raises UserError
-    for a folder that is none of these, and for a model that is more than a decoder of transformers.
+    for a folder that is none of these, and for a system that cannot generate text.
     """
     import torch
 
     from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.host.hardware import choose_accelerator
+    from pipeline.inference.quiet import quiet_transformers
+    from pipeline.inference.system_model import SystemModel
     from pipeline.lm.olmo_folder import is_native
 
     choose_accelerator()
@@ -58,20 +62,23 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
         read = _hugging_face
     else:
         read = _native if is_native(folder) else _checkpoint
-    model, data, makers = read(folder, dtype)
+    with quiet_transformers():
+        model, data, makers = read(folder, dtype)
     if tokenizer is not None:
         return Loaded(model.eval(), load_tokenizer(tokenizer))
-    fix = "give load(..., tokenizer=NAME)"
-    return Loaded(model.eval(), run_tokenizer(data, model.config.vocab_size, makers, fix=fix))
+    vocabulary = model.decoder().vocab_size if isinstance(model, SystemModel) else model.config.vocab_size
+    return Loaded(model.eval(), run_tokenizer(data, vocabulary, makers, fix=NAME_TOKENIZER))
 
 
 def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
+    from pipeline.capabilities import Generates, TrainsDecoder
     from pipeline.checkpoint.loader_state import makers_at
     from pipeline.checkpoint.manifest import MANIFEST, newest, problems
     from pipeline.checkpoint.trainable import TRAINABLE
     from pipeline.config_file import load_config
     from pipeline.parallel.weight_files import file_tensors
     from pipeline.recipes import all_recipes
+    from pipeline.system import create_system
 
     checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
     if checkpoint is None or not (checkpoint / MANIFEST).is_file():
@@ -80,6 +87,11 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
     if wrong:
         raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
     config = load_config(checkpoint / "config.yaml", all_recipes())
+    system = create_system(config)
+    if isinstance(system, Generates) and not isinstance(system, TrainsDecoder):
+        from pipeline.inference.system_model import system_model
+
+        return system_model(system, checkpoint, dtype), config.data, makers_at(checkpoint)
     system = _decoder_system(config, str(checkpoint))
     stored = file_tensors(checkpoint / TRAINABLE)
     weights = {name.removeprefix(system.decoder_prefix): tensor.read(name) for name, tensor in stored.items()}
@@ -147,8 +159,8 @@ def _decoder_system(config: RunConfig, where: str) -> TrainsDecoder:
     system = create_system(config)
     if not isinstance(system, TrainsDecoder):
         raise UserError(
-            f"{where}: of the recipe {config.recipe}, whose model is more than a decoder of transformers: load takes a"
-            " checkpoint of one that is not; evaluate this one with `mnemos eval`"
+            f"{where}: of the recipe {config.recipe}, whose model does not generate text: give a checkpoint of one that"
+            " does; evaluate this one with `mnemos eval`"
         )
     return system
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,29 @@ Refine = Callable[..., Tensor]
 dim]."""
 
 
+class Beside(NamedTuple):
+    """What a system does at one layer's attention."""
+
+    gate: Tensor | None = None
+    """Multiplies the output, [batch, sequence / degree, width]."""
+    tokens: Sequence[Tensor] = ()
+    """[batch, sequence / degree, heads, ...] each; exchanged with queries, keys and values, for `refine`."""
+    refine: Refine | None = None
+    """Called with all of the sequence and this rank's heads; q and k are unrotated."""
+
+
+class Attends(Protocol):
+    """What the layers of one forward pass share: attention over sequences (`AttentionCall`), or over one token per row
+    when text is decoded."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, beside: Beside
+    ) -> Tensor:
+        """The output of attention of q, k, v [batch, heads, sequence / degree, dim], which come before RoPE: [batch,
+        sequence / degree, heads, dim]."""
+        ...
+
+
 @dataclass
 class AttentionCall:
     """What one forward pass hands to attention through transformers' layers, and gets back from it."""
@@ -49,16 +72,24 @@ class AttentionCall:
     kept: dict[int, Tensor] = field(default_factory=dict)
     """By layer: what goes into the output projection, [batch, sequence / degree, heads, dim]."""
 
-
-class Beside(NamedTuple):
-    """What a system does at one layer's attention."""
-
-    gate: Tensor | None = None
-    """Multiplies the output, [batch, sequence / degree, width]."""
-    tokens: Sequence[Tensor] = ()
-    """[batch, sequence / degree, heads, ...] each; exchanged with queries, keys and values, for `refine`."""
-    refine: Refine | None = None
-    """Called with all of the sequence and this rank's heads; q and k are unrotated."""
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, beside: Beside
+    ) -> Tensor:
+        topology = self.topology
+        q, k, v, *tokens = to_heads([*(x.transpose(1, 2) for x in (query, key, value)), *beside.tokens], topology)
+        if self.plan.kind == "full":
+            out = full_attention(q, k, v, self.plan, scale=scaling)
+        else:
+            index = layer_number(module)
+            out, self.after[index] = window_attention(q, k, v, self.plan, self.before[index], scale=scaling)
+        if beside.refine is not None:
+            out = beside.refine(q, k, v, out, scaling, *tokens)
+        (out,) = to_sequence([out], topology)
+        if beside.gate is not None:
+            out = out * beside.gate.view_as(out)
+        if self.keep and layer_number(module) in self.keep:
+            self.kept[layer_number(module)] = out
+        return out
 
 
 def attend(
@@ -69,7 +100,7 @@ def attend(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    attention_call: AttentionCall,
+    attention_call: Attends,
     beside: Beside,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -77,25 +108,11 @@ def attend(
 
     What it gives goes to the layer's output projection, [batch, sequence / degree, heads, dim].
     """
-    call, topology = attention_call, attention_call.topology
-    q, k, v, *tokens = to_heads([*(x.transpose(1, 2) for x in (query, key, value)), *beside.tokens], topology)
-    if call.plan.kind == "full":
-        out = full_attention(q, k, v, call.plan, scale=scaling)
-    else:
-        index = _number(module)
-        out, call.after[index] = window_attention(q, k, v, call.plan, call.before[index], scale=scaling)
-    if beside.refine is not None:
-        out = beside.refine(q, k, v, out, scaling, *tokens)
-    (out,) = to_sequence([out], topology)
-    if beside.gate is not None:
-        out = out * beside.gate.view_as(out)
-    if call.keep and _number(module) in call.keep:
-        call.kept[_number(module)] = out
-    return out, None
+    return attention_call.attend(module, query, key, value, scaling, beside), None
 
 
-def _number(module: nn.Module) -> int:
-    """Of the layer. Where it is not read, one compiled block serves all layers."""
+def layer_number(module: nn.Module) -> int:
+    """Of an attention's layer. Where it is not read, one compiled block serves all layers."""
     return int(module.layer_idx)  # type: ignore[arg-type]
 
 

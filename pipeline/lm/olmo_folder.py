@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
+from pipeline.files.home import expanded
 from pipeline.files.pickle_file import read_pickle
 from pipeline.lm.olmo_layout import split
 
@@ -65,7 +66,8 @@ def tokenizer_name(content: Mapping[str, Any]) -> str | None:
     # NAME or ORGANISATION/NAME, with a revision or without.
     on_hub = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", name) is not None
     on_hub = on_hub and not name.endswith((".json", ".model"))
-    here = name == "bytes" or Path(name).is_dir() or (name.endswith(".model") and Path(name).is_file())
+    place = expanded(name)
+    here = name == "bytes" or place.is_dir() or (name.endswith(".model") and place.is_file())
     return name if here or on_hub else None
 
 

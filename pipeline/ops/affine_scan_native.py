@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.ops import native
 from pipeline.ops.affine_scan_torch import affine_scan_torch
 from pipeline.ops.checks import dtype_name
+from pipeline.ops.constants import constant_result
 
 # Tokens between the states that the forward pass saves. The backward pass recomputes those in between, on a GPU in
 # registers: h itself, when it is bfloat16, is too coarse for the gradient of a.
@@ -23,7 +24,7 @@ OP = "affine_scan"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def fits(device: str, a: torch.dtype, b: torch.dtype) -> bool:
     """Whether to use the kernel for a and b of these dtypes on a device, ``cpu`` or ``cuda:INDEX``.
 
@@ -32,7 +33,7 @@ def fits(device: str, a: torch.dtype, b: torch.dtype) -> bool:
     return {a, b} <= set(DTYPES) and native.fits(_kernel(device, a, b))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def why_not(device: str, a: torch.dtype, b: torch.dtype) -> str | None:
     """None where the kernel can be used. Loads the library and checks the kernel against PyTorch, each once."""
     return native.refusal(_kernel(device, a, b))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.ops import native
 from pipeline.ops.checks import dtype_name
+from pipeline.ops.constants import constant_result
 from pipeline.ops.scan_torch import scan_torch
 
 OP = "miras_scan"
@@ -63,7 +64,7 @@ def unsupported(backend: str, tensors: dict[str, Tensor]) -> tuple[str, str] | N
 
 
 # Called while tracing, both answers are constants of the graph.
-@torch.compiler.assume_constant_result
+@constant_result
 def fits(device: str, dtype: torch.dtype, key_dim: int) -> bool:
     """Whether to use the kernel for tokens of a dtype and key dim on a device, ``cpu`` or ``cuda:INDEX``.
 
@@ -72,7 +73,7 @@ def fits(device: str, dtype: torch.dtype, key_dim: int) -> bool:
     return native.fits(_kernel(device, dtype, key_dim))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def why_not(device: str, dtype: torch.dtype, key_dim: int) -> str | None:
     """None where the kernel can be used. Loads the library and checks the kernel against PyTorch, each once."""
     return native.refusal(_kernel(device, dtype, key_dim))

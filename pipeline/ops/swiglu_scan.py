@@ -171,7 +171,7 @@ def _chunk(
     offset, momentum = carry.split(dim, dim=-1)
     # The chunk's own state is the last token's: that of the chunk's start, or an empty one where its segment is new.
     same_document = None if inside is None else by_head(inside[:, -1:]).unsqueeze(-1)
-    y = apply_swiglu(by_head(q), _weights(initial, offset))
+    y = apply_swiglu(by_head(q), moved_weights(initial, offset))
     if inside is not None:
         y = torch.where(by_head(inside).unsqueeze(-1) > 0, y, apply_swiglu(by_head(q), initial))
 
@@ -184,13 +184,13 @@ def _chunk(
         eta = None if eta is None else by_head(eta) * written
     else:
         eta = None if eta is None else by_head(eta)
-    update = torch.cat(_ascent(by_head(k), by_head(v), theta, _weights(initial, offset)), dim=-2)
+    update = torch.cat(ascent(by_head(k), by_head(v), theta, moved_weights(initial, offset)), dim=-2)
     if eta is not None:
         update = (eta.sum(dim=1) / count)[:, None, None] * momentum + update
     moved = offset * _product(retain)[:, None, None]
     steps = update.chunk(3, dim=-2)
     moved = moved + torch.cat([newton_schulz(step) for step in steps] if muon else list(steps), dim=-2)
-    after = _renormalise(_weights(initial, moved), initial)
+    after = renormalise(moved_weights(initial, moved), initial)
     offset = torch.cat([now - start for now, start in zip(after, initial, strict=True)], dim=-2)
     heads = q.shape[2]
     y = rearrange(y, "(batch heads) tokens dim -> batch tokens heads dim", heads=heads)
@@ -205,7 +205,7 @@ def _product(x: Tensor) -> Tensor:
     return x[:, 0]
 
 
-def _weights(initial: Weights, offset: Tensor) -> Weights:
+def moved_weights(initial: Weights, offset: Tensor) -> Weights:
     return Weights(*(w + part for w, part in zip(initial, offset.chunk(3, dim=-2), strict=True)))
 
 
@@ -213,7 +213,7 @@ def apply_swiglu(x: Tensor, w: Weights) -> Tensor:
     return (F.silu(x @ w.gate.mT) * (x @ w.up.mT)) @ w.down
 
 
-def _ascent(k: Tensor, v: Tensor, theta: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
+def ascent(k: Tensor, v: Tensor, theta: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over tokens of theta times the gradient of f(k) . v in (gate, up, down); theta [N, C]."""
     before, up = k @ w.gate.mT, k @ w.up.mT
     sigmoid = torch.sigmoid(before)
@@ -224,7 +224,7 @@ def _ascent(k: Tensor, v: Tensor, theta: Tensor, w: Weights) -> tuple[Tensor, Te
     return (back * up * slope).mT @ k, (back * gate).mT @ k, (gate * up).mT @ weighted
 
 
-def _renormalise(w: Weights, initial: Weights) -> Weights:
+def renormalise(w: Weights, initial: Weights) -> Weights:
     """Weights whose rows (gate, up) and columns (down) are as long as the initial ones."""
     parts = []
     for now, start, dim in zip(w, initial, (-1, -1, -2), strict=True):

@@ -22,9 +22,10 @@ from pipeline.bench.dense import (
     render,
     run_dense,
 )
-from pipeline.bench.dense_case import check_losses
+from pipeline.bench.dense_case import check_losses, decay_groups
 from pipeline.commands.flags import parse_run
 from pipeline.errors import UserError
+from pipeline.load import model_without_storage
 from tests.launch.harness import single
 
 SMALL = ["olmo_tiny", "--model.backbone.width", "32", "--model.backbone.layers", "2", "--sequence-length", "32",
@@ -111,6 +112,25 @@ def test_contenders_that_train_other_models_are_not_compared() -> None:
     check_losses(names, contenders(1, compiled=False))
     with pytest.raises(UserError, match=r"5\.01000 with zero0, fp32 and 5\.00000 in the plain loop"):
         check_losses(names | {"zero0, fp32": 5.01}, contenders(1, compiled=False))
+
+
+def test_the_plain_loop_decays_what_the_engine_decays() -> None:
+    config = parse_run(SMALL, "bench dense")
+    loaded = model_without_storage(config)
+    plain = loaded.model.backbone
+    decayed, others = decay_groups(plain, loaded.phases[0].groups, config)  # type: ignore[arg-type]
+    assert decayed["weight_decay"] == config.weight_decay > 0 == others["weight_decay"]
+    assert decayed["lr"] == others["lr"] == config.lr
+    # Every one once; a tied head is its embedding.
+    assert len(decayed["params"]) + len(others["params"]) == len(list(plain.parameters()))  # type: ignore[union-attr]
+    assert all(parameter.dim() == 2 for parameter in decayed["params"])
+
+
+def test_a_system_that_trains_more_than_a_decoder_is_refused() -> None:
+    config = parse_run(["miras_tiny"], "bench dense")
+    loaded = model_without_storage(config)
+    with pytest.raises(UserError, match=r"miras_tiny trains memory\.\d+\.\S+, which the plain decoder lacks"):
+        decay_groups(loaded.model.backbone, loaded.phases[0].groups, config)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_what_load_cannot_take_is_refused(tmp_path: Path, make_run: Any) -> None
     save(make_run(), 1)  # of miras_tiny
     for folder, words in {
         "nowhere": "no such folder", "empty": "holds no complete checkpoint", "hf": "has no vocabulary",
-        "damaged": "no model can be loaded", "checkpoints/checkpoint-1": "more than a decoder of transformers",
+        "damaged": "no model can be loaded", "checkpoints/checkpoint-1": "of the weights that were trained",
     }.items():  # fmt: skip
         with pytest.raises(UserError) as error:
             load(tmp_path / folder)

@@ -176,19 +176,25 @@ def test_fields_that_have_a_flag_here_are_taken(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_of_the_file_is_taken_where_it_is_one_of_here(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tok.model").touch()
     for name, taken in (
         ("bytes", "bytes"),
         (str(tmp_path), str(tmp_path)),
         ("allenai/gpt-neox-olmo-dolma-v1_5", "allenai/gpt-neox-olmo-dolma-v1_5"),
+        ("allenai/OLMo-1B-0724-hf@refs/pr/3", "allenai/OLMo-1B-0724-hf@refs/pr/3"),
+        ("gpt2", "gpt2"),
+        ("~/tok.model", "~/tok.model"),
         ("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json", "allenai/OLMo-1B-0724-hf"),
         ("tokenizers/allenai_dolma2.json", olmo2_1b().data.tokenizer),
     ):
         assert read(tmp_path, tokenizer={"identifier": name, "truncate_direction": "right"}).data.tokenizer == taken
         assert capsys.readouterr().err == ""
-    assert read(tmp_path, tokenizer={"identifier": "tokenizers/mine.json"}).data.tokenizer == olmo_1b().data.tokenizer
-    assert capsys.readouterr().err.strip().endswith("no effect here: tokenizer.identifier")
+    for name in ("tokenizers/mine.json", "mine.model", "/gone/tok", "~nosuchuser/tok"):
+        assert read(tmp_path, tokenizer={"identifier": name}).data.tokenizer == olmo_1b().data.tokenizer
+        assert capsys.readouterr().err.strip().endswith("no effect here: tokenizer.identifier")
 
 
 def test_fields_are_named_whose_value_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pipeline.ops.checks import sum_dtype
 from pipeline.ops.convolution import causal_convolution
 from pipeline.ops.gates import GateLinear
 from pipeline.parallel.exchange import to_heads, to_sequence
@@ -83,37 +84,47 @@ class MemoryBranch(nn.Module):
         stream (like hidden), the new carry and the health."""
         config = self.config
         local = topology.heads(config.heads)
-        normed = self.norm(hidden)
-
-        def split(x: Tensor) -> Tensor:
-            return rearrange(x, "batch sequence (heads dim) -> batch sequence heads dim", heads=config.heads)
-
-        qkv = torch.cat([split(proj(normed)) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        accumulate_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        precise = normed.to(accumulate_dtype)
-        logits = torch.stack([self.alpha_proj(precise), self.beta_proj(precise)], dim=-1)
+        normed, qkv, logits = self.inputs(hidden)
         qkv, logits = to_heads([qkv, logits], topology)
 
         if carry is None:
             carry = self.empty_carry(qkv)
         mixed, tail, tail_segments = self._convolve(qkv, segment_ids, carry, self.conv[local])
-        q, k, v = activated(mixed, config)
-        q, k = (F.normalize(x.to(accumulate_dtype), dim=-1).to(x.dtype) for x in (q, k))
+        q, k, v = unit_keys(mixed, config)
         # The state belongs to the document of the last token before this step; another document starts from zero.
         same_document = (carry.tail_segments[:, -1] == segment_ids[:, 0])[:, None, None, None]
         state = (carry.memory.where(same_document, 0), carry.momentum.where(same_document, 0))
         read, (memory, momentum), gates = self.rule(
             q, k, v, logits[..., 0], logits[..., 1], self.eta_logits, state, segment_ids, local
         )
-        read = self._head_norm(read, self.head_norm[local]) + self._persistent(q, local)
-
-        (read,) = to_sequence([read], topology)
-        gate = torch.sigmoid(self.gate_up(self.gate_down(normed)))
-        read = rearrange(read, "batch sequence heads dim -> batch sequence (heads dim)")
-        out = self.o_proj(read.to(gate.dtype) * gate)
+        (read,) = to_sequence([self.found(read, q, local)], topology)
+        out = self.output(read, normed)
         new = MemoryCarry(memory.detach(), momentum.detach(), tail, tail_segments)
         health = memory_health(config, new, logits[..., 1], gates.alpha, gates.eta, gates.theta)
         return out, new, health
+
+    def inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden [batch, tokens, width]: the same normed; queries, keys and values before the convolution [batch,
+        tokens, heads, 3 dim]; logits of forgetting and of the step size [batch, tokens, heads, 2] float32."""
+        normed = self.norm(hidden)
+
+        def split(x: Tensor) -> Tensor:
+            return rearrange(x, "batch sequence (heads dim) -> batch sequence heads dim", heads=self.config.heads)
+
+        qkv = torch.cat([split(proj(normed)) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        precise = normed.to(sum_dtype(hidden))
+        return normed, qkv, torch.stack([self.alpha_proj(precise), self.beta_proj(precise)], dim=-1)
+
+    def found(self, read: Tensor, q: Tensor, local: slice) -> Tensor:
+        """What the memory says of queries [batch, tokens, heads, dim]: its read, normed, and the persistent pairs'."""
+        return self._head_norm(read, self.head_norm[local]) + self._persistent(q, local)
+
+    def output(self, read: Tensor, normed: Tensor) -> Tensor:
+        """What is added to the residual stream, of what was `found` [batch, tokens, all heads, dim] and the normed
+        input [batch, tokens, width]."""
+        gate = torch.sigmoid(self.gate_up(self.gate_down(normed)))
+        read = rearrange(read, "batch sequence heads dim -> batch sequence (heads dim)")
+        return self.o_proj(read.to(gate.dtype) * gate)
 
     def empty_carry(self, qkv: Tensor) -> MemoryCarry:
         """The carry before any token, for this rank's heads of `qkv` [batch, sequence, heads, 3 dim]."""
@@ -153,6 +164,17 @@ def activated(qkv: Tensor, config: MemoryConfig) -> tuple[Tensor, Tensor, Tensor
         q, k, v = qkv.chunk(3, dim=-1)
         v = F.silu(v)
     return q, k, v
+
+
+def unit_keys(qkv: Tensor, config: MemoryConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """As `activated`, with queries and keys of unit length."""
+    q, k, v = activated(qkv, config)
+    return unit(q), unit(k), v
+
+
+def unit(x: Tensor) -> Tensor:
+    """x [..., dim] of unit length, found in float32 at the least."""
+    return F.normalize(x.to(sum_dtype(x)), dim=-1).to(x.dtype)
 
 
 def memory_health(

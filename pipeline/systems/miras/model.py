@@ -17,13 +17,9 @@ from pipeline.lm.decoder_config import head_dim, norm_eps
 from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.parallel.topology import Topology
-from pipeline.systems.miras.attachments import (
-    ContextBranch,
-    ContextTokens,
-    check_attachment,
-    output_gate,
-)
+from pipeline.systems.miras.attachments import check_attachment, output_gate
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.context_memory import ContextBranch, ContextTokens
 from pipeline.systems.miras.emptied import split_at_windows
 from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
@@ -52,6 +48,8 @@ class ModelOutput(NamedTuple):
     health: list[MemoryHealth]
     distilled: dict[str, Tensor] | None = None
     """Sums over this rank's compared tokens by loss term, where there is a teacher."""
+    hidden: Tensor | None = None
+    """What the output embedding takes, [batch, sequence / degree, width], where there are no labels."""
 
 
 class _Step(NamedTuple):
@@ -90,7 +88,7 @@ class MirasModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         segment_ids: Tensor,
         positions: Tensor,
         carry: list[LayerCarry] | None,
@@ -108,7 +106,8 @@ class MirasModel(nn.Module):
         (whole), carry one entry per layer or None at the start of the streams. `emptied`: memories hold nothing from
         beyond what attention sees (`emptied.py`). `attention`: in place of the model's own. The carry of one choice of
         these is not that of another. compared [batch, sequence] bool (whole): the tokens at which the teacher is asked
-        too, in training: an evaluation measures the student alone.
+        too, in training: an evaluation measures the student alone. Without labels no losses are computed, and the
+        hidden states are given instead.
         """
         attention = attention or self.config.attention
         layers = self.backbone.model.layers
@@ -156,13 +155,13 @@ class MirasModel(nn.Module):
         step.attention.keep = ()
         hidden = self.backbone.model.norm(hidden)
         losses = predictions = None
-        if teacher is None or self.config.distillation.cross_entropy:
+        if labels is not None and (teacher is None or self.config.distillation.cross_entropy):
             losses, predictions = self.backbone.lm_head(hidden, labels, predict)
         distilled = None if teacher is None else teacher.distilled(self.backbone.lm_head, hidden)
         memories = [step.memory.get(index, (None, None)) for index in range(len(layers))]
         after = [LayerCarry(step.attention.after.get(index), memory) for index, (memory, _) in enumerate(memories)]
         health = [health for _, health in memories if health is not None]
-        return ModelOutput(losses, predictions, after, health, distilled)
+        return ModelOutput(losses, predictions, after, health, distilled, hidden if labels is None else None)
 
     def _layer(self, index: int, hidden: Tensor, step: _Step) -> Tensor:
         """One layer with its memory, of hidden [batch, sequence / degree, width]."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.ops.attention import WindowCarry
 from pipeline.ops.attention_sinks import NO_TOKEN, latest
+from pipeline.ops.checks import sum_dtype
 from pipeline.ops.gates import GateLinear
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
@@ -80,7 +81,7 @@ class OverflowInputs(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [batch, sequence / degree, width] gives [batch, sequence / degree, heads, 2], float32."""
-        precise = hidden.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        precise = hidden.to(sum_dtype(hidden))
         # No weight of its own: the projections have them.
         normed = F.rms_norm(precise, precise.shape[-1:], eps=self.norm_eps)
         return torch.stack([self.beta_proj(normed), self.share_proj(normed)], dim=-1)
@@ -127,38 +128,54 @@ class OverflowMemory(nn.Module):
         key-value heads) and output `attended` [batch, sequence, heads / degree, dim], and what the layer carries from
         the step `before`, give the output (like attended), the new carry and the health."""
         local = topology.heads(self.config.heads)
-        accumulate_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        batch, tokens, heads, _ = q.shape
+        batch, _, heads, _ = q.shape
         window, carry = before
         old_logits = None if carry is None else carry.tail
         leaving_k = _delayed(k, None if window is None else window.k, plan.window)
         leaving_v = _delayed(v, None if window is None else window.v, plan.window)
         beta = _delayed(logits[..., 0], None if old_logits is None else old_logits[..., 0], plan.window)
-        groups = heads // k.shape[2]
-        leaving_k = repeat(leaving_k, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
-        beta = beta + _score(leaving_k, self.step_key[local])
-        keys = self._unit(leaving_k, "k", local)
-        values = repeat(leaving_v, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
-
         leaves = plan.leaves[..., None]
-        beta = beta.masked_fill(~leaves, -math.inf) if plan.written else torch.full_like(beta, -math.inf)
-        alpha = self.alpha_logits[local].to(accumulate_dtype).expand(batch, tokens, heads)
+        queries, keys, values, alpha, beta = self.rule_inputs(q, leaving_k, leaving_v, beta, leaves, local)
+        if not plan.written:
+            beta = torch.full_like(beta, -math.inf)
         if carry is None:
             state = self.rule.empty_state(batch, slice(0, heads), q)
         else:
             same = plan.same_document[:, None, None, None]
             state = (carry.memory.where(same, 0), carry.momentum.where(same, 0))
         read, (memory, momentum), gates = self.rule(
-            self._unit(q, "q", local), keys, values, alpha, beta, self.eta_logits, state, plan.segment_ids, local
+            queries, keys, values, alpha, beta, self.eta_logits, state, plan.segment_ids, local
         )
-        share = torch.sigmoid(logits[..., 1] + _score(q, self.share_query[local])).masked_fill(~leaves, 0.0)
-        share = share.to(attended.dtype)[..., None]
-        out = attended + share * (read.to(attended.dtype) - attended)
-
+        out = self.mixed(read, attended, q, logits[..., 1], leaves, local)
         tail = latest(logits[..., :1], old_logits, plan.window, 0)
         new = MemoryCarry(memory.detach(), momentum.detach(), tail, plan.tail_segments)
         health = memory_health(self.config, new, beta, gates.alpha, gates.eta, gates.theta, leaves)
         return out, new, health
+
+    def rule_inputs(
+        self, q: Tensor, leaving_k: Tensor, leaving_v: Tensor, beta: Tensor, leaves: Tensor, local: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the rule takes: queries, keys, values, logits of forgetting and of the step size.
+
+        q [batch, tokens, heads, dim]. Of what leaves the window at each token, where something does (`leaves` [batch,
+        tokens, 1] bool): keys before RoPE and values [batch, tokens, key-value heads, dim], and the logits `beta` of
+        the step size [batch, tokens, heads] as far as its layer's input gives them.
+        """
+        groups = q.shape[2] // leaving_k.shape[2]
+        leaving_k = repeat(leaving_k, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
+        beta = beta + _score(leaving_k, self.step_key[local])
+        keys = self._unit(leaving_k, "k", local)
+        values = repeat(leaving_v, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
+        beta = beta.masked_fill(~leaves, -math.inf)
+        alpha = self.alpha_logits[local].to(sum_dtype(q)).expand(beta.shape)
+        return self._unit(q, "q", local), keys, values, alpha, beta
+
+    def mixed(self, read: Tensor, attended: Tensor, q: Tensor, share: Tensor, leaves: Tensor, local: slice) -> Tensor:
+        """The output: what was read in place of a share of what attention gave, where something has left; `share` are
+        its logits [batch, tokens, heads]."""
+        share = torch.sigmoid(share + _score(q, self.share_query[local])).masked_fill(~leaves, 0.0)
+        share = share.to(attended.dtype)[..., None]
+        return attended + share * (read.to(attended.dtype) - attended)
 
     def _unit(self, x: Tensor, which: str, local: slice) -> Tensor:
         """x [batch, tokens, heads, dim] mapped by each head's own map, of unit length after the activation."""
@@ -167,7 +184,7 @@ class OverflowMemory(nn.Module):
             torch.matmul(rearrange(x, "batch tokens heads dim -> heads (batch tokens) dim"), change.to(x.dtype)),
             "heads (batch tokens) dim -> batch tokens heads dim", batch=x.shape[0],
         )  # fmt: skip
-        precise = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        precise = x.to(sum_dtype(x))
         if self.config.key_activation == "silu":
             precise = F.silu(precise)
         # A product with one number per token: the backward pass of F.normalize divides by an expanded norm.

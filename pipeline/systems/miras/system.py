@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.decoder_config import check_window, sliding_window
+from pipeline.lm.decoding import Decoder
 from pipeline.lm.distillation import choose, comparable, count_compared
 from pipeline.lm.pretrained import trained_length
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
@@ -225,6 +226,12 @@ class MirasSystem(LanguageModelSystem):
         from pipeline.systems.miras.evaluation import recall_suite
 
         return recall_suite(self, model, sync_point, lengths=lengths, queries=queries)
+
+    def decoder(self, model: nn.Module) -> Decoder:
+        from pipeline.systems.miras.decoding.decoder import MirasDecoder
+
+        assert isinstance(model, MirasModel)
+        return MirasDecoder(model)
 
     def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
         from pipeline.systems.miras.flops import count_flops

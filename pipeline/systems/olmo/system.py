@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.capabilities import PublishedHours
 from pipeline.config import RunConfig
@@ -20,6 +20,9 @@ from pipeline.lm.activations import TrainedDecoder, decoder_bytes
 from pipeline.lm.attention import attention_backend
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import check_window
+from pipeline.lm.decoding import Decoder
+from pipeline.lm.dense_decoder import DenseDecoder
+from pipeline.lm.exported import plain_decoder
 from pipeline.lm.flops import decoder_flops
 from pipeline.lm.held_out_files import evaluate_files
 from pipeline.lm.perplexity import evaluate_perplexity
@@ -53,6 +56,9 @@ class OlmoSystem(LanguageModelSystem):
         assert isinstance(config.model, OlmoConfig)
         super().__init__(config, config.model.backbone)
         self.sizes = config.model
+        if self.sizes.backbone.pretrained is None:
+            # The family's own is nobody's choice: no position beyond these is ever seen.
+            self.backbone.max_position_embeddings = config.sequence_length
         self.attention = AttentionConfig("full", backend=self.sizes.attention.backend)
         check_window(self.attention, self.backbone, config.sequence_length)
 
@@ -77,8 +83,17 @@ class OlmoSystem(LanguageModelSystem):
     def decoder_config(self) -> PreTrainedConfig:
         return self.backbone
 
+    def decoder(self, model: nn.Module) -> Decoder:
+        assert isinstance(model, OlmoModel)
+        return DenseDecoder(self.exported(model))
+
     def native_config(self, model: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
         return native_run(self.config, model, global_batch, CUTOFF)
+
+    def exported(self, model: nn.Module) -> PreTrainedModel:
+        assert isinstance(model, OlmoModel)
+        length, pretrained = self.config.sequence_length, self.sizes.backbone.pretrained is not None
+        return plain_decoder(model.backbone, trained_length=length, keep_length=pretrained)
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, OlmoModel)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from pipeline.cli import main
@@ -23,32 +22,49 @@ from tests.data.tokens.conftest import open_loader
 Record = Callable[[str, Any], None]
 
 
-def start_over(path: str) -> None:
-    """Opens the loader of a file, and prints the seconds and bytes that it adds to this process."""
-    open_loader([path], sequence_length=16, batch_size=1, vocab=50_304, held_out=True).next_step()
-    process = psutil.Process()
-    before, begun = process.memory_info().rss, time.perf_counter()
-    loader = open_loader([path], sequence_length=2048, batch_size=8, grad_accum=8, vocab=50_304)
+START = """
+import json, resource, sys, time
+
+# What every start has: the program, with what reads documents.
+import pipeline.train
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.data.build import build_loader
+from pipeline.data_config import DataConfig
+from pipeline.parallel.topology import Topology
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+assert "pipeline.data.tokens.loader" not in sys.modules
+config = RunConfig(
+    recipe="", model=ModelConfig(), data=DataConfig(tokens=(sys.argv[1],)), steps=1, lr=1.0, batch_size=8, grad_accum=8,
+    sequence_length=2048,
+)
+before, begun = peak(), time.perf_counter()
+training, held_out = (build_loader(config, Topology(), vocab_size=50_304, held_out=side) for side in (False, True))
+assert training.fingerprint["source"]["source 1"]["tokens"] == 10**10
+for loader in (training, held_out):
     loader.next_step()
-    loader.state_dict()
-    seconds = time.perf_counter() - begun
-    print(json.dumps([seconds, process.memory_info().rss - before, len(loader.sources[0])]))
+assert training.state_dict()["windows"] == 64
+print(json.dumps([time.perf_counter() - begun, peak() - before, len(training.sources[0])]))
+"""
+"""Both loaders of a token file, with their first batches and the fingerprint of the data: what they add to a start."""
 
 
 @pytest.mark.slow
 def test_a_start_over_ten_billion_tokens(tmp_path: Path, record_property: Record) -> None:
-    """At most 2 s and 100 MB, with the fingerprint and the first step."""
+    """At most 2 s and 100 MB at its peak, in a process that has read no token file before."""
     path = tmp_path / "sparse.npy"
     with path.open("wb") as file:
         file.truncate(2 * 10**10)
-    done = subprocess.run(
-        [sys.executable, "-c", f"from tests.data.tokens.test_speed import start_over; start_over({str(path)!r})"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    seconds, added, windows = json.loads(done.stdout.splitlines()[-1])
-    record_property("start, s", f"{seconds:.2f}")
-    record_property("start, MB", f"{added / 1e6:.1f}")
-    assert windows > 4_700_000 and seconds < 2 and added < 100e6
+    found = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", START, str(path)], capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    seconds, _, windows = sorted(found)[1]
+    record_property("start, s (of 3 processes)", ", ".join(f"{run[0]:.2f}" for run in found))
+    record_property("start, MB at the peak", f"{max(run[1] for run in found) / 1e6:.1f}")
+    assert windows > 4_700_000 and seconds < 2 and max(run[1] for run in found) < 100e6
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.parallel.topology import Topology
-from pipeline.systems.miras.attachments import ContextBranch, ContextTokens
 from pipeline.systems.miras.config import MemoryConfig
+from pipeline.systems.miras.context_memory import ContextBranch, ContextTokens
 from pipeline.systems.miras.memory import MemoryCarry
 from pipeline.systems.miras.segments import plan_segments
 

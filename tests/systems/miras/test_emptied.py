@@ -21,8 +21,8 @@ from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Phase
-from pipeline.systems.miras.attachments import ContextTokens
 from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.context_memory import ContextTokens
 from pipeline.systems.miras.emptied import split_at_windows
 from pipeline.systems.miras.evaluation import check_gap, full_length, gap_modes
 from pipeline.systems.miras.memory import MemoryCarry

@@ -1,0 +1,60 @@
+"""`export CHECKPOINT DIR`: the checks, the folder, the gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.commands.flags import pop_flag, wants_help
+from pipeline.errors import UserError
+from pipeline.spelling import did_you_mean, nearest_flag
+
+USAGE = """\
+usage: mnemos export CHECKPOINT DIR [--memory-only] [--no-tokenizer]
+                     [--data.tokenizer NAME] [--model.backbone.pretrained FOLDER]
+
+Writes the model of a checkpoint to the new folder DIR, for transformers: weights as safetensors, configuration,
+tokenizer and a model card. CHECKPOINT is a checkpoint's folder, or a run directory for its newest one; any number of
+ranks and any ZeRO stage may have saved it. The folder takes its name when a process of its own, which has transformers
+and not this project, has computed the same logits with it.
+
+  --memory-only                        the memory alone, beside the name and the hash of the frozen backbone that it was
+                                       trained on; --model.memory.pretrained DIR attaches it
+  --no-tokenizer                       the model alone
+  --data.tokenizer NAME                where the run's tokenizer is now
+  --model.backbone.pretrained FOLDER   where the frozen backbone is now"""
+SWITCHES = ("--memory-only", "--no-tokenizer")
+VALUED = ("--data.tokenizer", "--model.backbone.pretrained")
+
+
+def run_export(words: Sequence[str]) -> None:
+    """The command. Raises UserError, with nothing left behind."""
+    if wants_help(words):
+        print(USAGE)
+        return
+    rest, values = list(words), {}
+    for flag in VALUED:
+        values[flag], rest = pop_flag(rest, flag)
+    given = [flag for flag in SWITCHES if flag in rest]
+    places = [word for word in rest if word not in SWITCHES]
+    unknown = next((word for word in places if word.startswith("-")), None)
+    if unknown is not None:
+        raise UserError(f"unknown flag {unknown}{did_you_mean(nearest_flag(unknown, (*SWITCHES, *VALUED)))}")
+    if len(places) != 2:
+        raise UserError("export needs CHECKPOINT and the new folder DIR (see mnemos export --help)")
+    source, out = Path(places[0]).expanduser(), Path(places[1]).expanduser().absolute()
+    begun = time.perf_counter()
+
+    from pipeline.export.trained import find, load_trained, read_run
+    from pipeline.export.write import check_out, export_memory, export_model
+    from pipeline.system import create_system
+
+    checkpoint = find(source)
+    check_out(out, checkpoint)
+    config = read_run(checkpoint, tokenizer=values[VALUED[0]], pretrained=values[VALUED[1]])
+    system = create_system(config)
+    export = export_memory if "--memory-only" in given else export_model
+    wanted = "--no-tokenizer" not in given
+    found = export(lambda: load_trained(checkpoint, config, system), system, out, tokenizer=wanted)
+    print(f"{checkpoint} -> {out}: {found}, {time.perf_counter() - begun:.1f} s")

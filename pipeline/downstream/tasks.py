@@ -97,7 +97,7 @@ def _manager(names: Sequence[str], path: str | None, flag: str) -> Any:
     for name in names:
         if name not in manager.all_tasks:
             meant = did_you_mean(nearest(name, manager.all_tasks))
-            raise UserError(f"{flag} {shown(name)}: no such task{meant or ': `lm-eval ls tasks` lists the harness’s'}")
+            raise UserError(f"{flag} {shown(name)}: no such task{meant or ': `lm-eval ls tasks` lists them'}")
     return manager
 
 

@@ -43,9 +43,7 @@ def test_every_label_follows_its_id(requests: list[Request], limit: int | None, 
         assert limit is None or len(read) - 1 <= limit
 
 
-@given(
-    st.lists(st.integers(1, 50), max_size=80), st.integers(1, 200), st.integers(1, 4), st.none() | st.integers(1, 5)
-)
+@given(st.lists(st.integers(1, 50), max_size=80), st.integers(1, 200), st.integers(1, 4), st.none() | st.integers(1, 5))
 def test_groups_hold_every_number_once(widths: list[int], tokens: int, ranks: int, rows: int | None) -> None:
     found = list(groups(widths, tokens, ranks, rows))
     assert sorted(number for group in found for number in group.members) == list(range(len(widths)))

@@ -34,7 +34,9 @@ def test_the_harness_has_the_tasks_that_are_the_default() -> None:
 
     own = Path(lm_eval.__file__).parent / "tasks"
     places = ("hellaswag", "winogrande", "sciq", "super_glue/copa", "arc", "openbookqa")
-    lines = {line for place in places for path in (own / place).glob("*.yaml") for line in path.read_text().splitlines()}
+    lines = {
+        line for place in places for path in (own / place).glob("*.yaml") for line in path.read_text().splitlines()
+    }
     assert {f"task: {name}" for name in DEFAULT_TASKS} <= lines
 
 
@@ -70,7 +72,9 @@ def test_a_task_that_cannot_be_read_is_named(
 
     task = yaml.safe_load((folder / f"{CHOSEN}.yaml").read_text())
     write(tmp_path, {**task, **changes})
-    with pytest.raises(UserError, match=rf"^--tasks {CHOSEN}: the task or its data cannot be read \(.*{problem}") as found:
+    with pytest.raises(
+        UserError, match=rf"^--tasks {CHOSEN}: the task or its data cannot be read \(.*{problem}"
+    ) as found:
         load(tmp_path, CHOSEN)
     assert "\n" not in str(found.value)
 

@@ -146,10 +146,10 @@ class ProgressLines(Callback):
 
 
 def _scores(scalars: Mapping[str, float]) -> list[str]:
-    """`sciq/acc 0.712`, of every task and metric."""
+    """`sciq/acc 0.712` of every task and metric."""
     named = {name.removeprefix(TASKS): value for name, value in scalars.items() if name.startswith(TASKS)}
     facts = ("_stderr", "/chance", "/n")
-    return [f"{name} {value:.3f}" for name, value in named.items() if not name.endswith(facts)]
+    return [f"{name} {value:.4g}" for name, value in named.items() if not name.endswith(facts)]
 
 
 def log_end(run: Run, status: str) -> None:

@@ -540,6 +540,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["pipeline", "pipeline.*"]),
+    package_data={"pipeline.export": ["*.md"]},
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

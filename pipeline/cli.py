@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline import __version__
+from pipeline.commands.command_help import HELP
 from pipeline.commands.flags import parse_run, pop_flag, wants_help
 from pipeline.errors import (
     LOST_RANK,
@@ -261,42 +262,6 @@ def _doctor(words: Sequence[str]) -> None:
     if run_doctor(words)["kernels"]["lost"]:
         exit_process(0)  # as in `_end`
 
-
-HELP = {
-    "recipes": "usage: mnemos recipes\n\nEvery recipe, one line each.",
-    "doctor": (
-        "usage: mnemos doctor [--json FILE]\n\nWhat this machine has: devices, kernels, attention backends, versions."
-    ),
-    "eval": (
-        "usage: mnemos eval CHECKPOINT [--suite long] [--suite recall [--lengths 1024,16384,...] [--queries N]]"
-        " [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
-        " for its latest one.\n"
-        "--suite long: gap closed too, what its memory is worth beyond the window.\n"
-        "--suite recall: what stood far back is asked for instead.\n"
-        "The result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
-        " `--help-all` every one."
-    ),
-    "bench": (
-        "usage: mnemos bench throughput [--lengths N ...] [--ranks N] [RECIPE] [flags]\n"
-        "       mnemos bench dense [--rounds N] [--threads N] [--ranks 1 2] [--compile] [RECIPE] [flags]\n"
-        "       mnemos bench kernels [--shapes 1x8192x4x64 ...] [--ops NAME ...] [--backends NAME ...]\n"
-        "       mnemos bench resume [--ranks N] [RECIPE] [flags]\n"
-        "       mnemos bench report FOLDER\n\n"
-        "All but report take --json FILE and --help, and all of these but dense --repeats N."
-    ),
-    "plan": (
-        "usage: mnemos plan RECIPE [--ranks N] [--device NAME | --all-devices] [--utilisation SHARE] [--reserve GIB]\n"
-        "                   [--tokens N,...] [flags of the recipe]\n\n"
-        "  --ranks N            devices in all (default 1)\n"
-        "  --device NAME        a device of the table in docs/plan.md, or its driver's name (default H200)\n"
-        "  --all-devices        a table of what fits on every device of that table\n"
-        "  --utilisation SHARE  share of the peak that model FLOPs are expected to reach (default 0.4)\n"
-        "  --tokens N,...       numbers of tokens, such as 1B,3T: a table of their time on one device and on eight\n"
-        "  --reserve GIB        memory of a device that stays free (default 2 GiB and 5 % of the device's)\n\n"
-        "`mnemos plan RECIPE --help` lists the recipe's common flags too, `--help-all` every one."
-    ),
-}
-"""Help of the commands whose flags are not a recipe's alone."""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,

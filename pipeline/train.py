@@ -41,6 +41,8 @@ class Trainer:
         """The step of the newest checkpoint that was begun."""
         self.snapshot = take_snapshot(run, self.carries)
         """The last completed step."""
+        self.from_elsewhere = False
+        """Whether the checkpoint that it goes on from is that of another run directory."""
 
     def begin(self, checkpoint: Path | None) -> None:
         """Goes back to where `checkpoint` was saved, or to the start, and opens the run directory. Collective; raises
@@ -51,6 +53,7 @@ class Trainer:
             self.carries = carries or self.carries
             self.snapshot = take_snapshot(run, self.carries)
             self.saved = run.progress.step
+            self.from_elsewhere = checkpoint.resolve().parent != self.saver.folder.resolve()
             run.chosen["resumed"] = f"from {checkpoint}"
         if not run.config.dry_run:
             # Only now: a start that was refused leaves the folder as it is.
@@ -91,6 +94,9 @@ class Trainer:
             # With more --steps a phase goes on that had ended by their number.
             progress.phase_done = progress.rule_met or progress.phase_step >= self.phase.steps
         last = min(self.run.end_of_phase, config.stop_after or self.run.end_of_phase)
+        if self.from_elsewhere and (progress.step >= last or progress.phase_done):
+            # No step will: what it stands at is saved here too, as these ranks hold it.
+            self._save()
         while progress.step < last and not progress.phase_done:
             step = progress.step + 1
             due = step == last or (config.save_every and step % config.save_every == 0)

@@ -80,9 +80,17 @@ EXPERIMENTS = {
     "compiled": Experiment(
         "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
     ),
+    "long_prompt": Experiment(
+        "a prompt of a million tokens is read in the memory and at the speed of a short one",
+        ("tests/systems/miras/decoding/test_long_prompt.py",), 10,
+    ),
     "dense_speed": Experiment(
         "a step of a decoder is as fast here as in a plain PyTorch loop",
         ("tests/bench/test_dense.py",), 10,
+    ),
+    "memory_step": Experiment(
+        "a token of the memory takes at most 3 times as long as to read and write M and S once",
+        ("tests/bench/test_decode.py",), 1,
     ),
     "limits": Experiment(
         "what is stored fades as theory says, and the native scan does not drift over a million tokens",

@@ -33,6 +33,7 @@ from pipeline.cli import COMMANDS
 from pipeline.commands.fetch import MODELS
 from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags
 from pipeline.commands.generate import GenerateOptions, pop_prompts
+from pipeline.export.command import parse as parse_export
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
@@ -248,6 +249,9 @@ def _mnemos(words: list[str]) -> list[str] | None:
         return _generate(rest)
     if command == "data":
         return ["data", *rest] if any(word.startswith((TEXTS, TOKENS)) for word in rest) else None
+    if command == "export":
+        parse_export(rest)
+        return None
     if command == "fetch":
         _expect(rest[:1] in ([name] for name in MODELS), words)
         return None

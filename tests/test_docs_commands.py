@@ -171,6 +171,8 @@ def test_a_block_that_does_not_end_is_an_error() -> None:
         "mnemos train miras_tiny --steps many",
         "mnemos generate --prompt text",
         "mnemos generate outputs/olmo_tiny --promt text",
+        "mnemos export outputs/olmo_tiny",
+        "mnemos export outputs/olmo_tiny DIR --memry-only",
         "mnemos bench thruput",
         "mnemos bench throughput --length 64",
         "mnemos bench throughput miras_tiny --lenght 64",

@@ -76,7 +76,7 @@ def test_a_wheel_holds_every_module_and_every_deepspeed_configuration(checkout: 
     modules = {path.relative_to(checkout).as_posix() for path in (checkout / "pipeline").rglob("*.py")}
     configs = {f"pipeline/ds_configs/{path.name}" for path in (ROOT / "ds_configs").iterdir()}
     assert len(configs) >= 5
-    assert modules | configs | {"pipeline/_native_build.json"} <= names
+    assert modules | configs | {"pipeline/_native_build.json", "pipeline/export/model_card.md"} <= names
 
 
 def test_a_source_distribution_can_build_the_same(checkout: Path, tmp_path: Path) -> None:
@@ -84,7 +84,8 @@ def test_a_source_distribution_can_build_the_same(checkout: Path, tmp_path: Path
     (archive,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path)
     (root,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    for folder, ending in (("ds_configs", ".json"), ("pipeline", ".py"), ("kernels", (".cpp", ".h", ".cu", ".cuh"))):
+    kinds = (("ds_configs", ".json"), ("pipeline", (".py", ".md")), ("kernels", (".cpp", ".h", ".cu", ".cuh")))
+    for folder, ending in kinds:
         expected = [path for path in (checkout / folder).rglob("*") if path.name.endswith(ending)]
         assert expected and all((root / path.relative_to(checkout)).is_file() for path in expected)
 

@@ -14,6 +14,7 @@ BENCHES = {
     "dense": ("pipeline.bench.dense", "run_dense"),
     "dense-case": ("pipeline.bench.dense_case", "run_case"),
     "kernels": ("pipeline.bench.kernels", "run_kernels"),
+    "decode": ("pipeline.bench.decode", "run_decode"),
     "resume": ("pipeline.bench.resume", "run_resume"),
     "report": ("pipeline.bench.gpu.report", "run_report"),
     "resume-case": ("pipeline.bench.resume", "run_case"),

@@ -34,11 +34,11 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
         )
     path = checkpoint / "config.yaml"
     saved, plain = with_moved_keys(yaml.safe_load(path.read_text()), str(path)), to_plain(config)
-    different = _first_difference(saved["model"], config.model, plain["model"], "--model")
+    different = first_difference(saved["model"], config.model, plain["model"], "--model")
     if different is None:
         # Of documents the loader knows better what may change; a task is what the model is made for.
         task = saved.get("data", {}).get("recall")
-        different = _first_difference(task, config.data.recall, plain["data"]["recall"], "--data.recall")
+        different = first_difference(task, config.data.recall, plain["data"]["recall"], "--data.recall")
     if different is not None:
         flag, before, now = different
         raise UserError(
@@ -47,7 +47,7 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
         )
 
 
-def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[str, Any, Any] | None:
+def first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[str, Any, Any] | None:
     """The first field in which a saved section, as plain values, is another model than `section`, whose are `plain`."""
     if not (isinstance(saved, dict) and dataclasses.is_dataclass(section)):
         return None if saved == plain else (flag, saved, plain)
@@ -63,7 +63,7 @@ def _first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[
                 continue
             before = to_plain(default) if dataclasses.is_dataclass(default) else default
         words = f"{flag}.{field.name.replace('_', '-')}"
-        found = _first_difference(before, value, plain[field.name], words)
+        found = first_difference(before, value, plain[field.name], words)
         if found is not None:
             return found
     return None

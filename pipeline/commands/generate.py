@@ -41,6 +41,7 @@ beginning. How many tokens were read and written, and how fast, is said on stder
   --tokenizer NAME     in place of the model's own: bytes, a .model file, a folder or a Hub name
   --dtype DTYPE        of the weights: float32, bfloat16 or float64 (default float32)"""
 REPEATED = ("--prompt", "--prompt-file")
+"""Flags that may be given several times, and whose order counts."""
 HEADING = 60
 """Characters of a prompt that its line shows."""
 
@@ -60,6 +61,14 @@ class GenerateOptions:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Flags that `pop_prompts` takes, for what a misspelt one may have meant."""
+
+    prompt: str = ""
+    prompt_file: str = ""
+
+
 def run_generate(words: Sequence[str]) -> None:
     """The command. Raises UserError."""
     prompts, rest = pop_prompts(words)
@@ -70,7 +79,7 @@ def run_generate(words: Sequence[str]) -> None:
         raise UserError("generate needs a model: mnemos generate CHECKPOINT --prompt TEXT")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("generate is one process: start it without a launcher")
-    options: GenerateOptions = parse_flags(GenerateOptions(), rest[1:], "mnemos generate")
+    options: GenerateOptions = parse_flags(GenerateOptions(), rest[1:], "mnemos generate", Prompts())
     texts = [_text(flag, value) for flag, value in prompts]
     if not texts and options.state is None:
         raise UserError("generate needs a text to go on from: give --prompt TEXT, --prompt-file FILE or --state FILE")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.commands.flags import pop_flag, wants_help
@@ -28,33 +29,51 @@ SWITCHES = ("--memory-only", "--no-tokenizer")
 VALUED = ("--data.tokenizer", "--model.backbone.pretrained")
 
 
-def run_export(words: Sequence[str]) -> None:
-    """The command. Raises UserError, with nothing left behind."""
-    if wants_help(words):
-        print(USAGE)
-        return
-    rest, values = list(words), {}
+@dataclass(frozen=True)
+class Request:
+    """What the words of the command ask for."""
+
+    source: Path
+    out: Path
+    memory_only: bool
+    tokenizer: bool
+    """Whether one is written."""
+    values: Mapping[str, str | None]
+    """Of `VALUED`."""
+
+
+def parse(words: Sequence[str]) -> Request:
+    """Reads the words of the command. Raises UserError."""
+    rest = list(words)
+    values: dict[str, str | None] = {}
     for flag in VALUED:
         values[flag], rest = pop_flag(rest, flag)
-    given = [flag for flag in SWITCHES if flag in rest]
     places = [word for word in rest if word not in SWITCHES]
     unknown = next((word for word in places if word.startswith("-")), None)
     if unknown is not None:
         raise UserError(f"unknown flag {unknown}{did_you_mean(nearest_flag(unknown, (*SWITCHES, *VALUED)))}")
     if len(places) != 2:
         raise UserError("export needs CHECKPOINT and the new folder DIR (see mnemos export --help)")
-    source, out = Path(places[0]).expanduser(), Path(places[1]).expanduser().absolute()
-    begun = time.perf_counter()
+    source, out = (Path(place).expanduser() for place in places)
+    return Request(source, out.absolute(), "--memory-only" in rest, "--no-tokenizer" not in rest, values)
+
+
+def run_export(words: Sequence[str]) -> None:
+    """The command. Raises UserError, with nothing left behind."""
+    if wants_help(words):
+        print(USAGE)
+        return
+    request, begun = parse(words), time.perf_counter()
 
     from pipeline.export.trained import find, load_trained, read_run
     from pipeline.export.write import check_out, export_memory, export_model
     from pipeline.system import create_system
 
-    checkpoint = find(source)
-    check_out(out, checkpoint)
-    config = read_run(checkpoint, tokenizer=values[VALUED[0]], pretrained=values[VALUED[1]])
+    checkpoint = find(request.source)
+    check_out(request.out, checkpoint)
+    tokenizer, pretrained = (request.values[flag] for flag in VALUED)
+    config = read_run(checkpoint, tokenizer=tokenizer, pretrained=pretrained)
     system = create_system(config)
-    export = export_memory if "--memory-only" in given else export_model
-    wanted = "--no-tokenizer" not in given
-    found = export(lambda: load_trained(checkpoint, config, system), system, out, tokenizer=wanted)
-    print(f"{checkpoint} -> {out}: {found}, {time.perf_counter() - begun:.1f} s")
+    write = export_memory if request.memory_only else export_model
+    found = write(lambda: load_trained(checkpoint, config, system), system, request.out, tokenizer=request.tokenizer)
+    print(f"{checkpoint} -> {request.out}: {found}, {time.perf_counter() - begun:.1f} s")

@@ -167,7 +167,10 @@ def _compared(case: Case, out: Path) -> Difference:
         return Difference(
             found, kind, f"its logits are {shape}, those of the trained model {case.states['logits'].shape}"
         )
-    return Difference(found, kind, _problem(found) or _other_tokens(case, facts))
+    problem, other = _problem(found), _other_tokens(case, facts)
+    if problem is None and other is not None:
+        problem = f"{other}: give --no-tokenizer for the model alone"
+    return Difference(found, kind, problem)
 
 
 def _largest(found: Tensor, expected: Tensor) -> tuple[float, float]:

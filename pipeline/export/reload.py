@@ -1,6 +1,6 @@
 """What exported folders compute when transformers alone loads them.
 
-This file is also a program of its own, which imports nothing of this project and refuses every import of it:
+This file is also a program of its own, which imports nothing of this project, and runs as where it is not installed:
 
     python reload.py REQUEST
 
@@ -28,13 +28,20 @@ NOT_NEEDED = ("pipeline", "deepspeed", "tyro")
 HEAD, LAST = "lm_head", "last norm"
 
 
-class _Refused:
-    """Finds no module of these packages."""
+class _Without:
+    """A finder of modules, as where these packages are not installed."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def __init__(self, finder: Any) -> None:
+        self._finder = finder
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name.partition(".")[0] in NOT_NEEDED:
-            raise ModuleNotFoundError(f"{name} is imported, and an exported folder has to do without it", name=name)
-        return None
+            return None
+        found: ModuleSpec | None = self._finder.find_spec(name, path, target)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
 
 
 def states_of(model: nn.Module, run: Callable[[], Any], positions: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
@@ -114,5 +121,5 @@ def main(request: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, _Refused())  # type: ignore[arg-type]
+    sys.meta_path[:] = map(_Without, sys.meta_path)
     main(sys.argv[1])

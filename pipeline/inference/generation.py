@@ -94,7 +94,7 @@ def tokens_after(
     if max_new_tokens:
         for number, length in enumerate(texts.lengths, 1):
             name = "the text" if texts.rows == 1 else f"text {number}"
-            check_room(decoder, length + 1, f"{name}, with one token more,")
+            check_room(decoder, length + 1, f"{name} with one token more")
     return _tokens(decoder, tokenizer, texts, sampling, max_new_tokens)
 
 

@@ -76,6 +76,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
     from pipeline.checkpoint.manifest import MANIFEST, newest, problems
     from pipeline.checkpoint.trainable import TRAINABLE
     from pipeline.config_file import load_config
+    from pipeline.inference.system_model import system_model
     from pipeline.parallel.weight_files import file_tensors
     from pipeline.recipes import all_recipes
     from pipeline.system import create_system
@@ -87,11 +88,9 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
     if wrong:
         raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
     config = load_config(checkpoint / "config.yaml", all_recipes())
-    system = create_system(config)
-    if isinstance(system, Generates) and not isinstance(system, TrainsDecoder):
-        from pipeline.inference.system_model import system_model
-
-        return system_model(system, checkpoint, dtype), config.data, makers_at(checkpoint)
+    whole = create_system(config)
+    if isinstance(whole, Generates) and not isinstance(whole, TrainsDecoder):
+        return system_model(whole, checkpoint, dtype), config.data, makers_at(checkpoint)
     system = _decoder_system(config, str(checkpoint))
     stored = file_tensors(checkpoint / TRAINABLE)
     weights = {name.removeprefix(system.decoder_prefix): tensor.read(name) for name, tensor in stored.items()}

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.capabilities import Generates
-from pipeline.checkpoint.frozen import frozen_weights
-from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.trainable import TRAINABLE, load_trainable
 from pipeline.errors import UserError
 from pipeline.lm.decoding import Decoder
-from pipeline.parallel.topology import Topology
-from pipeline.parallel.weight_files import file_tensors
-from pipeline.precision import precision_of
 from pipeline.system import System
 
 
@@ -55,6 +49,12 @@ def system_model(system: System, checkpoint: Path, dtype: torch.dtype) -> System
     Raises UserError for a checkpoint that lacks part of what its run trained, and where the frozen weights are not
     those that it was trained on.
     """
+    from pipeline.checkpoint.frozen import frozen_weights
+    from pipeline.checkpoint.manifest import read_manifest
+    from pipeline.checkpoint.trainable import TRAINABLE, load_trainable
+    from pipeline.parallel.topology import Topology
+    from pipeline.parallel.weight_files import file_tensors
+
     alone = Topology()
     model = _built(system)
     system.initialise(model, alone)
@@ -77,6 +77,8 @@ def system_model(system: System, checkpoint: Path, dtype: torch.dtype) -> System
 
 def _built(system: System) -> nn.Module:
     """In the precision of the run, which frozen weights were rounded to."""
+    from pipeline.precision import precision_of
+
     previous = torch.get_default_dtype()
     torch.set_default_dtype(precision_of(system.config))
     try:

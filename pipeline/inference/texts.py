@@ -74,8 +74,10 @@ def read(model: Any, tokenizer: Tokenizer, prompts: str | Sequence[str], state: 
             raise UserError(
                 f"the state is of {state.rows} texts, and there are {len(every)} prompts: give one prompt, or as many"
             )
-    parts = [_read(decoder, every[row], names[row], state, row) for row in range(len(every))]
-    return joined(decoder, parts)
+    for row, (ids, name) in enumerate(zip(every, names, strict=True)):
+        before = 0 if state is None else state.lengths[row if state.rows > 1 else 0]
+        check_room(decoder, len(ids), name, before)
+    return joined(decoder, [_read(decoder, ids, state, row) for row, ids in enumerate(every)])
 
 
 def joined(decoder: Decoder, parts: Sequence[Texts]) -> Texts:
@@ -108,10 +110,11 @@ def check_prompt(text: str, name: str) -> None:
         raise UserError(f"{name} is not UTF-8 (character {error.start}): give text in UTF-8") from None
 
 
-def check_room(decoder: Decoder, tokens: int, name: str) -> None:
-    """Raises UserError, which begins with `name`, for a text of more tokens than a model takes."""
-    if decoder.limit is not None and tokens > decoder.limit:
-        raise UserError(f"{name} has {tokens} tokens with those before it, the model takes {decoder.limit}: shorten it")
+def check_room(decoder: Decoder, tokens: int, name: str, before: int = 0) -> None:
+    """Raises UserError, which begins with `name`, for more tokens, behind those before them, than a model takes."""
+    if decoder.limit is not None and before + tokens > decoder.limit:
+        behind = f" behind the {before} of the state" if before else ""
+        raise UserError(f"{name} has {tokens} tokens{behind}, the model takes {decoder.limit}: shorten it")
 
 
 def _ids(tokenizer: Tokenizer, text: str, name: str, decoder: Decoder) -> Tensor:
@@ -127,10 +130,9 @@ def _ids(tokenizer: Tokenizer, text: str, name: str, decoder: Decoder) -> Tensor
     return ids
 
 
-def _read(decoder: Decoder, ids: Tensor, name: str, state: Texts | None, row: int) -> Texts:
+def _read(decoder: Decoder, ids: Tensor, state: Texts | None, row: int) -> Texts:
     """One text [tokens], from the start or from a row of a state."""
     before = None if state is None else copied(decoder, state, [row if state.rows > 1 else 0])
-    check_room(decoder, len(ids) + (0 if before is None else before.lengths[0]), name)
     rows = decoder.empty(1) if before is None else before.state
     logits = decoder.read(ids.unsqueeze(0), rows)
     last = torch.full((1, BEFORE), NONE) if before is None else before.last

@@ -79,7 +79,8 @@ class DenseState(DecodingState):
         """lengths [rows]; of each layer keys and values [rows, heads, columns, dim], where it has a sliding window the
         last columns alone."""
         found = {"lengths": self._lengths}
-        for number, layer in enumerate(self.cache.layers):
+        layers: Any = self.cache.layers
+        for number, layer in enumerate(layers):
             # One that uses the keys of another has none.
             if layer.keys is not None and layer.values is not None:
                 found[f"layers.{number}.keys"], found[f"layers.{number}.values"] = layer.keys, layer.values
@@ -209,7 +210,8 @@ class DenseDecoder(Decoder):
     def _state(self, kept: Mapping[str, Tensor], lengths: Tensor) -> DenseState:
         """Of tensors that nothing else holds."""
         cache = self._cache()
-        for number, layer in enumerate(cache.layers):
+        layers: Any = cache.layers
+        for number, layer in enumerate(layers):
             name = f"layers.{number}"
             if f"{name}.keys" in kept:
                 keys, values = kept[f"{name}.keys"], kept[f"{name}.values"]

@@ -31,7 +31,7 @@ class MemoryAlone:
     base: Mapping[str, Any]
     """`name` and `revision` as flags have them, None for random weights, and `sha256` of its weights."""
     names: frozenset[str]
-    """Parameters and persistent buffers of the memory in the model."""
+    """Parameters of the memory in the model."""
     flags: str = ""
     """Of a run whose model has such a memory."""
 

@@ -64,24 +64,26 @@ def plan_token(lengths: Tensor, *, rope: Rope, window: int | None, sinks: int, l
     positions = lengths.to(device)
     limit = last + 1 if window is None else min(window, last + 1)
     place = sinks + (positions if window is None else positions % window)
-    beyond = window is not None and sinks > 0 and last >= window
-    seen = slice(0 if beyond else sinks, sinks + limit)
+    # Below the first sink that has left the window, none is seen.
+    outside = window if window is not None and sinks > 0 and last >= window else None
+    seen = slice(sinks if outside is None else 0, sinks + limit)
     mask = None
-    if first + 1 < limit or (beyond and window is not None and first < window + sinks - 1):
+    if first + 1 < limit or (outside is not None and first < outside + sinks - 1):
         # A ring is filled from its start; sink j has left the window of a token j + window or more places on.
         order = torch.arange(limit, device=device)
         have = order <= positions[:, None]
-        if beyond:
-            have = torch.cat([order.new_tensor(range(sinks)) + window <= positions[:, None], have], dim=1)
+        if outside is not None:
+            left = torch.arange(outside, outside + sinks, device=device) <= positions[:, None]
+            have = torch.cat([left, have], dim=1)
         mask = torch.zeros(have.shape, dtype=like.dtype, device=device).masked_fill_(~have, -math.inf)[:, None, None]
     new_sinks = None
     if first < sinks:
         rows = (lengths < sinks).nonzero().squeeze(1)
         new_sinks = (rows.to(device), lengths[rows].to(device))
     sink_rotation = None
-    if beyond and window is not None:
+    if outside is not None:
         # The query turns by its own position: what the sinks are nearer by is added to theirs.
-        nearer = (positions - (window + sinks - 1)).clamp(min=0)
+        nearer = (positions - (outside + sinks - 1)).clamp(min=0)
         rotation = rope.rotation(nearer[:, None] + torch.arange(sinks, device=device), like.dtype)
         sink_rotation = Rotation(*(x.transpose(1, 2) for x in rotation))
     return TokenPlan(
@@ -199,9 +201,8 @@ class KeyCache:
         slots = torch.arange(filled - self.sinks, device=keys.device)
         last = lengths.to(keys.device)[:, None] - 1
         # The newest token that goes to a slot.
-        positions = (
-            slots if self.window is None else torch.where(last < slots, slots, last - (last - slots) % self.window)
-        )
+        newest = slots if self.window is None else last - (last - slots) % self.window
+        positions = torch.where(last < slots, slots, newest)
         rotation = rope.rotation(positions, keys.dtype)
         rotated = torch.zeros_like(keys)
         rotated[:, :, self.sinks :] = turn(keys[:, :, self.sinks :], *(x.transpose(1, 2) for x in rotation))
@@ -211,15 +212,16 @@ class KeyCache:
 
     def select(self, rows: Tensor) -> KeyCache:
         """Copies of rows by index [rows] int64 on the device."""
-        parts = (x.index_select(0, rows) for x in (self.keys, self.values, self.rotated))
-        return KeyCache(*parts, self.window, self.sinks)
+        keys, values, rotated = (x.index_select(0, rows) for x in self._buffers())
+        return KeyCache(keys, values, rotated, self.window, self.sinks)
 
     @staticmethod
     def join(caches: Sequence[KeyCache]) -> KeyCache:
         """One cache of all their rows."""
-        slots = max(cache.slots for cache in caches)
-        grown = [[_longer(x, cache.sinks + slots) for x in cache._buffers()] for cache in caches]
-        return KeyCache(*map(torch.cat, zip(*grown, strict=True)), caches[0].window, caches[0].sinks)
+        first, length = caches[0], max(cache.keys.shape[2] for cache in caches)
+        grown = [[_longer(x, length) for x in cache._buffers()] for cache in caches]
+        keys, values, rotated = (torch.cat(parts) for parts in zip(*grown, strict=True))
+        return KeyCache(keys, values, rotated, first.window, first.sinks)
 
     def _slot(self, positions: Tensor) -> Tensor:
         return positions if self.window is None else positions % self.window

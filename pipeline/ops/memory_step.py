@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.ops.checks import GATES, TOKENS, check_tensor, sum_dtype
+from pipeline.ops import memory_step_native, native
+from pipeline.ops.checks import (
+    GATES,
+    TOKENS,
+    cannot_run,
+    check_backend_name,
+    check_tensor,
+    not_taken,
+    sum_dtype,
+)
+from pipeline.ops.memory_step_torch import memory_step_torch
+from pipeline.ops.scan import Backend
 
 
 def memory_step(
@@ -19,6 +30,7 @@ def memory_step(
     momentum: Tensor,
     *,
     out: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Write one token per row into a matrix memory by one gradient step, and read it. Has no gradient.
 
@@ -35,38 +47,41 @@ def memory_step(
         alpha, eta, theta: gates ``[rows, heads]``, float32 or float64. eta None: no momentum; S then becomes the last
             update, whatever it was.
         memory, momentum: M and S ``[rows, heads, key dim, value dim]``, float32 (float64 when q is); changed in place.
-        out: where to put y; a new tensor when None.
+        out: where to put y; a new tensor when None. It may not share memory with another argument.
+        backend: ``auto`` takes the native kernel of q's device where it is built, passes its check at first use, and
+            takes the arguments: key dim 32, 64 or 128, value dim a multiple of 16, q, k, v and out all float32 or all
+            bfloat16 (float32 copies where q is float16), gates and states float32, states and out contiguous. Else it
+            takes the PyTorch path, as ``torch`` always does. ``cpu`` and ``cuda`` name a native kernel, and refuse what
+            it does not take.
 
     Returns:
         y, ``[rows, heads, value dim]`` in v's dtype.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, and the message names it.
+        ValueError: an argument has the wrong shape, dtype or device, or one that a backend asked for by name does not
+            take, and the message names it; or that backend is not built, or fails its check.
 
     Source: `miras_scan`, of which this is a sequence of one token.
     """
+    if (y := _quick(q, k, v, alpha, eta, theta, memory, momentum, out, backend)) is not None:
+        return y
+    check_backend_name(backend)
     _check(q, k, v, alpha, eta, theta, memory, momentum, out)
+    y = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+    # No kernel takes float16, and those for float32 lose nothing of it.
+    half = backend == "auto" and q.dtype == torch.float16
+    tokens = (q.float(), k.float(), v.float()) if half else (q, k, v)
+    to = torch.empty_like(y, dtype=torch.float32) if half else y
+    arguments = (*tokens, alpha, eta, theta, memory, momentum, to)
     with torch.no_grad(), torch.autocast(device_type=q.device.type, enabled=False):
-        return _step_torch(q, k, v, alpha, eta, theta, memory, momentum, out)
+        if _runs_natively(backend, *arguments):
+            memory_step_native.memory_step_native(*arguments)
+        else:
+            memory_step_torch(*arguments)
+        return y.copy_(to) if half else y
 
 
-def write(
-    k: Tensor, signal: Tensor, alpha: Tensor, eta: Tensor | None, theta: Tensor, memory: Tensor, momentum: Tensor
-) -> None:
-    """S = eta S - theta k^T signal and M = (1 - alpha) M + S, in place, for gradients k^T signal of any rule.
-
-    k [rows, heads, key dim], signal [rows, heads, value dim], both in the states' dtype; the rest as `memory_step`.
-    """
-    step = k * -theta.unsqueeze(-1)
-    step = step.unsqueeze(-1) * signal.unsqueeze(-2)
-    if eta is None:
-        momentum.copy_(step)
-    else:
-        momentum.mul_(eta[..., None, None]).add_(step)
-    memory.mul_(1 - alpha[..., None, None]).add_(momentum)
-
-
-def _step_torch(
+def _quick(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -76,12 +91,55 @@ def _step_torch(
     memory: Tensor,
     momentum: Tensor,
     out: Tensor | None,
-) -> Tensor:
-    k = k.to(memory.dtype)
-    residual = (k.unsqueeze(-2) @ memory).squeeze(-2) - v
-    write(k, residual, alpha, eta, theta, memory, momentum)
-    y = (q.to(memory.dtype).unsqueeze(-2) @ memory).squeeze(-2)
-    return y.to(v.dtype) if out is None else out.copy_(y)
+    backend: str,
+) -> Tensor | None:
+    """The step by a kernel that has passed its check, which looks at its arguments itself: what Python says of them
+    takes longer than the step. None where the kernel refuses them; it has changed nothing then."""
+    if backend == "torch" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    device = q.device
+    if not memory_step_native.ready(device, q.dtype, q.shape[-1]) or backend not in ("auto", device.type):
+        return None
+    y = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+    try:
+        memory_step_native.memory_step_native(q, k, v, alpha, eta, theta, memory, momentum, y)
+    except RuntimeError:
+        return None
+    return y
+
+
+def _runs_natively(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    eta: Tensor | None,
+    theta: Tensor,
+    memory: Tensor,
+    momentum: Tensor,
+    out: Tensor,
+) -> bool:
+    """Whether a native kernel takes a call; that one named does not is an error."""
+    kind = q.device.type
+    if backend == "torch" or (backend == "auto" and kind not in native.KINDS):
+        return False
+    tensors = {
+        "q": q, "k": k, "v": v, "alpha": alpha, "theta": theta, "memory": memory, "momentum": momentum, "out": out
+    }  # fmt: skip
+    if eta is not None:
+        tensors["eta"] = eta
+    wrong = memory_step_native.unsupported(kind if backend == "auto" else backend, tensors)
+    if wrong is not None:
+        if backend == "auto":
+            return False
+        raise not_taken(backend, wrong[0], tensors[wrong[0]], wrong[1])
+    where = (native.place(q.device), q.dtype, q.shape[-1])
+    if backend == "auto":
+        return memory_step_native.fits(*where)
+    if (failure := memory_step_native.why_not(*where)) is not None:
+        raise cannot_run(backend, failure)
+    return True
 
 
 def _check(

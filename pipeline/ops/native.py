@@ -217,6 +217,12 @@ def refusal(kernel: Kernel) -> str | None:
     return verify(kernel.op, kernel.device, kernel.case, kernel.error, kernel.tolerance)
 
 
+def passed(kernel: Kernel) -> bool:
+    """Whether a kernel has been checked in this process, and may be used."""
+    check = _checked.get((kernel.op, kernel.device, kernel.case))
+    return check is not None and check.failure is None
+
+
 def kernel_checks() -> Iterator[KernelCheck]:
     """What has been checked so far in this process."""
     return iter(tuple(_checked.values()))

@@ -153,7 +153,7 @@ def test_every_shape_is_checked_with_a_backend_that_was_asked_for(
 
 def test_a_bench_without_a_name_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
-    assert "one of throughput, dense, kernels, resume, report (got 'none')" in capsys.readouterr().err
+    assert "one of throughput, dense, kernels, decode, resume, report (got 'none')" in capsys.readouterr().err
 
 
 def test_the_count_of_the_exact_rule_is_that_of_its_products() -> None:

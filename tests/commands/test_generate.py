@@ -14,6 +14,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.commands import generate as command
 from pipeline.commands.generate import USAGE, GenerateOptions, pop_prompts, show
+from pipeline.config import replace
 from pipeline.inference import Token, generate, load
 from tests.inference.checkpoints import LIMIT, checkpoint, miras, olmo
 
@@ -154,7 +155,25 @@ def test_a_state_of_another_model_is_refused(runs: Path, said: Any, refusal: Any
     assert "state is the state of another model" in refusal(runs / "miras", "--state", "state")
     assert "in another precision" in refusal(runs / "olmo", "--state", "state", "--dtype", "bfloat16")
     line = refusal(runs / "olmo", "--state", "state", "--prompt", "a" * LIMIT)
-    assert f"has {LIMIT + 1} tokens with those before it" in line
+    assert f"has {LIMIT} tokens behind the 1 of the state, the model takes {LIMIT}" in line
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_checkpoint_without_a_weight_is_refused(name: str, tmp_path: Path, refusal: Any) -> None:
+    weight = "backbone.model.layers.1.mlp.up_proj.weight"
+    checkpoint(tmp_path / "checkpoint-5", MODELS[name], without=(weight,))
+    line = refusal("checkpoint-5", "--prompt", "a")
+    assert "trainable.safetensors" in line and weight.removeprefix("backbone.") in line
+
+
+def test_a_tokenizer_that_is_not_known_is_named_by_its_flag(tmp_path: Path, said: Any, refusal: Any) -> None:
+    """Of token files that nothing says the tokenizer of."""
+    config = replace(olmo(), data__tokens=("text.npy",))
+    model: Any = config.model
+    model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, vocabulary=300))
+    checkpoint(tmp_path / "checkpoint-5", dataclasses.replace(config, model=model))
+    assert refusal("checkpoint-5", "--prompt", "a").endswith("the model has 300: give --tokenizer NAME")
+    assert "wrote 5 tokens" in said("checkpoint-5", "--prompt", "a", "--tokenizer", "bytes", "--max-new-tokens", 5)[1]
 
 
 def test_ranks_are_refused(runs: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,10 @@ def from_start(out: Path, data: Path) -> dict[str, object]:
         train(base(first, data, **same, save_at_start=True, save_every=1, keep=5))
         train(base(second, data, **same, resume=str(first / "checkpoints" / "checkpoint-0")))
         train(base(third, data, **same))
+        # No step is left of it: what it stands at is saved in its own folder.
+        ended = out / f"ended{stage}"
+        train(base(ended, data, **same, resume=str(third / "checkpoints" / "checkpoint-2")))
+        train(base(ended, data, **same))
         if dist.get_rank() == 0:
             last = [run / "checkpoints" / "checkpoint-2" for run in (first, second, third)]
             losses = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (first, second, third)]
@@ -78,6 +82,8 @@ def from_start(out: Path, data: Path) -> dict[str, object]:
                 "resumed": sorted(path.name for path in (second / "checkpoints").iterdir()),
                 "differences": [*differences(last[0], last[1]), *differences(last[0], last[2])],
                 "losses": losses,
+                "ended": sorted(path.name for path in (ended / "checkpoints").iterdir()),
+                "changed": differences(last[2], ended / "checkpoints" / "checkpoint-2"),
             }
         dist.barrier()
     return found

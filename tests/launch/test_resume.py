@@ -65,6 +65,7 @@ def test_a_resume_from_the_checkpoint_of_the_start_is_a_fresh_start(folder: Path
     assert found["kept"] == ["checkpoint-0", "checkpoint-1", "checkpoint-2", "latest"]
     assert found["resumed"] == ["checkpoint-2", "latest"]
     assert found["differences"] == []
+    assert found["ended"] == ["checkpoint-2", "latest"] and found["changed"] == [], "a resume with no step left"
     begun, resumed, plain = found["losses"]
     assert len(plain) == 4 and begun == resumed == plain, "of an evaluation, two steps and an evaluation"
 

@@ -80,6 +80,7 @@ def _build(target: Target) -> Step:
 
 
 SCAN_TESTS = ("tests/gpu/test_miras_scan_cuda.py", "tests/gpu/test_affine_scan_cuda.py")
+STEP_TESTS = "tests/gpu/test_memory_step_cuda.py"
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool")
 """Errors that the CUDA API returns are left out: PyTorch asks for functions that a driver may not have."""
 
@@ -89,6 +90,10 @@ def _scan_tests() -> list[Step]:
         Step(
             "scans", "values and gradients of both scans against the float64 token loop",
             pytest("-m", "gpu and not full_size", *SCAN_TESTS), 200, needs=TESTS, writes="junit", check=all_passed,
+        ),
+        Step(
+            "memory step", "one token of the memory against the float64 token loop",
+            pytest("-m", "gpu", STEP_TESTS), 60, needs=TESTS, writes="junit", check=all_passed,
         ),
         Step(
             "scans at full size", "64K tokens, 16 heads of 128: the time, and the PyTorch path at 20K tokens",
@@ -112,8 +117,8 @@ def _other_tests() -> list[Step]:
     )  # fmt: skip
     sanitizers = [
         Step(
-            tool, f"no error that compute-sanitizer's {tool} sees in small cases of both scans",
-            (*SANITIZER, tool, *pytest("-m", "gpu and small", *SCAN_TESTS)), 90, needs=TESTS,
+            tool, f"no error that compute-sanitizer's {tool} sees in small cases of both scans and of the memory step",
+            (*SANITIZER, tool, *pytest("-m", "gpu and small", *SCAN_TESTS, STEP_TESTS)), 90, needs=TESTS,
             tools=("compute-sanitizer",), writes="junit", check=all_passed,
             # In PyTorch's cache, a write past the end of a block may stay within the cache, which is no error to it.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

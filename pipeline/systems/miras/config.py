@@ -23,6 +23,9 @@ Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
 class MemoryConfig:
     """The memory branch on each chosen layer."""
 
+    pretrained: str | None = field(default=None, metadata=MAY_CHANGE)
+    """Folder of a trained memory, as `export --memory-only` writes it, which the run starts with; its backbone and its
+    settings must be the same. None: initial values."""
     layers: Layers = (8, 10, 12, 14)
     """Layers that get a memory, counted from 0; or upperN for the last N, everyN for every Nth."""
     rule: Rule = "titans"
@@ -181,6 +184,7 @@ class MirasConfig(ModelConfig):
         "attention.kind",
         "attention.window",
         "memory.layers",
+        "memory.pretrained",
         "memory.rule",
         "memory.attachment",
         "distil",

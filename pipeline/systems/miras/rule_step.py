@@ -7,6 +7,7 @@ memory until the chunk is full. Rows may be at different places of their chunks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 from pipeline.ops.checks import sum_dtype
 from pipeline.ops.dual_maps import shrink
 from pipeline.ops.gates import Gates, bounded_gates
-from pipeline.ops.memory_step import memory_step, write
+from pipeline.ops.memory_step import memory_step
+from pipeline.ops.memory_step_torch import write_
 from pipeline.ops.mlp_scan import gelu
 from pipeline.ops.muon import newton_schulz
+from pipeline.ops.scan import Backend
 from pipeline.ops.swiglu_scan import Weights, apply_swiglu, ascent, moved_weights, renormalise
 from pipeline.systems.miras.rules import DualRule, ExactRule, MemoryRule, MlpRule, State, SwigluRule
 
@@ -92,6 +95,14 @@ class RuleStep(ABC, Generic[RuleT]):
                 read = read - self._read_empty(q)
         return read.to(v.dtype)
 
+    @torch.no_grad()
+    def write_tokens(self, tokens: Sequence[Tensor], eta_logits: Tensor | None, state: StepState) -> None:
+        """Write several tokens per row without reading: q, k, v, alpha_logits and beta_logits of `step`, [rows, tokens,
+        heads, ...] each. They begin at a border and fill no chunk."""
+        for place in range(tokens[0].shape[1]):
+            q, k, v, alpha_logits, beta_logits = (x[:, place] for x in tokens)
+            self.step(q, k, v, alpha_logits, beta_logits, eta_logits, state)
+
     def border(self, state: StepState) -> Tensor:
         """[rows] bool on the CPU: whether a parallel pass could go on here."""
         if state.place is None:
@@ -158,7 +169,10 @@ class ExactStep(RuleStep[ExactRule]):
     """titans and delta."""
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: StepState) -> Tensor:
-        return memory_step(q, k, v, gates.alpha, self._eta(gates), gates.theta, state.memory, state.momentum)
+        # A backend that training was asked to run on may not be there when its model is used.
+        backend: Backend = "torch" if self.rule.config.backend == "torch" else "auto"
+        gate = (gates.alpha, self._eta(gates), gates.theta)
+        return memory_step(q, k, v, *gate, state.memory, state.momentum, backend=backend)
 
 
 class DualStep(RuleStep[DualRule]):
@@ -176,7 +190,7 @@ class DualStep(RuleStep[DualRule]):
         if rule.clip is not None:
             squared = key.square().sum(dim=-1, keepdim=True) * signal.square().sum(dim=-1, keepdim=True)
             signal = signal * shrink(squared, rule.clip)
-        write(key, signal, gates.alpha, self._eta(gates), gates.theta, state.memory, state.momentum)
+        write_(key, signal, gates.alpha, self._eta(gates), gates.theta, state.memory, state.momentum)
         self._advance(state)
         return self._recall(q, (state.memory, state.momentum))
 
@@ -200,7 +214,7 @@ class MlpStep(RuleStep[MlpRule]):
         error, back = error * factor, back * factor
         memories, momenta = state.memory.chunk(2, dim=-2), state.momentum.chunk(2, dim=-2)
         for rows, columns, memory, momentum in zip((back, x), (key, error), memories, momenta, strict=True):
-            write(rows, columns, gates.alpha, self._eta(gates), gates.theta, memory, momentum)
+            write_(rows, columns, gates.alpha, self._eta(gates), gates.theta, memory, momentum)
         self._advance(state)
         return self._recall(q, (state.memory, state.momentum))
 
@@ -231,6 +245,19 @@ class SwigluStep(RuleStep[SwigluRule]):
         state.gates[..., 1].mul_(1 - gates.alpha)
         self._advance(state)
         return read
+
+    @torch.no_grad()
+    def write_tokens(self, tokens: Sequence[Tensor], eta_logits: Tensor | None, state: StepState) -> None:
+        # A chunk may have thousands of tokens, and their gradients are taken at the same weights.
+        assert state.place is not None and state.gathered is not None and state.gates is not None
+        _, k, v, alpha_logits, beta_logits = tokens
+        gates = bounded_gates(alpha_logits, beta_logits, eta_logits, self.rule.step, self.rule.config.stretch)
+        k, v, theta = (x.transpose(1, 2).to(state.memory.dtype) for x in (k, v, gates.theta))
+        weights = Weights(*self._take_starts(state).chunk(3, dim=-2))
+        state.gathered.add_(torch.cat(ascent(k, v, theta, weights), dim=-2))
+        state.gates[..., 0].add_(gates.eta.sum(dim=1))
+        state.gates[..., 1].mul_((1 - gates.alpha).prod(dim=1))
+        state.place.add_(k.shape[2])
 
     def _end(self, state: StepState, rows: Tensor) -> None:
         if not bool(rows.any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,12 +16,14 @@ from pipeline.lm.attention import attention_backend
 from pipeline.lm.decoder_config import check_window, sliding_window
 from pipeline.lm.decoding import Decoder
 from pipeline.lm.distillation import choose, comparable, count_compared
+from pipeline.lm.memory_folder import MemoryAlone
 from pipeline.lm.pretrained import trained_length
 from pipeline.lm.system import LanguageModelSystem, is_linear_weight
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
 from pipeline.systems.miras import descriptions, weights
+from pipeline.systems.miras.attach import attach, memory_alone
 from pipeline.systems.miras.attachments import check_attachment, check_gathering
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import MirasConfig
@@ -118,8 +121,28 @@ class MirasSystem(LanguageModelSystem):
         for kind in self.kinds:
             check_gathering(model, kind, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
+        if self.sizes.memory.pretrained is not None:
+            attach(model, self.sizes, topology)
         # The config of a name on a hub may have come with the weights.
         self.trained_length = self._trained_length()
+
+    def check_memory_alone(self) -> None:
+        if self.sizes.backbone.trainable:
+            raise UserError(
+                f"--memory-only: {self.config.recipe} trained its backbone too, and the memory is nothing without it:"
+                " leave it out"
+            )
+        if not self.kinds:
+            raise UserError(f"--memory-only: {self.config.recipe} has no memory on any layer: leave it out")
+
+    def memory_alone(self, model: nn.Module) -> MemoryAlone:
+        return memory_alone(model, self.sizes, Topology())
+
+    def with_memory(self, folder: str) -> System[TokenBatch]:
+        assert isinstance(self.config.model, MirasConfig)
+        memory = dataclasses.replace(self.config.model.memory, pretrained=folder)
+        model = dataclasses.replace(self.config.model, memory=memory)
+        return MirasSystem(dataclasses.replace(self.config, model=model))
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         groups: dict[tuple[str, bool], list[str]] = {}

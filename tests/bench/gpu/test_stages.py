@@ -119,8 +119,13 @@ def test_steps_that_run_an_op_are_skipped_without_einops() -> None:
     assert {step.name for _, step in all_steps(H200) if "einops" not in step.needs} == {"build", "versions"}
 
 
-def test_the_marks_that_select_tests_on_a_gpu_select_some_of_both_scans() -> None:
-    for name, wanted in (("test_miras_scan_cuda", {"full_size", "small"}), ("test_affine_scan_cuda", {"small"})):
+def test_the_marks_that_select_tests_on_a_gpu_select_some_of_every_op() -> None:
+    marked = {
+        "test_miras_scan_cuda": {"full_size", "small"},
+        "test_affine_scan_cuda": {"small"},
+        "test_memory_step_cuda": {"small"},
+    }
+    for name, wanted in marked.items():
         tests = [test for name, test in vars(import_module(f"tests.gpu.{name}")).items() if name.startswith("test_")]
         marks = {mark.name for test in tests for mark in marks_of(test)}
         assert wanted <= marks, name

@@ -78,9 +78,9 @@ class ContextSteps(MemorySteps):
 
         value = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
         written = torch.cat([written, core.written(mixed, value, self.heads)], dim=1)
-        logits = tokens.logits[..., :2]
-        answer = self.write(*core.rule_inputs(written, ids, self.heads), *logits.unbind(-1), state.running)
-        fresh = [queries[:, -1], written[:, -1], logits[:, 0]]
+        alpha, beta, _ = tokens.logits.unbind(-1)
+        answer = self.write(*core.rule_inputs(written, ids, self.heads), alpha, beta, state.running)
+        fresh = [queries[:, -1], written[:, -1], tokens.logits[:, 0, :, :2]]
         kept[TAIL][plan.rows, slot] = torch.cat([x.to(kept[TAIL].dtype) for x in fresh], dim=-1)
         self._end_segments((lengths + 1) % self.config.context == 0, state)
         return core.gated(mixed, answer, self.heads)

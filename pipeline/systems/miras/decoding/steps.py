@@ -62,20 +62,18 @@ class MemorySteps(ABC):
 
     def write(self, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: StepState) -> Tensor:
         """A step of the rule with everything [rows, 1, heads, ...], and what it reads alike."""
-        tokens = (x.squeeze(1) for x in (q, k, v, alpha, beta))
-        return self.rule.step(*tokens, self.eta_logits, state).unsqueeze(1)
+        q, k, v, alpha, beta = (x.squeeze(1) for x in (q, k, v, alpha, beta))
+        return self.rule.step(q, k, v, alpha, beta, self.eta_logits, state).unsqueeze(1)
 
     def after(self, call: RuleCall) -> StepState:
         """The rule's state after the tokens of a call, which began at a chunk's start."""
-        tokens, state = (call.q, call.k, call.v, call.alpha_logits, call.beta_logits), call.state
-        count = call.q.shape[1]
+        state, count = call.state, call.q.shape[1]
         whole = count - count % (self.config.chunk_start or 1)
         if whole:
-            chunks = (x[:, :whole] for x in tokens)
-            _, state, _ = self.module(*chunks, call.eta_logits, state, None, self.heads)
+            q, k, v, alpha, beta = (x[:, :whole] for x in call[:5])
+            _, state, _ = self.module(q, k, v, alpha, beta, call.eta_logits, state, None, self.heads)
         running = self.rule.begin(state)
-        for place in range(whole, count):
-            self.rule.step(*(x[:, place] for x in tokens), call.eta_logits, running)
+        self.rule.write_tokens([x[:, whole:] for x in call[:5]], call.eta_logits, running)
         return running
 
 

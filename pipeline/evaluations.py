@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from pipeline.callbacks import Callback
-from pipeline.capabilities import Ablates, ClosesGap, Samples
+from pipeline.capabilities import Ablates, ClosesGap, Samples, ScoresText
+from pipeline.downstream.evaluate import TasksInTraining
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.sync import SyncPoint
@@ -15,16 +17,24 @@ from pipeline.system import Evaluation, Phase, StepContext
 class Evaluations:
     """Held-out evaluations, ablations and samples: at multiples of their intervals, and where a phase or the run ends.
 
-    What a memory is worth, where it is measured, is part of an evaluation. run.json lists the steps at which each was
-    done, so that a start makes up for what an earlier one had left.
+    What a memory is worth, and the scores of tasks, are part of an evaluation where they are due. run.json lists the
+    steps at which each was done, so that a start makes up for what an earlier one had left.
     """
 
     def __init__(self, run: Run, sync_point: SyncPoint, callbacks: Sequence[Callback]) -> None:
         self.run, self.sync_point, self.callbacks = run, sync_point, callbacks
         config = run.config
         self.kinds: dict[str, tuple[tuple[int, ...], Callable[[int, bool], None]]] = {
-            "evaluated": ((config.eval_every, config.evaluation.gap_every), self._evaluate)
+            "evaluated": (
+                (config.eval_every, config.evaluation.gap_every, config.evaluation.tasks_every),
+                self._evaluate,
+            )
         }
+        self.tasks: TasksInTraining | None = None
+        if config.evaluation.tasks:
+            assert isinstance(run.system, ScoresText)
+            # Before the first step: not the first evaluation, an hour later, is to find that a task is unknown.
+            self.tasks = TasksInTraining.load(config, run.system, run.topology)
         if isinstance(run.system, Ablates):
             self.kinds["ablated"] = ((config.ablate_every,), self._ablate)
         if isinstance(run.system, Samples):
@@ -66,12 +76,14 @@ class Evaluations:
         return run.phase if run.phases is None or name == run.phase.name else run.phases.named(name)
 
     def _evaluate(self, step: int, ends: bool) -> None:
-        system, every = self.run.system, self.run.config.evaluation.gap_every
-        evaluation = system.evaluate(self.run.engine.deepspeed, self._phase, self.sync_point)
-        if every and (ends or _is_due(step, every)) and step:
+        system, model, section = self.run.system, self.run.engine.deepspeed, self.run.config.evaluation
+        evaluation = system.evaluate(model, self._phase, self.sync_point)
+        if section.gap_every and (ends or _is_due(step, section.gap_every)) and step:
             assert isinstance(system, ClosesGap)
-            gap = system.gap_closed(self.run.engine.deepspeed, self._phase, self.sync_point)
-            evaluation = together(evaluation, gap)
+            evaluation = together(evaluation, system.gap_closed(model, self._phase, self.sync_point))
+        if self.tasks is not None and (ends or _is_due(step, section.tasks_every)) and step:
+            assert isinstance(system, ScoresText)
+            evaluation = together(evaluation, self.tasks.evaluate(system, model, self.sync_point))
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
 
@@ -98,8 +110,9 @@ def _is_due(step: int, *intervals: int) -> bool:
 
 def together(*evaluations: Evaluation) -> Evaluation:
     """What several evaluations of the same weights found, as one."""
-    scalars, curves, samples, heat_maps = (
-        {name: value for found in evaluations for name, value in getattr(found, part).items()}
-        for part in ("scalars", "curves", "samples", "heat_maps")
+    return Evaluation(
+        *(
+            {name: value for found in evaluations for name, value in getattr(found, part.name).items()}
+            for part in dataclasses.fields(Evaluation)
+        )
     )
-    return Evaluation(scalars, curves, samples, heat_maps)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import B, Counts, StatefulLoader
 from pipeline.errors import UserError
-from pipeline.heat_map import HeatMap
+from pipeline.evaluation_result import TASKS, Curve, Evaluation, Sample  # noqa: F401 - they pass between the two as well
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import reduce_sums
 from pipeline.runtime.sync import next_counted_step
@@ -70,50 +70,6 @@ class StepOutput:
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
     """Detached per-token values of this rank's part [rows, T / degree], for evaluations."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One picture of an evaluation: named series over a common x axis. NaN where nothing was seen."""
-
-    title: str
-    x_label: str
-    y_label: str
-    x: tuple[float, ...]
-    series: dict[str, tuple[float, ...]]
-    log_x: bool = False
-    upper_edges: bool = False
-    """Each x is the upper edge of a bin that begins at the x before it."""
-    drawn: tuple[str, ...] = ()
-    """Series in the picture (none: all); the others stand in its numbers alone."""
-    drawn_label: str = ""
-    """The picture's y label, where what is drawn is not what `y_label` says."""
-    intervals: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
-    """Lower and upper ends by series: 95 % intervals over documents."""
-    counts: tuple[int, ...] = ()
-    """Labels that each point was measured on."""
-    documents: tuple[int, ...] = ()
-    """Documents that these labels are of."""
-    levels: dict[str, float] = field(default_factory=dict)
-    """Horizontal lines by their label: what a value of y is compared with."""
-    edges: dict[str, float] = field(default_factory=dict)
-    """Vertical lines by their label: where on the x axis something begins."""
-
-
-Sample = str | Sequence[Any] | Mapping[str, Any]
-"""What was drawn from a model: a text, or values that JSON can hold."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found: scalars for the `val` row, curves for the plots, samples for files of their own. The
-    same on every rank."""
-
-    scalars: dict[str, float]
-    curves: dict[str, Curve] = field(default_factory=dict)
-    samples: dict[str, Sample] = field(default_factory=dict)
-    """By the names of their files in OUT/samples."""
-    heat_maps: dict[str, HeatMap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,6 +146,7 @@ class System(ABC, Generic[B]):
     def headline(self, evaluation: Evaluation) -> str:
         """Held-out numbers as one short line for a person; the files have all of them."""
         names = [x for x in evaluation.scalars if x not in ("loss", "bpb") and not x.endswith(("ppl", "labels"))]
+        names = [x for x in names if not x.startswith(TASKS)]
         parts = [f"val {evaluation.scalars['loss']:.3f}"] if "loss" in evaluation.scalars else []
         parts += [f"{name} {evaluation.scalars[name]:.4g}" for name in names]
         parts += [f"{evaluation.scalars['bpb']:.2f} bpb"] if "bpb" in evaluation.scalars else []

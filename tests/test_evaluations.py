@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from pipeline.callbacks import Callback
 from pipeline.capabilities import check_intervals
 from pipeline.config import replace
+from pipeline.data.tokenizer import ByteTokenizer
+from pipeline.downstream import evaluate as downstream
 from pipeline.errors import UserError
+from pipeline.evaluation_config import EvaluationConfig
 from pipeline.evaluations import Evaluations
 from pipeline.files.run_file import read_run_file
 from pipeline.parallel.topology import Topology
@@ -149,6 +152,53 @@ def test_a_start_makes_up_for_a_gap_too(tmp_path: Path) -> None:
     assert found.catch_up() and seen == [(6, {"loss": 1.0, "gap/worth": 0.25})] and not found.catch_up()
 
 
+class Reading(Remembering):
+    """Is asked for tasks."""
+
+    def tokenizer(self, makers: Any = None) -> ByteTokenizer:
+        return ByteTokenizer()
+
+    def text_limit(self) -> None:
+        return None
+
+
+def test_scores_of_tasks_are_part_of_an_evaluation_at_their_own_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks are read once, before the first step, and scored every third step and at the end."""
+    asked: list[Any] = []
+
+    def load(names: Any, path: Any, topology: Any, flag: str, *, generate: bool) -> Any:
+        asked.append((names, path, flag, generate))
+        return "loaded"
+
+    def score(system: Any, model: Any, sync_point: Any, loaded: Any, tokenizer: Any, limit: Any) -> Evaluation:
+        assert (loaded, tokenizer.name, limit) == ("loaded", "bytes", 5)
+        return Evaluation({"downstream/words/acc": 0.5}, tables={"downstream": [{"task": "words"}]})
+
+    monkeypatch.setattr(downstream, "load_tasks", load)
+    monkeypatch.setattr(downstream, "evaluate_tasks", score)
+    run, rows = a_run(tmp_path, step=0), {}
+    run.config = replace(
+        run.config, eval_every=2, evaluation__tasks=("words",), evaluation__tasks_every=3,
+        evaluation__task_path=str(tmp_path), evaluation__task_limit=5,
+    )  # fmt: skip
+    run.system, run.engine = Reading(phased(tmp_path)), SimpleNamespace(deepspeed=None)  # type: ignore[assignment]
+
+    class Rows(Callback):
+        def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+            rows[step] = dict(evaluation.scalars), dict(evaluation.tables)
+
+    found = Evaluations(run, SyncPoint(Topology()), [Rows()])
+    assert asked == [(("words",), str(tmp_path), "--evaluation.tasks", False)]
+    assert found.catch_up() and rows.pop(0) == ({"loss": 1.0}, {})
+    for step in range(1, 6):
+        found.after(step, ends=step == 5)
+    scored = {"loss": 1.0, "downstream/words/acc": 0.5}, {"downstream": [{"task": "words"}]}
+    assert rows == {2: ({"loss": 1.0}, {}), 3: scored, 4: ({"loss": 1.0}, {}), 5: scored}
+    assert len(asked) == 1
+
+
 def test_a_system_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:
     config = phased(tmp_path)
     for flag, field in (("--sample-every 5", "sample_every"), ("--ablate-every 5", "ablate_every")):
@@ -160,3 +210,14 @@ def test_a_system_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:
     check_intervals(asked, Remembering(asked))
     with pytest.raises(UserError, match=r"--evaluation\.gap-every 5: phased_tiny has no memory: leave it out"):
         check_intervals(asked, Able(asked))
+    asked = replace(config, evaluation__tasks=("sciq", "copa"))
+    check_intervals(asked, Reading(asked))
+    with pytest.raises(UserError, match=r"--evaluation\.tasks sciq copa: phased_tiny reads no text: leave it out"):
+        check_intervals(asked, Able(asked))
+
+
+@pytest.mark.parametrize("changes", [{"tasks_every": 5}, {"task_path": "folder"}, {"task_limit": 3}], ids=str)
+def test_without_tasks_their_flags_mean_nothing(changes: dict[str, Any]) -> None:
+    EvaluationConfig(tasks=("sciq",), **changes)
+    with pytest.raises(UserError, match=r"^--evaluation\.task\S+ \S+: there are no tasks: name"):
+        EvaluationConfig(**changes)

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "spelling", "units", "host", "files"),
-    ("data_config", "model_config"),
+    ("data_config", "evaluation_config", "model_config"),
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("heat_map", "system"),
+    ("evaluation_result", "heat_map", "system"),
     ("capabilities", "lm"),
     (
         "ds_config",
@@ -27,7 +27,7 @@ LAYERS = (
         "phases",
         "compilation",
     ),
-    ("load", "run_folder", "skipped_updates", "update_watch"),
+    ("downstream", "load", "run_folder", "skipped_updates", "update_watch"),
     ("create_run", "end_run", "evaluations"),
     ("train",),
     ("job",),
@@ -117,6 +117,39 @@ def test_deepspeed_is_imported_in_few_places() -> None:
         and not name.removeprefix("pipeline.").startswith(DEEPSPEED)
     ]
     assert not wrong
+
+
+def at_import(path: Path) -> set[str]:
+    """What a module imports when it is imported itself."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            found.add(node.module or "")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+            continue
+        pending += ast.iter_child_nodes(node)
+    return found
+
+
+def test_the_harness_is_imported_where_tasks_run_alone() -> None:
+    """It takes seconds, and is an extra: no command needs it for anything else."""
+    own = {name: at_import(path) for name, path in PATHS.items()}
+    heavy = {name for name, found in own.items() if any(f"{other}.".startswith("lm_eval.") for other in found)}
+    assert heavy == {"pipeline.downstream.harness_model"}
+    while True:
+        more = {name for name, found in own.items() if found & heavy} - heavy
+        if not more:
+            break
+        heavy |= more
+    assert heavy == {"pipeline.downstream.harness_model", "pipeline.downstream.scores"}
 
 
 def test_the_kernels_hold_no_package() -> None:

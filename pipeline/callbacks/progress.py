@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.callbacks.spikes import SPIKES
+from pipeline.evaluation_result import TASKS
 from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.runtime.exit import silence
@@ -103,9 +104,9 @@ class ProgressLines(Callback):
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._log(f"{self._step(step)}  {self.run.system.headline(evaluation)}")
-        health = self.run.system.health(self.metrics) if self.metrics else ""
-        if health:
-            self._log(f"{'':<{len(self._step(step))}}  {health}")
+        beside = [self.run.system.health(self.metrics) if self.metrics else "", " | ".join(_scores(evaluation.scalars))]
+        for line in filter(None, beside):
+            self._log(f"{'':<{len(self._step(step))}}  {line}")
 
     def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
         for part, evaluation in ablations.items():
@@ -142,6 +143,13 @@ class ProgressLines(Callback):
 
     def _write(self, line: str) -> None:
         log_line(self.run, line)
+
+
+def _scores(scalars: Mapping[str, float]) -> list[str]:
+    """`sciq/acc 0.712` of every task and metric."""
+    named = {name.removeprefix(TASKS): value for name, value in scalars.items() if name.startswith(TASKS)}
+    facts = ("_stderr", "/chance", "/n")
+    return [f"{name} {value:.4g}" for name, value in named.items() if not name.endswith(facts)]
 
 
 def log_end(run: Run, status: str) -> None:

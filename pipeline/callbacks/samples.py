@@ -1,4 +1,4 @@
-"""OUT/samples: what was drawn from the model, a file each."""
+"""OUT/samples: what was drawn from the model, and tables of evaluations, a file each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SampleFiles(Callback):
         self.folder = run.folder / "samples"
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self.on_samples(step, evaluation.samples)
+        self.on_samples(step, {**evaluation.samples, **evaluation.tables})
 
     def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
         for part, evaluation in ablations.items():
@@ -41,17 +41,17 @@ def write_samples(samples: Mapping[str, Sample], folder: Path, ending: str = "")
     for name, sample in samples.items():
         is_text = isinstance(sample, str)
         path = folder / f"{name}{ending}.{'txt' if is_text else 'json'}"
-        content = sample if isinstance(sample, str) else json.dumps(_finite(sample), ensure_ascii=False, indent=1)
+        content = sample if isinstance(sample, str) else json.dumps(finite(sample), ensure_ascii=False, indent=1)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # What a model draws need not be text: half of a surrogate pair cannot be encoded.
             path.write_text(content.rstrip("\n") + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: what is not finite is null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -8,11 +8,18 @@ HELP: dict[str, str] = {
         "usage: mnemos doctor [--json FILE]\n\nWhat this machine has: devices, kernels, attention backends, versions."
     ),
     "eval": (
-        "usage: mnemos eval CHECKPOINT [--suite long] [--suite recall [--lengths 1024,16384,...] [--queries N]]"
-        " [flags of its recipe]\n\nCHECKPOINT is a checkpoint's folder, or a run directory"
-        " for its latest one.\n"
-        "--suite long: gap closed too, what its memory is worth beyond the window.\n"
-        "--suite recall: what stood far back is asked for instead.\n"
+        "usage: mnemos eval CHECKPOINT [--suite NAME [its flags]] [flags of the recipe]\n"
+        "       mnemos eval FOLDER --suite downstream [its flags] [--data.tokenizer NAME]\n\n"
+        "CHECKPOINT is a checkpoint's folder, or a run directory for its latest one. FOLDER is a model without a run:"
+        " one\nthat `export` wrote, or save_pretrained, or OLMo.\n\n"
+        "  --suite long        gap closed too, what its memory is worth beyond the window\n"
+        "  --suite recall      what stood far back is asked for instead\n"
+        "    --lengths N,...   in tokens, such as 1024,16384\n"
+        "    --queries N       questions a point at the least (default 96)\n"
+        "  --suite downstream  tasks of lm-evaluation-harness instead (pip install -e '.[eval]')\n"
+        "    --tasks A,B       by name; default hellaswag,winogrande,sciq,copa,arc_easy,openbookqa\n"
+        "    --limit N         the first N documents of each task\n"
+        "    --task-path DIR   a folder of further tasks, in the harness's YAML form\n\n"
         "The result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
         " `--help-all` every one."
     ),

@@ -10,6 +10,7 @@ from pipeline.checkpoint.locate import locate_checkpoint
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.create_run import phases_of
+from pipeline.downstream.tasks import check_installed, check_path
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
 from pipeline.load import checked_system, model_without_storage, resolve
@@ -45,6 +46,9 @@ def preflight(config: RunConfig, ranks: int) -> None:
     for phase in (phases.current, *phases.after):
         system.loader(phase, topology).next_step()
         system.held_out(phase, topology).next_step()
+    if config.evaluation.tasks:
+        check_installed("--evaluation.tasks")
+        check_path(config.evaluation.task_path, "--evaluation.task-path")
     if config.report.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--report.wandb needs the wandb package: pip install -e '.[wandb]'")
     parent = config.output_dir.absolute()

@@ -1,4 +1,5 @@
-"""`eval CHECKPOINT`: held-out perplexity by position and recall by distance, with the memory on, emptied and off."""
+"""`eval CHECKPOINT`: held-out perplexity by position and recall by distance, with the memory on, emptied and off; or
+another suite. `eval FOLDER`: tasks of a model without a run."""
 
 from __future__ import annotations
 
@@ -6,18 +7,21 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.callbacks.heat_map import draw_heat_map
 from pipeline.callbacks.plots import caption, draw_curve
-from pipeline.callbacks.samples import write_samples
+from pipeline.callbacks.samples import finite, write_samples
 from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.restore import read_progress
-from pipeline.commands.flags import parse_flags
+from pipeline.commands.flags import parse_flags, wants_help
+from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
-from pipeline.evals.suites import pop_suite
+from pipeline.evals.folder import evaluate_folder, is_model_folder
+from pipeline.evals.suites import Chosen, pop_suite
+from pipeline.evaluation_result import TASKS, Table
 from pipeline.files.output import writing
 from pipeline.host.versions import versions
 from pipeline.load import checked_system, load_model
@@ -34,6 +38,10 @@ def run_eval(words: Sequence[str]) -> None:
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
     checkpoint = find_checkpoint_folder(Path(words[0])).absolute()
     suite, flags = pop_suite(words[1:])
+    if is_model_folder(checkpoint) and not wants_help(flags):
+        evaluation, facts = evaluate_folder(checkpoint, suite, flags)
+        report(evaluation, checkpoint, suite, facts, checkpoint.name)
+        return
     wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(wrong[0])
@@ -46,6 +54,10 @@ def run_eval(words: Sequence[str]) -> None:
         topology = start(config)
         system = checked_system(config, topology)
         suite.check(system)
+        suite = suite.prepared(system, checkpoint, topology)
+        if not suite.suite.reads_data:
+            config = without_data(config)
+            system = checked_system(config, topology)
         loaded = load_model(config, system, topology, weights=checkpoint)
         with shared_errors(topology):
             name = read_progress(checkpoint).phase
@@ -53,19 +65,26 @@ def run_eval(words: Sequence[str]) -> None:
         phase = next((phase for phase in loaded.phases if phase.name == name), loaded.phases[0])
         evaluation = suite.run(system, loaded.model.to(device_of(topology)), phase, SyncPoint(topology))
         if topology.rank == 0:
-            # Beside the run's checkpoints; a checkpoint that was copied elsewhere keeps its evaluation beside itself.
-            run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-            folder = run_folder / "evals" / checkpoint.name / suite.folder
-            write(
-                evaluation,
-                folder,
-                {"versions": versions(), "machine": describe_devices(topology), "checkpoint": checkpoint.name},
-                caption(config.recipe, system.caption(), checkpoint.name),
-            )
-            print(render(evaluation))
-            print(f"written to {folder}")
+            facts = {"machine": describe_devices(topology), "checkpoint": checkpoint.name}
+            report(evaluation, checkpoint, suite, facts, caption(config.recipe, system.caption(), checkpoint.name))
     finally:
         stop()
+
+
+def report(evaluation: Evaluation, path: Path, suite: Chosen, facts: Mapping[str, object], subtitle: str) -> None:
+    """Prints the result and writes it: beside the run's checkpoints; a checkpoint that was copied elsewhere, and a
+    model without a run, keep theirs beside themselves."""
+    beside = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    folder = beside / "evals" / path.name / suite.folder
+    write(evaluation, folder, {"versions": versions(), **facts}, subtitle)
+    print(render(evaluation))
+    print(f"written to {folder}")
+
+
+def without_data(config: RunConfig) -> RunConfig:
+    """The run without the files that it trained on, which need not be here."""
+    data = dataclasses.replace(config.data, path=(), dataset=None, mix=(), tokens=(), held_out_tokens=())
+    return dataclasses.replace(config, data=data)
 
 
 def find_checkpoint_folder(path: Path) -> Path:
@@ -84,7 +103,8 @@ def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtit
     scalars = {name: value if math.isfinite(value) else None for name, value in evaluation.scalars.items()}
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**facts, "scalars": scalars}, indent=2) + "\n")
+        content = {**facts, "scalars": scalars, **{name: finite(table) for name, table in evaluation.tables.items()}}
+        path.write_text(json.dumps(content, indent=2) + "\n")
     with writing(folder):
         for name, curve in evaluation.curves.items():
             draw_curve(curve, folder / f"{name}.png", subtitle)
@@ -94,11 +114,32 @@ def write(evaluation: Evaluation, folder: Path, facts: dict[str, object], subtit
 
 
 def render(evaluation: Evaluation) -> str:
-    """Scalars, then each curve as a table."""
-    lines = [f"{name:<24} {value:.6g}" for name, value in evaluation.scalars.items()]
+    """Scalars but those that stand in tables, then each curve as a table, then the tables."""
+    scalars = {name: value for name, value in evaluation.scalars.items() if not name.startswith(TASKS)}
+    lines = [f"{name:<24} {value:.6g}" for name, value in scalars.items()]
     for curve in evaluation.curves.values():
         lines += ["", *_table(curve)]
+    for table in evaluation.tables.values():
+        lines += [*([""] if lines else []), *_rows(table)]
     return "\n".join(lines)
+
+
+def _rows(table: Table) -> list[str]:
+    """Rows under the names of their columns, words to the left and numbers to the right."""
+    columns = [[name.replace("_", " "), *(_cell(row[name]) for row in table)] for name in (table[0] if table else ())]
+    words = [any(isinstance(row[name], str) for row in table) for name in (table[0] if table else ())]
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(
+            cell.ljust(width) if is_word else cell.rjust(width)
+            for cell, width, is_word in zip(cells, widths, words, strict=True)
+        ).rstrip()
+        for cells in zip(*columns, strict=True)
+    ]
+
+
+def _cell(value: str | float | int | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(curve: Curve) -> list[str]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pipeline.capabilities import ClosesGap, Recalls
+from pipeline.capabilities import ClosesGap, Recalls, ScoresText
+from pipeline.checkpoint.loader_state import makers_at
 from pipeline.commands.flags import pop_flag
+from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
+from pipeline.downstream.tasks import DEFAULT_TASKS, Loaded, check_path, load_tasks, writes_text
 from pipeline.errors import UserError, shown
 from pipeline.evaluations import together
+from pipeline.parallel.collectives import shared_errors
+from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation, Phase, System
 
@@ -30,6 +37,11 @@ class Suite:
     """Whether it adds to the system's own evaluation, in the same files."""
     flags: Mapping[str, Callable[[str, str], Any]] = field(default_factory=dict)
     """From the flags of its own to what reads (flag, value). Raises UserError."""
+    prepare: Callable[[Mapping[str, Any], Any, Path, Topology], Mapping[str, Any]] | None = None
+    """From the values of the flags, a system and its checkpoint to what `evaluate` takes: what can fail before a model
+    is loaded. Collective."""
+    reads_data: bool = True
+    """Whether it reads the data that the model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,12 @@ class Chosen:
         """Raises UserError when the system cannot be evaluated so."""
         if not isinstance(system, self.suite.needs):
             raise UserError(f"--suite {self.name}: {system.config.recipe} {self.suite.lacks}: leave it out")
+
+    def prepared(self, system: System, checkpoint: Path, topology: Topology) -> Chosen:
+        """With all that it needs besides the model. Collective; raises UserError."""
+        if self.suite.prepare is None:
+            return self
+        return dataclasses.replace(self, values=self.suite.prepare(self.values, system, checkpoint, topology))
 
     def run(self, system: System, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         """What it finds, the same on every rank. Collective."""
@@ -90,12 +108,58 @@ def _long(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, va
     return together(system.evaluate(model, phase, sync_point), gap)
 
 
+def names(flag: str, words: str) -> tuple[str, ...]:
+    """Names apart from each other, such as sciq,copa. Raises UserError."""
+    parts = [part.strip() for part in words.split(",")]
+    if not all(parts):
+        raise UserError(f"{flag} {shown(words)}: give names, such as sciq,copa")
+    return tuple(parts)
+
+
+def folder(flag: str, words: str) -> str:
+    """A folder that is there. Raises UserError."""
+    check_path(words, flag)
+    return words
+
+
+def chosen_tasks(values: Mapping[str, Any], topology: Topology) -> Loaded:
+    """The tasks that the flags of `downstream` name. Collective; raises UserError."""
+    flag = "--tasks" if "--tasks" in values else f"--suite {DOWNSTREAM}"
+    return load_tasks(values.get("--tasks", DEFAULT_TASKS), values.get("--task-path"), topology, flag)
+
+
+def _with_tasks(values: Mapping[str, Any], system: Any, checkpoint: Path, topology: Topology) -> Mapping[str, Any]:
+    with shared_errors(topology):
+        tokenizer = system.tokenizer(makers_at(checkpoint))
+    return {**values, TASKS: chosen_tasks(values, topology), TOKENIZER: tokenizer}
+
+
+def _downstream(
+    system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
+) -> Evaluation:
+    loaded, tokenizer = values[TASKS], values[TOKENIZER]
+    decoder = own_decoder(system, model) if writes_text(loaded) else None
+    return evaluate_tasks(system, model, sync_point, loaded, tokenizer, values.get("--limit"), decoder)
+
+
+TASKS, TOKENIZER = "tasks", "tokenizer"
+"""Among the values of `downstream`, once it is prepared: the tasks with their data, and the model's tokenizer."""
+DOWNSTREAM = "downstream"
+"""The suite of tasks, which folders that transformers loads are evaluated with too."""
 OWN = Suite(_own)
 """A system's own evaluation, as in training."""
 SUITES = {
     "long": Suite(_long, ClosesGap, "has no memory", adds=True),
     "recall": Suite(
         _recall, Recalls, "cannot be asked for what stood far back", flags={"--lengths": counts, "--queries": count}
+    ),
+    DOWNSTREAM: Suite(
+        _downstream,
+        ScoresText,
+        "reads no text",
+        flags={"--tasks": names, "--limit": count, "--task-path": folder},
+        prepare=_with_tasks,
+        reads_data=False,
     ),
 }
 """The suites by name."""

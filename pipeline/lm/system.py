@@ -11,12 +11,17 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED, Counts, StatefulLoader, TokenBatch
 from pipeline.data.build import build_loader, build_source
 from pipeline.data.byte_lengths import byte_lengths_of
+from pipeline.data.run_tokenizer import run_tokenizer
 from pipeline.data.sources.base import Source
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokens.build import sidecar_of
+from pipeline.data.tokens.listing import TokenListing, list_token_data
+from pipeline.data.tokens.sidecar import makers_of
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
-from pipeline.lm.decoder_config import kv_heads
+from pipeline.lm.decoder_config import kv_heads, sliding_window
 from pipeline.lm.held_out_files import named_files, open_files
-from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors
+from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors, trained_length
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.system import Phase, System
@@ -99,6 +104,24 @@ class LanguageModelSystem(System[TokenBatch]):
 
     def count(self, batch: TokenBatch) -> Counts:
         return {self.token_term: int((batch.labels != IGNORED).sum())}
+
+    def tokenizer(self, makers: Mapping[str, str] | None = None) -> Tokenizer:
+        """That of the run's data. `makers`: of its token files, as `makers_of`; None: their sidecars say it. Raises
+        UserError where the data is no text, or its tokenizer is not known."""
+        check_fetched(self.backbone_section)
+        data = self.config.data
+        if data.recall is not None:
+            raise UserError("it was trained on the recall task, whose ids stand for no text: give another model")
+        if makers is None and data.tokens:
+            listed = self.files if isinstance(self.files, TokenListing) else list_token_data(data)
+            makers = makers_of(sidecar_of(file) for source in listed.training for file in source.files)
+        return run_tokenizer(data, self.backbone.vocab_size, makers or {})
+
+    def text_limit(self) -> int | None:
+        """Tokens of a text that attention sees at once: as many as the model was trained with, here or before. A system
+        whose carry goes on from pass to pass has no limit."""
+        lengths = self.config.sequence_length, trained_length(self.backbone_section) or 0
+        return min(max(lengths), sliding_window(self.backbone) or max(lengths))
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where that is not known."""

@@ -56,6 +56,15 @@ def test_the_eta_is_the_steps_left_at_the_measured_speed(line) -> None:
     assert line({"step": 150}, steps=150).endswith("ETA 0:00:00")
 
 
+def test_scores_of_tasks_have_a_line_of_their_own(make_run, capsys: pytest.CaptureFixture[str], no_terminal) -> None:
+    lines = ProgressLines(make_run())
+    named = {"words/acc": 0.625, "words/acc_stderr": 0.1, "words/chance": 0.25, "words/n": 40, "last/perplexity": 12.5}
+    lines.on_evaluation(3, Evaluation({"loss": 2.0, **{f"downstream/{name}": value for name, value in named.items()}}))
+    first, second = capsys.readouterr().out.splitlines()
+    assert "downstream" not in first and "words" not in first
+    assert second.strip() == "words/acc 0.625 | last/perplexity 12.5"
+
+
 def test_the_eta_is_smoothed(make_run, record, capsys: pytest.CaptureFixture[str], no_terminal) -> None:
     lines = ProgressLines(make_run(steps=102))
     lines.on_step(record(1, tok_s=4096.0))

@@ -31,6 +31,15 @@ def test_every_step_and_name_has_a_file(make_run) -> None:
     assert json.loads(found["ids-20.json"]) == {"drawn": [1, 2]}
 
 
+def test_a_table_of_an_evaluation_is_a_file_of_its_rows(make_run) -> None:
+    run = make_run()
+    rows = [{"task": "words", "value": 0.5, "stderr": None}, {"task": "others", "value": math.nan, "stderr": 0.1}]
+    SampleFiles(run).on_evaluation(20, Evaluation({"loss": 2.0}, samples={"text": "b"}, tables={"downstream": rows}))
+    found = files(run.folder / "samples")
+    assert set(found) == {"text-20.txt", "downstream-20.json"}
+    assert json.loads(found["downstream-20.json"]) == [rows[0], {**rows[1], "value": None}]
+
+
 def test_samples_come_without_an_evaluation_and_from_ablations(make_run) -> None:
     run = make_run()
     callback = SampleFiles(run)

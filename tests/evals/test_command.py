@@ -53,7 +53,7 @@ def test_a_checkpoint_must_be_given(words: list[str]) -> None:
 
 def test_a_suite_that_is_not_there_is_named(tmp_path: Path) -> None:
     for words in (["--suite", "short"], ["--steps", "3", "--suite=short"]):
-        with pytest.raises(UserError, match="--suite 'short': give one of long, recall, or leave it out"):
+        with pytest.raises(UserError, match="--suite 'short': give one of long, recall, downstream, or leave it out"):
             run_eval([str(tmp_path), *words])
 
 
@@ -117,3 +117,22 @@ def test_the_columns_of_a_table_line_up() -> None:
 
 def test_an_evaluation_without_curves_is_a_list() -> None:
     assert render(Evaluation({"loss": 2.0})).split() == ["loss", "2"]
+
+
+def test_a_table_stands_under_its_columns_and_in_the_file(tmp_path: Path) -> None:
+    rows = [
+        {"task": "words", "value": 0.25, "stderr": None, "n": 8, "prompt_hash": "0f"},
+        {"task": "a_long_name", "value": math.inf, "stderr": 0.125, "n": 10, "prompt_hash": "a1"},
+    ]
+    found = Evaluation({"loss": 2.0, "downstream/words/acc": 0.25}, tables={"downstream": rows})
+    assert render(found).splitlines() == [
+        "loss                     2",
+        "",
+        "task         value  stderr   n  prompt hash",
+        "words         0.25       -   8  0f",
+        "a_long_name    inf   0.125  10  a1",
+    ]
+    write(found, tmp_path, {})
+    content = strict(tmp_path / "evaluation.json")
+    assert content["downstream"] == [rows[0], {**rows[1], "value": None}]
+    assert render(Evaluation({}, tables={"downstream": []})) == ""

@@ -53,6 +53,9 @@ def test_a_suite_takes_its_own_flags_and_leaves_the_recipes() -> None:
         (["--suite", "recall", "--lengths", "0"], "--lengths '0': give whole numbers"),
         (["--suite", "recall", "--queries", "3,4"], "--queries '3,4': give one number"),
         (["--suite"], "--suite needs a value"),
+        (["--suite", "downstream", "--tasks", "sciq,,copa"], "--tasks 'sciq,,copa': give names, such as sciq,copa"),
+        (["--suite", "downstream", "--limit", "0.1"], "--limit '0.1': give whole numbers above 0"),
+        (["--suite", "downstream", "--task-path", "/absent"], "--task-path /absent: no such folder"),
     ],
 )
 def test_refusals(words: list[str], message: str) -> None:
@@ -65,6 +68,18 @@ def test_a_system_without_the_capability_is_refused(tmp_path: Path) -> None:
     chosen.check(create_system(miras_recall()))
     with pytest.raises(UserError, match=r"--suite recall: .* cannot be asked for what stood far back: leave it out"):
         chosen.check(PhasedSystem(phased(tmp_path)))
+
+
+def test_tasks_come_with_their_flags_and_need_a_model_of_text(tmp_path: Path) -> None:
+    words = ["--suite", "downstream", "--tasks", "sciq, copa", "--limit=3", "--task-path", str(tmp_path), "--seed", "1"]
+    chosen, rest = pop_suite(words)
+    assert rest == ["--seed", "1"] and chosen.folder == "downstream" and not chosen.suite.reads_data
+    assert chosen.values == {"--tasks": ("sciq", "copa"), "--limit": 3, "--task-path": str(tmp_path)}
+    chosen.check(create_system(miras_recall()))
+    with pytest.raises(UserError, match=r"--suite downstream: .* reads no text: leave it out"):
+        chosen.check(PhasedSystem(phased(tmp_path)))
+    with pytest.raises(UserError, match="trained on the recall task, whose ids stand for no text"):
+        chosen.prepared(create_system(miras_recall()), tmp_path, Topology())
 
 
 def test_every_suite_says_what_a_system_lacks() -> None:

@@ -18,17 +18,20 @@ from pipeline.capabilities import ClosesGap
 from pipeline.cli import without_local_rank
 from pipeline.config import ParallelConfig, RunConfig
 from pipeline.data.batch import IGNORED, TokenBatch
+from pipeline.downstream import system_scorer
+from pipeline.downstream.requests import Likelihood, Request
 from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.parallel.collectives import all_gather_object
 from pipeline.parallel.loss import add_counts, scaled_loss
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill, generator_for
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import StepContext, create_system
+from pipeline.system import Phase, StepContext, create_system
 from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from tests.launch.harness import ROOT
 from tests.launch.olmo_cases import MODELS, STEPS, olmo, updates
@@ -324,6 +327,14 @@ def gap(attachment: str, topology: Topology, zero: str) -> dict[str, float]:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention=attention), evaluation=evaluation, zero=zero
     )
+    system, engine, phase = in_engine(config, topology)
+    setattr(system, "held_out", lambda phase, topology: HeldOut(topology))  # noqa: B010
+    assert isinstance(system, ClosesGap)
+    return system.gap_closed(engine.deepspeed, phase, SyncPoint(topology)).scalars
+
+
+def in_engine(config: RunConfig, topology: Topology) -> tuple[Any, Engine, Phase]:
+    """A system, its random model in DeepSpeed's engine, and the phase that it trains."""
     system = create_system(config)
     ds_config = deepspeed_config(dataclasses.replace(config, batch_size=ROWS // topology.data))
     with building(ds_config, torch.float32):
@@ -331,10 +342,22 @@ def gap(attachment: str, topology: Topology, zero: str) -> dict[str, float]:
     system.initialise(model, topology)
     fill(model, randomise)
     (phase,) = system.phases(model)
-    engine = Engine(model, phase, config, ds_config)
-    setattr(system, "held_out", lambda phase, topology: HeldOut(topology))  # noqa: B010
-    assert isinstance(system, ClosesGap)
-    return system.gap_closed(engine.deepspeed, phase, SyncPoint(topology)).scalars
+    return system, Engine(model, phase, config, ds_config), phase
+
+
+def likelihoods(config: RunConfig, topology: Topology) -> list[Likelihood]:
+    """Of continuations of many lengths, in an engine as training has it. Their number divides by no number of ranks,
+    and the longest are read in three pieces where the carry goes on."""
+    system, engine, _ = in_engine(config, topology)
+    scorer = system_scorer.SystemScorer(system, engine.deepspeed, SyncPoint(topology), padding=0)
+    system_scorer.PIECE = LENGTH
+    generator = torch.Generator().manual_seed(5)
+    requests = []
+    for number in range(7):
+        ids = torch.randint(VOCABULARY, (3 + 21 * number,), generator=generator).tolist()
+        cut = len(ids) - 1 - number
+        requests.append(Request(ids[:cut], ids[cut:]))
+    return scorer.score(requests)
 
 
 def main() -> None:
@@ -363,6 +386,14 @@ def main() -> None:
         scalars = gap(attachment, topology, everything_sharded(out, topology.rank) if attachment != "mac" else "zero1")
         if topology.rank == 0:
             (out / f"gap-{attachment}.json").write_text(json.dumps(scalars))
+    if topology.sequence < 4:  # four ranks of a sequence on two cores take their time
+        config = dataclasses.replace(attached("mac"), zero=everything_sharded(out, topology.rank))
+        answers = likelihoods(config, topology)
+        # Every rank has them all.
+        same = all_gather_object(topology, answers)
+        if topology.rank == 0:
+            assert all(other == answers for other in same)
+            (out / "likelihoods.json").write_text(json.dumps(answers))
     kinds = {kind: base(kind) for kind in ("window", "full")}
     for name, config in {**kinds, **{attachment: attached(attachment) for attachment, _ in ATTACHED}}.items():
         found = causality(config, topology)

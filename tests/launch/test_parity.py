@@ -114,6 +114,19 @@ def test_gap_closed_does_not_depend_on_the_layout(one_rank: Path, many_ranks: Pa
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
+def test_likelihoods_of_texts_do_not_depend_on_the_layout(
+    one_rank: Path, many_ranks: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every parameter is sharded, and data ranks have different numbers of texts."""
+    if request.node.callspec.params["many_ranks"] == TOPOLOGIES["4 sequence ranks"]:
+        return
+    expected = json.loads((one_rank / "likelihoods.json").read_text())
+    found = json.loads((many_ranks / "likelihoods.json").read_text())
+    assert len({value for value, _ in expected}) == len(expected) == 7
+    for (value, greedy), (own, own_greedy) in zip(expected, found, strict=True):
+        assert own == pytest.approx(value, rel=1e-5) and own_greedy == greedy
+
+
 def test_a_frozen_backbone_has_no_gradient_buffer(one_rank: Path) -> None:
     for stage in (0, 3):
         found = torch.load(one_rank / f"frozen-recomputed-zero{stage}.pt")

@@ -112,6 +112,9 @@ class MirasSystem(LanguageModelSystem):
     def health(self, metrics: Mapping[str, float]) -> str:
         return descriptions.health(metrics)
 
+    def text_limit(self) -> int | None:
+        return None if self.sizes.attention.kind == "window" else super().text_limit()
+
     def build(self) -> nn.Module:
         return MirasModel(self.sizes, self.backbone, activation_checkpointing=self.config.activation_checkpointing)
 

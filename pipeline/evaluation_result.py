@@ -1,0 +1,62 @@
+"""What an evaluation gives: numbers, curves, tables, and what was drawn from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.heat_map import HeatMap
+
+TASKS = "downstream/"
+"""What the names of the scores of tasks begin with among the scalars."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One picture of an evaluation: named series over a common x axis. NaN where nothing was seen."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: tuple[float, ...]
+    series: dict[str, tuple[float, ...]]
+    log_x: bool = False
+    upper_edges: bool = False
+    """Each x is the upper edge of a bin that begins at the x before it."""
+    drawn: tuple[str, ...] = ()
+    """Series in the picture (none: all); the others stand in its numbers alone."""
+    drawn_label: str = ""
+    """The picture's y label, where what is drawn is not what `y_label` says."""
+    intervals: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
+    """Lower and upper ends by series: 95 % intervals over documents."""
+    counts: tuple[int, ...] = ()
+    """Labels that each point was measured on."""
+    documents: tuple[int, ...] = ()
+    """Documents that these labels are of."""
+    levels: dict[str, float] = field(default_factory=dict)
+    """Horizontal lines by their label: what a value of y is compared with."""
+    edges: dict[str, float] = field(default_factory=dict)
+    """Vertical lines by their label: where on the x axis something begins."""
+
+
+Sample = str | Sequence[Any] | Mapping[str, Any]
+"""What was drawn from a model: a text, or values that JSON can hold."""
+
+Row = Mapping[str, str | float | int | None]
+"""A row of a table by the names of the columns, the same names in every row; None where there is nothing to say."""
+Table = Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: scalars for the `val` row, curves for the plots, samples for files of their own. The
+    same on every rank."""
+
+    scalars: dict[str, float]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
+    """By the names of their files in OUT/samples."""
+    heat_maps: dict[str, HeatMap] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+    """By the table's name: a key of evaluation.json; in training a file in OUT/samples."""

@@ -18,9 +18,9 @@ from pipeline.callbacks.metrics import read_rows
 from pipeline.checkpoint.restore import TRAINER_STATE, read_progress
 from pipeline.config_file import to_plain
 from pipeline.errors import brief
-from pipeline.export.trained import Trained
 from pipeline.files.json_file import parse_json
 from pipeline.files.run_file import NAME as RUN_FILE
+from pipeline.inference.trained import Trained
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 README = "README.md"

@@ -66,8 +66,8 @@ def run_export(words: Sequence[str]) -> None:
         return
     request, begun = parse(words), time.perf_counter()
 
-    from pipeline.export.trained import find, load_trained, read_run
     from pipeline.export.write import check_out, export_memory, export_model
+    from pipeline.inference.trained import find, load_trained, read_run
     from pipeline.system import create_system
 
     checkpoint = find(request.source)

@@ -21,7 +21,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine import building
 from pipeline.errors import UserError, brief, shown
 from pipeline.export import reload
-from pipeline.export.trained import Trained
+from pipeline.inference.trained import Trained
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.system import StepContext, System

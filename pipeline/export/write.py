@@ -24,7 +24,7 @@ from pipeline.export.card import Facts, use_memory, use_model, write_card
 from pipeline.export.code import carry_code
 from pipeline.export.gate import Difference, attached_difference, case_of, compare
 from pipeline.export.tokenizer_files import write_tokenizer
-from pipeline.export.trained import Trained
+from pipeline.inference.trained import Trained
 from pipeline.lm.memory_folder import write_memory
 from pipeline.system import System
 from pipeline.units import human_bytes

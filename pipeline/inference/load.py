@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from pipeline.capabilities import TrainsDecoder
     from pipeline.config import RunConfig
     from pipeline.data.tokenizer import Tokenizer
 
@@ -28,9 +27,9 @@ Read = tuple[Any, DataConfig, dict[str, str]]
 
 
 class Loaded(NamedTuple):
-    """`model`: a causal language model of transformers, or a `SystemModel` of a system whose model is more than that;
-    in evaluation mode on the CPU. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; there
-    may be more of them than the tokenizer has ids.
+    """`model`: a causal language model of transformers, in evaluation mode on the CPU; with a memory it is a
+    `MnemosForCausalLM`. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; there may be
+    more of them than the tokenizer has ids.
     `tokenizer`: `encode(text)` gives ids [tokens] without special tokens, `decode(ids)` the text."""
 
     model: Any
@@ -51,7 +50,6 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.host.hardware import choose_accelerator
     from pipeline.inference.quiet import quiet_transformers
-    from pipeline.inference.system_model import SystemModel
     from pipeline.lm.olmo_folder import is_native
 
     choose_accelerator()
@@ -66,43 +64,33 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
         model, data, makers = read(folder, dtype)
     if tokenizer is not None:
         return Loaded(model.eval(), load_tokenizer(tokenizer))
-    vocabulary = model.decoder().vocab_size if isinstance(model, SystemModel) else model.config.vocab_size
-    return Loaded(model.eval(), run_tokenizer(data, vocabulary, makers, fix=NAME_TOKENIZER))
+    return Loaded(model.eval(), run_tokenizer(data, model.config.vocab_size, makers, fix=NAME_TOKENIZER))
 
 
 def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
-    from pipeline.capabilities import Generates, TrainsDecoder
+    from pipeline.capabilities import Exports
     from pipeline.checkpoint.loader_state import makers_at
-    from pipeline.checkpoint.manifest import MANIFEST, newest, problems
-    from pipeline.checkpoint.trainable import TRAINABLE
-    from pipeline.config_file import load_config
-    from pipeline.inference.system_model import system_model
-    from pipeline.parallel.weight_files import file_tensors
-    from pipeline.recipes import all_recipes
+    from pipeline.inference.trained import find, load_trained, read_run
     from pipeline.system import create_system
 
-    checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
-    if checkpoint is None or not (checkpoint / MANIFEST).is_file():
-        raise UserError(f"{folder}: holds no complete checkpoint and no model: {GIVE}")
-    wrong = problems(checkpoint, hashes=True, only=("config.yaml", TRAINABLE))
-    if wrong:
-        raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
-    config = load_config(checkpoint / "config.yaml", all_recipes())
-    whole = create_system(config)
-    if isinstance(whole, Generates) and not isinstance(whole, TrainsDecoder):
-        return system_model(whole, checkpoint, dtype), config.data, makers_at(checkpoint)
-    system = _decoder_system(config, str(checkpoint))
-    stored = file_tensors(checkpoint / TRAINABLE)
-    weights = {name.removeprefix(system.decoder_prefix): tensor.read(name) for name, tensor in stored.items()}
-    model = _filled(system.decoder_config(), weights, dtype, str(checkpoint / TRAINABLE))
-    return model, config.data, makers_at(checkpoint)
+    checkpoint = find(folder, GIVE)
+    config = read_run(checkpoint)
+    system = create_system(config)
+    if not isinstance(system, Exports):
+        raise UserError(f"{checkpoint}: {no_text(config)}")
+    model: Any = system.exported(load_trained(checkpoint, config, system).model)
+    return model.to(dtype), config.data, makers_at(checkpoint)
 
 
 def _native(folder: Path, dtype: torch.dtype) -> Read:
+    from pipeline.capabilities import TrainsDecoder
     from pipeline.lm.olmo_folder import MODEL, read_weights
+    from pipeline.system import create_system
 
     config = native_run(folder, model_alone=True)
-    decoder = _decoder_system(config, str(folder)).decoder_config()
+    system = create_system(config)
+    assert isinstance(system, TrainsDecoder), "what reads OLMo's files makes such a system"
+    decoder = system.decoder_config()
     model = _filled(decoder, read_weights(folder, decoder), dtype, str(folder / MODEL))
     return model, config.data, {}
 
@@ -154,17 +142,12 @@ def native_run(folder: Path, *, model_alone: bool = False) -> RunConfig:
     return run
 
 
-def _decoder_system(config: RunConfig, where: str) -> TrainsDecoder:
-    from pipeline.capabilities import TrainsDecoder
-    from pipeline.system import create_system
-
-    system = create_system(config)
-    if not isinstance(system, TrainsDecoder):
-        raise UserError(
-            f"{where}: of the recipe {config.recipe}, whose model does not generate text: give a checkpoint of one that"
-            " does; evaluate this one with `mnemos eval`"
-        )
-    return system
+def no_text(config: RunConfig) -> str:
+    """What is wrong with a checkpoint of a system that writes no text, and the fix."""
+    return (
+        f"of the recipe {config.recipe}, whose model does not generate text: give a checkpoint of one that does;"
+        " evaluate this one with `mnemos eval`"
+    )
 
 
 def _filled(config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:

@@ -13,7 +13,6 @@ from pipeline.downstream import system_scorer
 from pipeline.downstream.logits_scorer import LogitsScorer
 from pipeline.downstream.requests import Likelihood, Request
 from pipeline.downstream.system_scorer import SystemScorer
-from pipeline.inference.system_model import SystemModel
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import fill
 from pipeline.runtime.stop import Stopped
@@ -86,7 +85,7 @@ def test_a_long_text_is_read_in_pieces_through_the_carry(attachment: str, monkey
     system, model = built(replace(checkpoints.miras(attachment=attachment), sequence_length=32))
     assert system.text_limit() is None
     asked = requests(((150, 5), (2, 1), (95, 3), (60, 2)))
-    reference = SystemModel(system, model)
+    reference: Any = system.exported(model)  # type: ignore[attr-defined]
     expected = [alone(lambda ids: reference(ids).logits, request) for request in asked]
     scorer = SystemScorer(system, model, SyncPoint(Topology()), padding=256)
     assert_same(scorer.score(asked), expected)

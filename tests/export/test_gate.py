@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.export import gate, reload
 from pipeline.export.gate import Case, Difference, case_of, compare, places
 from pipeline.export.tokenizer_files import write_tokenizer
-from pipeline.export.trained import Trained
+from pipeline.inference.trained import Trained
 from tests.export.small_checkpoints import built, dense
 
 GROUPED = {"kv_heads": 2}

@@ -18,8 +18,8 @@ from pipeline.capabilities import Exports
 from pipeline.config import RunConfig
 from pipeline.export.code import carry_code
 from pipeline.export.gate import case_of, compare
-from pipeline.export.trained import Trained
 from pipeline.inference.load import load
+from pipeline.inference.trained import Trained
 from pipeline.lm.auto_classes import register_auto_classes
 from pipeline.systems.miras.causal_lm import MnemosConfig, MnemosForCausalLM
 from pipeline.systems.miras.causal_lm_config import MODEL_TYPE

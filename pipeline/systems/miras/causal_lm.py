@@ -65,7 +65,7 @@ class MnemosForCausalLM(PreTrainedModel, GenerationMixin):
 
     def decoder(self) -> MirasDecoder:
         """What reads text with this model, and continues it a token at a time."""
-        return MirasDecoder(self.model)
+        return MirasDecoder(self.model, limit=self.config.text_limit)
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.model.backbone.model.embed_tokens

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from pipeline.lm.config import AttentionConfig, BackboneConfig
+from pipeline.model_config import MAY_CHANGE
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 
 S = TypeVar("S")
@@ -66,6 +67,20 @@ class MnemosConfig(PreTrainedConfig):
             raise ValueError(f"backbone: transformers has no model type {kind!r}")
         found: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(values)
         return found
+
+    def decisive(self) -> dict[str, Any]:
+        """As `to_dict`, without the fields of the sections that leave the model the same."""
+        found = self.to_dict()
+        for name, kind in (("attention", AttentionConfig), ("memory", MemoryConfig)):
+            for field in dataclasses.fields(kind):
+                if MAY_CHANGE.items() <= field.metadata.items():
+                    found[name].pop(field.name, None)
+        return found
+
+    @property
+    def text_limit(self) -> int | None:
+        """Tokens of a text, prompt and what is generated; None: any number, behind a window."""
+        return None if self.attention["kind"] == "window" else self.max_position_embeddings
 
     def sections(self) -> MirasConfig:
         """The sizes of the model, of a backbone whose weights are given."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, TokenBatch
@@ -33,6 +33,9 @@ from pipeline.systems.miras.memory import health_metrics
 from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
 from pipeline.systems.miras.teacher import check_distillation, term_weights
+
+if TYPE_CHECKING:
+    from pipeline.systems.miras.causal_lm import MnemosForCausalLM
 
 TERM, WRITE = "cross_entropy", "write"
 """Loss terms: of the labels, and the penalty on writing."""
@@ -252,12 +255,9 @@ class MirasSystem(LanguageModelSystem):
         return recall_suite(self, model, sync_point, lengths=lengths, queries=queries)
 
     def decoder(self, model: nn.Module) -> Decoder:
-        from pipeline.systems.miras.decoding.decoder import MirasDecoder
+        return self.exported(model).decoder()
 
-        assert isinstance(model, MirasModel)
-        return MirasDecoder(model)
-
-    def exported(self, model: nn.Module) -> PreTrainedModel:
+    def exported(self, model: nn.Module) -> MnemosForCausalLM:
         from pipeline.systems.miras.causal_lm import causal_lm_of
 
         assert isinstance(model, MirasModel)

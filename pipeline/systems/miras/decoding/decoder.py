@@ -46,9 +46,10 @@ class MirasDecoder(Decoder):
     counted from the start of the text: pieces end where chunks do.
     """
 
-    def __init__(self, model: MirasModel, *, piece: int = PIECE) -> None:
+    def __init__(self, model: MirasModel, *, piece: int = PIECE, limit: int | None = None) -> None:
+        """`piece`: tokens that a parallel pass takes at a time, about; `limit`: of a text at the most, None: any."""
         backbone: Any = model.backbone
-        self.model = model
+        self.model, self.limit = model, limit
         self.vocab_size = backbone.config.vocab_size
         # The backend of training may belong to another device.
         self.attention = dataclasses.replace(model.config.attention, backend="auto")

@@ -208,6 +208,13 @@ def test_wrong_shapes_and_foreign_states_are_refused() -> None:
         decoder.step(torch.zeros(1, dtype=torch.int64), object())  # type: ignore[arg-type]
 
 
+def test_full_attention_takes_texts_as_long_as_in_training() -> None:
+    config = attached("residual", "full")
+    system, model = built(config)
+    assert isinstance(system, Generates)
+    assert system.decoder(model).limit == config.sequence_length
+
+
 def test_the_system_generates() -> None:
     system, model = built(attached("residual"))
     assert isinstance(system, Generates)

@@ -16,7 +16,7 @@ from pipeline.checkpoint.trainable import TRAINABLE, load_trainable
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.engine import building
-from pipeline.errors import UserError, shown
+from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.recipes import all_recipes
@@ -39,13 +39,13 @@ class Trained:
     """Parameters that the run trained."""
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that a path means. Raises UserError where there is none."""
+def find(path: Path, fix: str = GIVE) -> Path:
+    """The checkpoint that a path means. Raises UserError, with the fix, where there is none."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder: {GIVE}")
+        raise UserError(f"{path}: no such folder: {fix}")
     found = newest(path / "checkpoints") if (path / "checkpoints").is_dir() else path
     if found is None or not (found / MANIFEST).is_file():
-        raise UserError(f"{path}: holds no complete checkpoint: {GIVE}")
+        raise UserError(f"{path}: holds no complete checkpoint: {fix}")
     return found
 
 
@@ -86,10 +86,11 @@ def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Tr
         model = system.build()
     names = [name for name, _ in model.named_parameters()]
     trained = {name for phase in system.phases(model) for group in phase.groups for name in group.parameters}
-    missing = next((name for name in names if name in trained and name not in stored), None)
-    if missing is not None:
+    missing = sorted(name for name in names if name in trained and name not in stored)
+    if missing:
         raise UserError(
-            f"{checkpoint / TRAINABLE}: lacks {shown(missing)}, which the run trained: give another checkpoint"
+            f"{checkpoint / TRAINABLE} lacks {len(missing)} of the weights that were trained, such as {missing[0]}:"
+            " give another checkpoint"
         )
     frozen = [name for name in names if name not in stored]
     if frozen:

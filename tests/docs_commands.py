@@ -33,6 +33,7 @@ from pipeline.cli import COMMANDS
 from pipeline.commands.fetch import MODELS
 from pipeline.commands.flags import parse_flags, parse_run, pop_flag, split_flags
 from pipeline.commands.generate import GenerateOptions, pop_prompts
+from pipeline.evals.suites import pop_suite
 from pipeline.export.command import parse as parse_export
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
@@ -243,6 +244,11 @@ def _mnemos(words: list[str]) -> list[str] | None:
         return _train(rest, 1)
     if command == "bench":
         return _bench(rest)
+    if command == "eval":
+        # A folder of tasks has to be there.
+        _, given = pop_flag(rest[1:], "--task-path")
+        if pop_suite(given)[0].name == "downstream":
+            return None  # the tasks' data come from a hub
     if command == "eval":
         return ["eval", RUN, *rest[1:], "--evaluation.steps", "1", "--report.no-plots"]
     if command == "generate":

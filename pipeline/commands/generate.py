@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from pipeline.commands.flags import parse_flags, wants_help
-from pipeline.errors import UserError
+from pipeline.errors import UserError, brief
+from pipeline.files.home import expanded
 from pipeline.runtime.exit import INTERRUPTED, log_line
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ beginning. How many tokens were read and written, and how fast, is said on stder
   --temperature T      below 1 likely tokens become likelier, above 1 less so; 0: the likeliest always (default 1)
   --top-k K            draw from the K likeliest tokens alone; 0: from all (default 0)
   --top-p P            draw from the fewest likeliest tokens that have this share of the probability (default 1: all)
-  --seed S             the same seed draws the same text, whatever other prompts there are (default 0)
+  --seed S             the same seed draws the same text for a prompt at its place among the prompts (default 0)
   --save-state FILE    keep what was read, the prompts with what --state held, for --state: a safetensors file
   --state FILE         go on from what was read before, by the same model: each prompt goes on from its text, and
                        without a prompt the text itself goes on
@@ -121,12 +122,15 @@ def _text(flag: str, value: str) -> str:
     if flag == "--prompt":
         check_prompt(value, flag)
         return value
-    path, name = Path(value).expanduser(), f"{flag} {value}"
+    path, name = expanded(value), f"{flag} {value}"
     if not path.exists():
         raise UserError(f"{name}: no such file: name a file of text")
     if path.is_dir():
         raise UserError(f"{name} is a folder: name a file of text")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror or brief(error)}): name a file of text") from error
     if b"\0" in content:
         raise UserError(f"{name} is binary, it holds the byte 0: name a file of text")
     try:
@@ -145,7 +149,7 @@ def _generate(folder: str, prompts: Sequence[str], options: GenerateOptions) -> 
     from pipeline.data.run_tokenizer import UnknownTokenizerError
     from pipeline.host.hardware import on_gpu
     from pipeline.inference import load, load_state, read, save_state
-    from pipeline.inference.generation import tokens_after
+    from pipeline.inference.generation import check_next, tokens_after
     from pipeline.inference.load import NAME_TOKENIZER
     from pipeline.inference.sampling import Sampling
     from pipeline.inference.state_file import check_readable, check_writable
@@ -168,9 +172,12 @@ def _generate(folder: str, prompts: Sequence[str], options: GenerateOptions) -> 
     texts = None if options.state is None else load_state(model, options.state)
     begun = time.perf_counter()
     before = 0 if texts is None else sum(texts.lengths)
+    writes = options.max_new_tokens > 0
     if prompts:
-        texts = read(decoder, tokenizer, prompts, texts)
+        texts = read(decoder, tokenizer, prompts, texts, writes=writes)
     assert texts is not None
+    if writes:
+        check_next(decoder, texts)
     reading = time.perf_counter() - begun
     if options.save_state is not None:
         save_state(model, texts, options.save_state)

@@ -79,7 +79,7 @@ def stream(
         raise UserError(f"--max-new-tokens {max_new_tokens}: give 0 or more")
     decoder = decoder_of(model)
     if prompts is not None:
-        texts = read(decoder, tokenizer, prompts, state)
+        texts = read(decoder, tokenizer, prompts, state, writes=max_new_tokens > 0)
     elif state is not None:
         texts = copied(decoder, state, range(state.rows))
     else:
@@ -92,10 +92,15 @@ def tokens_after(
 ) -> Iterator[Token]:
     """The tokens that follow `texts`, whose state is used up. Raises UserError where there is no room for one."""
     if max_new_tokens:
-        for number, length in enumerate(texts.lengths, 1):
-            name = "the text" if texts.rows == 1 else f"text {number}"
-            check_room(decoder, length + 1, f"{name} with one token more")
+        check_next(decoder, texts)
     return _tokens(decoder, tokenizer, texts, sampling, max_new_tokens)
+
+
+def check_next(decoder: Decoder, texts: Texts) -> None:
+    """Raises UserError for a text that has no room for one token more."""
+    for number, length in enumerate(texts.lengths, 1):
+        name = "the text" if texts.rows == 1 else f"text {number}"
+        check_room(decoder, length + 1, f"{name} with one token more")
 
 
 def _tokens(

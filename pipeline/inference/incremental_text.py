@@ -12,6 +12,12 @@ BEFORE = 8
 """Tokens before the first that decide how it reads: where a word begins, whether a character goes on."""
 
 
+LONGEST = 12
+"""Tokens that are held back; more of them are no character that is still to be completed."""
+UNDECIDED = 4
+"""Of these, tokens at the end that may begin a character: it has four bytes at the most."""
+
+
 class IncrementalText:
     """The text of one row's tokens, piece by piece; the pieces together are the text of all of them.
 
@@ -29,9 +35,21 @@ class IncrementalText:
         self._held.append(token)
         piece = self._added()
         if not piece or piece.endswith(UNKNOWN):
-            return ""
+            return self._decided(piece) if len(self._held) > LONGEST else ""
         self._given, self._held = self._held, []
         return piece
+
+    def _decided(self, piece: str) -> str:
+        """Of what is held back, the beginning that no later token changes; nothing where the cut is in a character."""
+        held, rest = self._held[:-UNDECIDED], self._held[-UNDECIDED:]
+        cut = IncrementalText(self._tokenizer)
+        cut._given, cut._held = self._given, held
+        begin = cut._added()
+        cut._given, cut._held = held[-BEFORE:], rest
+        if begin + cut._added() != piece:
+            return ""
+        self._given, self._held = cut._given, rest
+        return begin
 
     def end(self) -> str:
         """What was held back, at the end of the text."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +24,8 @@ GIVE = "give a checkpoint, a run directory, a folder of OLMo's layout, or one of
 NAME_TOKENIZER = "give load(..., tokenizer=NAME)"
 
 
-Read = tuple[Any, DataConfig, dict[str, str]]
-"""A model, the data that it was trained on, and what is known of the tokenizers of its token files (`makers_of`)."""
+Read = tuple[Any, DataConfig, Callable[[], dict[str, str]]]
+"""A model, the data that it was trained on, and what tells of the tokenizers of its token files (`makers_of`)."""
 
 
 class Loaded(NamedTuple):
@@ -64,7 +66,7 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
         model, data, makers = read(folder, dtype)
     if tokenizer is not None:
         return Loaded(model.eval(), load_tokenizer(tokenizer))
-    return Loaded(model.eval(), run_tokenizer(data, model.config.vocab_size, makers, fix=NAME_TOKENIZER))
+    return Loaded(model.eval(), run_tokenizer(data, model.config.vocab_size, makers(), fix=NAME_TOKENIZER))
 
 
 def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
@@ -79,7 +81,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
     if not isinstance(system, Exports):
         raise UserError(f"{checkpoint}: {no_text(config)}")
     model: Any = system.exported(load_trained(checkpoint, config, system).model)
-    return model.to(dtype), config.data, makers_at(checkpoint)
+    return model.to(dtype), config.data, functools.partial(makers_at, checkpoint)
 
 
 def _native(folder: Path, dtype: torch.dtype) -> Read:
@@ -92,7 +94,7 @@ def _native(folder: Path, dtype: torch.dtype) -> Read:
     assert isinstance(system, TrainsDecoder), "what reads OLMo's files makes such a system"
     decoder = system.decoder_config()
     model = _filled(decoder, read_weights(folder, decoder), dtype, str(folder / MODEL))
-    return model, config.data, {}
+    return model, config.data, dict
 
 
 def _hugging_face(folder: Path, dtype: torch.dtype) -> Read:
@@ -112,7 +114,7 @@ def _hugging_face(folder: Path, dtype: torch.dtype) -> Read:
     missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}: save it again")
-    return model, DataConfig(tokenizer=str(folder)), {}
+    return model, DataConfig(tokenizer=str(folder)), dict
 
 
 def native_run(folder: Path, *, model_alone: bool = False) -> RunConfig:

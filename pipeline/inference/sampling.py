@@ -26,7 +26,7 @@ class Sampling:
     """Draw from the fewest likeliest tokens that have this share of the probability (nucleus sampling, arXiv
     1904.09751); 1: from all."""
     seed: int = 0
-    """The same seed draws the same text, whatever other prompts there are beside it."""
+    """The same seed draws the same text for a prompt at its place among the prompts, whatever the others are."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, brief, out_of_space, shown
+from pipeline.files.home import expanded
 from pipeline.inference.identity import model_hash
 from pipeline.inference.incremental_text import BEFORE
 from pipeline.inference.texts import Texts, decoder_of
@@ -28,15 +30,16 @@ READ_AGAIN = "read the text again with --save-state"
 def save_state(model: nn.Module, texts: Texts, path: str | Path) -> None:
     """Writes a safetensors file of `texts`, which names the model by its hash; whole or not at all. Raises UserError
     where `check_writable` does."""
-    target = Path(path).expanduser()
+    # Of a link, what it names is replaced.
+    target = expanded(path).resolve()
     check_writable(target)
     own = {"logits": texts.logits, "last": texts.last}
     tensors = {**own, **{f"{STATE}{name}": tensor for name, tensor in texts.state.tensors().items()}}
-    facts = {"format": FORMAT, "version": VERSION, "model": model_hash(model)}
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     try:
         # Copies, each by itself: some are parts of larger ones, which the file is not to hold.
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        facts = {"format": FORMAT, "version": VERSION, "model": model_hash(model), "content": _hash(plain)}
         _write(partial, plain, facts)
         os.replace(partial, target)
     except OSError as error:
@@ -71,20 +74,44 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} is a folder: name a file in it")
     if path.exists() and _facts(path).get("format") != FORMAT:
         raise UserError(f"{path} is there already and is no state file: name another file")
+    partial = _partial(path)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or brief(error)}): make the folder writable, or name another"
+            " file"
+        ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes, kinds and values of tensors on the CPU; 32 hex digits (xxh128)."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def load_state(model: nn.Module, path: str | Path) -> Texts:
     """The texts in a file that `save_state` wrote with this very model. Raises UserError."""
-    source = Path(path).expanduser()
+    source = expanded(path)
     check_readable(source)
-    stated = _facts(source).get("model")
-    if stated != model_hash(model):
+    facts = _facts(source)
+    if facts.get("model") != model_hash(model):
         raise UserError(
             f"{source} is the state of another model, or of this one with other weights or in another precision: give"
             f" its model, or {READ_AGAIN}"
         )
     decoder = decoder_of(model)
     tensors = _read(source)
+    if facts.get("content") != _hash(tensors):
+        raise UserError(f"{source}: content differs from its hash: it is damaged: {READ_AGAIN}")
     try:
         state = decoder.restore(
             {name.removeprefix(STATE): value for name, value in tensors.items() if name.startswith(STATE)}

@@ -53,11 +53,19 @@ def decoder_of(model: Any) -> Decoder:
     return DenseDecoder(model)
 
 
-def read(model: Any, tokenizer: Tokenizer, prompts: str | Sequence[str], state: Texts | None = None) -> Texts:
+def read(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    state: Texts | None = None,
+    *,
+    writes: bool = False,
+) -> Texts:
     """Reads prompts, each a row of its own. No special token is added: the end of a prompt is not the end of its text.
 
     `state`: each prompt goes on from its only row, or each from a row of its own; one prompt goes on from every row. It
-    stays as it is. Raises UserError for a prompt that is empty or no text, or longer than what the model takes.
+    stays as it is. `writes`: there has to be room for a token that follows. Raises UserError for a prompt that is empty
+    or no text, or longer than what the model takes.
     """
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     names = ["the prompt"] if len(given) == 1 else [f"prompt {number}" for number in range(1, len(given) + 1)]
@@ -77,6 +85,8 @@ def read(model: Any, tokenizer: Tokenizer, prompts: str | Sequence[str], state: 
     for row, (ids, name) in enumerate(zip(every, names, strict=True)):
         before = 0 if state is None else state.lengths[row if state.rows > 1 else 0]
         check_room(decoder, len(ids), name, before)
+        if writes:
+            check_room(decoder, len(ids) + 1, f"{name} with one token more", before)
     return joined(decoder, [_read(decoder, ids, state, row) for row, ids in enumerate(every)])
 
 
@@ -100,6 +110,8 @@ def copied(decoder: Decoder, texts: Texts, rows: Sequence[int]) -> Texts:
 
 def check_prompt(text: str, name: str) -> None:
     """Raises UserError, which begins with `name`, for a prompt that is empty or no text."""
+    if not isinstance(text, str):
+        raise UserError(f"{name} is of the type {type(text).__name__}: give text")
     if not text:
         raise UserError(f"{name} is empty: give some text to go on with")
     if "\0" in text:

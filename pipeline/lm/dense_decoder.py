@@ -147,7 +147,7 @@ class DenseDecoder(Decoder):
     @torch.no_grad()
     def _forward(self, ids: Tensor, state: DecodingState, *, last: bool) -> Tensor:
         """Logits behind the tokens [rows, tokens], or behind the last; [rows, tokens, vocabulary]."""
-        assert isinstance(state, DenseState)
+        state = _own(state)
         tokens, device, columns = ids.shape[1], self.model.device, state.columns
         options: dict[str, Any] = {}
         padding = (columns - state.lengths).unsqueeze(1)
@@ -164,7 +164,7 @@ class DenseDecoder(Decoder):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def select(self, state: DecodingState, rows: Tensor) -> DenseState:
-        tensors, rows = state.tensors(), rows.cpu()
+        tensors, rows = _own(state).tensors(), rows.cpu()
         lengths = tensors.pop("lengths")[rows]
         columns = _longest(lengths)
         kept = {}
@@ -175,7 +175,7 @@ class DenseDecoder(Decoder):
         return self._state(kept, lengths)
 
     def join(self, states: Sequence[DecodingState]) -> DenseState:
-        every = [state.tensors() for state in states]
+        every = [_own(state).tensors() for state in states]
         lengths = torch.cat([tensors["lengths"] for tensors in every])
         columns = _longest(lengths)
         kept = {}
@@ -220,3 +220,9 @@ class DenseDecoder(Decoder):
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = _longest(lengths)
         return DenseState(cache, lengths)
+
+
+def _own(state: DecodingState) -> DenseState:
+    if not isinstance(state, DenseState):
+        raise TypeError(f"a {type(state).__name__} is not a state of this decoder")
+    return state

@@ -134,7 +134,7 @@ def test_the_prompt_is_read_before_the_first_token_is_asked_for() -> None:
         stream(fake, BYTES, "a" * 11)
     with pytest.raises(UserError, match="prompt 2 is empty"):
         stream(fake, BYTES, ["a", ""])
-    with pytest.raises(UserError, match="the text with one token more has 11 tokens"):
+    with pytest.raises(UserError, match="the prompt with one token more has 11 tokens"):
         stream(fake, BYTES, "a" * 10)
     assert list(stream(fake, BYTES, "a" * 10, max_new_tokens=0)) == []
     assert [token.ended for token in stream(fake, BYTES, "a" * 9, temperature=0)] == ["limit"]

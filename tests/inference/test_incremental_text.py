@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_bytes_that_are_no_text_are_shown_as_such(content: bytes) -> None:
     text = IncrementalText(ByteTokenizer())
     found = "".join([text.push(token) for token in content]) + text.end()
     assert found == content.decode(errors="replace")
+
+
+@given(st.text("a\u00e9\u65e5\U0001f9e0", max_size=4), st.binary(max_size=4), st.text("\u00e9\U0001f9e0", max_size=4))
+def test_what_no_token_completes_is_not_held_back(first: str, middle: bytes, last: str) -> None:
+    content = first.encode() + middle + b"\xff" * 40 + last.encode()
+    text = IncrementalText(ByteTokenizer())
+    pieces = [text.push(token) for token in content]
+    assert "".join(pieces) + text.end() == content.decode(errors="replace")
+    waits = [index for index, piece in enumerate(pieces) if piece]
+    assert all(later - earlier <= 16 for earlier, later in itertools.pairwise([0, *waits]))
 
 
 def test_half_a_character_at_the_end_is_shown() -> None:

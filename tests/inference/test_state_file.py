@@ -132,11 +132,28 @@ def test_a_file_of_another_version_is_refused(change: dict[str, str], words: str
 )
 def test_a_file_that_was_changed_is_refused(name: str, value: torch.Tensor | None, small: Any, saved: Path) -> None:
     facts = {"format": state_file.FORMAT, "version": state_file.VERSION, "model": model_hash(small)}
-    tensors = {**load_file(saved), name: value}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, saved, facts)
+    tensors = {name: tensor for name, tensor in {**load_file(saved), name: value}.items() if tensor is not None}
+    save_file(tensors, saved, {**facts, "content": state_file._hash(tensors)})
     with pytest.raises(UserError, match="it is damaged, or of another version: read the text again") as error:
         load_state(small, saved)
     assert "\n" not in str(error.value)
+
+
+def test_damage_is_seen_wherever_it_is(small: Any, saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    for place in (len(content) - 1, len(content) // 2):
+        changed = content.copy()
+        changed[place] ^= 1
+        saved.write_bytes(changed)
+        with pytest.raises(UserError, match="file: content differs from its hash: it is damaged"):
+            load_state(small, saved)
+
+
+def test_of_a_link_what_it_names_is_written(small: Any, saved: Path) -> None:
+    link = saved.with_name("link")
+    link.symlink_to(saved)
+    save_state(small, read(small, _Letters(), "other text"), link)
+    assert link.is_symlink() and load_state(small, saved).lengths == [10]
 
 
 def test_a_file_that_is_cut_short_or_missing_is_refused(small: Any, saved: Path, tmp_path: Path) -> None:

@@ -317,6 +317,25 @@ def test_bytes_are_not_taken_for_what_made_files_of_a_larger_vocabulary(
     assert content["tokenizer"]["identifier"] == str(bpe_folder)
 
 
+def test_a_given_tokenizer_decides_between_several_and_not_against_one(
+    tmp_path: Path,
+    bpe_folder: Path,  # noqa: F811
+) -> None:
+    one = tokenised(tmp_path / "a.npy", TEXTS, str(bpe_folder))
+    other = tokenised(tmp_path / "b.npy", TEXTS, str(bpe_folder), sidecar=False)
+    here, out = on_tokens(tmp_path, [one, other]), tmp_path / "again"
+    with pytest.raises(UserError, match=r"several tokenizers .*: give --tokenizer NAME$"):
+        convert(here, out, "--to", "olmo")
+    convert(here, out, "--to", "olmo", "--tokenizer", bpe_folder)
+    content = yaml.safe_load((out / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert content["tokenizer"]["identifier"] == str(bpe_folder)
+    trained_on(here, [one], steps=STEP, vocab_size=640)
+    for name, what in (("bytes", "and bytes is another one"), ("./nowhere", "nowhere does not exist")):
+        with pytest.raises(UserError, match=what):
+            convert(here, tmp_path / "none", "--to", "olmo", "--tokenizer", name)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_conversion_needs_no_network_where_the_end_of_documents_is_given(tmp_path: Path) -> None:
     here = on_tokens(
         tmp_path, [tokenised(tmp_path / "a.npy", TEXTS, "bytes", sidecar=False)], eos_id=7, tokenizer="allenai/not@here"

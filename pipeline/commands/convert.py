@@ -85,7 +85,13 @@ def to_native(checkpoint: Path, out: Path, tokenizer: str | None = None) -> None
     config, makers = system.decoder_config(), makers_at(checkpoint)
     data = run.data if tokenizer is None else dataclasses.replace(run.data, tokenizer=tokenizer)
     dtypes = dtypes_at(checkpoint)
-    if data.tokens and len(dtypes) == 1:
+    if data.tokens and len(dtypes) > 1:
+        raise UserError(
+            f"{checkpoint}: its token files hold {' and '.join(sorted(dtypes))}, and OLMo reads files of one dtype"
+            " alone: write them all as uint32, and convert a checkpoint of a run that went on from it with those"
+            " (--data.on-change accept)"
+        )
+    if data.tokens and dtypes:
         # OLMo takes uint16 unless its file says otherwise.
         data = dataclasses.replace(data, token_dtype=dtypes.pop())
     stated = data.eos_id if data.tokens else None

@@ -33,8 +33,8 @@ def run_tokenizer(
     `given`: the name that a command was given, in place of `--data.tokenizer`. It is never a default: it decides, and
     is refused where all files were made with one other tokenizer.
 
-    With `download`, a name may be looked up on the Hub. Raises UnknownTokenizerError, whose line ends with `fix`, and UserError for a
-    tokenizer that cannot be loaded, or is another than that of the files.
+    With `download`, a name may be looked up on the Hub. Raises UnknownTokenizerError, whose line ends with `fix`, and
+    UserError for a tokenizer that cannot be loaded, or is another than that of the files.
     """
     if not data.tokens:
         return load_tokenizer(data.tokenizer, data.trust_remote_code)

@@ -288,6 +288,24 @@ def test_a_folder_of_token_files_goes_along_as_its_files(tmp_path: Path) -> None
     assert content["data"] == {"paths": files, "memmap_dtype": "uint32", "generate_doc_lengths": False}
 
 
+def test_files_of_two_dtypes_are_refused(tmp_path: Path) -> None:
+    """Whether they are one source or two: OLMo would read them all as uint16."""
+    narrow, wide = (str(tmp_path / f"{name}.npy") for name in ("narrow", "wide"))
+    for name, dtype in ((narrow, "uint16"), (wide, "uint32")):
+        tokenised(Path(name), TEXTS, "bytes", dtype=dtype)
+        np.fromfile(name, "<u2").astype(dtype).tofile(name)
+    here = on_tokens(tmp_path, [narrow, wide])
+    for tokens in ([narrow, wide], [f"{narrow}=0.5", f"{wide}=0.5"]):
+        trained_on(here, tokens, steps=STEP, vocab_size=640)
+        with pytest.raises(UserError, match="hold uint16 and uint32, and OLMo reads files of one dtype alone: write"):
+            convert(here, tmp_path / "again", "--to", "olmo")
+    assert not (tmp_path / "again").exists()
+    trained_on(here, [wide], steps=STEP, vocab_size=640)
+    convert(here, tmp_path / "again", "--to", "olmo")
+    content = yaml.safe_load((tmp_path / "again" / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert content["data"]["memmap_dtype"] == "uint32"
+
+
 def test_the_data_of_a_native_folder_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = tokenised(tmp_path / "a.npy", TEXTS, "bytes")
     data = {"paths": [ids, "https://host/b.npy?part=3"], "memmap_dtype": "uint16", "generate_doc_lengths": True}

@@ -97,7 +97,7 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
 
 def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
     from pipeline.checkpoint.loader_state import read_loader_state
-    from pipeline.checkpoint.manifest import manifest_with
+    from pipeline.checkpoint.manifest import MANIFEST, manifest_with
     from pipeline.config_file import load_config
     from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokens.seen import windows_seen
@@ -108,6 +108,10 @@ def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
     if step < 1:
         raise UserError(f"--step is {step}: steps are counted from 1")
     checkpoint = find_checkpoint_folder(folder)
+    if not (checkpoint / MANIFEST).is_file():
+        raise UserError(
+            f"{checkpoint} is no checkpoint: give the folder of a run that has saved one, or a checkpoint's"
+        )
     manifest = manifest_with(checkpoint, "global_batch", "step")
     config = load_config(checkpoint / "config.yaml", all_recipes())
     state = read_loader_state(checkpoint)

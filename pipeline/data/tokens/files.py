@@ -181,7 +181,9 @@ def _layout_of_array(name: str, head: bytes) -> Layout:
             raise ValueError(f"version {version[0]}.{version[1]}")
         shape, _, dtype = read(stream)
     # NumPy parses what stands there as Python.
-    except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
+    except (
+        ValueError, SyntaxError, TypeError, LookupError, OverflowError, tokenize.TokenError, RecursionError, MemoryError
+    ) as error:  # fmt: skip
         raise UserError(f"{name} has a damaged NumPy header ({brief(error)}): write the file again") from error
     found = next((key for key, value in DTYPES.items() if value == dtype), None)
     if found is None or len(shape) != 1:
@@ -198,13 +200,15 @@ def check_head(name: str, head: bytes, layout: Layout, vocab_size: int) -> None:
     ids = np.frombuffer(head, DTYPES[layout.dtype], max(count, 0), layout.offset)
     wrong = other_dtype(ids, vocab_size)
     if wrong is not None:
-        raise UserError(f"{name} {wrong}: give --data.token-dtype {'uint32' if ids.itemsize == 2 else 'uint16'}")
+        what, dtype = wrong
+        fix = f"give --data.token-dtype {dtype}" if dtype in DTYPES else "write uint32"
+        raise UserError(f"{name} {what}: {fix}")
     check_ids(name, 0, ids, vocab_size)
 
 
-def other_dtype(ids: np.ndarray, vocab_size: int | None) -> str | None:
-    """What shows that `ids` [n], which begin a file, are of the other dtype than they are read as; None where nothing
-    does. `vocab_size`: None where it is not known."""
+def other_dtype(ids: np.ndarray, vocab_size: int | None) -> tuple[str, str] | None:
+    """What shows that `ids` [n], which begin a file, are of another dtype than they are read as, and that dtype:
+    uint16, uint32 or int64; None where nothing does. `vocab_size`: None where it is not known."""
     if len(ids) < LEAST_IDS:
         return None
     most = _LARGEST_VOCABULARY if vocab_size is None else vocab_size
@@ -215,10 +219,24 @@ def other_dtype(ids: np.ndarray, vocab_size: int | None) -> str | None:
         # Those of ids in a small vocabulary are all 0, of others 0 and 1: as every second id of a text they are not.
         if high.max() > largest or not (low > largest).any():
             return None
-        return f"is read as uint16 and looks like uint32 (every second id is {'0' if not largest else 'tiny'})"
+        if _is_int64(low, high):
+            return "is read as uint16 and looks like int64 (of every four ids three are 0 or tiny)", "int64"
+        return (
+            f"is read as uint16 and looks like uint32 (every second id is {'0' if not largest else 'tiny'})",
+            "uint32",
+        )
+    if _is_int64(ids):
+        return "is read as uint32 and looks like int64 (every second id is 0)", "int64"
     if (ids >= most).mean() > 0.5 and (vocab_size is None or halves.max() < vocab_size):
-        return "is read as uint32 and looks like uint16"
+        return "is read as uint32 and looks like uint16", "uint16"
     return None
+
+
+def _is_int64(*halves: np.ndarray) -> bool:
+    """Whether numbers of 4 bytes, of which each of `halves` [n] has a part, are ids of 8 bytes: every second is 0 and
+    most of the others are not."""
+    one, other = (np.any([half[first::2] for half in halves], axis=0) for first in (0, 1))
+    return bool(one.mean() > 0.5 and not other.any())
 
 
 def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int) -> None:

@@ -97,7 +97,10 @@ def _dtype(head: bytes, layout: Layout, expected: Expected, vocab_size: int | No
         return Check("dtype", False, f"{layout.dtype}, not {expected.dtype}")
     ids = np.frombuffer(head, DTYPES[layout.dtype], (len(head) - layout.offset) // layout.itemsize, layout.offset)
     wrong = other_dtype(ids, vocab_size)
-    return Check("dtype", wrong is None, layout.dtype if wrong is None else wrong)
+    if wrong is None:
+        return Check("dtype", True, layout.dtype)
+    what, dtype = wrong
+    return Check("dtype", False, what if dtype in DTYPES else f"{what}: write uint32")
 
 
 def _size(path: Path, size: int, layout: Layout, sidecar: Sidecar | None) -> Check:

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,6 +31,18 @@ _FOREIGN = (
 )
 
 
+class Flags(NamedTuple):
+    """What messages call the flags that say how files are read."""
+
+    dtype: str = "--data.token-dtype"
+    header: str = "--data.token-header"
+
+
+RUN_FLAGS = Flags()
+COMMAND_FLAGS = Flags("--dtype", "--header")
+"""Of `data inspect` and `data verify`."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How ids lie in a file."""
@@ -41,6 +53,7 @@ class Layout:
     """Bytes before the first id."""
     declared: int | None = None
     """Ids that the file's own header says; None without one."""
+    flags: Flags = RUN_FLAGS
 
     @property
     def itemsize(self) -> int:
@@ -136,7 +149,7 @@ def count_tokens(name: str, size: int, layout: Layout) -> int:
         other = "uint32" if layout.dtype == "uint16" else "uint16"
         raise UserError(
             f"{name}: {size - layout.offset} bytes of ids are no whole number of {layout.dtype}: the file is cut short,"
-            f" or give --data.token-dtype {other}"
+            f" or give {layout.flags.dtype} {other}"
         )
     if layout.declared is not None and layout.declared != whole:
         raise UserError(
@@ -146,25 +159,25 @@ def count_tokens(name: str, size: int, layout: Layout) -> int:
     return whole
 
 
-def layout_of(name: str, head: bytes, dtype: str, *, header: bool) -> Layout:
+def layout_of(name: str, head: bytes, dtype: str, *, header: bool, flags: Flags = RUN_FLAGS) -> Layout:
     """The layout of a file that begins with `head`, and holds `dtype` unless its `header` says. Raises UserError for
     one that begins as no token file does."""
     if head.startswith(_NUMPY):
         if not header:
             raise UserError(
-                f"{name} has a NumPy header, which would be read as ids: give --data.token-header, or write the ids"
+                f"{name} has a NumPy header, which would be read as ids: give {flags.header}, or write the ids"
                 f" alone with numpy.load({Path(name).name!r}).tofile(FILE)"
             )
-        return _layout_of_array(name, head)
+        return _layout_of_array(name, head, flags)
     if header:
-        raise UserError(f"{name} has no NumPy header, but --data.token-header says so: leave that flag out")
+        raise UserError(f"{name} has no NumPy header, but {flags.header} says so: leave that flag out")
     for mark, what in _FOREIGN:
         if head.startswith(mark):
             raise UserError(f"{name} {what}")
-    return Layout(dtype)
+    return Layout(dtype, flags=flags)
 
 
-def _layout_of_array(name: str, head: bytes) -> Layout:
+def _layout_of_array(name: str, head: bytes, flags: Flags) -> Layout:
     """What NumPy's header says."""
     import io
     import tokenize
@@ -191,7 +204,7 @@ def _layout_of_array(name: str, head: bytes) -> Layout:
             f"{name} holds an array of {dtype.str} of shape {shape}: write one dimension of uint16 or uint32,"
             " little-endian"
         )
-    return Layout(found, stream.tell(), shape[0])
+    return Layout(found, stream.tell(), shape[0], flags)
 
 
 def check_head(name: str, head: bytes, layout: Layout, vocab_size: int) -> None:
@@ -201,9 +214,9 @@ def check_head(name: str, head: bytes, layout: Layout, vocab_size: int) -> None:
     wrong = other_dtype(ids, vocab_size)
     if wrong is not None:
         what, dtype = wrong
-        fix = f"give --data.token-dtype {dtype}" if dtype in DTYPES else "write uint32"
+        fix = f"give {layout.flags.dtype} {dtype}" if dtype in DTYPES else "write uint32"
         raise UserError(f"{name} {what}: {fix}")
-    check_ids(name, 0, ids, vocab_size)
+    check_ids(name, 0, ids, vocab_size, layout.flags)
 
 
 def other_dtype(ids: np.ndarray, vocab_size: int | None) -> tuple[str, str] | None:
@@ -239,11 +252,11 @@ def _is_int64(*halves: np.ndarray) -> bool:
     return bool(one.mean() > 0.5 and not other.any())
 
 
-def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int) -> None:
+def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int, flags: Flags = RUN_FLAGS) -> None:
     """Raises UserError for the first of `ids` [n], which begin at token `start`, that no vocabulary row is for."""
     if len(ids) and ids.max() >= vocab_size:
         first = int(np.argmax(ids >= vocab_size))
         raise UserError(
             f"{name}: token {start + first} is id {int(ids[first])}, beyond the model's vocabulary of {vocab_size}:"
-            " give files of the tokenizer that the model was made for, or another --data.token-dtype"
+            f" give files of the tokenizer that the model was made for, or another {flags.dtype}"
         )

@@ -33,7 +33,9 @@ def makers_at(checkpoint: Path) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def dtypes_at(checkpoint: Path) -> set[Any]:
+def dtypes_at(checkpoint: Path) -> set[str]:
     """The dtypes of the token files that a checkpoint was trained on; none where it knows of no such files."""
     source = read_loader_state(checkpoint).get("fingerprint", {}).get("source", {})
-    return {part["dtype"] for part in source.values() if isinstance(part, dict) and "dtype" in part}
+    stated = [part["dtype"] for part in source.values() if isinstance(part, dict) and "dtype" in part]
+    # A source of files of both names both.
+    return {dtype for joined in stated for dtype in str(joined).split(", ")}

@@ -21,7 +21,8 @@ resume from. CHECKPOINT is a checkpoint's folder, or a run directory for its new
                system that trains an OLMo or OLMo 2 decoder and nothing besides
   --from olmo  FOLDER is such a folder; DIR becomes a checkpoint in the universal format, to resume from, or to take the
                weights from with --init-from
-  --tokenizer NAME  with --to olmo: the tokenizer of the run, where its token files do not say, as --data.tokenizer"""
+  --tokenizer NAME  with --to olmo: the tokenizer of the run, as --data.tokenizer, where its token files do not say, say
+                    several, or name one that is elsewhere now"""
 TOKENIZER = "--tokenizer"
 FORMAT_FLAGS = ("--to", "--from", TOKENIZER)
 UNIVERSAL = "universal"
@@ -84,7 +85,13 @@ def to_native(checkpoint: Path, out: Path, tokenizer: str | None = None) -> None
     config, makers = system.decoder_config(), makers_at(checkpoint)
     data = run.data if tokenizer is None else dataclasses.replace(run.data, tokenizer=tokenizer)
     dtypes = dtypes_at(checkpoint)
-    if data.tokens and len(dtypes) == 1:
+    if data.tokens and len(dtypes) > 1:
+        raise UserError(
+            f"{checkpoint}: its token files hold {' and '.join(sorted(dtypes))}, and OLMo reads files of one dtype"
+            " alone: write them all as uint32, and convert a checkpoint of a run that went on from it with those"
+            " (--data.on-change accept)"
+        )
+    if data.tokens and dtypes:
         # OLMo takes uint16 unless its file says otherwise.
         data = dataclasses.replace(data, token_dtype=dtypes.pop())
     stated = data.eos_id if data.tokens else None
@@ -92,7 +99,7 @@ def to_native(checkpoint: Path, out: Path, tokenizer: str | None = None) -> None
         # All that is asked of it is known, and a name needs no network.
         vocabulary, eos = config.vocab_size, stated
     else:
-        made_by = run_tokenizer(data, config.vocab_size, makers, fix=f"give {TOKENIZER} NAME")
+        made_by = run_tokenizer(data, config.vocab_size, makers, given=tokenizer, fix=f"give {TOKENIZER} NAME")
         vocabulary, eos = made_by.vocab_size, made_by.eos_id if stated is None else stated
         data = dataclasses.replace(data, tokenizer=made_by.name)
     # The config.yaml names it.

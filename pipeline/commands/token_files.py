@@ -74,6 +74,7 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
 
     from pipeline.data.tokens.build import open_token_file, sidecar_of
     from pipeline.data.tokens.documents import documents_from
+    from pipeline.data.tokens.files import COMMAND_FLAGS
     from pipeline.data.tokens.listing import list_tokens
     from pipeline.data_config import DataConfig
 
@@ -87,7 +88,7 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
     sidecar = sidecar_of(source.files[0])
     tokenizer = _tokenizer(options.tokenizer, sidecar, source.files[0].shown)
     data = DataConfig(token_dtype=options.dtype, token_header=options.header)
-    file, _ = open_token_file(source.files[0], data, tokenizer.vocab_size)
+    file, _ = open_token_file(source.files[0], data, tokenizer.vocab_size, flags=COMMAND_FLAGS)
     eos_id = options.eos_id if options.eos_id is not None else sidecar.eos_id if sidecar else tokenizer.eos_id
     for document in itertools.islice(documents_from(file, sidecar, eos_id, options.at), options.count):
         of = f", document {document.number} of {document.source}" if document.source is not None else ""
@@ -97,7 +98,7 @@ def _inspect_file(name: str, options: InspectOptions) -> None:
 
 def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
     from pipeline.checkpoint.loader_state import read_loader_state
-    from pipeline.checkpoint.manifest import manifest_with
+    from pipeline.checkpoint.manifest import MANIFEST, manifest_with
     from pipeline.config_file import load_config
     from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokens.seen import windows_seen
@@ -108,6 +109,10 @@ def _inspect_step(folder: Path, options: InspectOptions, step: int) -> None:
     if step < 1:
         raise UserError(f"--step is {step}: steps are counted from 1")
     checkpoint = find_checkpoint_folder(folder)
+    if not (checkpoint / MANIFEST).is_file():
+        raise UserError(
+            f"{checkpoint} is no checkpoint: give the folder of a run that has saved one, or a checkpoint's"
+        )
     manifest = manifest_with(checkpoint, "global_batch", "step")
     config = load_config(checkpoint / "config.yaml", all_recipes())
     state = read_loader_state(checkpoint)
@@ -184,6 +189,7 @@ def run_verify(words: Sequence[str]) -> None:
         eos_id = tokenizer.eos_id if eos_id is None else eos_id
     expected = Expected(None if options.dtype == "auto" else options.dtype, vocab_size, eos_id, options.header)
     failed: list[str] = []
+    fix = ""
     # Also with ratios, as they stand in --data.tokens.
     for file in (file for source in list_tokens(places, "data verify") for file in source.files):
         if file.is_url:
@@ -192,10 +198,11 @@ def run_verify(words: Sequence[str]) -> None:
             state = {True: "ok", False: "FAILED", None: "not checked"}[check.ok]
             print(f"{file.name}  {check.name:<10}  {state:<11}  {check.found}", flush=True)
             if check.ok is False:
+                fix = fix if failed else check.fix
                 failed.append(f"{file.name}: {check.name}: {check.found}")
     if failed:
         count = f"{len(failed)} checks failed" if len(failed) > 1 else "a check failed"
-        raise UserError(f"{count} ({failed[0]}): write or download the file again")
+        raise UserError(f"{count} ({failed[0]})" + (f": {fix}" if fix else ""))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -19,6 +19,7 @@ def run_tokenizer(
     vocab_size: int,
     makers: Mapping[str, str],
     *,
+    given: str | None = None,
     download: bool = True,
     fix: str = "name it with --data.tokenizer",
 ) -> Tokenizer:
@@ -26,16 +27,25 @@ def run_tokenizer(
 
     Of documents it is `--data.tokenizer`. Of token files it is the one that `makers` (see `makers_of`) says, wherever
     its name or `--data.tokenizer` leads to it. Where no file says, it is `--data.tokenizer`, but not the tokenizer of
-    bytes for a model of more ids: that is a default, and the files are of another.
+    bytes for a model of more ids: that is a default, and the files are of another. Where files say several, or only
+    some say, it is `--data.tokenizer` likewise.
 
-    With `download`, a name may be looked up on the Hub. Raises UnknownTokenizerError, whose line ends with `fix`.
+    `given`: the name that a command was given, in place of `--data.tokenizer`. It is never a default: it decides, and
+    is refused where all files were made with one other tokenizer.
+
+    With `download`, a name may be looked up on the Hub. Raises UnknownTokenizerError, whose line ends with `fix`, and
+    UserError for a tokenizer that cannot be loaded, or is another than that of the files.
     """
     if not data.tokens:
         return load_tokenizer(data.tokenizer, data.trust_remote_code)
     named = {fingerprint: name for fingerprint, name in makers.items() if fingerprint}
+    if given is not None:
+        return _given(given, data, makers)
     if not named:
         return _configured(data, vocab_size, download=download, fix=fix)
     if len(makers) > 1:
+        if not _is_default(data, vocab_size):
+            return _configured(data, vocab_size, download=download, fix=fix)
         several = ", ".join(name or "one without a sidecar" for name in makers.values())
         raise UnknownTokenizerError(f"the token files were made with several tokenizers ({several}): {fix}")
     ((fingerprint, name),) = named.items()
@@ -55,8 +65,24 @@ def run_tokenizer(
     raise UnknownTokenizerError(f"the tokenizer of the token files, {problem}: {fix}")
 
 
+def _given(name: str, data: DataConfig, makers: Mapping[str, str]) -> Tokenizer:
+    tokenizer = load_tokenizer(name, data.trust_remote_code)
+    if len(makers) == 1 and "" not in makers and tokenizer.fingerprint not in makers:
+        (made_by,) = makers.values()
+        raise UserError(
+            f"the token files were made with the tokenizer {made_by}, and {name} is another one: name that one, or"
+            " leave the flag out"
+        )
+    return tokenizer
+
+
+def _is_default(data: DataConfig, vocab_size: int) -> bool:
+    """Whether the tokenizer of bytes is what nobody has named, as the model has more ids."""
+    return data.tokenizer == ByteTokenizer.name and vocab_size > ByteTokenizer.vocab_size
+
+
 def _configured(data: DataConfig, vocab_size: int, *, download: bool, fix: str) -> Tokenizer:
-    if data.tokenizer == ByteTokenizer.name and vocab_size > ByteTokenizer.vocab_size:
+    if _is_default(data, vocab_size):
         raise UnknownTokenizerError(
             f"nothing says which tokenizer made the token files: --data.tokenizer is `bytes`, of"
             f" {ByteTokenizer.vocab_size} ids, and the model has {vocab_size:,}: {fix}"

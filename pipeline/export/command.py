@@ -76,5 +76,11 @@ def run_export(words: Sequence[str]) -> None:
     config = read_run(checkpoint, tokenizer=tokenizer, pretrained=pretrained)
     system = create_system(config)
     write = export_memory if request.memory_only else export_model
-    found = write(lambda: load_trained(checkpoint, config, system), system, request.out, tokenizer=request.tokenizer)
+    found = write(
+        lambda: load_trained(checkpoint, config, system),
+        system,
+        request.out,
+        tokenizer=request.tokenizer,
+        given=tokenizer,
+    )
     print(f"{checkpoint} -> {request.out}: {found}, {time.perf_counter() - begun:.1f} s")

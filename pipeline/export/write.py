@@ -50,9 +50,10 @@ def check_out(out: Path, checkpoint: Path) -> None:
         raise UserError(f"{out}: {above} cannot be written: name another folder")
 
 
-def export_model(load: Load, system: System[Any], out: Path, *, tokenizer: bool) -> str:
+def export_model(load: Load, system: System[Any], out: Path, *, tokenizer: bool, given: str | None = None) -> str:
     """Writes a model as a folder that transformers loads, once it computes there what it does here; returns what was
-    written, in words. Raises UserError, with nothing left behind."""
+    written, in words. `tokenizer`: whether one is written; `given`: its name, where the user says it. Raises UserError,
+    with nothing left behind."""
     if not isinstance(system, Exports):
         alone = "; --memory-only writes its memory alone" if isinstance(system, HasMemory) else ""
         raise UserError(
@@ -61,7 +62,7 @@ def export_model(load: Load, system: System[Any], out: Path, *, tokenizer: bool)
         )
     trained = load()
     model = system.exported(trained.model)
-    own = _tokenizer(trained, model) if tokenizer else None
+    own = _tokenizer(trained, model, given) if tokenizer else None
     _end_texts(model, trained, own)
     with _writing(out, trained.model) as partial:
         carry_code(model, partial)
@@ -88,7 +89,7 @@ def export_model(load: Load, system: System[Any], out: Path, *, tokenizer: bool)
     return f"a {name} of {human_bytes(_size(out))}, logits equal to {difference.logits:.1e}"
 
 
-def export_memory(load: Load, system: System[Any], out: Path, *, tokenizer: bool) -> str:
+def export_memory(load: Load, system: System[Any], out: Path, *, tokenizer: bool, given: str | None = None) -> str:
     """Writes the memory of a model alone, once it is the trained model's where it is attached; as `export_model`."""
     if not isinstance(system, HasMemory):
         raise UserError(f"--memory-only: {system.config.recipe} has no memory: leave it out")
@@ -121,13 +122,13 @@ def _check(difference: Difference, out: Path) -> None:
     raise UserError(f"{out}: not exported: {difference.problem}")
 
 
-def _tokenizer(trained: Trained, model: PreTrainedModel) -> Tokenizer | None:
+def _tokenizer(trained: Trained, model: PreTrainedModel, given: str | None) -> Tokenizer | None:
     """That of the run; None where it read no text."""
     data = trained.config.data
     if data.recall is not None:
         return None
     fix = "give --data.tokenizer NAME, or --no-tokenizer"
-    return run_tokenizer(data, int(model.config.vocab_size), makers_at(trained.checkpoint), fix=fix)
+    return run_tokenizer(data, int(model.config.vocab_size), makers_at(trained.checkpoint), given=given, fix=fix)
 
 
 def _end_texts(model: PreTrainedModel, trained: Trained, tokenizer: Tokenizer | None) -> None:

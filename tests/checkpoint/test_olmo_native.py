@@ -288,6 +288,24 @@ def test_a_folder_of_token_files_goes_along_as_its_files(tmp_path: Path) -> None
     assert content["data"] == {"paths": files, "memmap_dtype": "uint32", "generate_doc_lengths": False}
 
 
+def test_files_of_two_dtypes_are_refused(tmp_path: Path) -> None:
+    """Whether they are one source or two: OLMo would read them all as uint16."""
+    narrow, wide = (str(tmp_path / f"{name}.npy") for name in ("narrow", "wide"))
+    for name, dtype in ((narrow, "uint16"), (wide, "uint32")):
+        tokenised(Path(name), TEXTS, "bytes", dtype=dtype)
+        np.fromfile(name, "<u2").astype(dtype).tofile(name)
+    here = on_tokens(tmp_path, [narrow, wide])
+    for tokens in ([narrow, wide], [f"{narrow}=0.5", f"{wide}=0.5"]):
+        trained_on(here, tokens, steps=STEP, vocab_size=640)
+        with pytest.raises(UserError, match="hold uint16 and uint32, and OLMo reads files of one dtype alone: write"):
+            convert(here, tmp_path / "again", "--to", "olmo")
+    assert not (tmp_path / "again").exists()
+    trained_on(here, [wide], steps=STEP, vocab_size=640)
+    convert(here, tmp_path / "again", "--to", "olmo")
+    content = yaml.safe_load((tmp_path / "again" / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert content["data"]["memmap_dtype"] == "uint32"
+
+
 def test_the_data_of_a_native_folder_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = tokenised(tmp_path / "a.npy", TEXTS, "bytes")
     data = {"paths": [ids, "https://host/b.npy?part=3"], "memmap_dtype": "uint16", "generate_doc_lengths": True}
@@ -315,6 +333,25 @@ def test_bytes_are_not_taken_for_what_made_files_of_a_larger_vocabulary(
     convert(here, out, "--to", "olmo", "--tokenizer", bpe_folder)
     content = yaml.safe_load((out / f"step{STEP}-unsharded" / "config.yaml").read_text())
     assert content["tokenizer"]["identifier"] == str(bpe_folder)
+
+
+def test_a_given_tokenizer_decides_between_several_and_not_against_one(
+    tmp_path: Path,
+    bpe_folder: Path,  # noqa: F811
+) -> None:
+    one = tokenised(tmp_path / "a.npy", TEXTS, str(bpe_folder))
+    other = tokenised(tmp_path / "b.npy", TEXTS, str(bpe_folder), sidecar=False)
+    here, out = on_tokens(tmp_path, [one, other]), tmp_path / "again"
+    with pytest.raises(UserError, match=r"several tokenizers .*: give --tokenizer NAME$"):
+        convert(here, out, "--to", "olmo")
+    convert(here, out, "--to", "olmo", "--tokenizer", bpe_folder)
+    content = yaml.safe_load((out / f"step{STEP}-unsharded" / "config.yaml").read_text())
+    assert content["tokenizer"]["identifier"] == str(bpe_folder)
+    trained_on(here, [one], steps=STEP, vocab_size=640)
+    for name, what in (("bytes", "and bytes is another one"), ("./nowhere", "nowhere does not exist")):
+        with pytest.raises(UserError, match=what):
+            convert(here, tmp_path / "none", "--to", "olmo", "--tokenizer", name)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_conversion_needs_no_network_where_the_end_of_documents_is_given(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_token_files_have_those_of_their_sidecar(tmp_path: Path, bpe_folder: Pat
     with caplog.at_level(logging.WARNING):
         assert byte_lengths_of(DataConfig(tokens=(name, other)), None, 10**6) is None
     assert "several tokenizers" in caplog.text
+    found = byte_lengths_of(DataConfig(tokens=(name, other), tokenizer=str(bpe_folder)), None, 10**6)
+    assert found is not None and found.equal(bpe), "the flag decides"
 
 
 @pytest.mark.parametrize("vocabulary, known", [(260, True), (50_304, False)])

@@ -9,6 +9,7 @@ import pytest
 from pipeline.data.run_tokenizer import UnknownTokenizerError, run_tokenizer
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data_config import DataConfig
+from pipeline.errors import UserError
 
 
 def named(tokenizer: str, makers: dict[str, str], vocab_size: int = 640, *, tokens: bool = True, **options) -> str:
@@ -39,8 +40,8 @@ def test_what_is_not_known_is_said_with_a_fix(bpe_folder: Path) -> None:
         ("bytes", {"": ""}, "the model has 640: "),
         ("bytes", {made: "./gone"}, "the tokenizer of the token files, ./gone, cannot be loaded"),
         ("bytes", {"huggingface/0": bpe}, f"the tokenizer of the token files, {bpe}, is another one now"),
-        (bpe, {made: bpe, "": ""}, f"made with several tokenizers ({bpe}, one without a sidecar)"),
-        (bpe, {made: bpe, "bytes/1": "bytes"}, "several tokenizers"),
+        ("bytes", {made: bpe, "": ""}, f"made with several tokenizers ({bpe}, one without a sidecar)"),
+        ("bytes", {made: bpe, "bytes/1": "bytes"}, "several tokenizers"),
     ):
         with pytest.raises(UnknownTokenizerError) as error:
             named(configured, makers, fix="do this")
@@ -49,6 +50,27 @@ def test_what_is_not_known_is_said_with_a_fix(bpe_folder: Path) -> None:
         named("allenai/x", {}, download=False)
     with pytest.raises(UnknownTokenizerError, match="the tokenizer of the token files, allenai/x, is not here"):
         named("bytes", {made: "allenai/x"}, download=False)
+
+
+def test_a_tokenizer_that_is_named_decides_where_files_say_several(bpe_folder: Path) -> None:
+    bpe = str(bpe_folder)
+    made = load_tokenizer(bpe).fingerprint
+    for makers in ({made: bpe, "": ""}, {made: bpe, "bytes/1": "bytes"}, {"huggingface/0": bpe, made: bpe}):
+        assert named(bpe, makers) == named(bpe, makers, download=False) == named("bytes", makers, given=bpe) == bpe
+        assert named(bpe, makers, given="bytes") == "bytes"
+    assert named("bytes", {"": ""}, given="bytes") == named("bytes", {}, given="bytes") == "bytes", "no default here"
+    with pytest.raises(UnknownTokenizerError, match="allenai/x is not here"):
+        named("allenai/x", {made: bpe, "": ""}, download=False)
+
+
+def test_a_given_tokenizer_is_the_one_that_made_the_files(bpe_folder: Path) -> None:
+    bpe = str(bpe_folder)
+    made = load_tokenizer(bpe).fingerprint
+    assert named("bytes", {made: "gone/away"}, given=bpe) == bpe
+    with pytest.raises(UserError, match=f"made with the tokenizer {bpe}, and bytes is another one: name that one"):
+        named(bpe, {made: bpe}, given="bytes")
+    with pytest.raises(UserError, match=r"\./nowhere does not exist"):
+        named(bpe, {made: bpe}, given="./nowhere")
 
 
 def test_bytes_fit_a_model_of_bytes() -> None:

@@ -11,7 +11,16 @@ from pipeline.data.run_tokenizer import run_tokenizer
 from pipeline.data.sources.content import hash_contents, places_read
 from pipeline.data.sources.readers import unreadable
 from pipeline.data.tokens.blocks import cache_folder
-from pipeline.data.tokens.files import HEAD_BYTES, LocalTokenFile, OpenFiles, TokenFile, check_head, layout_of
+from pipeline.data.tokens.files import (
+    HEAD_BYTES,
+    RUN_FLAGS,
+    Flags,
+    LocalTokenFile,
+    OpenFiles,
+    TokenFile,
+    check_head,
+    layout_of,
+)  # fmt: skip
 from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource, asked
 from pipeline.data.tokens.loader import WindowLoader
 from pipeline.data.tokens.remote import Remote, RemoteTokenFile, fetch_sidecar, look_up, open_remote
@@ -64,14 +73,14 @@ def build_window_loader(
 
 
 def open_token_file(
-    file: TokenName, data: DataConfig, vocab_size: int, files: OpenFiles | None = None
+    file: TokenName, data: DataConfig, vocab_size: int, files: OpenFiles | None = None, *, flags: Flags = RUN_FLAGS
 ) -> tuple[TokenFile, Sidecar | None]:
     """A file that begins as one of its dtype and vocabulary does, and its sidecar, which it fits. Raises UserError."""
     sidecar = sidecar_of(file)
-    dtype = dtype_of(file.shown, sidecar, data, vocab_size)
+    dtype = dtype_of(file.shown, sidecar, data, vocab_size, flags)
     remote = _remote(file, data) if file.is_url else None
     head = _head(Path(file.name)) if remote is None else remote.read(0, min(HEAD_BYTES, remote.size))
-    layout = layout_of(file.shown, head, dtype, header=data.token_header)
+    layout = layout_of(file.shown, head, dtype, header=data.token_header, flags=flags)
     found: TokenFile = (
         LocalTokenFile(Path(file.name), file.identity, layout, files)
         if remote is None
@@ -119,12 +128,12 @@ def sidecars_of(loader: WindowLoader) -> dict[str, Sidecar | None]:
     }
 
 
-def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: int) -> str:
+def dtype_of(name: str, sidecar: Sidecar | None, data: DataConfig, vocab_size: int, flags: Flags = RUN_FLAGS) -> str:
     """The dtype of a raw file: what the flag, the sidecar or the size of the vocabulary says, in this order."""
     if data.token_dtype != "auto":
         if sidecar is not None and sidecar.dtype != data.token_dtype:
             raise UserError(
-                f"{name} holds {sidecar.dtype} by its sidecar, not {data.token_dtype}: leave out --data.token-dtype"
+                f"{name} holds {sidecar.dtype} by its sidecar, not {data.token_dtype}: leave out {flags.dtype}"
             )
         return data.token_dtype
     if sidecar is not None:

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,6 +31,18 @@ _FOREIGN = (
 )
 
 
+class Flags(NamedTuple):
+    """What messages call the flags that say how files are read."""
+
+    dtype: str = "--data.token-dtype"
+    header: str = "--data.token-header"
+
+
+RUN_FLAGS = Flags()
+COMMAND_FLAGS = Flags("--dtype", "--header")
+"""Of `data inspect` and `data verify`."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How ids lie in a file."""
@@ -41,6 +53,7 @@ class Layout:
     """Bytes before the first id."""
     declared: int | None = None
     """Ids that the file's own header says; None without one."""
+    flags: Flags = RUN_FLAGS
 
     @property
     def itemsize(self) -> int:
@@ -136,7 +149,7 @@ def count_tokens(name: str, size: int, layout: Layout) -> int:
         other = "uint32" if layout.dtype == "uint16" else "uint16"
         raise UserError(
             f"{name}: {size - layout.offset} bytes of ids are no whole number of {layout.dtype}: the file is cut short,"
-            f" or give --data.token-dtype {other}"
+            f" or give {layout.flags.dtype} {other}"
         )
     if layout.declared is not None and layout.declared != whole:
         raise UserError(
@@ -146,25 +159,25 @@ def count_tokens(name: str, size: int, layout: Layout) -> int:
     return whole
 
 
-def layout_of(name: str, head: bytes, dtype: str, *, header: bool) -> Layout:
+def layout_of(name: str, head: bytes, dtype: str, *, header: bool, flags: Flags = RUN_FLAGS) -> Layout:
     """The layout of a file that begins with `head`, and holds `dtype` unless its `header` says. Raises UserError for
     one that begins as no token file does."""
     if head.startswith(_NUMPY):
         if not header:
             raise UserError(
-                f"{name} has a NumPy header, which would be read as ids: give --data.token-header, or write the ids"
+                f"{name} has a NumPy header, which would be read as ids: give {flags.header}, or write the ids"
                 f" alone with numpy.load({Path(name).name!r}).tofile(FILE)"
             )
-        return _layout_of_array(name, head)
+        return _layout_of_array(name, head, flags)
     if header:
-        raise UserError(f"{name} has no NumPy header, but --data.token-header says so: leave that flag out")
+        raise UserError(f"{name} has no NumPy header, but {flags.header} says so: leave that flag out")
     for mark, what in _FOREIGN:
         if head.startswith(mark):
             raise UserError(f"{name} {what}")
-    return Layout(dtype)
+    return Layout(dtype, flags=flags)
 
 
-def _layout_of_array(name: str, head: bytes) -> Layout:
+def _layout_of_array(name: str, head: bytes, flags: Flags) -> Layout:
     """What NumPy's header says."""
     import io
     import tokenize
@@ -181,7 +194,9 @@ def _layout_of_array(name: str, head: bytes) -> Layout:
             raise ValueError(f"version {version[0]}.{version[1]}")
         shape, _, dtype = read(stream)
     # NumPy parses what stands there as Python.
-    except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
+    except (
+        ValueError, SyntaxError, TypeError, LookupError, OverflowError, tokenize.TokenError, RecursionError, MemoryError
+    ) as error:  # fmt: skip
         raise UserError(f"{name} has a damaged NumPy header ({brief(error)}): write the file again") from error
     found = next((key for key, value in DTYPES.items() if value == dtype), None)
     if found is None or len(shape) != 1:
@@ -189,7 +204,7 @@ def _layout_of_array(name: str, head: bytes) -> Layout:
             f"{name} holds an array of {dtype.str} of shape {shape}: write one dimension of uint16 or uint32,"
             " little-endian"
         )
-    return Layout(found, stream.tell(), shape[0])
+    return Layout(found, stream.tell(), shape[0], flags)
 
 
 def check_head(name: str, head: bytes, layout: Layout, vocab_size: int) -> None:
@@ -198,13 +213,15 @@ def check_head(name: str, head: bytes, layout: Layout, vocab_size: int) -> None:
     ids = np.frombuffer(head, DTYPES[layout.dtype], max(count, 0), layout.offset)
     wrong = other_dtype(ids, vocab_size)
     if wrong is not None:
-        raise UserError(f"{name} {wrong}: give --data.token-dtype {'uint32' if ids.itemsize == 2 else 'uint16'}")
-    check_ids(name, 0, ids, vocab_size)
+        what, dtype = wrong
+        fix = f"give {layout.flags.dtype} {dtype}" if dtype in DTYPES else "write uint32"
+        raise UserError(f"{name} {what}: {fix}")
+    check_ids(name, 0, ids, vocab_size, layout.flags)
 
 
-def other_dtype(ids: np.ndarray, vocab_size: int | None) -> str | None:
-    """What shows that `ids` [n], which begin a file, are of the other dtype than they are read as; None where nothing
-    does. `vocab_size`: None where it is not known."""
+def other_dtype(ids: np.ndarray, vocab_size: int | None) -> tuple[str, str] | None:
+    """What shows that `ids` [n], which begin a file, are of another dtype than they are read as, and that dtype:
+    uint16, uint32 or int64; None where nothing does. `vocab_size`: None where it is not known."""
     if len(ids) < LEAST_IDS:
         return None
     most = _LARGEST_VOCABULARY if vocab_size is None else vocab_size
@@ -215,17 +232,31 @@ def other_dtype(ids: np.ndarray, vocab_size: int | None) -> str | None:
         # Those of ids in a small vocabulary are all 0, of others 0 and 1: as every second id of a text they are not.
         if high.max() > largest or not (low > largest).any():
             return None
-        return f"is read as uint16 and looks like uint32 (every second id is {'0' if not largest else 'tiny'})"
+        if _is_int64(low, high):
+            return "is read as uint16 and looks like int64 (of every four ids three are 0 or tiny)", "int64"
+        return (
+            f"is read as uint16 and looks like uint32 (every second id is {'0' if not largest else 'tiny'})",
+            "uint32",
+        )
+    if _is_int64(ids):
+        return "is read as uint32 and looks like int64 (every second id is 0)", "int64"
     if (ids >= most).mean() > 0.5 and (vocab_size is None or halves.max() < vocab_size):
-        return "is read as uint32 and looks like uint16"
+        return "is read as uint32 and looks like uint16", "uint16"
     return None
 
 
-def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int) -> None:
+def _is_int64(*halves: np.ndarray) -> bool:
+    """Whether numbers of 4 bytes, of which each of `halves` [n] has a part, are ids of 8 bytes: every second is 0 and
+    most of the others are not."""
+    one, other = (np.any([half[first::2] for half in halves], axis=0) for first in (0, 1))
+    return bool(one.mean() > 0.5 and not other.any())
+
+
+def check_ids(name: str, start: int, ids: np.ndarray, vocab_size: int, flags: Flags = RUN_FLAGS) -> None:
     """Raises UserError for the first of `ids` [n], which begin at token `start`, that no vocabulary row is for."""
     if len(ids) and ids.max() >= vocab_size:
         first = int(np.argmax(ids >= vocab_size))
         raise UserError(
             f"{name}: token {start + first} is id {int(ids[first])}, beyond the model's vocabulary of {vocab_size}:"
-            " give files of the tokenizer that the model was made for, or another --data.token-dtype"
+            f" give files of the tokenizer that the model was made for, or another {flags.dtype}"
         )

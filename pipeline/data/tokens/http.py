@@ -94,7 +94,7 @@ def fetch_whole(url: str, limit: int) -> bytes | None:
 
     def take(answer: Any) -> bytes | None:
         if answer.status_code != 200:
-            answer.raw.read(1 << 16)  # of a short answer the connection goes on
+            # Its body says nothing, and may break off.
             return None
         found = bytearray()
         for part in answer.iter_content(1 << 16):

@@ -133,7 +133,10 @@ def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
     """NAME and RATIO of NAME=RATIO; a file of the whole name has no ratio, nor has the value at the end of a URL's
     query."""
     name, equals, ratio = entry.rpartition("=")
-    if not (equals and name) or expanded(entry).exists() or _is_query_value(entry):
+    if not (equals and name) or _is_query_value(entry):
+        return entry, None
+    # A URL may be longer than any path.
+    if not _URL.match(entry) and expanded(entry).exists():
         return entry, None
     try:
         value = float(ratio)
@@ -147,7 +150,7 @@ def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
 def _is_query_value(entry: str) -> bool:
     """Whether the last `=` of an entry is that of a parameter in a URL."""
     _, mark, query = entry.partition("?")
-    return _URL.match(entry) is not None and bool(mark) and query.rpartition("&")[2].count("=") == 1
+    return _URL.match(entry) is not None and bool(mark) and re.split("[&;]", query)[-1].count("=") == 1
 
 
 def _refuse_twice(files: Sequence[TokenName], flag: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.tokens.files import DTYPES, HEAD_BYTES, Layout, count_tokens, layout_of, other_dtype
+from pipeline.data.tokens.files import COMMAND_FLAGS, DTYPES, HEAD_BYTES, Layout, count_tokens, layout_of, other_dtype
 from pipeline.data.tokens.sidecar import Sidecar, read_sidecar
 from pipeline.errors import UserError
 
@@ -25,6 +25,8 @@ class Check:
     name: str
     ok: bool | None
     found: str
+    fix: str = "write or download the file again"
+    """Of a check that failed; "" where `found` says it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def verify(path: Path, expected: Expected) -> Iterator[Check]:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except UserError as error:
-        yield Check("sidecar", False, str(error))
+        yield Check("sidecar", False, str(error), "")
         return
     except OSError as error:
         yield Check("readable", False, f"{path}: {error.strerror or error}")
@@ -68,12 +70,12 @@ def verify(path: Path, expected: Expected) -> Iterator[Check]:
     if dtype is None:
         dtype = "uint16" if vocab_size is None or vocab_size <= 1 << 16 else "uint32"
     try:
-        layout = layout_of(str(path), head, dtype, header=expected.header)
+        layout = layout_of(str(path), head, dtype, header=expected.header, flags=COMMAND_FLAGS)
     except UserError as error:
-        yield Check("header", False, str(error))
+        yield Check("header", False, str(error), "")
         return
     yield Check("header", True, "none" if not layout.offset else f"NumPy, {layout.offset} bytes")
-    yield _dtype(head, layout, expected, vocab_size)
+    yield _dtype(head, layout, expected, vocab_size, stated=sidecar is not None or layout.declared is not None)
     yield _size(path, size, layout, sidecar)
     if size - layout.offset < layout.itemsize:
         return
@@ -92,19 +94,27 @@ def verify(path: Path, expected: Expected) -> Iterator[Check]:
         yield Check("hash", same, f"SHA-256 {found}")
 
 
-def _dtype(head: bytes, layout: Layout, expected: Expected, vocab_size: int | None) -> Check:
+def _dtype(head: bytes, layout: Layout, expected: Expected, vocab_size: int | None, *, stated: bool) -> Check:
+    """`stated`: whether the file or its sidecar says its dtype."""
     if expected.dtype is not None and expected.dtype != layout.dtype:
-        return Check("dtype", False, f"{layout.dtype}, not {expected.dtype}")
+        return Check("dtype", False, f"{layout.dtype}, not {expected.dtype}", f"leave out {COMMAND_FLAGS.dtype}")
     ids = np.frombuffer(head, DTYPES[layout.dtype], (len(head) - layout.offset) // layout.itemsize, layout.offset)
     wrong = other_dtype(ids, vocab_size)
-    return Check("dtype", wrong is None, layout.dtype if wrong is None else wrong)
+    if wrong is None:
+        return Check("dtype", True, layout.dtype)
+    what, dtype = wrong
+    if dtype not in DTYPES:
+        return Check("dtype", False, what, "write uint32")
+    if stated:
+        return Check("dtype", False, what)
+    return Check("dtype", False, what, f"give {COMMAND_FLAGS.dtype} {dtype}")
 
 
 def _size(path: Path, size: int, layout: Layout, sidecar: Sidecar | None) -> Check:
     try:
         tokens = count_tokens(path.name, size, layout)
     except UserError as error:
-        return Check("size", False, str(error))
+        return Check("size", False, str(error), "")
     if sidecar is not None and tokens != sidecar.tokens:
         return Check("size", False, f"{tokens:,} ids, and {sidecar.tokens:,} by the sidecar: cut short or changed")
     return Check("size", tokens > 0, f"{tokens:,} ids" if tokens else "empty")

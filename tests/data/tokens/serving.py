@@ -29,6 +29,8 @@ class Server(ThreadingHTTPServer):
         """Those of the next answers."""
         self.cut = 0
         """Answers that come cut short."""
+        self.broken = 0
+        """Answers whose connection ends within their body."""
         self.shift = 0
         """What is added to the end of a range in Content-Range."""
         self.gate: Callable[[str], None] = lambda name: None
@@ -87,7 +89,10 @@ class Handler(BaseHTTPRequestHandler):
         if server.cut:
             server.cut -= 1
             content = content[:-1]
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(content) + bool(server.broken)))
+        if server.broken:
+            server.broken -= 1
+            self.close_connection = True
         self.end_headers()
         self.wfile.write(content)
 

@@ -47,6 +47,8 @@ def test_a_numpy_header_is_not_read_as_ids_and_is_skipped_when_it_is_expected(tm
         (b"\x02\x00", b"{'descr': '''<u2"),
         (b"\x02\x00", b"{'descr': {'a': []}, 'fortran_order': False, 'shape': (200,)}"),
         (b"\x03\x00", b"-" * 9000 + b"1"),
+        (b"\x01\x00", b"{'descr': (), 'fortran_order': False, 'shape': (200,)}"),
+        (b"\x01\x00", b"{'descr': ('<u2',), 'fortran_order': False, 'shape': (200,)}"),
         (b"\x01\x00", b"{'descr': '<u2'" + b" " * 20_000),
         (b"\x04\x00", b"{'descr': '<u2', 'fortran_order': False, 'shape': (200,)}"),
     ],
@@ -134,6 +136,18 @@ def test_uint32_of_a_large_vocabulary_is_not_read_as_uint16_nor_the_reverse(tmp_
     )
 
 
+def test_int64_is_not_taken_for_a_dtype_that_can_be_given(tmp_path: Path, refusal) -> None:
+    for vocabulary, most in ((260, 256), (100_352, 100_278)):
+        ids = np.random.default_rng(0).integers(0, most, 4001)
+        path = write(tmp_path / "a.npy", ids, "int64")
+        for dtype in ("uint16", "uint32"):
+            line = refusal(open_loader, [path], vocab=vocabulary, token_dtype=dtype)
+            assert f"a.npy is read as {dtype} and looks like int64 (" in line and line.endswith("): write uint32")
+            found = other_dtype(np.fromfile(path, f"<u{4 if dtype == 'uint32' else 2}"), None)
+            assert found is not None and found[1] == "int64"
+        assert other_dtype(ids.astype("<u4"), vocabulary) is None
+
+
 @pytest.mark.parametrize("held", [150, 250])
 def test_another_number_of_ids_than_the_sidecar_says_is_refused(tmp_path: Path, refusal, held: int) -> None:
     path = write(tmp_path / "a.npy", np.resize(IDS, held))
@@ -173,7 +187,15 @@ def test_ratios_and_names(tmp_path: Path, refusal, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://host/a.npy?sign=b2", "https://host/a.npy?part=3", "http://host/a.npy?x=a=b&part=0.5", "HTTP://h/a"]
+    "url",
+    [
+        "https://host/a.npy?sign=b2",
+        "https://host/a.npy?part=3",
+        "http://host/a.npy?x=a=b&part=0.5",
+        "HTTP://h/a",
+        "https://h/a.npy?a=1;b=2",
+        f"https://h/{'a' * 5000}.npy",
+    ],
 )
 def test_a_number_at_the_end_of_a_query_is_no_ratio(url: str) -> None:
     (source,) = list_tokens([url])

@@ -65,6 +65,8 @@ def test_a_small_file_is_fetched_whole_or_not_at_all(server: Server, url: str, r
     assert fetch_whole(f"{server.url}/b.npy", 10_000) is None
     server.statuses = [403]
     assert fetch_whole(url, 10_000) is None
+    server.statuses, server.broken = [404], 1
+    assert fetch_whole(f"{server.url}/b.npy", 10_000) is None, "whose body breaks off"
     server.statuses = [502] * 5
     assert "after 5 tries (the server answers 502)" in refusal(fetch_whole, url, 10_000)
 

@@ -223,6 +223,36 @@ def test_a_converted_checkpoint_has_read_nothing_here(tmp_path: Path, capsys) ->
     assert code == 2 and "run was converted from another trainer's folder, which does not say what its" in err
 
 
+def test_a_folder_of_runs_is_no_checkpoint(tmp_path: Path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    code, _, err = inspected(capsys, str(tmp_path), "--step", "1")
+    assert code == 2 and f"{tmp_path} is no checkpoint: give the folder of a run" in err
+
+
+def test_verify_says_of_int64_to_write_uint32(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "a.npy", np.arange(4000) % 256, "int64")
+    for dtype in ("uint16", "uint32"):
+        code, checks, err = verified(capsys, path, "--dtype", dtype, "--vocab-size", "260")
+        assert code == 2 and checks["dtype"] == "FAILED" and "looks like int64" in err and "write uint32" in err
+
+
+def test_messages_name_the_flags_of_the_command_and_the_fix_of_the_check(tmp_path: Path, capsys) -> None:
+    with_header, wide = tmp_path / "h.npy", write(tmp_path / "w.npy", [5, 6, 256] * 100, "uint32")
+    np.save(with_header, np.array([5, 6, 256] * 100, "<u2"))
+    lines = [
+        (verified(capsys, str(with_header))[2], "give --header, or write the ids"),
+        (
+            verified(capsys, str(with_header), "--header", "--dtype", "uint32")[2],
+            "uint16, not uint32): leave out --dty",
+        ),
+        (verified(capsys, wide, "--vocab-size", "260")[2], "): give --dtype uint32"),
+        (inspected(capsys, str(with_header), "--tokenizer", "bytes")[2], "give --header, or write the ids"),
+        (inspected(capsys, wide, "--tokenizer", "bytes")[2], "): give --dtype uint32"),
+    ]
+    for line, said in lines:
+        assert said in line and "--data." not in line and "again" not in line
+
+
 def test_a_pattern_of_several_files_is_no_file(tmp_path: Path, capsys) -> None:
     for name in "ab":
         write(tmp_path / f"{name}.npy", [1, 2, 256])

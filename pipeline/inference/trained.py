@@ -94,6 +94,7 @@ def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Tr
         )
     frozen = [name for name in names if name not in stored]
     if frozen:
+        system.replaced = frozenset(stored)
         system.initialise(model, topology)
     load_trainable(model, checkpoint, topology)
     manifest = manifest_with(checkpoint, "step", "frozen")

@@ -59,7 +59,7 @@ def has_trainable(checkpoint: Path, topology: Topology) -> bool:
 
 
 def trainable_names(checkpoint: Path, topology: Topology) -> frozenset[str]:
-    """The tensors of trained weights in a checkpoint, as rank 0 sees them; none where it holds no such file. Collective;
+    """The trained weights in a checkpoint by name, as rank 0 sees them; none where it holds no such file. Collective;
     raises UserError on every rank."""
     path, found = checkpoint / TRAINABLE, frozenset[str]()
     with shared_errors(topology):

@@ -55,6 +55,8 @@ def initialised(config: RunConfig, dtype: torch.dtype = torch.float32) -> torch.
 def test_the_folder_has_the_memory_and_names_its_backbone(written: tuple[Path, RunConfig, torch.nn.Module]) -> None:
     folder, config, model = written
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", SETTINGS, WEIGHTS]
+    card = (folder / "README.md").read_text()
+    assert "library_name" not in card and "pipeline_tag" not in card
     weights = load_file(folder / WEIGHTS)
     trained = {name: value for name, value in model.state_dict().items() if name.startswith("memory.")}
     assert weights.keys() == trained.keys() and all(
@@ -138,5 +140,5 @@ def test_the_folder_is_not_needed_where_a_checkpoint_has_the_memory(
     load_model(again, create_system(again), Topology(), checkpoint=whole)
     assert load_file(part / TRAINABLE).keys() == load_file(whole / TRAINABLE).keys() - {one}
     for weights in (None, part):
-        with pytest.raises(UserError, match="--model.memory.pretrained .*memory: no such folder"):
+        with pytest.raises(UserError, match=r"--model\.memory\.pretrained .*memory: no such folder"):
             load_model(again, create_system(again), Topology(), weights=weights)

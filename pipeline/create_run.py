@@ -49,7 +49,7 @@ def create_run(
     raise_together(topology, different_precision(config.precision, all_gather_object(topology, precision_here(config))))
     # Nothing that is trained depends on a process's own generators; what else draws from them is repeatable too.
     seed_all(config.seed, f"rank {topology.rank} of {topology.world}")
-    loaded = load_model(config, system, topology, ds_config=resolved.ds_config, weights=weights)
+    loaded = load_model(config, system, topology, ds_config=resolved.ds_config, weights=weights, checkpoint=checkpoint)
     model = loaded.model
     with shared_errors(topology):
         phases = phases_of(config, loaded.phases, checkpoint)

@@ -10,6 +10,16 @@ from pipeline.heat_map import HeatMap
 
 TASKS = "downstream/"
 """What the names of the scores of tasks begin with among the scalars."""
+STDERR, COUNT, CHANCE = "_stderr", "/n", "/chance"
+"""How the names of scalars end that say something of a score, and, of a task, how many documents and the expected value
+of answers drawn evenly."""
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
+"""Metrics of tasks with choices: shares of documents whose right choice comes first."""
+
+
+def has_chance(metric: str) -> bool:
+    """Whether answers drawn evenly have an expected value of this metric."""
+    return metric in ACCURACIES
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.capabilities import check_intervals
 from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
-from pipeline.checkpoint.trainable import load_trainable
+from pipeline.checkpoint.trainable import load_trainable, trainable_names
 from pipeline.compilation import check_compile
 from pipeline.config import RunConfig
 from pipeline.data.build import list_data
@@ -71,11 +71,12 @@ def load_model(
     *,
     ds_config: dict[str, Any] | None = None,
     weights: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> LoadedModel:
     """Builds the model and fills it: pretrained or random weights, then those that the checkpoint `weights` trained.
 
-    `ds_config`: the configuration whose ZeRO stage shards it; None: it is whole on every rank. Collective; raises
-    UserError on every rank.
+    `ds_config`: the configuration whose ZeRO stage shards it; None: it is whole on every rank. `checkpoint`: the one
+    that fills later what was trained. Collective; raises UserError on every rank.
     """
     # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read. Only training is
     # sure to read the data: an evaluation may be made where the servers cannot be reached.
@@ -84,6 +85,8 @@ def load_model(
     system.files = broadcast_object(topology, listed)
     with building(ds_config or {}, precision_of(config)):
         model = system.build()
+    filled = [trainable_names(folder, topology) for folder in (weights, checkpoint) if folder is not None]
+    system.replaced = frozenset[str]().union(*filled)
     system.initialise(model, topology)
     if weights is not None:
         load_trainable(model, weights, topology)

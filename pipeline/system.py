@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -128,6 +128,9 @@ class System(ABC, Generic[B]):
     """By what its sums are multiplied in the loss; 0: it is not measured in training, and perplexity is not known."""
     files: Listings | None = None
     """What rank 0 has listed of the data, set before `loader` is called in a run; None: this process lists it."""
+    replaced: Collection[str] = frozenset()
+    """Parameters that a checkpoint fills right after `initialise`, set before it is called: what it would read for them
+    need not be there any more."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.callbacks.spikes import SPIKES
-from pipeline.evaluation_result import TASKS
+from pipeline.evaluation_result import CHANCE, COUNT, STDERR, TASKS
 from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.runtime.exit import silence
@@ -148,7 +148,7 @@ class ProgressLines(Callback):
 def _scores(scalars: Mapping[str, float]) -> list[str]:
     """`sciq/acc 0.712` of every task and metric."""
     named = {name.removeprefix(TASKS): value for name, value in scalars.items() if name.startswith(TASKS)}
-    facts = ("_stderr", "/chance", "/n")
+    facts = (STDERR, CHANCE, COUNT)
     return [f"{name} {value:.4g}" for name, value in named.items() if not name.endswith(facts)]
 
 

@@ -229,8 +229,13 @@ def step_of(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint that was written last; None when there is none.
+def newest(
+    folder: Path,
+    other: str = "go on from {name} with --resume {path}",
+    none: str = "use another --output-dir",
+) -> Path | None:
+    """The checkpoint that was written last; None when there is none. `other`, `none`: what to do where it is damaged,
+    when another one is whole and when none is.
 
     Raises UserError when it is damaged (by sizes): to go on from an older one would, in time, write over it, and to
     start afresh would hide the loss.
@@ -244,5 +249,5 @@ def newest(folder: Path) -> Path | None:
     if not wrong:
         return last
     whole = [path for path in candidates if not problems(path, hashes=False)]
-    fix = f"go on from {whole[-1].name} with --resume {whole[-1]}" if whole else "use another --output-dir"
+    fix = other.format(name=whole[-1].name, path=whole[-1]) if whole else none
     raise UserError(f"{wrong[0]}: restore the file, or {fix}")

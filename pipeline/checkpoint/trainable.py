@@ -58,6 +58,16 @@ def has_trainable(checkpoint: Path, topology: Topology) -> bool:
     return broadcast_object(topology, (checkpoint / TRAINABLE).is_file())
 
 
+def trainable_names(checkpoint: Path, topology: Topology) -> frozenset[str]:
+    """The trained weights in a checkpoint by name, as rank 0 sees them; none where it holds no such file. Collective;
+    raises UserError on every rank."""
+    path, found = checkpoint / TRAINABLE, frozenset[str]()
+    with shared_errors(topology):
+        if topology.rank == 0 and path.is_file():
+            found = frozenset(file_tensors(path))
+    return broadcast_object(topology, found)
+
+
 def load_trainable(model: nn.Module, checkpoint: Path, topology: Topology, only: Collection[str] | None = None) -> None:
     """Fills the parameters that a checkpoint trained, and the persistent buffers that it holds. Collective.
 

@@ -12,12 +12,10 @@ from typing import Any
 from pipeline.downstream.harness_model import HarnessModel
 from pipeline.downstream.quiet import SEEDS, harness
 from pipeline.downstream.tasks import Loaded
-from pipeline.evaluation_result import TASKS, Evaluation
+from pipeline.evaluation_result import CHANCE, COUNT, STDERR, TASKS, Evaluation, has_chance
 
 RESAMPLES = 1000
 """Of the bootstrap, for standard errors of metrics that are no means."""
-ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
-"""Metrics of tasks with choices: shares of documents whose right choice comes first."""
 NAME = "downstream"
 """Of the table of scores."""
 
@@ -95,10 +93,10 @@ def _scores(name: str, facts: _Facts, found: Any) -> Iterable[Score]:
     shots = found["n-shot"].get(name)
     for key, value in metrics.items():
         metric, comma, kept = key.partition(",")
-        if not comma or metric.endswith("_stderr"):
+        if not comma or metric.endswith(STDERR):
             continue
-        stderr = metrics.get(f"{metric}_stderr,{kept}")
-        chance = facts.chance if metric in ACCURACIES else None
+        stderr = metrics.get(f"{metric}{STDERR},{kept}")
+        chance = facts.chance if has_chance(metric) else None
         yield Score(
             task=name,
             metric=metric if kept == "none" else f"{metric}/{kept}",
@@ -152,8 +150,8 @@ def as_evaluation(scores: Sequence[Score]) -> Evaluation:
     for score in scores:
         scalars[score.name] = score.value
         if score.stderr is not None:
-            scalars[f"{score.name}_stderr"] = score.stderr
+            scalars[f"{score.name}{STDERR}"] = score.stderr
         if score.chance is not None:
-            scalars[f"{TASKS}{score.task}/chance"] = score.chance
-        scalars[f"{TASKS}{score.task}/n"] = score.n
+            scalars[f"{TASKS}{score.task}{CHANCE}"] = score.chance
+        scalars[f"{TASKS}{score.task}{COUNT}"] = score.n
     return Evaluation(scalars, tables={NAME: [dataclasses.asdict(score) for score in scores]})

@@ -90,6 +90,8 @@ def _manager(names: Sequence[str], path: str | None, flag: str) -> Any:
     """What knows all the names. Raises UserError for one that is unknown."""
     from lm_eval.tasks import TaskManager
 
+    if path is not None:
+        _check_yaml(Path(path), flag)
     # The index of the harness's own thousands of tasks takes many seconds.
     manager = None if path is None else _index(TaskManager, path, flag, include_defaults=False)
     if manager is None or not set(names) <= set(manager.all_tasks):
@@ -99,6 +101,20 @@ def _manager(names: Sequence[str], path: str | None, flag: str) -> Any:
             meant = did_you_mean(nearest(name, manager.all_tasks))
             raise UserError(f"{flag} {shown(name)}: no such task{meant or ': `lm-eval ls tasks` lists them'}")
     return manager
+
+
+def _check_yaml(folder: Path, flag: str) -> None:
+    """Raises UserError for a file that is no YAML: the harness leaves it out, and a group then lacks a task."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            # Tags are for the harness to read.
+            for _ in yaml.parse(path.read_bytes(), Loader=loader):
+                pass
+        except yaml.YAMLError as error:
+            raise UserError(f"{flag}: {path} is no YAML ({brief(error)}): correct it, or move it away") from error
 
 
 def _index(kind: Any, path: str | None, flag: str, *, include_defaults: bool) -> Any:

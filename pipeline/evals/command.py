@@ -13,8 +13,9 @@ from pathlib import Path
 from pipeline.callbacks.heat_map import draw_heat_map
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.callbacks.samples import finite, write_samples
-from pipeline.checkpoint.manifest import problems
+from pipeline.checkpoint.manifest import MANIFEST, problems
 from pipeline.checkpoint.restore import read_progress
+from pipeline.commands.command_help import HELP
 from pipeline.commands.flags import parse_flags, wants_help
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
@@ -24,6 +25,7 @@ from pipeline.evals.suites import Chosen, pop_suite
 from pipeline.evaluation_result import TASKS, Table
 from pipeline.files.output import writing
 from pipeline.host.versions import versions
+from pipeline.inference.trained import no_checkpoint
 from pipeline.load import checked_system, load_model
 from pipeline.parallel.collectives import shared_errors
 from pipeline.recipes import all_recipes
@@ -37,11 +39,17 @@ def run_eval(words: Sequence[str]) -> None:
     if not words or words[0].startswith("-"):
         raise UserError("eval needs a checkpoint: mnemos eval OUT/checkpoints/checkpoint-500")
     checkpoint = find_checkpoint_folder(Path(words[0])).absolute()
+    command = ["mnemos", "eval", *words]
     suite, flags = pop_suite(words[1:])
-    if is_model_folder(checkpoint) and not wants_help(flags):
+    if is_model_folder(checkpoint):
+        if wants_help(flags):
+            print(HELP["eval"])
+            return
         evaluation, facts = evaluate_folder(checkpoint, suite, flags)
-        report(evaluation, checkpoint, suite, facts, checkpoint.name)
+        report(evaluation, checkpoint, suite, {**facts, "command": command}, checkpoint.name)
         return
+    if not (checkpoint / MANIFEST).is_file():
+        raise UserError(f"{checkpoint}: {no_checkpoint(checkpoint)}")
     wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
     if wrong:
         raise UserError(wrong[0])
@@ -65,7 +73,7 @@ def run_eval(words: Sequence[str]) -> None:
         phase = next((phase for phase in loaded.phases if phase.name == name), loaded.phases[0])
         evaluation = suite.run(system, loaded.model.to(device_of(topology)), phase, SyncPoint(topology))
         if topology.rank == 0:
-            facts = {"machine": describe_devices(topology), "checkpoint": checkpoint.name}
+            facts = {"machine": describe_devices(topology), "checkpoint": checkpoint.name, "command": command}
             report(evaluation, checkpoint, suite, facts, caption(config.recipe, system.caption(), checkpoint.name))
     finally:
         stop()

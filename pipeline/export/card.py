@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import yaml
 
 from pipeline import __version__
 from pipeline.callbacks.metrics import read_rows
+from pipeline.checkpoint.manifest import problems
 from pipeline.checkpoint.restore import TRAINER_STATE, read_progress
 from pipeline.config_file import to_plain
 from pipeline.errors import brief
+from pipeline.evaluation_result import CHANCE, COUNT, STDERR, TASKS, has_chance
 from pipeline.files.json_file import parse_json
 from pipeline.files.run_file import NAME as RUN_FILE
 from pipeline.inference.trained import Trained
@@ -28,6 +30,10 @@ NOT_SHOWN = ("output_dir", "resume", "init_from", "run_name", "run_id", "dry_run
 """Fields of a config that say where a run's files lay, or how it was started."""
 PASSED = ("step", "phase_step", "tokens", "elapsed")
 """Numbers of a `val` row that were not measured on held-out data."""
+COUNTED = ("labels", "documents")
+"""Scalars that say what the others beside them were measured on."""
+LOSSES = ("loss", "ppl", "bpb")
+NOT_RECORDED = "not recorded"
 USE_MODEL = """\
 ```python
 from transformers import pipeline
@@ -56,6 +62,8 @@ class Facts:
     summary: str
     use: str
     checked: str
+    is_model: bool = True
+    """Whether transformers loads the folder, as which the Hub then shows it."""
 
 
 def use_model(folder: str, *, has_tokenizer: bool, trusts_code: bool) -> str:
@@ -77,6 +85,7 @@ def write_card(trained: Trained, folder: Path, facts: Facts) -> None:
     versions = trained.manifest.get("versions") or {}
     commit = _run_file(run).get("commit")
     text = string.Template(TEMPLATE.read_text()).substitute(
+        library="library_name: transformers\npipeline_tag: text-generation\n" if facts.is_model else "",
         tags="\n".join(f"- {tag}" for tag in ("mnemos", trained.config.recipe)),
         base_model=f"base_model: {base}\n" if base and not Path(base).exists() else "",
         title=facts.title,
@@ -108,7 +117,10 @@ def _training(trained: Trained) -> dict[str, object]:
         "parameters": f"{counts['trained']:,} were trained{frozen}",
         "steps": f"{manifest['step']:,} of {config.steps:,}",
     }
-    if (trained.checkpoint / TRAINER_STATE).is_file():
+    # Damaged, it is a figure less.
+    if (trained.checkpoint / TRAINER_STATE).is_file() and not problems(
+        trained.checkpoint, hashes=True, only=(TRAINER_STATE,)
+    ):
         found["tokens with a label"] = f"{read_progress(trained.checkpoint).tokens:,}"
     if "global_batch" in manifest:
         found["sequences a step"] = f"{manifest['global_batch']:,}, of {config.sequence_length:,} tokens each"
@@ -182,35 +194,72 @@ def _figures(checkpoint: Path, run: Path) -> str:
     rows = [*_in_training(checkpoint, run), *_evaluations(checkpoint, run)]
     if not rows:
         return ""
-    lines = ["| figure | value | command |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value:.6g} | `{command}` |" for name, value, command in rows)])
+    lines = ["| figure | value | measured with | command |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _in_training(checkpoint: Path, run: Path) -> Iterator[tuple[str, float, str]]:
+def _in_training(checkpoint: Path, run: Path) -> Iterator[tuple[str, ...]]:
     """Of the run's own evaluation at the step of the checkpoint."""
     path, words = run / "metrics.jsonl", _run_file(run).get("command")
     if not path.is_file() or not isinstance(words, list):
         return
     step = checkpoint.name.rpartition("-")[2]
-    command = shlex.join(["mnemos", *(_place(str(word)) for word in words[1:])])
     for row in reversed(read_rows(path)):
         if row["mode"] == "val" and str(row["step"]) == step:
-            yield from (
-                (name, value, command) for name, value in row.items() if name not in PASSED and _is_number(value)
-            )
+            yield from _rows({name: value for name, value in row.items() if name not in PASSED}, words)
             return
 
 
-def _evaluations(checkpoint: Path, run: Path) -> Iterator[tuple[str, float, str]]:
+def _evaluations(checkpoint: Path, run: Path) -> Iterator[tuple[str, ...]]:
     """What `mnemos eval` has written of the checkpoint, beside its run."""
     folder = run / "evals" / checkpoint.name
     for path in sorted(folder.rglob("evaluation.json")):
-        suite = path.parent.relative_to(folder).as_posix()
-        words = ["mnemos", "eval", checkpoint.name, *([] if suite == "." else ["--suite", suite])]
-        scalars = _object(path).get("scalars")
-        for name, value in (scalars if isinstance(scalars, dict) else {}).items():
-            if _is_number(value):
-                yield name, value, shlex.join(words)
+        content = _object(path)
+        scalars, words = content.get("scalars"), content.get("command")
+        if isinstance(scalars, dict):
+            yield from _rows(scalars, words if isinstance(words, list) else ())
+
+
+def _rows(scalars: Mapping[str, Any], words: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+    """A row a figure, with what belongs to it: standard error, count and chance are no figures of their own."""
+    numbers = {name: value for name, value in scalars.items() if _is_number(value)}
+    command = f"`{_command(words)}`" if words else NOT_RECORDED
+    for name, value in numbers.items():
+        if name.rpartition("/")[2] not in COUNTED and not _is_fact_of_task(name, numbers):
+            yield name, f"{value:.6g}", ", ".join(_measured(name, numbers)), command
+
+
+def _is_fact_of_task(name: str, numbers: Mapping[str, float]) -> bool:
+    """Whether a number says something of the score of a task, or of its documents."""
+    if not name.startswith(TASKS):
+        return False
+    return name.endswith((CHANCE, COUNT)) or (name.endswith(STDERR) and name.removesuffix(STDERR) in numbers)
+
+
+def _measured(name: str, numbers: Mapping[str, float]) -> Iterable[str]:
+    scope, _, last = name.rpartition("/")
+    if name.startswith(TASKS):
+        if f"{name}{STDERR}" in numbers:
+            yield f"standard error {numbers[f'{name}{STDERR}']:.3g}"
+        if f"{scope}{COUNT}" in numbers:
+            yield f"n {numbers[f'{scope}{COUNT}']:,.0f}"
+        if f"{scope}{CHANCE}" in numbers and has_chance(last):
+            yield f"chance {numbers[f'{scope}{CHANCE}']:.4g}"
+        return
+    own = {what: numbers.get(f"{scope}/{what}" if scope else what) for what in COUNTED}
+    if not any(own.values()) and (last in LOSSES or "loss" not in numbers):
+        # With a part of the model left out, the same documents are read.
+        own = {what: numbers.get(what) for what in COUNTED}
+    yield from (f"{count:,.0f} {what}" for what, count in own.items() if count is not None)
+
+
+def _command(words: Sequence[Any]) -> str:
+    """The words of a command, without where files lay, for a cell of a table."""
+    shown = ["mnemos"]
+    for word in map(str, words[1:]):
+        flag, equals, value = word.partition("=")
+        shown.append(f"{flag}={_place(value)}" if equals and flag.startswith("--") else _place(word))
+    return shlex.join(shown).replace("|", "\\|")
 
 
 def _is_number(value: object) -> bool:

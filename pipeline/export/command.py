@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from pipeline.commands.flags import pop_flag, wants_help
 from pipeline.errors import UserError
 from pipeline.files.home import expanded
+from pipeline.runtime.exit import log_line
 from pipeline.spelling import did_you_mean, nearest_flag
 
 USAGE = """\
@@ -53,7 +58,10 @@ def parse(words: Sequence[str]) -> Request:
     unknown = next((word for word in places if word.startswith("-")), None)
     if unknown is not None:
         raise UserError(f"unknown flag {unknown}{did_you_mean(nearest_flag(unknown, (*SWITCHES, *VALUED)))}")
-    if len(places) != 2:
+    empty = next((flag for flag, value in values.items() if value == ""), None)
+    if empty is not None:
+        raise UserError(f"{empty} needs a value")
+    if len(places) != 2 or not all(places):
         raise UserError("export needs CHECKPOINT and the new folder DIR (see mnemos export --help)")
     source, out = map(expanded, places)
     return Request(source, out.absolute(), "--memory-only" in rest, "--no-tokenizer" not in rest, values)
@@ -76,11 +84,36 @@ def run_export(words: Sequence[str]) -> None:
     config = read_run(checkpoint, tokenizer=tokenizer, pretrained=pretrained)
     system = create_system(config)
     write = export_memory if request.memory_only else export_model
-    found = write(
-        lambda: load_trained(checkpoint, config, system),
-        system,
-        request.out,
-        tokenizer=request.tokenizer,
-        given=tokenizer,
-    )
+    with ended_by_sigterm():
+        found = write(
+            lambda: load_trained(checkpoint, config, system),
+            system,
+            request.out,
+            tokenizer=request.tokenizer,
+            given=tokenizer,
+        )
     print(f"{checkpoint} -> {request.out}: {found}, {time.perf_counter() - begun:.1f} s")
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM ends what is inside as an exception does: folders and processes of its own go with it."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python runs handlers in the main thread alone, and lets no other set them.
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        # Another one must not end the clearing up.
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == 128 + signal.SIGTERM:
+            log_line("stopped (SIGTERM); nothing was written")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -18,7 +18,7 @@ INSTEAD = "give --data.tokenizer, the folder of one that transformers has, or --
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
-    """Writes the files of a tokenizer into a folder. `model_max_length`: tokens of a training sequence.
+    """Writes the files of a tokenizer into a folder. `model_max_length`: tokens of a text at the most.
 
     Text that spells a special token is ordinary text in training. So it is here of the bytes tokenizer and of a
     sentencepiece model, but for one of the type unigram; a tokenizer of transformers stays as it is. Raises UserError

@@ -39,6 +39,8 @@ Load = Callable[[], Trained]
 
 def check_out(out: Path, checkpoint: Path) -> None:
     """Raises UserError where a folder cannot be the new one: it holds something, or is part of the checkpoint."""
+    if out.is_symlink():
+        raise UserError(f"{out}: a link, which a new folder cannot take the place of: name a new folder")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: not empty: name a new folder")
     if out.exists() and not out.is_dir():
@@ -69,7 +71,7 @@ def export_model(load: Load, system: System[Any], out: Path, *, tokenizer: bool,
         with _quiet():
             model.save_pretrained(partial, max_shard_size=SHARD)
         if own is not None:
-            write_tokenizer(own, partial, trained.config.sequence_length)
+            write_tokenizer(own, partial, int(model.config.max_position_embeddings))
         dtype, name = str(next(model.parameters()).dtype).removeprefix("torch."), type(model).__name__
         trusts_code = bool(getattr(model, "_auto_class", None)) or any(partial.glob("*.py"))
         # They share the parameters, which are made float32 for the comparison.
@@ -109,6 +111,7 @@ def export_memory(load: Load, system: System[Any], out: Path, *, tokenizer: bool
             use_memory(out.name, alone.flags),
             "When it was written, it was attached to the backbone again: every hidden state and logit is the trained"
             f" model's, to {max(d for d, _ in difference.by_place.values()):.2g}.",
+            is_model=False,
         )
         write_card(trained, partial, facts)
     return f"a memory of {human_bytes(_size(out))}, logits equal to {difference.logits:.1e}"

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.engine import building
 from pipeline.errors import UserError
+from pipeline.lm.memory_folder import SETTINGS
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.recipes import all_recipes
@@ -43,10 +44,18 @@ def find(path: Path, fix: str = GIVE) -> Path:
     """The checkpoint that a path means. Raises UserError, with the fix, where there is none."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: {fix}")
-    found = newest(path / "checkpoints") if (path / "checkpoints").is_dir() else path
+    other, none = "give {path}", "give another checkpoint"
+    found = newest(path / "checkpoints", other, none) if (path / "checkpoints").is_dir() else path
     if found is None or not (found / MANIFEST).is_file():
-        raise UserError(f"{path}: holds no complete checkpoint: {fix}")
+        raise UserError(f"{path}: {no_checkpoint(path, fix)}")
     return found
+
+
+def no_checkpoint(folder: Path, fix: str = GIVE) -> str:
+    """What is wrong with a folder without a manifest, and the fix."""
+    if (folder / SETTINGS).is_file():
+        return f"a memory alone, which --model.memory.pretrained attaches to its backbone: {fix}"
+    return f"holds no complete checkpoint: {fix}"
 
 
 def read_run(checkpoint: Path, *, tokenizer: str | None = None, pretrained: str | None = None) -> RunConfig:
@@ -94,6 +103,7 @@ def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Tr
         )
     frozen = [name for name in names if name not in stored]
     if frozen:
+        system.replaced = frozenset(stored)
         system.initialise(model, topology)
     load_trainable(model, checkpoint, topology)
     manifest = manifest_with(checkpoint, "step", "frozen")

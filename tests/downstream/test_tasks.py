@@ -79,6 +79,17 @@ def test_a_task_that_cannot_be_read_is_named(
     assert "\n" not in str(found.value)
 
 
+def test_a_file_that_is_no_yaml_is_named(folder: Path, tmp_path: Path) -> None:
+    """Also where another one has the task; tags of the harness are none of it."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "a.yaml").write_text("task: a\nprocess_docs: !function utils.process\n")
+    (tmp_path / f"{CHOSEN}.yaml").write_text((folder / f"{CHOSEN}.yaml").read_text())
+    (tmp_path / "other" / "b.yaml").write_text("task: b\n  x: [\n")
+    with pytest.raises(UserError, match=r"^--tasks: \S+/other/b\.yaml is no YAML \(.*line 2.*\): correct it") as found:
+        load(tmp_path, CHOSEN)
+    assert "\n" not in str(found.value)
+
+
 def test_training_does_not_generate(folder: Path) -> None:
     assert writes_text(load_tasks(["goes_on"], str(folder), Topology(), "--tasks")) == ["goes_on"]
     with pytest.raises(UserError, match=r"--tasks goes_on: it generates text, which training does not: leave it out"):

@@ -58,8 +58,11 @@ def test_a_suite_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no manifest\.json"):
+    with pytest.raises(UserError, match=r"holds no complete checkpoint: give the folder of a checkpoint, or a run dir"):
         run_eval([str(tmp_path)])
+    (tmp_path / "memory.json").write_text("{}")
+    with pytest.raises(UserError, match=r"a memory alone, which --model\.memory\.pretrained attaches to its backbone"):
+        run_eval([str(tmp_path), "--suite", "downstream"])
 
 
 def test_a_flip_in_the_saved_config_is_damage(tmp_path: Path) -> None:

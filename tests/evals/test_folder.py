@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.commands.command_help import HELP
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.evals.command import run_eval
@@ -96,6 +97,8 @@ def test_a_checkpoint_with_memory_is_scored_and_generates(tmp_path: Path, tasks:
     run_eval([str(tmp_path / "checkpoint-5"), *tasks, "--limit", "3"])
     found = scores(tmp_path / "evals" / "checkpoint-5")
     assert [score["n"] for score in found] == [3] * 5
+    content = json.loads((tmp_path / "evals/checkpoint-5/downstream/evaluation.json").read_text())
+    assert content["command"] == ["mnemos", "eval", str(tmp_path / "checkpoint-5"), *tasks, "--limit", "3"]
 
 
 def test_a_folder_of_olmos_layout_is_scored(tmp_path: Path, tasks: list[str]) -> None:
@@ -103,6 +106,8 @@ def test_a_folder_of_olmos_layout_is_scored(tmp_path: Path, tasks: list[str]) ->
     content = json.loads((tmp_path / "evals/step7-unsharded/downstream/evaluation.json").read_text())
     assert content["folder"] == "step7-unsharded" and content["downstream"][0]["n"] == 2
     assert content["scalars"][f"downstream/{CHOSEN}/n"] == 2
+    words = [str(tmp_path / "step7-unsharded"), *tasks, "--limit=2", "--data.tokenizer", "bytes"]
+    assert content["command"] == ["mnemos", "eval", *words]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,11 @@ def test_what_a_folder_does_not_take(tmp_path: Path, words: list[str], message: 
     with pytest.raises(UserError, match=message):
         run_eval([str(native(tmp_path / "step7-unsharded")), *words])
     assert not (tmp_path / "evals").exists()
+
+
+def test_the_usage_is_printed_of_a_folder_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_eval([str(native(tmp_path / "step7-unsharded")), "--help"])
+    assert capsys.readouterr().out == HELP["eval"] + "\n"
 
 
 def test_a_folder_is_evaluated_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 
 from pipeline.capabilities import Exports
 from pipeline.config import RunConfig
-from pipeline.export.code import carry_code
+from pipeline.export.code import HASH, carry_code
 from pipeline.export.gate import case_of, compare
 from pipeline.inference.load import load
 from pipeline.inference.trained import Trained
@@ -87,6 +87,20 @@ def test_the_installed_code_takes_the_folder_too(folders: tuple[Path, dict[str, 
         expected = own.exported(models["titans"].model)(ids).logits
         assert torch.equal(found(ids).logits, expected)
         assert torch.equal(load(place / "titans", tokenizer="bytes").model(ids).logits, expected)
+
+
+def test_what_the_installed_class_saves_names_no_code(folders: tuple[Path, dict[str, Trained]], tmp_path: Path) -> None:
+    """There is none in its folder, which the installed class takes, whatever is trusted."""
+    place, _ = folders
+    register_auto_classes()
+    for trust in (False, True):
+        model: Any = AutoModelForCausalLM.from_pretrained(place / "titans", trust_remote_code=trust)
+        model.save_pretrained(tmp_path / str(trust))
+        settings = json.loads((tmp_path / str(trust) / "config.json").read_text())
+        assert HASH in json.loads((place / "titans" / "config.json").read_text())
+        assert not {"auto_map", HASH} & settings.keys() and not list(tmp_path.rglob("*.py"))
+        again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / str(trust), trust_remote_code=True)
+        assert type(again) is MnemosForCausalLM
 
 
 def test_the_folder_says_nothing_of_where_it_was_made(folders: tuple[Path, dict[str, Trained]], tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from pipeline.callbacks.metrics import read_rows
 from pipeline.config import replace
 from pipeline.data_config import RecallConfig
 from pipeline.errors import UserError
-from pipeline.export import write
+from pipeline.export import gate, write
 from pipeline.export.command import run_export
 from pipeline.export.gate import Case, Difference
 from tests.export.small_checkpoints import checkpoint_of, dense, with_memory
@@ -45,6 +49,7 @@ def test_the_folder_has_all_that_transformers_needs(
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 256
     assert model.generation_config.pad_token_id == 256 and model.config.max_position_embeddings == 96
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == 96
     made = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=3)
     assert made.shape == (1, 7)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as handle:
@@ -117,6 +122,41 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["before the process", "with the process"])
+def test_sigterm_leaves_neither_a_folder_nor_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], begun: bool
+) -> None:
+    checkpoint_of(tmp_path / "run", dense())
+    place, pid = tmp_path / "temporary", tmp_path / "pid"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}; kill -TERM $PPID; exec sleep 600\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(gate.sys, "executable", str(program))
+    if not begun:
+        monkeypatch.setattr(write, "compare", lambda cases: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as found:
+        export(tmp_path / "run", tmp_path / "out")
+    assert found.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert "stopped (SIGTERM); nothing was written" in capsys.readouterr().err
+    assert not list(place.iterdir()) and not list(tmp_path.glob("*out*"))
+    if begun:
+        assert not Path(f"/proc/{pid.read_text().strip()}").exists()
+
+
+def test_a_damaged_checkpoint_has_a_fix_that_export_has(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path / "run", dense())
+    older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-2"))
+    (checkpoint / "trainable.safetensors").unlink()
+    os.utime(older / "manifest.json")
+    for path, said in ((older, f"give {older}$"), (None, "give another checkpoint$")):
+        with pytest.raises(UserError, match=rf"trainable\.safetensors: missing: restore the file, or {said}"):
+            export(tmp_path / "run", tmp_path / "out")
+        if path is not None:
+            shutil.rmtree(path)
+
+
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint_of(tmp_path / "run", dense())
     usage = type("Usage", (), {"free": 2**20})
@@ -130,9 +170,12 @@ def test_a_folder_that_cannot_be_the_new_one_is_refused(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path / "run", dense())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     for out, said in (
         (tmp_path / "full", "not empty"), (tmp_path / "full" / "mine", "a file"),
-        (checkpoint / "hub", "inside the checkpoint"), (tmp_path / "full" / "mine" / "out", "cannot be written"),
+        (tmp_path / "link", "a link"), (checkpoint / "hub", "inside the checkpoint"),
+        (tmp_path / "full" / "mine" / "out", "cannot be written"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"{out}: .*{said}|{said}"):
             export(checkpoint, out)
@@ -144,6 +187,9 @@ def test_a_folder_that_cannot_be_the_new_one_is_refused(tmp_path: Path) -> None:
     [
         (["a"], "export needs CHECKPOINT and the new folder DIR"),
         (["a", "b", "c"], "export needs CHECKPOINT and the new folder DIR"),
+        (["a", ""], "export needs CHECKPOINT and the new folder DIR"),
+        (["", "b"], "export needs CHECKPOINT and the new folder DIR"),
+        (["a", "b", "--data.tokenizer", ""], "--data.tokenizer needs a value"),
         (["a", "b", "--memory"], "unknown flag --memory"),
         (["a", "b", "--data.tokeniser=x"], "did you mean --data.tokenizer"),
         (["a", "b", "--data.tokenizer"], "--data.tokenizer needs a value"),
@@ -175,19 +221,32 @@ def test_a_process_of_its_own_confirms_a_whole_export(tmp_path: Path, capsys: py
     (tmp_path / "run" / "run.json").write_text(
         f'{{"command": ["/bin/mnemos", "train", "olmo_tiny", "--output-dir", "{tmp_path}/run"], "commit": "abc"}}'
     )
-    for place, value in (("", 0.5), ("recall", 0.75)):
+    task = {"downstream/a/acc": 0.75, "downstream/a/acc_stderr": 0.125, "downstream/a/chance": 0.25,
+            "downstream/a/n": 24, "downstream/a/exact_match": 0.5}  # fmt: skip
+    counted = {"loss": 0.5, "other": None, "labels": 4096, "documents": 2}
+    memory = {"memory_off/loss": 0.75, "gap/share": 0.25, "gap/labels": 64}
+    words = ["--tasks", "a", f"--task-path={tmp_path}/tasks", "--limit", "24"]
+    for place, scalars, command in (
+        ("", {**counted, **memory}, []),
+        ("downstream", task, ["mnemos", "eval", str(checkpoint), "--suite", "downstream", *words]),
+    ):
         folder = tmp_path / "run" / "evals" / checkpoint.name / place
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(f'{{"scalars": {{"score": {value}, "other": null}}}}')
+        recorded = {"command": command} if command else {}
+        (folder / "evaluation.json").write_text(json.dumps({"scalars": scalars, **recorded}))
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 2
     export(checkpoint, tmp_path / "out")
     assert "a LlamaForCausalLM of" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
+    evaluated = "mnemos eval checkpoint-3 --suite downstream --tasks a --task-path=tasks --limit 24"
     rows = [line for line in card.splitlines() if line.startswith("|")][2:]
     assert rows == [
-        "| loss | 1.25 | `mnemos train olmo_tiny --output-dir run` |",
-        "| score | 0.5 | `mnemos eval checkpoint-3` |",
-        "| score | 0.75 | `mnemos eval checkpoint-3 --suite recall` |",
+        "| loss | 1.25 |  | `mnemos train olmo_tiny --output-dir run` |",
+        f"| downstream/a/acc | 0.75 | standard error 0.125, n 24, chance 0.25 | `{evaluated}` |",
+        f"| downstream/a/exact_match | 0.5 | n 24 | `{evaluated}` |",
+        "| loss | 0.5 | 4,096 labels, 2 documents | not recorded |",
+        "| memory_off/loss | 0.75 | 4,096 labels, 2 documents | not recorded |",
+        "| gap/share | 0.25 | 64 labels | not recorded |",
     ]
     for text in ("library_name: transformers", "a process with transformers alone loaded this folder", "commit abc",
                  "3 of 1,200", "source files of the Python standard library", "recipe: olmo_tiny"):  # fmt: skip

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.export.gate import case_of
-from pipeline.export.trained import find, load_trained, read_run
+from pipeline.inference.trained import find, load_trained, read_run
 from pipeline.parallel.topology import Topology
 from pipeline.system import StepContext, create_system
 from tests.launch.harness import launch, single

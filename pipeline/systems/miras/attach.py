@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,15 +43,18 @@ def memory_alone(model: nn.Module, config: MirasConfig, topology: Topology) -> M
     )
 
 
-def attach(model: nn.Module, config: MirasConfig, topology: Topology) -> None:
-    """Fills the memory of a model with that in the folder `config.memory.pretrained`. Collective.
+def attach(model: nn.Module, config: MirasConfig, topology: Topology, replaced: Collection[str] = ()) -> None:
+    """Fills the memory of a model with that in the folder `config.memory.pretrained`, unless all of it is among
+    `replaced`, as `System` has them. Collective.
 
     Raises UserError on every rank unless it is a memory of these settings, for a backbone with these weights.
     """
     assert config.memory.pretrained is not None
+    names = [name for name, _ in model.named_parameters() if name.startswith(MEMORY)]
+    if set(names) <= set(replaced):
+        return
     folder = expanded(config.memory.pretrained)
     flag = f"--model.memory.pretrained {config.memory.pretrained}"
-    names = [name for name, _ in model.named_parameters() if name.startswith(MEMORY)]
     with shared_errors(topology):
         if not folder.is_dir():
             raise UserError(f"{flag}: no such folder: give one as `mnemos export --memory-only` writes it")

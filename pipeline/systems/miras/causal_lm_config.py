@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.model_config import MAY_CHANGE
@@ -21,6 +22,8 @@ NOT_THE_BACKBONE = (
     "transformers_version",
 )  # fmt: skip
 """Keys of a backbone's config that are about its files, or about labels."""
+CODE = ("auto_map", "code_sha256")
+"""Keys that say which code lies beside a config. A folder that the installed class saves has none."""
 COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Special tokens: those of the backbone, unless others are given."""
@@ -46,6 +49,9 @@ class MnemosConfig(PreTrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        if type(self).__module__.partition(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME:
+            for name in CODE:
+                kwargs.pop(name, None)
         self.backbone = dict(backbone or {"model_type": "olmo2"})
         self.attention = plain_section(section_of(AttentionConfig, attention or {}, "attention"))
         self.memory = plain_section(section_of(MemoryConfig, memory or {}, "memory"))

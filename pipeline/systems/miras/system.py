@@ -126,7 +126,7 @@ class MirasSystem(LanguageModelSystem):
             weights.check_gathering(model, kind, topology)
         weights.initialise(model, self.sizes, self.config.seed, topology)
         if self.sizes.memory.pretrained is not None:
-            attach(model, self.sizes, topology)
+            attach(model, self.sizes, topology, self.replaced)
         # The config of a name on a hub may have come with the weights.
         self.trained_length = self._trained_length()
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.commands.flags import parse_run
 from pipeline.config import RunConfig, replace
 from pipeline.engine import building
 from pipeline.errors import UserError
 from pipeline.export.command import run_export
+from pipeline.inference.trained import load_trained, read_run
 from pipeline.lm.memory_folder import SETTINGS, WEIGHTS
+from pipeline.load import load_model
 from pipeline.parallel.topology import Topology
 from pipeline.system import create_system
 from tests.export.small_checkpoints import built, save, with_memory
@@ -52,6 +55,8 @@ def initialised(config: RunConfig, dtype: torch.dtype = torch.float32) -> torch.
 def test_the_folder_has_the_memory_and_names_its_backbone(written: tuple[Path, RunConfig, torch.nn.Module]) -> None:
     folder, config, model = written
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", SETTINGS, WEIGHTS]
+    card = (folder / "README.md").read_text()
+    assert "library_name" not in card and "pipeline_tag" not in card
     weights = load_file(folder / WEIGHTS)
     trained = {name: value for name, value in model.state_dict().items() if name.startswith("memory.")}
     assert weights.keys() == trained.keys() and all(
@@ -113,3 +118,27 @@ def test_a_damaged_folder_is_refused(
     (tmp_path / "copy" / SETTINGS).write_text(text)
     with pytest.raises(UserError, match=said):
         initialised(with_settings(config, pretrained=str(tmp_path / "copy")))
+
+
+def test_the_folder_is_not_needed_where_a_checkpoint_has_the_memory(
+    written: tuple[Path, RunConfig, torch.nn.Module], tmp_path: Path
+) -> None:
+    """Of a run that began from it: to export, to evaluate, and to go on."""
+    folder, config, _ = written
+    began = with_settings(config, pretrained=str(shutil.copytree(folder, tmp_path / "memory")))
+    system, model = built(began)
+    whole = save(tmp_path / "run", began, system, model)
+    one = next(name for name, _ in model.named_parameters() if name.startswith("memory."))
+    part = save(tmp_path / "part", began, system, model, without=one)
+    shutil.rmtree(tmp_path / "memory")
+    again = read_run(whole)
+    assert again == replace(began, output_dir=again.output_dir)
+    loaded = load_trained(whole, again, create_system(again)).model
+    evaluated = load_model(again, create_system(again), Topology(), weights=whole).model
+    for found in (loaded, evaluated):
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.state_dict().items())
+    load_model(again, create_system(again), Topology(), checkpoint=whole)
+    assert load_file(part / TRAINABLE).keys() == load_file(whole / TRAINABLE).keys() - {one}
+    for weights in (None, part):
+        with pytest.raises(UserError, match=r"--model\.memory\.pretrained .*memory: no such folder"):
+            load_model(again, create_system(again), Topology(), weights=weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.units import human_bytes
@@ -93,7 +94,8 @@ def to_native(checkpoint: Path, out: Path, tokenizer: str | None = None) -> None
         )
     if data.tokens and dtypes:
         # OLMo takes uint16 unless its file says otherwise.
-        data = dataclasses.replace(data, token_dtype=dtypes.pop())
+        dtype: Any = dtypes.pop()
+        data = dataclasses.replace(data, token_dtype=dtype)
     stated = data.eos_id if data.tokens else None
     if stated is not None and not any(makers) and not is_here(data.tokenizer):
         # All that is asked of it is known, and a name needs no network.

@@ -12,7 +12,6 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from pipeline.capabilities import Exports, HasMemory
 from pipeline.checkpoint.files import new_folder
@@ -24,6 +23,7 @@ from pipeline.export.card import Facts, use_memory, use_model, write_card
 from pipeline.export.code import carry_code
 from pipeline.export.gate import Difference, attached_difference, case_of, compare
 from pipeline.export.tokenizer_files import write_tokenizer
+from pipeline.inference.quiet import quiet_transformers
 from pipeline.inference.trained import Trained
 from pipeline.lm.memory_folder import write_memory
 from pipeline.system import System
@@ -68,7 +68,7 @@ def export_model(load: Load, system: System[Any], out: Path, *, tokenizer: bool,
     _end_texts(model, trained, own)
     with _writing(out, trained.model) as partial:
         carry_code(model, partial)
-        with _quiet():
+        with quiet_transformers():
             model.save_pretrained(partial, max_shard_size=SHARD)
         if own is not None:
             write_tokenizer(own, partial, int(model.config.max_position_embeddings))
@@ -169,18 +169,6 @@ def _writing(out: Path, model: nn.Module) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _size(folder: Path) -> int:

@@ -1,0 +1,1 @@
+"""Mimir: discrete diffusion over peptides, by label and by the protein that they are to bind."""

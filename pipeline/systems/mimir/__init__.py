@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.capabilities import DataCommands
     from pipeline.config import RunConfig
     from pipeline.system import System
 
@@ -14,3 +15,10 @@ def create(config: RunConfig) -> System:
     from pipeline.systems.mimir.system import MimirSystem
 
     return MimirSystem(config)
+
+
+def data_commands() -> DataCommands:
+    """`data synth mimir`, and `data verify` of files of peptides."""
+    from pipeline.systems.mimir.data.commands import PeptideCommands
+
+    return PeptideCommands()

@@ -42,8 +42,9 @@ class PeptideBatch:
         return self.letters.shape[0]
 
     def to(self, device: torch.device) -> PeptideBatch:
-        tensors = (getattr(self, name) for name in PeptideBatch.__dataclass_fields__ if name != "domain")
-        return PeptideBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), domain=self.domain)
+        names = (name for name in PeptideBatch.__dataclass_fields__ if name != "domain")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return PeptideBatch(**moved, domain=self.domain)
 
 
 @dataclass(frozen=True)

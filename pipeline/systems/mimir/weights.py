@@ -35,8 +35,8 @@ def _leaves(model: nn.Module) -> list[tuple[type[nn.Module], list[str]]]:
 
 
 def random_weight(name: str, shape: torch.Size, kind: type[nn.Module], seed: int) -> Tensor:
-    """Of embeddings normal, `EMBEDDING` wide, of matrices and convolutions torch's own, uniform within 1 / sqrt(inputs),
-    of norms ones; biases are zero."""
+    """Of embeddings normal, `EMBEDDING` wide; of matrices and convolutions torch's own, uniform within
+    1 / sqrt(inputs); of norms ones; biases are zero."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if kind is nn.LayerNorm:

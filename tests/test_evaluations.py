@@ -75,7 +75,7 @@ class Unable(PhasedSystem):
 def evaluations(folder: Path, step: int, **changes: Any) -> tuple[Evaluations, Seen]:
     run, seen = a_run(folder, step=step), Seen()
     run.config = replace(run.config, seed=3, **changes)
-    run.system, run.engine = Able(phased(folder)), SimpleNamespace(deepspeed=None)  # type: ignore[assignment]
+    run.system, run.engine = Able(phased(folder)), SimpleNamespace(deepspeed=None, average=None)  # type: ignore[assignment]
     return Evaluations(run, SyncPoint(Topology()), [seen]), seen
 
 
@@ -183,7 +183,7 @@ def test_scores_of_tasks_are_part_of_an_evaluation_at_their_own_interval(
         run.config, eval_every=2, evaluation__tasks=("words",), evaluation__tasks_every=3,
         evaluation__task_path=str(tmp_path), evaluation__task_limit=5,
     )  # fmt: skip
-    run.system, run.engine = Reading(phased(tmp_path)), SimpleNamespace(deepspeed=None)  # type: ignore[assignment]
+    run.system, run.engine = Reading(phased(tmp_path)), SimpleNamespace(deepspeed=None, average=None)  # type: ignore[assignment]
 
     class Rows(Callback):
         def on_evaluation(self, step: int, evaluation: Evaluation) -> None:

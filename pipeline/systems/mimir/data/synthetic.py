@@ -59,8 +59,8 @@ def _distinct(
         rows = again
         found[rows] = process.draw(labels[rows], targets[rows], generator)
     raise UserError(
-        f"--count: after {_ATTEMPTS} draws {len(rows)} peptides still stand there already: give fewer, more targets or"
-        " longer ones"
+        f"--count: after {_ATTEMPTS} draws {len(rows):,} of the peptides are copies still: give fewer, more --targets or"
+        " a larger --max-length"
     )
 
 

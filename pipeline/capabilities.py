@@ -41,6 +41,15 @@ class Samples(Protocol):
 
 
 @runtime_checkable
+class CountsEpochs(Protocol):
+    """Trains in passes over data of a known size (`--epochs`, and `epoch` in the rows of training)."""
+
+    def steps_per_epoch(self, topology: Topology) -> float:
+        """Steps of one pass over the training data, of a system whose `files` are set."""
+        ...
+
+
+@runtime_checkable
 class Ablates(Protocol):
     """Evaluates the model with parts of it left out."""
 
@@ -210,12 +219,19 @@ class Published(Protocol):
 
 def check_intervals(config: RunConfig, system: System) -> None:
     """Raises UserError where the config asks for what the system cannot do."""
-    evaluation = config.evaluation
+    evaluation, epochs = config.evaluation, config.epochs
+    counts = isinstance(system, CountsEpochs)
     for flag, given, can, lacks in (
         ("--sample-every", config.sample_every, isinstance(system, Samples), "draws no samples"),
         ("--ablate-every", config.ablate_every, isinstance(system, Ablates), "has no ablations"),
         ("--evaluation.gap-every", evaluation.gap_every, isinstance(system, ClosesGap), "has no memory"),
+        ("--epochs", epochs.train, counts, "counts no epochs"),
+        ("--epochs.save", epochs.save, counts, "counts no epochs"),
+        ("--epochs.evaluate", epochs.evaluate, counts, "counts no epochs"),
+        ("--epochs.sample", epochs.sample, counts, "counts no epochs"),
+        ("--epochs.sample", epochs.sample, isinstance(system, Samples), "draws no samples"),
         ("--evaluation.tasks", " ".join(evaluation.tasks), isinstance(system, ScoresText), "reads no text"),
     ):
         if given and not can:
-            raise UserError(f"{flag} {given}: {config.recipe} {lacks}: leave it out")
+            value = f"{given:g}" if isinstance(given, float) else given
+            raise UserError(f"{flag} {value}: {config.recipe} {lacks}: leave it out")

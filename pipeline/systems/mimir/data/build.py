@@ -13,6 +13,8 @@ from pipeline.errors import UserError, shown
 from pipeline.files.home import expanded
 from pipeline.parallel.topology import Topology
 from pipeline.systems.mimir.config import MimirConfig
+from pipeline.systems.mimir.data import amp
+from pipeline.systems.mimir.data.checks import Expected, check_table
 from pipeline.systems.mimir.data.encode import encode, lengths_of
 from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.data.split import HELD_OUT, HELD_OUT_TARGET, LEFT_OUT, TRAINING, split
@@ -31,38 +33,51 @@ def list_peptides(config: RunConfig) -> PeptideSet:
     for flag, given in (("--data.mix", data.mix), ("--data.tokens", data.tokens), ("--data.recall", data.recall)):
         if given:
             raise UserError(f"{flag} is of text, and this system reads peptides: give --data.path")
-    sequences: Mapping[str, str] | None
+    sequences: Mapping[str, str] | None = None
+    notes: tuple[str, ...] = ()
     if data.path:
         if data.dataset:
             raise UserError("--data.path and --data.dataset are both given: leave one out")
-        table, sequences = read_tables(data.path), None
+        table = read_tables(data.path)
+    elif data.dataset == amp.NAME:
+        table, notes = amp.amp_table(model.min_length, model.max_length)
     else:
-        table, sequences = _named_set(data.dataset or SYNTHETIC, model)
+        table, sequences = synthetic_set(_synthetic_count(data.dataset or SYNTHETIC), model)
     if model.target == "encoder" and (sequences is None or model.target_file is not None):
         if model.target_file is None:
             raise UserError("--model.target encoder reads the targets' amino acids: name them with --model.target-file")
         sequences = read_targets(expanded(model.target_file))
-    return build_set(table, model, data.holdout, sequences)
+    return build_set(table, model, data.holdout, sequences, notes)
 
 
-def _named_set(name: str, model: MimirConfig) -> tuple[Table, Mapping[str, str] | None]:
-    kind, _, count = name.partition(":")
-    if kind == SYNTHETIC and (not count or count.isdecimal()):
-        return synthetic_set(int(count or 20_000), model)
-    raise UserError(
-        f"--data.dataset {shown(name)}: give {SYNTHETIC} or {SYNTHETIC}:COUNT, or files of your own with --data.path"
-    )
+def _synthetic_count(name: str) -> int:
+    """Peptides of a data set SYNTHETIC or SYNTHETIC:COUNT. Raises UserError for another name."""
+    kind, colon, count = name.partition(":")
+    if kind != SYNTHETIC or (colon and not count.isdecimal()):
+        names = f"{SYNTHETIC}, {SYNTHETIC}:COUNT or {amp.NAME}"
+        raise UserError(f"--data.dataset {shown(name)}: give {names}, or name files with --data.path")
+    return int(count) if colon else 20_000
 
 
-def build_set(table: Table, model: MimirConfig, holdout: float, sequences: Mapping[str, str] | None) -> PeptideSet:
-    """The rows of a table, split; `sequences` are the targets' amino acids by name. Raises UserError."""
+def build_set(
+    table: Table,
+    model: MimirConfig,
+    holdout: float,
+    sequences: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> PeptideSet:
+    """The rows of a table, checked and split. `sequences`: the targets' amino acids by name; `notes`: what was left out
+    before. Raises UserError."""
+    needed = sequences if model.target == "encoder" else None
+    check_table(table, Expected(model.letters, model.min_length, model.max_length, needed))
     dictionary = table.targets.dictionary_encode()
     names: list[str] = dictionary.dictionary.to_pylist()
     targets = dictionary.indices.to_numpy().astype(np.int32)
     if "" in names:
         targets[targets == names.index("")] = NO_TARGET
     labels = (np.array(table.labels.to_numpy(zero_copy_only=False)) == "1").astype(np.int8)
-    parts = split(table.sequences, labels, targets, names, holdout)
+    divided = split(table.sequences, labels, targets, names, holdout)
+    parts = divided.parts
     whole = Peptides(
         encode(table.sequences, model.letters, model.max_length),
         lengths_of(table.sequences).astype(np.uint8),
@@ -79,8 +94,13 @@ def build_set(table: Table, model: MimirConfig, holdout: float, sequences: Mappi
         _rows(whole, parts == part) for part in (TRAINING, HELD_OUT, HELD_OUT_TARGET)
     )
     target_names = tuple(names[place] for place in order)
-    known = None if sequences is None else tuple(sequences[name] for name in target_names)
-    found = PeptideSet(training, held_out, held_out_targets, target_names, len(trained), known, fingerprint="")
+    known = None
+    if sequences is not None and sequences.keys() >= set(target_names):
+        known = tuple(sequences[name] for name in target_names)
+    if not len(training):
+        raise UserError(f"{table.name}: no peptide is left to train on: give more, or a lower --data.holdout")
+    notes += tuple(f"{count:,} {why}" for why, count in divided.left_out.items())
+    found = PeptideSet(training, held_out, held_out_targets, target_names, len(trained), known, "", notes)
     return dataclasses.replace(found, fingerprint=_fingerprint(found))
 
 
@@ -117,5 +137,5 @@ def build_loader(
         seed=config.seed,
         shuffle=config.data.shuffle and not held_out,
         balanced=config.model.balanced and not held_out,
-        domain="held out" if held_out else "train",
+        domain="train" if not held_out else "held-out targets" if targets else "held out",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,3 +35,22 @@ def decode(ids: np.ndarray, lengths: np.ndarray, letters: str) -> list[str]:
     table = np.frombuffer(letters.encode(), np.uint8)
     rows = table[ids].astype(np.uint8)
     return [row[:length].tobytes().decode() for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Words:
+    """Sequences as text, and as bytes [N, L] uint8 with their lengths [N] int32."""
+
+    texts: list[str]
+    letters: np.ndarray
+    lengths: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray) -> Words:
+        """Those at the indices `chosen` [n]."""
+        return Words([self.texts[place] for place in chosen.tolist()], self.letters[chosen], self.lengths[chosen])
+
+
+def words_of(sequences: pa.StringArray) -> Words:
+    lengths = lengths_of(sequences)
+    every = "".join(map(chr, range(128)))
+    return Words(sequences.to_pylist(), encode(sequences, every, int(lengths.max(initial=1))), lengths)

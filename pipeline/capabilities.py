@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.evaluation_result import Table
 from pipeline.system import Carry, Evaluation, Phase, Sample, StepContext, StepOutput, System
 
 if TYPE_CHECKING:
@@ -123,6 +124,37 @@ class Generates(Protocol):
 
     def decoder(self, model: nn.Module) -> Decoder:
         """Decodes with the model that `build` made and `load_model` filled; whole on this process, not sharded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a model drew."""
+
+    rows: Table
+    """A row each."""
+    text: str
+    """What the command prints of them."""
+    said: str
+    """One line for a person: how many, how fast, and what is missing."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """Draws whole samples, which go on from no text (`generate CHECKPOINT`)."""
+
+    def draw_options(self) -> Any:
+        """What a user chooses, at its defaults: a frozen dataclass with a docstring under every field, each the flag of
+        its name. To make one raises UserError for a value that no model can use."""
+        ...
+
+    def check_draw(self, options: Any) -> None:
+        """Raises UserError for options that this system cannot follow, as far as its config tells."""
+        ...
+
+    def draw(self, model: nn.Module, options: Any) -> Drawn:
+        """Samples of a whole model in evaluation mode, the same for the same options; writes the file that these name,
+        if any. Raises UserError."""
         ...
 
 

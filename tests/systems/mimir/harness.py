@@ -35,6 +35,7 @@ def small(**changes: Any) -> RunConfig:
         eval_every=0,
         warmup_steps=1,
         evaluation=EvaluationConfig(steps=100),
+        optimizer=dataclasses.replace(mimir_tiny().optimizer, ema_decay=0.0),
     )
     fixed: dict[str, Any] = {
         "model__width": 16, "model__layers": 2, "model__heads": 2, "model__encoder": EncoderConfig(width=8, longest=80),

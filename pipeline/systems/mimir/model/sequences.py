@@ -53,7 +53,8 @@ class TargetEncoder(nn.Module):
             nn.Conv1d(channels, channels, WINDOW, padding=WINDOW // 2) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(channels)
-        self.scores = nn.Linear(channels, QUERIES)
+        # A bias would change no softmax.
+        self.scores = nn.Linear(channels, QUERIES, bias=False)
         self.out = nn.Linear(QUERIES * channels, width)
 
     def forward(self, ids: Tensor) -> Tensor:

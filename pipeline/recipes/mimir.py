@@ -74,7 +74,7 @@ def mimir_amp() -> RunConfig:
         steps=1800,
         batch_size=64,
         epochs=EpochsConfig(train=200, save=20, evaluate=10, sample=50),
-        data=DataConfig(dataset="amp", holdout=0.1),
+        data=DataConfig(dataset="modlamp", holdout=0.1),
         report=ReportConfig(log_every=10),
         evaluation=EvaluationConfig(steps=8, best="bound", patience=5),
     )

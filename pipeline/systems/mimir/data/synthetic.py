@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +45,7 @@ def _distinct(
     """A sequence for each row, of which no target has two alike, and which are not in `taken`."""
     found = np.array(process.draw(labels, targets, generator), object)
     seen: set[tuple[int, str]] = set()
-    rows = range(len(labels))
+    rows: Sequence[int] = range(len(labels))
     for _ in range(_ATTEMPTS):
         again = []
         for row in rows:
@@ -59,8 +59,8 @@ def _distinct(
         rows = again
         found[rows] = process.draw(labels[rows], targets[rows], generator)
     raise UserError(
-        f"--count: after {_ATTEMPTS} draws {len(rows):,} of the peptides are copies still: give fewer, more --targets or"
-        " a larger --max-length"
+        f"--count: after {_ATTEMPTS} draws {len(rows):,} of the peptides are copies still: give fewer, more"
+        " --targets or a larger --max-length"
     )
 
 

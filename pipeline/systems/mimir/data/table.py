@@ -57,8 +57,12 @@ def read_tables(paths: Sequence[str]) -> Table:
     tables = [read_table(path) for name in paths for path in _files(expanded(name))]
     if not tables:
         raise UserError(f"--data.path names no file of peptides: give {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    columns = ([getattr(table, column) for table in tables] for column in ("labels", "targets", "sequences"))
-    return Table(*(pa.concat_arrays(parts) for parts in columns), parts=tuple(table.parts[0] for table in tables))
+    return Table(
+        pa.concat_arrays([table.labels for table in tables]),
+        pa.concat_arrays([table.targets for table in tables]),
+        pa.concat_arrays([table.sequences for table in tables]),
+        tuple(table.parts[0] for table in tables),
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -84,7 +88,8 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} cannot be read ({error.strerror or brief(error)}): check the file") from error
     if not len(columns["sequence"]):
         raise UserError(f"{path} holds no peptide: give a file with at least one")
-    return Table(*(columns[name] for name in COLUMNS), parts=((str(path), len(columns["sequence"])),))
+    parts = ((str(path), len(columns["sequence"])),)
+    return Table(columns["label"], columns["target"], columns["sequence"], parts)
 
 
 def _read_csv(path: Path) -> dict[str, pa.StringArray]:

@@ -148,7 +148,7 @@ def test_lengths_match_where_chance_explains_the_difference() -> None:
 
 
 def test_lengths_that_no_byte_holds_are_refused() -> None:
-    with pytest.raises(UserError, match="--model.max-length 256: peptides have 255 residues at most"):
+    with pytest.raises(UserError, match=r"--model\.max-length 256: peptides have 255 residues at most"):
         build_set(table_of(*ROWS), MimirConfig(max_length=256), 0.0)
 
 

@@ -24,6 +24,8 @@ from pipeline.systems.mimir.peptides import NO_TARGET, Peptides, PeptideSet
 
 SYNTHETIC = "synthetic"
 """The data set of a run that names none: SYNTHETIC, or SYNTHETIC:COUNT, made when it starts."""
+LONGEST = 255
+"""Residues of a peptide: its length is kept as one byte."""
 
 
 def list_peptides(config: RunConfig) -> PeptideSet:
@@ -68,6 +70,8 @@ def build_set(
 ) -> PeptideSet:
     """The rows of a table, checked and split. `sequences`: the targets' amino acids by name; `notes`: what was left out
     before. Raises UserError."""
+    if model.max_length > LONGEST:
+        raise UserError(f"--model.max-length {shown(model.max_length)}: peptides have {LONGEST} residues at most")
     needed = sequences if model.target == "encoder" else None
     check_table(table, Expected(model.letters, model.min_length, model.max_length, needed))
     dictionary = table.targets.dictionary_encode()

@@ -58,7 +58,7 @@ class ProcessSettings:
     planted: float = 0.95
     """Share of the interacting peptides that hold their target's motif."""
     places: int = 0
-    """Residues, from the first on, at which a motif may begin; 0: all that leave room for it."""
+    """Residues, from the first on, at which a motif may begin; 0: all that leave room for it. Few are learnt faster."""
     min_length: int = 8
     """Residues of the shortest peptide; lengths are drawn evenly."""
     max_length: int = 20

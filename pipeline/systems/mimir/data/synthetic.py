@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data.process import RESIDUES, Process, ProcessSettings
 from pipeline.systems.mimir.data.table import Table
 
+SETTINGS = ProcessSettings(places=2)
+"""Of the set that a run without data makes: few places are learnt in minutes, many take a small model much longer."""
 _ATTEMPTS = 20
 
 
@@ -70,11 +73,12 @@ def synthetic_set(count: int, model: MimirConfig) -> tuple[Table, Mapping[str, s
         raise UserError(f"--data.dataset synthetic:{count}: give 1 peptide or more")
     if not set(RESIDUES) <= set(model.letters):
         raise UserError(f"--model.letters {model.letters}: the synthetic set needs {RESIDUES}: give all of them")
-    defaults = ProcessSettings()
-    settings = ProcessSettings(
-        min_length=max(model.min_length, min(defaults.min_length, model.max_length)),
-        max_length=min(model.max_length, defaults.max_length),
+    process = Process(
+        dataclasses.replace(
+            SETTINGS,
+            min_length=max(model.min_length, min(SETTINGS.min_length, model.max_length)),
+            max_length=min(model.max_length, SETTINGS.max_length),
+        )
     )
-    process = Process(settings)
     sequences = dict(zip(process.target_names, process.target_sequences, strict=True))
     return synthetic_table(process, count), sequences

@@ -119,16 +119,18 @@ def _columns(path: Path, table: pa.Table) -> dict[str, pa.StringArray]:
             f"{path} has no column {' and no column '.join(missing)} (it has {shown(', '.join(table.column_names))}):"
             f" name its columns {', '.join(COLUMNS)}"
         )
+    twice = [name for name in COLUMNS if table.column_names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]}: rename one of them")
     found = {}
     for name in COLUMNS:
         try:
-            column = table[name].cast(pa.string()).combine_chunks()
+            chunks = table[name].cast(pa.string()).chunks
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise UserError(
                 f"{path}: the column {name} is of {table[name].type}, not text: write it as text"
             ) from error
-        column = column if isinstance(column, pa.StringArray) else pa.array([], pa.string())
-        found[name] = pc.fill_null(column, "")
+        found[name] = pc.fill_null(pa.concat_arrays([pa.array([], pa.string()), *chunks]), "")
     return found
 
 

@@ -17,7 +17,7 @@ from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data.build import build_loader, list_peptides
 from pipeline.systems.mimir.data.encode import decode
 from pipeline.systems.mimir.data.process import Process, ProcessSettings, read_process
-from pipeline.systems.mimir.data.synthetic import synthetic_table
+from pipeline.systems.mimir.data.synthetic import SETTINGS, synthetic_table
 from pipeline.systems.mimir.data.table import read_table
 
 
@@ -55,7 +55,7 @@ def test_a_process_that_has_not_so_many_peptides_says_so() -> None:
 
 def test_a_run_without_data_has_a_synthetic_set_with_its_targets_sequences() -> None:
     found = list_peptides(config(MimirConfig(target="encoder"), dataset="synthetic:1500"))
-    process = Process(ProcessSettings())
+    process = Process(SETTINGS)
     assert found.target_sequences is not None
     known = dict(zip(process.target_names, process.target_sequences, strict=True))
     assert dict(zip(found.target_names, found.target_sequences, strict=True)) == known

@@ -69,6 +69,7 @@ def test_a_line_is_named_as_an_editor_counts_it(tmp_path: Path) -> None:
         ("label,sequence\n1,ACDE\n", "has no column target .*name its columns label, target, sequence"),
         ("sequence\nACDE\n", "has no column label and no column target"),
         ("label,target,sequence\n", "holds no peptide"),
+        ("label,target,sequence,label\n1,P1,ACDE,1\n", "has two columns label: rename"),
         ("label,target,sequence\n1,P1,ACDE\n1,P1\n", "is no table .*3.*correct that row"),
     ],
 )
@@ -144,6 +145,11 @@ def test_lengths_match_where_chance_explains_the_difference() -> None:
 
     assert matches(np.random.default_rng(1).integers(8, 21, 2000))
     assert matches(np.random.default_rng(1).integers(9, 21, 2000)) is False
+
+
+def test_lengths_that_no_byte_holds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--model\.max-length 256: peptides have 255 residues at most"):
+        build_set(table_of(*ROWS), MimirConfig(max_length=256), 0.0)
 
 
 def test_the_sequences_of_targets(tmp_path: Path) -> None:

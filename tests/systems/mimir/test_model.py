@@ -157,7 +157,7 @@ def test_lengths_are_as_often_as_in_the_data() -> None:
 def test_a_length_head_gives_a_distribution_over_the_lengths_that_may_be() -> None:
     output = built(length="head", min_length=3)(**inputs())
     shares = output.log_lengths.exp()
-    torch.testing.assert_close(shares.sum(-1), torch.ones(4))
+    torch.testing.assert_close(shares.sum(-1), torch.ones(4, dtype=torch.float64))
     assert np.all(shares[:, :3].detach().numpy() == 0) and (shares[:, 3:] > 0).all()
     assert not torch.allclose(shares[0], shares[3])
 

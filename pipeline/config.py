@@ -22,6 +22,8 @@ from pipeline.units import LARGEST
 
 AUTO_ID = "auto"
 """The `run_id` that stands for the time of the start."""
+IN_EPOCHS = {"train": "steps", "save": "save_every", "evaluate": "eval_every", "sample": "sample_every"}
+"""Fields of EpochsConfig, and the field of RunConfig that each decides."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,20 @@ class ReportConfig:
     """Weights & Biases project to log to (needs the `wandb` extra)."""
     peak_tflops: float | None = None
     """Dense peak of one device in TFLOP/s at the training precision, for MFU on a device the table does not know."""
+
+
+@dataclass(frozen=True)
+class EpochsConfig:
+    """Lengths in passes over the training data, of a system that counts them. 0: the flag in steps holds."""
+
+    train: Annotated[float, tyro.conf.arg(aliases=["--epochs"])] = 0.0
+    """Passes in the whole schedule, in place of --steps."""
+    save: float = 0.0
+    """Passes between checkpoints, in place of --save-every."""
+    evaluate: float = 0.0
+    """Passes between held-out evaluations, in place of --eval-every."""
+    sample: float = 0.0
+    """Passes between samples, in place of --sample-every."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +175,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: EpochsConfig = field(default_factory=EpochsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -207,6 +224,7 @@ class RunConfig:
             "--evaluation.full-length": self.evaluation.full_length,
             "--evaluation.tasks-every": self.evaluation.tasks_every,
             "--evaluation.task-limit": self.evaluation.task_limit,
+            **{f"--epochs.{name}": getattr(self.epochs, name) for name in IN_EPOCHS},
         }
         for flag, value in at_least_zero.items():
             if not 0 <= value < math.inf:

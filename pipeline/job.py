@@ -75,9 +75,11 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
     with shared_errors(topology):
         system = checked_system(config, topology)
     checkpoint = find_checkpoint(config, topology)
-    with shared_errors(topology):
-        resolved = resolve(config, system, topology, checkpoint)
-    if is_finished(resolved.config, checkpoint, topology):
+    if is_finished(config, checkpoint, topology):
+        return
+    resolved = resolve(system, topology, checkpoint)
+    # What the data decides may have been all that looked as if something were left.
+    if resolved.config != config and is_finished(resolved.config, checkpoint, topology):
         return
     trainer = _begin(resolved, topology, sync_point, lock, checkpoint)
     while trainer.execute():
@@ -92,7 +94,8 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
             gc.collect()
             # As a process would that began here: what a system keeps between calls is the ended phase's.
             with shared_errors(topology):
-                resolved = resolve(config, checked_system(config, topology), topology, checkpoint)
+                system = checked_system(config, topology)
+            resolved = resolve(system, topology, checkpoint)
             trainer = _begin(resolved, topology, sync_point, lock, checkpoint)
 
 

@@ -17,7 +17,8 @@ SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
 """Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
 RECORDED = (
     "parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id", "grad_accum", "global_batch_size",
-    "global_batch_tokens", "steps", "stop_after",
+    "global_batch_tokens", "steps", "stop_after", "save_every", "eval_every", "sample_every", "epochs.train",
+    "epochs.save", "epochs.evaluate", "epochs.sample",
 )  # fmt: skip
 """Fields whose flags mean more than their value: that a person chose it."""
 LISTED_PATHS = "--data.paths"
@@ -39,9 +40,9 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     from pathlib import Path
 
     from pipeline.commands.flag_help import show_help
-    from pipeline.config import replace
+    from pipeline.config import IN_EPOCHS, replace
     from pipeline.config_file import load_config, states
-    from pipeline.durations import with_duration
+    from pipeline.durations import by_one_measure, with_duration
     from pipeline.global_batch import in_global_batches
     from pipeline.recipes import all_recipes, describe, read_foreign
     from pipeline.run_name import with_named_folder
@@ -92,6 +93,9 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         given.add("grad_accum")
     parsed = in_global_batches(parsed, given, ranks)
     parsed = with_duration(parsed, duration, given, ranks, own_stop=config.stop_after is not None)
+    lengths = {name for pair in IN_EPOCHS.items() for name in (f"epochs.{pair[0]}", pair[1])}
+    in_file = {name for name in lengths if file is not None and states(Path(file), *name.split("."))}
+    parsed = by_one_measure(parsed, given | ({"max_duration"} if duration is not None else set()), in_file)
     stated = {"output_dir"} if file is not None and states(Path(file), "output_dir") else set()
     return with_named_folder(parsed, given, stated)
 

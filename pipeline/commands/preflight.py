@@ -13,7 +13,7 @@ from pipeline.create_run import phases_of
 from pipeline.downstream.tasks import check_installed, check_path
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
-from pipeline.load import checked_system, model_without_storage, resolve
+from pipeline.load import checked_system, decide, model_without_storage
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.precision import precision_of
@@ -33,7 +33,8 @@ def preflight(config: RunConfig, ranks: int) -> None:
     with FolderLock() as lock:
         lock.acquire(config.output_dir)
         checkpoint = locate_checkpoint(config)
-    resolved = resolve(config, system, topology, checkpoint)
+    system.files = system.list_data()
+    resolved = decide(system, topology, checkpoint)
     config, system = resolved.config, resolved.system
     system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
     missing = config.init_from is not None and not (config.init_from / TRAINABLE).is_file()

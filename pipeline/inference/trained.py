@@ -61,13 +61,7 @@ def no_checkpoint(folder: Path, fix: str = GIVE) -> str:
 def read_run(checkpoint: Path, *, tokenizer: str | None = None, pretrained: str | None = None) -> RunConfig:
     """The config of the run that saved a checkpoint, whose config and weights are whole. `tokenizer`, `pretrained`:
     where the tokenizer and the pretrained backbone are now. Raises UserError."""
-    wrong = problems(checkpoint, hashes=True, only=("config.yaml", TRAINABLE))
-    if wrong:
-        raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
-    for name in ("config.yaml", TRAINABLE):
-        if not (checkpoint / name).is_file():
-            raise UserError(f"{checkpoint}: holds no {name}: give another checkpoint")
-    config = load_config(checkpoint / "config.yaml", all_recipes())
+    config = read_config(checkpoint, TRAINABLE)
     if tokenizer is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     if pretrained is not None:
@@ -81,6 +75,18 @@ def read_run(checkpoint: Path, *, tokenizer: str | None = None, pretrained: str 
         changed: Any = {"backbone": dataclasses.replace(backbone, pretrained=pretrained)}
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
     return config
+
+
+def read_config(checkpoint: Path, *others: str) -> RunConfig:
+    """The config of the run that saved a checkpoint; it is whole, and so are the files `others`. Raises UserError."""
+    names = ("config.yaml", *others)
+    wrong = problems(checkpoint, hashes=True, only=names)
+    if wrong:
+        raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
+    for name in names:
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{checkpoint}: holds no {name}: give another checkpoint")
+    return load_config(checkpoint / "config.yaml", all_recipes())
 
 
 def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Trained:

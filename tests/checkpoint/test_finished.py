@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.files import checksum
 from pipeline.checkpoint.finished import is_finished, nothing_left
-from pipeline.checkpoint.manifest import newest
+from pipeline.checkpoint.manifest import newest, with_checksum
 from pipeline.config import RunConfig
 from pipeline.parallel.topology import Topology
 from tests.checkpoint.small_runs import a_run, save
@@ -112,6 +113,9 @@ def test_another_model_section_may_make_phases_longer(ended) -> None:
     text = (checkpoint / "config.yaml").read_text()
     for changed, left in ((text.replace("gate_rank: ", "gate_rank: 1"), True), (text + "new_field: 3\n", False)):
         (checkpoint / "config.yaml").write_text(changed)
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["files"]["config.yaml"] = checksum(checkpoint / "config.yaml")
+        (checkpoint / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
         assert (nothing_left(config, checkpoint) is None) == left
     config, checkpoint = ended(phases=("train",))
     assert nothing_left(config, checkpoint) is None

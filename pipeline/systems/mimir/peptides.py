@@ -76,4 +76,6 @@ class PeptideSet:
     target_sequences: Sequence[str] | None
     """Amino-acid sequences by index, where they are known."""
     fingerprint: str
-    """Hash of all of it."""
+    """Hash of all that is above."""
+    notes: tuple[str, ...] = ()
+    """What was left out, and how much of it, such as "3 copies"."""

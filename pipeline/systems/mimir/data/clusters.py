@@ -22,7 +22,8 @@ def greedy_clusters(words: Words) -> np.ndarray:
     Greedy, from the longest to the shortest, those of one length by the alphabet: a sequence joins the first
     representative that is within `radius` of it, or becomes one. Raises UserError without rapidfuzz.
     """
-    order = np.array(sorted(range(len(words.texts)), key=lambda place: (-len(words.texts[place]), words.texts[place])))
+    ranking = sorted(range(len(words.texts)), key=lambda place: (-len(words.texts[place]), words.texts[place]))
+    order = np.array(ranking, np.int64)
     ranked = words[order]
     representatives = np.full(len(order), -1, np.int64)
     starts, neighbours = _neighbours(ranked)

@@ -62,6 +62,9 @@ class ReportConfig:
 
     log_every: Annotated[int, tyro.conf.arg(aliases=["--log-interval"])] = 1
     """Steps between `train` rows of metrics.jsonl and plain progress lines."""
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+    """Show what else is known: every logged step as a line on a terminal too, with all metrics of the system, and what
+    is drawn from the model."""
     plots: Annotated[bool, tyro.conf.arg(aliases=["--plots"])] = True
     """Draw PNG plots at evaluations and at the end."""
     plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0

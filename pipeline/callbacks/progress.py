@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.callbacks.samples import finite
 from pipeline.callbacks.spikes import SPIKES
 from pipeline.evaluation_result import CHANCE, COUNT, STDERR, TASKS
 from pipeline.files.output import writing
@@ -40,7 +41,7 @@ class ProgressLines(Callback):
         self.bar: tqdm | None = None
         self.seconds_per_step: float | None = None
         self.metrics: dict[str, float] = {}
-        self.watched = True
+        self.watched, self.verbose = True, run.config.report.verbose
 
     def on_start(self) -> None:
         for what, text in self.run.chosen.items():
@@ -70,10 +71,12 @@ class ProgressLines(Callback):
         if record.data_wait >= LEAST_WAIT:
             parts.append(f"data {record.data_wait:.0%}")
         self.metrics = record.metrics
+        if self.verbose:
+            parts += [f"{name} {value:.4g}" for name, value in record.metrics.items()]
         line = "  ".join([*parts, eta])
-        if self.bar is None:
+        if self.bar is None or self.verbose:
             self._print(line)
-        else:
+        if self.bar is not None:
             self.bar.n = record.step
             self.bar.set_description_str("  ".join([*self._phase(), loss, lr, speed, eta]))
         self._write(line)
@@ -114,6 +117,10 @@ class ProgressLines(Callback):
 
     def on_samples(self, step: int, samples: Mapping[str, Sample]) -> None:
         self._log(f"{self._step(step)}  samples in {self.run.folder / 'samples'}: {', '.join(samples) or 'none'}")
+        if self.verbose:
+            for name, sample in samples.items():
+                text = sample if isinstance(sample, str) else json.dumps(finite(sample), ensure_ascii=False)
+                self._print(f"{name}:\n{text.rstrip()}")
 
     def on_checkpoint(self, name: str) -> None:
         self._log(f"saved {self.run.folder / 'checkpoints' / name}")

@@ -247,3 +247,21 @@ def test_a_terminal_that_closes_is_missed_by_nobody(bar: str) -> None:
 )  # fmt: skip
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_more_is_shown_when_it_is_asked_for(
+    make_run, record, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for verbose in (False, True):
+        lines = ProgressLines(make_run(report__verbose=verbose))
+        lines.on_start()
+        lines.on_step(record(step=5, metrics={"ce": 1.25, "vb": 2.0}))
+        lines.on_samples(5, {"sheet": "MKLV\nACDE\n", "numbers": {"x": [1.0, float("nan")]}})
+        lines.on_end("finished")
+        shown = terminal.getvalue()
+        assert ("ce 1.25  vb 2" in shown) == verbose
+        assert ("sheet:\nMKLV\nACDE" in shown and 'numbers:\n{"x": [1.0, null]}' in shown) == verbose
+    written = (lines.run.folder / "training.log").read_text()
+    assert "ce 1.25  vb 2" in written

@@ -70,6 +70,8 @@ class MimirConfig(ModelConfig):
     work that training never saw."""
     targets: int = 803
     """Vectors of the table beside that of no target; what the training data has, once it is read."""
+    target_names: Suppress[tuple[str, ...]] = field(default=(), metadata=MAY_CHANGE)
+    """Names of the targets of the table in their order, which the training data has."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     label_dropout: float = field(default=0.1, metadata=MAY_CHANGE)
     """Share of the examples whose label (with its target) is withheld in training, for guidance."""
@@ -90,7 +92,7 @@ class MimirConfig(ModelConfig):
     @property
     def ignored_fields(self) -> tuple[str, ...]:
         """Fields that mean nothing beside the others."""
-        return ("targets",) if self.target == "encoder" else ("encoder",)
+        return ("targets", "target_names") if self.target == "encoder" else ("encoder",)
 
     @property
     def vocab_size(self) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.capabilities import Drawn
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.errors import UserError
@@ -19,7 +20,7 @@ from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, Sample, StepContext, StepOutput, System
 from pipeline.systems.mimir import costs, losses, weights
 from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data.build import build_loader, list_peptides
@@ -32,6 +33,9 @@ from pipeline.systems.mimir.model import MimirModel, ModelOutput, TargetSequence
 from pipeline.systems.mimir.model.model import parameter_parts
 from pipeline.systems.mimir.model.sequences import encode
 from pipeline.systems.mimir.peptides import PeptideBatch, PeptideSet
+from pipeline.systems.mimir.sampling import draw as drawing
+from pipeline.systems.mimir.sampling.options import PeptideOptions
+from pipeline.systems.mimir.sampling.sheet import sample_sheet
 
 
 class MimirSystem(System[PeptideBatch]):
@@ -73,7 +77,9 @@ class MimirSystem(System[PeptideBatch]):
     def settled(self, topology: Topology) -> RunConfig:
         if self.sizes.target == "encoder":
             return self.config
-        model = dataclasses.replace(self.sizes, targets=self.peptides.training_targets)
+        count = self.peptides.training_targets
+        names = tuple(self.peptides.target_names[:count])
+        model = dataclasses.replace(self.sizes, targets=count, target_names=names)
         return dataclasses.replace(self.config, model=model)
 
     def steps_per_epoch(self, topology: Topology) -> float:
@@ -235,6 +241,20 @@ class MimirSystem(System[PeptideBatch]):
 
     def _predict_batch(self, model: nn.Module, batch: PeptideBatch, xt: Tensor, t: Tensor) -> ModelOutput:
         return self.predict(model, xt, t, batch.lengths, batch.labels, batch.targets)
+
+    def samples(
+        self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint
+    ) -> Mapping[str, Sample]:
+        return {"peptides": sample_sheet(self, model, context.seed, sync_point)}
+
+    def draw_options(self) -> PeptideOptions:
+        return PeptideOptions()
+
+    def check_draw(self, options: PeptideOptions) -> None:
+        drawing.check(self, options)
+
+    def draw(self, model: nn.Module, options: PeptideOptions) -> Drawn:
+        return drawing.draw(self, model, options)
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, MimirModel)

@@ -227,6 +227,7 @@ class RunConfig:
             "--evaluation.full-length": self.evaluation.full_length,
             "--evaluation.tasks-every": self.evaluation.tasks_every,
             "--evaluation.task-limit": self.evaluation.task_limit,
+            "--evaluation.patience": self.evaluation.patience,
             **{f"--epochs.{name}": getattr(self.epochs, name) for name in IN_EPOCHS},
         }
         for flag, value in at_least_zero.items():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pipeline.callbacks import Callback
 from pipeline.capabilities import Ablates, ClosesGap, Samples, ScoresText
 from pipeline.downstream.evaluate import TasksInTraining
+from pipeline.errors import UserError
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.sync import SyncPoint
@@ -41,10 +42,19 @@ class Evaluations:
             self.kinds["sampled"] = ((config.sample_every,), self._sample)
 
     def after(self, step: int, *, ends: bool) -> None:
-        """Does what is due after a step. `ends`: whether the phase or the run ends with it."""
+        """Does what is due after a step and is not done yet. `ends`: whether the phase or the run ends with it."""
         for kind, (every, _) in self.kinds.items():
-            if ends or _is_due(step, *every):
+            if (ends or _is_due(step, *every)) and step not in self.run.done.get(kind, ()):
                 self._do(kind, step, ends)
+
+    def judges(self, step: int) -> bool:
+        """Whether the evaluation that is due at a step decides which checkpoint is the best."""
+        return self.run.config.evaluation.best is not None and _is_due(step, *self.kinds["evaluated"][0])
+
+    def judge(self, step: int, *, ends: bool) -> None:
+        """Makes the evaluation that is due before the step is saved, so that its checkpoint knows of it."""
+        if self.run.config.evaluation.best is not None and (ends or self.judges(step)):
+            self._do("evaluated", step, ends)
 
     def catch_up(self) -> bool:
         """Does what is due at the step that the run begins at and was not done there; returns whether anything was.
@@ -86,6 +96,22 @@ class Evaluations:
             evaluation = together(evaluation, self.tasks.evaluate(system, model, self.sync_point))
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
+        if section.best is not None:
+            self._count(section.best, step, evaluation)
+
+    def _count(self, best: str, step: int, evaluation: Evaluation) -> None:
+        """Takes note of whether an evaluation is the best; that of a phase before the current one is none of it."""
+        run = self.run
+        if best not in evaluation.scalars:
+            raise UserError(
+                f"--evaluation.best {best}: no number of the held-out evaluation, which has"
+                f" {', '.join(evaluation.scalars)}: name one of these"
+            )
+        # An evaluation that is made again, of the same weights, counts once.
+        if step != run.progress.judged and run.progress.phase == run.phase.name:
+            is_best = run.progress.judge(best, evaluation.scalars[best])
+            for callback in self.callbacks:
+                callback.on_judged(step, is_best)
 
     def _ablate(self, step: int, ends: bool) -> None:
         system = self.run.system

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.finished import is_finished
 from pipeline.checkpoint.locate import find_checkpoint
+from pipeline.checkpoint.manifest import pointed
 from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
 from pipeline.create_run import create_run
@@ -103,7 +104,7 @@ def _begin(
     resolved: Resolved, topology: Topology, sync_point: SyncPoint, lock: FolderLock, checkpoint: Path | None
 ) -> Trainer:
     """A phase that is ready for its first step."""
-    weights = resolved.config.init_from
+    weights = None if resolved.config.init_from is None else pointed(resolved.config.init_from)
     if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
         # A resume can do without: its checkpoint has all that is trained, and a hash identifies the frozen weights.
         weights = None

@@ -86,11 +86,10 @@ class ProgressLines(Callback):
         return f"step {step}/{self.last}".ljust(len(f"step {self.last}/{self.last}"))
 
     def _phase(self) -> list[str]:
-        """The phase and the step in it, of a run that has several."""
-        progress = self.run.progress
-        if not self.run.several:
-            return []
-        return [f"{progress.phase} {progress.phase_step}/{self.run.end_of_phase - progress.phase_start}"]
+        """The phase and the step in it, of a run that has several; the epoch, of a system that counts them."""
+        progress, epoch = self.run.progress, self.run.epoch(self.run.progress.step)
+        phase = f"{progress.phase} {progress.phase_step}/{self.run.end_of_phase - progress.phase_start}"
+        return [*([phase] if self.run.several else []), *([] if epoch is None else [f"epoch {epoch:.2f}"])]
 
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
         where = json.dumps(batch, sort_keys=True)
@@ -110,6 +109,16 @@ class ProgressLines(Callback):
         beside = [self.run.system.health(self.metrics) if self.metrics else "", " | ".join(_scores(evaluation.scalars))]
         for line in filter(None, beside):
             self._log(f"{'':<{len(self._step(step))}}  {line}")
+
+    def on_judged(self, step: int, is_best: bool) -> None:
+        progress, patience = self.run.progress, self.run.config.evaluation.patience
+        text = f"{progress.best_of} {progress.best:.4g} of step {progress.best_step}"
+        if is_best:
+            self._log(f"{self._step(step)}  the best so far: {text}")
+        elif patience:
+            self._log(
+                f"{self._step(step)}  no better than {text}: {progress.not_better} of --evaluation.patience {patience}"
+            )
 
     def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
         for part, evaluation in ablations.items():

@@ -57,6 +57,9 @@ def _longer(config: RunConfig, checkpoint: Path) -> bool:
     saved, now = read_config(checkpoint), to_plain(config)
     if saved["steps"] < now["steps"]:
         return True
+    ends = {key: value for key, value in saved.get("evaluation", {}).items() if key in ("best", "patience")}
+    if _differs(ends, now["evaluation"]):
+        return True
     return any(key in saved and _differs(saved[key], now[key]) for key in ("phases", "phase", "model", "epochs"))
 
 

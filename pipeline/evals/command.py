@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.callbacks.heat_map import draw_heat_map
 from pipeline.callbacks.plots import caption, draw_curve
 from pipeline.callbacks.samples import finite, write_samples
-from pipeline.checkpoint.manifest import MANIFEST, problems
+from pipeline.checkpoint.manifest import LATEST, MANIFEST, pointed, problems
 from pipeline.checkpoint.restore import read_progress
 from pipeline.commands.command_help import HELP
 from pipeline.commands.flags import parse_flags, wants_help
@@ -96,8 +96,9 @@ def without_data(config: RunConfig) -> RunConfig:
 
 
 def find_checkpoint_folder(path: Path) -> Path:
-    """A checkpoint folder; a run folder means the one that its `latest` names."""
-    latest = path / "checkpoints" / "latest"
+    """A checkpoint folder; checkpoints/best means the one that this file names, a run folder that of its `latest`."""
+    path = pointed(path)
+    latest = path / "checkpoints" / LATEST
     if latest.is_file():
         return path / "checkpoints" / latest.read_text().strip()
     if not path.is_dir():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.frozen import frozen_weights
-from pipeline.checkpoint.manifest import MANIFEST, manifest_with, newest, problems
+from pipeline.checkpoint.manifest import MANIFEST, manifest_with, newest, pointed, problems
 from pipeline.checkpoint.trainable import TRAINABLE, load_trainable
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
@@ -42,6 +42,7 @@ class Trained:
 
 def find(path: Path, fix: str = GIVE) -> Path:
     """The checkpoint that a path means. Raises UserError, with the fix, where there is none."""
+    path = pointed(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: {fix}")
     other, none = "give {path}", "give another checkpoint"

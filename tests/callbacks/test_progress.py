@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.callbacks.progress import ProgressLines, clock
 from pipeline.system import Evaluation
-from tests.callbacks.conftest import NamedSystem
+from tests.callbacks.conftest import CountingSystem, NamedSystem
 
 
 class Terminal(io.StringIO):
@@ -46,6 +46,13 @@ def test_a_step_says_all_that_is_promised(line) -> None:
     text = line({"step": 5}, steps=150)
     for part in ("step 5/150", "loss 2.5000", "lr 3.00e-04", "grad 0.750", "4.1K tok/s", "1.50 GiB", "ETA 0:02:25"):
         assert part in text
+
+
+def test_a_step_says_its_epoch(make_run, record, capsys: pytest.CaptureFixture[str], no_terminal) -> None:
+    run = make_run(step=10)
+    run.system = CountingSystem(run.config)
+    ProgressLines(run).on_step(record(10))
+    assert "  epoch 1.25  loss" in capsys.readouterr().out
 
 
 def test_the_eta_is_the_steps_left_at_the_measured_speed(line) -> None:

@@ -12,6 +12,10 @@ from pipeline.parallel.weights import fill, generator_for
 from pipeline.systems.mimir.model.lengths import EmpiricalLengths
 from pipeline.systems.mimir.peptides import BACKGROUND, INTERACTING, Peptides
 
+EMBEDDING = 0.1
+"""Standard deviation of embeddings, several of which are added up: of torch's own, 1, the first blocks' outputs are a
+small part, and a run learns more slowly (docs/mimir.md)."""
+
 
 def initialise(model: nn.Module, seed: int, training: Peptides) -> None:
     """Fills a `MimirModel`, sharded or not, with random weights and the lengths of the training data. Collective."""
@@ -31,14 +35,14 @@ def _leaves(model: nn.Module) -> list[tuple[type[nn.Module], list[str]]]:
 
 
 def random_weight(name: str, shape: torch.Size, kind: type[nn.Module], seed: int) -> Tensor:
-    """torch's own distributions: of embeddings standard normal, of matrices and convolutions uniform within 1 /
-    sqrt(inputs), of norms ones; biases are zero."""
+    """Of embeddings normal, `EMBEDDING` wide, of matrices and convolutions torch's own, uniform within 1 / sqrt(inputs),
+    of norms ones; biases are zero."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if kind is nn.LayerNorm:
         return torch.ones(shape)
     if kind is nn.Embedding:
-        return torch.randn(shape, generator=generator_for(seed, name))
+        return EMBEDDING * torch.randn(shape, generator=generator_for(seed, name))
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator_for(seed, name))
 

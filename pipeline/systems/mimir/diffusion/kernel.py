@@ -68,8 +68,11 @@ class Kernel(ABC):
         progress is the share of the curriculum that is done, epochs over its epochs: one number, or [rows]; 1 or more
         after it or without one. draw and lengths are [rows] int64.
         """
-        progress = torch.as_tensor(progress, dtype=torch.float64, device=draw.device).clamp(0, 1)
-        noisiest = (1 + (self.T - 1) * progress).long()
+        noisiest: int | Tensor
+        if isinstance(progress, Tensor):
+            noisiest = (1 + (self.T - 1) * progress.to(torch.float64).clamp(0, 1)).long()
+        else:
+            noisiest = int(1 + (self.T - 1) * min(max(progress, 0.0), 1.0))
         return 1 + (uniforms(seed, f"{domain}/timestep", draw, 1)[:, 0, 0] * noisiest).long()
 
     @abstractmethod

@@ -31,11 +31,11 @@ class UniformKernel(Kernel):
         self.states = K
         self.kept = kept(T)
         """a_t, [T + 1] float64."""
-        self._terms = _term_table(T, K)
+        self._tables = {torch.device("cpu"): (self.kept, _term_table(T, K))}
 
     def corrupt(self, x0: Tensor, t: Tensor, lengths: Tensor, seed: int, domain: str, draw: Tensor) -> Tensor:
         u = uniforms(seed, f"{domain}/corrupt", self.draw_of_step(draw, t), x0.shape[1], 2)
-        stays = u[..., 0] < self.kept.to(x0.device)[t][:, None]
+        stays = u[..., 0] < self._on(x0.device)[0][t][:, None]
         return torch.where(stays, x0, (u[..., 1] * self.K).long()) * inside(lengths, x0.shape[1])
 
     def terms(self, logits: Tensor, x0: Tensor, xt: Tensor, t: Tensor, lengths: Tensor) -> Terms:
@@ -51,7 +51,7 @@ class UniformKernel(Kernel):
         Q_(t-1,t)[j, x_t] is a factor of both distributions and cancels in their ratio. The posterior is the same for
         all letters but x_0 and x_t, so that the sum over letters is one sum of logarithms and two of its members.
         """
-        table = self._terms.to(log_p)[t]  # [rows, columns]
+        table = self._on(log_p.device)[1][t].to(log_p.dtype)  # [rows, columns]
         left, spread, at_xt, elsewhere = (column[:, None, None] for column in table[:, :4].unbind(-1))
         w = log_p.exp() * torch.where(self._letters(xt.device) == xt[..., None], at_xt, elsewhere)
         log_s = (left * w + spread * w.sum(-1, keepdim=True)).log()
@@ -81,7 +81,7 @@ class UniformKernel(Kernel):
 
     def reverse(self, logits: Tensor, xt: Tensor, t: Tensor, s: Tensor, lengths: Tensor) -> Tensor:
         p = predicted(logits).exp()
-        kept = self.kept.to(xt.device)
+        kept, _ = self._on(xt.device)
         kept_s, kept_t = kept[s][:, None, None], kept[t][:, None, None]
         spread_s, spread_t = (1 - kept_s) / self.K, (1 - kept_t) / self.K
         kept_between = kept_t / kept_s
@@ -90,7 +90,7 @@ class UniformKernel(Kernel):
         w = p / torch.where(at_xt, kept_t + spread_t, spread_t).to(p)
         mixed = kept_s.to(p) * w + spread_s.to(p) * w.sum(-1, keepdim=True)
         result = torch.where(at_xt, kept_between + spread_between, spread_between).to(p) * mixed
-        return torch.where(inside(lengths, xt.shape[1])[..., None], result, self._letters(xt.device) == 0)
+        return torch.where(inside(lengths, xt.shape[1])[..., None], result, (self._letters(xt.device) == 0).to(p))
 
     def step(
         self, logits: Tensor, xt: Tensor, t: Tensor, s: Tensor, lengths: Tensor, seed: int, domain: str, draw: Tensor
@@ -105,6 +105,13 @@ class UniformKernel(Kernel):
             joint = frequencies[..., :, None] * (kept_t * torch.eye(self.K, dtype=torch.float64) + noise)
             total += torch.special.entr(joint).sum((-2, -1)) - torch.special.entr(joint.sum(-2)).sum(-1)
         return total / self.T
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """a_t and the table of the terms. Copied to a device once: a copy in every step would wait for the model."""
+        if device not in self._tables:
+            kept_t, terms = self._tables[torch.device("cpu")]
+            self._tables[device] = (kept_t.to(device), terms.to(device))
+        return self._tables[device]
 
     def _letters(self, device: torch.device) -> Tensor:
         return torch.arange(self.K, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def test_the_curriculum_raises_the_noisiest_timestep(progress: float, noisiest: 
 def test_the_ladder_leads_from_the_noisiest_to_the_peptide(steps: int) -> None:
     ladder = UniformKernel(10, 24).ladder(steps)
     assert ladder[0] == 10 and ladder[-1] == 0 and len(ladder) == min(steps, 10) + 1
-    gaps = {high - low for high, low in zip(ladder, ladder[1:], strict=False)}
+    gaps = {high - low for high, low in itertools.pairwise(ladder)}
     assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
 
 

@@ -33,28 +33,26 @@ class ExactDenoiser:
         free = self.composition * likelihood
         evidence = free.sum(-1)
         inside = torch.arange(xt.shape[1]) < lengths[:, None]
-        found = torch.zeros_like(free)
-        weights = torch.zeros(len(xt), dtype=torch.float64)
         has_motif = (labels == INTERACTING) & (targets >= 0)
         motifs = self.motifs[targets.clamp(min=0)]
         size = motifs.shape[1]
         count = (lengths - size + 1).clamp(min=1)
-        total = torch.ones(len(xt), dtype=torch.float64) - self.planted * has_motif
-        independent = free / evidence[..., None]
-        found += total[:, None, None] * independent
-        weights += total
+        nowhere = 1.0 - self.planted * has_motif
+        total = nowhere.double()
+        free_of_motif = torch.zeros_like(evidence)
+        of_motif = torch.zeros_like(free)
         for start in range(xt.shape[1] - size + 1):
-            prior = self.planted / count * has_motif * (start < count)
-            ratio = prior
+            ratio = self.planted / count.double() * has_motif * (start < count)
             for offset in range(size):
                 place = start + offset
                 ratio = ratio * likelihood[:, place].gather(-1, motifs[:, offset, None])[:, 0] / evidence[:, place]
-            given = independent.clone()
-            given[:, start : start + size] = torch.nn.functional.one_hot(motifs, free.shape[-1]).double()
-            found += ratio[:, None, None] * given
-            weights += ratio
-        found = found / weights[:, None, None]
-        return torch.where(inside[..., None], found, 1.0).log()
+            total = total + ratio
+            free_of_motif[:, start : start + size] -= ratio[:, None]
+            for offset in range(size):
+                of_motif[:, start + offset].scatter_add_(-1, motifs[:, offset, None], ratio[:, None])
+        free_of_motif += total[:, None]
+        found = (free_of_motif[..., None] * free / evidence[..., None] + of_motif) / total[:, None, None]
+        return torch.where(inside[..., None], found, 1.0).clamp(min=1e-30).log()
 
     def _likelihood(self, xt: Tensor, t: Tensor) -> Tensor:
         """p(x_t | x_0) for each letter x_0, [rows, L, K]."""

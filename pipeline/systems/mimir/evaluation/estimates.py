@@ -41,8 +41,10 @@ def resampled(groups: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) 
     generator = np.random.Generator(np.random.PCG64(seed))
     names, member = np.unique(groups, return_inverse=True)
     for start in range(0, resamples, _BLOCK):
-        size = min(_BLOCK, resamples - start)
-        yield generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size)[:, member].astype(np.float64)
+        size, number = min(_BLOCK, resamples - start), len(names)
+        drawn = generator.integers(0, number, (size, number)) + np.arange(size)[:, None] * number
+        times = np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number)
+        yield times[:, member].astype(np.float64)
 
 
 def bootstrap(
@@ -69,6 +71,14 @@ def ratio(
     """sum(numerators) / sum(denominators), both [N], with its interval over groups [N] (None: over items)."""
     groups = np.arange(len(numerators)) if groups is None else groups
     return bootstrap(lambda weights: (weights @ numerators) / (weights @ denominators), groups, seed=seed)
+
+
+def ratios(numerators: np.ndarray, denominators: np.ndarray, *, seed: int = 0) -> list[Estimate]:
+    """`ratio` of each column of numerators [N, C], over items [N]."""
+    values = numerators.sum(0) / denominators.sum()
+    weights = np.concatenate(list(resampled(np.arange(len(denominators)), seed=seed)))
+    low, high = np.quantile((weights @ numerators) / (weights @ denominators)[:, None], ENDS, axis=0)
+    return [Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
 
 
 def mean(values: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0) -> Estimate:

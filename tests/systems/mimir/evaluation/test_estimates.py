@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.systems.mimir.evaluation.bits import bits_per_residue
-from pipeline.systems.mimir.evaluation.estimates import bootstrap, mean, ratio, resampled, share
+from pipeline.systems.mimir.evaluation.estimates import bootstrap, mean, ratio, ratios, resampled, share
 
 GENERATOR = np.random.Generator(np.random.PCG64(7))
 
@@ -64,3 +64,10 @@ def test_a_seed_decides_an_interval() -> None:
     assert mean(values, seed=1) == mean(values, seed=1) != mean(values, seed=2)
     found = bootstrap(lambda weights: weights.max(1), np.arange(10), resamples=70)
     assert found.value == 1.0 and found.low >= 1.0
+
+
+def test_columns_have_the_intervals_of_ratios() -> None:
+    numerators, denominators = GENERATOR.random((60, 3)), GENERATOR.integers(4, 21, 60).astype(float)
+    for column, found in zip(numerators.T, ratios(numerators, denominators, seed=4), strict=True):
+        alone = ratio(column, denominators, seed=4)
+        assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high))

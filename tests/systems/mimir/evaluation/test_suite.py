@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation_result import Evaluation
 from pipeline.evals.command import render, write
+from pipeline.evaluation_result import Evaluation
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.mimir.config import MimirConfig

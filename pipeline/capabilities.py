@@ -80,6 +80,18 @@ class Recalls(Protocol):
 
 
 @runtime_checkable
+class JudgesPeptides(Protocol):
+    """Is a model of peptides, whose likelihoods and drawn peptides are measured (`eval --suite peptides`)."""
+
+    def peptide_suite(self, model: nn.Module, phase: Phase, sync_point: SyncPoint, **options: float) -> Evaluation:
+        """As `System.evaluate`, with what else there is to measure. `options`, each the system's own where it is left
+        out: `samples` that are drawn, held-out `peptides` that are scored, `decoys` beside each true target, and
+        `guidance` and `temperature` of what is drawn. Collective; leaves the model's mode as it found it. Raises
+        UserError."""
+        ...
+
+
+@runtime_checkable
 class ScoresText(Protocol):
     """Is a language model that says how likely each token of a text is: `forward` gives `losses` and `predictions` as
     `pipeline.lm.held_out.Evaluated` has them (`eval --suite downstream`, `--evaluation.tasks`)."""

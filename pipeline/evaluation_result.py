@@ -39,7 +39,8 @@ class Curve:
     drawn_label: str = ""
     """The picture's y label, where what is drawn is not what `y_label` says."""
     intervals: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
-    """Lower and upper ends by series: 95 % intervals over documents."""
+    """Lower and upper ends by series: 95 % intervals over `interval_over`."""
+    interval_over: str = "documents"
     counts: tuple[int, ...] = ()
     """Labels that each point was measured on."""
     documents: tuple[int, ...] = ()
@@ -48,6 +49,8 @@ class Curve:
     """Horizontal lines by their label: what a value of y is compared with."""
     edges: dict[str, float] = field(default_factory=dict)
     """Vertical lines by their label: where on the x axis something begins."""
+    names: tuple[str, ...] = ()
+    """What each x is called, where it is no number: points then stand for themselves, and no line joins them."""
 
 
 Sample = str | Sequence[Any] | Mapping[str, Any]

@@ -22,3 +22,9 @@ class HeatMap:
     """Questions behind each cell."""
     chance: float | None = None
     """What a guess has."""
+    x_names: tuple[str, ...] = ()
+    """What each x is called, where it is no number."""
+    y_names: tuple[str, ...] = ()
+    share_of: str = "right answers"
+    counted: str = "questions"
+    """What `count` counts."""

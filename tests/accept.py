@@ -108,6 +108,10 @@ EXPERIMENTS = {
         "token files are made at the tokenizer's speed, and read at 10 M tokens/s by a rank",
         ("tests/data/tokens/test_speed.py",), 3,
     ),
+    "mimir": Experiment(
+        "peptide diffusion learns a known process to 5 % of its entropy, its motifs, and targets that it never saw",
+        ("tests/systems/mimir/test_experiment.py",), 10,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

@@ -29,14 +29,14 @@ def draw_heat_map(heat_map: HeatMap, path: Path, subtitle: str = "") -> None:
             for column, share in enumerate(line):
                 if math.isfinite(share):
                     axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize="small")
-        axis.set_xticks(range(columns), [tokens(x) for x in heat_map.x])
-        axis.set_yticks(range(rows), [f"{y:g}" for y in heat_map.y])
+        axis.set_xticks(range(columns), heat_map.x_names or [tokens(x) for x in heat_map.x])
+        axis.set_yticks(range(rows), heat_map.y_names or [f"{y:g}" for y in heat_map.y])
         axis.set_xlabel(heat_map.x_label)
         axis.set_title(label, fontsize="medium")
     panels[0].set_ylabel(heat_map.y_label)
-    figure.colorbar(image, ax=list(panels), label="share of right answers")
+    figure.colorbar(image, ax=list(panels), label=f"share of {heat_map.share_of}")
     chance = "" if heat_map.chance is None else f"chance {100 * heat_map.chance:.0f} %"
-    count = f"{heat_map.count} questions a cell" if heat_map.count else ""
+    count = f"{heat_map.count} {heat_map.counted} a cell" if heat_map.count else ""
     facts = ", ".join(part for part in (subtitle, count, chance) if part)
     figure.suptitle(f"{heat_map.title}\n{facts}".strip(), fontsize="medium")
     figure.savefig(path, dpi=120)
@@ -50,8 +50,8 @@ def _numbers(heat_map: HeatMap) -> dict[str, object]:
         return value if math.isfinite(value) else None
 
     return {
-        "x": list(heat_map.x),
-        "y": list(heat_map.y),
+        "x": list(heat_map.x_names or heat_map.x),
+        "y": list(heat_map.y_names or heat_map.y),
         "series": {name: [[clean(v) for v in row] for row in values] for name, values in heat_map.series.items()},
         "intervals": {
             name: [[[clean(low), clean(high)] for low, high in row] for row in values]

@@ -135,11 +135,15 @@ def _draw_series(axis: Axes, curve: Curve, label: str) -> None:
     values = points(curve.series[label])
     if all(map(math.isnan, values)):
         return
-    (line,) = axis.plot(x, values, label=label, marker=None if curve.upper_edges else "o", markersize=3)
+    marker, style = None if curve.upper_edges else "o", "none" if curve.names else "-"
+    (line,) = axis.plot(x, values, label=label, marker=marker, markersize=3, linestyle=style)
     if label in curve.intervals:
         low, high = map(points, curve.intervals[label])
-        name = f"{label}, 95 % over documents"
-        axis.fill_between(x, low, high, alpha=0.2, linewidth=0, color=line.get_color(), label=name)
+        name = f"{label}, 95 % over {curve.interval_over}"
+        if curve.names:
+            axis.vlines(x, low, high, alpha=0.4, color=line.get_color(), label=name)
+        else:
+            axis.fill_between(x, low, high, alpha=0.2, linewidth=0, color=line.get_color(), label=name)
 
 
 def _draw_counts(axis: Axes, curve: Curve) -> None:
@@ -173,7 +177,10 @@ def _scale_x(axis: Axes, curve: Curve) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
     if curve.upper_edges:
         axis.set_xlim(_edges(curve)[0], _last(curve))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
+    if curve.names:
+        axis.set_xticks(curve.x, curve.names)
+    else:
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
 
 
 def tokens(count: float) -> str:
@@ -191,7 +198,7 @@ def _numbers(curve: Curve) -> dict[str, Any]:
     ends = {name: {"low": clean(low), "high": clean(high)} for name, (low, high) in curve.intervals.items()}
     more = {
         "intervals": ends, "counts": list(curve.counts), "documents": list(curve.documents), "levels": curve.levels,
-        "edges": curve.edges,
+        "edges": curve.edges, "names": list(curve.names),
     }  # fmt: skip
     return numbers | {name: value for name, value in more.items() if value}
 

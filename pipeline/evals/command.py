@@ -161,8 +161,9 @@ def _table(curve: Curve) -> list[str]:
         f"{curve.title}: {curve.y_label}",
         f"{curve.x_label:>48}  " + "  ".join(f"{label:>12}" for label in labels),
     ]
-    for index, x in enumerate(curve.x):
+    places = curve.names or [f"{x:g}" for x in curve.x]
+    for index, place in enumerate(places):
         values = [curve.series[label][index] for label in labels]
         if any(math.isfinite(value) for value in values):
-            lines.append(f"{x:>48g}  " + "  ".join(f"{value:>12.4g}" for value in values))
+            lines.append(f"{place:>48}  " + "  ".join(f"{value:>12.4g}" for value in values))
     return lines

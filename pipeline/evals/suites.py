@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.capabilities import ClosesGap, Recalls, ScoresText
+from pipeline.capabilities import ClosesGap, JudgesPeptides, Recalls, ScoresText
 from pipeline.checkpoint.loader_state import makers_at
 from pipeline.commands.flags import pop_flag
 from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
@@ -89,6 +90,17 @@ def count(flag: str, words: str) -> int:
     return found[0]
 
 
+def number(flag: str, words: str) -> float:
+    """A number of 0 or more. Raises UserError."""
+    try:
+        found = float(words)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise UserError(f"{flag} {shown(words)}: give a number of 0 or more")
+    return found
+
+
 def _own(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]) -> Evaluation:
     found: Evaluation = system.evaluate(model, phase, sync_point)
     return found
@@ -99,6 +111,14 @@ def _recall(
 ) -> Evaluation:
     lengths, queries = values.get("--lengths"), values.get("--queries", 96)
     found: Evaluation = system.recall_suite(model, sync_point, lengths=lengths, queries=queries)
+    return found
+
+
+def _peptides(
+    system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
+) -> Evaluation:
+    options = {flag.removeprefix("--"): value for flag, value in values.items()}
+    found: Evaluation = system.peptide_suite(model, phase, sync_point, **options)
     return found
 
 
@@ -152,6 +172,15 @@ SUITES = {
     "long": Suite(_long, ClosesGap, "has no memory", adds=True),
     "recall": Suite(
         _recall, Recalls, "cannot be asked for what stood far back", flags={"--lengths": counts, "--queries": count}
+    ),
+    "peptides": Suite(
+        _peptides,
+        JudgesPeptides,
+        "is no model of peptides",
+        flags={
+            **dict.fromkeys(("--samples", "--peptides", "--decoys"), count),
+            **dict.fromkeys(("--guidance", "--temperature"), number),
+        },
     ),
     DOWNSTREAM: Suite(
         _downstream,

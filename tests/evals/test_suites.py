@@ -45,6 +45,22 @@ def test_a_suite_takes_its_own_flags_and_leaves_the_recipes() -> None:
     assert asked == {"lengths": None, "queries": 96}
 
 
+def test_the_suite_of_peptides_hands_its_numbers_on(tmp_path: Path) -> None:
+    words = ["--suite", "peptides", "--samples", "20", "--decoys=3", "--guidance", "1.5", "--seed", "1"]
+    chosen, rest = pop_suite(words)
+    assert rest == ["--seed", "1"] and chosen.folder == "peptides" and chosen.suite.reads_data
+    asked = {}
+
+    def peptide_suite(model: object, phase: object, sync_point: object, **options: float) -> Evaluation:
+        asked.update(options)
+        return Evaluation({})
+
+    chosen.run(types.SimpleNamespace(peptide_suite=peptide_suite), *ARGUMENTS)  # type: ignore[arg-type]
+    assert asked == {"samples": 20, "decoys": 3, "guidance": 1.5}
+    with pytest.raises(UserError, match=r"--suite peptides: .* is no model of peptides: leave it out"):
+        chosen.check(PhasedSystem(phased(tmp_path)))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -53,6 +69,9 @@ def test_a_suite_takes_its_own_flags_and_leaves_the_recipes() -> None:
         (["--suite", "recall", "--lengths", "0"], "--lengths '0': give whole numbers"),
         (["--suite", "recall", "--queries", "3,4"], "--queries '3,4': give one number"),
         (["--suite"], "--suite needs a value"),
+        (["--suite", "peptides", "--samples", "0"], "--samples '0': give whole numbers above 0"),
+        (["--suite", "peptides", "--guidance", "-1"], "--guidance '-1': give a number of 0 or more"),
+        (["--suite", "peptides", "--temperature", "warm"], "--temperature 'warm': give a number of 0 or more"),
         (["--suite", "downstream", "--tasks", "sciq,,copa"], "--tasks 'sciq,,copa': give names, such as sciq,copa"),
         (["--suite", "downstream", "--limit", "0.1"], "--limit '0.1': give whole numbers above 0"),
         (["--suite", "downstream", "--task-path", "/absent"], "--task-path /absent: no such folder"),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from pipeline.systems.mimir.data.build import build_loader, list_peptides
 from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.diffusion.choice import create_kernel
 from pipeline.systems.mimir.diffusion.floor import floor
+from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
 from pipeline.systems.mimir.held_out import composition, measure
 from pipeline.systems.mimir.losses import CE, LENGTH, UNIT, VB
 from pipeline.systems.mimir.model import MimirModel, ModelOutput, TargetSequences
@@ -255,6 +257,15 @@ class MimirSystem(System[PeptideBatch]):
 
     def draw(self, model: nn.Module, options: PeptideOptions) -> Drawn:
         return drawing.draw(self, model, options)
+
+    def peptide_suite(self, model: nn.Module, phase: Phase, sync_point: SyncPoint, **options: Any) -> Evaluation:
+        own, was_training = self.evaluate(model, phase, sync_point), model.training
+        model.eval()
+        try:
+            found = PeptideSuite(self, model, sync_point, Options(**options)).run()
+        finally:
+            model.train(was_training)
+        return dataclasses.replace(found, scalars=own.scalars)
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, MimirModel)

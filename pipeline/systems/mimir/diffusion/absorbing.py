@@ -104,8 +104,9 @@ class AbsorbingKernel(Kernel):
         shown = _first(key.masked_fill(~mask, torch.inf), revealed)
         return torch.where(shown, categorical(p, u[..., 0]), xt)
 
-    def cross_entropy_floor(self, frequencies: Tensor) -> Tensor:
-        return torch.special.entr(frequencies).sum(-1)
+    def cross_entropy_floors(self, frequencies: Tensor) -> Tensor:
+        entropy = torch.special.entr(frequencies).sum(-1)
+        return entropy.expand(self.T, *entropy.shape)
 
 
 def _first(key: Tensor, count: Tensor) -> Tensor:

@@ -121,9 +121,13 @@ class Kernel(ABC):
         others, while t is told apart here."""
 
     @abstractmethod
-    def cross_entropy_floor(self, frequencies: Tensor) -> Tensor:
+    def cross_entropy_floors(self, frequencies: Tensor) -> Tensor:
         """The mean of ce, nats, of the best denoiser of independent residues with these frequencies, [..., K] float64
-        that sum to 1: [...] float64. t is uniform in 1..T."""
+        that sum to 1, at each timestep 1..T: [T, ...] float64."""
+
+    def cross_entropy_floor(self, frequencies: Tensor) -> Tensor:
+        """`cross_entropy_floors` with t uniform in 1..T: [...] float64."""
+        return self.cross_entropy_floors(frequencies).mean(0)
 
     def draw_of_step(self, draw: Tensor, t: Tensor) -> Tensor:
         """A number of its own for each timestep of each draw, [rows]."""

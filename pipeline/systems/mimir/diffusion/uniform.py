@@ -95,13 +95,13 @@ class UniformKernel(Kernel):
         u = uniforms(seed, f"{domain}/step", self.draw_of_step(draw, t), xt.shape[1])[..., 0]
         return categorical(self.reverse(logits, xt, t, s, lengths), u)
 
-    def cross_entropy_floor(self, frequencies: Tensor) -> Tensor:
-        total = torch.zeros(frequencies.shape[:-1], dtype=torch.float64)
+    def cross_entropy_floors(self, frequencies: Tensor) -> Tensor:
+        floors = []
         for kept_t in self.kept[1:]:
             noise = (1 - kept_t) / self.K
             joint = frequencies[..., :, None] * (kept_t * torch.eye(self.K, dtype=torch.float64) + noise)
-            total += torch.special.entr(joint).sum((-2, -1)) - torch.special.entr(joint.sum(-2)).sum(-1)
-        return total / self.T
+            floors.append(torch.special.entr(joint).sum((-2, -1)) - torch.special.entr(joint.sum(-2)).sum(-1))
+        return torch.stack(floors)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """a_t and the table of the terms. Copied to a device once: a copy in every step would wait for the model."""

@@ -1,0 +1,81 @@
+"""How far two sets of peptides are apart in residues, k-mers and lengths, beside what chance alone makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.systems.mimir.evaluation.kmers import kmers
+from pipeline.systems.mimir.peptides import Peptides
+
+PERMUTATIONS = 200
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between two samples of peptides. Finite samples of one distribution are apart as well: by `expected` on average,
+    and by less than `upper` in 95 % of all cases. `excess` is what no chance explains."""
+
+    value: float
+    expected: float
+    upper: float
+
+    @property
+    def excess(self) -> float:
+        return self.value - self.expected
+
+
+def composition_distance(a: Peptides, b: Peptides, letters: int, *, seed: int = 0) -> Distance:
+    """Total variation between the shares of the residues."""
+    return kmer_distance(a, b, 1, letters, seed=seed)
+
+
+def kmer_distance(a: Peptides, b: Peptides, k: int, letters: int, *, seed: int = 0) -> Distance:
+    """Total variation between the shares of the runs of k residues, half the sum of their absolute differences: 0 for
+    equal shares, 1 for disjoint ones."""
+    first, second = kmers(a, k, letters), kmers(b, k, letters)
+    owners = np.concatenate([first[0], second[0] + len(a)])
+    return _distance(owners, np.concatenate([first[1], second[1]]), len(a), len(b), total_variation, seed)
+
+
+def length_distance(a: Peptides, b: Peptides, *, seed: int = 0) -> Distance:
+    """Wasserstein distance between the lengths, in residues: by how many of them a peptide must be longer or shorter,
+    on average, for one distribution to become the other."""
+    values = np.concatenate([a.lengths, b.lengths]).astype(np.int64)
+    return _distance(np.arange(len(values)), values, len(a), len(b), wasserstein, seed)
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    """Of two distributions [bins]."""
+    return float(np.abs(p - q).sum() / 2)
+
+
+def wasserstein(p: np.ndarray, q: np.ndarray) -> float:
+    """Of two distributions [bins] over numbers 0, 1, ..."""
+    return float(np.abs((p - q).cumsum()).sum())
+
+
+def _distance(
+    owners: np.ndarray,
+    bins: np.ndarray,
+    count: int,
+    other: int,
+    between: Callable[[np.ndarray, np.ndarray], float],
+    seed: int,
+) -> Distance:
+    """owners [values]: 0..count-1 of one sample, then those of the other one; bins [values]: what was seen of it. Whole
+    peptides change sides in a permutation: the residues of one are no independent draws."""
+    _, bins = np.unique(bins, return_inverse=True) if between is total_variation else (None, bins)
+    generator = np.random.Generator(np.random.PCG64(seed))
+
+    def of(is_first: np.ndarray) -> float:
+        mine = is_first[owners]
+        size = int(bins.max(initial=0)) + 1
+        p, q = np.bincount(bins[mine], minlength=size), np.bincount(bins[~mine], minlength=size)
+        return between(p / p.sum(), q / q.sum()) if p.sum() and q.sum() else np.nan
+
+    sides = np.arange(count + other) < count
+    by_chance = [of(generator.permutation(sides)) for _ in range(PERMUTATIONS)]
+    return Distance(of(sides), float(np.mean(by_chance)), float(np.quantile(by_chance, 0.95)))

@@ -11,10 +11,11 @@ import pytest
 
 from tests.launch.harness import single
 
-ROUNDS = 60
+ROUNDS = 40
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_a_step_is_as_fast_as_in_a_plain_loop(tmp_path: Path, record_property: Any) -> None:
     """Preset small, 256 peptides a step, two threads: within 10 % of a plain loop, and no waiting for the loader."""
     main = "tests.systems.mimir.speed_main"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pipeline.capabilities import Compiles, CountsEpochs
 from pipeline.errors import UserError
 from pipeline.load import decide
 from pipeline.parallel.topology import Topology
+from pipeline.plan.command import render
 from pipeline.plan.estimate import PlanOptions, make_plan
 from pipeline.recipes import all_recipes
 from pipeline.runtime.sync import SyncPoint
@@ -306,3 +308,12 @@ def test_the_presets_are_the_guides(name: str, epochs: int, lr: float, warmup: i
     plan = make_plan(config, PlanOptions(device="L4"))
     assert plan.counts.parameters == plan.counts.trainable == parameters
     assert plan.fits and plan.held["kept activations"] > plan.held["working set"] > 0
+
+
+def test_a_plan_says_apart_what_other_choices_add() -> None:
+    config = small(model__target="encoder", model__length="head")
+    parts = created(config).parameter_parts()
+    shown = dict(re.findall(r"^ +(\w[\w ]*?)  +([\d,]+)$", render(config, PlanOptions(device="L4")), re.MULTILINE))
+    assert {name: shown[name] for name in parts} == {name: f"{number:,}" for name, number in parts.items()}
+    assert sum(parts.values()) == int(shown["parameters"].replace(",", ""))
+    assert "denoiser" not in render(all_recipes()["mimir_small"](), PlanOptions(device="L4"))

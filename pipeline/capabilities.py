@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.evaluation_result import Table
 from pipeline.system import Carry, Evaluation, Phase, Sample, StepContext, StepOutput, System
 
 if TYPE_CHECKING:
@@ -36,6 +37,15 @@ class Samples(Protocol):
         Collective; calls `sync_point` at the same places on every rank. Leaves the model's mode as it found it. What
         training carries on is not its to use: the streams stay as they are.
         """
+        ...
+
+
+@runtime_checkable
+class CountsEpochs(Protocol):
+    """Trains in passes over data of a known size (`--epochs`, and `epoch` in the rows of training)."""
+
+    def steps_per_epoch(self, topology: Topology) -> float:
+        """Steps of one pass over the training data, of a system whose `files` are set."""
         ...
 
 
@@ -117,6 +127,37 @@ class Generates(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a model drew."""
+
+    rows: Table
+    """A row each."""
+    text: str
+    """What the command prints of them."""
+    said: str
+    """One line for a person: how many, how fast, and what is missing."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """Draws whole samples, which go on from no text (`generate CHECKPOINT`)."""
+
+    def draw_options(self) -> Any:
+        """What a user chooses, at its defaults: a frozen dataclass with a docstring under every field, each the flag of
+        its name. To make one raises UserError for a value that no model can use."""
+        ...
+
+    def check_draw(self, options: Any) -> None:
+        """Raises UserError for options that this system cannot follow, as far as its config tells."""
+        ...
+
+    def draw(self, model: nn.Module, options: Any) -> Drawn:
+        """Samples of a whole model in evaluation mode, the same for the same options; writes the file that these name,
+        if any. Raises UserError."""
+        ...
+
+
 @runtime_checkable
 class Exports(Protocol):
     """Can be written as a folder that transformers loads (`export CHECKPOINT DIR`)."""
@@ -176,14 +217,41 @@ class Published(Protocol):
         ...
 
 
+class DataCommands(Protocol):
+    """What `data_commands()` of a system's package returns, where it has such a function: the system reads files of a
+    kind of its own, or makes sets from a known process."""
+
+    suffixes: tuple[str, ...]
+    """Of the files that it reads, such as ".csv"."""
+    synth_options: Any
+    """A dataclass of the flags of `data synth SYSTEM`, with their defaults."""
+    verify_options: Any
+    """As `synth_options`, of `data verify FILE ...`."""
+
+    def synth(self, options: Any) -> None:
+        """Makes a set. Raises UserError."""
+        ...
+
+    def verify(self, files: Sequence[str], options: Any) -> None:
+        """Prints each check of each file. Raises UserError when one fails."""
+        ...
+
+
 def check_intervals(config: RunConfig, system: System) -> None:
     """Raises UserError where the config asks for what the system cannot do."""
-    evaluation = config.evaluation
+    evaluation, epochs = config.evaluation, config.epochs
+    counts = isinstance(system, CountsEpochs)
     for flag, given, can, lacks in (
         ("--sample-every", config.sample_every, isinstance(system, Samples), "draws no samples"),
         ("--ablate-every", config.ablate_every, isinstance(system, Ablates), "has no ablations"),
         ("--evaluation.gap-every", evaluation.gap_every, isinstance(system, ClosesGap), "has no memory"),
+        ("--epochs", epochs.train, counts, "counts no epochs"),
+        ("--epochs.save", epochs.save, counts, "counts no epochs"),
+        ("--epochs.evaluate", epochs.evaluate, counts, "counts no epochs"),
+        ("--epochs.sample", epochs.sample, counts, "counts no epochs"),
+        ("--epochs.sample", epochs.sample, isinstance(system, Samples), "draws no samples"),
         ("--evaluation.tasks", " ".join(evaluation.tasks), isinstance(system, ScoresText), "reads no text"),
     ):
         if given and not can:
-            raise UserError(f"{flag} {given}: {config.recipe} {lacks}: leave it out")
+            value = f"{given:g}" if isinstance(given, float) else given
+            raise UserError(f"{flag} {value}: {config.recipe} {lacks}: leave it out")

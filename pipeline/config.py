@@ -22,6 +22,8 @@ from pipeline.units import LARGEST
 
 AUTO_ID = "auto"
 """The `run_id` that stands for the time of the start."""
+IN_EPOCHS = {"train": "steps", "save": "save_every", "evaluate": "eval_every", "sample": "sample_every"}
+"""Fields of EpochsConfig, and the field of RunConfig that each decides."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class OptimizerConfig:
     """A cosine or linear schedule ends at this share of the peak learning rate."""
     warmup_start: float = 0.0
     """Share of the peak learning rate from which the warm-up rises."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999, which evaluations, samples and what is made of a
+    checkpoint take in the place of the weights; 0: none."""
     max_skipped: int = 20
     """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
 
@@ -60,6 +65,9 @@ class ReportConfig:
 
     log_every: Annotated[int, tyro.conf.arg(aliases=["--log-interval"])] = 1
     """Steps between `train` rows of metrics.jsonl and plain progress lines."""
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+    """Show what else is known: every logged step as a line on a terminal too, with all metrics of the system, and what
+    is drawn from the model."""
     plots: Annotated[bool, tyro.conf.arg(aliases=["--plots"])] = True
     """Draw PNG plots at evaluations and at the end."""
     plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0
@@ -72,6 +80,20 @@ class ReportConfig:
     """Weights & Biases project to log to (needs the `wandb` extra)."""
     peak_tflops: float | None = None
     """Dense peak of one device in TFLOP/s at the training precision, for MFU on a device the table does not know."""
+
+
+@dataclass(frozen=True)
+class EpochsConfig:
+    """Lengths in passes over the training data, of a system that counts them. 0: the flag in steps holds."""
+
+    train: Annotated[float, tyro.conf.arg(aliases=["--epochs"])] = 0.0
+    """Passes in the whole schedule, in place of --steps."""
+    save: float = 0.0
+    """Passes between checkpoints, in place of --save-every."""
+    evaluate: float = 0.0
+    """Passes between held-out evaluations, in place of --eval-every."""
+    sample: float = 0.0
+    """Passes between samples, in place of --sample-every."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +181,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: EpochsConfig = field(default_factory=EpochsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -207,6 +230,8 @@ class RunConfig:
             "--evaluation.full-length": self.evaluation.full_length,
             "--evaluation.tasks-every": self.evaluation.tasks_every,
             "--evaluation.task-limit": self.evaluation.task_limit,
+            "--evaluation.patience": self.evaluation.patience,
+            **{f"--epochs.{name}": getattr(self.epochs, name) for name in IN_EPOCHS},
         }
         for flag, value in at_least_zero.items():
             if not 0 <= value < math.inf:
@@ -223,6 +248,8 @@ class RunConfig:
             raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise UserError(f"--optimizer.betas are {self.optimizer.betas}: give two values from 0 to below 1")
+        if not 0 <= self.optimizer.ema_decay < 1:
+            raise UserError(f"--optimizer.ema-decay is {self.optimizer.ema_decay}: give a value from 0 to below 1")
         if not 0 <= self.optimizer.min_lr_ratio <= 1:
             raise UserError(f"--optimizer.min-lr-ratio is {self.optimizer.min_lr_ratio}: give a share from 0 to 1")
         if not 0 <= self.optimizer.warmup_start <= 1:

@@ -1,4 +1,5 @@
-"""How long training takes, in steps or tokens: `--max-duration` beside `--steps`, and OLMo's form of both."""
+"""How long training takes, in steps, tokens or epochs: `--max-duration` and `--epochs` beside `--steps`, and what OLMo
+writes for them."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import IN_EPOCHS, RunConfig, replace
 from pipeline.errors import UserError, shown
+from pipeline.units import LARGEST
 
 FLAG = "--max-duration"
+MORE = {"steps": "max_duration"}
+"""What gives a field beside its own flag."""
 
 
 def number(value: Any, what: str) -> float:
@@ -73,3 +77,41 @@ def with_duration(
             " for a longer schedule"
         )
     return dataclasses.replace(config, stop_after=steps)
+
+
+def by_one_measure(config: RunConfig, given: Collection[str], in_file: Collection[str]) -> RunConfig:
+    """The config in which what a person says in steps stands over epochs that were there before: those of the recipe,
+    or of the `--config` file.
+
+    `given`: fields whose flags are among the words, and `max_duration` where it is; `in_file`: fields that the file
+    gives. Raises UserError where both flags of a length are there.
+    """
+    for name, field in IN_EPOCHS.items():
+        in_steps = next((other for other in (field, MORE.get(field, field)) if other in given), None)
+        flag = "--epochs" if name == "train" else f"--epochs.{name}"
+        if f"epochs.{name}" in given:
+            if in_steps is not None and getattr(config.epochs, name):
+                other = f"--{in_steps.replace('_', '-')}"
+                raise UserError(f"{flag} and {other} are both given, and each says the same length: keep one")
+        elif in_steps is not None or (field in in_file and f"epochs.{name}" not in in_file):
+            config = replace(config, **{f"epochs__{name}": 0.0})
+    return config
+
+
+def in_epochs(config: RunConfig, steps_per_epoch: float) -> RunConfig:
+    """The config with the steps that its lengths in epochs are, where an epoch has `steps_per_epoch` of them.
+
+    A part of a step counts as one in the length of the schedule; intervals are rounded, and are one step at least. The
+    lengths in epochs stay as they are. Raises UserError for more steps than a run can have.
+    """
+    found: dict[str, int] = {}
+    for name, field in IN_EPOCHS.items():
+        epochs = getattr(config.epochs, name)
+        if not epochs:
+            continue
+        # The product of 0.1 and 30 is not to have a part of a fourth step.
+        steps = round(epochs * steps_per_epoch, 6)
+        if steps > LARGEST:
+            raise UserError(f"--epochs.{name} is {epochs:g}, {steps:.3g} steps: give fewer")
+        found[field] = max(1, math.ceil(steps) if field == "steps" else round(steps))
+    return dataclasses.replace(config, **found)  # type: ignore[arg-type]

@@ -34,8 +34,18 @@ class EvaluationConfig:
     """Folder of further tasks, in the harness's YAML form; one of theirs may replace one of the harness's."""
     task_limit: int = 0
     """First documents of each task that are scored; 0: all."""
+    best: str | None = None
+    """Number of the held-out evaluation, such as loss, by which the best checkpoint is kept: the one with the lowest.
+    It is saved at its evaluation, and checkpoints/best names it."""
+    patience: int = 0
+    """Evaluations in a row that are no better than the best before them, after which the phase ends; 0: it goes on."""
 
     def __post_init__(self) -> None:
+        if self.patience and self.best is None:
+            raise UserError(
+                f"--evaluation.patience {shown(self.patience)}: nothing says what is better: name a number of the"
+                " held-out evaluation, --evaluation.best loss"
+            )
         if self.tasks:
             return
         for flag, value in (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
 from pipeline.callbacks import Callback
 from pipeline.capabilities import Ablates, ClosesGap, Samples, ScoresText
 from pipeline.downstream.evaluate import TasksInTraining
+from pipeline.errors import UserError
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.sync import SyncPoint
@@ -41,10 +43,18 @@ class Evaluations:
             self.kinds["sampled"] = ((config.sample_every,), self._sample)
 
     def after(self, step: int, *, ends: bool) -> None:
-        """Does what is due after a step. `ends`: whether the phase or the run ends with it."""
-        for kind, (every, _) in self.kinds.items():
-            if ends or _is_due(step, *every):
-                self._do(kind, step, ends)
+        """Does what is due after a step and is not done yet. `ends`: whether the phase or the run ends with it."""
+        due = [kind for kind, (every, _) in self.kinds.items() if ends or _is_due(step, *every)]
+        self._do([kind for kind in due if step not in self.run.done.get(kind, ())], step, ends)
+
+    def judges(self, step: int) -> bool:
+        """Whether the evaluation that is due at a step decides which checkpoint is the best."""
+        return self.run.config.evaluation.best is not None and _is_due(step, *self.kinds["evaluated"][0])
+
+    def judge(self, step: int, *, ends: bool) -> None:
+        """Makes the evaluation that is due before the step is saved, so that its checkpoint knows of it."""
+        if self.run.config.evaluation.best is not None and (ends or self.judges(step)):
+            self._do(["evaluated"], step, ends)
 
     def catch_up(self) -> bool:
         """Does what is due at the step that the run begins at and was not done there; returns whether anything was.
@@ -54,19 +64,24 @@ class Evaluations:
         run, step = self.run, self.run.progress.step
         end = run.end_of_phase
         ends = step >= min(end, run.config.stop_after or end) or run.progress.phase_done
-        done = False
-        for kind, (every, _) in self.kinds.items():
-            due = ends or _is_due(step, *every) if step else kind == "evaluated"
-            if due and step not in run.done.get(kind, ()):
-                self._do(kind, step, ends)
-                done = True
-        return done
+        due = [
+            kind
+            for kind, (every, _) in self.kinds.items()
+            if (ends or _is_due(step, *every) if step else kind == "evaluated") and step not in run.done.get(kind, ())
+        ]
+        self._do(due, step, ends)
+        return bool(due)
 
-    def _do(self, kind: str, step: int, ends: bool) -> None:
-        self.kinds[kind][1](step, ends)
-        self.run.done[kind] = (*self.run.done.get(kind, ()), step)
-        if self.run.is_main:
-            write_run_file(self.run, "running")
+    def _do(self, kinds: Sequence[str], step: int, ends: bool) -> None:
+        average = self.run.engine.average
+        # Before the first update it is the weights.
+        averaged = average.in_place() if average is not None and average.updates and kinds else contextlib.nullcontext()
+        with averaged:
+            for kind in kinds:
+                self.kinds[kind][1](step, ends)
+                self.run.done[kind] = (*self.run.done.get(kind, ()), step)
+                if self.run.is_main:
+                    write_run_file(self.run, "running")
 
     @property
     def _phase(self) -> Phase:
@@ -86,6 +101,22 @@ class Evaluations:
             evaluation = together(evaluation, self.tasks.evaluate(system, model, self.sync_point))
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
+        if section.best is not None:
+            self._count(section.best, step, evaluation)
+
+    def _count(self, best: str, step: int, evaluation: Evaluation) -> None:
+        """Takes note of whether an evaluation is the best; that of a phase before the current one is none of it."""
+        run = self.run
+        if best not in evaluation.scalars:
+            raise UserError(
+                f"--evaluation.best {best}: no number of the held-out evaluation, which has"
+                f" {', '.join(evaluation.scalars)}: name one of these"
+            )
+        # An evaluation that is made again, of the same weights, counts once.
+        if step != run.progress.judged and run.progress.phase == run.phase.name:
+            is_best = run.progress.judge(best, evaluation.scalars[best])
+            for callback in self.callbacks:
+                callback.on_judged(step, is_best)
 
     def _ablate(self, step: int, ends: bool) -> None:
         system = self.run.system

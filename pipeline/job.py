@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.finished import is_finished
 from pipeline.checkpoint.locate import find_checkpoint
+from pipeline.checkpoint.manifest import pointed
 from pipeline.checkpoint.trainable import has_trainable
 from pipeline.config import RunConfig
 from pipeline.create_run import create_run
@@ -75,9 +76,11 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
     with shared_errors(topology):
         system = checked_system(config, topology)
     checkpoint = find_checkpoint(config, topology)
-    with shared_errors(topology):
-        resolved = resolve(config, system, topology, checkpoint)
-    if is_finished(resolved.config, checkpoint, topology):
+    if is_finished(config, checkpoint, topology):
+        return
+    resolved = resolve(system, topology, checkpoint)
+    # What the data decides may have been all that looked as if something were left.
+    if resolved.config != config and is_finished(resolved.config, checkpoint, topology):
         return
     trainer = _begin(resolved, topology, sync_point, lock, checkpoint)
     while trainer.execute():
@@ -92,7 +95,8 @@ def _train(config: RunConfig, topology: Topology, sync_point: SyncPoint, lock: F
             gc.collect()
             # As a process would that began here: what a system keeps between calls is the ended phase's.
             with shared_errors(topology):
-                resolved = resolve(config, checked_system(config, topology), topology, checkpoint)
+                system = checked_system(config, topology)
+            resolved = resolve(system, topology, checkpoint)
             trainer = _begin(resolved, topology, sync_point, lock, checkpoint)
 
 
@@ -100,7 +104,7 @@ def _begin(
     resolved: Resolved, topology: Topology, sync_point: SyncPoint, lock: FolderLock, checkpoint: Path | None
 ) -> Trainer:
     """A phase that is ready for its first step."""
-    weights = resolved.config.init_from
+    weights = None if resolved.config.init_from is None else pointed(resolved.config.init_from)
     if weights is not None and checkpoint is not None and not has_trainable(weights, topology):
         # A resume can do without: its checkpoint has all that is trained, and a hash identifies the frozen weights.
         weights = None

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.capabilities import check_intervals
+from pipeline.capabilities import CountsEpochs, check_intervals
 from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
-from pipeline.checkpoint.trainable import load_trainable, trainable_names
+from pipeline.checkpoint.trainable import load_average, load_trainable, trainable_names
 from pipeline.compilation import check_compile
 from pipeline.config import RunConfig
-from pipeline.data.build import list_data
 from pipeline.ds_config import check_precision, deepspeed_config
+from pipeline.durations import in_epochs
 from pipeline.engine import building
 from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
@@ -29,8 +29,10 @@ class Resolved:
     """What a run does, decided before anything is built."""
 
     config: RunConfig
-    """With as many micro-batches as keep the global batch of the checkpoint that it goes on from."""
+    """With what the data decides, and as many micro-batches as keep the global batch of the checkpoint that it goes on
+    from."""
     system: System
+    """With the `files` of rank 0."""
     ds_config: dict[str, Any]
 
 
@@ -51,17 +53,52 @@ def checked_system(config: RunConfig, topology: Topology) -> System:
     return system
 
 
-def resolve(config: RunConfig, system: System, topology: Topology, checkpoint: Path | None = None) -> Resolved:
-    """Decides what a run does that begins anew, or goes on from `checkpoint`. Raises UserError when it cannot."""
-    check_precision(config)
+def resolve(system: System, topology: Topology, checkpoint: Path | None = None) -> Resolved:
+    """Decides what a run does that begins anew, or goes on from `checkpoint`. Collective; raises UserError on every
+    rank when it cannot."""
+    _share_files(system, topology, ask_servers=True)
+    with shared_errors(topology):
+        return decide(system, topology, checkpoint)
+
+
+def decide(system: System, topology: Topology, checkpoint: Path | None = None) -> Resolved:
+    """As `resolve`, by one process for all, of a system whose `files` are set. Raises UserError."""
+    check_precision(system.config)
+    system = _settled(system, topology)
     if checkpoint is not None:
-        check_resumable(config, checkpoint)
-        resumed = keep_global_batch(config, topology, checkpoint)
-        if resumed != config:
-            config, system = resumed, create_system(resumed)
+        check_resumable(system.config, checkpoint)
+        resumed = keep_global_batch(system.config, topology, checkpoint)
+        # Of steps of another size there are more or fewer in an epoch.
+        system = _settled(_with_config(system, resumed), topology)
+    config = system.config
     ds_config = deepspeed_config(config)
     check_compile(config, system, topology, ds_config)
     return Resolved(config, system, ds_config)
+
+
+def _share_files(system: System, topology: Topology, *, ask_servers: bool) -> None:
+    """What rank 0 finds of the data, for all ranks and for both sides of the hold-out: a folder may change while it is
+    read. Collective; raises UserError on every rank."""
+    with shared_errors(topology):
+        listed = system.list_data(ask_servers=ask_servers) if topology.rank == 0 else None
+    system.files = broadcast_object(topology, listed)
+
+
+def _settled(system: System, topology: Topology) -> System:
+    """The system of the config with all that the data decides: sizes, and the steps in its epochs."""
+    system = _with_config(system, system.settled(topology))
+    if isinstance(system, CountsEpochs):
+        system = _with_config(system, in_epochs(system.config, system.steps_per_epoch(topology)))
+    return system
+
+
+def _with_config(system: System, config: RunConfig) -> System:
+    """The system of another config of the same run."""
+    if config == system.config:
+        return system
+    other = create_system(config)
+    other.files = system.files
+    return other
 
 
 def load_model(
@@ -72,17 +109,17 @@ def load_model(
     ds_config: dict[str, Any] | None = None,
     weights: Path | None = None,
     checkpoint: Path | None = None,
+    raw: bool = False,
 ) -> LoadedModel:
-    """Builds the model and fills it: pretrained or random weights, then those that the checkpoint `weights` trained.
+    """Builds the model and fills it: pretrained or random weights, then those that the checkpoint `weights` trained,
+    and the moving average of them that it has, unless `raw`.
 
     `ds_config`: the configuration whose ZeRO stage shards it; None: it is whole on every rank. `checkpoint`: the one
     that fills later what was trained. Collective; raises UserError on every rank.
     """
-    # Once, for all ranks and for both sides of the hold-out: a folder may change while it is read. Only training is
-    # sure to read the data: an evaluation may be made where the servers cannot be reached.
-    with shared_errors(topology):
-        listed = list_data(config, ask_servers=ds_config is not None) if topology.rank == 0 else None
-    system.files = broadcast_object(topology, listed)
+    if system.files is None:
+        # Only training is sure to read the data: an evaluation may be made where the servers cannot be reached.
+        _share_files(system, topology, ask_servers=ds_config is not None)
     with building(ds_config or {}, precision_of(config)):
         model = system.build()
     filled = [trainable_names(folder, topology) for folder in (weights, checkpoint) if folder is not None]
@@ -90,6 +127,8 @@ def load_model(
     system.initialise(model, topology)
     if weights is not None:
         load_trainable(model, weights, topology)
+        if not raw:
+            load_average(model, weights, topology)
     return LoadedModel(system, model, system.phases(model))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.capabilities import CountsEpochs
 from pipeline.config import RunConfig
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.folder_lock import FolderLock
@@ -44,6 +46,16 @@ class Progress:
     skipped_in_a_row: int = 0
     elapsed: float = 0.0
     """Seconds of training, over all resumes."""
+    best_of: str = ""
+    """The number of the evaluations that `best` is of: what --evaluation.best was."""
+    best: float = 0.0
+    """The lowest that an evaluation in this phase has found."""
+    best_step: int = 0
+    """The step of that evaluation; 0: there was none."""
+    not_better: int = 0
+    """Evaluations since then."""
+    judged: int = 0
+    """The step of the last evaluation that was compared with the best."""
 
     def __post_init__(self) -> None:
         self.phases_before = tuple(self.phases_before)  # a list in JSON
@@ -58,6 +70,19 @@ class Progress:
         if self.phase:
             self.phases_before = (*self.phases_before, self.phase)
         self.phase, self.phase_start, self.phase_done, self.rule_met = phase, self.step, False, False
+        self.best, self.best_step, self.not_better, self.judged = 0.0, 0, 0, 0
+
+    def judge(self, name: str, value: float) -> bool:
+        """Counts an evaluation at the run's step, whose number `name` is `value`; returns whether it is the lowest of
+        the phase. One that is not finite never is."""
+        if name != self.best_of:
+            self.best_of, self.best, self.best_step, self.not_better = name, 0.0, 0, 0
+        self.judged = self.step
+        if math.isfinite(value) and (not self.best_step or value < self.best):
+            self.best, self.best_step, self.not_better = value, self.step, 0
+            return True
+        self.not_better += 1
+        return False
 
 
 @dataclass
@@ -111,6 +136,19 @@ class Run:
         """The learning rate of a step of the phase, as a multiple of its peak."""
         schedule = self.phase.schedule or schedule_of(self.config)
         return lr_multiple(schedule, self.phase.steps, step - self.progress.phase_start)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the phase has made all its steps, or ends before: by its rule, or without a better evaluation."""
+        progress, patience = self.progress, self.config.evaluation.patience
+        out_of_patience = 0 < patience <= progress.not_better
+        return progress.rule_met or out_of_patience or progress.phase_step >= self.phase.steps
+
+    def epoch(self, step: int) -> float | None:
+        """Passes over the training data that the phase has made at a step; None of a system that counts none."""
+        if not isinstance(self.system, CountsEpochs):
+            return None
+        return (step - self.progress.phase_start) / self.system.steps_per_epoch(self.topology)
 
     @property
     def goes_on(self) -> bool:

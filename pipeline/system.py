@@ -21,7 +21,6 @@ from pipeline.schedule import Schedule
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from pipeline.data.build import Listings
     from pipeline.host.devices import Device
     from pipeline.parallel.topology import Topology
     from pipeline.runtime.sync import SyncPoint
@@ -126,8 +125,9 @@ class System(ABC, Generic[B]):
     """The loss term whose counts are tokens; the others average over whatever they like."""
     token_weight: float = 1.0
     """By what its sums are multiplied in the loss; 0: it is not measured in training, and perplexity is not known."""
-    files: Listings | None = None
-    """What rank 0 has listed of the data, set before `loader` is called in a run; None: this process lists it."""
+    files: Any = None
+    """What rank 0 has found by `list_data`, set before `settled` and `loader` are called in a run; None: this process
+    lists it."""
     replaced: Collection[str] = frozenset()
     """Parameters that a checkpoint fills right after `initialise`, set before it is called: what it would read for them
     need not be there any more."""
@@ -137,6 +137,22 @@ class System(ABC, Generic[B]):
 
     def check(self, topology: Topology) -> None:
         """Raises UserError for sizes that cannot be laid out so, before anything is built. By default all can."""
+
+    def list_data(self, *, ask_servers: bool = False) -> Any:
+        """What there is of the data, as this process sees it: the `files` of every rank, which it is sent to. With
+        `ask_servers`, also what is said of URLs. Raises UserError. By default the files or token files of the `data`
+        section.
+        """
+        from pipeline.data.build import list_data
+
+        return list_data(self.config, ask_servers=ask_servers)
+
+    def settled(self, topology: Topology) -> RunConfig:
+        """The config with all that the data decides, such as sizes of the model, once `files` is set: what the run
+        trains by, archives, and compares at a resume. A function of config, files and layout alone, which changes
+        nothing when it is asked of its own result. By default nothing is.
+        """
+        return self.config
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
         """What was chosen on this machine, for the log: {"attention": "window of 4096 tokens, backend flex", ...}."""

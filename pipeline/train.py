@@ -58,6 +58,7 @@ class Trainer:
         if not run.config.dry_run:
             # Only now: a start that was refused leaves the folder as it is.
             open_folder(run)
+            self.saver.mend_best()
             self.callbacks = create_callbacks(run)
 
     def execute(self) -> bool:
@@ -86,13 +87,17 @@ class Trainer:
             self._save()
         watch = UpdateWatch(self.run, self.callbacks)
         evaluations = Evaluations(self.run, self.sync_point, self.callbacks)
+        judged = progress.judged
         evaluations.catch_up()
         meter.begun = time.perf_counter()
         if progress.phase != self.phase.name:
             progress.enter(self.phase.name)
         else:
             # With more --steps a phase goes on that had ended by their number.
-            progress.phase_done = progress.rule_met or progress.phase_step >= self.phase.steps
+            progress.phase_done = self.run.is_over
+            if progress.judged != judged:
+                # The checkpoint of this step does not know of the evaluation yet.
+                self._save()
         last = min(self.run.end_of_phase, config.stop_after or self.run.end_of_phase)
         if self.from_elsewhere and (progress.step >= last or progress.phase_done):
             # No step will: what it stands at is saved here too, as these ranks hold it.
@@ -101,13 +106,13 @@ class Trainer:
             step = progress.step + 1
             due = step == last or (config.save_every and step % config.save_every == 0)
             # A checkpoint holds the tokens and seconds up to its step.
-            logged = bool(due) or step % config.report.log_every == 0
+            logged = bool(due) or evaluations.judges(step) or step % config.report.log_every == 0
             result = self.step(step, meter, logged=logged)
             progress.step, self.result = step, result
             if self.phase.until is not None:
                 numbers = {**meter.numbers(), "phase_step": progress.phase_step}
                 progress.rule_met = bool(self.phase.until(numbers))
-            progress.phase_done = progress.rule_met or progress.phase_step >= self.phase.steps
+            progress.phase_done = self.run.is_over
             ends = step == last or progress.phase_done
             if logged or ends:
                 self._record(meter)
@@ -117,8 +122,14 @@ class Trainer:
             self.snapshot = take_snapshot(self.run, self.carries)
             paused = time.perf_counter()
             self._committed(self.saver.poll())
-            if due or ends:
+            evaluations.judge(step, ends=ends)
+            progress.phase_done = self.run.is_over
+            ends = step == last or progress.phase_done
+            if due or ends or progress.best_step == step:
                 self._save(background=config.async_save and not ends)
+            if self.engine.average is not None:
+                # What is being saved must not be exchanged for the average.
+                self.saver.release()
             evaluations.after(step, ends=ends)
             for callback in self.callbacks:
                 callback.while_paused(step)

@@ -48,7 +48,7 @@ class Engine:
     """A step of `train`: data, forward, backward, update, and its row of numbers."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
-        self.run = create_run(resolve(config, checked_system(config, topology), topology), topology)
+        self.run = create_run(resolve(checked_system(config, topology), topology), topology)
         self.trainer, self.meter, self.done = Trainer(self.run), Meter(self.run), 0
 
     def step(self) -> float:

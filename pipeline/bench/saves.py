@@ -37,7 +37,7 @@ class Saves:
     """A run that can be stepped, saved and restored by hand. Seconds are those of the slowest rank."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
-        resolved = resolve(config, checked_system(config, topology), topology)
+        resolved = resolve(checked_system(config, topology), topology)
         self.run = create_run(resolved, topology)
         self.trainer = Trainer(self.run)
         self.meter = Meter(self.run)

@@ -131,7 +131,7 @@ def run_case(words: Sequence[str]) -> None:
 
     topology = start(config)
     try:
-        resolved = resolve(config, checked_system(config, topology), topology)
+        resolved = resolve(checked_system(config, topology), topology)
         system = resolved.system
         run = create_run(resolved, topology)
         trainer = Trainer(run)

@@ -65,6 +65,9 @@ class Callback:
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""
 
+    def on_judged(self, step: int, is_best: bool) -> None:
+        """After an evaluation with --evaluation.best: whether it is the best of the phase so far."""
+
     def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
         """After evaluations without a part of the model each, by the part's name."""
 

@@ -71,8 +71,10 @@ class MetricsFile(Callback):
         return {**self._place(step), **evaluation.scalars, **passed}
 
     def _place(self, step: int) -> dict[str, Any]:
-        """The phase of a step, and the step's number in it."""
-        return {"phase": self.run.progress.phase, "phase_step": step - self.run.progress.phase_start}
+        """The phase of a step, the step's number in it, and the epoch, of a system that counts them."""
+        progress, epoch = self.run.progress, self.run.epoch(step)
+        place = {"phase": progress.phase, "phase_step": step - progress.phase_start}
+        return place if epoch is None else {**place, "epoch": epoch}
 
     def _keep(self, stays: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.exists():

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.callbacks.samples import finite
 from pipeline.callbacks.spikes import SPIKES
 from pipeline.evaluation_result import CHANCE, COUNT, STDERR, TASKS
 from pipeline.files.output import writing
@@ -40,7 +41,7 @@ class ProgressLines(Callback):
         self.bar: tqdm | None = None
         self.seconds_per_step: float | None = None
         self.metrics: dict[str, float] = {}
-        self.watched = True
+        self.watched, self.verbose = True, run.config.report.verbose
 
     def on_start(self) -> None:
         for what, text in self.run.chosen.items():
@@ -70,10 +71,12 @@ class ProgressLines(Callback):
         if record.data_wait >= LEAST_WAIT:
             parts.append(f"data {record.data_wait:.0%}")
         self.metrics = record.metrics
+        if self.verbose:
+            parts += [f"{name} {value:.4g}" for name, value in record.metrics.items()]
         line = "  ".join([*parts, eta])
-        if self.bar is None:
+        if self.bar is None or self.verbose:
             self._print(line)
-        else:
+        if self.bar is not None:
             self.bar.n = record.step
             self.bar.set_description_str("  ".join([*self._phase(), loss, lr, speed, eta]))
         self._write(line)
@@ -83,11 +86,10 @@ class ProgressLines(Callback):
         return f"step {step}/{self.last}".ljust(len(f"step {self.last}/{self.last}"))
 
     def _phase(self) -> list[str]:
-        """The phase and the step in it, of a run that has several."""
-        progress = self.run.progress
-        if not self.run.several:
-            return []
-        return [f"{progress.phase} {progress.phase_step}/{self.run.end_of_phase - progress.phase_start}"]
+        """The phase and the step in it, of a run that has several; the epoch, of a system that counts them."""
+        progress, epoch = self.run.progress, self.run.epoch(self.run.progress.step)
+        phase = f"{progress.phase} {progress.phase_step}/{self.run.end_of_phase - progress.phase_start}"
+        return [*([phase] if self.run.several else []), *([] if epoch is None else [f"epoch {epoch:.2f}"])]
 
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
         where = json.dumps(batch, sort_keys=True)
@@ -108,12 +110,26 @@ class ProgressLines(Callback):
         for line in filter(None, beside):
             self._log(f"{'':<{len(self._step(step))}}  {line}")
 
+    def on_judged(self, step: int, is_best: bool) -> None:
+        progress, patience = self.run.progress, self.run.config.evaluation.patience
+        text = f"{progress.best_of} {progress.best:.4g} of step {progress.best_step}"
+        if is_best:
+            self._log(f"{self._step(step)}  the best so far: {text}")
+        elif patience:
+            self._log(
+                f"{self._step(step)}  no better than {text}: {progress.not_better} of --evaluation.patience {patience}"
+            )
+
     def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
         for part, evaluation in ablations.items():
             self._log(f"{self._step(step)}  without {part}: {self.run.system.headline(evaluation)}")
 
     def on_samples(self, step: int, samples: Mapping[str, Sample]) -> None:
         self._log(f"{self._step(step)}  samples in {self.run.folder / 'samples'}: {', '.join(samples) or 'none'}")
+        if self.verbose:
+            for name, sample in samples.items():
+                text = sample if isinstance(sample, str) else json.dumps(finite(sample), ensure_ascii=False)
+                self._print(f"{name}:\n{text.rstrip()}")
 
     def on_checkpoint(self, name: str) -> None:
         self._log(f"saved {self.run.folder / 'checkpoints' / name}")

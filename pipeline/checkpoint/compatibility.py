@@ -22,19 +22,14 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
 
     It reads the manifest and the saved config alone, so it can be asked before anything is built.
     """
-    import yaml
-
-    wrong = problems(checkpoint, hashes=True, only=("config.yaml",))
-    if wrong:
-        raise UserError(f"{wrong[0]}: {RESTORE}")
+    read = read_config(checkpoint)
     system = manifest_with(checkpoint, "system")["system"]
     if system != config.model.system:
         raise UserError(
             f"{checkpoint} was saved with system {brief(system)}, this run has {config.model.system}: resume with its"
             " recipe"
         )
-    path = checkpoint / "config.yaml"
-    saved, plain = with_moved_keys(yaml.safe_load(path.read_text()), str(path)), to_plain(config)
+    saved, plain = with_moved_keys(read, str(checkpoint / "config.yaml")), to_plain(config)
     different = first_difference(saved["model"], config.model, plain["model"], "--model")
     if different is None:
         # Of documents the loader knows better what may change; a task is what the model is made for.
@@ -46,6 +41,16 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
             f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take what fits with"
             " --init-from"
         )
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The config of the run that saved a checkpoint, as plain values. Raises UserError when a byte of it differs."""
+    import yaml
+
+    wrong = problems(checkpoint, hashes=True, only=("config.yaml",))
+    if wrong:
+        raise UserError(f"{wrong[0]}: {RESTORE}")
+    return yaml.safe_load((checkpoint / "config.yaml").read_text())
 
 
 def first_difference(saved: Any, section: Any, plain: Any, flag: str) -> tuple[str, Any, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.compatibility import read_config
 from pipeline.checkpoint.restore import read_progress
 from pipeline.config import RunConfig
 from pipeline.config_file import to_plain
@@ -41,7 +42,9 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
         if before.phases is not None and len(before.phases) > 1:
             how, more = f"at step {step}, the end of phase {progress.phase}", "give a larger --steps, or more --phases"
         else:
-            how, more = f"at step {step} (--steps is {config.steps})", "give a larger --steps"
+            epochs = config.epochs.train
+            flag, value = ("--epochs", f"{epochs:g}") if epochs else ("--steps", config.steps)
+            how, more = f"at step {step} ({flag} is {value})", f"give a larger {flag}"
         return _message(folder, f"already finished {how}", more)
     if config.stop_after is not None and step >= config.stop_after:
         how = f"already stopped at step {step} (--stop-after is {config.stop_after})"
@@ -51,12 +54,13 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
 
 def _longer(config: RunConfig, checkpoint: Path) -> bool:
     """Whether the phases of a run may be longer, or others, than those of the run that saved a checkpoint."""
-    import yaml
-
-    saved, now = yaml.safe_load((checkpoint / "config.yaml").read_text()), to_plain(config)
+    saved, now = read_config(checkpoint), to_plain(config)
     if saved["steps"] < now["steps"]:
         return True
-    return any(key in saved and _differs(saved[key], now[key]) for key in ("phases", "phase", "model"))
+    ends = {key: value for key, value in saved.get("evaluation", {}).items() if key in ("best", "patience")}
+    if _differs(ends, now["evaluation"]):
+        return True
+    return any(key in saved and _differs(saved[key], now[key]) for key in ("phases", "phase", "model", "epochs"))
 
 
 def _differs(saved: Any, now: Any) -> bool:

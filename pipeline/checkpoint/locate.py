@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.checkpoint.manifest import named_checkpoints, newest, problems, recover
+from pipeline.checkpoint.manifest import named_checkpoints, newest, pointed, problems, recover
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.parallel.collectives import broadcast_object, shared_errors
@@ -34,7 +34,7 @@ def locate_checkpoint(config: RunConfig) -> Path | None:
         if found is None and config.resume == "must":
             raise UserError(f"--resume must: no complete checkpoint in {folder}")
         return found
-    path = Path(config.resume)
+    path = pointed(Path(config.resume))
     if (path / "checkpoints").is_dir():
         path = newest(path / "checkpoints") or path
     if path.resolve().parent != folder.resolve():

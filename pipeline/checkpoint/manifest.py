@@ -20,6 +20,9 @@ from pipeline.files.output import write_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
+POINTERS = (LATEST, BEST)
+"""Files beside the checkpoints that hold the name of one."""
 COUNTS = ("step", "world", "data", "sequence", "zero_stage", "global_batch")
 CHECKSUM = "xxh128"
 """Where the manifest has the hash of the rest of itself."""
@@ -144,7 +147,7 @@ def commit(folder: Path, final: Path, latest: Path) -> None:
     """Gives a finished folder its name, then points `latest` at it; both replaced atomically, `latest` last."""
     # First what can fail for want of room, while nothing has its name yet.
     partial = latest.with_name(f".{latest.name}.partial")
-    _write_latest(partial, final.name)
+    _write_name(partial, final.name)
     replaced = _hidden(final, "replaced")
     if final.exists():
         # A run that went back to an earlier step saves this one again; an earlier crash may have left a folder aside.
@@ -157,7 +160,23 @@ def commit(folder: Path, final: Path, latest: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_latest(path: Path, name: str) -> None:
+def point(path: Path, name: str) -> None:
+    """Makes a file of POINTERS name a checkpoint; replaced atomically."""
+    partial = path.with_name(f".{path.name}.partial")
+    _write_name(partial, name)
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def pointed(path: Path) -> Path:
+    """The checkpoint that a file of POINTERS names; any other path as it is."""
+    if path.name not in POINTERS or not path.is_file():
+        return path
+    name = path.read_text(errors="replace").strip()
+    return path.with_name(name) if re.fullmatch(r"checkpoint-\d+", name) else path
+
+
+def _write_name(path: Path, name: str) -> None:
     with path.open("w") as handle:
         handle.write(name + "\n")
         handle.flush()
@@ -167,15 +186,16 @@ def _write_latest(path: Path, name: str) -> None:
 def prune_old(folder: Path, keep: int, saved: int, every: int = 0, *, start: bool = False) -> list[Path]:
     """Takes their names from complete checkpoints up to step `saved` beyond the `keep` newest; returns what may be
     removed. A run that went back to an earlier step leaves later ones alone until it saves them anew. Multiples of
-    `every` keep their names (0: none does for that), and with `start` that of step 0.
+    `every` keep their names (0: none does for that), and with `start` that of step 0; so does the one that `best`
+    names.
 
     What is half removed is never taken for a checkpoint, and removing, which takes time, can wait.
     """
     ours = [path for path in complete_checkpoints(folder) if step_of(path) <= saved]
-    pruned = []
+    pruned, best = [], pointed(folder / BEST)
     for old in ours[:-keep]:
         step = step_of(old)
-        if (every and step % every == 0) or (start and step == 0):
+        if (every and step % every == 0) or (start and step == 0) or old == best:
             continue
         hidden = _hidden(old, "removed")
         os.replace(old, hidden)

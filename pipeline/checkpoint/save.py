@@ -18,10 +18,20 @@ from safetensors import SafetensorError
 
 from pipeline.checkpoint.contents import Part, Snapshot, manifest_facts, rank_parts, shared_parts
 from pipeline.checkpoint.files import Entry, Staging, sync_folder
-from pipeline.checkpoint.manifest import LATEST, clear_leftovers, commit, prune_old, write_manifest
+from pipeline.checkpoint.manifest import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    clear_leftovers,
+    commit,
+    point,
+    pointed,
+    prune_old,
+    write_manifest,
+)
 from pipeline.errors import UserError
 from pipeline.host.versions import versions
-from pipeline.parallel.collectives import all_gather_object, raise_together
+from pipeline.parallel.collectives import all_gather_object, raise_together, shared_errors
 from pipeline.run import Run
 
 SMALL_FILES = 2**20
@@ -44,6 +54,8 @@ class _Pending:
     background: bool
     copied: Future[None]
     """Done when training may change what is being saved."""
+    is_best: bool
+    """Whether `best` is to name it."""
     written: bool = False
     """Whether all ranks have written their files."""
 
@@ -52,7 +64,8 @@ class Saver:
     """Writes the checkpoints of a run; every rank has one and calls it at the same places.
 
     Everything goes to a hidden folder. When all ranks have their files on disk, rank 0 writes the manifest over them,
-    gives the folder its name, and replaces `latest`. A save that fails leaves neither.
+    gives the folder its name, and replaces `latest`, and `best` where its evaluation was the best. A save that fails
+    leaves none of them.
     """
 
     def __init__(self, run: Run) -> None:
@@ -91,7 +104,8 @@ class Saver:
                 copied.set_result(None)
             return {part.name: part.write(part.content, self._partial(step) / part.name) for part in parts}
 
-        self._pending = _Pending(step, facts, self._begin(work, background), background, copied)
+        is_best = step > 0 and snapshot.progress.best_step == step
+        self._pending = _Pending(step, facts, self._begin(work, background), background, copied, is_best)
         return done if background else [*done, *self.finish()]
 
     def release(self) -> None:
@@ -120,6 +134,20 @@ class Saver:
         self._pending = None
         self.run.last_checkpoint = f"checkpoint-{pending.step}"
         return [self.run.last_checkpoint]
+
+    def mend_best(self) -> None:
+        """Makes `best` name the checkpoint that the run's progress says, where it does not: a start that was cut off
+        may have left it behind, or the run went back to an earlier step. Collective; raises UserError."""
+        path, progress = self.folder / BEST, self.run.progress
+        if not progress.best_step:
+            return
+        with shared_errors(self.run.topology):
+            if self.run.is_main and self.folder.is_dir():
+                best = self.folder / f"checkpoint-{progress.best_step}"
+                if not (best / MANIFEST).is_file():
+                    path.unlink(missing_ok=True)
+                elif pointed(path) != best:
+                    point(path, best.name)
 
     def close(self, *, waits: bool = True) -> None:
         """Ends the thread. Unless it `waits`, a save that is under way is given up, which leaves a hidden folder."""
@@ -159,6 +187,8 @@ class Saver:
         def commit_it() -> Entries:
             write_manifest(partial, pending.facts, files)
             commit(partial, self.folder / f"checkpoint-{step}", self.folder / LATEST)
+            if pending.is_best:
+                point(self.folder / BEST, f"checkpoint-{step}")
             self._removal = self._thread.submit(_remove, self._prune(step))
             return {}
 

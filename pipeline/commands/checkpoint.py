@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.manifest import LATEST, MANIFEST, newest, problems, read_manifest, unlisted
+from pipeline.checkpoint.manifest import (
+    BEST,
+    LATEST,
+    POINTERS,
+    newest,
+    problems,
+    read_manifest,
+    unlisted,
+)
 from pipeline.commands.convert import (
     CONVERT,
     FORMAT_FLAGS,
@@ -21,6 +27,7 @@ from pipeline.commands.convert import (
     to_universal,
 )
 from pipeline.commands.flags import pop_flag, wants_help
+from pipeline.commands.found import facts, find, notes, stale_pointers
 from pipeline.errors import UserError
 from pipeline.host.hardware import choose_accelerator
 from pipeline.spelling import did_you_mean, nearest, nearest_flag
@@ -45,22 +52,13 @@ directory for all of its checkpoints. The exit code is 0 when all are whole, els
 LIST = """\
 usage: mnemos checkpoint list PATH [--json]
 
-The checkpoints of a run directory, or the one in a folder: step, time, size, ranks, ZeRO stage, format, `latest`.
+The checkpoints of a run directory, or the one in a folder: step, time, size, ranks, ZeRO stage, format, and whether
+`latest` or `best` names it.
 
   --json  as JSON"""
 
 Flags = Mapping[str, str | None]
 """The flags that are given, with the values of those that have one."""
-NAME = re.compile(r"checkpoint-\d+")
-HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(partial|replaced|removed|universal)")
-
-LEFT = {
-    "partial": "a save that did not finish, or that is being written now; the next start or save removes it",
-    "replaced": "an older save of a step that was saved again; the next start or save removes it",
-    "removed": "an old checkpoint that was being removed; the next start or save goes on with that",
-    "universal": "a conversion for a resume that did not finish, or that goes on now; the next start removes it",
-}
-"""What the hidden folders beside checkpoints are."""
 
 
 def run_checkpoint(words: Sequence[str]) -> None:
@@ -89,63 +87,6 @@ def run_checkpoint(words: Sequence[str]) -> None:
     command([word for word in rest if not word.startswith("-")], {**dict.fromkeys(given_flags), **values})
 
 
-@dataclass(frozen=True)
-class Found:
-    """The checkpoints that a path means, and what lies beside them."""
-
-    checkpoints: list[Path]
-    """Folders that are named as a checkpoint is, oldest step first, complete or not."""
-    folder: Path | None
-    """The `checkpoints` folder; None where a single checkpoint was named."""
-
-    @property
-    def latest(self) -> str | None:
-        """The name in `latest`; None without such a file."""
-        path = None if self.folder is None else self.folder / LATEST
-        if path is None or not path.is_file():
-            return None
-        return path.read_text(errors="replace").strip()
-
-
-def find(path: Path) -> Found:
-    """What `path` holds. Raises UserError where it holds no checkpoint."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder: give a checkpoint's folder or a run directory")
-    hidden = HIDDEN.fullmatch(path.name)
-    if hidden is not None:
-        raise UserError(f"{path}: no checkpoint: {LEFT[hidden[2]]}")
-    if (path / MANIFEST).is_file() or NAME.fullmatch(path.name):
-        return Found([path], None)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = [entry for entry in folder.iterdir() if entry.is_dir() and NAME.fullmatch(entry.name)]
-    if not found and not _notes(folder):
-        raise UserError(f"{path}: no checkpoint there: give a checkpoint's folder or a run directory")
-    return Found(sorted(found, key=lambda entry: int(entry.name.rpartition("-")[2])), folder)
-
-
-def facts(checkpoint: Path) -> dict[str, Any]:
-    """What the manifest says of a checkpoint, by the columns of the tables; `problem` where it cannot be read."""
-    row: dict[str, Any] = {"path": str(checkpoint), "name": checkpoint.name, "problem": None}
-    try:
-        manifest = read_manifest(checkpoint)
-    except UserError as error:
-        return {**row, "problem": str(error)}
-    if manifest is None:
-        return {**row, "problem": f"{checkpoint}: no {MANIFEST}: the save did not finish"}
-    return {
-        **row,
-        "step": manifest.get("step"),
-        "written": manifest.get("written"),
-        "bytes": sum(int(file["size"]) for file in manifest["files"].values()),
-        "files": len(manifest["files"]),
-        "world": manifest.get("world"),
-        "data": manifest.get("data"),
-        "sequence": manifest.get("sequence"),
-        "zero_stage": manifest.get("zero_stage"),
-        "format": manifest.get("format", "shards"),
-    }
-
-
 def _verify(words: Sequence[str], flags: Flags) -> None:
     if not words:
         raise UserError(
@@ -170,11 +111,10 @@ def _verify(words: Sequence[str], flags: Flags) -> None:
                 print(_line("", "", "", "", "", "", problem))
             wrong += found
             damaged += bool(found)
-        stale = _stale_latest(place)
-        if stale is not None:
+        for stale in stale_pointers(place):
             print(stale)
             wrong.append(stale)
-        for note in _notes(place.folder):
+        for note in notes(place.folder):
             print(note)
     if not count:
         raise UserError(f"{words[0]}: no complete checkpoint there: only saves that did not finish")
@@ -199,39 +139,15 @@ def check(checkpoint: Path, *, hashes: bool) -> list[str]:
     return found
 
 
-def _stale_latest(place: Found) -> str | None:
-    name = place.latest
-    if name is None or place.folder is None or (NAME.fullmatch(name) and (place.folder / name / MANIFEST).is_file()):
-        return None
-    return (
-        f"{place.folder / LATEST}: names {name!r}, which is no complete checkpoint: a resume takes the newest complete"
-        " one, and the next save writes it anew"
-    )
-
-
-def _notes(folder: Path | None) -> list[str]:
-    """A line for everything that a save or a resume has left behind and that is no checkpoint."""
-    notes = []
-    for path in sorted(folder.iterdir()) if folder is not None else []:
-        match = HIDDEN.fullmatch(path.name)
-        if match is None:
-            continue
-        name, kind = match.groups()
-        what = LEFT[kind]
-        if kind == "replaced" and not path.with_name(name).exists():
-            what = f"{name} as it was before its step was saved again, which did not finish; the next start restores it"
-        notes.append(f"{path}: no checkpoint: {what}")
-    return notes
-
-
 def _list(words: Sequence[str], flags: Flags) -> None:
     if len(words) != 1:
         raise UserError(f"checkpoint list takes one run directory or checkpoint, got {len(words)}")
     place = find(Path(words[0]))
-    latest = place.latest
-    rows = [{**facts(path), "latest": path.name == latest} for path in place.checkpoints]
+    latest, best = place.named(LATEST), place.named(BEST)
+    rows = [{**facts(path), "latest": path.name == latest, "best": path.name == best} for path in place.checkpoints]
     if "--json" in flags:
-        print(json.dumps({"folder": str(place.folder or words[0]), "latest": latest, "checkpoints": rows}, indent=2))
+        whole = {"folder": str(place.folder or words[0]), "latest": latest, "best": best, "checkpoints": rows}
+        print(json.dumps(whole, indent=2))
         return
     print(_line("checkpoint", "step", "size", "ranks", "ZeRO", "format", "written"))
     for row in rows:
@@ -239,10 +155,9 @@ def _list(words: Sequence[str], flags: Flags) -> None:
             "" if not row.get("written") else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["written"] / 1e9))
         )
         end = row["problem"] or f"{when:<19}"
-        print(_line(*_cells(row), f"{end}  latest" if row["latest"] else end))
-    for note in [_stale_latest(place), *_notes(place.folder)]:
-        if note is not None:
-            print(note)
+        print(_line(*_cells(row), "  ".join([end, *(name for name in POINTERS if row[name])])))
+    for note in [*stale_pointers(place), *notes(place.folder)]:
+        print(note)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`data prepare`, `data inspect` and `data verify`: token files, without a process group or a model."""
+"""`data prepare`, `data inspect`, `data verify` and `data synth`: files to train on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ usage: mnemos data prepare --path PATH ... --tokenizer NAME --out DIR [flags]
        mnemos data inspect FILE [--at POSITION] [--count N] [flags]
        mnemos data inspect RUN --step S [flags]
        mnemos data verify FILE ... [flags]
+       mnemos data synth SYSTEM --out FILE --count N [flags]
 
-Token files: tokenise documents, look at what is in them and at what a step of a run has read, and check them. Each
+Token files: tokenise documents, look at what is in them and at what a step of a run has read, and check them. Of a
+system that reads files of another kind, `verify` checks those too, and `synth` makes some from a known process. Each
 command takes --help."""
 
 
@@ -158,9 +160,22 @@ def _inspect(words: list[str]) -> None:
 
 
 def _verify(words: list[str]) -> None:
+    from pipeline.commands.system_data import verified
     from pipeline.commands.token_files import run_verify
 
-    run_verify(words)
+    if not verified(words):
+        run_verify(words)
 
 
-_COMMANDS: dict[str, Callable[[list[str]], None]] = {"prepare": _prepare, "inspect": _inspect, "verify": _verify}
+def _synth(words: list[str]) -> None:
+    from pipeline.commands.system_data import run_synth
+
+    run_synth(words)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "prepare": _prepare,
+    "inspect": _inspect,
+    "verify": _verify,
+    "synth": _synth,
+}

@@ -63,7 +63,8 @@ def flag_names(*sections: Any) -> list[str]:
             flags = [f"--{name.replace('_', '-')}", *aliases]
             names += flags
             if isinstance(value, bool):
-                parts = (flag.removeprefix("--").rpartition(".") for flag in flags)
+                long = (flag for flag in flags if flag.startswith("--"))
+                parts = (flag.removeprefix("--").rpartition(".") for flag in long)
                 names += [f"--{head}{dot}no-{last}" for head, dot, last in parts]
     return names
 

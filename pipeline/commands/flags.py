@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.spelling import did_you_mean, nearest, nearest_flag
 
 if TYPE_CHECKING:
@@ -17,9 +17,12 @@ SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
 """Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
 RECORDED = (
     "parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id", "grad_accum", "global_batch_size",
-    "global_batch_tokens", "steps", "stop_after",
+    "global_batch_tokens", "steps", "stop_after", "save_every", "eval_every", "sample_every", "epochs.train",
+    "epochs.save", "epochs.evaluate", "epochs.sample",
 )  # fmt: skip
 """Fields whose flags mean more than their value: that a person chose it."""
+PRESET = "--preset"
+"""`SYSTEM --preset P` is the recipe SYSTEM_P."""
 LISTED_PATHS = "--data.paths"
 """OLMo's flag for token files."""
 
@@ -30,7 +33,8 @@ def wants_help(words: Sequence[str]) -> bool:
 
 
 def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | None = None) -> RunConfig:
-    """The config that `RECIPE [--config FILE] [flags]` means. Raises UserError; exits for --help and --help-all.
+    """The config that `RECIPE [--config FILE] [flags]` means, or `SYSTEM --preset P` for RECIPE. Raises UserError;
+    exits for --help and --help-all.
 
     `own`: the command's own options, a dataclass, for its help and for what a misspelt flag may have meant.
     `ranks`: how many there will be. The recipe's own sequence degree is made to fit them; one that a flag or a --config
@@ -39,9 +43,9 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     from pathlib import Path
 
     from pipeline.commands.flag_help import show_help
-    from pipeline.config import replace
+    from pipeline.config import IN_EPOCHS, replace
     from pipeline.config_file import load_config, states
-    from pipeline.durations import with_duration
+    from pipeline.durations import by_one_measure, with_duration
     from pipeline.global_batch import in_global_batches
     from pipeline.recipes import all_recipes, describe, read_foreign
     from pipeline.run_name import with_named_folder
@@ -49,6 +53,8 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     recipes = all_recipes()
     rest = with_listed_paths(words)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    preset, rest = pop_flag(rest, PRESET)
+    name = name if preset is None else preset_recipe(name, preset, recipes)
     file, rest = pop_flag(rest, "--config")
     duration, rest = pop_duration(rest)
     if file is not None:
@@ -66,6 +72,9 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
             raise SystemExit(0)
         raise UserError(f"{command} needs a recipe: one of {', '.join(sorted(recipes))}")
     elif name not in recipes:
+        presets = presets_of(name, recipes)
+        if presets:
+            raise UserError(f"{name} is a system with several recipes: add {PRESET} {' or '.join(presets)}")
         meant = did_you_mean(nearest(name, recipes))
         known = f"{meant} `mnemos recipes` lists them all" if meant else f": one of {', '.join(sorted(recipes))}"
         raise UserError(f"unknown recipe {name!r}{known}")
@@ -92,8 +101,30 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         given.add("grad_accum")
     parsed = in_global_batches(parsed, given, ranks)
     parsed = with_duration(parsed, duration, given, ranks, own_stop=config.stop_after is not None)
+    lengths = {name for pair in IN_EPOCHS.items() for name in (f"epochs.{pair[0]}", pair[1])}
+    in_file = {name for name in lengths if file is not None and states(Path(file), *name.split("."))}
+    parsed = by_one_measure(parsed, given | ({"max_duration"} if duration is not None else set()), in_file)
     stated = {"output_dir"} if file is not None and states(Path(file), "output_dir") else set()
     return with_named_folder(parsed, given, stated)
+
+
+def presets_of(system: str, recipes: Collection[str]) -> list[str]:
+    """What may follow `--preset` behind a system's name."""
+    return sorted(recipe.removeprefix(f"{system}_") for recipe in recipes if recipe.startswith(f"{system}_"))
+
+
+def preset_recipe(system: str | None, preset: str, recipes: Collection[str]) -> str:
+    """The recipe that `SYSTEM --preset P` means. Raises UserError."""
+    if system is None:
+        raise UserError(f"{PRESET} {shown(preset)}: name the system before it, such as `train SYSTEM {PRESET} small`")
+    recipe = f"{system}_{preset}"
+    if recipe in recipes:
+        return recipe
+    if system in recipes:
+        raise UserError(f"{PRESET} {shown(preset)}: {system} is a recipe by itself: leave {PRESET} out")
+    known = presets_of(system, recipes)
+    fix = f"give {' or '.join(known)}" if known else "`mnemos recipes` lists all recipes"
+    raise UserError(f"{PRESET} {shown(preset)}: no recipe is called {shown(recipe)}: {fix}")
 
 
 def parse_flags(
@@ -131,7 +162,7 @@ def parse_flags(
         raise UserError(f"{_message(captured.getvalue())} (see {program} --help)") from None
     flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
     if flag is not None:
-        known = [*flag_names(default, *([own] if own is not None else [])), "--config", *HELP_WORDS]
+        known = [*flag_names(default, *([own] if own is not None else [])), "--config", PRESET, *HELP_WORDS]
         meant = did_you_mean(nearest_flag(flag, known))
         raise UserError(f"unknown flag {flag}{meant} (see {program} --help{'' if meant else '-all'})")
     if unknown:

@@ -1,11 +1,12 @@
-"""`generate CHECKPOINT`: text that follows a prompt, printed as it is drawn."""
+"""`generate CHECKPOINT`: text that follows a prompt, printed as it is drawn; or what else a model draws."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -27,6 +28,8 @@ The text that a model writes after a prompt, on the terminal as it is drawn; the
 a checkpoint's folder, a run directory for its newest one, a native folder of OLMo, or a folder as save_pretrained
 writes it. Several prompts are decoded together and printed one after the other, each under a line [NUMBER] with its
 beginning. How many tokens were read and written, and how fast, is said on stderr.
+
+A model that draws whole samples instead, such as sequences, has flags of its own: mnemos generate CHECKPOINT --help.
 
   --prompt TEXT        a prompt; may be given several times. Nothing is put before or after it
   --prompt-file FILE   a prompt in a file of UTF-8 text, whose last line break is left out; may be given several times
@@ -72,26 +75,57 @@ class Prompts:
 
 def run_generate(words: Sequence[str]) -> None:
     """The command. Raises UserError."""
+    if words and not words[0].startswith("-") and _draws(words[0], words[1:]):
+        return
     prompts, rest = pop_prompts(words)
     if wants_help(rest):
         print(USAGE)
         return
     if not rest or rest[0].startswith("-"):
         raise UserError("generate needs a model: mnemos generate CHECKPOINT --prompt TEXT")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("generate is one process: start it without a launcher")
+    _check_alone()
     options: GenerateOptions = parse_flags(GenerateOptions(), rest[1:], "mnemos generate", Prompts())
     texts = [_text(flag, value) for flag, value in prompts]
     if not texts and options.state is None:
         raise UserError("generate needs a text to go on from: give --prompt TEXT, --prompt-file FILE or --state FILE")
     if not options.max_new_tokens and options.save_state is None:
         raise UserError("--max-new-tokens 0 writes nothing: give a number of tokens, or --save-state FILE")
-    try:
+    with _interruptible():
         _generate(rest[0], texts, options)
+
+
+def _draws(folder: str, words: Sequence[str]) -> bool:
+    """Draws samples where the model in a folder is of that kind; whether it is. Raises UserError."""
+    from pipeline.inference.drawing import draw_with, find_drawer
+
+    drawer = find_drawer(folder)
+    if drawer is None:
+        return False
+    prompted = next((word for word in words if word.partition("=")[0].replace("_", "-") in REPEATED), None)
+    if prompted is not None:
+        raise UserError(f"{prompted.partition('=')[0]}: {drawer.config.recipe} goes on from no text: leave it out")
+    options = parse_flags(drawer.system.draw_options(), words, f"mnemos generate {folder}")
+    _check_alone()
+    with _interruptible():
+        drawn = draw_with(drawer, options)
+        _print(drawn.text, sys.stdout)
+        log_line(drawn.said)
+    return True
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         print(flush=True)
         log_line("interrupted")
         raise SystemExit(INTERRUPTED) from None
+
+
+def _check_alone() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("generate is one process: start it without a launcher")
 
 
 def pop_prompts(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

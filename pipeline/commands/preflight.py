@@ -7,13 +7,14 @@ import os
 import shutil
 
 from pipeline.checkpoint.locate import locate_checkpoint
+from pipeline.checkpoint.manifest import pointed
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.create_run import phases_of
 from pipeline.downstream.tasks import check_installed, check_path
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
-from pipeline.load import checked_system, model_without_storage, resolve
+from pipeline.load import checked_system, decide, model_without_storage
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.parallel.weight_files import file_tensors
 from pipeline.precision import precision_of
@@ -33,14 +34,16 @@ def preflight(config: RunConfig, ranks: int) -> None:
     with FolderLock() as lock:
         lock.acquire(config.output_dir)
         checkpoint = locate_checkpoint(config)
-    resolved = resolve(config, system, topology, checkpoint)
+    system.files = system.list_data()
+    resolved = decide(system, topology, checkpoint)
     config, system = resolved.config, resolved.system
     system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
-    missing = config.init_from is not None and not (config.init_from / TRAINABLE).is_file()
-    if missing and checkpoint is None:
-        raise UserError(f"--init-from {config.init_from}: no {TRAINABLE} there: give a checkpoint folder")
-    if config.init_from is not None and not missing:
-        file_tensors(config.init_from / TRAINABLE)
+    if config.init_from is not None:
+        weights = pointed(config.init_from) / TRAINABLE
+        if weights.is_file():
+            file_tensors(weights)
+        elif checkpoint is None:
+            raise UserError(f"--init-from {config.init_from}: no {TRAINABLE} there: give a checkpoint folder")
     # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
     phases = phases_of(config, model_without_storage(config).phases, checkpoint)
     for phase in (phases.current, *phases.after):

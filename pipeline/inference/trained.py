@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.frozen import frozen_weights
-from pipeline.checkpoint.manifest import MANIFEST, manifest_with, newest, problems
-from pipeline.checkpoint.trainable import TRAINABLE, load_trainable
+from pipeline.checkpoint.manifest import MANIFEST, manifest_with, newest, pointed, problems
+from pipeline.checkpoint.trainable import TRAINABLE, load_average, load_trainable
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.engine import building
@@ -42,6 +42,7 @@ class Trained:
 
 def find(path: Path, fix: str = GIVE) -> Path:
     """The checkpoint that a path means. Raises UserError, with the fix, where there is none."""
+    path = pointed(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: {fix}")
     other, none = "give {path}", "give another checkpoint"
@@ -61,13 +62,7 @@ def no_checkpoint(folder: Path, fix: str = GIVE) -> str:
 def read_run(checkpoint: Path, *, tokenizer: str | None = None, pretrained: str | None = None) -> RunConfig:
     """The config of the run that saved a checkpoint, whose config and weights are whole. `tokenizer`, `pretrained`:
     where the tokenizer and the pretrained backbone are now. Raises UserError."""
-    wrong = problems(checkpoint, hashes=True, only=("config.yaml", TRAINABLE))
-    if wrong:
-        raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
-    for name in ("config.yaml", TRAINABLE):
-        if not (checkpoint / name).is_file():
-            raise UserError(f"{checkpoint}: holds no {name}: give another checkpoint")
-    config = load_config(checkpoint / "config.yaml", all_recipes())
+    config = read_config(checkpoint, TRAINABLE)
     if tokenizer is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     if pretrained is not None:
@@ -83,9 +78,22 @@ def read_run(checkpoint: Path, *, tokenizer: str | None = None, pretrained: str 
     return config
 
 
-def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Trained:
-    """Builds the model of a run and fills all of it: what was trained from the checkpoint, what was not as at the
-    start of the run, which its hash has to confirm. Raises UserError where a weight is missing or is another one."""
+def read_config(checkpoint: Path, *others: str) -> RunConfig:
+    """The config of the run that saved a checkpoint; it is whole, and so are the files `others`. Raises UserError."""
+    names = ("config.yaml", *others)
+    wrong = problems(checkpoint, hashes=True, only=names)
+    if wrong:
+        raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
+    for name in names:
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{checkpoint}: holds no {name}: give another checkpoint")
+    return load_config(checkpoint / "config.yaml", all_recipes())
+
+
+def load_trained(checkpoint: Path, config: RunConfig, system: System[Any], *, raw: bool = False) -> Trained:
+    """Builds the model of a run and fills all of it: what was trained from the checkpoint (the moving average that it
+    has, unless `raw`), what was not as at the start of the run, which its hash has to confirm. Raises UserError where a
+    weight is missing or is another one."""
     stored = file_tensors(checkpoint / TRAINABLE)
     kinds = {tensor.dtype for tensor in stored.values() if tensor.dtype in DTYPES}
     if not kinds:
@@ -112,6 +120,8 @@ def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Tr
             f"{checkpoint}: was trained on other frozen weights than {_base(config)}: give those with"
             " --model.backbone.pretrained FOLDER"
         )
+    if not raw:
+        load_average(model, checkpoint, topology)
     return Trained(checkpoint, config, manifest, system, model.eval(), tuple(name for name in names if name in trained))
 
 

@@ -24,6 +24,13 @@ class NamedSystem(System):
     build = initialise = phases = loader = held_out = count = forward = None  # type: ignore[assignment]
 
 
+class CountingSystem(NamedSystem):
+    """Reads its data in eight steps."""
+
+    def steps_per_epoch(self, topology: Topology) -> float:
+        return 8.0
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """A run of one rank in an empty folder, `step` steps done; `changes` are of the config."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.callbacks.metrics import MetricsFile, perplexity, read_rows
 from pipeline.system import Evaluation
+from tests.callbacks.conftest import CountingSystem
 
 TRAIN = {
     "mode", "step", "phase", "phase_step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed",
@@ -56,6 +57,17 @@ def test_rows_say_the_phase_and_the_step_in_it(make_run, record) -> None:
     assert [(row["mode"], row["step"], row["phase"], row["phase_step"]) for row in strict_rows(run.folder)] == [
         ("train", 9, "second", 2), ("val", 9, "second", 2),
     ]  # fmt: skip
+
+
+def test_rows_say_the_epoch_of_a_system_that_counts_them(make_run, record) -> None:
+    run = make_run(step=7)
+    run.system = CountingSystem(run.config)
+    run.progress.enter("second")
+    file = MetricsFile(run)
+    file.on_step(record(9))
+    file.on_evaluation(13, Evaluation({"loss": 2.0}))
+    assert [row["epoch"] for row in strict_rows(run.folder)] == [0.25, 0.75], "counted from the start of the phase"
+    assert set(strict_rows(run.folder)[0]) == TRAIN | {"mfu", "epoch"}
 
 
 def test_an_ablation_has_a_row_for_each_part_that_was_left_out(make_run) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.callbacks.progress import ProgressLines, clock
 from pipeline.system import Evaluation
-from tests.callbacks.conftest import NamedSystem
+from tests.callbacks.conftest import CountingSystem, NamedSystem
 
 
 class Terminal(io.StringIO):
@@ -46,6 +46,13 @@ def test_a_step_says_all_that_is_promised(line) -> None:
     text = line({"step": 5}, steps=150)
     for part in ("step 5/150", "loss 2.5000", "lr 3.00e-04", "grad 0.750", "4.1K tok/s", "1.50 GiB", "ETA 0:02:25"):
         assert part in text
+
+
+def test_a_step_says_its_epoch(make_run, record, capsys: pytest.CaptureFixture[str], no_terminal) -> None:
+    run = make_run(step=10)
+    run.system = CountingSystem(run.config)
+    ProgressLines(run).on_step(record(10))
+    assert "  epoch 1.25  loss" in capsys.readouterr().out
 
 
 def test_the_eta_is_the_steps_left_at_the_measured_speed(line) -> None:
@@ -247,3 +254,21 @@ def test_a_terminal_that_closes_is_missed_by_nobody(bar: str) -> None:
 )  # fmt: skip
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_more_is_shown_when_it_is_asked_for(
+    make_run, record, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for verbose in (False, True):
+        lines = ProgressLines(make_run(report__verbose=verbose))
+        lines.on_start()
+        lines.on_step(record(step=5, metrics={"ce": 1.25, "vb": 2.0}))
+        lines.on_samples(5, {"sheet": "MKLV\nACDE\n", "numbers": {"x": [1.0, float("nan")]}})
+        lines.on_end("finished")
+        shown = terminal.getvalue()
+        assert ("ce 1.25  vb 2" in shown) == verbose
+        assert ("sheet:\nMKLV\nACDE" in shown and 'numbers:\n{"x": [1.0, null]}' in shown) == verbose
+    written = (lines.run.folder / "training.log").read_text()
+    assert "ce 1.25  vb 2" in written

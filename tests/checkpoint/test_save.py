@@ -114,7 +114,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint_and_nothing_else(make_run,
 @pytest.mark.parametrize(
     "owner, step",
     [(files, "save_file"), (contents, "_write_json"), (contents, "save_config"), (files.os, "fsync"),
-     (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace"), (manifest, "_write_latest")],
+     (saving, "write_manifest"), (saving, "commit"), (manifest.os, "replace"), (manifest, "_write_name")],
 )  # fmt: skip
 def test_a_full_disk_at_any_point_leaves_the_last_checkpoint(
     make_run, monkeypatch: pytest.MonkeyPatch, owner: Any, step: str

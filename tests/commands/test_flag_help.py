@@ -27,8 +27,8 @@ def shown(capsys: pytest.CaptureFixture[str]):
         out, err = capsys.readouterr()
         assert (end.value.code or 0, err) == (0, "")
         # A box has sides on a terminal alone.
-        entries = re.findall(r"^[│ ] ((?:-h, )?--[a-z].*?)(?:  .*)?$", out, re.MULTILINE)
-        return [flag for entry in entries for flag in re.findall(r"--[a-z][\w.-]*", entry)], out
+        entries = re.findall(r"^[│ ] ((?:-[hv], )?--[a-z].*?)(?:  .*)?$", out, re.MULTILINE)
+        return [flag for entry in entries for flag in re.findall(r"--[a-z][\w.-]*|-v\b", entry)], out
 
     return run
 

@@ -29,3 +29,37 @@ def test_a_list_of_paths_is_that_of_token_files(value: str, names: list[str], jo
 def test_a_path_that_is_no_list_is_refused(value: str) -> None:
     with pytest.raises(UserError, match=r"give a list, --data.paths='\[FILE, ...\]', or --data.tokens FILE"):
         with_listed_paths([f"--data.paths={value}"])
+
+
+def test_a_preset_of_a_system_is_its_recipe() -> None:
+    words = ["--run-name", "small_test", "-v", "--epochs", "3", "--dim", "64", "--no-balanced"]
+    config = parse_run(["mimir", "--preset", "small", *words], "train", ranks=1)
+    assert config == parse_run(["mimir_small", *words], "train", ranks=1)
+    assert (config.recipe, config.output_dir.as_posix()) == ("mimir_small", "outputs/small_test")
+    assert config.report.verbose and config.epochs.train == 3
+    assert parse_run(["miras", "--preset=tiny"], "train", ranks=1).recipe == "miras_tiny"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("mimir --preset huge", r"--preset 'huge': no recipe is called 'mimir_huge': give .*medium or small"),
+        ("mimir_small --preset large", "--preset 'large': mimir_small is a recipe by itself: leave --preset out"),
+        ("--preset small", "--preset 'small': name the system before it"),
+        ("mimir", "mimir is a system with several recipes: add --preset .*small"),
+        ("nothing --preset small", "no recipe is called 'nothing_small': `mnemos recipes` lists all"),
+        ("mimir_small --perset small", "unknown flag --perset: did you mean --preset"),
+    ],
+)
+def test_what_a_preset_cannot_mean_is_refused(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_run(words.split(), "train", ranks=1)
+
+
+def test_the_names_of_the_guide_are_flags() -> None:
+    words = """mimir --preset medium --batch-size 64 --lr 1e-4 --warmup-steps 10 --num-layers 2 --num-heads 2
+        --n-timesteps 30 --kernel absorbing --hybrid-loss-coeff 0.5 --curriculum-warmup-epochs 5 --loss-weight-alpha
+        1.5 --balanced""".replace("--kernel", "--model.kernel")
+    model = parse_run(words.split(), "train", ranks=1).model
+    assert (model.layers, model.heads, model.timesteps, model.kernel) == (2, 2, 30, "absorbing")  # type: ignore[attr-defined]
+    assert (model.hybrid_loss_coeff, model.curriculum_epochs, model.mask_weight) == (0.5, 5.0, 1.5)  # type: ignore[attr-defined]

@@ -1,0 +1,86 @@
+"""Held-out peptides: the variational bound and the cross-entropy at every timestep, and their floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.batch import StatefulLoader
+from pipeline.parallel.loss import reduce_sums
+from pipeline.runtime.sync import SyncPoint, next_step
+from pipeline.systems.mimir.diffusion.kernel import Kernel
+from pipeline.systems.mimir.model import ModelOutput
+from pipeline.systems.mimir.peptides import BACKGROUND, INTERACTING, PeptideBatch, Peptides
+
+KINDS = {"interacting": INTERACTING, "background": BACKGROUND}
+SEED = 0
+"""Of the noise of evaluations: whatever the run's seed, they differ in the weights alone."""
+
+Predict = Callable[[nn.Module, PeptideBatch, Tensor, Tensor], ModelOutput]
+"""(model, batch, noisy states [rows, L], timesteps [rows]) -> what the model says, with label and target told."""
+
+
+@torch.no_grad()
+def measure(
+    predict: Predict,
+    model: nn.Module,
+    kernel: Kernel,
+    loader: StatefulLoader[PeptideBatch],
+    steps: int,
+    sync_point: SyncPoint,
+) -> dict[str, float]:
+    """Means over `steps` steps of a loader, every peptide at every timestep, the same on every rank. Collective.
+
+    bound: nats per residue given the length, with prior and reconstruction; of each kind of peptides also. ce, vb: as
+    in training, with t uniform in 1..T. length: nats per peptide of its length given label and target.
+    """
+    device = next(model.parameters()).device
+    sums: dict[str, Tensor] = {
+        name: torch.zeros((), dtype=torch.float64, device=device)
+        for name in ("ce", "ce count", "length", "peptides", *(f"{k} {x}" for k in KINDS for x in ("nats", "residues")))
+    }
+    for _ in range(steps):
+        for batch in next_step(loader, sync_point, "evaluation"):
+            _add(sums, predict, model, kernel, batch.to(device))
+    totals = {name: float(value) for name, value in reduce_sums(sums, sync_point.topology, device).items()}
+    nats, residues = (sum(totals[f"{kind} {what}"] for kind in KINDS) for what in ("nats", "residues"))
+    found = {
+        "bound": nats / max(1.0, residues),
+        "ce": totals["ce"] / max(1.0, totals["ce count"]),
+        "length": totals["length"] / max(1.0, totals["peptides"]),
+    }
+    for kind in KINDS:
+        if totals[f"{kind} residues"]:
+            found[f"bound/{kind}"] = totals[f"{kind} nats"] / totals[f"{kind} residues"]
+    return found
+
+
+def _add(sums: dict[str, Tensor], predict: Predict, model: nn.Module, kernel: Kernel, batch: PeptideBatch) -> None:
+    x0, lengths, kept = batch.letters, batch.lengths, batch.weights.double()
+    nats = kernel.prior_bound(x0, lengths).sum(-1, dtype=torch.float64)
+    for timestep in range(1, kernel.T + 1):
+        t = torch.full_like(lengths, timestep)
+        xt = kernel.corrupt(x0, t, lengths, SEED, batch.domain, batch.draws)
+        output = predict(model, batch, xt, t)
+        terms = kernel.terms(output.logits, x0, xt, t, lengths)
+        nats += terms.vb.sum(-1, dtype=torch.float64) / kernel.T
+        sums["ce"] += (terms.ce.sum(-1, dtype=torch.float64) * kept).sum()
+        sums["ce count"] += (kernel.counts(t, lengths).ce * kept).sum()
+    # A length that training never saw has no probability: an estimate that is infinite says nothing about a model.
+    seen = output.log_lengths.gather(-1, lengths[:, None])[:, 0].double()
+    sums["length"] -= (seen.clamp(min=-math.log(2) * 64) * kept).sum()
+    sums["peptides"] += kept.sum()
+    for kind, label in KINDS.items():
+        mine = kept * (batch.labels == label)
+        sums[f"{kind} nats"] += (nats * mine).sum()
+        sums[f"{kind} residues"] += (lengths * mine).sum()
+
+
+def composition(peptides: Peptides, letters: int) -> np.ndarray:
+    """How often each letter stands in peptides, [letters] int64."""
+    inside = np.arange(peptides.letters.shape[1]) < peptides.lengths[:, None]
+    return np.bincount(peptides.letters[inside], minlength=letters)

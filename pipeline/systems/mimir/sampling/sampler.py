@@ -1,0 +1,93 @@
+"""New peptides from a denoiser: lengths, then residues from noise back to timestep 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.systems.mimir.diffusion.absorbing import AbsorbingKernel
+from pipeline.systems.mimir.diffusion.kernel import Kernel
+from pipeline.systems.mimir.diffusion.noise import categorical, uniforms
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""Logits [rows, L, K] of the letters of x_0, given x_t [rows, L] and t [rows]."""
+Order = Literal["confidence", "random"]
+FAR = 1e4
+"""By how much the logit of the likeliest letter is above those of others at temperature 0: all of the probability."""
+
+
+def guided(conditional: Denoise, unconditional: Denoise, guidance: float = 1.0, temperature: float = 1.0) -> Denoise:
+    """What a sampler is given in the place of the denoiser itself.
+
+    guidance g: log p is (1 - g) log p(x_0 | x_t) + g log p(x_0 | x_t, condition) up to its normalisation, classifier-
+    free guidance (Ho and Salimans, arXiv:2207.12598) with g = 1 + w. 1 is the condition's own distribution and 0 that
+    without a condition; each then asks one denoiser alone. temperature divides the logits after that; at 0 the
+    likeliest letter has all of the probability, of equals the first.
+    """
+
+    def denoise(xt: Tensor, t: Tensor) -> Tensor:
+        if guidance == 1:
+            logits = conditional(xt, t)
+        elif guidance == 0:
+            logits = unconditional(xt, t)
+        else:
+            without = unconditional(xt, t)
+            logits = without + guidance * (conditional(xt, t) - without)
+        if temperature == 0:
+            best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
+            return FAR * best
+        return logits / temperature
+
+    return denoise
+
+
+@torch.no_grad()
+def sample(
+    kernel: Kernel,
+    denoise: Denoise,
+    lengths: Tensor,
+    width: int,
+    *,
+    seed: int,
+    domain: str,
+    draw: Tensor,
+    steps: int | None = None,
+    order: Order = "confidence",
+) -> Tensor:
+    """Peptides, [rows, width] int64 letters, 0 beyond their lengths [rows].
+
+    Ancestral sampling through `kernel.ladder(steps)`, all T timesteps by default: each step draws from the mixture over
+    the predicted x_0 of the exact posteriors. Fewer steps skip timesteps, exactly as far as residues do not depend on
+    each other. `order`: which residues the absorbing kernel reveals first, those that the denoiser is surest of or any;
+    the letters are drawn either way. A row is a function of (seed, domain, draw) and of what the denoiser says of that
+    row alone. Raises UserError where its logits are not finite.
+    """
+    x = kernel.start(lengths, width, seed, domain, draw)
+    for high, low in pairwise(kernel.ladder(kernel.T if steps is None else steps)):
+        t, s = torch.full_like(lengths, high), torch.full_like(lengths, low)
+        logits = denoise(x, t)
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError("the model's logits are not finite: its weights have diverged: give an earlier checkpoint")
+        if isinstance(kernel, AbsorbingKernel):
+            x = kernel.step(logits, x, t, s, lengths, seed, domain, draw, order=order)
+        else:
+            x = kernel.step(logits, x, t, s, lengths, seed, domain, draw)
+    return x
+
+
+def draw_lengths(log_lengths: Tensor, least: int, most: int, *, seed: int, domain: str, draw: Tensor) -> Tensor:
+    """Lengths, [rows] int64, from log p(length) [rows, longest + 1] restricted to least..most. Raises UserError where
+    a row has no probability there."""
+    allowed = log_lengths.double().exp()
+    outside = torch.arange(allowed.shape[1], device=allowed.device)
+    allowed = allowed.masked_fill((outside < least) | (outside > most), 0)
+    if not bool((allowed.sum(-1) > 0).all()):
+        raise UserError(
+            f"--min-length {least} --max-length {most}: the model has seen no peptide of these lengths: widen the range"
+        )
+    return categorical(allowed, uniforms(seed, f"{domain}/length", draw, 1)[:, 0, 0])

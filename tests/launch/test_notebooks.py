@@ -37,7 +37,9 @@ def test_every_notebook_is_executed() -> None:
 def test_a_notebook_runs_to_its_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells), "saved without output"
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells), (
+        "saved without output"
+    )
     notebook.cells = [cell for cell in notebook.cells if COLAB not in tags(cell)]
     (parameters,) = (cell for cell in notebook.cells if PARAMETERS in tags(cell))
     given = {line.partition(" =")[0] for line in parameters.source.splitlines()}

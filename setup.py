@@ -494,10 +494,13 @@ EXTRAS = {
         # The tests' token loop that was not written here. It brings einops alone: Triton is an extra of its own.
         "fla-core>=0.6",
         "hypothesis>=6.100",
+        # The tests execute notebooks.
+        "ipykernel>=6.29",
         # The tests run tasks of the harness.
         "lm-eval>=0.4.13",
         "modlamp>=4.3.3",
         "mypy>=2.0",
+        "nbclient>=0.10",
         "pytest>=9.0",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -24,7 +25,9 @@ def import_muon() -> None:
     compile_now = compiler.compile
     compiler.compile = functools.partial(_compile_when_called, compile_now)
     try:
-        importlib.import_module(MUON)
+        # A DeepSpeed that has it elsewhere imports it from there itself.
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(MUON)
     finally:
         compiler.compile = compile_now
 

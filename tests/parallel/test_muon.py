@@ -62,3 +62,9 @@ def test_an_import_that_fails_leaves_the_compiler_as_it_was(
     with pytest.raises(NameError):  # as DeepSpeed fails where its kernels cannot be imported
         import_muon()
     assert compiler.compile is given
+
+
+def test_a_deepspeed_without_it_there_starts(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.parallel.muon.MUON", "deepspeed.no_such_module")
+    import_muon()
+    assert compiled == []

@@ -175,6 +175,21 @@ def test_held_out_numbers_do_not_depend_on_the_batch() -> None:
     assert expected["unseen_targets/bound"] > 0 and "bound 8" in system.headline(evaluated(system, model))
 
 
+def test_an_evaluation_reads_the_same_peptides_on_other_ranks_and_with_other_seeds() -> None:
+    def read(**changes: Any) -> list[list[int]]:
+        topology = Topology(world=changes.pop("world", 1))
+        loaders = [
+            created(small(**changes)).held_out_loader(dataclasses.replace(topology, rank=rank))
+            for rank in range(topology.world)
+        ]
+        return [row for loader in loaders for batch in loader.next_step() for row in batch.letters.tolist()]
+
+    expected = read(batch_size=8, grad_accum=2)
+    assert read(batch_size=8, world=2) == expected == read(batch_size=16, seed=3)
+    # Files are often sorted, by label to begin with.
+    assert expected != peptides().held_out.letters[:16].tolist()
+
+
 def test_the_bound_is_the_average_over_timesteps_of_what_training_estimates() -> None:
     config = small(model__label_dropout=0.0, model__target_dropout=0.0, model__timesteps=4, evaluation__batch_size=128)
     system = created(config)

@@ -55,11 +55,8 @@ class UniformKernel(Kernel):
         left, spread, at_xt, elsewhere = (column[:, None, None] for column in table[:, :4].unbind(-1))
         w = log_p.exp() * torch.where(self._letters(xt.device) == xt[..., None], at_xt, elsewhere)
         log_s = (left * w + spread * w.sum(-1, keepdim=True)).log()
-        same = (x0 == xt).long()[..., None]
-        cases = table[:, 4:].reshape(len(t), 1, 2, 4).expand(-1, x0.shape[1], -1, -1)
-        constant, every, more_at_x0, more_at_xt = (
-            cases.gather(2, same[..., None].expand(-1, -1, 1, 4))[:, :, 0].unbind(-1)
-        )  # fmt: skip
+        cases = torch.where((x0 == xt)[..., None], table[:, None, 8:], table[:, None, 4:8])
+        constant, every, more_at_x0, more_at_xt = cases.unbind(-1)  # [rows, L] each
         at_x0 = log_s.gather(-1, x0[..., None])[..., 0]
         at_xt = log_s.gather(-1, xt[..., None])[..., 0]
         kl = constant - every * log_s.sum(-1) - more_at_x0 * at_x0 - more_at_xt * at_xt

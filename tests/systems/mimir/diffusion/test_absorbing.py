@@ -37,7 +37,7 @@ def test_every_set_of_positions_is_masked_equally_often() -> None:
     assert ((sets[expected] - 1000) ** 2 / 1000).sum() < 20.5  # chi-square, 5 degrees of freedom, 0.1 %
 
 
-@pytest.mark.parametrize("T", [3, 4, 7, 20])
+@pytest.mark.parametrize("T", [3, 4, 11])
 def test_the_exact_denoiser_has_the_entropy_as_its_bound(T: int) -> None:
     kernel = AbsorbingKernel(T, K)
     lengths = torch.full((len(WORDS),), LENGTH)
@@ -140,9 +140,9 @@ def test_the_reverse_step_masks_as_many_on_average_and_sums_to_one() -> None:
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
-@pytest.mark.parametrize("T", [3, 10])
+@pytest.mark.parametrize("T", [3, 7])
 def test_samples_of_dependent_letters_have_their_distribution(order: Literal["random", "confidence"], T: int) -> None:
-    kernel, rows = AbsorbingKernel(T, K), 8000
+    kernel, rows = AbsorbingKernel(T, K), 3000
     draw, lengths = torch.arange(rows), torch.full((rows,), LENGTH)
     x = kernel.start(lengths, LENGTH, 0, "sample", draw)
     assert x.eq(MASK).all()
@@ -155,12 +155,12 @@ def test_samples_of_dependent_letters_have_their_distribution(order: Literal["ra
 
 
 def test_residues_drawn_together_lose_the_dependence() -> None:
-    kernel, rows = AbsorbingKernel(3, K), 8000
+    kernel, rows = AbsorbingKernel(3, K), 3000
     draw, lengths = torch.arange(rows), torch.full((rows,), LENGTH)
     x = kernel.start(lengths, LENGTH, 0, "sample", draw)
     x = kernel.step(exact_denoiser(x), x, draw * 0 + 3, draw * 0, lengths, 0, "sample", draw)
     counts = (x * torch.tensor([9, 3, 1])).sum(-1).bincount(minlength=27).double()
-    assert ((counts - rows * SHARES) ** 2 / (rows * SHARES)).sum() > 540
+    assert ((counts - rows * SHARES) ** 2 / (rows * SHARES)).sum() > 200
 
 
 def test_confidence_goes_first() -> None:

@@ -494,12 +494,17 @@ EXTRAS = {
         # The tests' token loop that was not written here. It brings einops alone: Triton is an extra of its own.
         "fla-core>=0.6",
         "hypothesis>=6.100",
+        # The tests execute notebooks.
+        "ipykernel>=6.29",
         # The tests run tasks of the harness.
         "lm-eval>=0.4.13",
+        "modlamp>=4.3.3",
         "mypy>=2.0",
+        "nbclient>=0.10",
         "pytest>=9.0",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.8",
+        "rapidfuzz>=3.9",
         "ruff>=0.17",
         "types-psutil>=6.0",
         "types-PyYAML>=6.0",
@@ -509,6 +514,8 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     # transformers reads GGUF files with them.
     "gguf": ["accelerate>=1.10", "gguf>=0.17"],
+    # Clusters of peptides, and a set of antimicrobial ones.
+    "mimir": ["modlamp>=4.3.3", "rapidfuzz>=3.9"],
     "wandb": ["wandb>=0.20"],
 }
 

@@ -210,6 +210,15 @@ class Compiles(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsParts(Protocol):
+    """Says what its parameters are for (`plan RECIPE`)."""
+
+    def parameter_parts(self) -> Mapping[str, int]:
+        """Parameters by the part of the model; they add up to all of them."""
+        ...
+
+
 @dataclass(frozen=True)
 class PublishedHours:
     """Training times that others state for a model."""

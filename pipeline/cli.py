@@ -41,7 +41,7 @@ Mnemos trains language models that remember.
   eval CHECKPOINT [flags]                    held-out perplexity, recall, memory on and off; scores of downstream tasks
   generate CHECKPOINT --prompt TEXT [flags]  the text that a trained model writes after a prompt, as it is drawn
   export CHECKPOINT DIR                      a folder that transformers loads, once its logits are the trained model's
-  data prepare|inspect|verify                documents to token files; what is in them; checks
+  data prepare|inspect|verify|synth          documents to token files; what is in them; checks; synthetic sets
   checkpoint verify|list|convert             is a checkpoint whole; what is there; the format for other ranks and stages
   bench throughput [flags]                   tokens/s, MFU and peak memory of training steps, as JSON and a table
   bench dense [flags]                        a decoder's training steps beside those of a plain PyTorch loop

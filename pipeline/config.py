@@ -52,6 +52,9 @@ class OptimizerConfig:
     """A cosine or linear schedule ends at this share of the peak learning rate."""
     warmup_start: float = 0.0
     """Share of the peak learning rate from which the warm-up rises."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999, which evaluations, samples and what is made of a
+    checkpoint take in the place of the weights; 0: none."""
     max_skipped: int = 20
     """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
 
@@ -245,6 +248,8 @@ class RunConfig:
             raise UserError(f"--stop-after is {self.stop_after}: give a step from 1 on")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise UserError(f"--optimizer.betas are {self.optimizer.betas}: give two values from 0 to below 1")
+        if not 0 <= self.optimizer.ema_decay < 1:
+            raise UserError(f"--optimizer.ema-decay is {self.optimizer.ema_decay}: give a value from 0 to below 1")
         if not 0 <= self.optimizer.min_lr_ratio <= 1:
             raise UserError(f"--optimizer.min-lr-ratio is {self.optimizer.min_lr_ratio}: give a share from 0 to 1")
         if not 0 <= self.optimizer.warmup_start <= 1:

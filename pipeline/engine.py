@@ -17,12 +17,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from pipeline.checkpoint.average import Average
 from pipeline.checkpoint.shards import ShardFiles
 from pipeline.config import RunConfig
 from pipeline.ds_config import offload_device, zero_stage
 from pipeline.errors import UserError, brief
 from pipeline.host.hardware import on_gpu
-from pipeline.loss_scale import LossScale
+from pipeline.loss_scale import LossScale, undo_first_update
 from pipeline.parallel.topology import limit_waits
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.ranks import collective_timeout
@@ -94,8 +95,10 @@ class Engine:
             )
         limit_waits(collective_timeout(config))
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
-            _undo_first_update(self.optimizer)
+            undo_first_update(self.optimizer)
         self.loss_scale = LossScale(self.optimizer) if self.deepspeed.fp16_enabled() else None
+        decay = config.optimizer.ema_decay
+        self.average = Average(self.optimizer, self.module, decay) if decay else None
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.deepspeed.checkpoint_engine = self._shards = ShardFiles()
         # Scripts that unpickle whatever they are given; `checkpoint convert` and `export` do their work.
@@ -161,6 +164,12 @@ class Engine:
         `lr_multiple` times each group's peak learning rate is the rate of this update: the schedule is a function of
         the step alone, so a skipped update or a resume cannot shift it.
         """
+        result = self._update(lr_multiple)
+        if self.average is not None and not result.skipped:
+            self.average.update()
+        return result
+
+    def _update(self, lr_multiple: float) -> StepResult:
         for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * lr_multiple
         lr = self._peak_lrs[0] * lr_multiple
@@ -284,14 +293,3 @@ def _answered_by(zero: str) -> Iterator[None]:
             raise
         reason = brief(error) or type(error).__name__
         raise UserError(f"--zero {zero}: DeepSpeed does not start with it ({reason}): correct it") from error
-
-
-def _undo_first_update(optimizer: FP16_UnfusedOptimizer) -> None:
-    """DeepSpeed's wrapper for half precision without ZeRO makes an update with gradients of zero when it is made, which
-    decays the masters and counts as a step."""
-    with torch.no_grad():
-        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for weight, master in zip(weights, masters, strict=True):
-                master.copy_(weight)
-    for state in optimizer.optimizer.state.values():
-        state["step"].zero_()

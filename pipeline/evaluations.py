@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -43,9 +44,8 @@ class Evaluations:
 
     def after(self, step: int, *, ends: bool) -> None:
         """Does what is due after a step and is not done yet. `ends`: whether the phase or the run ends with it."""
-        for kind, (every, _) in self.kinds.items():
-            if (ends or _is_due(step, *every)) and step not in self.run.done.get(kind, ()):
-                self._do(kind, step, ends)
+        due = [kind for kind, (every, _) in self.kinds.items() if ends or _is_due(step, *every)]
+        self._do([kind for kind in due if step not in self.run.done.get(kind, ())], step, ends)
 
     def judges(self, step: int) -> bool:
         """Whether the evaluation that is due at a step decides which checkpoint is the best."""
@@ -54,7 +54,7 @@ class Evaluations:
     def judge(self, step: int, *, ends: bool) -> None:
         """Makes the evaluation that is due before the step is saved, so that its checkpoint knows of it."""
         if self.run.config.evaluation.best is not None and (ends or self.judges(step)):
-            self._do("evaluated", step, ends)
+            self._do(["evaluated"], step, ends)
 
     def catch_up(self) -> bool:
         """Does what is due at the step that the run begins at and was not done there; returns whether anything was.
@@ -64,19 +64,24 @@ class Evaluations:
         run, step = self.run, self.run.progress.step
         end = run.end_of_phase
         ends = step >= min(end, run.config.stop_after or end) or run.progress.phase_done
-        done = False
-        for kind, (every, _) in self.kinds.items():
-            due = ends or _is_due(step, *every) if step else kind == "evaluated"
-            if due and step not in run.done.get(kind, ()):
-                self._do(kind, step, ends)
-                done = True
-        return done
+        due = [
+            kind
+            for kind, (every, _) in self.kinds.items()
+            if (ends or _is_due(step, *every) if step else kind == "evaluated") and step not in run.done.get(kind, ())
+        ]
+        self._do(due, step, ends)
+        return bool(due)
 
-    def _do(self, kind: str, step: int, ends: bool) -> None:
-        self.kinds[kind][1](step, ends)
-        self.run.done[kind] = (*self.run.done.get(kind, ()), step)
-        if self.run.is_main:
-            write_run_file(self.run, "running")
+    def _do(self, kinds: Sequence[str], step: int, ends: bool) -> None:
+        average = self.run.engine.average
+        # Before the first update it is the weights.
+        averaged = average.in_place() if average is not None and average.updates and kinds else contextlib.nullcontext()
+        with averaged:
+            for kind in kinds:
+                self.kinds[kind][1](step, ends)
+                self.run.done[kind] = (*self.run.done.get(kind, ()), step)
+                if self.run.is_main:
+                    write_run_file(self.run, "running")
 
     @property
     def _phase(self) -> Phase:

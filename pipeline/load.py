@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.capabilities import CountsEpochs, check_intervals
 from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
-from pipeline.checkpoint.trainable import load_trainable, trainable_names
+from pipeline.checkpoint.trainable import load_average, load_trainable, trainable_names
 from pipeline.compilation import check_compile
 from pipeline.config import RunConfig
 from pipeline.ds_config import check_precision, deepspeed_config
@@ -109,8 +109,10 @@ def load_model(
     ds_config: dict[str, Any] | None = None,
     weights: Path | None = None,
     checkpoint: Path | None = None,
+    raw: bool = False,
 ) -> LoadedModel:
-    """Builds the model and fills it: pretrained or random weights, then those that the checkpoint `weights` trained.
+    """Builds the model and fills it: pretrained or random weights, then those that the checkpoint `weights` trained,
+    and the moving average of them that it has, unless `raw`.
 
     `ds_config`: the configuration whose ZeRO stage shards it; None: it is whole on every rank. `checkpoint`: the one
     that fills later what was trained. Collective; raises UserError on every rank.
@@ -125,6 +127,8 @@ def load_model(
     system.initialise(model, topology)
     if weights is not None:
         load_trainable(model, weights, topology)
+        if not raw:
+            load_average(model, weights, topology)
     return LoadedModel(system, model, system.phases(model))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """DeepSpeed's names of what changes: the scale; the updates tried, and the last of them that overflowed, from which the
 window is counted; and the overflows to go until the scale is halved, which only ZeRO counts."""
@@ -60,3 +62,14 @@ def scale_state(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
     held = getattr(optimizer["loss_scaler"], "__dict__", {}) if "loss_scaler" in optimizer else optimizer
     dynamic = held.get("dynamic", held.get("dynamic_loss_scale", False))
     return {key: held[key] for key in KEYS if key in held} if dynamic else None
+
+
+def undo_first_update(optimizer: Any) -> None:
+    """DeepSpeed's wrapper for half precision without ZeRO makes an update with gradients of zero when it is made, which
+    decays the masters and counts as a step."""
+    with torch.no_grad():
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master in zip(weights, masters, strict=True):
+                master.copy_(weight)
+    for state in optimizer.optimizer.state.values():
+        state["step"].zero_()

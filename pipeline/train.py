@@ -127,6 +127,9 @@ class Trainer:
             ends = step == last or progress.phase_done
             if due or ends or progress.best_step == step:
                 self._save(background=config.async_save and not ends)
+            if self.engine.average is not None:
+                # What is being saved must not be exchanged for the average.
+                self.saver.release()
             evaluations.after(step, ends=ends)
             for callback in self.callbacks:
                 callback.while_paused(step)

@@ -92,6 +92,10 @@ EXPERIMENTS = {
         "a step of a decoder is as fast here as in a plain PyTorch loop",
         ("tests/bench/test_dense.py",), 10,
     ),
+    "mimir_speed": Experiment(
+        "a step of peptide diffusion is as fast here as in a plain PyTorch loop",
+        ("tests/systems/mimir/test_speed.py",), 2,
+    ),
     "memory_step": Experiment(
         "a token of the memory takes at most 3 times as long as to read and write M and S once",
         ("tests/bench/test_decode.py",), 1,

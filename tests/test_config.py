@@ -42,13 +42,14 @@ def config() -> RunConfig:
         ("--profile", {"profile": -1}),
         ("--data.min-tokens", {"data__min_tokens": -1}),
         ("--stop-after", {"stop_after": 0}),
+        ("--evaluation.patience", {"evaluation__patience": -1, "evaluation__best": "loss"}),
         ("--data.holdout", {"data__holdout": 0.0}),
         ("--data.holdout", {"data__holdout": 1.0}),
     ],
     ids=str,
 )
 def test_a_value_out_of_range_is_named_with_its_flag(config: RunConfig, flag: str, changes: dict) -> None:
-    (value,) = changes.values()
+    value = next(iter(changes.values()))
     with pytest.raises(UserError) as refusal:
         replace(config, **changes)
     message = str(refusal.value)
@@ -68,6 +69,9 @@ def test_a_value_out_of_range_is_named_with_its_flag(config: RunConfig, flag: st
         ("--optimizer.min-lr-ratio", {"optimizer__min_lr_ratio": -0.1}),
         ("--optimizer.min-lr-ratio", {"optimizer__min_lr_ratio": 1.1}),
         ("--optimizer.max-skipped", {"optimizer__max_skipped": 0}),
+        ("--optimizer.ema-decay", {"optimizer__ema_decay": 1.0}),
+        ("--optimizer.ema-decay", {"optimizer__ema_decay": -0.5}),
+        ("--evaluation.patience 2: nothing says what is better", {"evaluation__patience": 2}),
         ("--evaluation.batch-size", {"evaluation__batch_size": -1}),
         ("--report.peak-tflops", {"report__peak_tflops": 0.0}),
     ],

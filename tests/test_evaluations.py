@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from pipeline.evaluation_config import EvaluationConfig
 from pipeline.evaluations import Evaluations
 from pipeline.files.run_file import read_run_file
 from pipeline.parallel.topology import Topology
+from pipeline.run import Progress
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation
 from tests.checkpoint.small_runs import a_run
@@ -75,7 +78,7 @@ class Unable(PhasedSystem):
 def evaluations(folder: Path, step: int, **changes: Any) -> tuple[Evaluations, Seen]:
     run, seen = a_run(folder, step=step), Seen()
     run.config = replace(run.config, seed=3, **changes)
-    run.system, run.engine = Able(phased(folder)), SimpleNamespace(deepspeed=None)  # type: ignore[assignment]
+    run.system, run.engine = Able(phased(folder)), SimpleNamespace(deepspeed=None, average=None)  # type: ignore[assignment]
     return Evaluations(run, SyncPoint(Topology()), [seen]), seen
 
 
@@ -183,7 +186,7 @@ def test_scores_of_tasks_are_part_of_an_evaluation_at_their_own_interval(
         run.config, eval_every=2, evaluation__tasks=("words",), evaluation__tasks_every=3,
         evaluation__task_path=str(tmp_path), evaluation__task_limit=5,
     )  # fmt: skip
-    run.system, run.engine = Reading(phased(tmp_path)), SimpleNamespace(deepspeed=None)  # type: ignore[assignment]
+    run.system, run.engine = Reading(phased(tmp_path)), SimpleNamespace(deepspeed=None, average=None)  # type: ignore[assignment]
 
     class Rows(Callback):
         def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
@@ -221,3 +224,72 @@ def test_without_tasks_their_flags_mean_nothing(changes: dict[str, Any]) -> None
     EvaluationConfig(tasks=("sciq",), **changes)
     with pytest.raises(UserError, match=r"^--evaluation\.task\S+ \S+: there are no tasks: name"):
         EvaluationConfig(**changes)
+
+
+class Scripted(Able):
+    """Its held-out losses are known beforehand."""
+
+    losses: tuple[float, ...] = ()
+
+    def evaluate(self, model: Any, phase: Any, sync_point: Any) -> Evaluation:
+        return Evaluation({"loss": self.losses[model.step()], "other": 1.0})
+
+
+@settings(max_examples=25)
+@given(
+    losses=st.lists(st.sampled_from([1.0, 2.0, 3.0, math.nan, math.inf]), min_size=1, max_size=12),
+    stop=st.integers(0, 12),
+)
+def test_the_best_is_the_first_of_the_lowest_however_often_a_run_starts(
+    tmp_path_factory: pytest.TempPathFactory, losses: list[float], stop: int
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+
+    def start(step: int) -> Evaluations:
+        found, _ = evaluations(folder, step, eval_every=1, evaluation__best="loss")
+        found.run.system = Scripted(phased(folder))
+        found.run.system.losses = (0.5, *losses)
+        found.run.engine = SimpleNamespace(  # type: ignore[assignment]
+            deepspeed=SimpleNamespace(step=lambda: found.run.progress.step), average=None
+        )
+        return found
+
+    found = start(0)
+    found.catch_up()
+    for step in range(1, len(losses) + 1):
+        if step == stop:
+            # What trainer_state.json holds of a save after the evaluation; run.json may know less.
+            before, found = found, start(step - 1)
+            found.run.progress = dataclasses.replace(before.run.progress)
+            found.catch_up()
+        found.run.progress.step = step
+        assert found.judges(step)
+        found.judge(step, ends=False)
+        found.after(step, ends=False)
+    progress, finite = found.run.progress, [value for value in losses if math.isfinite(value)]
+    best = losses.index(min(finite)) + 1 if finite else 0
+    assert progress.best_step == best and progress.not_better == len(losses) - best
+    assert (progress.best, progress.best_of) == (min(finite) if finite else 0.0, "loss")
+
+
+def test_a_phase_begins_without_a_best_and_another_number_is_another_best() -> None:
+    progress = Progress(step=3, phase="A")
+    assert progress.judge("loss", 2.0) and not progress.judge("loss", 2.0) and progress.not_better == 1
+    progress.step = 4
+    assert progress.judge("bound", 5.0) and (progress.best_step, progress.not_better) == (4, 0)
+    progress.enter("B")
+    assert (progress.best_step, progress.not_better, progress.judged) == (0, 0, 0)
+
+
+def test_a_number_that_no_evaluation_has_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    found, _ = evaluations(tmp_path, 0, evaluation__best="bound")
+    with pytest.raises(
+        UserError, match=r"--evaluation\.best bound: no number of the held-out evaluation, which has loss"
+    ):
+        found.catch_up()
+
+
+def test_without_a_best_no_evaluation_comes_before_its_save(tmp_path: Path) -> None:
+    found, seen = evaluations(tmp_path, 3, eval_every=3)
+    found.judge(3, ends=True)
+    assert not found.judges(3) and seen.events == [] and not found.run.progress.judged

@@ -15,7 +15,7 @@ from pipeline.checkpoint.files import Entry, checksum, tensor_bytes, write_shard
 from pipeline.checkpoint.loader_state import LOADER_STATE
 from pipeline.checkpoint.restore import TRAINER_STATE
 from pipeline.checkpoint.rng import rng_state
-from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
+from pipeline.checkpoint.trainable import AVERAGE, TRAINABLE, trainable_content
 from pipeline.config import RunConfig
 from pipeline.config_file import save_config
 from pipeline.run import Progress, Run
@@ -62,8 +62,10 @@ def rank_parts(run: Run, snapshot: Snapshot, folder: Path, tag: str) -> list[Par
     rank = f"{run.topology.rank:05d}"
     carried, layout = carry_content(snapshot.carries, run.streams, run.topology)
     trainable, copied = trainable_content(run.engine.module, run.trained, run.topology)
+    average = run.engine.average
+    averaged = [] if average is None else [Part(AVERAGE, average.content(run.topology), average.write, copied=True)]
     return [
-        *([Part(TRAINABLE, trainable, write_tensors, copied)] if run.is_main else []),
+        *([Part(TRAINABLE, trainable, write_tensors, copied), *averaged] if run.is_main else []),
         Part(f"carry-{rank}.safetensors", carried, functools.partial(write_carry, layout=layout)),
         Part(f"rng-{rank}.pt", snapshot.rng, write_shard),
         *(Part(path.name, content, write_shard) for path, content in run.engine.collect(folder, tag).items()),

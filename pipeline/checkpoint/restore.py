@@ -13,6 +13,7 @@ from pipeline.checkpoint.loader_state import LOADER_STATE
 from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems, read_manifest, unlisted
 from pipeline.checkpoint.rng import seed_all, set_rng_state
 from pipeline.checkpoint.safe import load_pickle
+from pipeline.checkpoint.trainable import AVERAGE
 from pipeline.checkpoint.universal import convert, is_universal, load_universal
 from pipeline.errors import RankError, UserError
 from pipeline.files.json_file import read_json
@@ -57,6 +58,7 @@ def restore(run: Run, checkpoint: Path) -> list[Carry]:
             run.engine.load(checkpoint)
     else:
         _load_elsewhere(run, checkpoint, switches)
+    _restore_average(run, checkpoint, AVERAGE in manifest["files"], switches)
     if manifest["world"] == run.topology.world:
         with _known_here(run.topology):
             set_rng_state(load_pickle(checkpoint / f"rng-{run.topology.rank:05d}.pt"))
@@ -90,6 +92,21 @@ def _known_here(topology: Topology) -> Iterator[None]:
         yield
     except UserError as error:
         raise RankError(f"rank {topology.rank}: {error}") from error
+
+
+def _restore_average(run: Run, checkpoint: Path, has_one: bool, switches: bool) -> None:
+    """The moving average of a checkpoint; where it has none, or is of another phase, one that begins with its weights.
+    The log says so where a run would not expect it. Collective; raises UserError."""
+    average = run.engine.average
+    if average is not None and has_one and not switches:
+        average.load(checkpoint, run.topology)
+        return
+    if average is not None:
+        average.restart()
+    if average is not None and not has_one:
+        run.chosen["average"] = f"of the weights begins here: {checkpoint} has none"
+    elif average is None and has_one:
+        run.chosen["average"] = f"of the weights in {checkpoint} ends here: --optimizer.ema-decay is 0"
 
 
 def _load_elsewhere(run: Run, checkpoint: Path, switches: bool) -> None:

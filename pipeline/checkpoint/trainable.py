@@ -17,6 +17,8 @@ from pipeline.parallel.weight_files import file_tensors, open_safetensors
 from pipeline.parallel.weights import gathered, is_sharded, load_safetensors
 
 TRAINABLE = "trainable.safetensors"
+AVERAGE = "average.safetensors"
+"""The moving average of what the phase trains (`pipeline/checkpoint/average.py`), of a run that has one."""
 
 
 def trainable_content(model: nn.Module, names: Iterable[str], topology: Topology) -> tuple[dict[str, Tensor], bool]:
@@ -99,6 +101,26 @@ def load_trainable(model: nn.Module, checkpoint: Path, topology: Topology, only:
     with torch.no_grad():
         for name, value in values.items():
             buffers[name].copy_(value)
+
+
+def load_average(model: nn.Module, checkpoint: Path, topology: Topology) -> None:
+    """Fills the parameters of which a checkpoint has a moving average with it; none where it has no such file.
+    Collective; raises UserError on every rank, before anything is filled."""
+    path = checkpoint / AVERAGE
+    if not broadcast_object(topology, path.is_file()):
+        return
+    with shared_errors(topology):
+        if topology.rank == 0 and (checkpoint / MANIFEST).is_file():
+            wrong = problems(checkpoint, hashes=True, only=(AVERAGE,))
+            if wrong:
+                raise UserError(f"{wrong[0]}: restore the file, or give another checkpoint")
+        names = list(file_tensors(path))
+        known = {name for name, _ in model.named_parameters()}
+        unknown = next((name for name in names if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"{path}: {shown(unknown)} is no parameter of this model: is it of another one?")
+    rename = {name: name for name in names}
+    load_safetensors(model, functools.partial(file_tensors, path), rename, topology, what=str(path))
 
 
 def _read_buffers(path: Path, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,26 +6,21 @@ learning rate and decay of the first, and refuses what was saved with ZeRO-3 at 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
+from pipeline.checkpoint.masters import Flat, flats, part_of, set_master
 from pipeline.checkpoint.safe import load_pickle
 from pipeline.checkpoint.universal_convert import (
     COUNTERS,
@@ -73,17 +68,17 @@ def load_universal(
     with shared_errors(topology):
         saved.check(engine.module, named, dropped)
         known = set(trained.values())
-        flats = [flat for flat in _flats(engine.optimizer) if any(p in known for p in flat.parameters)]
-        steps = [saved.step_of([names[p] for p in flat.parameters if p in names]) for flat in flats]
+        held = [flat for flat in flats(engine.optimizer) if any(p in known for p in flat.parameters)]
+        steps = [saved.step_of([names[p] for p in flat.parameters if p in names]) for flat in held]
     partitions = hasattr(engine.optimizer, "checkpoint_event_prologue")
     if partitions:
         engine.optimizer.checkpoint_event_prologue()
     with torch.no_grad():
-        for flat, step in zip(flats, steps, strict=True):
+        for flat, step in zip(held, steps, strict=True):
             _create_state(flat, step)
             for parameter in (p for p in flat.parameters if p in known):
                 if parameter in names:
-                    _set(engine.optimizer, flat, parameter, saved, names[parameter])
+                    _set(flat, parameter, saved, names[parameter])
                 elif is_sharded(parameter):
                     _clear_padding(parameter)
         # The model computes with a rounded copy of the masters, as after an update.
@@ -159,53 +154,16 @@ class _Saved:
                 buffers[name].copy_(self.states["module"][name])
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """A tensor that torch's optimizer updates, and the parameters whose float32 values it holds (a part of)."""
-
-    parameters: Sequence[nn.Parameter]
-    master: Tensor
-    optimizer: torch.optim.Optimizer
-
-
 def check_switchable(engine: Engine, zero: str) -> None:
     """Raises UserError where an engine cannot be filled from a universal checkpoint, by which the next phase begins."""
     try:
-        for _ in _flats(engine.deepspeed.optimizer):
+        for _ in flats(engine.deepspeed.optimizer):
             pass
     except UserError as error:
         raise UserError(f"--zero {zero}: a run of several phases is resumed at every switch, and {error}") from error
 
 
-def _flats(optimizer: Any) -> Iterator[_Flat]:
-    if isinstance(optimizer, torch.optim.Optimizer):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield _Flat([parameter], parameter, optimizer)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):  # half precision without ZeRO
-        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(parameters, masters, strict=True):
-                yield _Flat([parameter], master, optimizer.optimizer)
-    elif isinstance(optimizer, BF16_Optimizer):  # ZeRO-1 that adds gradients up in float32
-        for parameters, master in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
-            yield _Flat(parameters, master, optimizer.optimizer)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        for parameters, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-            yield _Flat(parameters, master, optimizer.optimizer)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
-            raise UserError("a universal checkpoint cannot be loaded into an NVMe offload: choose --zero zero3_offload")
-        if optimizer.offload_optimizer and set(optimizer.subgroup_to_device.values()) != {"cpu"}:
-            raise UserError("a universal checkpoint cannot be loaded with offload_optimizer.ratio below 1: set it to 1")
-        for parameters, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-            yield _Flat(parameters, master, optimizer.optimizer)
-    else:
-        raise UserError(
-            f"a universal checkpoint cannot be loaded into {type(optimizer).__name__}: choose another --zero"
-        )
-
-
-def _create_state(flat: _Flat, step: float) -> None:
+def _create_state(flat: Flat, step: float) -> None:
     """Zero moments, as the optimizer makes them at its first update, and the step that replaces any it has counted."""
     state = flat.optimizer.state[flat.master]
     if isinstance(flat.optimizer, torch.optim.AdamW):
@@ -218,24 +176,20 @@ def _create_state(flat: _Flat, step: float) -> None:
         state[kind] = torch.zeros_like(flat.master, dtype=torch.float32, requires_grad=False)
 
 
-def _set(optimizer: Any, flat: _Flat, parameter: nn.Parameter, saved: _Saved, name: str) -> None:
+def _set(flat: Flat, parameter: nn.Parameter, saved: _Saved, name: str) -> None:
     """Master and moments of one parameter: the part that this rank keeps."""
-    values = {kind: saved.read(name, kind) for kind in TENSORS}
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        # The `full` functions take no parameter whose size the ranks do not divide.
-        parts = {kind: _part(value, parameter) for kind, value in values.items()}
-        safe_set_local_fp32_param(parameter, parts[MASTER])
-        for kind in MOMENTS:
-            safe_set_local_optimizer_state(parameter, parts[kind], kind)
-    elif len(flat.parameters) == 1 and flat.master.shape == parameter.shape and not hasattr(parameter, "_hp_mapping"):
-        flat.master.copy_(values[MASTER])
-        for kind in MOMENTS:
-            flat.optimizer.state[flat.master][kind].copy_(values[kind])
+    set_master(flat, parameter, saved.read(name, MASTER))
+    moments = {kind: saved.read(name, kind) for kind in MOMENTS}
+    if is_sharded(parameter):
+        for kind, value in moments.items():
+            safe_set_local_optimizer_state(parameter, part_of(value, parameter), kind)
+    elif flat.is_whole:
+        for kind, value in moments.items():
+            flat.optimizer.state[flat.master][kind].copy_(value)
     else:
         lazy_init_hp_params_optimizer_state([parameter], flat.master, flat.optimizer.state)
-        safe_set_full_fp32_param(parameter, values[MASTER])
-        for kind in MOMENTS:
-            safe_set_full_optimizer_state(parameter, values[kind], kind)
+        for kind, value in moments.items():
+            safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def _clear_padding(parameter: nn.Parameter) -> None:
@@ -245,13 +199,3 @@ def _clear_padding(parameter: nn.Parameter) -> None:
     local = safe_get_local_fp32_param(parameter).clone()
     local.reshape(-1)[max(0, full_shape(parameter).numel() - rank * size) :] = 0
     safe_set_local_fp32_param(parameter, local)
-
-
-def _part(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a value, padded with zeros as ZeRO-3 pads."""
-    holder: Any = parameter
-    size, rank = holder.partition_numel(), holder.ds_zero_partition_rank
-    part = torch.zeros(size, dtype=torch.float32)
-    local = value.reshape(-1)[rank * size : (rank + 1) * size]
-    part[: local.numel()] = local
-    return part

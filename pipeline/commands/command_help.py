@@ -10,8 +10,8 @@ HELP: dict[str, str] = {
     "eval": (
         "usage: mnemos eval CHECKPOINT [--suite NAME [its flags]] [flags of the recipe]\n"
         "       mnemos eval FOLDER --suite downstream [its flags] [--data.tokenizer NAME]\n\n"
-        "CHECKPOINT is a checkpoint's folder, or a run directory for its latest one. FOLDER is a model without a run:"
-        " one\nthat `export` wrote, or save_pretrained, or OLMo.\n\n"
+        "CHECKPOINT is a checkpoint's folder, OUT/checkpoints/best, or a run directory for its latest one. FOLDER is a"
+        " model\nwithout a run: one that `export` wrote, or save_pretrained, or OLMo.\n\n"
         "  --suite long        gap closed too, what its memory is worth beyond the window\n"
         "  --suite recall      what stood far back is asked for instead\n"
         "    --lengths N,...   in tokens, such as 1024,16384\n"
@@ -24,7 +24,8 @@ HELP: dict[str, str] = {
         "  --suite downstream  tasks of lm-evaluation-harness instead (pip install -e '.[eval]')\n"
         "    --tasks A,B       by name; default hellaswag,winogrande,sciq,copa,arc_easy,openbookqa\n"
         "    --limit N         the first N documents of each task\n"
-        "    --task-path DIR   a folder of further tasks, in the harness's YAML form\n\n"
+        "    --task-path DIR   a folder of further tasks, in the harness's YAML form\n"
+        "  --raw-weights       those of the last update, not their moving average (--optimizer.ema-decay)\n\n"
         "The result goes to OUT/evals. `mnemos eval CHECKPOINT --help` lists the common flags,"
         " `--help-all` every one."
     ),

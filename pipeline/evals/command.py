@@ -33,6 +33,9 @@ from pipeline.runtime.ranks import describe_devices, device_of, start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Curve, Evaluation
 
+RAW = "--raw-weights"
+"""The switch for the weights of the last update, where the checkpoint has a moving average of them."""
+
 
 def run_eval(words: Sequence[str]) -> None:
     """The command. Any flag of the recipe may follow the checkpoint; the result goes beside the checkpoint's run."""
@@ -48,6 +51,7 @@ def run_eval(words: Sequence[str]) -> None:
         evaluation, facts = evaluate_folder(checkpoint, suite, flags)
         report(evaluation, checkpoint, suite, {**facts, "command": command}, checkpoint.name)
         return
+    raw, flags = RAW in flags, [word for word in flags if word != RAW]
     if not (checkpoint / MANIFEST).is_file():
         raise UserError(f"{checkpoint}: {no_checkpoint(checkpoint)}")
     wrong = problems(checkpoint, hashes=False) or problems(checkpoint, hashes=True, only=("config.yaml",))
@@ -66,7 +70,7 @@ def run_eval(words: Sequence[str]) -> None:
         if not suite.suite.reads_data:
             config = without_data(config)
             system = checked_system(config, topology)
-        loaded = load_model(config, system, topology, weights=checkpoint)
+        loaded = load_model(config, system, topology, weights=checkpoint, raw=raw)
         with shared_errors(topology):
             name = read_progress(checkpoint).phase
         # One of before phases had names has one phase.

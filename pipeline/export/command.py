@@ -18,7 +18,7 @@ from pipeline.runtime.exit import log_line
 from pipeline.spelling import did_you_mean, nearest_flag
 
 USAGE = """\
-usage: mnemos export CHECKPOINT DIR [--memory-only] [--no-tokenizer]
+usage: mnemos export CHECKPOINT DIR [--memory-only] [--no-tokenizer] [--raw-weights]
                      [--data.tokenizer NAME] [--model.backbone.pretrained FOLDER]
 
 Writes the model of a checkpoint to the new folder DIR, for transformers: weights as safetensors, configuration,
@@ -29,9 +29,10 @@ and not this project, has computed the same logits with it.
   --memory-only                        the memory alone, beside the name and the hash of the frozen backbone that it was
                                        trained on; --model.memory.pretrained DIR attaches it
   --no-tokenizer                       the model alone
+  --raw-weights                        those of the last update, not their moving average (--optimizer.ema-decay)
   --data.tokenizer NAME                where the run's tokenizer is now
   --model.backbone.pretrained FOLDER   where the frozen backbone is now"""
-SWITCHES = ("--memory-only", "--no-tokenizer")
+SWITCHES = ("--memory-only", "--no-tokenizer", "--raw-weights")
 VALUED = ("--data.tokenizer", "--model.backbone.pretrained")
 
 
@@ -44,6 +45,8 @@ class Request:
     memory_only: bool
     tokenizer: bool
     """Whether one is written."""
+    raw: bool
+    """Whether the weights are those of the last update, where there is a moving average of them."""
     values: Mapping[str, str | None]
     """Of `VALUED`."""
 
@@ -64,7 +67,9 @@ def parse(words: Sequence[str]) -> Request:
     if len(places) != 2 or not all(places):
         raise UserError("export needs CHECKPOINT and the new folder DIR (see mnemos export --help)")
     source, out = map(expanded, places)
-    return Request(source, out.absolute(), "--memory-only" in rest, "--no-tokenizer" not in rest, values)
+    return Request(
+        source, out.absolute(), "--memory-only" in rest, "--no-tokenizer" not in rest, "--raw-weights" in rest, values
+    )
 
 
 def run_export(words: Sequence[str]) -> None:
@@ -86,7 +91,7 @@ def run_export(words: Sequence[str]) -> None:
     write = export_memory if request.memory_only else export_model
     with ended_by_sigterm():
         found = write(
-            lambda: load_trained(checkpoint, config, system),
+            lambda: load_trained(checkpoint, config, system, raw=request.raw),
             system,
             request.out,
             tokenizer=request.tokenizer,

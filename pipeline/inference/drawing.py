@@ -36,9 +36,9 @@ def draw(path: str | Path, **options: Any) -> list[dict[str, Any]]:
 def find_drawer(path: str | Path) -> Drawer | None:
     """None for all that is no checkpoint or run directory, and for those of systems that draw nothing. Raises UserError
     for a checkpoint that is damaged."""
-    from pipeline.checkpoint.manifest import MANIFEST
+    from pipeline.checkpoint.manifest import MANIFEST, pointed
 
-    folder = expanded(path)
+    folder = pointed(expanded(path))
     if not (folder / MANIFEST).is_file() and not (folder / "checkpoints").is_dir():
         return None
     from pipeline.capabilities import Draws

@@ -48,6 +48,7 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
     """
     import torch
 
+    from pipeline.checkpoint.manifest import pointed
     from pipeline.data.run_tokenizer import run_tokenizer
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.host.hardware import choose_accelerator
@@ -55,7 +56,7 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
     from pipeline.lm.olmo_folder import is_native
 
     choose_accelerator()
-    folder, dtype = expanded(path), dtype or torch.float32
+    folder, dtype = pointed(expanded(path)), dtype or torch.float32
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder: {GIVE}")
     if (folder / "config.json").is_file():

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.checkpoint.manifest import MANIFEST, manifest_with, newest, pointed, problems
-from pipeline.checkpoint.trainable import TRAINABLE, load_trainable
+from pipeline.checkpoint.trainable import TRAINABLE, load_average, load_trainable
 from pipeline.config import RunConfig
 from pipeline.config_file import load_config
 from pipeline.engine import building
@@ -90,9 +90,10 @@ def read_config(checkpoint: Path, *others: str) -> RunConfig:
     return load_config(checkpoint / "config.yaml", all_recipes())
 
 
-def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Trained:
-    """Builds the model of a run and fills all of it: what was trained from the checkpoint, what was not as at the
-    start of the run, which its hash has to confirm. Raises UserError where a weight is missing or is another one."""
+def load_trained(checkpoint: Path, config: RunConfig, system: System[Any], *, raw: bool = False) -> Trained:
+    """Builds the model of a run and fills all of it: what was trained from the checkpoint (the moving average that it
+    has, unless `raw`), what was not as at the start of the run, which its hash has to confirm. Raises UserError where a
+    weight is missing or is another one."""
     stored = file_tensors(checkpoint / TRAINABLE)
     kinds = {tensor.dtype for tensor in stored.values() if tensor.dtype in DTYPES}
     if not kinds:
@@ -119,6 +120,8 @@ def load_trained(checkpoint: Path, config: RunConfig, system: System[Any]) -> Tr
             f"{checkpoint}: was trained on other frozen weights than {_base(config)}: give those with"
             " --model.backbone.pretrained FOLDER"
         )
+    if not raw:
+        load_average(model, checkpoint, topology)
     return Trained(checkpoint, config, manifest, system, model.eval(), tuple(name for name in names if name in trained))
 
 

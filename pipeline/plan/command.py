@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.capabilities import CountsParts
 from pipeline.commands.flags import parse_flags, parse_run, split_flags
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -14,6 +15,7 @@ from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
 from pipeline.plan.estimate import Plan, PlanOptions, make_plan
 from pipeline.plan.scaling import render_scaling
 from pipeline.plan.zero import PhaseCounts
+from pipeline.system import create_system
 
 OWN = ("ranks", "device", "utilisation", "reserve", "tokens")
 
@@ -48,6 +50,7 @@ def render(config: RunConfig, options: PlanOptions, tokens: str | None = None) -
     device, counts = plan.device, plan.counts
     rows = [
         ("parameters", f"{counts.parameters:,}"),
+        *((f"  {name}", f"{number:,}") for name, number in _parts(config).items()),
         ("trainable", f"{counts.trainable:,} ({counts.trainable / counts.parameters:.1%})"),
         *(_phase_row(entry) for entry in counts.phases if len(counts.phases) > 1),
         *((name, _gib(size)) for name, size in plan.held.items()),
@@ -70,6 +73,13 @@ def render(config: RunConfig, options: PlanOptions, tokens: str | None = None) -
     if tokens is not None:
         lines += render_scaling(config, plan, options.utilisation, tokens)
     return "\n".join(lines)
+
+
+def _parts(config: RunConfig) -> Mapping[str, int]:
+    """Parameters by what they are for, where the system says it of several parts."""
+    system = create_system(config)
+    parts = system.parameter_parts() if isinstance(system, CountsParts) else {}
+    return parts if len(parts) > 1 else {}
 
 
 def _phase_row(entry: PhaseCounts) -> tuple[str, str]:

@@ -101,7 +101,13 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
     return Plan(
         counts=counts,
         held={
-            **zero_bytes(deepspeed_config(config), counts, ranks=options.ranks, element=element),
+            **zero_bytes(
+                deepspeed_config(config),
+                counts,
+                ranks=options.ranks,
+                element=element,
+                averaged=config.optimizer.ema_decay > 0,
+            ),
             **system.activation_bytes(topology, element, device),
         },
         device=device,

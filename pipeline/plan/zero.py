@@ -43,8 +43,11 @@ class Counts:
         return max((phase.trainable for phase in self.phases), default=self.trainable)
 
 
-def zero_bytes(ds_config: Mapping[str, Any], counts: Counts, *, ranks: int, element: int) -> dict[str, int]:
-    """Bytes per device, by what they are; `element` is the size of a weight that the model computes with.
+def zero_bytes(
+    ds_config: Mapping[str, Any], counts: Counts, *, ranks: int, element: int, averaged: bool = False
+) -> dict[str, int]:
+    """Bytes per device, by what they are; `element` is the size of a weight that the model computes with, `averaged`
+    whether a moving average of the weights is kept.
 
     Buffers: stages 1 and 2 reduce gradients through one bucket, or two that take turns (overlap_comm). Stage 3 has one,
     and holds gathered weights: as many as `stage3_max_live_parameters`, and the parameter in use.
@@ -72,5 +75,7 @@ def zero_bytes(ds_config: Mapping[str, Any], counts: Counts, *, ranks: int, elem
         "gradients": held(4 * counts.most_trained, 2, "offload_optimizer"),
         # float32 master weights and two moments.
         "optimizer": held(12 * counts.most_trained, 1, "offload_optimizer"),
+        # Of the master weights, and as they are.
+        **({"average": held(4 * counts.most_trained, 1, "offload_optimizer")} if averaged else {}),
         "ZeRO's buffers": bucket + gathered,
     }

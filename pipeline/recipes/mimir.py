@@ -20,15 +20,15 @@ def _preset(name: str, model: MimirConfig, *, epochs: float, lr: float, warmup_s
         model=model,
         # Of the guide's data; with data of another size, what its epochs come to.
         steps=round(epochs * -(-PEPTIDES // batch_size)),
-        epochs=EpochsConfig(train=epochs, save=1.0, evaluate=1.0),
+        epochs=EpochsConfig(train=epochs, save=1.0, evaluate=1.0, sample=10.0),
         warmup_steps=warmup_steps,
         sequence_length=model.max_length,
         batch_size=batch_size,
         lr=lr,
         weight_decay=0.01,
         clip=1.0,
-        optimizer=OptimizerConfig(betas=(0.9, 0.999), min_lr_ratio=0.0),
-        evaluation=EvaluationConfig(steps=16),
+        optimizer=OptimizerConfig(betas=(0.9, 0.999), min_lr_ratio=0.0, ema_decay=0.999),
+        evaluation=EvaluationConfig(steps=16, best="bound"),
         report=ReportConfig(log_every=50),
         output_dir=Path("outputs") / name,
     )
@@ -58,8 +58,23 @@ def mimir_tiny() -> RunConfig:
         recipe,
         steps=1500,
         batch_size=128,
-        epochs=EpochsConfig(train=10, save=5, evaluate=2.5),
+        epochs=EpochsConfig(train=10, save=5, evaluate=2.5, sample=5),
         data=DataConfig(dataset="synthetic"),
         report=ReportConfig(log_every=1),
-        evaluation=EvaluationConfig(steps=8),
+        evaluation=EvaluationConfig(steps=8, best="bound"),
+    )
+
+
+def mimir_amp() -> RunConfig:
+    """Peptide diffusion on antimicrobial peptides and UniProt background, up to 50 residues, of the package modlamp."""
+    model = MimirConfig(max_length=50, targets=0, kernel="absorbing", timesteps=50)
+    recipe = _preset("mimir_amp", model, epochs=200, lr=5e-4, warmup_steps=100)
+    return dataclasses.replace(
+        recipe,
+        steps=1800,
+        batch_size=64,
+        epochs=EpochsConfig(train=200, save=20, evaluate=10, sample=50),
+        data=DataConfig(dataset="modlamp", holdout=0.1),
+        report=ReportConfig(log_every=10),
+        evaluation=EvaluationConfig(steps=8, best="bound", patience=5),
     )

@@ -53,6 +53,7 @@ class FakeEngine:
 
     stage = 3
     layout = {"optimizer": "none", "order": "none"}
+    average = None
 
     def __init__(self) -> None:
         self.module: nn.Module = nn.Linear(3, 2)

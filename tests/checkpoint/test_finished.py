@@ -12,7 +12,7 @@ import pytest
 from pipeline.checkpoint.files import checksum
 from pipeline.checkpoint.finished import is_finished, nothing_left
 from pipeline.checkpoint.manifest import newest, with_checksum
-from pipeline.config import RunConfig
+from pipeline.config import EpochsConfig, RunConfig
 from pipeline.parallel.topology import Topology
 from tests.checkpoint.small_runs import a_run, save
 
@@ -42,6 +42,24 @@ def test_a_finished_run_says_what_to_do(ended, capsys: pytest.CaptureFixture[str
     for advice in ("larger --steps", "another --output-dir", "--seed", f"mnemos eval {config.output_dir}"):
         assert advice in out
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in config.output_dir.glob("*.*")}
+
+
+def test_a_run_in_epochs_is_finished_until_it_is_given_other_ones(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    run.config = dataclasses.replace(run.config, steps=STEPS, epochs=EpochsConfig(train=2.5))
+    checkpoint = save(run, STEPS)
+    (run.folder / "run.json").write_text(json.dumps({"status": "finished", "evaluated": [0, STEPS]}))
+    message = nothing_left(run.config, checkpoint)
+    assert message is not None and "at step 20 (--epochs is 2.5)" in message and "give a larger --epochs" in message
+    longer = dataclasses.replace(run.config, epochs=EpochsConfig(train=3.0))
+    assert nothing_left(longer, checkpoint) is None
+
+
+def test_a_run_without_patience_left_goes_on_with_more(ended) -> None:
+    config, checkpoint = ended(step=7)
+    section = dataclasses.replace(config.evaluation, best="loss", patience=3)
+    assert nothing_left(config, checkpoint) is not None
+    assert nothing_left(dataclasses.replace(config, evaluation=section), checkpoint) is None
 
 
 def test_a_run_that_was_to_stop_there_says_how_to_go_on(ended) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.locate import find_checkpoint
+from pipeline.checkpoint.manifest import BEST, point
 from pipeline.config import replace
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
@@ -45,6 +46,13 @@ class TestFindCheckpoint:
         older = save(run, 5)
         save(run, 10)
         assert find_checkpoint(self.config(run, str(older)), Topology()) == older
+
+    def test_a_file_that_names_a_checkpoint_means_it(self, make_run) -> None:
+        run = make_run()
+        older = save(run, 5)
+        save(run, 10)
+        point(older.with_name(BEST), older.name)
+        assert find_checkpoint(self.config(run, str(older.with_name(BEST))), Topology()) == older
 
     def test_never_does_not_bury_a_damaged_run_either(self, make_run) -> None:
         run = make_run()

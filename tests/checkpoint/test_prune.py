@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint.manifest import MANIFEST, complete_checkpoints, prune_old, step_of
+from pipeline.checkpoint.manifest import BEST, MANIFEST, complete_checkpoints, point, pointed, prune_old, step_of
+from pipeline.checkpoint.save import Saver
 from pipeline.config import replace
 from tests.checkpoint.small_runs import save, steps
 
@@ -77,3 +78,54 @@ def test_the_initial_weights_of_save_at_start_are_kept(make_run, at_start: bool,
     for step in (0, 200, 250, 300):
         save(run, step)
     assert steps(run) == left
+
+
+def test_the_best_is_kept_until_another_one_is(make_run) -> None:
+    run = make_run(keep=1)
+    folder = run.folder / "checkpoints"
+    for step, best in ((50, 0), (100, 100), (150, 100), (200, 100)):
+        run.progress.best_step = best
+        save(run, step)
+    assert steps(run) == [100, 200] and pointed(folder / BEST) == folder / "checkpoint-100"
+    run.progress.best_step = 250
+    save(run, 250)
+    assert steps(run) == [250] and (folder / BEST).read_text() == "checkpoint-250\n"
+
+
+@settings(max_examples=25)
+@given(STEPS, st.integers(1, 5), st.integers(0, 12), st.integers(0, 60))
+def test_the_best_takes_the_place_of_no_other(present: set[int], keep: int, every: int, best: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for step in present:
+            (folder / f"checkpoint-{step}").mkdir()
+            (folder / f"checkpoint-{step}" / MANIFEST).write_text("{}")
+        point(folder / BEST, f"checkpoint-{best}")
+        prune_old(folder, keep, 60, every)
+        left = {step_of(path) for path in complete_checkpoints(folder)}
+    assert left == pruned(present, set(), keep, 60, every, False)[0] | ({best} & present)
+
+
+def test_best_is_mended_where_a_start_was_cut_off_or_a_run_went_back(make_run) -> None:
+    run = make_run(keep=5)
+    folder = run.folder / "checkpoints"
+    for step in (50, 100):
+        run.progress.best_step = step
+        save(run, step)
+    saver = Saver(run)
+    run.progress.best_step = 50
+    saver.mend_best()
+    assert pointed(folder / BEST) == folder / "checkpoint-50"
+    run.progress.best_step = 20  # in the folder of another run, or removed long ago
+    saver.mend_best()
+    assert not (folder / BEST).exists()
+    run.progress.best_step = 0
+    saver.mend_best()
+    saver.close()
+    assert not (folder / BEST).exists()
+
+
+@pytest.mark.parametrize("text", ["", "checkpoint-", "../checkpoint-5", "checkpoint-5/..", "/etc"])
+def test_a_file_that_names_no_checkpoint_is_itself(tmp_path: Path, text: str) -> None:
+    (tmp_path / BEST).write_text(text)
+    assert pointed(tmp_path / BEST) == tmp_path / BEST and pointed(tmp_path) == tmp_path

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.manifest import LATEST, MANIFEST, commit
+from pipeline.checkpoint.manifest import BEST, LATEST, MANIFEST, commit, point
 from pipeline.commands import checkpoint as command
 from pipeline.commands.checkpoint import run_checkpoint
 from pipeline.errors import UserError
@@ -193,6 +193,19 @@ def test_list_is_a_table(run: Path, run_command: Run) -> None:
     assert [line.split()[1] for line in lines[1:]] == ["5", "20", "100"]
     assert [line.endswith("latest") for line in lines[1:]] == [False, True, False]
     assert "4 (data 2 x sequence 2)" in lines[1] and "shards" in lines[1]
+
+
+def test_list_says_which_is_the_best(run: Path, run_command: Run) -> None:
+    point(run / "checkpoints" / BEST, "checkpoint-5")
+    lines, error = run_command("list", run)
+    assert error is None and [line.split()[-1] for line in lines[1:3]] == ["best", "latest"]
+    found = json.loads("\n".join(run_command("list", run, "--json")[0]))
+    assert found["best"] == "checkpoint-5" and [row["best"] for row in found["checkpoints"]] == [True, False, False]
+    lines, error = run_command("verify", run / "checkpoints" / BEST)
+    assert error is None and len(lines) == 2 and lines[1].startswith("checkpoint-5 ")
+    point(run / "checkpoints" / BEST, "checkpoint-7")
+    lines, error = run_command("verify", run)
+    assert error is not None and "best: names 'checkpoint-7', which is no complete checkpoint" in error
 
 
 def test_list_as_json(run: Path, run_command: Run) -> None:

@@ -31,6 +31,7 @@ from pipeline.job import train
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import stop
 from tests import toy_systems
+from tests.launch.average_cases import Averages
 from tests.launch.comparing import differences
 from tests.launch.phases_reference import Reference, reference
 from tests.toy_systems.phased import phased
@@ -342,10 +343,13 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = Cases(out, int(os.environ.get("WORLD_SIZE", "1")))
     cases.straight()
+    averages = Averages(out, cases.world, cases.note)
+    averages.straight()
     if cases.world == 2:
         for zero, degree in (("zero0", 2), ("zero2", 1), ("zero3", 2)):
             cases.stopped(zero, degree)
         cases.leave_elastic()
+        averages.leave()
     else:
         for zero in ("zero1", "zero3"):
             cases.stopped(zero, 1)
@@ -358,6 +362,8 @@ def main() -> None:
         cases.fails_at_switch()
         cases.take_elastic()
         cases.finished()
+        averages.take()
+        averages.best()
     stop()
     if cases.world == 1:
         cases.found["commands"] = commands(cases)

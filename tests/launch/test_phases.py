@@ -106,3 +106,46 @@ def test_the_commands_know_the_phases(found) -> None:
     )
     code, text = said["check"]
     assert code == 2 and "--phases 'D': not a phase of phased_tiny: it has A, B, C" in text
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_average_of_the_weights_is_that_of_the_formula_in_float64(found, world: int) -> None:
+    apart = of(found[world], "averaged off")
+    assert len(apart) == {1: 4, 2: 2}[world] and {case: off for case, off in apart.items() if off > 1e-6} == {}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_average_changes_no_bit_of_what_is_trained_and_is_resumed_to_the_bit(found, world: int) -> None:
+    for kind in ("averaged weights", "averaged resumed"):
+        cases = of(found[world], kind)
+        assert len(cases) == 2 and {case: wrong for case, wrong in cases.items() if wrong} == {}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluations_are_of_the_average_in_training_and_of_a_checkpoint(found, world: int) -> None:
+    for losses in of(found[world], "averaged evaluated").values():
+        assert losses["logged"] == pytest.approx(losses["average"], rel=1e-6)
+        assert abs(losses["weights"] - losses["average"]) > 1e-3
+
+
+def test_a_run_says_that_an_average_begins_in_its_midst(found) -> None:
+    assert "average: of the weights begins here: " in found[1]["averaged said"]
+
+
+def test_the_best_checkpoint_is_kept_and_the_phase_stops_without_a_better_one(found) -> None:
+    best = found[1]["best"]
+    state = {"best_of": "loss", "best": 2.0, "best_step": 4, "not_better": 3, "phase_done": True}
+    assert best.pop("written")
+    assert best == {
+        "saved": [4, 7], "best": "checkpoint-4", "status": "finished", "state": state, "evaluated": [*range(8)],
+    }  # fmt: skip
+    stopped = found[1]["best stopped"]
+    assert stopped.pop("written")
+    assert stopped == best and found[1]["best differs"] == [], "stops on the way cost nothing"
+    assert found[1]["best again"], "a start of the ended run changes nothing"
+
+
+def test_more_patience_goes_on_with_a_run_that_had_none_left(found) -> None:
+    further = found[1]["best further"]
+    assert further["best"] == "checkpoint-9" and further["saved"] == [9] and further["status"] == "finished"
+    assert further["state"]["best"] == 1.5 and further["evaluated"] == [*range(10)]

@@ -28,6 +28,14 @@ def test_each_stage_shards_what_it_should(zero: str, weights: int, gradients: in
     assert found["optimizer"] == 12 * COUNTS.trainable // optimizer
 
 
+@pytest.mark.parametrize("zero, share", [("zero0", 1), ("zero1", 8), ("zero3", 8), ("zero3_offload", 0)])
+def test_an_average_lies_beside_the_master_weights(zero: str, share: int) -> None:
+    ds_config = deepspeed_config(replace(miras_64k(), zero=zero))
+    found = zero_bytes(ds_config, COUNTS, ranks=8, element=2, averaged=True)
+    assert found["average"] == (4 * COUNTS.trainable // share if share else 0)
+    assert "average" not in held(zero)
+
+
 def test_offload_leaves_the_device() -> None:
     found = held("zero3_offload")
     assert (found["weights"], found["gradients"], found["optimizer"]) == (0, 0, 0)

@@ -57,11 +57,11 @@ class MimirConfig(ModelConfig):
     curriculum_epochs: Annotated[float, tyro.conf.arg(aliases=["--curriculum-warmup-epochs"])] = field(
         default=0.0, metadata=MAY_CHANGE
     )
-    """Epochs over which the noisiest timestep of the absorbing kernel rises from 1 to T; 0: all from the start."""
+    """Epochs over which the noisiest timestep rises from 1 to T; 0: all from the start."""
     mask_weight: Annotated[float, tyro.conf.arg(aliases=["--loss-weight-alpha"])] = field(
         default=0.0, metadata=MAY_CHANGE
     )
-    """Exponent of a peptide's share of masked residues as the weight of its cross-entropy, of the absorbing kernel."""
+    """Exponent of a peptide's share of masked residues as the weight of its cross-entropy (absorbing kernel alone)."""
     length: Literal["empirical", "head"] = "empirical"
     """How the length of a peptide is drawn. empirical: as often as in the training data of its label; head: from a
     distribution that the model learns given label and target."""
@@ -121,6 +121,8 @@ class MimirConfig(ModelConfig):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"--model.{name.replace('_', '-')} is {value}: give 0 or more")
+        if self.mask_weight and self.kernel != "absorbing":
+            raise UserError(f"--model.mask-weight {self.mask_weight}: only the absorbing kernel masks: leave it out")
         for name in ("label_dropout", "target_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}: give a share below 1")

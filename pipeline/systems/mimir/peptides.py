@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +44,9 @@ class PeptideBatch:
         return self.letters.shape[0]
 
     def to(self, device: torch.device) -> PeptideBatch:
-        tensors = (getattr(self, name) for name in PeptideBatch.__dataclass_fields__ if name != "domain")
-        return PeptideBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), domain=self.domain)
+        names = [field.name for field in dataclasses.fields(self) if field.name != "domain"]
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -90,15 +90,18 @@ class MimirSystem(System[PeptideBatch]):
 
     def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
         sizes = self.sizes
-        parts = parameter_parts(sizes)
         loss = losses.loss_weights(sizes)
         terms = " + ".join(f"{weight:g} {name}" for name, weight in ((CE, loss.ce), (VB, loss.vb)) if weight)
         return {
             "denoiser": f"{sizes.layers} blocks of width {sizes.width}; parameters: "
-            + ", ".join(f"{name} {number:,}" for name, number in parts.items()),
+            + ", ".join(f"{name} {number:,}" for name, number in self.parameter_parts().items()),
             "noise": f"{sizes.kernel}, {sizes.timesteps} timesteps; loss {terms}",
             "lengths": "as often as in the training data" if sizes.length == "empirical" else "of a head",
         }
+
+    def parameter_parts(self) -> Mapping[str, int]:
+        """Those of the denoiser with empirical lengths and a table of targets, and what other choices add."""
+        return parameter_parts(self.sizes)
 
     def caption(self) -> str:
         return f"{self.sizes.kernel} noise, {self.sizes.timesteps} timesteps"

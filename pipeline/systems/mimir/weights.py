@@ -13,8 +13,8 @@ from pipeline.systems.mimir.model.lengths import EmpiricalLengths
 from pipeline.systems.mimir.peptides import BACKGROUND, INTERACTING, Peptides
 
 EMBEDDING = 0.1
-"""Standard deviation of embeddings, several of which are added up: of torch's own, 1, the first blocks' outputs are a
-small part, and a run learns more slowly (docs/mimir.md)."""
+"""Standard deviation of embeddings, several of which are added up. With torch's own, 1, the first blocks' outputs are a
+small part of their sum, and mimir_tiny's held-out bound after 600 steps was higher: 2.841 against 2.826 nats."""
 
 
 def initialise(model: nn.Module, seed: int, training: Peptides) -> None:
@@ -35,8 +35,8 @@ def _leaves(model: nn.Module) -> list[tuple[type[nn.Module], list[str]]]:
 
 
 def random_weight(name: str, shape: torch.Size, kind: type[nn.Module], seed: int) -> Tensor:
-    """Of embeddings normal, `EMBEDDING` wide, of matrices and convolutions torch's own, uniform within 1 / sqrt(inputs),
-    of norms ones; biases are zero."""
+    """Of embeddings normal, `EMBEDDING` wide; of matrices and convolutions torch's own, uniform within
+    1 / sqrt(inputs); of norms ones; biases are zero."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if kind is nn.LayerNorm:

@@ -47,7 +47,8 @@ class PhasedModel(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, memory: Tensor) -> Tensor:
         """The summed error; `memory` [rows, 4] is added to every input."""
-        hidden = torch.tanh(self.early(torch.tanh(self.fixed(inputs + memory[:, None]))))
+        given = (inputs + memory[:, None]).to(self.fixed.weight.dtype)
+        hidden = torch.tanh(self.early(torch.tanh(self.fixed(given))))
         return (self.late(hidden) * (1 + self.extra) - targets).square().mean(dim=-1).sum()
 
 

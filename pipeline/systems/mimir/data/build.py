@@ -24,6 +24,8 @@ from pipeline.systems.mimir.peptides import NO_TARGET, Peptides, PeptideSet
 
 SYNTHETIC = "synthetic"
 """The data set of a run that names none: SYNTHETIC, or SYNTHETIC:COUNT, made when it starts."""
+LONGEST = 255
+"""Residues of a peptide: its length is kept as one byte."""
 
 
 def list_peptides(config: RunConfig) -> PeptideSet:
@@ -68,6 +70,8 @@ def build_set(
 ) -> PeptideSet:
     """The rows of a table, checked and split. `sequences`: the targets' amino acids by name; `notes`: what was left out
     before. Raises UserError."""
+    if model.max_length > LONGEST:
+        raise UserError(f"--model.max-length {shown(model.max_length)}: peptides have {LONGEST} residues at most")
     needed = sequences if model.target == "encoder" else None
     check_table(table, Expected(model.letters, model.min_length, model.max_length, needed))
     dictionary = table.targets.dictionary_encode()
@@ -121,8 +125,12 @@ def _fingerprint(found: PeptideSet) -> str:
 def build_loader(
     config: RunConfig, topology: Topology, found: PeptideSet, *, held_out: bool = False, targets: bool = False
 ) -> PeptideLoader:
-    """The loader of this data rank: of training, or in a fixed order of the peptides that are held out; with `targets`,
-    of those of held-out targets."""
+    """The loader of this data rank: of training, or of the peptides that are held out; with `targets`, of those of
+    held-out targets.
+
+    Held-out peptides come in one shuffled order whatever the run's seed, since an evaluation may read the first ones
+    alone and files are often sorted; a run that resumes on other ranks reads the same ones.
+    """
     assert isinstance(config.model, MimirConfig)
     rows = config.evaluation.batch_size if held_out else 0
     part = found.training if not held_out else found.held_out_targets if targets else found.held_out
@@ -131,11 +139,11 @@ def build_loader(
         name=("held-out targets" if targets else "held out") if held_out else "training",
         fingerprint=found.fingerprint,
         batch_size=rows or config.batch_size,
-        grad_accum=1 if held_out else config.grad_accum,
+        grad_accum=1 if rows else config.grad_accum,
         data_rank=topology.data_rank,
         data_degree=topology.data,
-        seed=config.seed,
-        shuffle=config.data.shuffle and not held_out,
+        seed=0 if held_out else config.seed,
+        shuffle=config.data.shuffle or held_out,
         balanced=config.model.balanced and not held_out,
         domain="train" if not held_out else "held-out targets" if targets else "held out",
     )

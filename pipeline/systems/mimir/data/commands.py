@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -62,9 +62,9 @@ class VerifyOptions:
 class PeptideCommands:
     """A `DataCommands` of pipeline/capabilities.py."""
 
-    suffixes = SUFFIXES
-    synth_options = SynthOptions()
-    verify_options = VerifyOptions()
+    suffixes: tuple[str, ...] = SUFFIXES
+    synth_options: Any = SynthOptions()
+    verify_options: Any = VerifyOptions()
 
     def synth(self, options: SynthOptions) -> None:
         if options.out is None:

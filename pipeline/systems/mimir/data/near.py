@@ -54,13 +54,12 @@ def is_near(words: Words, others: Words, distance: int) -> np.ndarray:
         known, owners = _gathered(others, left, distance, 0, 1)
         if not len(known):
             continue
-        order = np.argsort(known)
-        known, owners = known[order], owners[order]
+        table = _Table(known, owners)
         for cut in range(distance + 1):
             rows = np.flatnonzero((words.lengths == left + cut) & ~near)
             step = max(1, _BLOCK // _ways(left + cut, cut))
             for start in range(0, len(rows), step):
-                _mark_near(words, rows[start : start + step], left, (known, owners), others, distance, near)
+                _mark_near(words, rows[start : start + step], left, table, others, distance, near)
     return near
 
 
@@ -83,21 +82,37 @@ def _compare_short(words: Words, others: Words, distance: int, near: np.ndarray)
 
 
 def _mark_near(
-    words: Words, rows: np.ndarray, left: int, known: tuple[np.ndarray, np.ndarray], others: Words, distance: int,
+    words: Words, rows: np.ndarray, left: int, table: _Table, others: Words, distance: int,
     near: np.ndarray,
 ) -> None:  # fmt: skip
     """Marks those of `rows`, all of one length, that are near one of `others`."""
-    hashes, owners = known
     cut = int(words.lengths[rows[0]]) - left
     for column in _shortened(words.letters[rows, : left + cut], cut):
-        first = np.searchsorted(hashes, column)
-        first[first == len(hashes)] = 0
-        hit = np.flatnonzero((hashes[first] == column) & ~near[rows])
-        if len(hit):
-            starts, stops = first[hit], np.searchsorted(hashes, column[hit], side="right")
-            for mine, theirs in _expanded(rows[hit], starts, stops):
-                edits = _distances(words.texts, mine, others.texts, owners[theirs], distance)
-                near[mine[edits <= distance]] = True
+        maybe = np.flatnonzero(table.may_have(column) & ~near[rows])
+        starts, stops = table.ranges(column[maybe])
+        for mine, theirs in _expanded(rows[maybe], starts, stops):
+            edits = _distances(words.texts, mine, others.texts, table.owners[theirs], distance)
+            near[mine[edits <= distance]] = True
+
+
+class _Table:
+    """Sequences by hash: `owners` in the order of their hashes. A table of bits is asked first: most are not there."""
+
+    def __init__(self, hashes: np.ndarray, owners: np.ndarray) -> None:
+        order = np.argsort(hashes)
+        self.hashes, self.owners = hashes[order], owners[order]
+        bits = len(hashes).bit_length() + 3
+        self._shift = np.uint64(64 - bits)
+        self._bits = np.zeros(1 << bits, bool)
+        self._bits[hashes >> self._shift] = True
+
+    def may_have(self, hashes: np.ndarray) -> np.ndarray:
+        """False [n] where there is no such hash."""
+        return self._bits[hashes >> self._shift]
+
+    def ranges(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(start, stop) [n] of those with each hash in `owners`."""
+        return np.searchsorted(self.hashes, hashes), np.searchsorted(self.hashes, hashes, side="right")
 
 
 def _gathered(words: Words, left: int, distance: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +151,7 @@ def _shortened(letters: np.ndarray, cut: int) -> Iterator[np.ndarray]:
 
 def _meeting(hashes: np.ndarray, owners: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs (i < j) of sequences with a hash in common, some at a time, each once at a time."""
-    order = np.lexsort((owners, hashes))
+    order = np.argsort(hashes)
     hashes, owners = hashes[order], owners[order]
     new = np.ones(len(hashes), bool)
     new[1:] = hashes[1:] != hashes[:-1]
@@ -146,9 +161,10 @@ def _meeting(hashes: np.ndarray, owners: np.ndarray) -> Iterator[tuple[np.ndarra
     some = later < ends
     for first, second in _expanded(owners[some], later[some], ends[some]):
         second = owners[second]
-        pairs = np.unique(np.stack([first, second], 1)[first != second], axis=0)
-        if len(pairs):
-            yield pairs[:, 0], pairs[:, 1]
+        # One number a pair: numbers are sorted much faster than rows.
+        keys = np.unique((np.minimum(first, second) << np.int64(32) | np.maximum(first, second))[first != second])
+        if len(keys):
+            yield keys >> np.int64(32), keys & np.int64((1 << 32) - 1)
 
 
 def _expanded(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -2,13 +2,14 @@
 
 A background peptide has independent residues of the composition of Swiss-Prot. An interacting peptide of a target is
 one too, of whose residues, in a share `planted` of all cases, M neighbouring ones are replaced by the target's motif
-m, at a place drawn evenly among the S = length - M + 1 there are. With q the law of independent residues and N(x) the
-number of times that m stands in x, its law given label, target and length is
+m, which begins at one of the first S residues (of all that leave room for it, where no number is set), drawn evenly.
+With q the law of independent residues and N(x) the number of these places at which m stands in x, its law given label,
+target and length is
 
     p(x) = q(x) [1 - planted + planted N(x) / (S q(m))],
 
 for the place is none of what is seen. So -log p(x) needs N(x) alone, and the entropy needs the law of N under q, which
-an automaton that reads x and counts m gives exactly, with no sum over peptides.
+an automaton that reads S + M - 1 residues and counts m gives exactly, with no sum over peptides.
 
 The motif can be read off the target's own sequence: each of its residues pairs with one there (D with K, E with R, F
 with L, S with V) that stands behind the marker letter of its place in the motif.
@@ -56,6 +57,8 @@ class ProcessSettings:
     """Residues of a motif."""
     planted: float = 0.95
     """Share of the interacting peptides that hold their target's motif."""
+    places: int = 0
+    """Residues, from the first on, at which a motif may begin; 0: all that leave room for it. Few are learnt faster."""
     min_length: int = 8
     """Residues of the shortest peptide; lengths are drawn evenly."""
     max_length: int = 20
@@ -70,6 +73,8 @@ class ProcessSettings:
             raise UserError(f"--motif is {shown(self.motif)}: give 2 to {len(MARKERS)} residues")
         if not 0 <= self.planted <= 1:
             raise UserError(f"--planted is {self.planted}: give a share from 0 to 1")
+        if self.places < 0:
+            raise UserError(f"--places is {shown(self.places)}: give 0 or more")
         if self.min_length > self.max_length:
             raise UserError(f"--min-length {self.min_length} is above --max-length {self.max_length}: exchange them")
         if self.min_length < self.motif:
@@ -101,6 +106,11 @@ class Process:
     def lengths(self) -> range:
         return range(self.settings.min_length, self.settings.max_length + 1)
 
+    def places(self, length: int) -> int:
+        """S: at how many residues of a peptide of such a length a motif may begin."""
+        room = length - self.settings.motif + 1
+        return min(room, self.settings.places or room)
+
     def draw(self, labels: np.ndarray, targets: np.ndarray, generator: np.random.Generator) -> list[str]:
         """A peptide for each label and index of a target [N], of a length drawn for it."""
         lengths = generator.integers(self.settings.min_length, self.settings.max_length + 1, len(labels))
@@ -108,7 +118,9 @@ class Process:
         size = self.settings.motif
         motifs = np.array([[_PLACES[letter] for letter in motif] for motif in self.motifs])
         planted = np.flatnonzero((labels == INTERACTING) & (generator.random(len(labels)) < self.settings.planted))
-        starts = generator.integers(0, lengths[planted] - size + 1)
+        starts = generator.integers(
+            0, np.array([self.places(length) for length in lengths[planted].tolist()], np.int64)
+        )
         residues[planted[:, None], starts[:, None] + np.arange(size)] = motifs[targets[planted]]
         text = np.frombuffer(RESIDUES.encode(), np.uint8)[residues]
         return [row[:length].tobytes().decode() for row, length in zip(text, lengths.tolist(), strict=True)]
@@ -121,7 +133,7 @@ class Process:
         if label == BACKGROUND:
             return independent
         motif = self.motif_of(target)
-        count = sum(sequence.startswith(motif, start) for start in range(len(sequence)))
+        count = sum(sequence.startswith(motif, start) for start in range(self.places(len(sequence))))
         ratio = self._ratios(motif, len(sequence))[count]
         return independent + math.log(ratio) if ratio > 0 else -math.inf
 
@@ -133,7 +145,7 @@ class Process:
         own = -sum(math.log(COMPOSITION[_PLACES[letter]]) for letter in motif)
         independent = (1 - planted) * length * ENTROPY + planted * ((length - len(motif)) * ENTROPY + own)
         ratios = self._ratios(motif, length)
-        counted = occurrences(motif, length) * ratios
+        counted = occurrences(motif, self.places(length) + len(motif) - 1) * ratios
         seen = counted > 0
         return float(independent - (counted[seen] * np.log(ratios[seen])).sum())
 
@@ -144,8 +156,8 @@ class Process:
         return math.fsum(nats) / (len(names) * sum(self.lengths))
 
     def _ratios(self, motif: str, length: int) -> np.ndarray:
-        """p(x) / q(x) by the number of times that the motif stands in x [places + 1]."""
-        places, planted = length - len(motif) + 1, self.settings.planted
+        """p(x) / q(x) by the number of places at which the motif stands in x [places + 1]."""
+        places, planted = self.places(length), self.settings.planted
         own = math.prod(COMPOSITION[_PLACES[letter]] for letter in motif)
         return 1 - planted + planted * np.arange(places + 1) / (places * own)
 

@@ -52,8 +52,7 @@ def split(
             left_out[why] = int(rows.sum())
 
     leave_out(_copies(unique, labels, targets), "copies")
-    does_interact = np.zeros(len(words.texts), bool)
-    does_interact[unique[interacting]] = True
+    does_interact = _present(unique[interacting], len(words.texts))
     leave_out(~interacting & does_interact[unique], "background that interacts as well")
     if holdout <= 0:
         return Split(parts, left_out)
@@ -65,14 +64,23 @@ def split(
     parts[kept & interacting & _held_out_clusters(words, does_interact, holdout)[unique]] = HELD_OUT
     parts[kept & np.isin(targets, _held_out_targets(targets[interacting], names, holdout))] = HELD_OUT_TARGET
     asked = interacting & ((parts == HELD_OUT) | (parts == HELD_OUT_TARGET))
-    trained = np.unique(unique[parts == TRAINING])
+    trained, held_out = (
+        np.flatnonzero(_present(unique[rows], len(words.texts))) for rows in (parts == TRAINING, asked)
+    )
     near = np.zeros(len(words.texts), bool)
-    near[trained] = is_near(words[trained], words[np.unique(unique[asked])], APART)
+    near[trained] = is_near(words[trained], words[held_out], APART)
     for label, kind in ((interacting, "interacting"), (~interacting, "background")):
         leave_out(label & near[unique] & (parts == TRAINING), f"{kind} within {APART} edits of what is held out")
     unknown = ~np.isin(targets, targets[parts == TRAINING]) & (targets >= 0)
     parts[unknown & (parts == HELD_OUT)] = HELD_OUT_TARGET
     return Split(parts, left_out)
+
+
+def _present(numbers: np.ndarray, count: int) -> np.ndarray:
+    """Which of range(count) are among `numbers` [count] bool."""
+    found = np.zeros(count, bool)
+    found[numbers] = True
+    return found
 
 
 def _copies(unique: np.ndarray, labels: np.ndarray, targets: np.ndarray) -> np.ndarray:

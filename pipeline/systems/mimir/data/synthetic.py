@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data.process import RESIDUES, Process, ProcessSettings
 from pipeline.systems.mimir.data.table import Table
 
+SETTINGS = ProcessSettings(places=2)
+"""Of the set that a run without data makes: few places are learnt in minutes, many take a small model much longer."""
 _ATTEMPTS = 20
 
 
@@ -45,7 +48,7 @@ def _distinct(
     """A sequence for each row, of which no target has two alike, and which are not in `taken`."""
     found = np.array(process.draw(labels, targets, generator), object)
     seen: set[tuple[int, str]] = set()
-    rows = range(len(labels))
+    rows: Sequence[int] = range(len(labels))
     for _ in range(_ATTEMPTS):
         again = []
         for row in rows:
@@ -59,8 +62,8 @@ def _distinct(
         rows = again
         found[rows] = process.draw(labels[rows], targets[rows], generator)
     raise UserError(
-        f"--count: after {_ATTEMPTS} draws {len(rows)} peptides still stand there already: give fewer, more targets or"
-        " longer ones"
+        f"--count: after {_ATTEMPTS} draws {len(rows):,} of the peptides are copies still: give fewer, more"
+        " --targets or a larger --max-length"
     )
 
 
@@ -70,11 +73,12 @@ def synthetic_set(count: int, model: MimirConfig) -> tuple[Table, Mapping[str, s
         raise UserError(f"--data.dataset synthetic:{count}: give 1 peptide or more")
     if not set(RESIDUES) <= set(model.letters):
         raise UserError(f"--model.letters {model.letters}: the synthetic set needs {RESIDUES}: give all of them")
-    defaults = ProcessSettings()
-    settings = ProcessSettings(
-        min_length=max(model.min_length, min(defaults.min_length, model.max_length)),
-        max_length=min(model.max_length, defaults.max_length),
+    process = Process(
+        dataclasses.replace(
+            SETTINGS,
+            min_length=max(model.min_length, min(SETTINGS.min_length, model.max_length)),
+            max_length=min(model.max_length, SETTINGS.max_length),
+        )
     )
-    process = Process(settings)
     sequences = dict(zip(process.target_names, process.target_sequences, strict=True))
     return synthetic_table(process, count), sequences

@@ -57,8 +57,12 @@ def read_tables(paths: Sequence[str]) -> Table:
     tables = [read_table(path) for name in paths for path in _files(expanded(name))]
     if not tables:
         raise UserError(f"--data.path names no file of peptides: give {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    columns = ([getattr(table, column) for table in tables] for column in ("labels", "targets", "sequences"))
-    return Table(*(pa.concat_arrays(parts) for parts in columns), parts=tuple(table.parts[0] for table in tables))
+    return Table(
+        pa.concat_arrays([table.labels for table in tables]),
+        pa.concat_arrays([table.targets for table in tables]),
+        pa.concat_arrays([table.sequences for table in tables]),
+        tuple(table.parts[0] for table in tables),
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -84,7 +88,8 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} cannot be read ({error.strerror or brief(error)}): check the file") from error
     if not len(columns["sequence"]):
         raise UserError(f"{path} holds no peptide: give a file with at least one")
-    return Table(*(columns[name] for name in COLUMNS), parts=((str(path), len(columns["sequence"])),))
+    parts = ((str(path), len(columns["sequence"])),)
+    return Table(columns["label"], columns["target"], columns["sequence"], parts)
 
 
 def _read_csv(path: Path) -> dict[str, pa.StringArray]:
@@ -114,16 +119,18 @@ def _columns(path: Path, table: pa.Table) -> dict[str, pa.StringArray]:
             f"{path} has no column {' and no column '.join(missing)} (it has {shown(', '.join(table.column_names))}):"
             f" name its columns {', '.join(COLUMNS)}"
         )
+    twice = [name for name in COLUMNS if table.column_names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]}: rename one of them")
     found = {}
     for name in COLUMNS:
         try:
-            column = table[name].cast(pa.string()).combine_chunks()
+            chunks = table[name].cast(pa.string()).chunks
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise UserError(
                 f"{path}: the column {name} is of {table[name].type}, not text: write it as text"
             ) from error
-        column = column if isinstance(column, pa.StringArray) else pa.array([], pa.string())
-        found[name] = pc.fill_null(column, "")
+        found[name] = pc.fill_null(pa.concat_arrays([pa.array([], pa.string()), *chunks]), "")
     return found
 
 

@@ -40,6 +40,8 @@ class LengthHead(nn.Module):
         self.out = nn.Linear(width, longest - shortest + 1)
 
     def forward(self, condition: Tensor) -> Tensor:
-        """log p(length | condition), [rows, longest + 1] float32, -inf below the shortest; condition [rows, d]."""
+        """log p(length | condition), [rows, longest + 1], -inf below the shortest; condition [rows, d]. In float32, or
+        float64 where the condition is."""
         logits = self.out(F.gelu(self.inner(self.norm(condition))))
-        return F.pad(logits.float().log_softmax(-1), (self.shortest, 0), value=-torch.inf)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.pad(wide.log_softmax(-1), (self.shortest, 0), value=-torch.inf)

@@ -53,7 +53,8 @@ class TargetEncoder(nn.Module):
             nn.Conv1d(channels, channels, WINDOW, padding=WINDOW // 2) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(channels)
-        self.scores = nn.Linear(channels, QUERIES)
+        # A bias would change no softmax.
+        self.scores = nn.Linear(channels, QUERIES, bias=False)
         self.out = nn.Linear(QUERIES * channels, width)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -66,6 +67,8 @@ class TargetEncoder(nn.Module):
             mixed = convolution(rearrange(norm(hidden) * inside[..., None], "n t c -> n c t"))
             hidden = hidden + F.gelu(rearrange(mixed, "n c t -> n t c")) * inside[..., None]
         hidden = self.norm(hidden)
-        scores = self.scores(hidden).float().masked_fill(~inside[..., None], -torch.inf)
-        pooled = torch.einsum("ntq,ntc->nqc", scores.softmax(dim=1).to(hidden.dtype), hidden)
+        scores = self.scores(hidden)
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        shares = wide.masked_fill(~inside[..., None], -torch.inf).softmax(dim=1)
+        pooled = torch.einsum("ntq,ntc->nqc", shares.to(hidden.dtype), hidden)
         return self.out(rearrange(pooled, "n q c -> n (q c)"))

@@ -1,0 +1,61 @@
+"""The notebooks of docs/notebooks, cell by cell in a kernel, with tiny sizes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.launch.harness import ROOT, environment
+
+FOLDER = ROOT / "docs" / "notebooks"
+COLAB, PARAMETERS = "colab", "parameters"
+"""Tags of cells: those that only Colab can run, and the one whose values are a person's to change."""
+TINY = {
+    "mimir_colab": """
+PRESET, RUN_NAME, DATA, SYNTHETIC, PEPTIDES = "tiny", "notebook", "data/dataset.csv", 600, 3
+FLAGS = "--epochs 1 --batch-size 64 --model.width 16 --model.layers 1 --model.heads 2 --report.log-every 4"
+""",
+}
+"""Values by notebook, in place of its own."""
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def test_every_notebook_is_executed() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(TINY)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", TINY)
+def test_a_notebook_runs_to_its_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells), (
+        "saved without output"
+    )
+    notebook.cells = [cell for cell in notebook.cells if COLAB not in tags(cell)]
+    (parameters,) = (cell for cell in notebook.cells if PARAMETERS in tags(cell))
+    given = {line.partition(" =")[0] for line in parameters.source.splitlines()}
+    parameters.source = TINY[name]
+    assert all(word in TINY[name] for word in given), "every value of the notebook has a tiny one"
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    # The kernel of this interpreter, whatever kernels are installed on the machine.
+    client = NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}})
+    manager = client.create_kernel_manager()
+    manager.kernel_spec.argv[0] = sys.executable
+    client.execute()
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    run = tmp_path / "outputs" / "notebook"
+    assert (run / "checkpoints" / "latest").exists() and (tmp_path / "outputs" / "notebook.zip").stat().st_size > 1000
+    assert (run / "background.fasta").read_text().count(">") == 3
+    assert "Traceback" not in text and os.linesep in text

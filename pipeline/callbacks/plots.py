@@ -141,7 +141,8 @@ def _draw_series(axis: Axes, curve: Curve, label: str) -> None:
         low, high = map(points, curve.intervals[label])
         name = f"{label}, 95 % over {curve.interval_over}"
         if curve.names:
-            axis.vlines(x, low, high, alpha=0.4, color=line.get_color(), label=name)
+            line.set_label(name)
+            axis.vlines(x, low, high, alpha=0.4, color=line.get_color())
         else:
             axis.fill_between(x, low, high, alpha=0.2, linewidth=0, color=line.get_color(), label=name)
 
@@ -178,7 +179,8 @@ def _scale_x(axis: Axes, curve: Curve) -> None:
     if curve.upper_edges:
         axis.set_xlim(_edges(curve)[0], _last(curve))
     if curve.names:
-        axis.set_xticks(curve.x, curve.names)
+        crowded = max(map(len, curve.names)) * len(curve.names) > 60
+        axis.set_xticks(curve.x, curve.names, **({"rotation": 20, "ha": "right"} if crowded else {}))
     else:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
 

@@ -161,7 +161,7 @@ def _table(curve: Curve) -> list[str]:
         f"{curve.title}: {curve.y_label}",
         f"{curve.x_label:>48}  " + "  ".join(f"{label:>12}" for label in labels),
     ]
-    places = curve.names or [f"{x:g}" for x in curve.x]
+    places = [name.replace("\n", ", ") for name in curve.names] or [f"{x:g}" for x in curve.x]
     for index, place in enumerate(places):
         values = [curve.series[label][index] for label in labels]
         if any(math.isfinite(value) for value in values):

@@ -28,6 +28,13 @@ def test_the_picture_has_its_numbers_beside_it(tmp_path: Path) -> None:
     assert numbers["count"] == 96 and numbers["chance"] == 0.25
 
 
+def test_places_may_have_names(tmp_path: Path) -> None:
+    names = {"x_names": ("T1", "T2"), "y_names": ("T1", "T3"), "share_of": "peptides"}
+    draw_heat_map(heat_map(**names), tmp_path / "targets.png")
+    numbers = json.loads((tmp_path / "targets.json").read_text())
+    assert (numbers["x"], numbers["y"]) == (["T1", "T2"], ["T1", "T3"])
+
+
 def test_values_of_another_shape_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="memory on has the shape"):
         draw_heat_map(heat_map(series={"memory on": ((1.0, 0.5, 0.1), (0.1, 0.2, 0.3))}), tmp_path / "needle.png")

@@ -153,6 +153,22 @@ def test_points_are_drawn_as_points(tmp_path: Path, shown) -> None:
     assert axis.lines[0].get_marker() == "o"
 
 
+def test_places_that_are_no_numbers_have_names_and_no_line(tmp_path: Path, shown) -> None:
+    named = Curve(
+        "Residues", "residue", "share", (0.0, 1.0), {"drawn": (0.2, 0.8), "held out": (0.5, math.nan)},
+        intervals={"drawn": ((0.1, 0.7), (0.3, 0.9))}, interval_over="peptides", names=("A", "C"),
+    )  # fmt: skip
+    draw_curve(named, tmp_path / "curve.png")
+    axis = shown()[0][0]
+    assert ticks(axis) == ["A", "C"] and {line.get_linestyle() for line in axis.lines} == {"None"}
+    assert labels(axis) == ["drawn, 95 % over peptides", "held out"]
+    assert [line.tolist() for line in axis.collections[0].get_segments()] == [
+        [[0, 0.1], [0, 0.3]],
+        [[1, 0.7], [1, 0.9]],
+    ]
+    assert strict(tmp_path / "curve.json")["names"] == ["A", "C"]
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(16, "16"), (64, "64"), (1024, "1024"), (8192, "8K"), (65536, "64K"), (10000, "10000")]
 )

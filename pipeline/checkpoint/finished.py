@@ -38,8 +38,13 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
     # A file of an older version has no list: its runs ended so after their last evaluation.
     if before.status not in ("finished", "stopped") or (before.evaluated is not None and step not in before.evaluated):
         return None
-    if before.status == "finished" and not _longer(config, checkpoint):
-        if before.phases is not None and len(before.phases) > 1:
+    impatient = 0 < config.evaluation.patience <= progress.not_better
+    if before.status == "finished" and (impatient or not _longer(config, checkpoint)):
+        if impatient:
+            given = f"--evaluation.patience is {config.evaluation.patience}"
+            how = f"at step {step}: {progress.not_better} evaluations in a row were no better ({given})"
+            more = "give a larger --evaluation.patience, or 0"
+        elif before.phases is not None and len(before.phases) > 1:
             how, more = f"at step {step}, the end of phase {progress.phase}", "give a larger --steps, or more --phases"
         else:
             epochs = config.epochs.train

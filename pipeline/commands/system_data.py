@@ -36,11 +36,18 @@ def run_synth(words: Sequence[str]) -> None:
     commands.synth(parse_flags(commands.synth_options, words[1:], f"mnemos data synth {words[0]}"))
 
 
+def _suffixes() -> list[Sequence[str]]:
+    """Of the files that each system alone reads."""
+    return [commands.suffixes for _, commands in _systems()]
+
+
 def verified(words: Sequence[str]) -> bool:
     """Checks the files of `data verify FILE ... [flags]` where they are of a kind that a system alone reads; whether
     they are. Raises UserError when a check fails."""
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     suffixes = {Path(word).suffix.lower() for word in words[:first]}
+    if not suffixes and any(Path(word).suffix.lower() in kinds for word in words for kinds in _suffixes()):
+        raise UserError("data verify takes its files before its flags: data verify FILE ... [flags]")
     if suffixes <= {"", *SUFFIXES}:
         return False
     for _, commands in _systems():

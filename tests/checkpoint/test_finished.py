@@ -55,6 +55,21 @@ def test_a_run_in_epochs_is_finished_until_it_is_given_other_ones(tmp_path: Path
     assert nothing_left(longer, checkpoint) is None
 
 
+def test_a_run_that_ended_by_its_patience_says_so(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    section = dataclasses.replace(run.config.evaluation, best="loss", patience=2)
+    run.config = dataclasses.replace(run.config, steps=STEPS, evaluation=section)
+    run.progress.not_better = 2
+    checkpoint = save(run, 7)
+    (run.folder / "run.json").write_text(json.dumps({"status": "finished", "evaluated": [0, 7]}))
+    for config in (run.config, dataclasses.replace(run.config, steps=2 * STEPS)):
+        message = nothing_left(config, checkpoint)
+        assert message is not None and "2 evaluations in a row were no better" in message
+        assert "give a larger --evaluation.patience, or 0" in message
+    patient = dataclasses.replace(run.config, evaluation=dataclasses.replace(section, patience=3))
+    assert nothing_left(patient, checkpoint) is None
+
+
 def test_a_run_without_patience_left_goes_on_with_more(ended) -> None:
     config, checkpoint = ended(step=7)
     section = dataclasses.replace(config.evaluation, best="loss", patience=3)

@@ -15,6 +15,13 @@ LETTERS = "ABCDEFGHIKLMNPQRSTUVWXYZ"
 """The 20 amino acids with selenocysteine (U) and the ambiguous B, X and Z, as the guide's data has them."""
 
 
+def check_letters(letters: str, flag: str) -> None:
+    """Raises UserError for an alphabet that residues cannot have."""
+    ordered = list(letters) == sorted(set(letters)) and letters.isascii() and letters.isalpha() and letters.isupper()
+    if len(letters) < 2 or not ordered:
+        raise UserError(f"{flag} {shown(letters)}: give two or more different letters of A to Z in their order")
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The encoder of a target's amino-acid sequence (--model.target encoder)."""
@@ -115,8 +122,9 @@ class MimirConfig(ModelConfig):
                 f"--model.timesteps {self.timesteps}: the absorbing kernel masks a residue a step or more: give"
                 f" --model.max-length ({self.max_length}) or more"
             )
-        if list(self.letters) != sorted(set(self.letters)) or not self.letters.isalpha() or not self.letters.isupper():
-            raise UserError(f"--model.letters {shown(self.letters)}: give different capital letters in their order")
+        check_letters(self.letters, "--model.letters")
+        if self.targets < 0:
+            raise UserError(f"--model.targets is {self.targets}: give 0 or more")
         for name in ("hybrid_loss_coeff", "curriculum_epochs", "mask_weight"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:

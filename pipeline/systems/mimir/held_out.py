@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -35,8 +36,9 @@ def measure(
 ) -> dict[str, float]:
     """Means over `steps` steps of a loader, every peptide at every timestep, the same on every rank. Collective.
 
-    bound: nats per residue given the length, with prior and reconstruction; of each kind of peptides also. ce, vb: as
-    in training, with t uniform in 1..T. length: nats per peptide of its length given label and target.
+    bound: nats per residue given the length, with prior and reconstruction; of each kind of peptides also, and the
+    residues of each. ce, vb: as in training, with t uniform in 1..T. length: nats per peptide of its length given
+    label and target.
     """
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {
@@ -54,6 +56,7 @@ def measure(
         "length": totals["length"] / max(1.0, totals["peptides"]),
     }
     for kind in KINDS:
+        found[f"residues/{kind}"] = totals[f"{kind} residues"]
         if totals[f"{kind} residues"]:
             found[f"bound/{kind}"] = totals[f"{kind} nats"] / totals[f"{kind} residues"]
     return found
@@ -78,6 +81,14 @@ def _add(sums: dict[str, Tensor], predict: Predict, model: nn.Module, kernel: Ke
         mine = kept * (batch.labels == label)
         sums[f"{kind} nats"] += (nats * mine).sum()
         sums[f"{kind} residues"] += (lengths * mine).sum()
+
+
+def compositions(peptides: Peptides, letters: int) -> np.ndarray:
+    """How often each letter stands in the peptides of each of KINDS, [kinds, letters] int64: a model that is told the
+    label knows both."""
+    rows = [peptides.labels == label for label in KINDS.values()]
+    kinds = [dataclasses.replace(peptides, letters=peptides.letters[x], lengths=peptides.lengths[x]) for x in rows]
+    return np.stack([composition(kind, letters) for kind in kinds])
 
 
 def composition(peptides: Peptides, letters: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.diffusion.choice import create_kernel
 from pipeline.systems.mimir.diffusion.floor import floor
 from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
-from pipeline.systems.mimir.held_out import composition, measure
+from pipeline.systems.mimir.held_out import KINDS, compositions, measure
 from pipeline.systems.mimir.losses import CE, LENGTH, UNIT, VB
 from pipeline.systems.mimir.model import MimirModel, ModelOutput, TargetSequences
 from pipeline.systems.mimir.model.model import parameter_parts
@@ -221,7 +221,8 @@ class MimirSystem(System[PeptideBatch]):
             model.train(was_training)
         weight = losses.loss_weights(self.sizes)
         with shared_errors(topology):
-            least = floor(self.kernel, composition(self.peptides.held_out, len(self.sizes.letters)))
+            shares = compositions(self.peptides.held_out, len(self.sizes.letters))
+            least = floor(self.kernel, shares, np.array([found[f"residues/{kind}"] for kind in KINDS]))
         head = found["length"] if self.sizes.length == "head" else 0.0
         scalars = {
             "loss": weight.ce * found["ce"] + weight.vb * found["bound"] + head,

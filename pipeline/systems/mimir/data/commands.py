@@ -16,7 +16,7 @@ import tyro
 from pipeline.errors import UserError
 from pipeline.files.home import expanded
 from pipeline.files.output import writing
-from pipeline.systems.mimir.config import LETTERS
+from pipeline.systems.mimir.config import LETTERS, check_letters
 from pipeline.systems.mimir.data.checks import Expected, all_checks
 from pipeline.systems.mimir.data.process import Process, ProcessSettings
 from pipeline.systems.mimir.data.synthetic import synthetic_table
@@ -74,6 +74,8 @@ class PeptideCommands:
             raise UserError(f"--out {out}: give a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
         if options.count < 1:
             raise UserError(f"--count is {options.count}: give 1 or more")
+        if options.draw_seed < 0:
+            raise UserError(f"--draw-seed is {options.draw_seed}: give 0 or more")
         if not 0 <= options.interacting <= 1:
             raise UserError(f"--interacting is {options.interacting}: give a share from 0 to 1")
         targets, facts = (out.with_name(out.stem + ending) for ending in (TARGETS, PROCESS))
@@ -97,6 +99,7 @@ class PeptideCommands:
             raise UserError(
                 f"--min-length {options.min_length} is above --max-length {options.max_length}: exchange them"
             )
+        check_letters(options.letters, "--letters")
         known = None if options.target_file is None else read_targets(expanded(options.target_file)).keys()
         expected = Expected(options.letters, options.min_length, options.max_length, known)
         failed: list[str] = []

@@ -69,6 +69,8 @@ class ProcessSettings:
     def __post_init__(self) -> None:
         if self.targets < 1:
             raise UserError(f"--targets is {shown(self.targets)}: give 1 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: give 0 or more")
         if not 2 <= self.motif <= len(MARKERS):
             raise UserError(f"--motif is {shown(self.motif)}: give 2 to {len(MARKERS)} residues")
         if not 0 <= self.planted <= 1:

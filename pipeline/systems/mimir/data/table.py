@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,7 +198,9 @@ def _place(path: Path, row: int) -> str:
         return f"{path}, record {row + 1}"
     if suffix != ".csv" or not os.path.exists(path):
         return f"{path}, row {row + 1}"
-    # Blank lines are no rows. The header is the first line that is none.
-    with path.open("rb") as file:
-        lines = (number for number, line in enumerate(file, 1) if line.strip(b"\r\n"))
-        return f"{path}, line {next(line for count, line in enumerate(lines) if count == row + 1)}"
+    # Blank lines are no rows, and a quoted field may have line breaks. The header is the first row.
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = csv.reader(file)
+        ends = (rows.line_num for found in rows if found)
+        line = next((line for count, line in enumerate(ends) if count == row + 1), None)
+    return f"{path}, row {row + 1}" if line is None else f"{path}, line {line}"

@@ -105,21 +105,26 @@ class PeptideSuite:
         """Bounds and cross-entropies of held-out peptides."""
         found: dict[str, tuple[Likelihoods, Peptides]] = {}
         kernel = self.system.kernel
-        shares = composition(self.data.held_out, self.letters).astype(np.float64)
-        frequencies = torch.from_numpy(shares / shares.sum())
-        floors = kernel.cross_entropy_floors(frequencies).numpy()
-        entropy = float(torch.special.entr(frequencies).sum()) / math.log(2)
+        floors, entropies, residues = [], [], []
         for kind, every in self.held_out.items():
+            # Of the kind: the model is told the label.
+            shares = composition(every, self.letters).astype(np.float64)
+            frequencies = torch.from_numpy(shares / shares.sum())
+            floors.append(kernel.cross_entropy_floors(frequencies).numpy())
+            entropy = float(torch.special.entr(frequencies).sum()) / math.log(2)
+            entropies.append(entropy)
+            residues.append(shares.sum())
             peptides = some(every, self.options.peptides)
             one = likelihoods(self.rows, peptides, kind)
             found[kind] = (one, peptides)
             bits = bits_per_residue(one.nats, peptides.lengths, self.groups(kind, peptides))
             self.table.append(measures.row("bits per residue", kind, bits, entropy, "independent residues"))
             ce = float(one.ce.sum() / one.counts.sum())
-            self.table.append(measures.row("cross-entropy, nats", kind, ce, float(floors.mean()), "floor"))
-        self.curves["bits_by_length"] = pictures.bits_by_length(found, entropy)
+            self.table.append(measures.row("cross-entropy, nats", kind, ce, float(floors[-1].mean()), "floor"))
+        mean = float(np.average(entropies, weights=residues))
+        self.curves["bits_by_length"] = pictures.bits_by_length(found, mean)
         self.curves["cross_entropy_by_timestep"] = pictures.cross_entropy_by_timestep(
-            {kind: one for kind, (one, _) in found.items()}, floors
+            {kind: one for kind, (one, _) in found.items()}, np.average(floors, axis=0, weights=residues)
         )
 
     def rank(self) -> None:

@@ -86,6 +86,11 @@ def check(system: Reads, options: PeptideOptions) -> None:
             )
     if options.steps is not None and options.steps > sizes.timesteps:
         raise UserError(f"--steps {options.steps}: the model has {sizes.timesteps} timesteps: give as many at the most")
+    if options.guidance != 1 and not sizes.label_dropout:
+        raise UserError(
+            f"--guidance {options.guidance:g}: the model never learned peptides without a label"
+            " (--model.label-dropout 0): leave it out"
+        )
     if options.order is not None and not isinstance(system.kernel, AbsorbingKernel):
         raise UserError(
             f"--order {options.order}: only the absorbing kernel reveals one residue after the other: leave it out"

@@ -100,6 +100,8 @@ def test_the_antimicrobial_peptides_of_modlamp() -> None:
         ({}, {"dataset": "syntetic"}, "--data.dataset 'syntetic': give synthetic, synthetic:COUNT or modlamp"),
         ({}, {"dataset": "synthetic:0"}, "give 1 peptide or more"),
         ({"letters": "ACDE"}, {"dataset": "synthetic"}, "the synthetic set needs"),
+        ({"letters": "ACDÉ"}, {}, "two or more different letters of A to Z"),
+        ({"letters": "A"}, {}, "two or more different letters of A to Z"),
         ({}, {}, "no peptides are named: give files with --data.path, or --data.dataset synthetic"),
         ({}, {"mix": ("a=1",)}, "--data.mix is of text"),
         ({}, {"path": ("none.csv",)}, "none.csv does not exist"),

@@ -98,6 +98,21 @@ def test_a_row_that_cannot_be_trained_on_is_named_with_its_fix(
         build_set(table, MimirConfig(), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("label,target,sequence\r1,A,ACDEF\r0,,AC1EF\r", 3),
+        ('label,target,sequence,note\n\n1,A,ACDEF,"a\nb"\n0,,AC1EF,c\n', 5),
+    ],
+    ids=["carriage returns alone", "a blank line and a break in quotes"],
+)
+def test_the_line_of_a_row_is_that_of_an_editor(tmp_path: Path, text: str, line: int) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode())
+    with pytest.raises(UserError, match=f"a.csv, line {line}: 'AC1EF' has '1'"):
+        check_table(read_table(path), EXPECTED)
+
+
 def test_a_target_without_a_sequence_is_named_where_one_is_needed() -> None:
     table = table_of(*ROWS)
     build_set(table, MimirConfig(), 0.0, {"P1": "ACD"})

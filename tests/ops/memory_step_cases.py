@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,10 +56,30 @@ def expected(x: dict[str, Tensor | None]) -> list[Tensor]:
     return [y.squeeze(1), *after]
 
 
-def error(actual: Tensor, wanted: Tensor) -> float:
-    return float((actual.double() - wanted).norm() / wanted.norm())
+def error(actual: Tensor, wanted: Tensor, size: float = 0.0) -> float:
+    """Relative to what is wanted, or to `size` where that is more."""
+    return float((actual.double() - wanted).norm()) / max(float(wanted.norm()), size)
 
 
-def assert_close(actual: list[Tensor], wanted: list[Tensor], read: float = FP32, state: float = FP32) -> None:
-    for name, a, b, bound in zip(("y", "M", "S"), actual, wanted, (read, state, state), strict=True):
-        assert a.shape == b.shape and error(a, b) < bound, f"{name}: {error(a, b):.1e}"
+def summands(x: dict[str, Tensor | None], wanted: list[Tensor]) -> list[float]:
+    """Sizes of what a step of one token adds up for y, M and S, as of independent numbers: where these nearly cancel,
+    as they may in results of one number, rounding is a part of them and not of the result."""
+    q, alpha, eta, memory, momentum = (
+        torch.zeros(1) if z is None else z.double() for z in (x[n] for n in ("q", "alpha", "eta", "memory", "momentum"))
+    )
+    kept, step = (1 - alpha)[..., None, None] * memory, wanted[2] - eta[..., None, None] * momentum
+    squares = kept**2 + wanted[2] ** 2
+    read = (q[..., None] ** 2 * squares).sum()
+    before = eta[..., None, None] * momentum
+    return [float(total.sqrt()) for total in (read, squares.sum(), (before**2 + step**2).sum())]
+
+
+def assert_close(
+    actual: list[Tensor],
+    wanted: list[Tensor],
+    read: float = FP32,
+    state: float = FP32,
+    sizes: Sequence[float] = (0.0, 0.0, 0.0),
+) -> None:
+    for name, a, b, bound, size in zip(("y", "M", "S"), actual, wanted, (read, state, state), sizes, strict=True):
+        assert a.shape == b.shape and error(a, b, size) < bound, f"{name}: {error(a, b, size):.1e}"

@@ -180,7 +180,7 @@ def _scale_x(axis: Axes, curve: Curve) -> None:
         axis.set_xlim(_edges(curve)[0], _last(curve))
     if curve.names:
         crowded = max(map(len, curve.names)) * len(curve.names) > 60
-        axis.set_xticks(curve.x, curve.names, **({"rotation": 20, "ha": "right"} if crowded else {}))
+        axis.set_xticks(curve.x, curve.names, rotation=20 if crowded else 0, ha="right" if crowded else "center")
     else:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
 

@@ -24,6 +24,7 @@ from pipeline.ds_config import offload_device, zero_stage
 from pipeline.errors import UserError, brief
 from pipeline.host.hardware import on_gpu
 from pipeline.loss_scale import LossScale, undo_first_update
+from pipeline.parallel.muon import import_muon
 from pipeline.parallel.topology import limit_waits
 from pipeline.parallel.weights import full_shape
 from pipeline.runtime.ranks import collective_timeout
@@ -89,6 +90,7 @@ class Engine:
         ]
         self.stage = zero_stage(ds_config)
         optimizer = self._optimizer(groups, schedule, ds_config)
+        import_muon()
         with _answered_by(config.zero):
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False

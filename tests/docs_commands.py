@@ -38,6 +38,7 @@ from pipeline.export.command import parse as parse_export
 from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
+from pipeline.systems.mimir.sampling.options import PeptideOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,8 +47,8 @@ RUN = "outputs/prepared"
 TEXTS = "my_texts"
 """What the folder in which commands are run holds: a run with a checkpoint, and a folder of texts."""
 
-TOKENS = "tokens"
-"""The token files that pages make of these texts."""
+TOKENS, PEPTIDES = "tokens", "my_peptides"
+"""The token files that pages make of these texts, and the folder of the peptides that they make."""
 WIDEST = 1024
 """The widest model of which a step is made here."""
 
@@ -227,8 +228,10 @@ def _train_once(given: tuple[str, ...], ranks: int) -> tuple[str, ...] | None:
     config = parse_run(words, "train", ranks=ranks)
     check_degrees(ranks, config.parallel.sequence)
     create_system(config).check(Topology(world=ranks, sequence=config.parallel.sequence))
-    backbone = config.model.backbone  # type: ignore[attr-defined]
-    if backbone.pretrained is not None or backbone.width > WIDEST:
+    backbone = getattr(config.model, "backbone", None)
+    if backbone is None and config.data.path:
+        return None  # what such a system reads is not text
+    if backbone is not None and (backbone.pretrained is not None or backbone.width > WIDEST):
         return None
     # A dry run is one step, that saves nothing, in any case.
     for flag in ("--output-dir", "--stop-after", "--seed"):
@@ -254,7 +257,7 @@ def _mnemos(words: list[str]) -> list[str] | None:
     if command == "generate":
         return _generate(rest)
     if command == "data":
-        return ["data", *rest] if any(word.startswith((TEXTS, TOKENS)) for word in rest) else None
+        return ["data", *rest] if any(word.startswith((TEXTS, TOKENS, PEPTIDES)) for word in rest) else None
     if command == "export":
         parse_export(rest)
         return None
@@ -268,9 +271,12 @@ def _mnemos(words: list[str]) -> list[str] | None:
     return words
 
 
-def _generate(words: list[str]) -> list[str]:
+def _generate(words: list[str]) -> list[str] | None:
     prompts, rest = pop_prompts(words)
     _expect(bool(rest) and not rest[0].startswith("-"), words)
+    if "-n" in rest:
+        parse_flags(PeptideOptions(), rest[1:], "mnemos generate")
+        return None  # it needs a checkpoint of another system
     parse_flags(GenerateOptions(), rest[1:], "mnemos generate")
     _, flags = pop_flag(rest[1:], "--max-new-tokens")
     given = [f"{flag}={f'{TEXTS}/0.txt' if flag == '--prompt-file' else text}" for flag, text in prompts]

@@ -82,7 +82,8 @@ def test_a_command_that_fails_is_an_error(capsys: pytest.CaptureFixture[str]) ->
 def test_the_projects_commands_run_here_and_leave_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "37")
     before = dict(os.environ)
-    assert run("python -m pipeline recipes").startswith("$ python -m pipeline recipes\nmiras_128k")
+    printed = run("python -m pipeline recipes")
+    assert printed.startswith("$ python -m pipeline recipes\nmi") and "\nmiras_128k  " in printed
     assert dict(os.environ) == before
 
 

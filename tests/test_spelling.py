@@ -51,7 +51,7 @@ def test_a_name_that_several_sections_have_names_them_all() -> None:
     assert set(nearest_flag("--layers", FLAGS)) == {"--model.backbone.layers", "--model.memory.layers"}
 
 
-@pytest.mark.parametrize("typed", ["--epochs", "--zzz", "--"])
+@pytest.mark.parametrize("typed", ["--galaxy", "--zzz", "--"])
 def test_nothing_near_is_no_suggestion(typed: str) -> None:
     assert nearest_flag(typed, FLAGS) == []
 

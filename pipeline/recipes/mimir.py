@@ -11,6 +11,8 @@ from pipeline.systems.mimir.config import MimirConfig
 
 PEPTIDES = 1_003_488
 """Of the guide's data: its epoch has 3,920 batches of 256."""
+DATASET = "data/dataset.csv"
+"""Where the guide's data lies."""
 
 
 def _preset(name: str, model: MimirConfig, *, epochs: float, lr: float, warmup_steps: int) -> RunConfig:
@@ -27,6 +29,7 @@ def _preset(name: str, model: MimirConfig, *, epochs: float, lr: float, warmup_s
         lr=lr,
         weight_decay=0.01,
         clip=1.0,
+        data=DataConfig(path=(DATASET,)),
         optimizer=OptimizerConfig(betas=(0.9, 0.999), min_lr_ratio=0.0, ema_decay=0.999),
         evaluation=EvaluationConfig(steps=16, best="bound"),
         report=ReportConfig(log_every=50),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ SMALL = ["olmo_tiny", "--model.backbone.width", "32", "--model.backbone.layers",
          "--batch-size", "2"]  # fmt: skip
 
 
-def test_two_ranks_beside_ddp(tmp_path: Path) -> None:
+def test_two_ranks_beside_ddp(tmp_path: Path, bench: Callable) -> None:
     """From the same weights on the same rows: the losses are compared before anything is timed."""
     out = tmp_path / "dense.json"
-    done = single("pipeline", "bench", "dense", "--rounds", "2", "--ranks", "2", "--json", str(out), *SMALL)
+    done = bench("dense", "--rounds", "2", "--ranks", "2", "--json", str(out), *SMALL)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     plain, zero3 = result["rows"]

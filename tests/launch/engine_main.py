@@ -136,6 +136,8 @@ def main() -> None:
     found |= loss_scales(out, topology)
     found["time limits"] = time_limits(base())
     found["agreement"] = agreement(topology)
+    # Engines of every stage were made, and nothing was compiled.
+    found["start"] = {"without torch's compiler": "torch._inductor.compile_fx" not in sys.modules}
     folder = out / "backbone"
     if topology.rank == 0:
         system = create(base())

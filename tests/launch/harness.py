@@ -74,6 +74,10 @@ class Started:
             assert time.monotonic() < end, self.text()
             time.sleep(0.02)
 
+    def poll(self) -> int | None:
+        """The exit code, once it has ended."""
+        return self.process.poll()
+
     def end(self, timeout: float = 120) -> int:
         """Waits for the exit code; kills everything when it does not come in time."""
         try:

@@ -34,8 +34,11 @@ from tests.systems.mimir.harness import created, small
 
 LAST, MIDDLE = 8, 3
 """Steps of a run, and of its checkpoint in the middle of an epoch, from which another goes on over the epoch's end."""
-PEPTIDES = {"data__dataset": "synthetic:120", "evaluation__batch_size": 16}
-ABSORBING = {"model__kernel": "absorbing", "model__timesteps": 20, "model__mask_weight": 1.5}
+PEPTIDES = {
+    "data__dataset": "synthetic:120", "evaluation__batch_size": 16, "sequence_length": 10, "model__max_length": 10,
+    "model__timesteps": 4,
+}  # fmt: skip
+ABSORBING = {"model__kernel": "absorbing", "model__timesteps": 10, "model__mask_weight": 1.5}
 MODELS: dict[str, dict[str, Any]] = {
     "uniform": {"model__hybrid_loss_coeff": 0.1},
     "absorbing": {**ABSORBING, "model__length": "head", "model__hybrid_loss_coeff": 0.1},
@@ -61,7 +64,9 @@ def randomise(name: str, shape: torch.Size) -> torch.Tensor:
 def gradients(name: str, stage: int, zero: str, topology: Topology) -> dict[str, Any]:
     """The largest relative difference of a parameter's gradient from that of one process without DeepSpeed, which takes
     the step of 32 peptides as one batch; and of the norm, and of the held-out numbers of the same weights."""
-    config = small(zero=zero, batch_size=8, grad_accum=32 // (8 * topology.data), clip=0.0, **PEPTIDES, **MODELS[name])
+    config = small(
+        zero=zero, batch_size=8, grad_accum=32 // (8 * topology.data), clip=0.0, **{**PEPTIDES, **MODELS[name]}
+    )
     found_peptides = list_peptides(config)
     system = created(config, found_peptides)
     ds_config = deepspeed_config(system.config)

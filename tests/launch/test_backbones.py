@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from tests.launch.backbone_main import TIED
-from tests.launch.harness import launch
+from tests.launch.forked import forked
 from tests.lm.families import FAMILIES, decoder
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("backbones")
-    done = launch(2, "tests.launch.backbone_main", str(out))
+    done = forked(2, "tests.launch.backbone_main", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "result.json").read_text())
 

@@ -13,7 +13,8 @@ import torch
 
 from pipeline.callbacks.metrics import read_rows
 from pipeline.checkpoint.safe import load_pickle, weights_only
-from tests.launch.harness import launch, single
+from tests.launch.forked import forked
+from tests.launch.harness import launch
 
 SMALL = ["--sequence-length", "256", "--evaluation.steps", "2", "--eval-every", "0", "--report.no-plots"]
 LAST = 6
@@ -25,7 +26,7 @@ OTHERS = 8
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one and two ranks saved, converted, and what two ranks find when they load it."""
     folder = tmp_path_factory.mktemp("engines")
-    done = single("tests.launch.elastic_main", str(folder), "save")
+    done = forked(1, "tests.launch.elastic_main", str(folder), "save")
     assert done.returncode == 0, done.stdout + done.stderr
     done = launch(2, "tests.launch.elastic_main", str(folder), "save", "2-fp32", "1-bf16")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,13 +51,13 @@ def test_settings_that_order_shards_in_another_way_are_other_layouts(saved: Path
 
 
 def test_every_stage_loads_every_stage_on_one_rank(saved: Path) -> None:
-    done = single("tests.launch.elastic_main", str(saved), "load", "2-fp32", "2-bf16")
+    done = forked(1, "tests.launch.elastic_main", str(saved), "load", "2-fp32", "2-bf16")
     assert done.returncode == 0, done.stdout + done.stderr
     check(saved, 1, 2 * (PAIRS + OTHERS))
 
 
 def test_every_stage_loads_every_stage_on_ranks_that_divide_no_parameter(saved: Path) -> None:
-    done = launch(4, "tests.launch.elastic_main", str(saved), "load", "2-fp32")
+    done = forked(4, "tests.launch.elastic_main", str(saved), "load", "2-fp32")
     assert done.returncode == 0, done.stdout + done.stderr
     check(saved, 4, PAIRS)
 
@@ -97,7 +98,7 @@ def tensor(path: Path) -> torch.Tensor:
 
 def train(folder: Path, ranks: int, *words: str) -> None:
     command = ["pipeline", "train", "miras_tiny", *SMALL, "--steps", str(LAST), "--output-dir", str(folder), *words]
-    done = launch(ranks, *command) if ranks > 1 else single(*command)
+    done = forked(ranks, *command)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -132,7 +133,7 @@ def test_another_precision_is_another_layout_and_a_missed_evaluation_is_made_up_
     """A checkpoint of a CPU goes on on a GPU, where bfloat16 is the default."""
     words = ["pipeline", "train", "miras_tiny", *SMALL, "--steps", "2", "--output-dir", str(tmp_path / "run")]
     words += ["--parallel.sequence", "1"]
-    done = single(*words, "--zero", "zero1", "--precision", "fp32")
+    done = forked(1, *words, "--zero", "zero1", "--precision", "fp32")
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = tmp_path / "run" / "metrics.jsonl"
     rows = read_rows(metrics)
@@ -143,7 +144,7 @@ def test_another_precision_is_another_layout_and_a_missed_evaluation_is_made_up_
     facts = json.loads(run_file.read_text())
     assert facts["evaluated"] == [0, 2]
     run_file.write_text(json.dumps({**facts, "status": "interrupted", "evaluated": [0]}))
-    done = single(*words, "--zero", "zero1", "--precision", "bf16", "--resume", "must")
+    done = forked(1, *words, "--zero", "zero1", "--precision", "bf16", "--resume", "must")
     assert done.returncode == 0, done.stdout + done.stderr
     again = read_rows(metrics)
     assert [(row["mode"], row["step"]) for row in again] == [(row["mode"], row["step"]) for row in rows]

@@ -16,27 +16,32 @@ import pytest
 
 from pipeline.checkpoint.manifest import complete_checkpoints, problems
 from tests.launch.comparing import differences
-from tests.launch.harness import Started, launch, single
+from tests.launch.forked import Forked, forked
+from tests.launch.harness import Started
 from tests.launch.kill_main import RANKS, words
 from tests.launch.test_stop import latest, losses, steps
 
 STEPS_PER_KILL = 4
 STAGES = (1, 2, 3)
+LAUNCHED = 5
+"""Of so many kills one is of a rank of the real launcher, which then ends the others; the rest are of forked ranks."""
 
 
-def kill(folder: Path, stage: int, last: int, draw: random.Random, more: list[str]) -> str:
+def kill(
+    folder: Path, stage: int, last: int, draw: random.Random, more: list[str], start: type[Started | Forked]
+) -> str:
     """Starts or resumes a run, and kills a rank at a random moment after its first new step; says what that met: a
     save, the removal of an old checkpoint, a step, or nothing any more."""
     before = steps(folder)
     checkpoints = folder / "checkpoints"
-    started = Started(RANKS, "pipeline", "train", *words(stage, last, folder, *more))
+    started = start(RANKS, "pipeline", "train", *words(stage, last, folder, *more))
     # A resume drops the rows of steps that are run again.
     started.wait_until(
         lambda: (checkpoints / "latest").exists() and bool(steps(folder)) and started.text().count("step ")
     )
     time.sleep(draw.uniform(0, 1.5))
     victim = draw.randrange(RANKS)
-    if started.process.poll() is None:
+    if started.poll() is None:
         started.rank(victim).kill()
     aside = {path.suffix for path in checkpoints.glob(".checkpoint-*")}
     code = started.end()
@@ -62,11 +67,12 @@ def survive(kills: int, folder: Path, seed: int) -> Counter[str]:
     for stage, count in share.items():
         for index in range(count):
             more = ["--async-save"] if index % 2 else []
-            met[kill(folder / f"killed{stage}", stage, lasts[stage], draw, more)] += 1
+            start = Forked if met.total() % LAUNCHED else Started
+            met[kill(folder / f"killed{stage}", stage, lasts[stage], draw, more, start)] += 1
             print(f"zero{stage}, {index + 1} of {count}: {dict(met)}", flush=True)
     assert met["save"] >= kills // 10 and met["step"] >= kills // 10 and met["nothing"] <= kills // 5, met
     pairs = [f"{stage}:{last}" for stage, last in lasts.items()]
-    done = launch(RANKS, "tests.launch.kill_main", str(folder), *pairs, timeout=1800)
+    done = forked(RANKS, "tests.launch.kill_main", str(folder), *pairs, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in STAGES:
         straight, killed = folder / f"straight{stage}", folder / f"killed{stage}"
@@ -91,7 +97,7 @@ def test_a_hundred_kills_cost_no_bit(tmp_path: Path, record_property: Callable[[
 
 def survive_switches(kills: int, folder: Path, seed: int) -> Counter[str]:
     """Kills around the switches of runs of three phases; returns how often a kill met what."""
-    done = single("tests.launch.phases_kill_main", str(folder), str(kills), str(seed), timeout=60 + 15 * kills)
+    done = forked(1, "tests.launch.phases_kill_main", str(folder), str(kills), str(seed), timeout=60 + 15 * kills)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "result.json").read_text())
     assert {run: wrong for run, wrong in found["wrong"].items() if wrong} == {}

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launch.harness import ROOT, environment
+from tests.launch.forked import forked
 from tests.launch.nodes import ADDRESSES, Nodes, missing, two_nodes, until
 from tests.launch.test_train import SMALL, losses
 
@@ -41,10 +40,8 @@ class OneHost:
     def losses(self, steps: int) -> list[float]:
         """The losses of the first steps, made when they are asked for."""
         if not self.folder.exists():
-            torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
             words = ["miras_tiny", *RUN, "--stop-after", str(steps), "--output-dir", str(self.folder)]
-            command = [*torchrun, "-m", "pipeline", "train", *words]
-            done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+            done = forked(2, "pipeline", "train", *words)
             assert done.returncode == 0, done.stdout + done.stderr
         return losses(self.folder)[:steps]
 

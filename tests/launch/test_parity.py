@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.launch.harness import launch, single
+from tests.launch.forked import forked
+from tests.launch.harness import launch
 from tests.launch.olmo_cases import MODELS
-from tests.launch.parity_main import GAPS
+from tests.launch.parity_main import FOUR_RANKS, GAPS
 
 TOLERANCE = 1e-5
 MAIN = "tests.launch.parity_main"
@@ -21,18 +23,21 @@ TOPOLOGIES = {
     "2 data ranks": (2, 1),
     "2 x 2": (4, 2),
 }
+LAUNCHED = ("2 sequence ranks", "2 x 2")
+"""Topologies of ranks of the real launcher, which share nothing; the others are forked."""
 CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
 ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
 ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac"]
 OLMO = [f"{kind}-zero{stage}" for kind in MODELS for stage in range(4)]
 DISTILLED = [f"distilled-zero{stage}" for stage in range(4)]
+EVERY = [*CASES, *OTHERS, *ATTACHED, *DISTILLED, *OLMO]
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_rank")
-    done = single(MAIN, str(folder), "1")
+    done = forked(1, MAIN, str(folder), "1")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -41,7 +46,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def many_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks, degree = request.param
     folder = tmp_path_factory.mktemp("many_ranks")
-    done = launch(ranks, MAIN, str(folder), str(degree))
+    start = launch if (ranks, degree) in [TOPOLOGIES[name] for name in LAUNCHED] else forked
+    done = start(ranks, MAIN, str(folder), str(degree))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -58,6 +64,19 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> float:
         worst = max(worst, error)
     assert found["norm"] == pytest.approx(expected["norm"], rel=TOLERANCE)
     return worst
+
+
+@pytest.mark.parametrize("cases", FOUR_RANKS.values(), ids=map(str, FOUR_RANKS))
+def test_four_ranks_do_every_kind_of_work_and_every_stage(cases: tuple[str, ...]) -> None:
+    kinds = {kind(case) for case in EVERY}
+    assert set(cases) <= set(EVERY) and {kind(case) for case in cases} == kinds and len(kinds) == 14
+    stages = {stage for case in cases for stage in re.findall(r"zero\d", case)}
+    assert stages == {"zero0", "zero1", "zero2", "zero3"}
+
+
+def kind(case: str) -> str:
+    """What is left of a case's name without its stage."""
+    return re.sub(r"-?zero\d|-accum\d", "", case)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,7 +109,9 @@ def test_twenty_updates_of_olmo_are_those_of_transformers_and_adamw(
 
 def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path, request: pytest.FixtureRequest) -> None:
     ranks, degree = request.node.callspec.params["many_ranks"]
-    for case in [*(CASES if ranks < 4 else CASES[4:]), *OTHERS, *ATTACHED, *DISTILLED, *OLMO]:
+    chosen = FOUR_RANKS[degree] if ranks == 4 else EVERY
+    assert sorted(path.stem for path in many_ranks.glob("*.pt")) == sorted(chosen)
+    for case in chosen:
         expected = torch.load(one_rank / f"{case}.pt")
         found = torch.load(many_ranks / f"{case}.pt")
         if case == "mac-mlp-zero3" and ranks > degree:

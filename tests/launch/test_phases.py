@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch.harness import launch, single
+from tests.launch.forked import forked
+from tests.launch.harness import launch
 
 SINGLE, SHARDED = 1e-6, 1e-5
 
@@ -18,7 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     out = tmp_path_factory.mktemp("phases")
     done = launch(2, "tests.launch.phases_main", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    done = single("tests.launch.phases_main", str(out))
+    done = forked(1, "tests.launch.phases_main", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     return {world: json.loads((out / f"result-{world}.json").read_text()) for world in (1, 2)}
 

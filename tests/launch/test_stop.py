@@ -12,12 +12,13 @@ import pytest
 
 from pipeline.callbacks.metrics import read_rows
 from pipeline.checkpoint.manifest import problems
-from tests.launch.harness import Started, launch
+from tests.launch.forked import Forked, forked
+from tests.launch.harness import Started
 
 SMALL = ["--sequence-length", "256", "--evaluation.steps", "2", "--eval-every", "0", "--grad-accum", "3"]
 KILL_TIMEOUT = 30
 """Seconds after SIGTERM at which DeepSpeed's launcher kills."""
-LAST = 14
+LAST = 9
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -49,7 +50,7 @@ def latest(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    done = launch(2, *words(folder, "--steps", str(LAST)))
+    done = forked(2, *words(folder, "--steps", str(LAST)))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -69,7 +70,7 @@ def test_a_signal_to_one_rank_stops_all_and_costs_no_bit(straight: Path, tmp_pat
     assert newest.name == f"checkpoint-{steps(folder)[-1]}" and problems(newest, hashes=True) == []
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "interrupted" and run["last_checkpoint"] == newest.name
-    done = launch(2, *words(folder, "--steps", str(LAST), "--resume", "must"))
+    done = forked(2, *words(folder, "--steps", str(LAST), "--resume", "must"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(folder) == losses(straight)
     name = "trainable.safetensors"
@@ -92,7 +93,7 @@ def test_a_signal_before_the_ranks_have_met_stops_all(tmp_path: Path) -> None:
 def test_an_evaluation_is_not_waited_for(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = ["--steps", "4", "--eval-every", "2", "--evaluation.steps", "4000", "--stop-after", "3"]
-    started = Started(2, *words(folder, *more, "--grad-accum", "1", "--resume", "never"))
+    started = Forked(2, *words(folder, *more, "--grad-accum", "1", "--resume", "never"))
     # The first evaluation comes before the first step.
     started.wait_until(lambda: (folder / "training.log").exists())
     time.sleep(2)
@@ -104,9 +105,10 @@ def test_an_evaluation_is_not_waited_for(tmp_path: Path) -> None:
     assert steps(folder) == [] and not (folder / "checkpoints").exists(), "nothing was done, nothing is saved"
 
 
-def test_a_deadline_is_a_planned_stop(straight: Path, tmp_path: Path) -> None:
+def test_a_deadline_of_one_rank_is_a_planned_stop_of_all(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = launch(2, *words(folder, "--steps", "4000", "--max-hours", "0.01", "--async-save", "--save-every", "2"))
+    _, *command = words(folder, "--steps", "4000", "--max-hours", "24", "--async-save", "--save-every", "2")
+    done = forked(2, "tests.launch.deadline_main", str(folder), "3", *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped (--max-hours have passed)" in done.stderr
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped"

@@ -14,6 +14,7 @@ import yaml
 
 from pipeline.callbacks.metrics import read_rows
 from pipeline.checkpoint.manifest import problems
+from tests.launch.forked import forked
 from tests.launch.harness import ROOT, environment, launch, single
 
 SMALL = ["--sequence-length", "256", "--batch-size", "2", "--evaluation.steps", "2", "--eval-every", "0"]
@@ -53,6 +54,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same steps with a stop in the middle, mid-document, through the deepspeed launcher."""
     folder = tmp_path_factory.mktemp("resumed") / "run"
     words = ["pipeline", "train", "miras_tiny", *SMALL, "--steps", str(LAST), "--output-dir", str(folder)]
+    words.append("--report.no-plots")
     for more in (["--stop-after", "5"], ["--resume", "must"]):
         done = launch(2, *words, *more)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -111,8 +113,8 @@ def test_another_split_of_the_same_ranks_goes_on_with_the_same_streams(
 ) -> None:
     # From two sequence ranks to two data ranks: heads and streams of the carry change places, mid-document.
     words = ["pipeline", "train", "miras_tiny", *SMALL, "--batch-size", "1", "--parallel.sequence", "1"]
-    words += ["--steps", str(LAST), "--resume", str(resumed / "checkpoints" / "checkpoint-5"), "--output-dir"]
-    done = launch(2, *words, str(tmp_path / "split"))
+    words += ["--steps", str(LAST), "--resume", str(resumed / "checkpoints" / "checkpoint-5"), "--report.no-plots"]
+    done = forked(2, *words, "--output-dir", str(tmp_path / "split"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "split") == pytest.approx(losses(straight)[5:], rel=1e-5)
 
@@ -125,7 +127,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(straight: Path) -> None:
         (["--model.attention.window", "32"], "--model.attention.window 64, this run has 32"),
     )
     for more, reason in refusals:
-        done = single(*words, *more)
+        done = forked(1, *words, *more)
         assert done.returncode == 2 and reason in done.stderr, done.stderr
     assert before == {path: path.read_bytes() for path in straight.glob("*.*")}
 
@@ -138,7 +140,7 @@ def test_a_finished_run_is_left_alone_and_says_what_to_do(straight: Path) -> Non
 
     before = files()
     words = ["train", "miras_tiny", *SMALL, "--steps", str(LAST), "--output-dir", str(straight)]
-    done = launch(2, "pipeline", *words)
+    done = forked(2, "pipeline", *words)
     assert done.returncode == 0
     assert done.stdout.count("already finished at step 12") == 1
     for advice in ("larger --steps", "another --output-dir", f"mnemos eval {straight}"):
@@ -160,14 +162,14 @@ def test_weights_alone_start_a_run_of_another_layout(straight: Path, tmp_path: P
     words = ["pipeline", "train", "miras_tiny", *SMALL]
     newest = straight / "checkpoints" / f"checkpoint-{LAST}"
     out = tmp_path / "warm"
-    done = single(*words, "--output-dir", str(out), "--init-from", str(newest), "--steps", "1", "--report.no-plots")
+    done = forked(1, *words, "--output-dir", str(out), "--init-from", str(newest), "--steps", "1", "--report.no-plots")
     assert done.returncode == 0, done.stderr
     assert rows(out, "val")[0]["loss"] == pytest.approx(rows(straight, "val")[-1]["loss"], rel=1e-5)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "dry"
-    done = single("pipeline", "train", "miras_tiny", *SMALL, "--dry-run", "--output-dir", str(out))
+    done = forked(1, "pipeline", "train", "miras_tiny", *SMALL, "--dry-run", "--output-dir", str(out))
     assert done.returncode == 0, done.stderr
     assert "dry run: loss 5." in done.stdout
     assert not out.exists()
@@ -177,7 +179,7 @@ def test_torchrun_runs_it_unchanged(tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "pipeline",
         "train", "miras_tiny", *SMALL, "--steps", "1", "--output-dir", str(tmp_path / "run"), "--report.tensorboard",
-        "--profile", "1",
+        "--profile", "1", "--report.no-plots",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -197,11 +199,11 @@ def test_no_space_left_is_one_line_and_leaves_nothing_half_written(tmp_path: Pat
         words = ["pipeline", "train", "miras_tiny", *SMALL, "--steps", "3", "--save-every", "1", "--report.no-plots"]
         # Two checkpoints of about 9 MB fit beside this file, a third does not.
         (disk / "filler").write_bytes(bytes(2**20))
-        done = single(*words, "--stop-after", "1", "--output-dir", str(out))
+        done = forked(1, *words, "--stop-after", "1", "--output-dir", str(out))
         assert done.returncode == 0, done.stderr
         free = os.statvfs(disk)
         (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - 3 * 2**20))
-        done = single(*words, "--output-dir", str(out))
+        done = forked(1, *words, "--output-dir", str(out))
         assert done.returncode == 2, done.stderr
         line = [line for line in done.stderr.splitlines() if line.startswith("mnemos: ")]
         assert len(line) == 1 and "make room" in line[0]

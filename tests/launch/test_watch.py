@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.launch.harness import single
+from tests.launch.forked import forked
 from tests.launch.watch_main import TIMEOUT, WORLD
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("watch")
-    done = single("tests.launch.watch_main", str(out), timeout=120)
+    done = forked(1, "tests.launch.watch_main", str(out), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "result.json").read_text())
 

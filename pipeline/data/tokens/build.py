@@ -23,7 +23,7 @@ from pipeline.data.tokens.files import (
 )  # fmt: skip
 from pipeline.data.tokens.listing import TokenListing, TokenName, TokenSource, asked
 from pipeline.data.tokens.loader import WindowLoader
-from pipeline.data.tokens.remote import Remote, RemoteTokenFile, fetch_sidecar, look_up, open_remote
+from pipeline.data.tokens.remote import Remote, RemoteTokenFile, fetch_sidecar, fetch_sidecars, look_up, open_remote
 from pipeline.data.tokens.sidecar import FIX, Sidecar, makers_of, read_sidecar
 from pipeline.data.tokens.urls import shown_names
 from pipeline.data.tokens.windows import Side, Windows
@@ -122,8 +122,9 @@ def sidecar_of(file: TokenName) -> Sidecar | None:
 def sidecars_of(loader: WindowLoader) -> dict[str, Sidecar | None]:
     """The sidecar of each file of a loader, by the file's name."""
     files = [file for source in loader.sources for file in source.files]
+    fetched = fetch_sidecars(file.url for file in files if isinstance(file, RemoteTokenFile))
     return {
-        file.name: sidecar_of(TokenName(file.url if isinstance(file, RemoteTokenFile) else file.name, file.identity))
+        file.name: fetched[file.url] if isinstance(file, RemoteTokenFile) else read_sidecar(Path(file.name))
         for file in files
     }
 

@@ -70,7 +70,10 @@ class _IncompleteError(Exception):
 
 def changed(url: str) -> UserError:
     """What is said when a file is another than it was."""
-    return UserError(f"{shown_url(url)} has changed on the server while it was read: start again with --resume never")
+    return UserError(
+        f"{shown_url(url)} has changed on the server while it was read: start the command anew, a run"
+        " of training in a folder of its own"
+    )
 
 
 def fetch_range(url: str, start: int, count: int) -> tuple[bytes, Version]:

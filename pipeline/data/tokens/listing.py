@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.data.tokens.blocks import cache_folder
 from pipeline.data.tokens.remote import Served, look_up
-from pipeline.data.tokens.urls import shown_names
+from pipeline.data.tokens.urls import is_whole, shown_names
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
 from pipeline.files.home import expanded
@@ -131,7 +131,7 @@ def names_of(entries: Sequence[str]) -> list[str]:
 
 def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
     """NAME and RATIO of NAME=RATIO; a file of the whole name has no ratio, nor has the value at the end of a URL's
-    query."""
+    query, nor a URL without a file's suffix that ends with a number above 1, such as https://host/part=3."""
     name, equals, ratio = entry.rpartition("=")
     if not (equals and name) or _is_query_value(entry):
         return entry, None
@@ -144,6 +144,8 @@ def _split(entry: str, flag: str) -> tuple[str, Fraction | None]:
         return entry, None
     if not 0 < value < math.inf:
         raise UserError(f"{flag} {shown_names(entry)}: {ratio} is no share: give a number above 0")
+    if value > 1 and _URL.match(entry) and not name.partition("?")[0].endswith(SUFFIXES):
+        return entry, None
     return name, Fraction(ratio)
 
 
@@ -165,6 +167,8 @@ def _refuse_twice(files: Sequence[TokenName], flag: str) -> None:
 def _files(given: str, flag: str) -> list[TokenName]:
     """The files that one name stands for: a file, those of a folder, those that a pattern matches, or a URL."""
     if _URL.match(given):
+        if not is_whole(given):
+            raise UserError(f"{flag} {shown_names(given)} is no URL that can be asked for: check the address")
         return [TokenName(given, given.partition("?")[0].rpartition("/")[2] or given)]
     path = expanded(given)
     if path.is_dir():

@@ -56,7 +56,17 @@ def _look_up(url: str, cache: Path) -> Served:
 def fetch_sidecar(url: str) -> Sidecar | None:
     """The sidecar beside a URL; None without one. Raises UserError for one that is damaged, and where the server
     cannot be reached."""
-    return WORKERS.submit(functools.partial(_fetch_sidecar, url), urgent=True).result()
+    return fetch_sidecars([url])[url]
+
+
+def fetch_sidecars(urls: Iterable[str]) -> dict[str, Sidecar | None]:
+    """The sidecars beside URLs, many asked for at once. As `fetch_sidecar`."""
+    futures = {url: WORKERS.submit(functools.partial(_fetch_sidecar, url), urgent=True) for url in dict.fromkeys(urls)}
+    try:
+        return {url: future.result() for url, future in futures.items()}
+    finally:
+        for future in futures.values():
+            future.cancel()
 
 
 def _fetch_sidecar(url: str) -> Sidecar | None:

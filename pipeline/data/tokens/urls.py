@@ -15,10 +15,36 @@ _USER = re.compile(r"//[^/\s@'\"()<>]+@")
 _SIGNED_PREFIXES = ("x-amz-", "x-goog-")
 _SIGNATURES = (
     ("Signature", frozenset(("Signature", "Expires", "Policy", "Key-Pair-Id", "AWSAccessKeyId", "GoogleAccessId"))),
-    ("sig", frozenset(("sv", "ss", "srt", "sp", "st", "se", "spr", "sr", "sig"))),
+    (
+        "sig",
+        frozenset(
+            (
+                "sv",
+                "ss",
+                "srt",
+                "sp",
+                "st",
+                "se",
+                "spr",
+                "sr",
+                "sip",
+                "sig",
+                "skoid",
+                "sktid",
+                "skt",
+                "ske",
+                "sks",
+                "skv",
+                "saoid",
+                "suoid",
+                "scid",
+                "sduoid",
+            )
+        ),
+    ),
 )
 """The parameter that a signature is in, and those that come with it: of CloudFront, S3 and Google (version 2), and of
-Azure."""
+Azure, by an account's key and by a user's delegation."""
 
 
 def shown_url(url: str) -> str:
@@ -55,6 +81,17 @@ def content_of(url: str) -> str:
         signing |= names & others if signature in names else set()
     left = [(name, value) for name, value in query if name not in signing]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, urlencode(left), ""))
+
+
+def is_whole(url: str) -> bool:
+    """Whether a URL can be parsed and names a server."""
+    try:
+        parts = urlsplit(url)
+        # Read where a request is made, and refused there as no number.
+        _ = parts.port
+    except ValueError:
+        return False
+    return bool(parts.hostname)
 
 
 def beside(url: str, suffix: str) -> str:

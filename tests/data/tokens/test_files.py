@@ -195,6 +195,8 @@ def test_ratios_and_names(tmp_path: Path, refusal, monkeypatch) -> None:
         "HTTP://h/a",
         "https://h/a.npy?a=1;b=2",
         f"https://h/{'a' * 5000}.npy",
+        "https://h/part=3",
+        "https://user:p=3@h/a.npy",
     ],
 )
 def test_a_number_at_the_end_of_a_query_is_no_ratio(url: str) -> None:
@@ -203,6 +205,17 @@ def test_a_number_at_the_end_of_a_query_is_no_ratio(url: str) -> None:
     one, other = list_tokens([f"{url}=0.25", "https://host/b.npy=0.75"])
     assert (one.given, float(one.ratio)) == (url, 0.25) and other.given == "https://host/b.npy"
     assert names_of([f"{url}=0.25", url]) == [url, url]
+
+
+@pytest.mark.parametrize("url", ["http://[::1/a.npy", "https://", "https:///a.npy", "http://h:port/a.npy"])
+def test_what_cannot_be_asked_for_is_refused_by_its_own_name(url: str, refusal) -> None:
+    line = refusal(list_tokens, [url])
+    assert "is no URL that can be asked for: check the address" in line and ".json" not in line
+
+
+def test_shares_of_urls_are_summed_as_those_of_files(refusal) -> None:
+    urls = ["https://h/a.npy=6", "https://h/b.bin?key=c=4"]
+    assert "the ratios sum to 10" in refusal(list_tokens, urls)
 
 
 def test_a_home_of_nobody_is_a_path_that_does_not_exist(tmp_path: Path, refusal) -> None:

@@ -12,6 +12,7 @@ SIGNED = [
     "Expires={0}&Signature={0}&Key-Pair-Id=k",
     "AWSAccessKeyId=k&Expires={0}&Signature={0}",
     "sv=2024&se={0}&sp=r&sr=b&sig={0}",
+    "skoid=a&sktid=b&skt={0}&ske={0}&sks=b&skv=2024&sv=2024&st={0}&se={0}&sr=b&sp=r&sip=1.2.3.4&sig={0}",
 ]
 
 

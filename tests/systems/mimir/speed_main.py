@@ -66,7 +66,9 @@ def seconds(step: Callable[[int], float], number: int) -> float:
 
 if __name__ == "__main__":
     out, rounds = Path(sys.argv[1]), int(sys.argv[2])
-    config = replace(mimir_small(), data__dataset="synthetic", output_dir=out / "run", epochs__train=0.0, steps=10_000)
+    config = replace(
+        mimir_small(), data__path=(), data__dataset="synthetic", output_dir=out / "run", epochs__train=0.0, steps=10_000
+    )
     topology = start(config)
     run = create_run(resolve(checked_system(config, topology), topology), topology)
     trainer, meter = Trainer(run), Meter(run)

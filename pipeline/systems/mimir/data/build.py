@@ -23,7 +23,7 @@ from pipeline.systems.mimir.data.table import Table, read_tables, read_targets
 from pipeline.systems.mimir.peptides import NO_TARGET, Peptides, PeptideSet
 
 SYNTHETIC = "synthetic"
-"""The data set of a run that names none: SYNTHETIC, or SYNTHETIC:COUNT, made when it starts."""
+"""The data set that is made when a run starts: SYNTHETIC, or SYNTHETIC:COUNT."""
 LONGEST = 255
 """Residues of a peptide: its length is kept as one byte."""
 
@@ -40,11 +40,17 @@ def list_peptides(config: RunConfig) -> PeptideSet:
     if data.path:
         if data.dataset:
             raise UserError("--data.path and --data.dataset are both given: leave one out")
+        for name in data.path:
+            if not expanded(name).exists():
+                fix = f"give files of peptides with --data.path, or --data.dataset {SYNTHETIC}"
+                raise UserError(f"{name} does not exist: {fix}")
         table = read_tables(data.path)
     elif data.dataset == amp.NAME:
         table, notes = amp.amp_table(model.min_length, model.max_length)
+    elif data.dataset is not None:
+        table, sequences = synthetic_set(_synthetic_count(data.dataset), model)
     else:
-        table, sequences = synthetic_set(_synthetic_count(data.dataset or SYNTHETIC), model)
+        raise UserError(f"no peptides are named: give files with --data.path, or --data.dataset {SYNTHETIC}")
     if model.target == "encoder" and (sequences is None or model.target_file is not None):
         if model.target_file is None:
             raise UserError("--model.target encoder reads the targets' amino acids: name them with --model.target-file")

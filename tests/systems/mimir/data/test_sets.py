@@ -99,7 +99,8 @@ def test_the_antimicrobial_peptides_of_modlamp() -> None:
     [
         ({}, {"dataset": "syntetic"}, "--data.dataset 'syntetic': give synthetic, synthetic:COUNT or modlamp"),
         ({}, {"dataset": "synthetic:0"}, "give 1 peptide or more"),
-        ({"letters": "ACDE"}, {}, "the synthetic set needs"),
+        ({"letters": "ACDE"}, {"dataset": "synthetic"}, "the synthetic set needs"),
+        ({}, {}, "no peptides are named: give files with --data.path, or --data.dataset synthetic"),
         ({}, {"mix": ("a=1",)}, "--data.mix is of text"),
         ({}, {"path": ("none.csv",)}, "none.csv does not exist"),
         ({"target": "encoder"}, {"path": ("SET",)}, "name them with --model.target-file"),

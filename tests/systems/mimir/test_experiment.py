@@ -97,6 +97,7 @@ def trained(folder: Path, *flags: str, count: int, targets: int) -> Trained:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_trained_model_has_the_entropy_and_the_motifs_of_the_process(tmp_path: Path, record_property: Record) -> None:
     begun = time.perf_counter()
     run = trained(tmp_path, "--steps", "800", "--evaluation.steps", "8", count=40_000, targets=32)
@@ -130,11 +131,12 @@ def test_a_trained_model_has_the_entropy_and_the_motifs_of_the_process(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_targets_that_training_never_saw_are_told_by_their_sequences(tmp_path: Path, record_property: Record) -> None:
     begun = time.perf_counter()
     flags = ("--model.target", "encoder", "--model.target-file", str(tmp_path / "set.targets.fasta"))
     run = trained(tmp_path, *flags, "--steps", "800", "--evaluation.steps", "4", count=40_000, targets=200)
-    mnemos("eval", str(run.folder), "--suite", "peptides", "--samples", "300", "--peptides", "300", "--decoys", "4")
+    mnemos("eval", str(run.folder), "--suite", "peptides", "--samples", "200", "--peptides", "200", "--decoys", "4")
     (written,) = run.folder.glob("evals/*/peptides/evaluation.json")
     rows = {(row["measure"], row["of"]): row for row in json.loads(written.read_text())["measures"]}
     for measure in ("target AUROC", "target AUROC within a peptide", "true target first", "target recovered"):

@@ -19,7 +19,7 @@ class ExactDenoiser:
     """
 
     def __init__(self, process: Process, kernel: Kernel, letters: str) -> None:
-        self.kernel, self.planted = kernel, process.settings.planted
+        self.kernel, self.process, self.planted = kernel, process, process.settings.planted
         places = torch.tensor([letters.index(letter) for letter in RESIDUES])
         self.composition = torch.zeros(len(letters), dtype=torch.float64)
         self.composition[places] = torch.from_numpy(COMPOSITION)
@@ -36,7 +36,7 @@ class ExactDenoiser:
         has_motif = (labels == INTERACTING) & (targets >= 0)
         motifs = self.motifs[targets.clamp(min=0)]
         size = motifs.shape[1]
-        count = (lengths - size + 1).clamp(min=1)
+        count = torch.tensor([self.process.places(length) for length in lengths.tolist()])
         nowhere = 1.0 - self.planted * has_motif
         total = nowhere.double()
         free_of_motif = torch.zeros_like(evidence)

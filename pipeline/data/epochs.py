@@ -24,7 +24,51 @@ class Examples(Protocol[Example]):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class EpochLoader(Generic[B]):
+class EpochPosition:
+    """Where a loader is that reads `count` examples epoch after epoch: a position of two integers, and what a resume
+    compares. `name` and `fingerprint` (JSON-ready) say what is read; a resume refuses another fingerprint."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        name: str,
+        fingerprint: Mapping[str, Any],
+        batch_size: int,
+        grad_accum: int = 1,
+        data_rank: int = 0,
+        data_degree: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        """Raises UserError when there is no example."""
+        if count == 0:
+            raise UserError(f"{name} holds no example: give data with at least one")
+        self.count, self.name, self.batch_size = count, name, batch_size
+        self.rows, self._local_rows = stream_layout(batch_size, grad_accum, data_rank, data_degree)
+        self._seed, self._shuffle = seed, shuffle
+        self._epoch = self._offset = 0
+        self.fingerprint: dict[str, Any] = {**fingerprint, "examples": count, "seed": seed, "shuffle": shuffle}
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that were read to their end."""
+        return self._epoch
+
+    def reset(self) -> None:
+        """Back to the first step, as an evaluation does before it starts."""
+        self._epoch = self._offset = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "offset": self._offset, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on at the example after the last one that was read, also with another global batch."""
+        check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._epoch, self._offset = int(state["epoch"]), int(state["offset"])
+
+
+class EpochLoader(EpochPosition, Generic[B]):
     """Every example once per epoch, in a seeded order that is new each epoch, with the contract of `StatefulLoader`.
 
     The run reads one endless sequence: epoch after epoch, without a gap. Row j of step n, counted from 0, is its
@@ -33,7 +77,6 @@ class EpochLoader(Generic[B]):
     stored: an epoch's is a permutation that (seed, epoch) alone decide.
 
     `collate(examples, rows)` makes a micro-batch; `rows` are its global rows in the step, which noise may depend on.
-    `name` and `fingerprint` (JSON-ready) say what is read; a resume refuses another fingerprint.
     """
 
     def __init__(
@@ -51,24 +94,19 @@ class EpochLoader(Generic[B]):
         shuffle: bool = True,
     ) -> None:
         """Raises UserError when there is no example."""
-        if len(examples) == 0:
-            raise UserError(f"{name} holds no example: give data with at least one")
-        self.examples, self.collate, self.name, self.batch_size = examples, collate, name, batch_size
-        self.rows, self._local_rows = stream_layout(batch_size, grad_accum, data_rank, data_degree)
-        self._seed, self._shuffle = seed, shuffle
-        self._epoch = self._offset = 0
+        super().__init__(
+            len(examples),
+            name=name,
+            fingerprint=fingerprint,
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            data_rank=data_rank,
+            data_degree=data_degree,
+            seed=seed,
+            shuffle=shuffle,
+        )
+        self.examples, self.collate = examples, collate
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
-        self.fingerprint: dict[str, Any] = {
-            **fingerprint,
-            "examples": len(examples),
-            "seed": seed,
-            "shuffle": shuffle,
-        }
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that were read to their end."""
-        return self._epoch
 
     def steps(self, epochs: float) -> int:
         """Steps from the start after which so many epochs have been read; the last of them may go on into the next."""
@@ -95,15 +133,3 @@ class EpochLoader(Generic[B]):
         """One line for logs."""
         count = len(self.examples)
         return f"{self.name}: {count:,} examples, an epoch in {count / self.rows:,.1f} steps"
-
-    def reset(self) -> None:
-        """Back to the first step, as an evaluation does before it starts."""
-        self._epoch = self._offset = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "offset": self._offset, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on at the example after the last one that was read, also with another global batch."""
-        check_fingerprint(state["fingerprint"], self.fingerprint)
-        self._epoch, self._offset = int(state["epoch"]), int(state["offset"])

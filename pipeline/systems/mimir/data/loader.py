@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.data.loader import stream_layout
-from pipeline.data.resume import check_fingerprint
+from pipeline.data.epochs import EpochPosition
 from pipeline.data.sources.base import Permutation
-from pipeline.errors import UserError
 from pipeline.systems.mimir.peptides import INTERACTING, PeptideBatch, Peptides
 
 
-class PeptideLoader:
+class PeptideLoader(EpochPosition):
     """Batches of peptides, with the contract of `StatefulLoader`.
 
     An epoch has as many examples as `peptides`; its last batch has rows of weight 0 where they do not fill it, and so
@@ -44,25 +41,21 @@ class PeptideLoader:
         domain: str = "train",
     ) -> None:
         """Raises UserError when there is no peptide."""
-        if len(peptides) == 0:
-            raise UserError(f"{name} holds no peptide: give data with at least one")
-        self.peptides, self.name, self.domain, self.batch_size = peptides, name, domain, batch_size
-        self.rows, self._local_rows = stream_layout(batch_size, grad_accum, data_rank, data_degree)
-        self._seed, self._shuffle = seed, shuffle
+        super().__init__(
+            len(peptides),
+            name=name,
+            fingerprint={"source": {"digest": fingerprint}},
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            data_rank=data_rank,
+            data_degree=data_degree,
+            seed=seed,
+            shuffle=shuffle,
+        )
+        self.peptides, self.domain = peptides, domain
         kinds = [np.flatnonzero(peptides.labels == INTERACTING), np.flatnonzero(peptides.labels != INTERACTING)]
         self._kinds = kinds if balanced and all(map(len, kinds)) else None
         self._permutation = lru_cache(maxsize=8)(self._permutation_of)
-        self._epoch = self._offset = 0
-        self.fingerprint: dict[str, Any] = {
-            "source": {"digest": fingerprint, "examples": len(peptides)},
-            "seed": seed,
-            "shuffle": shuffle,
-        }
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that were read to their end."""
-        return self._epoch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -129,15 +122,3 @@ class PeptideLoader:
             f"{self.name}: {interacting:,} interacting and {len(self.peptides) - interacting:,} background peptides"
             f"{balanced}, an epoch in {self.steps_per_epoch:,} steps"
         )
-
-    def reset(self) -> None:
-        """Back to the first step, as an evaluation does before it starts."""
-        self._epoch = self._offset = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "offset": self._offset, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on at the example after the last one that was read, also with another global batch."""
-        check_fingerprint(state["fingerprint"], self.fingerprint)
-        self._epoch, self._offset = int(state["epoch"]), int(state["offset"])

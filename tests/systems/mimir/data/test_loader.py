@@ -142,7 +142,7 @@ def test_the_rows_are_those_of_the_peptides() -> None:
 
 
 def test_what_cannot_be_read_is_refused() -> None:
-    with pytest.raises(UserError, match="holds no peptide"):
+    with pytest.raises(UserError, match="holds no example"):
         ranks((1, 1, 4), 0)
     (one,), (other,) = ranks((1, 1, 4), 20), ranks((1, 1, 4), 20, fingerprint="abd")
     with pytest.raises(UserError, match=r"--data\.path or --data\.dataset does not give the data of the checkpoint"):

@@ -63,6 +63,19 @@ class Peptides:
         return len(self.lengths)
 
 
+def chosen(peptides: Peptides, rows: np.ndarray) -> Peptides:
+    """Those at indices, or of a mask."""
+    return Peptides(peptides.letters[rows], peptides.lengths[rows], peptides.labels[rows], peptides.targets[rows])
+
+
+def some(peptides: Peptides, count: int, seed: int = 0) -> Peptides:
+    """`count` of them at random, in their order; all where there are no more."""
+    if len(peptides) <= count:
+        return peptides
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return chosen(peptides, np.sort(generator.permutation(len(peptides))[:count]))
+
+
 @dataclass(frozen=True)
 class PeptideSet:
     """What rank 0 has read of the data, split; sent to all ranks."""

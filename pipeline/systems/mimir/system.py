@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.capabilities import Drawn
-from pipeline.config import RunConfig
+from pipeline.config import EvaluationConfig, RunConfig
 from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
@@ -63,6 +63,12 @@ class MimirSystem(System[PeptideBatch]):
             raise UserError(
                 f"--sequence-length {self.config.sequence_length}: peptides have up to --model.max-length"
                 f" {self.sizes.max_length} residues: give the same number for both"
+            )
+        steps, default = self.config.evaluation.steps, EvaluationConfig().steps
+        if steps != default:
+            raise UserError(
+                f"--evaluation.steps {steps}: this system counts the peptides of an evaluation instead: give"
+                f" --model.held-out-peptides, and leave --evaluation.steps at {default}"
             )
 
     def list_data(self, *, ask_servers: bool = False) -> PeptideSet:
@@ -210,7 +216,11 @@ class MimirSystem(System[PeptideBatch]):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
-        """loss, ce and bound of held-out clusters, given the length; with an encoder, the bound of unseen targets."""
+        """loss, ce and bound of held-out clusters, given the length; with an encoder, the bound of unseen targets.
+
+        Where training draws both labels equally often, both weigh alike in all of them: the set itself may be nearly
+        all background, whose bound says little of what interacts.
+        """
         topology, was_training = sync_point.topology, model.training
         model.eval()
         try:
@@ -242,8 +252,9 @@ class MimirSystem(System[PeptideBatch]):
     def _measure(self, model: nn.Module, sync_point: SyncPoint, *, targets: bool) -> dict[str, float]:
         with shared_errors(sync_point.topology):
             loader = self.held_out_loader(sync_point.topology, targets=targets)
-        steps = min(self.config.evaluation.steps, loader.steps_per_epoch)
-        return measure(self._predict_batch, model, self.kernel, loader, steps, sync_point)
+        return measure(
+            self._predict_batch, model, self.kernel, loader, loader.steps_per_epoch, sync_point, self.sizes.balanced
+        )
 
     def _predict_batch(self, model: nn.Module, batch: PeptideBatch, xt: Tensor, t: Tensor) -> ModelOutput:
         return self.predict(model, xt, t, batch.lengths, batch.labels, batch.targets)

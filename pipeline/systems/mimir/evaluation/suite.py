@@ -21,9 +21,9 @@ from pipeline.systems.mimir.evaluation.drawing import draw_like, targets_of
 from pipeline.systems.mimir.evaluation.likelihoods import Likelihoods, decoys, likelihoods, target_ratios
 from pipeline.systems.mimir.evaluation.ranking import rank
 from pipeline.systems.mimir.evaluation.recovery import KmerClassifier, recovery
-from pipeline.systems.mimir.evaluation.rows import Rows, chosen, some
+from pipeline.systems.mimir.evaluation.rows import Rows
 from pipeline.systems.mimir.held_out import KINDS, composition
-from pipeline.systems.mimir.peptides import INTERACTING, Peptides, PeptideSet
+from pipeline.systems.mimir.peptides import INTERACTING, Peptides, PeptideSet, chosen, some
 from pipeline.systems.mimir.sampling.batch import Predicts
 from pipeline.systems.mimir.sampling.nearest import nearest
 

@@ -22,10 +22,10 @@ from pipeline.systems.mimir.data.synthetic import synthetic_table
 from pipeline.systems.mimir.diffusion.bound import peptide_bound
 from pipeline.systems.mimir.diffusion.choice import create_kernel
 from pipeline.systems.mimir.evaluation.likelihoods import decoys, likelihoods
-from pipeline.systems.mimir.evaluation.rows import Rows, some
+from pipeline.systems.mimir.evaluation.rows import Rows
 from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
 from pipeline.systems.mimir.model import ModelOutput
-from pipeline.systems.mimir.peptides import INTERACTING
+from pipeline.systems.mimir.peptides import INTERACTING, some
 from tests.systems.mimir.evaluation.sets import peptides
 from tests.systems.mimir.exact import ExactDenoiser
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from pipeline.data.batch import StatefulLoader
 from pipeline.parallel.loss import reduce_sums
 from pipeline.runtime.sync import SyncPoint, next_step
+from pipeline.systems.mimir.config import MimirConfig
+from pipeline.systems.mimir.diffusion.floor import floor
 from pipeline.systems.mimir.diffusion.kernel import Kernel
+from pipeline.systems.mimir.losses import loss_weights
 from pipeline.systems.mimir.model import ModelOutput
 from pipeline.systems.mimir.peptides import BACKGROUND, INTERACTING, PeptideBatch, Peptides
 
@@ -85,6 +88,25 @@ def _add(sums: dict[str, Tensor], predict: Predict, model: nn.Module, kernel: Ke
         mine = kept * (batch.labels == label)
         for name, value in values.items():
             sums[f"{kind} {name}"] += (value * mine).sum()
+
+
+def summary(found: Mapping[str, float], sizes: MimirConfig, kernel: Kernel, held_out: Peptides) -> dict[str, float]:
+    """The numbers of an evaluation, of what `measure` has found."""
+    weight = loss_weights(sizes)
+    shares = compositions(held_out, len(sizes.letters))
+    least = floor(kernel, shares, np.array([found[f"residues/{kind}"] for kind in KINDS]))
+    head = found["length"] if sizes.length == "head" else 0.0
+    return {
+        "loss": weight.ce * found["ce"] + weight.vb * found["bound"] + head,
+        "bound": found["bound"],
+        "bits_per_residue": found["bound"] / math.log(2),
+        "ce": found["ce"],
+        "ce_floor": least.ce,
+        "gap_to_floor": found["ce"] - least.ce,
+        "entropy_of_residues": least.entropy,
+        "length_nats": found["length"],
+        **{name: value for name, value in found.items() if name.startswith("bound/")},
+    }
 
 
 def compositions(peptides: Peptides, letters: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -27,9 +26,8 @@ from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data.build import build_loader, list_peptides
 from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.diffusion.choice import create_kernel
-from pipeline.systems.mimir.diffusion.floor import floor
 from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
-from pipeline.systems.mimir.held_out import KINDS, compositions, measure
+from pipeline.systems.mimir.held_out import measure, summary
 from pipeline.systems.mimir.losses import CE, LENGTH, UNIT, VB
 from pipeline.systems.mimir.model import MimirModel, ModelOutput, TargetSequences
 from pipeline.systems.mimir.model.model import parameter_parts
@@ -103,6 +101,11 @@ class MimirSystem(System[PeptideBatch]):
             + ", ".join(f"{name} {number:,}" for name, number in self.parameter_parts().items()),
             "noise": f"{sizes.kernel}, {sizes.timesteps} timesteps; loss {terms}",
             "lengths": "as often as in the training data" if sizes.length == "empirical" else "of a head",
+            **(
+                {"left out": "; ".join(self.files.notes)}
+                if isinstance(self.files, PeptideSet) and self.files.notes
+                else {}
+            ),
         }
 
     def parameter_parts(self) -> Mapping[str, int]:
@@ -229,22 +232,8 @@ class MimirSystem(System[PeptideBatch]):
             other = self._measure(model, sync_point, targets=True) if unseen else {}
         finally:
             model.train(was_training)
-        weight = losses.loss_weights(self.sizes)
         with shared_errors(topology):
-            shares = compositions(self.peptides.held_out, len(self.sizes.letters))
-            least = floor(self.kernel, shares, np.array([found[f"residues/{kind}"] for kind in KINDS]))
-        head = found["length"] if self.sizes.length == "head" else 0.0
-        scalars = {
-            "loss": weight.ce * found["ce"] + weight.vb * found["bound"] + head,
-            "bound": found["bound"],
-            "bits_per_residue": found["bound"] / math.log(2),
-            "ce": found["ce"],
-            "ce_floor": least.ce,
-            "gap_to_floor": found["ce"] - least.ce,
-            "entropy_of_residues": least.entropy,
-            "length_nats": found["length"],
-            **{name: value for name, value in found.items() if name.startswith("bound/")},
-        }
+            scalars = summary(found, self.sizes, self.kernel, self.peptides.held_out)
         if other:
             scalars["unseen_targets/bound"] = other["bound"]
         return Evaluation(scalars)

@@ -259,6 +259,14 @@ def test_the_data_decides_the_table_and_the_length_of_an_epoch() -> None:
     assert decided.steps == 2 * system.steps_per_epoch(ALONE) and decided.model.targets == found.training_targets  # type: ignore[attr-defined]
 
 
+def test_the_log_says_what_is_left_out_of_the_data() -> None:
+    notes = ("3 copies", "1,234 background within 2 edits of interacting peptides that are held out")
+    system = created(small(), dataclasses.replace(peptides(), notes=notes))
+    assert system.describe("cpu", torch.float32)["left out"] == "; ".join(notes)
+    system.files = dataclasses.replace(peptides(), notes=())
+    assert "left out" not in system.describe("cpu", torch.float32)
+
+
 def test_lengths_are_those_of_the_training_data() -> None:
     system = created(small())
     model = built(system)

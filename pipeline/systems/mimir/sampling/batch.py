@@ -114,7 +114,6 @@ def draw_batch(
         denoiser(system, model, conditions, lengths),
         denoiser(system, model, conditions.withheld(sizes), lengths),
         settings.guidance,
-        settings.temperature,
     )
     letters = sample(
         system.kernel,
@@ -126,6 +125,7 @@ def draw_batch(
         draw=draw,
         steps=settings.steps,
         order=settings.order,
+        temperature=settings.temperature,
     )
     return letters, lengths
 

@@ -37,7 +37,8 @@ class PeptideOptions:
     temperature: float = 1.0
     """Below 1 likely residues become likelier, above 1 less so; 0: the likeliest in every prediction of the model."""
     guidance: float = 1.0
-    """How much label and target count. 1: as in the training data; above 1 more; 0: not at all."""
+    """How much label and target count, for the residues and for the lengths of a length head. 1: as in the training
+    data; above 1 more; 0: not at all."""
     steps: int | None = None
     """Steps from noise to peptide; fewer than the model's timesteps skip some. None: all of them."""
     order: Literal["confidence", "random"] | None = None

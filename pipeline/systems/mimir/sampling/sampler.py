@@ -17,6 +17,7 @@ from pipeline.systems.mimir.diffusion.noise import categorical, uniforms
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Logits [rows, L, K] of the letters of x_0, given x_t [rows, L] and t [rows]."""
 Order = Literal["confidence", "random"]
+DIVERGED = "its weights have diverged: give an earlier checkpoint"
 FAR = 1e4
 """By how much the logit of the likeliest letter is above those of others at temperature 0: all of the probability."""
 
@@ -33,9 +34,15 @@ def guided(conditional: Denoise, unconditional: Denoise, guidance: float = 1.0) 
         if guidance == 1:
             return conditional(xt, t)
         without = unconditional(xt, t)
-        return without if guidance == 0 else without + guidance * (conditional(xt, t) - without)
+        return without if guidance == 0 else weighed(conditional(xt, t), without, guidance)
 
     return denoise
+
+
+def weighed(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """(1 - guidance) times logits without a condition and guidance times those with it; -inf where both are."""
+    never = torch.isneginf(conditional) & torch.isneginf(unconditional)
+    return (unconditional + guidance * (conditional - unconditional)).masked_fill(never, -torch.inf)
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -74,7 +81,7 @@ def sample(
         t, s = torch.full_like(lengths, high), torch.full_like(lengths, low)
         logits = denoise(x, t)
         if not bool(torch.isfinite(logits).all()):
-            raise UserError("the model's logits are not finite: its weights have diverged: give an earlier checkpoint")
+            raise UserError(f"the model's logits are not finite: {DIVERGED}")
         letters = tempered(logits, temperature)
         if isinstance(kernel, AbsorbingKernel):
             x = kernel.step(letters, x, t, s, lengths, seed, domain, draw, order=order, sure=logits)
@@ -84,13 +91,14 @@ def sample(
 
 
 def draw_lengths(log_lengths: Tensor, least: int, most: int, *, seed: int, domain: str, draw: Tensor) -> Tensor:
-    """Lengths, [rows] int64, from log p(length) [rows, longest + 1] restricted to least..most. Raises UserError where
-    a row has no probability there."""
-    allowed = log_lengths.double().exp()
-    outside = torch.arange(allowed.shape[1], device=allowed.device)
-    allowed = allowed.masked_fill((outside < least) | (outside > most), 0)
-    if not bool((allowed.sum(-1) > 0).all()):
+    """Lengths, [rows] int64, from log p(length) up to its normalisation, [rows, longest + 1], restricted to
+    least..most. Raises UserError where a row has no probability there, or is not finite."""
+    if bool((torch.isnan(log_lengths) | torch.isposinf(log_lengths)).any()):
+        raise UserError(f"the model's lengths are not finite: {DIVERGED}")
+    length = torch.arange(log_lengths.shape[1], device=log_lengths.device)
+    allowed = log_lengths.double().masked_fill((length < least) | (length > most), -torch.inf)
+    if bool(torch.isneginf(allowed.amax(-1)).any()):
         raise UserError(
             f"--min-length {least} --max-length {most}: the model has seen no peptide of these lengths: widen the range"
         )
-    return categorical(allowed, uniforms(seed, f"{domain}/length", draw, 1)[:, 0, 0])
+    return categorical(allowed.softmax(-1), uniforms(seed, f"{domain}/length", draw, 1)[:, 0, 0])

@@ -156,6 +156,11 @@ def test_lengths_are_drawn_as_often_as_they_are_within_the_range() -> None:
 
 def test_a_diverged_model_is_refused() -> None:
     lengths = torch.ones(2, dtype=torch.int64)
+    for wrong in (torch.nan, torch.inf):
+        log_lengths = torch.zeros(2, 6)
+        log_lengths[1, 3] = wrong
+        with pytest.raises(UserError, match="the model's lengths are not finite: its weights have diverged"):
+            draw_lengths(log_lengths, 2, 4, seed=0, domain="test", draw=draws(2))
     with pytest.raises(UserError, match="diverged: give an earlier checkpoint"):
         sample(
             UniformKernel(2, 3), lambda xt, t: torch.full((2, 1, 3), torch.nan), lengths, 1, seed=0, domain="test",

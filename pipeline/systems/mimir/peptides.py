@@ -70,10 +70,14 @@ def chosen(peptides: Peptides, rows: np.ndarray) -> Peptides:
 
 def some(peptides: Peptides, count: int, seed: int = 0) -> Peptides:
     """`count` of them at random, in their order; all where there are no more."""
-    if len(peptides) <= count:
-        return peptides
-    generator = np.random.Generator(np.random.PCG64(seed))
-    return chosen(peptides, np.sort(generator.permutation(len(peptides))[:count]))
+    return peptides if len(peptides) <= count else chosen(peptides, some_rows(len(peptides), count, seed))
+
+
+def some_rows(number: int, count: int, seed: int = 0) -> np.ndarray:
+    """`count` of range(number) at random, ascending; all where there are no more."""
+    if number <= count:
+        return np.arange(number)
+    return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(number)[:count])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.systems.mimir.data.encode import encode, lengths_of
 from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.data.split import HELD_OUT, HELD_OUT_TARGET, LEFT_OUT, TRAINING, split
 from pipeline.systems.mimir.data.synthetic import synthetic_set
-from pipeline.systems.mimir.data.table import Table, read_tables, read_targets
+from pipeline.systems.mimir.data.table import NO_PEPTIDES, Table, read_tables, read_targets
 from pipeline.systems.mimir.peptides import (
     BACKGROUND,
     INTERACTING,
@@ -53,6 +53,7 @@ def list_peptides(config: RunConfig) -> PeptideSet:
                 fix = f"give files of peptides with --data.path, or --data.dataset {SYNTHETIC}"
                 raise UserError(f"{name} does not exist: {fix}")
         table = read_tables(data.path)
+        notes = tuple(f"{name} ({NO_PEPTIDES})" for name in table.skipped)
     elif data.dataset == amp.NAME:
         table, notes = amp.amp_table(model.min_length, model.max_length)
     elif data.dataset is not None:

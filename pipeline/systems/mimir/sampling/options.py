@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.capabilities import DrawOptions
 from pipeline.errors import UserError
 from pipeline.files.home import expanded
 
@@ -16,7 +17,7 @@ SUFFIXES = (".csv", ".fasta", ".fa", ".faa")
 
 
 @dataclass(frozen=True)
-class PeptideOptions:
+class PeptideOptions(DrawOptions):
     """New peptides that a model draws, each with the variational bound on its likelihood and the training peptide that
     is nearest to it. Printed as a table, or written with --output."""
 

@@ -167,6 +167,36 @@ def test_a_check_that_fails_ends_the_command(tmp_path: Path, capsys: pytest.Capt
         run_data(["verify", str(path), "--min-length", "9", "--max-length", "8"])
 
 
+def test_files_are_checked_against_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.csv").write_text("label,target,sequence\n1,P1,ACDE\n0,,KLMN\n")
+    (folder / "b.csv").write_text("label,target,sequence\n1,P1,ACDE\n0,,ACDE\n")
+    (folder / "targets.fasta").write_text(">P1\nACDEFGHIKL\n")
+    for words in ([str(folder)], [str(folder / "a.csv"), str(folder / "b.csv")]):
+        with pytest.raises(
+            UserError, match=r"2 checks failed .*b\.csv, line 2: ACDE stands at .*a\.csv, line 2 already"
+        ):
+            run_data(["verify", *words])
+        failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+        assert [line.split("  ")[1] for line in failed] == ["duplicate pairs", "overlap"]
+    (folder / "b.csv").unlink()
+    run_data(["verify", str(folder)])
+    first, *checks = capsys.readouterr().out.splitlines()
+    assert first == f"{folder / 'targets.fasta'}  not read: no label= and no target= in its headers"
+    assert len(checks) == 9 and all(line.startswith(f"{folder / 'a.csv'}  ") for line in checks)
+
+
+def test_a_folder_of_token_files_is_checked_as_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.arange(64, dtype=np.uint16).tofile(tmp_path / "a.npy")
+    (tmp_path / "about.csv").write_text("label,target,sequence\n1,P1,ACDE\n")
+    run_data(["verify", str(tmp_path)])
+    assert "a.npy  " in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.npy or \.bin file"):
+        run_data(["verify", str(tmp_path / "empty")])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -146,6 +146,18 @@ def test_what_cannot_be_done_is_refused(runs: dict[str, Path], said: Any) -> Non
     assert "did you mean T00" in said(model, "--target", "T003", code=2)[1]
 
 
+def test_peptides_are_of_the_average_or_of_the_last_weights(tmp_path: Path, said: Any) -> None:
+    both, weights = tmp_path / "both", tmp_path / "weights"
+    checkpoint(both, config(), averaged=True)
+    checkpoint(weights, config())
+    options: dict[str, Any] = {"number": 4, "novelty": False}
+    average, last = draw(both, **options), draw(both, **options, raw_weights=True)
+    assert last == draw(weights, **options) == draw(weights, **options, raw_weights=True)
+    assert average != last
+    out, _ = said(both, "-n", 4, "--no-novelty", "--raw-weights")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [row["sequence"] for row in last]
+
+
 def test_help_is_that_of_the_model(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["generate", str(runs["table"]), "--help"])

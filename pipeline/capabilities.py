@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -140,6 +140,14 @@ class Generates(Protocol):
 
 
 @dataclass(frozen=True)
+class DrawOptions:
+    """What a user chooses of samples of every system that draws them."""
+
+    raw_weights: bool = field(default=False, kw_only=True)
+    """Draw with the weights of the last update, not with their moving average (--optimizer.ema-decay)."""
+
+
+@dataclass(frozen=True)
 class Drawn:
     """What a model drew."""
 
@@ -155,7 +163,7 @@ class Drawn:
 class Draws(Protocol):
     """Draws whole samples, which go on from no text (`generate CHECKPOINT`)."""
 
-    def draw_options(self) -> Any:
+    def draw_options(self) -> DrawOptions:
         """What a user chooses, at its defaults: a frozen dataclass with a docstring under every field, each the flag of
         its name. To make one raises UserError for a value that no model can use."""
         ...

@@ -48,17 +48,22 @@ class Progress:
     """Seconds of training, over all resumes."""
     best_of: str = ""
     """The number of the evaluations that `best` is of: what --evaluation.best was."""
+    best_phase: str = ""
+    """The phase that `best` is of: the last one in which an evaluation was compared."""
     best: float = 0.0
-    """The lowest that an evaluation in this phase has found."""
+    """The lowest that an evaluation in that phase has found."""
     best_step: int = 0
     """The step of that evaluation; 0: there was none."""
     not_better: int = 0
-    """Evaluations since then."""
+    """Evaluations in the phase of the last step since then."""
     judged: int = 0
     """The step of the last evaluation that was compared with the best."""
 
     def __post_init__(self) -> None:
         self.phases_before = tuple(self.phases_before)  # a list in JSON
+        if self.best_step and not self.best_phase:
+            # Saved before the field existed, when each phase began without a best.
+            self.best_phase = self.phase
 
     @property
     def phase_step(self) -> int:
@@ -70,13 +75,14 @@ class Progress:
         if self.phase:
             self.phases_before = (*self.phases_before, self.phase)
         self.phase, self.phase_start, self.phase_done, self.rule_met = phase, self.step, False, False
-        self.best, self.best_step, self.not_better, self.judged = 0.0, 0, 0, 0
+        # What is the best of the phase before stays so until an evaluation of this one is compared.
+        self.not_better, self.judged = 0, 0
 
     def judge(self, name: str, value: float) -> bool:
         """Counts an evaluation at the run's step, whose number `name` is `value`; returns whether it is the lowest of
         the phase. One that is not finite never is."""
-        if name != self.best_of:
-            self.best_of, self.best, self.best_step, self.not_better = name, 0.0, 0, 0
+        if (name, self.phase) != (self.best_of, self.best_phase):
+            self.best_of, self.best_phase, self.best, self.best_step, self.not_better = name, self.phase, 0.0, 0, 0
         self.judged = self.step
         if math.isfinite(value) and (not self.best_step or value < self.best):
             self.best, self.best_step, self.not_better = value, self.step, 0

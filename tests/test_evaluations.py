@@ -277,8 +277,13 @@ def test_a_phase_begins_without_a_best_and_another_number_is_another_best() -> N
     assert progress.judge("loss", 2.0) and not progress.judge("loss", 2.0) and progress.not_better == 1
     progress.step = 4
     assert progress.judge("bound", 5.0) and (progress.best_step, progress.not_better) == (4, 0)
+    assert not progress.judge("bound", 6.0) and progress.not_better == 1
     progress.enter("B")
-    assert (progress.best_step, progress.not_better, progress.judged) == (0, 0, 0)
+    progress.step = 6
+    assert (progress.best_step, progress.not_better, progress.judged) == (4, 0, 0), "until there is another"
+    assert progress.judge("bound", 7.0) and (progress.best_step, progress.best_phase) == (6, "B")
+    old = {"step": 6, "phase": "B", "best_of": "loss", "best": 2.0, "best_step": 5}
+    assert Progress(**old).best_phase == "B" and not Progress(**old).judge("loss", 3.0)
 
 
 def test_a_number_that_no_evaluation_has_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -29,10 +29,11 @@ from pipeline.checkpoint.manifest import (
     prune_old,
     write_manifest,
 )
+from pipeline.checkpoint.restore import read_progress
 from pipeline.errors import UserError
 from pipeline.host.versions import versions
 from pipeline.parallel.collectives import all_gather_object, raise_together, shared_errors
-from pipeline.run import Run
+from pipeline.run import Progress, Run
 
 SMALL_FILES = 2**20
 """Bytes set aside for files that hold no tensors of the model."""
@@ -136,18 +137,20 @@ class Saver:
         return [self.run.last_checkpoint]
 
     def mend_best(self) -> None:
-        """Makes `best` name the checkpoint that the run's progress says, where it does not: a start that was cut off
-        may have left it behind, or the run went back to an earlier step. Collective; raises UserError."""
+        """Makes `best` name the checkpoint that the run's progress knows as the best: a start that was cut off may have
+        left it behind, or the run went back to an earlier step. Where that is not here, `best` names none, and the log
+        says so. Collective; raises UserError."""
         path, progress = self.folder / BEST, self.run.progress
-        if not progress.best_step:
-            return
         with shared_errors(self.run.topology):
-            if self.run.is_main and self.folder.is_dir():
-                best = self.folder / f"checkpoint-{progress.best_step}"
-                if not (best / MANIFEST).is_file():
-                    path.unlink(missing_ok=True)
-                elif pointed(path) != best:
-                    point(path, best.name)
+            if not self.run.is_main:
+                return
+            best = self.folder / f"checkpoint-{progress.best_step}"
+            missing = _why_missing(best, progress)
+            if missing is None and pointed(path) != best:
+                point(path, best.name)
+            elif missing is not None and (progress.best_step or path.is_file()):
+                path.unlink(missing_ok=True)
+                self.run.chosen["best"] = f"checkpoints/{BEST} names none: {missing}"
 
     def close(self, *, waits: bool = True) -> None:
         """Ends the thread. Unless it `waits`, a save that is under way is given up, which leaves a hidden folder."""
@@ -270,6 +273,22 @@ class Saver:
     def _sentence(self, step: int, error: BaseException) -> str:
         reason = " ".join(str(error).split())
         return f"checkpoint-{step} was not saved to {self.run.folder}: {reason}: make room there and resume"
+
+
+def _why_missing(best: Path, progress: Progress) -> str | None:
+    """Why a checkpoint is not the one that `progress` knows as the best; None where it is."""
+    known = f"the best up to step {progress.step}"
+    if not progress.best_step:
+        return f"no evaluation up to step {progress.step} has found a best"
+    if not (best / MANIFEST).is_file():
+        return f"{best.name}, {known}, is not in {best.parent}"
+    try:
+        found = read_progress(best)
+    except UserError as error:
+        return str(error)
+    # A run that went back saves the same steps again.
+    facts = [(of.best_of, of.best_phase, of.best, of.best_step) for of in (found, progress)]
+    return None if facts[0] == facts[1] else f"{best} is another one than {known}"
 
 
 def _remove(folders: Sequence[Path]) -> None:

@@ -19,7 +19,7 @@ USAGE = """\
 usage: mnemos data prepare --path PATH ... --tokenizer NAME --out DIR [flags]
        mnemos data inspect FILE [--at POSITION] [--count N] [flags]
        mnemos data inspect RUN --step S [flags]
-       mnemos data verify FILE ... [flags]
+       mnemos data verify FILE|FOLDER ... [flags]
        mnemos data synth SYSTEM --out FILE --count N [flags]
 
 Token files: tokenise documents, look at what is in them and at what a step of a run has read, and check them. Of a

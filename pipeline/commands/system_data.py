@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.commands.flags import parse_flags
 from pipeline.data.tokens.listing import SUFFIXES
 from pipeline.errors import UserError
+from pipeline.files.home import expanded
 from pipeline.spelling import did_you_mean, nearest
 
 if TYPE_CHECKING:
@@ -41,11 +42,21 @@ def _suffixes() -> list[Sequence[str]]:
     return [commands.suffixes for _, commands in _systems()]
 
 
+def _kinds(place: str) -> set[str]:
+    """The suffix of a file; of a folder those of its files that a system alone reads, where it holds no token files."""
+    path = expanded(place)
+    if not path.is_dir():
+        return {path.suffix.lower()}
+    held = {file.suffix.lower() for file in path.iterdir()}
+    known = held & {suffix for kinds in _suffixes() for suffix in kinds}
+    return known if known and not any(file.suffix in SUFFIXES for file in path.rglob("*")) else {""}
+
+
 def verified(words: Sequence[str]) -> bool:
-    """Checks the files of `data verify FILE ... [flags]` where they are of a kind that a system alone reads; whether
-    they are. Raises UserError when a check fails."""
+    """Checks the files or folders of `data verify FILE ... [flags]` where they are of a kind that a system alone reads;
+    whether they are. Raises UserError when a check fails."""
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
-    suffixes = {Path(word).suffix.lower() for word in words[:first]}
+    suffixes = set().union(*map(_kinds, words[:first]))
     if not suffixes and any(Path(word).suffix.lower() in kinds for word in words for kinds in _suffixes()):
         raise UserError("data verify takes its files before its flags: data verify FILE ... [flags]")
     if suffixes <= {"", *SUFFIXES}:

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.files.home import expanded
 
 if TYPE_CHECKING:
-    from pipeline.capabilities import Drawn, Draws
+    from pipeline.capabilities import Drawn, DrawOptions, Draws
     from pipeline.config import RunConfig
 
 
@@ -52,7 +52,7 @@ def find_drawer(path: str | Path) -> Drawer | None:
     return Drawer(checkpoint, config, system) if isinstance(system, Draws) else None
 
 
-def draw_with(drawer: Drawer, options: Any) -> Drawn:
+def draw_with(drawer: Drawer, options: DrawOptions) -> Drawn:
     """Raises UserError."""
     from pipeline.host.hardware import choose_accelerator, on_gpu
     from pipeline.inference.trained import load_trained, read_run
@@ -61,5 +61,5 @@ def draw_with(drawer: Drawer, options: Any) -> Drawn:
     choose_accelerator()
     read_run(drawer.checkpoint)
     system: Any = drawer.system
-    model = load_trained(drawer.checkpoint, drawer.config, system).model
+    model = load_trained(drawer.checkpoint, drawer.config, system, raw=options.raw_weights).model
     return drawer.system.draw(model.to("cuda" if on_gpu() else "cpu"), options)

@@ -31,7 +31,7 @@ def _preset(name: str, model: MimirConfig, *, epochs: float, lr: float, warmup_s
         clip=1.0,
         data=DataConfig(path=(DATASET,)),
         optimizer=OptimizerConfig(betas=(0.9, 0.999), min_lr_ratio=0.0, ema_decay=0.999),
-        evaluation=EvaluationConfig(steps=16, best="bound"),
+        evaluation=EvaluationConfig(best="bound"),
         report=ReportConfig(log_every=50),
         output_dir=Path("outputs") / name,
     )
@@ -64,7 +64,6 @@ def mimir_tiny() -> RunConfig:
         epochs=EpochsConfig(train=10, save=5, evaluate=2.5, sample=5),
         data=DataConfig(dataset="synthetic"),
         report=ReportConfig(log_every=1),
-        evaluation=EvaluationConfig(steps=8, best="bound"),
     )
 
 
@@ -79,5 +78,5 @@ def mimir_amp() -> RunConfig:
         epochs=EpochsConfig(train=200, save=20, evaluate=10, sample=50),
         data=DataConfig(dataset="modlamp", holdout=0.1),
         report=ReportConfig(log_every=10),
-        evaluation=EvaluationConfig(steps=8, best="bound", patience=5),
+        evaluation=EvaluationConfig(best="bound", patience=5),
     )

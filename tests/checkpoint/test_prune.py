@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoint.manifest import BEST, MANIFEST, complete_checkpoints, point, pointed, prune_old, step_of
+from pipeline.checkpoint.restore import read_progress
 from pipeline.checkpoint.save import Saver
 from pipeline.config import replace
+from pipeline.run import Run
 from tests.checkpoint.small_runs import save, steps
 
 STEPS = st.sets(st.integers(0, 60), min_size=1, max_size=12)
@@ -106,23 +108,74 @@ def test_the_best_takes_the_place_of_no_other(present: set[int], keep: int, ever
     assert left == pruned(present, set(), keep, 60, every, False)[0] | ({best} & present)
 
 
-def test_best_is_mended_where_a_start_was_cut_off_or_a_run_went_back(make_run) -> None:
-    run = make_run(keep=5)
-    folder = run.folder / "checkpoints"
-    for step in (50, 100):
-        run.progress.best_step = step
-        save(run, step)
+def judged(run: Run, step: int, loss: float) -> Path:
+    """A checkpoint that knows of an evaluation at its step."""
+    run.progress.step = step
+    run.progress.judge("loss", loss)
+    return save(run, step)
+
+
+def went_back(run: Run, checkpoint: Path) -> str | None:
+    """What a start says that goes on from a checkpoint; `best` is mended."""
+    run.progress = read_progress(checkpoint)
+    run.chosen.clear()
     saver = Saver(run)
-    run.progress.best_step = 50
-    saver.mend_best()
-    assert pointed(folder / BEST) == folder / "checkpoint-50"
-    run.progress.best_step = 20  # in the folder of another run, or removed long ago
-    saver.mend_best()
-    assert not (folder / BEST).exists()
-    run.progress.best_step = 0
     saver.mend_best()
     saver.close()
+    return run.chosen.get("best")
+
+
+def test_best_is_mended_where_a_start_was_cut_off_or_a_run_went_back(make_run) -> None:
+    run = make_run(keep=9)
+    folder = run.folder / "checkpoints"
+    early = save(run, 20)
+    first, second, third = (judged(run, step, loss) for step, loss in ((50, 3.0), (100, 2.0), (150, 2.5)))
+    assert went_back(run, first) is None and pointed(folder / BEST) == first
+    (folder / BEST).unlink()  # a start was cut off
+    assert went_back(run, third) is None and pointed(folder / BEST) == second
+    assert went_back(run, early) == "checkpoints/best names none: no evaluation up to step 20 has found a best"
     assert not (folder / BEST).exists()
+    assert went_back(run, early) is None, "nothing is removed, and nothing said"
+
+
+def test_best_names_no_checkpoint_of_steps_that_were_abandoned(make_run) -> None:
+    run = make_run(keep=9)
+    folder = run.folder / "checkpoints"
+    early = save(run, 20)
+    judged(run, 50, 3.0)
+    later = save(run, 100)
+    went_back(run, early)
+    again = judged(run, 50, 4.0)  # the same step, with other flags
+    assert pointed(folder / BEST) == again
+    assert went_back(run, later) == f"checkpoints/best names none: {again} is another one than the best up to step 100"
+    assert not (folder / BEST).exists()
+    (again / "trainer_state.json").write_text("{}")
+    assert "trainer_state.json" in str(went_back(run, later)), "damaged"
+    shutil.rmtree(again)
+    said = f"checkpoints/best names none: checkpoint-50, the best up to step 100, is not in {folder}"
+    assert went_back(run, later) == said
+
+
+def test_a_run_that_goes_on_from_another_ones_checkpoint_says_that_the_best_is_not_here(make_run, tmp_path) -> None:
+    run = make_run()
+    judged(run, 50, 3.0)
+    later = judged(run, 100, 3.5)
+    run.config = replace(run.config, output_dir=tmp_path / "other")
+    said = went_back(run, later)
+    assert said is not None and said.startswith("checkpoints/best names none: checkpoint-50, ")
+    assert not (tmp_path / "other").exists(), "nothing is made for it"
+    run.progress.step = 150
+    assert not run.progress.judge("loss", 3.2) and run.progress.judge("loss", 2.9)
+
+
+def test_the_best_of_a_phase_stays_until_the_next_one_has_one(make_run) -> None:
+    run = make_run(keep=9)
+    first = judged(run, 50, 3.0)
+    judged(run, 100, 3.5)
+    run.progress.enter("next")
+    between = save(run, 120)
+    assert judged(run, 150, 9.0) == pointed(run.folder / "checkpoints" / BEST)
+    assert went_back(run, between) is None and pointed(run.folder / "checkpoints" / BEST) == first
 
 
 @pytest.mark.parametrize("text", ["", "checkpoint-", "../checkpoint-5", "checkpoint-5/..", "/etc"])

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.checkpoint.files import checksum, write_tensors
 from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.checkpoint.manifest import write_manifest
-from pipeline.checkpoint.trainable import TRAINABLE, trainable_content
+from pipeline.checkpoint.trainable import AVERAGE, TRAINABLE, trainable_content
 from pipeline.config import RunConfig, replace
 from pipeline.config_file import save_config
 from pipeline.parallel.topology import Topology
@@ -45,8 +45,11 @@ def miras(pretrained: str | None = None, **memory: Any) -> RunConfig:
     return replace(miras_tiny(), model=model)
 
 
-def checkpoint(folder: Path, config: RunConfig, without: tuple[str, ...] = ()) -> tuple[System, nn.Module]:
-    """Writes a checkpoint of random weights, lacking those of the names `without`; gives the system and its model."""
+def checkpoint(
+    folder: Path, config: RunConfig, without: tuple[str, ...] = (), *, averaged: bool = False
+) -> tuple[System, nn.Module]:
+    """Writes a checkpoint of random weights, lacking those of the names `without`, and with an average that is another
+    one where it is `averaged`; gives the system and its model."""
     system = create_system(config)
     model = system.build()
     system.initialise(model, Topology())
@@ -58,6 +61,9 @@ def checkpoint(folder: Path, config: RunConfig, without: tuple[str, ...] = ()) -
     copied = {name: tensor.clone() for name, tensor in content.items()}
     facts = {"system": config.model.system, "step": 5, "frozen": frozen_weights(model, trained, Topology())}
     files = {"config.yaml": checksum(folder / "config.yaml"), TRAINABLE: write_tensors(copied, folder / TRAINABLE)}
+    if averaged:
+        average = {name: -model.get_parameter(name).detach() for name in trained}
+        files[AVERAGE] = write_tensors(average, folder / AVERAGE)
     write_manifest(folder, facts, files)
     return system, model.eval()
 

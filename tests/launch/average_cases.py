@@ -116,6 +116,13 @@ class Averages:
             further = dataclasses.replace(patient, patience=5)
             train(self.config(straight, "zero1", 1, "fp32", evaluation=further, **asked))
             self.note("best further", lambda: left(straight))
+            back, other = self.out / "best-back", self.out / "best-other"
+            seldom: dict[str, Any] = {**asked, "eval_every": 4, "save_every": 1, "keep": 9, "evaluation": patient}
+            train(self.config(back, "zero1", 1, "fp32", **seldom, stop_after=5))
+            train(self.config(other, "zero1", 1, "fp32", **seldom, stop_after=6, resume=str(at(back, 5))))
+            train(self.config(back, "zero1", 1, "fp32", **seldom, stop_after=3, resume=str(at(back, 2))))
+            for folder in (back, other):
+                self.note(f"best gone {folder.name}", lambda folder=folder: without_best(folder))
 
 
 def at(folder: Path, step: int) -> Path:
@@ -177,6 +184,13 @@ def scripted(losses: dict[int, float]) -> Iterator[None]:
         yield
     finally:
         PhasedSystem.evaluate = evaluate  # type: ignore[method-assign]
+
+
+def without_best(folder: Path) -> dict[str, Any]:
+    """Whether a best checkpoint is named, and what the log says of it."""
+    lines = (folder / "training.log").read_text().splitlines()
+    said = [line.partition("checkpoints/best names none: ")[2] for line in lines if "names none" in line]
+    return {"best": (folder / "checkpoints" / BEST).exists(), "said": said}
 
 
 def left(folder: Path) -> dict[str, Any]:

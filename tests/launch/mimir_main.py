@@ -116,7 +116,7 @@ def gradients(name: str, stage: int, zero: str, topology: Topology) -> dict[str,
 def resumed(out: Path, number: int, changes: dict[str, Any]) -> dict[str, Any]:
     """In what a run that goes on from the middle of an epoch differs from one that was never interrupted."""
     settings: dict[str, Any] = {
-        "batch_size": 8, "save_every": MIDDLE, "keep": 3, "steps": LAST, "evaluation__steps": 1, **PEPTIDES, **changes,
+        "batch_size": 8, "save_every": MIDDLE, "keep": 3, "steps": LAST, **PEPTIDES, **changes,
     }  # fmt: skip
     straight, other = out / f"straight{number}", out / f"resumed{number}"
     train(small(output_dir=straight, **settings))

@@ -146,6 +146,15 @@ def test_the_best_checkpoint_is_kept_and_the_phase_stops_without_a_better_one(fo
     assert found[1]["best again"], "a start of the ended run changes nothing"
 
 
+def test_no_best_checkpoint_is_named_that_a_run_does_not_have(found) -> None:
+    """Going back to before it, and going on from another run's checkpoint."""
+    gone = [found[1][f"best gone best-{name}"] for name in ("back", "other")]
+    assert not any(case["best"] for case in gone)
+    (back,), (other,) = (case["said"] for case in gone)
+    assert back == "no evaluation up to step 2 has found a best"
+    assert other.startswith("checkpoint-4, the best up to step 5, is not in ")
+
+
 def test_more_patience_goes_on_with_a_run_that_had_none_left(found) -> None:
     further = found[1]["best further"]
     assert further["best"] == "checkpoint-9" and further["saved"] == [9] and further["status"] == "finished"

@@ -93,6 +93,9 @@ class MimirConfig(ModelConfig):
     balanced: Annotated[bool, tyro.conf.arg(aliases=["--balanced"])] = field(default=True, metadata=MAY_CHANGE)
     """Draw interacting and background peptides equally often, whatever their numbers; an epoch has as many examples as
     the training data all the same."""
+    held_out_peptides: int = field(default=4096, metadata=MAY_CHANGE)
+    """Held-out peptides that an evaluation during training reads at the most, the same ones every time, whatever the
+    batch size and the number of ranks; with --model.balanced half of each label, if there are so many. 0: all."""
     target_file: str | None = field(default=None, metadata=MAY_CHANGE)
     """FASTA file of the targets' amino-acid sequences, for --model.target encoder."""
 
@@ -123,8 +126,9 @@ class MimirConfig(ModelConfig):
                 f" --model.max-length ({self.max_length}) or more"
             )
         check_letters(self.letters, "--model.letters")
-        if self.targets < 0:
-            raise UserError(f"--model.targets is {self.targets}: give 0 or more")
+        for name in ("targets", "held_out_peptides"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}: give 0 or more")
         for name in ("hybrid_loss_coeff", "curriculum_epochs", "mask_weight"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:

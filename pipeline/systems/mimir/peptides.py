@@ -63,6 +63,23 @@ class Peptides:
         return len(self.lengths)
 
 
+def chosen(peptides: Peptides, rows: np.ndarray) -> Peptides:
+    """Those at indices, or of a mask."""
+    return Peptides(peptides.letters[rows], peptides.lengths[rows], peptides.labels[rows], peptides.targets[rows])
+
+
+def some(peptides: Peptides, count: int, seed: int = 0) -> Peptides:
+    """`count` of them at random, in their order; all where there are no more."""
+    return peptides if len(peptides) <= count else chosen(peptides, some_rows(len(peptides), count, seed))
+
+
+def some_rows(number: int, count: int, seed: int = 0) -> np.ndarray:
+    """`count` of range(number) at random, ascending; all where there are no more."""
+    if number <= count:
+        return np.arange(number)
+    return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(number)[:count])
+
+
 @dataclass(frozen=True)
 class PeptideSet:
     """What rank 0 has read of the data, split; sent to all ranks."""

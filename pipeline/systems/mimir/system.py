@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.capabilities import Drawn
-from pipeline.config import RunConfig
+from pipeline.config import EvaluationConfig, RunConfig
 from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
@@ -27,9 +26,8 @@ from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data.build import build_loader, list_peptides
 from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.diffusion.choice import create_kernel
-from pipeline.systems.mimir.diffusion.floor import floor
 from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
-from pipeline.systems.mimir.held_out import KINDS, compositions, measure
+from pipeline.systems.mimir.held_out import measure, summary
 from pipeline.systems.mimir.losses import CE, LENGTH, UNIT, VB
 from pipeline.systems.mimir.model import MimirModel, ModelOutput, TargetSequences
 from pipeline.systems.mimir.model.model import parameter_parts
@@ -64,6 +62,12 @@ class MimirSystem(System[PeptideBatch]):
                 f"--sequence-length {self.config.sequence_length}: peptides have up to --model.max-length"
                 f" {self.sizes.max_length} residues: give the same number for both"
             )
+        steps, default = self.config.evaluation.steps, EvaluationConfig().steps
+        if steps != default:
+            raise UserError(
+                f"--evaluation.steps {steps}: this system counts the peptides of an evaluation instead: give"
+                f" --model.held-out-peptides, and leave --evaluation.steps at {default}"
+            )
 
     def list_data(self, *, ask_servers: bool = False) -> PeptideSet:
         return list_peptides(self.config)
@@ -97,6 +101,11 @@ class MimirSystem(System[PeptideBatch]):
             + ", ".join(f"{name} {number:,}" for name, number in self.parameter_parts().items()),
             "noise": f"{sizes.kernel}, {sizes.timesteps} timesteps; loss {terms}",
             "lengths": "as often as in the training data" if sizes.length == "empirical" else "of a head",
+            **(
+                {"left out": "; ".join(self.files.notes)}
+                if isinstance(self.files, PeptideSet) and self.files.notes
+                else {}
+            ),
         }
 
     def parameter_parts(self) -> Mapping[str, int]:
@@ -210,7 +219,11 @@ class MimirSystem(System[PeptideBatch]):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
-        """loss, ce and bound of held-out clusters, given the length; with an encoder, the bound of unseen targets."""
+        """loss, ce and bound of held-out clusters, given the length; with an encoder, the bound of unseen targets.
+
+        Where training draws both labels equally often, both weigh alike in all of them: the set itself may be nearly
+        all background, whose bound says little of what interacts.
+        """
         topology, was_training = sync_point.topology, model.training
         model.eval()
         try:
@@ -219,22 +232,8 @@ class MimirSystem(System[PeptideBatch]):
             other = self._measure(model, sync_point, targets=True) if unseen else {}
         finally:
             model.train(was_training)
-        weight = losses.loss_weights(self.sizes)
         with shared_errors(topology):
-            shares = compositions(self.peptides.held_out, len(self.sizes.letters))
-            least = floor(self.kernel, shares, np.array([found[f"residues/{kind}"] for kind in KINDS]))
-        head = found["length"] if self.sizes.length == "head" else 0.0
-        scalars = {
-            "loss": weight.ce * found["ce"] + weight.vb * found["bound"] + head,
-            "bound": found["bound"],
-            "bits_per_residue": found["bound"] / math.log(2),
-            "ce": found["ce"],
-            "ce_floor": least.ce,
-            "gap_to_floor": found["ce"] - least.ce,
-            "entropy_of_residues": least.entropy,
-            "length_nats": found["length"],
-            **{name: value for name, value in found.items() if name.startswith("bound/")},
-        }
+            scalars = summary(found, self.sizes, self.kernel, self.peptides.held_out)
         if other:
             scalars["unseen_targets/bound"] = other["bound"]
         return Evaluation(scalars)
@@ -242,8 +241,9 @@ class MimirSystem(System[PeptideBatch]):
     def _measure(self, model: nn.Module, sync_point: SyncPoint, *, targets: bool) -> dict[str, float]:
         with shared_errors(sync_point.topology):
             loader = self.held_out_loader(sync_point.topology, targets=targets)
-        steps = min(self.config.evaluation.steps, loader.steps_per_epoch)
-        return measure(self._predict_batch, model, self.kernel, loader, steps, sync_point)
+        return measure(
+            self._predict_batch, model, self.kernel, loader, loader.steps_per_epoch, sync_point, self.sizes.balanced
+        )
 
     def _predict_batch(self, model: nn.Module, batch: PeptideBatch, xt: Tensor, t: Tensor) -> ModelOutput:
         return self.predict(model, xt, t, batch.lengths, batch.labels, batch.targets)

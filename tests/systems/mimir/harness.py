@@ -34,7 +34,7 @@ def small(**changes: Any) -> RunConfig:
         save_every=0,
         eval_every=0,
         warmup_steps=1,
-        evaluation=EvaluationConfig(steps=100),
+        evaluation=EvaluationConfig(),
         optimizer=dataclasses.replace(mimir_tiny().optimizer, ema_decay=0.0),
     )
     fixed: dict[str, Any] = {

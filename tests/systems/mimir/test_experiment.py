@@ -20,8 +20,8 @@ from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.mimir.data.encode import decode
 from pipeline.systems.mimir.data.process import Process, read_process
 from pipeline.systems.mimir.evaluation.likelihoods import likelihoods
-from pipeline.systems.mimir.evaluation.rows import Rows, chosen, some
-from pipeline.systems.mimir.peptides import BACKGROUND, INTERACTING, NO_TARGET, Peptides
+from pipeline.systems.mimir.evaluation.rows import Rows
+from pipeline.systems.mimir.peptides import BACKGROUND, INTERACTING, NO_TARGET, Peptides, chosen, some
 from pipeline.systems.mimir.sampling.options import PeptideOptions
 from pipeline.systems.mimir.system import MimirSystem
 from tests.launch.harness import single
@@ -100,7 +100,7 @@ def trained(folder: Path, *flags: str, count: int, targets: int) -> Trained:
 @pytest.mark.timeout(1800)
 def test_a_trained_model_has_the_entropy_and_the_motifs_of_the_process(tmp_path: Path, record_property: Record) -> None:
     begun = time.perf_counter()
-    run = trained(tmp_path, "--steps", "800", "--evaluation.steps", "8", count=40_000, targets=32)
+    run = trained(tmp_path, "--steps", "800", "--model.held-out-peptides", "2000", count=40_000, targets=32)
     excess = {}
     for kind, label in KINDS.items():
         held_out = run.system.peptides.held_out
@@ -135,7 +135,7 @@ def test_a_trained_model_has_the_entropy_and_the_motifs_of_the_process(tmp_path:
 def test_targets_that_training_never_saw_are_told_by_their_sequences(tmp_path: Path, record_property: Record) -> None:
     begun = time.perf_counter()
     flags = ("--model.target", "encoder", "--model.target-file", str(tmp_path / "set.targets.fasta"))
-    run = trained(tmp_path, *flags, "--steps", "800", "--evaluation.steps", "4", count=40_000, targets=200)
+    run = trained(tmp_path, *flags, "--steps", "800", "--model.held-out-peptides", "1000", count=40_000, targets=200)
     mnemos("eval", str(run.folder), "--suite", "peptides", "--samples", "200", "--peptides", "200", "--decoys", "4")
     (written,) = run.folder.glob("evals/*/peptides/evaluation.json")
     rows = {(row["measure"], row["of"]): row for row in json.loads(written.read_text())["measures"]}

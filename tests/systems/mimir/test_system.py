@@ -7,12 +7,14 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.capabilities import Compiles, CountsEpochs
+from pipeline.config import replace
 from pipeline.errors import UserError
 from pipeline.load import decide
 from pipeline.parallel.topology import Topology
@@ -24,7 +26,7 @@ from pipeline.systems.mimir import losses
 from pipeline.systems.mimir.costs import denoiser_flops, step_bytes
 from pipeline.systems.mimir.held_out import measure
 from pipeline.systems.mimir.losses import CE, UNIT, VB
-from pipeline.systems.mimir.peptides import PeptideBatch
+from pipeline.systems.mimir.peptides import PeptideBatch, Peptides, chosen
 from tests.systems.mimir.harness import (
     ALONE,
     PEPTIDES,
@@ -165,7 +167,7 @@ def test_a_model_that_knows_nothing_has_the_bound_of_even_letters() -> None:
 def test_held_out_numbers_do_not_depend_on_the_batch() -> None:
     expected: dict[str, float] = {}
     for rows in (32, 7):
-        system = created(small(evaluation__batch_size=rows, model__target="encoder"))
+        system = created(small(evaluation__batch_size=rows, model__target="encoder", model__held_out_peptides=40))
         model = built(system)
         model.train()
         found = evaluated(system, model).scalars
@@ -175,24 +177,57 @@ def test_held_out_numbers_do_not_depend_on_the_batch() -> None:
     assert expected["unseen_targets/bound"] > 0 and "bound 8" in system.headline(evaluated(system, model))
 
 
-def test_an_evaluation_reads_the_same_peptides_on_other_ranks_and_with_other_seeds() -> None:
-    def read(**changes: Any) -> list[list[int]]:
-        topology = Topology(world=changes.pop("world", 1))
-        loaders = [
-            created(small(**changes)).held_out_loader(dataclasses.replace(topology, rank=rank))
-            for rank in range(topology.world)
-        ]
-        return [row for loader in loaders for batch in loader.next_step() for row in batch.letters.tolist()]
+@pytest.mark.parametrize("balanced", [True, False])
+def test_an_evaluation_reads_the_same_peptides_on_every_layout_and_with_every_seed(balanced: bool) -> None:
+    def read(degree: int, **changes: Any) -> list[tuple[list[int], int]]:
+        """Peptides with the numbers that their noise is a function of."""
+        config = small(model__held_out_peptides=23, model__balanced=balanced, **changes)
+        loaders = [created(config).held_out_loader(Topology(world=degree, rank=rank)) for rank in range(degree)]
+        batches = [batch for loader in loaders for _ in range(loader.steps_per_epoch) for batch in loader.next_step()]
+        return sorted(
+            (letters, draw)
+            for batch in batches
+            for letters, draw, weight in zip(
+                batch.letters.tolist(), batch.draws.tolist(), batch.weights.tolist(), strict=True
+            )
+            if weight
+        )
 
-    expected = read(batch_size=8, grad_accum=2)
-    assert read(batch_size=8, world=2) == expected == read(batch_size=16, seed=3)
+    expected = read(1, batch_size=8, grad_accum=2)
+    assert len(expected) == 23 < len(peptides().held_out)
+    assert read(2, batch_size=8) == expected == read(3, batch_size=5, evaluation__batch_size=4, seed=3)
     # Files are often sorted, by label to begin with.
-    assert expected != peptides().held_out.letters[:16].tolist()
+    assert [letters for letters, _ in expected] != peptides().held_out.letters[:23].tolist()
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_held_out_bound_weighs_labels_as_training_draws_them(balanced: bool) -> None:
+    """Of a set that is nearly all background."""
+    held_out = peptides().held_out
+    kinds = [chosen(held_out, held_out.labels == label) for label in (0, 1)]
+    few = [kinds[0], chosen(kinds[1], np.arange(2))]
+    rare = Peptides(*(np.concatenate([getattr(kind, name) for kind in few]) for name in Peptides.__annotations__))
+    system = created(
+        small(model__balanced=balanced, **CASES["encoder and head"]), dataclasses.replace(peptides(), held_out=rare)
+    )
+    model = built(system)
+    with torch.no_grad():
+        model.get_parameter("labels.embedding.weight")[1] *= 50
+    found = evaluated(system, model).scalars
+    weights = [kind.lengths.mean() if balanced else kind.lengths.sum() for kind in few]
+    expected = np.average([found["bound/background"], found["bound/interacting"]], weights=weights)
+    assert found["bound"] == pytest.approx(expected, rel=1e-9)
+    assert found["loss"] == pytest.approx(found["bound"] + found["length_nats"], rel=1e-9)
+    apart = abs(found["bound"] - found["bound/background"])
+    whole = abs(found["bound/interacting"] - found["bound/background"])
+    assert whole > 0.1 and (0.4 if balanced else 0.0) < apart / whole < (0.6 if balanced else 0.15)
+    # Of every peptide by itself, as the model is told its label.
+    assert 0 < found["ce"] < 10 and found["ce_floor"] > 0
 
 
 def test_the_bound_is_the_average_over_timesteps_of_what_training_estimates() -> None:
     config = small(model__label_dropout=0.0, model__target_dropout=0.0, model__timesteps=4, evaluation__batch_size=128)
-    system = created(config)
+    system = created(replace(config, model__balanced=False))
     model, sync_point = built(system), SyncPoint(ALONE)
     loader = system.held_out_loader(ALONE)
     bound = measure(system._predict_batch, model, system.kernel, loader, 15 * loader.steps_per_epoch, sync_point)[
@@ -222,6 +257,14 @@ def test_the_data_decides_the_table_and_the_length_of_an_epoch() -> None:
     fresh = created(config)
     decided = decide(fresh, ALONE).config
     assert decided.steps == 2 * system.steps_per_epoch(ALONE) and decided.model.targets == found.training_targets  # type: ignore[attr-defined]
+
+
+def test_the_log_says_what_is_left_out_of_the_data() -> None:
+    notes = ("3 copies", "1,234 background within 2 edits of interacting peptides that are held out")
+    system = created(small(), dataclasses.replace(peptides(), notes=notes))
+    assert system.describe("cpu", torch.float32)["left out"] == "; ".join(notes)
+    system.files = dataclasses.replace(peptides(), notes=())
+    assert "left out" not in system.describe("cpu", torch.float32)
 
 
 def test_lengths_are_those_of_the_training_data() -> None:
@@ -262,6 +305,8 @@ def test_matrices_alone_are_decayed() -> None:
         ({"model__mask_weight": 1.0}, "--model.mask-weight 1.0: .* absorbing"),
         ({"model__kernel": "absorbing"}, "--model.timesteps 10: the absorbing kernel masks a residue"),
         ({"parallel__sequence": 2}, "--parallel.sequence 2: peptides are too short"),
+        ({"evaluation__steps": 9}, "--evaluation.steps 9: .* give --model.held-out-peptides, and leave .* at 8"),
+        ({"model__held_out_peptides": -1}, "--model.held-out-peptides is -1: give 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(changes: dict[str, Any], message: str) -> None:

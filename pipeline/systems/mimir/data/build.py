@@ -19,8 +19,16 @@ from pipeline.systems.mimir.data.encode import encode, lengths_of
 from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.data.split import HELD_OUT, HELD_OUT_TARGET, LEFT_OUT, TRAINING, split
 from pipeline.systems.mimir.data.synthetic import synthetic_set
-from pipeline.systems.mimir.data.table import Table, read_tables, read_targets
-from pipeline.systems.mimir.peptides import NO_TARGET, Peptides, PeptideSet
+from pipeline.systems.mimir.data.table import NO_PEPTIDES, Table, read_tables, read_targets
+from pipeline.systems.mimir.peptides import (
+    BACKGROUND,
+    INTERACTING,
+    NO_TARGET,
+    Peptides,
+    PeptideSet,
+    chosen,
+    some,
+)
 
 SYNTHETIC = "synthetic"
 """The data set that is made when a run starts: SYNTHETIC, or SYNTHETIC:COUNT."""
@@ -45,6 +53,7 @@ def list_peptides(config: RunConfig) -> PeptideSet:
                 fix = f"give files of peptides with --data.path, or --data.dataset {SYNTHETIC}"
                 raise UserError(f"{name} does not exist: {fix}")
         table = read_tables(data.path)
+        notes = tuple(f"{name} ({NO_PEPTIDES})" for name in table.skipped)
     elif data.dataset == amp.NAME:
         table, notes = amp.amp_table(model.min_length, model.max_length)
     elif data.dataset is not None:
@@ -101,7 +110,7 @@ def build_set(
     numbers[order] = np.arange(len(order))
     whole = dataclasses.replace(whole, targets=numbers[whole.targets])
     training, held_out, held_out_targets = (
-        _rows(whole, parts == part) for part in (TRAINING, HELD_OUT, HELD_OUT_TARGET)
+        chosen(whole, parts == part) for part in (TRAINING, HELD_OUT, HELD_OUT_TARGET)
     )
     target_names = tuple(names[place] for place in order)
     known = None
@@ -112,10 +121,6 @@ def build_set(
     notes += tuple(f"{count:,} {why}" for why, count in divided.left_out.items())
     found = PeptideSet(training, held_out, held_out_targets, target_names, len(trained), known, "", notes)
     return dataclasses.replace(found, fingerprint=_fingerprint(found))
-
-
-def _rows(peptides: Peptides, chosen: np.ndarray) -> Peptides:
-    return Peptides(*(getattr(peptides, field.name)[chosen] for field in dataclasses.fields(Peptides)))
 
 
 def _fingerprint(found: PeptideSet) -> str:
@@ -134,12 +139,13 @@ def build_loader(
     """The loader of this data rank: of training, or of the peptides that are held out; with `targets`, of those of
     held-out targets.
 
-    Held-out peptides come in one shuffled order whatever the run's seed, since an evaluation may read the first ones
-    alone and files are often sorted; a run that resumes on other ranks reads the same ones.
+    One epoch of held-out peptides is what an evaluation reads: the same ones whatever the seed and the layout.
     """
     assert isinstance(config.model, MimirConfig)
     rows = config.evaluation.batch_size if held_out else 0
-    part = found.training if not held_out else found.held_out_targets if targets else found.held_out
+    part = found.training
+    if held_out:
+        part = _evaluated(found.held_out_targets if targets else found.held_out, config.model)
     return PeptideLoader(
         part,
         name=("held-out targets" if targets else "held out") if held_out else "training",
@@ -149,7 +155,21 @@ def build_loader(
         data_rank=topology.data_rank,
         data_degree=topology.data,
         seed=0 if held_out else config.seed,
-        shuffle=config.data.shuffle or held_out,
+        shuffle=config.data.shuffle and not held_out,
         balanced=config.model.balanced and not held_out,
         domain="train" if not held_out else "held-out targets" if targets else "held out",
     )
+
+
+def _evaluated(held_out: Peptides, model: MimirConfig) -> Peptides:
+    """Those that an evaluation reads: at random, since files are often sorted; where training draws both labels equally
+    often half of each, or all that there are of the rarer one."""
+    left = model.held_out_peptides or len(held_out)
+    if not model.balanced or len(held_out) <= left:
+        return some(held_out, left)
+    kinds = [np.flatnonzero(held_out.labels == label) for label in (BACKGROUND, INTERACTING)]
+    generator, rows = np.random.Generator(np.random.PCG64(0)), []
+    for number, kind in enumerate(sorted(kinds, key=len)):
+        rows.append(generator.permutation(kind)[: left // (len(kinds) - number)])
+        left -= len(rows[-1])
+    return chosen(held_out, np.sort(np.concatenate(rows)))

@@ -20,7 +20,7 @@ from pipeline.systems.mimir.config import LETTERS, check_letters
 from pipeline.systems.mimir.data.checks import Expected, all_checks
 from pipeline.systems.mimir.data.process import Process, ProcessSettings
 from pipeline.systems.mimir.data.synthetic import synthetic_table
-from pipeline.systems.mimir.data.table import COLUMNS, SUFFIXES, Table, read_table, read_targets
+from pipeline.systems.mimir.data.table import COLUMNS, NO_PEPTIDES, SUFFIXES, Table, read_tables, read_targets
 from pipeline.systems.mimir.peptides import BACKGROUND, INTERACTING
 
 TARGETS, PROCESS = ".targets.fasta", ".process.json"
@@ -46,8 +46,9 @@ class SynthOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Checks files of peptides: labels, letters, lengths, targets, duplicates, overlap, and whether the background has
-    the lengths of the interacting peptides. Exit code 2 when a check fails."""
+    """Checks files or folders of peptides, all together, as training reads them: labels, letters, lengths, targets,
+    duplicates, overlap, and whether the background has the lengths of the interacting peptides. Exit code 2 when a
+    check fails."""
 
     letters: Annotated[str, tyro.conf.arg(aliases=["--model.letters"])] = LETTERS
     """Letters that residues may have."""
@@ -104,13 +105,15 @@ class PeptideCommands:
         expected = Expected(options.letters, options.min_length, options.max_length, known)
         failed: list[str] = []
         fix = ""
-        for name in files:
-            for check in all_checks(read_table(expanded(name)), expected):
-                state = {True: "ok", False: "FAILED", None: "not checked"}[check.ok]
-                print(f"{name}  {check.name:<20}  {state:<11}  {check.found}", flush=True)
-                if check.ok is False:
-                    fix = fix or check.fix
-                    failed.append(f"{check.name}: {check.found}")
+        table = read_tables(files)
+        for skipped in table.skipped:
+            print(f"{skipped}  not read: {NO_PEPTIDES}")
+        for check in all_checks(table, expected):
+            state = {True: "ok", False: "FAILED", None: "not checked"}[check.ok]
+            print(f"{table.name}  {check.name:<20}  {state:<11}  {check.found}", flush=True)
+            if check.ok is False:
+                fix = fix or check.fix
+                failed.append(f"{check.name}: {check.found}")
         if failed:
             count = f"{len(failed)} checks failed" if len(failed) > 1 else "a check failed"
             raise UserError(f"{count} ({failed[0]}): {fix}")

@@ -18,6 +18,9 @@ TRAINING, HELD_OUT, HELD_OUT_TARGET, LEFT_OUT = range(4)
 """What a row is for; one that is left out is for nothing."""
 APART = 2
 """Edits by which training differs at least, and one more, from every interacting peptide that is held out."""
+BACKGROUND_APART = ((8, APART), (6, 1))
+"""(residues, edits) of the background: of peptides that both have so many residues, training keeps none within so many
+edits of one that is held out. Of shorter ones only equal ones: a large set has most that there are."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ def split(
 
     Of the targets, about a share `holdout` is held out, one at least, with all their peptides; of the clusters of
     interacting peptides, each with that probability; of the background, each peptide with that probability. Which ones,
-    hashes decide. Left out are: copies of a row; background that interacts as well; and of training what is within
-    `APART` edits of an interacting peptide that is held out. Raises UserError without rapidfuzz.
+    hashes decide. Left out are: copies of a row; background that interacts as well; of training what is within `APART`
+    edits of an interacting peptide that is held out; and of its background what is as near to background that is held
+    out as `BACKGROUND_APART` says. Raises UserError without rapidfuzz.
     """
     encoded = sequences.dictionary_encode()
     words, unique = words_of(encoded.dictionary), encoded.indices.to_numpy().astype(np.int64)
@@ -63,14 +67,23 @@ def split(
     )
     parts[kept & interacting & _held_out_clusters(words, does_interact, holdout)[unique]] = HELD_OUT
     parts[kept & np.isin(targets, _held_out_targets(targets[interacting], names, holdout))] = HELD_OUT_TARGET
-    asked = interacting & ((parts == HELD_OUT) | (parts == HELD_OUT_TARGET))
-    trained, held_out = (
-        np.flatnonzero(_present(unique[rows], len(words.texts))) for rows in (parts == TRAINING, asked)
-    )
-    near = np.zeros(len(words.texts), bool)
-    near[trained] = is_near(words[trained], words[held_out], APART)
+
+    def near(trained: np.ndarray, held_out: np.ndarray, distance: int, least: int = 0) -> np.ndarray:
+        """Which of the rows `trained` are so near to one of the rows `held_out`; of `least` residues or more."""
+        some, others = (
+            np.flatnonzero(_present(unique[rows], len(words.texts)) & (words.lengths >= least))
+            for rows in (trained, held_out)
+        )
+        found = np.zeros(len(words.texts), bool)
+        found[some] = is_near(words[some], words[others], distance)
+        return trained & found[unique]
+
+    apart = near(parts == TRAINING, interacting & np.isin(parts, (HELD_OUT, HELD_OUT_TARGET)), APART)
     for label, kind in ((interacting, "interacting"), (~interacting, "background")):
-        leave_out(label & near[unique] & (parts == TRAINING), f"{kind} within {APART} edits of what is held out")
+        leave_out(label & apart, f"{kind} within {APART} edits of interacting peptides that are held out")
+    for least, edits in BACKGROUND_APART:
+        rows = near(~interacting & (parts == TRAINING), ~interacting & (parts == HELD_OUT), edits, least)
+        leave_out(rows, f"background of {least} residues or more within {edits} edits of background that is held out")
     unknown = ~np.isin(targets, targets[parts == TRAINING]) & (targets >= 0)
     parts[unknown & (parts == HELD_OUT)] = HELD_OUT_TARGET
     return Split(parts, left_out)

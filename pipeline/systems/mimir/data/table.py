@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ COLUMNS = ("label", "target", "sequence")
 TABLE_SUFFIXES = (".csv", ".parquet")
 FASTA_SUFFIXES = (".fasta", ".fa", ".faa")
 SUFFIXES = TABLE_SUFFIXES + FASTA_SUFFIXES
+NO_PEPTIDES = "no label= and no target= in its headers"
+"""Why a FASTA file of a folder is not one of peptides, but of targets for instance."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,15 @@ class Table:
     """Peptides as text: three columns of strings of one length. label: "0" background, "1" interacting. target: a name,
     or "" where there is none. sequence: residues in letters.
 
-    `parts`: (file, rows) in their order, so that a row can be named.
+    `parts`: (file, rows) in their order, so that a row can be named. `skipped`: files of folders that are not of
+    peptides.
     """
 
     labels: pa.StringArray
     targets: pa.StringArray
     sequences: pa.StringArray
     parts: tuple[tuple[str, int], ...]
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -55,7 +60,8 @@ class Table:
 
 def read_tables(paths: Sequence[str]) -> Table:
     """The peptides of files or folders, one after the other. Raises UserError."""
-    tables = [read_table(path) for name in paths for path in _files(expanded(name))]
+    skipped: list[str] = []
+    tables = [read_table(path) for name in paths for path in _files(expanded(name), skipped)]
     if not tables:
         raise UserError(f"--data.path names no file of peptides: give {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     return Table(
@@ -63,17 +69,39 @@ def read_tables(paths: Sequence[str]) -> Table:
         pa.concat_arrays([table.targets for table in tables]),
         pa.concat_arrays([table.sequences for table in tables]),
         tuple(table.parts[0] for table in tables),
+        tuple(skipped),
     )
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, skipped: list[str]) -> list[Path]:
+    """A file, or those of peptides in a folder; adds to `skipped` what there is of other FASTA files."""
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-    found = [file for file in found if not file.name.endswith(".targets.fasta")]
+    every = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    others = [file for file in every if file.suffix.lower() in FASTA_SUFFIXES and not _may_hold_peptides(file)]
+    found = [file for file in every if file not in others]
     if not found:
-        raise UserError(f"{path} holds no file of peptides: name one of {', '.join(SUFFIXES)}")
+        beside = f" ({', '.join(file.name for file in others)}: {NO_PEPTIDES})" if others else ""
+        raise UserError(f"{path} holds no file of peptides{beside}: name one of {', '.join(SUFFIXES)}")
+    skipped += map(str, others)
     return found
+
+
+def _may_hold_peptides(path: Path) -> bool:
+    """Whether a FASTA file has a header with a label or a target, or none at all, which is to be said of it."""
+    headers = 0
+    try:
+        with path.open(encoding="ascii", errors="replace") as file:
+            for line in file:
+                if not line.startswith(">"):
+                    continue
+                if any(word.startswith(("label=", "target=")) for word in line[1:].split()):
+                    return True
+                headers += 1
+    except OSError:
+        # What is wrong with it is said where it is read.
+        return True
+    return not headers
 
 
 def read_table(path: Path) -> Table:
@@ -99,11 +127,29 @@ def _read_csv(path: Path) -> dict[str, pa.StringArray]:
     kept = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(COLUMNS, pa.string()), strings_can_be_null=False)
     try:
         with path.open("rb") as file:
-            if not file.read(1):
-                raise UserError(f"{path} is empty: give a file with the columns {', '.join(COLUMNS)}")
+            begin = file.read(1024)
+        if not begin:
+            raise UserError(f"{path} is empty: give a file with the columns {', '.join(COLUMNS)}")
+        _check_encoding(path, begin)
+        _check_separator(path, begin)
         return _columns(path, pyarrow.csv.read_csv(path, read_options=reading, convert_options=kept))
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is no table ({brief(error)}): correct that row") from error
+
+
+def _check_encoding(path: Path, begin: bytes) -> None:
+    """Raises UserError for a file that begins as UTF-16 does: with its mark, or with every other byte 0."""
+    zeros = [begin[place::2].count(0) / len(begin) for place in (0, 1)]
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (max(zeros) > 0.4 and min(zeros) == 0):
+        raise UserError(f"{path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 FILE > NEW)")
+
+
+def _check_separator(path: Path, begin: bytes) -> None:
+    """Raises UserError for a file whose columns are not separated by commas."""
+    header = next(iter(begin.decode("utf-8-sig", "replace").strip().splitlines()), "")
+    for separator, called in {";": "semicolons", "\t": "tabs", "|": "bars"}.items():
+        if set(COLUMNS) <= {name.strip().strip('"') for name in header.split(separator)}:
+            raise UserError(f"{path} has {called} between its columns: save it with commas")
 
 
 def _read_parquet(path: Path) -> dict[str, pa.StringArray]:

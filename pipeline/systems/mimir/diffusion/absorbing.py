@@ -92,14 +92,16 @@ class AbsorbingKernel(Kernel):
         domain: str,
         draw: Tensor,
         order: Literal["random", "confidence"] = "random",
+        sure: Tensor | None = None,
     ) -> Tensor:
         """x_s, with exactly as many masks as timestep s has. order "confidence" reveals where the most probable letter
-        is the most probable, and draws the letter there all the same: an order that depends on what is visible alone
-        leaves the distribution of a perfect denoiser as it is, if one residue is revealed at a time."""
+        is the most probable by the logits `sure` (None: those that letters are drawn of), and draws the letter there
+        all the same: an order that depends on what is visible alone leaves the distribution of a perfect denoiser as it
+        is, if one residue is revealed at a time."""
         p = predicted(logits).exp()
         mask = (xt == self.K) & inside(lengths, xt.shape[1])
         u = uniforms(seed, f"{domain}/step", self.draw_of_step(draw, t), xt.shape[1], 2)
-        key = u[..., 1] if order == "random" else -p.amax(-1).to(torch.float64)
+        key = u[..., 1] if order == "random" else -predicted(logits if sure is None else sure).amax(-1).double()
         revealed = (mask.sum(-1) - self.masked(s, lengths)).clamp(min=0)
         shown = _first(key.masked_fill(~mask, torch.inf), revealed)
         return torch.where(shown, categorical(p, u[..., 0]), xt)

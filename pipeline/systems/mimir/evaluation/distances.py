@@ -27,24 +27,28 @@ class Distance:
         return self.value - self.expected
 
 
-def composition_distance(a: Peptides, b: Peptides, letters: int, *, seed: int = 0) -> Distance:
-    """Total variation between the shares of the residues."""
-    return kmer_distance(a, b, 1, letters, seed=seed)
+def composition_distance(
+    a: Peptides, b: Peptides, letters: int, groups: np.ndarray | None = None, *, seed: int = 0
+) -> Distance:
+    """Total variation between the shares of the residues; `groups` as in `kmer_distance`."""
+    return kmer_distance(a, b, 1, letters, groups, seed=seed)
 
 
-def kmer_distance(a: Peptides, b: Peptides, k: int, letters: int, *, seed: int = 0) -> Distance:
+def kmer_distance(
+    a: Peptides, b: Peptides, k: int, letters: int, groups: np.ndarray | None = None, *, seed: int = 0
+) -> Distance:
     """Total variation between the shares of the runs of k residues, half the sum of their absolute differences: 0 for
-    equal shares, 1 for disjoint ones."""
+    equal shares, 1 for disjoint ones. `groups`: which peptides of b belong together (None: each stands for itself)."""
     first, second = kmers(a, k, letters), kmers(b, k, letters)
     owners = np.concatenate([first[0], second[0] + len(a)])
-    return _distance(owners, np.concatenate([first[1], second[1]]), len(a), len(b), total_variation, seed)
+    return _distance(owners, np.concatenate([first[1], second[1]]), len(a), len(b), groups, total_variation, seed)
 
 
-def length_distance(a: Peptides, b: Peptides, *, seed: int = 0) -> Distance:
+def length_distance(a: Peptides, b: Peptides, groups: np.ndarray | None = None, *, seed: int = 0) -> Distance:
     """Wasserstein distance between the lengths, in residues: by how many of them a peptide must be longer or shorter,
-    on average, for one distribution to become the other."""
+    on average, for one distribution to become the other. `groups` as in `kmer_distance`."""
     values = np.concatenate([a.lengths, b.lengths]).astype(np.int64)
-    return _distance(np.arange(len(values)), values, len(a), len(b), wasserstein, seed)
+    return _distance(np.arange(len(values)), values, len(a), len(b), groups, wasserstein, seed)
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> float:
@@ -62,11 +66,13 @@ def _distance(
     bins: np.ndarray,
     count: int,
     other: int,
+    groups: np.ndarray | None,
     between: Callable[[np.ndarray, np.ndarray], float],
     seed: int,
 ) -> Distance:
-    """owners [values]: 0..count-1 of one sample, then those of the other one; bins [values]: what was seen of it. Whole
-    peptides change sides in a permutation: the residues of one are no independent draws."""
+    """owners [values]: 0..count-1 of one sample, then those of the other one, whose groups are given; bins [values]:
+    what was seen of it. Whole groups change sides in a permutation, each of the first sample's peptides being one: the
+    residues of a peptide are no independent draws, nor are the peptides of a group."""
     _, bins = np.unique(bins, return_inverse=True) if between is total_variation else (None, bins)
     generator = np.random.Generator(np.random.PCG64(seed))
 
@@ -76,6 +82,17 @@ def _distance(
         p, q = np.bincount(bins[mine], minlength=size), np.bincount(bins[~mine], minlength=size)
         return between(p / p.sum(), q / q.sum()) if p.sum() and q.sum() else np.nan
 
+    _, member = np.unique(np.arange(other) if groups is None else groups, return_inverse=True)
+    member = np.concatenate([np.arange(count), count + member])
+    sizes = np.bincount(member)
+
+    def permuted() -> np.ndarray:
+        """As many peptides on each side as there are, as nearly as whole groups make them."""
+        order = generator.permutation(len(sizes))
+        first = np.empty(len(sizes), bool)
+        first[order] = sizes[order].cumsum() - sizes[order] / 2 < count
+        return first[member]
+
     sides = np.arange(count + other) < count
-    by_chance = [of(generator.permutation(sides)) for _ in range(PERMUTATIONS)]
+    by_chance = [of(permuted()) for _ in range(PERMUTATIONS)]
     return Distance(of(sides), float(np.mean(by_chance)), float(np.quantile(by_chance, 0.95)))

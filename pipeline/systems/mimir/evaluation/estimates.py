@@ -73,10 +73,13 @@ def ratio(
     return bootstrap(lambda weights: (weights @ numerators) / (weights @ denominators), groups, seed=seed)
 
 
-def ratios(numerators: np.ndarray, denominators: np.ndarray, *, seed: int = 0) -> list[Estimate]:
-    """`ratio` of each column of numerators [N, C], over items [N]."""
+def ratios(
+    numerators: np.ndarray, denominators: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0
+) -> list[Estimate]:
+    """`ratio` of each column of numerators [N, C], with its interval over groups [N] (None: over items)."""
+    groups = np.arange(len(denominators)) if groups is None else groups
     values = numerators.sum(0) / denominators.sum()
-    weights = np.concatenate(list(resampled(np.arange(len(denominators)), seed=seed)))
+    weights = np.concatenate(list(resampled(groups, seed=seed)))
     low, high = np.quantile((weights @ numerators) / (weights @ denominators)[:, None], ENDS, axis=0)
     return [Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
 

@@ -37,7 +37,8 @@ def likelihoods(rows: Rows, peptides: Peptides, what: str) -> Likelihoods:
 
 def target_ratios(rows: Rows, peptides: Peptides, candidates: np.ndarray, what: str) -> np.ndarray:
     """log p(peptide | target) - log p(peptide | no target), both of interacting peptides and by their bounds, in nats:
-    [N, targets] of candidates [N, targets]. The noise of a peptide is the same under all of its targets. Collective."""
+    [N, targets] of candidates [N, targets], NaN where one is `NO_TARGET`. The noise of a peptide is the same under all
+    of its targets. Collective."""
     count, width = candidates.shape
     told = np.concatenate([np.full((count, 1), NO_TARGET), candidates], axis=1)
 
@@ -47,12 +48,12 @@ def target_ratios(rows: Rows, peptides: Peptides, candidates: np.ndarray, what: 
 
     (nats,) = rows(f"rankings, {what}", told.size, compute)
     nats = nats.reshape(told.shape)
-    return nats[:, :1] - nats[:, 1:]
+    return np.where(candidates == NO_TARGET, np.nan, nats[:, :1] - nats[:, 1:])
 
 
 def decoys(peptides: Peptides, known: Peptides, pool: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
-    """The target of each peptide, then as many others of `pool` for each, at random, at most `count`: [N, 1 + decoys].
-    None of them is a target of that peptide in `known` (which has all pairs)."""
+    """The target of each peptide, then at most `count` others of `pool`, at random: [N, 1 + decoys], `NO_TARGET` where
+    a peptide has fewer. None of them is a target of that peptide in `known` (which has all pairs)."""
     pairs: dict[bytes, set[int]] = {}
     for key, target in zip(_keys(known), known.targets.tolist(), strict=True):
         pairs.setdefault(key, set()).add(target)
@@ -61,8 +62,8 @@ def decoys(peptides: Peptides, known: Peptides, pool: np.ndarray, count: int, *,
     for key, target in zip(_keys(peptides), peptides.targets.tolist(), strict=True):
         others = [other for other in generator.permutation(pool).tolist() if other not in pairs[key] | {target}]
         found.append([target, *others[:count]])
-    width = min(map(len, found), default=1)
-    return np.array([row[:width] for row in found], np.int64).reshape(len(found), width)
+    width = max(map(len, found), default=1)
+    return np.array([row + [NO_TARGET] * (width - len(row)) for row in found], np.int64).reshape(len(found), width)
 
 
 def _keys(peptides: Peptides) -> list[bytes]:

@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.evaluation_result import Row
 from pipeline.systems.mimir.evaluation.distances import Distance, composition_distance, kmer_distance, length_distance
 from pipeline.systems.mimir.evaluation.estimates import Estimate
+from pipeline.systems.mimir.evaluation.held_out import HeldOut
 from pipeline.systems.mimir.evaluation.ranking import Ranking
 from pipeline.systems.mimir.evaluation.recovery import Recovery
 from pipeline.systems.mimir.evaluation.samples import diversity, novelty, uniqueness, validity
@@ -56,13 +57,14 @@ def quality(
     ]
 
 
-def distances(drawn: Peptides, held_out: Peptides, letters: int) -> dict[str, Distance]:
+def distances(drawn: Peptides, held_out: HeldOut, letters: int) -> dict[str, Distance]:
     """Between drawn and held-out peptides of one kind, by what is compared."""
-    runs = {f"{k}-mer distance": kmer_distance(drawn, held_out, k, letters) for k in RUNS}
+    other, groups = held_out.peptides, held_out.groups
+    runs = {f"{k}-mer distance": kmer_distance(drawn, other, k, letters, groups) for k in RUNS}
     return {
-        "composition distance": composition_distance(drawn, held_out, letters),
+        "composition distance": composition_distance(drawn, other, letters, groups),
         **runs,
-        "length distance": length_distance(drawn, held_out),
+        "length distance": length_distance(drawn, other, groups),
     }
 
 

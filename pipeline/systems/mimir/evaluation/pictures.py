@@ -11,6 +11,7 @@ from pipeline.heat_map import HeatMap
 from pipeline.systems.mimir.evaluation.bits import bits_per_residue
 from pipeline.systems.mimir.evaluation.distances import Distance
 from pipeline.systems.mimir.evaluation.estimates import Estimate, ratios
+from pipeline.systems.mimir.evaluation.held_out import HeldOut
 from pipeline.systems.mimir.evaluation.kmers import kmers
 from pipeline.systems.mimir.evaluation.likelihoods import Likelihoods
 from pipeline.systems.mimir.evaluation.ranking import roc
@@ -19,22 +20,23 @@ from pipeline.systems.mimir.evaluation.samples import uniqueness_by_count
 from pipeline.systems.mimir.peptides import Peptides
 
 OVER = "peptides"
+CLUSTERS = "clusters of peptides"
+"""What intervals are over: of drawn peptides each by itself, of held-out ones clusters, or targets that are unseen."""
 SHOWN = 12
 """Targets of the picture of recovered ones."""
 
 
-def bits_by_length(found: Mapping[str, tuple[Likelihoods, Peptides]], entropy_bits: float) -> Curve:
-    lengths = sorted({int(length) for _, peptides in found.values() for length in peptides.lengths})
-    estimates = {
-        kind: [
-            bits_per_residue(one.nats[peptides.lengths == length], peptides.lengths[peptides.lengths == length])
-            for length in lengths
-        ]
-        for kind, (one, peptides) in found.items()
-    }
+def bits_by_length(found: Mapping[str, tuple[Likelihoods, HeldOut]], entropy_bits: float) -> Curve:
+    lengths = sorted({int(length) for _, held_out in found.values() for length in held_out.peptides.lengths})
+
+    def of(one: Likelihoods, held_out: HeldOut, length: int) -> Estimate:
+        mine = held_out.peptides.lengths == length
+        return bits_per_residue(one.nats[mine], held_out.peptides.lengths[mine], held_out.groups[mine])
+
+    estimates = {kind: [of(*pair, length) for length in lengths] for kind, pair in found.items()}
     return _with_intervals(
         Curve("Bound on the likelihood by length", "residues", "bits per residue", tuple(map(float, lengths)), {},
-              interval_over=OVER, levels={"independent residues": entropy_bits}), estimates
+              interval_over=CLUSTERS, levels={"independent residues": entropy_bits}), estimates
     )  # fmt: skip
 
 
@@ -45,16 +47,16 @@ def cross_entropy_by_timestep(found: Mapping[str, Likelihoods], floors: np.ndarr
     return Curve("Cross-entropy by timestep", "timestep", "nats per residue that counts", timesteps, series)
 
 
-def compositions(sets: Mapping[str, Peptides], letters: str) -> Curve:
-    """Shares of the residues of each set."""
+def compositions(sets: Mapping[str, Peptides], letters: str, groups: Mapping[str, np.ndarray]) -> Curve:
+    """Shares of the residues of each set; `groups`: what belongs together in some of them."""
     estimates: dict[str, list[Estimate]] = {}
     for name, peptides in sets.items():
         owners, residues = kmers(peptides, 1, len(letters))
         counts = np.zeros((len(peptides), len(letters)))
         np.add.at(counts, (owners, residues), 1.0)
-        estimates[name] = ratios(counts, peptides.lengths.astype(np.float64))
+        estimates[name] = ratios(counts, peptides.lengths.astype(np.float64), groups.get(name))
     places = tuple(float(place) for place in range(len(letters)))
-    curve = Curve("Residues", "residue", "share", places, {}, interval_over=OVER, names=tuple(letters))
+    curve = Curve("Residues", "residue", "share", places, {}, interval_over=CLUSTERS, names=tuple(letters))
     return _with_intervals(curve, estimates)
 
 
@@ -134,7 +136,7 @@ def recovery_curve(rows: Sequence[Row]) -> Curve:
     }
     places = tuple(map(float, range(len(mine))))
     return Curve("Label and target from the peptide", "", "share recovered", places, series,
-                 intervals={"recovered": (low, high)}, interval_over=OVER, names=names)  # fmt: skip
+                 intervals={"recovered": (low, high)}, interval_over=CLUSTERS, names=names)  # fmt: skip
 
 
 def roc_curve(ratios: Mapping[str, np.ndarray]) -> Curve:

@@ -15,7 +15,7 @@ class Ranking:
 
     auroc: probability that a true pair of peptide and target has a higher ratio than a decoy, over all pairs.
     within: the same among the targets of one peptide, on average. first: how often the true target is the first of all
-    of a peptide's; `chance` is what a guess has of it.
+    of a peptide's; `chance` is what a guess has of it, on average. Of peptides with one decoy at least.
     """
 
     auroc: Estimate
@@ -25,18 +25,22 @@ class Ranking:
 
 
 def rank(ratios: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0) -> Ranking:
-    """Of ratios [N, 1 + decoys], the true target's first. Intervals are over groups [N] of peptides, such as those of
-    a target (None: over peptides)."""
-    count, candidates = ratios.shape
-    groups = np.arange(count) if groups is None else groups
+    """Of ratios [N, 1 + decoys], the true target's first, NaN for a decoy that a peptide lacks. Intervals are over
+    groups [N] of peptides, such as those of a target (None: over peptides)."""
+    groups = np.arange(len(ratios)) if groups is None else groups
+    ranked = ~np.isnan(ratios[:, 1:]).all(1)
+    if not ranked.any():
+        return Ranking(Estimate.unknown(), Estimate.unknown(), Estimate.unknown(), np.nan)
+    ratios, groups = ratios[ranked], groups[ranked]
     true, decoys = ratios[:, :1], ratios[:, 1:]
-    above = ((true > decoys) + 0.5 * (true == decoys)).mean(1) if candidates > 1 else np.array([])
-    best = ratios == ratios.max(1, keepdims=True, initial=-np.inf)
+    above = np.where(np.isnan(decoys), 0.0, (true > decoys) + 0.5 * (true == decoys))
+    candidates = (~np.isnan(ratios)).sum(1)
+    best = ratios == np.nanmax(ratios, 1, keepdims=True)
     # Of several that are equally likely a guess among them is the first.
     first = best[:, 0] / best.sum(1)
-    within = mean(above, groups if candidates > 1 else groups[:0], seed=seed)
-    return Ranking(_pooled(ratios, groups, seed), within, mean(first, groups, seed=seed),
-                   1 / candidates)  # fmt: skip
+    within = mean(above.sum(1) / (candidates - 1), groups, seed=seed)
+    chance = float((1 / candidates).mean())
+    return Ranking(_pooled(ratios, groups, seed), within, mean(first, groups, seed=seed), chance)
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -49,8 +53,10 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
 
 
 def roc(ratios: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """The share of true targets above the threshold that lets through the shares `rates` [R] of decoys: [R]."""
-    true, decoys = np.sort(ratios[:, 0])[::-1], np.sort(ratios[:, 1:].ravel())[::-1]
+    """The share of true targets above the threshold that lets through the shares `rates` [R] of decoys, which are NaN
+    where a peptide lacks one: [R]."""
+    every = ratios[:, 1:][~np.isnan(ratios[:, 1:])]
+    true, decoys = np.sort(ratios[:, 0])[::-1], np.sort(every)[::-1]
     thresholds = np.unique(np.concatenate([true, decoys]))[::-1]
     passed = np.searchsorted(-decoys, -thresholds, side="right") / len(decoys)
     found = np.searchsorted(-true, -thresholds, side="right") / len(true)
@@ -58,17 +64,16 @@ def roc(ratios: np.ndarray, rates: np.ndarray) -> np.ndarray:
 
 
 def _pooled(ratios: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
-    if ratios.shape[1] < 2:
-        return Estimate.unknown()
     scores, places = np.unique(ratios, return_inverse=True)
     places = places.reshape(ratios.shape)
-    decoys = np.broadcast_to(np.arange(len(ratios))[:, None], ratios[:, 1:].shape)
+    there = ~np.isnan(ratios[:, 1:])
+    decoys = np.broadcast_to(np.arange(len(ratios))[:, None], there.shape)[there]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         binned = np.zeros((len(weights), len(scores), 2))
         for row, weight in zip(binned, weights, strict=True):
             row[:, 0] = np.bincount(places[:, 0], weight, len(scores))
-            row[:, 1] = np.bincount(places[:, 1:].ravel(), weight[decoys].ravel(), len(scores))
+            row[:, 1] = np.bincount(places[:, 1:][there], weight[decoys], len(scores))
         return _area(binned)
 
     return bootstrap(statistic, groups, seed=seed)

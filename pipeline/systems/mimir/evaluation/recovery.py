@@ -60,8 +60,9 @@ def _left_out(counts: np.ndarray, totals: np.ndarray, everywhere: np.ndarray, we
     return float((counts[seen] * np.log(share[seen])).sum())
 
 
-def recovery(scores: np.ndarray, classes: np.ndarray, *, seed: int = 0) -> Recovery:
-    """Of scores [N, classes] and what the peptides were drawn for [N]."""
+def recovery(scores: np.ndarray, classes: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0) -> Recovery:
+    """Of scores [N, classes] and what the peptides were drawn for [N]. The interval is over groups [N] (None: over
+    peptides)."""
     if not len(classes):
         return Recovery(Estimate.unknown(), np.nan, np.nan)
     said = scores.argmax(1)
@@ -78,7 +79,7 @@ def recovery(scores: np.ndarray, classes: np.ndarray, *, seed: int = 0) -> Recov
         shuffled = generator.permutation(classes)
         right = np.bincount(np.searchsorted(present, shuffled), said == shuffled, len(present))
         shares.append(float((right / member.sum(0)).mean()))
-    found = bootstrap(balanced, np.arange(len(classes)), seed=seed)
+    found = bootstrap(balanced, np.arange(len(classes)) if groups is None else groups, seed=seed)
     return Recovery(found, float(np.mean(shares)), float(np.quantile(shares, 0.95)))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pipeline.parallel.collectives import all_gather_object
 from pipeline.runtime.sync import SyncPoint
-from pipeline.systems.mimir.peptides import Peptides
 from pipeline.systems.mimir.sampling.batch import Predicts
 
 
@@ -44,16 +43,3 @@ class Rows:
     def tensor(self, values: np.ndarray) -> Tensor:
         """Whole numbers as int64, on the model's device."""
         return torch.from_numpy(values.astype(np.int64)).to(self.device)
-
-
-def chosen(peptides: Peptides, rows: np.ndarray) -> Peptides:
-    """Those at indices, or of a mask."""
-    return Peptides(peptides.letters[rows], peptides.lengths[rows], peptides.labels[rows], peptides.targets[rows])
-
-
-def some(peptides: Peptides, count: int, seed: int = 0) -> Peptides:
-    """`count` of them at random, in their order; all where there are no more."""
-    if len(peptides) <= count:
-        return peptides
-    generator = np.random.Generator(np.random.PCG64(seed))
-    return chosen(peptides, np.sort(generator.permutation(len(peptides))[:count]))

@@ -12,18 +12,20 @@ from torch import nn
 
 from pipeline.evaluation_result import Curve, Evaluation, Row
 from pipeline.heat_map import HeatMap
+from pipeline.parallel.collectives import shared_errors
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.mimir.data.encode import decode
 from pipeline.systems.mimir.evaluation import measures, pictures
 from pipeline.systems.mimir.evaluation.bits import bits_per_residue
 from pipeline.systems.mimir.evaluation.distances import Distance
 from pipeline.systems.mimir.evaluation.drawing import draw_like, targets_of
+from pipeline.systems.mimir.evaluation.held_out import HeldOut, by_cluster, by_target
 from pipeline.systems.mimir.evaluation.likelihoods import Likelihoods, decoys, likelihoods, target_ratios
 from pipeline.systems.mimir.evaluation.ranking import rank
 from pipeline.systems.mimir.evaluation.recovery import KmerClassifier, recovery
-from pipeline.systems.mimir.evaluation.rows import Rows, chosen, some
+from pipeline.systems.mimir.evaluation.rows import Rows
 from pipeline.systems.mimir.held_out import KINDS, composition
-from pipeline.systems.mimir.peptides import INTERACTING, Peptides, PeptideSet
+from pipeline.systems.mimir.peptides import INTERACTING, NO_TARGET, Peptides, PeptideSet, chosen, some
 from pipeline.systems.mimir.sampling.batch import Predicts
 from pipeline.systems.mimir.sampling.nearest import nearest
 
@@ -71,9 +73,14 @@ class PeptideSuite:
         }
         if system.sizes.target == "encoder":
             held_out[UNSEEN] = self.data.held_out_targets
-        self.held_out = {
-            kind: some(found, max(options.peptides, options.samples)) for kind, found in held_out.items() if len(found)
-        }
+        most = max(options.peptides, options.samples)
+        with shared_errors(sync_point.topology):
+            # Of all that is held out: few of a cluster need not be near each other.
+            self.held_out = {
+                kind: (by_target(found) if kind == UNSEEN else by_cluster(found, system.sizes.letters)).some(most)
+                for kind, found in held_out.items()
+                if len(found)
+            }
         self.table: list[Row] = []
         self.curves: dict[str, Curve] = {}
         self.heat_maps: dict[str, HeatMap] = {}
@@ -83,7 +90,7 @@ class PeptideSuite:
         self.rank()
         drawn = {
             kind: draw_like(
-                self.rows, found, self.options.samples, kind, guidance=self.options.guidance,
+                self.rows, found.peptides, self.options.samples, kind, guidance=self.options.guidance,
                 temperature=self.options.temperature, seed=self.options.seed,
             )
             for kind, found in self.held_out.items()
@@ -97,27 +104,23 @@ class PeptideSuite:
     def texts(self, peptides: Peptides) -> list[str]:
         return decode(peptides.letters, peptides.lengths, self.system.sizes.letters)
 
-    def groups(self, kind: str, peptides: Peptides) -> np.ndarray | None:
-        """What intervals are over: peptides, but targets where these are what training has not seen."""
-        return peptides.targets if kind == UNSEEN else None
-
     def score(self) -> None:
         """Bounds and cross-entropies of held-out peptides."""
-        found: dict[str, tuple[Likelihoods, Peptides]] = {}
+        found: dict[str, tuple[Likelihoods, HeldOut]] = {}
         kernel = self.system.kernel
         floors, entropies, residues = [], [], []
         for kind, every in self.held_out.items():
             # Of the kind: the model is told the label.
-            shares = composition(every, self.letters).astype(np.float64)
+            shares = composition(every.peptides, self.letters).astype(np.float64)
             frequencies = torch.from_numpy(shares / shares.sum())
             floors.append(kernel.cross_entropy_floors(frequencies).numpy())
             entropy = float(torch.special.entr(frequencies).sum()) / math.log(2)
             entropies.append(entropy)
             residues.append(shares.sum())
-            peptides = some(every, self.options.peptides)
-            one = likelihoods(self.rows, peptides, kind)
-            found[kind] = (one, peptides)
-            bits = bits_per_residue(one.nats, peptides.lengths, self.groups(kind, peptides))
+            held_out = every.some(self.options.peptides)
+            one = likelihoods(self.rows, held_out.peptides, kind)
+            found[kind] = (one, held_out)
+            bits = bits_per_residue(one.nats, held_out.peptides.lengths, held_out.groups)
             self.table.append(measures.row("bits per residue", kind, bits, entropy, "independent residues"))
             ce = float(one.ce.sum() / one.counts.sum())
             self.table.append(measures.row("cross-entropy, nats", kind, ce, float(floors[-1].mean()), "floor"))
@@ -135,18 +138,19 @@ class PeptideSuite:
             *(np.concatenate([getattr(part, name) for part in every]) for name in Peptides.__annotations__)
         )
         for kind in ("interacting", UNSEEN):
-            peptides = some(self.held_out[kind], self.options.peptides) if kind in self.held_out else None
-            if peptides is not None:
-                peptides = chosen(peptides, peptides.targets >= 0)
-            if peptides is None or not len(peptides):
+            if kind not in self.held_out:
                 continue
+            held_out = self.held_out[kind].some(self.options.peptides)
+            held_out = held_out[held_out.peptides.targets >= 0]
             seen = np.arange(self.data.training_targets)
             unseen = np.arange(self.data.training_targets, len(self.data.target_names))
-            candidates = decoys(peptides, known, unseen if kind == UNSEEN else seen, self.options.decoys)
-            if candidates.shape[1] < 2:
+            candidates = decoys(held_out.peptides, known, unseen if kind == UNSEEN else seen, self.options.decoys)
+            several = (candidates[:, 1:] != NO_TARGET).any(1)
+            if not several.any():
                 continue
-            ratios[kind] = target_ratios(self.rows, peptides, candidates, kind)
-            self.table += measures.ranking_rows(kind, rank(ratios[kind], self.groups(kind, peptides)))
+            held_out, candidates = held_out[several], candidates[several]
+            ratios[kind] = target_ratios(self.rows, held_out.peptides, candidates, kind)
+            self.table += measures.ranking_rows(kind, rank(ratios[kind], held_out.groups))
         if ratios:
             self.curves["target_roc"] = pictures.roc_curve(ratios)
 
@@ -154,18 +158,19 @@ class PeptideSuite:
         """What is drawn beside what is held out."""
         sizes, training = self.system.sizes, self.texts(self.data.training)
         known = set(training)
-        sets, texts, edits = {}, {}, {}
+        sets, texts, edits, groups = {}, {}, {}, {}
         distances: dict[str, dict[str, Distance]] = {}
         for kind, peptides in drawn.items():
             held_out = self.held_out[kind]
-            mine, theirs = self.texts(peptides), self.texts(held_out)
+            mine, theirs = self.texts(peptides), self.texts(held_out.peptides)
+            groups[f"{kind}, held out"] = held_out.groups
             self.table += measures.quality(kind, mine, theirs, known, sizes.min_length, sizes.max_length)
             distances[kind] = measures.distances(peptides, held_out, self.letters)
             self.table += measures.distance_rows(kind, distances[kind])
-            for name, found, words in (("drawn", peptides, mine), ("held out", held_out, theirs)):
+            for name, found, words in (("drawn", peptides, mine), ("held out", held_out.peptides, theirs)):
                 sets[f"{kind}, {name}"], texts[f"{kind}, {name}"] = found, words
                 edits[f"{kind}, {name}"] = nearest(words[:NEAREST], training)[0]
-        self.curves["residues"] = pictures.compositions(sets, sizes.letters)
+        self.curves["residues"] = pictures.compositions(sets, sizes.letters, groups)
         self.curves["lengths"] = pictures.length_shares(sets, sizes.min_length, sizes.max_length)
         self.curves["distances"] = pictures.distance_curve(distances)
         self.curves["uniqueness"] = pictures.uniqueness_curve(texts)
@@ -177,11 +182,14 @@ class PeptideSuite:
         training = some(self.data.training, CLASSIFIED)
         if all(kind in drawn for kind in KINDS) and len(np.unique(training.labels)) == len(KINDS):
             classifier = KmerClassifier(training, training.labels.astype(np.int64), self.letters)
+            held_out = {kind: self.held_out[kind].peptides for kind in KINDS}
+            first, second = (self.held_out[kind].groups for kind in KINDS)
+            groups = np.concatenate([first, second + first.max() + 1])
             found = []
-            for sets in (drawn, self.held_out):
+            for sets, together in ((drawn, None), (held_out, groups)):
                 scores = np.concatenate([classifier.scores(sets[kind]) for kind in KINDS])
                 labels = np.concatenate([sets[kind].labels for kind in KINDS]).astype(np.int64)
-                found.append(recovery(scores, labels))
+                found.append(recovery(scores, labels, together))
             self.table += measures.recovery_rows("label", "both labels", found[0], found[1])
         interacting = some(chosen(self.data.training, self.data.training.labels == INTERACTING), CLASSIFIED)
         self._recover_targets("interacting", interacting, drawn)
@@ -196,18 +204,19 @@ class PeptideSuite:
         classifier = KmerClassifier(real, np.searchsorted(targets, real.targets), self.letters)
 
         def scored(peptides: Peptides) -> tuple[np.ndarray, np.ndarray]:
-            mine = chosen(peptides, np.isin(peptides.targets, targets))
-            return classifier.scores(mine), np.searchsorted(targets, mine.targets)
+            return classifier.scores(peptides), np.searchsorted(targets, peptides.targets)
 
-        scores, classes = scored(drawn[kind])
+        scores, classes = scored(chosen(drawn[kind], np.isin(drawn[kind].targets, targets)))
         found = recovery(scores, classes)
         if kind == UNSEEN:
             self.table.append(
                 measures.row("target recovered", kind, found.recovered, found.shuffled, "shuffled", found.upper)
             )
         else:
-            held_out = recovery(*scored(self.held_out[kind]))
-            self.table += measures.recovery_rows("target", kind, found, held_out)
+            held_out = self.held_out[kind]
+            held_out = held_out[np.isin(held_out.peptides.targets, targets)]
+            other = recovery(*scored(held_out.peptides), held_out.groups)
+            self.table += measures.recovery_rows("target", kind, found, other)
         names = [self.data.target_names[target] for target in targets]
         if len(classes):
             self.heat_maps[f"targets_{kind.split()[0]}"] = pictures.target_map(scores, classes, names)

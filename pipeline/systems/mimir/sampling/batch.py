@@ -15,7 +15,7 @@ from pipeline.systems.mimir.diffusion.kernel import Kernel
 from pipeline.systems.mimir.model import ModelOutput, TargetSequences
 from pipeline.systems.mimir.model.sequences import encode
 from pipeline.systems.mimir.peptides import DROPPED, NO_TARGET
-from pipeline.systems.mimir.sampling.sampler import Denoise, Order, draw_lengths, guided, sample
+from pipeline.systems.mimir.sampling.sampler import Denoise, Order, draw_lengths, guided, sample, weighed
 
 
 class Predicts(Protocol):
@@ -87,6 +87,15 @@ def denoiser(system: Predicts, model: nn.Module, conditions: Conditions, lengths
     return denoise
 
 
+def _log_lengths(system: Predicts, model: nn.Module, conditions: Conditions) -> Tensor:
+    """log p(length | conditions), [rows, longest + 1]."""
+    ones, longest = torch.ones_like(conditions.labels), system.sizes.max_length
+    blank = torch.zeros((conditions.rows, longest), dtype=torch.int64, device=ones.device)
+    return system.predict(
+        model, blank, ones, ones * longest, conditions.labels, conditions.targets, conditions.sequences
+    ).log_lengths
+
+
 @torch.no_grad()
 def draw_batch(
     system: Predicts,
@@ -103,18 +112,14 @@ def draw_batch(
     A row is a function of its conditions, settings, seed, domain and draw [rows] int64, whatever the other rows are.
     Their model is in evaluation mode. Raises UserError.
     """
-    sizes, rows = system.sizes, conditions.rows
-    nothing = torch.zeros((rows, sizes.max_length), dtype=torch.int64, device=draw.device)
-    ones = torch.ones_like(draw)
-    log_lengths = system.predict(
-        model, nothing, ones, ones * sizes.max_length, conditions.labels, conditions.targets, conditions.sequences
-    ).log_lengths
+    sizes, nothing = system.sizes, conditions.withheld(system.sizes)
+    log_lengths = _log_lengths(system, model, conditions)
+    # Empirical lengths are those of the label in the data, whose scatter guidance would only enlarge.
+    if sizes.length == "head" and settings.guidance != 1:
+        log_lengths = weighed(log_lengths, _log_lengths(system, model, nothing), settings.guidance)
     lengths = draw_lengths(log_lengths, settings.least, settings.most, seed=seed, domain=domain, draw=draw)
     denoise = guided(
-        denoiser(system, model, conditions, lengths),
-        denoiser(system, model, conditions.withheld(sizes), lengths),
-        settings.guidance,
-        settings.temperature,
+        denoiser(system, model, conditions, lengths), denoiser(system, model, nothing, lengths), settings.guidance
     )
     letters = sample(
         system.kernel,
@@ -126,6 +131,7 @@ def draw_batch(
         draw=draw,
         steps=settings.steps,
         order=settings.order,
+        temperature=settings.temperature,
     )
     return letters, lengths
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.capabilities import DrawOptions
 from pipeline.errors import UserError
 from pipeline.files.home import expanded
 
@@ -16,7 +17,7 @@ SUFFIXES = (".csv", ".fasta", ".fa", ".faa")
 
 
 @dataclass(frozen=True)
-class PeptideOptions:
+class PeptideOptions(DrawOptions):
     """New peptides that a model draws, each with the variational bound on its likelihood and the training peptide that
     is nearest to it. Printed as a table, or written with --output."""
 
@@ -37,7 +38,8 @@ class PeptideOptions:
     temperature: float = 1.0
     """Below 1 likely residues become likelier, above 1 less so; 0: the likeliest in every prediction of the model."""
     guidance: float = 1.0
-    """How much label and target count. 1: as in the training data; above 1 more; 0: not at all."""
+    """How much label and target count, for the residues and for the lengths of a length head. 1: as in the training
+    data; above 1 more; 0: not at all."""
     steps: int | None = None
     """Steps from noise to peptide; fewer than the model's timesteps skip some. None: all of them."""
     order: Literal["confidence", "random"] | None = None

@@ -17,33 +17,40 @@ from pipeline.systems.mimir.diffusion.noise import categorical, uniforms
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Logits [rows, L, K] of the letters of x_0, given x_t [rows, L] and t [rows]."""
 Order = Literal["confidence", "random"]
+DIVERGED = "its weights have diverged: give an earlier checkpoint"
 FAR = 1e4
 """By how much the logit of the likeliest letter is above those of others at temperature 0: all of the probability."""
 
 
-def guided(conditional: Denoise, unconditional: Denoise, guidance: float = 1.0, temperature: float = 1.0) -> Denoise:
+def guided(conditional: Denoise, unconditional: Denoise, guidance: float = 1.0) -> Denoise:
     """What a sampler is given in the place of the denoiser itself.
 
     guidance g: log p is (1 - g) log p(x_0 | x_t) + g log p(x_0 | x_t, condition) up to its normalisation, classifier-
     free guidance (Ho and Salimans, arXiv:2207.12598) with g = 1 + w. 1 is the condition's own distribution and 0 that
-    without a condition; each then asks one denoiser alone. temperature divides the logits after that; at 0 the
-    likeliest letter has all of the probability, of equals the first.
+    without a condition; each then asks one denoiser alone.
     """
 
     def denoise(xt: Tensor, t: Tensor) -> Tensor:
         if guidance == 1:
-            logits = conditional(xt, t)
-        elif guidance == 0:
-            logits = unconditional(xt, t)
-        else:
-            without = unconditional(xt, t)
-            logits = without + guidance * (conditional(xt, t) - without)
-        if temperature == 0:
-            best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
-            return FAR * best
-        return logits / temperature
+            return conditional(xt, t)
+        without = unconditional(xt, t)
+        return without if guidance == 0 else weighed(conditional(xt, t), without, guidance)
 
     return denoise
+
+
+def weighed(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """(1 - guidance) times logits without a condition and guidance times those with it; -inf where both are."""
+    never = torch.isneginf(conditional) & torch.isneginf(unconditional)
+    return (unconditional + guidance * (conditional - unconditional)).masked_fill(never, -torch.inf)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits [..., K] divided by a temperature; at 0 the likeliest letter has all of the probability, of equals the
+    first."""
+    if temperature == 0:
+        return FAR * torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
+    return logits / temperature
 
 
 @torch.no_grad()
@@ -58,36 +65,40 @@ def sample(
     draw: Tensor,
     steps: int | None = None,
     order: Order = "confidence",
+    temperature: float = 1.0,
 ) -> Tensor:
     """Peptides, [rows, width] int64 letters, 0 beyond their lengths [rows].
 
     Ancestral sampling through `kernel.ladder(steps)`, all T timesteps by default: each step draws from the mixture over
     the predicted x_0 of the exact posteriors. Fewer steps skip timesteps, exactly as far as residues do not depend on
-    each other. `order`: which residues the absorbing kernel reveals first, those that the denoiser is surest of or any;
-    the letters are drawn either way. A row is a function of (seed, domain, draw) and of what the denoiser says of that
-    row alone. Raises UserError where its logits are not finite.
+    each other. `order`: which residues the absorbing kernel reveals first, those that the denoiser is surest of,
+    whatever the temperature, or any; the letters are drawn either way, of `tempered` logits. A row is a function of
+    (seed, domain, draw) and of what the denoiser says of that row alone. Raises UserError where its logits are not
+    finite.
     """
     x = kernel.start(lengths, width, seed, domain, draw)
     for high, low in pairwise(kernel.ladder(kernel.T if steps is None else steps)):
         t, s = torch.full_like(lengths, high), torch.full_like(lengths, low)
         logits = denoise(x, t)
         if not bool(torch.isfinite(logits).all()):
-            raise UserError("the model's logits are not finite: its weights have diverged: give an earlier checkpoint")
+            raise UserError(f"the model's logits are not finite: {DIVERGED}")
+        letters = tempered(logits, temperature)
         if isinstance(kernel, AbsorbingKernel):
-            x = kernel.step(logits, x, t, s, lengths, seed, domain, draw, order=order)
+            x = kernel.step(letters, x, t, s, lengths, seed, domain, draw, order=order, sure=logits)
         else:
-            x = kernel.step(logits, x, t, s, lengths, seed, domain, draw)
+            x = kernel.step(letters, x, t, s, lengths, seed, domain, draw)
     return x
 
 
 def draw_lengths(log_lengths: Tensor, least: int, most: int, *, seed: int, domain: str, draw: Tensor) -> Tensor:
-    """Lengths, [rows] int64, from log p(length) [rows, longest + 1] restricted to least..most. Raises UserError where
-    a row has no probability there."""
-    allowed = log_lengths.double().exp()
-    outside = torch.arange(allowed.shape[1], device=allowed.device)
-    allowed = allowed.masked_fill((outside < least) | (outside > most), 0)
-    if not bool((allowed.sum(-1) > 0).all()):
+    """Lengths, [rows] int64, from log p(length) up to its normalisation, [rows, longest + 1], restricted to
+    least..most. Raises UserError where a row has no probability there, or is not finite."""
+    if bool((torch.isnan(log_lengths) | torch.isposinf(log_lengths)).any()):
+        raise UserError(f"the model's lengths are not finite: {DIVERGED}")
+    length = torch.arange(log_lengths.shape[1], device=log_lengths.device)
+    allowed = log_lengths.double().masked_fill((length < least) | (length > most), -torch.inf)
+    if bool(torch.isneginf(allowed.amax(-1)).any()):
         raise UserError(
             f"--min-length {least} --max-length {most}: the model has seen no peptide of these lengths: widen the range"
         )
-    return categorical(allowed, uniforms(seed, f"{domain}/length", draw, 1)[:, 0, 0])
+    return categorical(allowed.softmax(-1), uniforms(seed, f"{domain}/length", draw, 1)[:, 0, 0])

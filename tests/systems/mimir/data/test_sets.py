@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from pipeline.systems.mimir.data.encode import decode
 from pipeline.systems.mimir.data.process import Process, ProcessSettings, read_process
 from pipeline.systems.mimir.data.synthetic import SETTINGS, synthetic_table
 from pipeline.systems.mimir.data.table import read_table
+from pipeline.systems.mimir.peptides import Peptides
 
 
 def config(model: MimirConfig | None = None, **data: object) -> RunConfig:
@@ -76,6 +79,23 @@ def test_loaders_of_a_run() -> None:
     assert {training.domain, held_out.domain, targets.domain} == {"train", "held out", "held-out targets"}
     assert (held_out.peptides, targets.peptides) == (found.held_out, found.held_out_targets)
     assert "equally often" in training.describe() and "equally often" not in held_out.describe()
+
+
+@pytest.mark.parametrize(
+    ("interacting", "most", "balanced", "read"),
+    [(5, 100, True, 5), (300, 100, True, 50), (300, 0, True, 300), (5, 100, False, None), (5, 600, True, 5)],
+)
+def test_an_evaluation_reads_half_of_each_label_if_there_are_so_many(
+    interacting: int, most: int, balanced: bool, read: int | None
+) -> None:
+    labels = np.repeat([1, 0], [interacting, 500]).astype(np.int8)
+    lengths = np.full(len(labels), 8, np.uint8)
+    held_out = Peptides(np.zeros((len(labels), 20), np.uint8), lengths, labels, np.full(len(labels), -1, np.int32))
+    run = config(MimirConfig(balanced=balanced, held_out_peptides=most), dataset="synthetic:300")
+    found = dataclasses.replace(list_peptides(run), held_out=held_out)
+    labels = build_loader(run, Topology(), found, held_out=True).peptides.labels
+    assert len(labels) == min(most or len(held_out), len(held_out))
+    assert read is None or labels.sum() == read
 
 
 def test_the_antimicrobial_peptides_of_modlamp() -> None:
@@ -145,6 +165,36 @@ def test_a_check_that_fails_ends_the_command(tmp_path: Path, capsys: pytest.Capt
     assert [line.split("  ")[1] for line in failed] == ["lengths", "duplicate pairs"]
     with pytest.raises(UserError, match="--min-length 9 is above --max-length 8"):
         run_data(["verify", str(path), "--min-length", "9", "--max-length", "8"])
+
+
+def test_files_are_checked_against_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.csv").write_text("label,target,sequence\n1,P1,ACDE\n0,,KLMN\n")
+    (folder / "b.csv").write_text("label,target,sequence\n1,P1,ACDE\n0,,ACDE\n")
+    (folder / "targets.fasta").write_text(">P1\nACDEFGHIKL\n")
+    for words in ([str(folder)], [str(folder / "a.csv"), str(folder / "b.csv")]):
+        with pytest.raises(
+            UserError, match=r"2 checks failed .*b\.csv, line 2: ACDE stands at .*a\.csv, line 2 already"
+        ):
+            run_data(["verify", *words])
+        failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+        assert [line.split("  ")[1] for line in failed] == ["duplicate pairs", "overlap"]
+    (folder / "b.csv").unlink()
+    run_data(["verify", str(folder)])
+    first, *checks = capsys.readouterr().out.splitlines()
+    assert first == f"{folder / 'targets.fasta'}  not read: no label= and no target= in its headers"
+    assert len(checks) == 9 and all(line.startswith(f"{folder / 'a.csv'}  ") for line in checks)
+
+
+def test_a_folder_of_token_files_is_checked_as_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.arange(64, dtype=np.uint16).tofile(tmp_path / "a.npy")
+    (tmp_path / "about.csv").write_text("label,target,sequence\n1,P1,ACDE\n")
+    run_data(["verify", str(tmp_path)])
+    assert "a.npy  " in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.npy or \.bin file"):
+        run_data(["verify", str(tmp_path / "empty")])
 
 
 @pytest.mark.parametrize(

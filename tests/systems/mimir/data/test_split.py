@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -33,12 +35,28 @@ def chosen(rows: Rows, parts: np.ndarray, *kinds: int, label: int | None = None)
     return [row for row, part in zip(rows, parts, strict=True) if part in kinds and label in (None, row[0])]
 
 
+def near_background(rows: Rows, parts: np.ndarray, *kinds: int) -> set[tuple[int, str, str]]:
+    """Background that is too near to background that is held out, compared with each."""
+    held_out = [row[2] for row in chosen(rows, parts, HELD_OUT, label=0)]
+    some = chosen(rows, parts, *kinds, label=0)
+    edits = process.cdist([row[2] for row in some], held_out, scorer=Levenshtein.distance)
+    shorter = np.minimum.outer([len(row[2]) for row in some], [len(text) for text in held_out])
+    apart = np.where(shorter >= 8, 2, np.where(shorter >= 6, 1, 0))
+    return {row for row, near in zip(some, (edits <= apart).any(1).tolist(), strict=True) if near}
+
+
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    """With short peptides, of which many are near each other, copies, and an overlap."""
+    """With short peptides, of which many are near each other, copies, an overlap, and background that overlaps with
+    other background, as fragments of one protein do."""
     found = rows_of(3000, targets=12, min_length=5, max_length=12)
     interacting = next(row for row in found if row[0] == 1)
-    return [*found, interacting, (0, "", interacting[2]), next(row for row in found if row[0] == 0)]
+    background = [text for label, _, text in found if label == 0]
+    cut = [(f"{text[1:]}W", text[:-1]) for text in background[:400]]
+    fragments = [(0, "", text) for both in cut for text in both]
+    known = {text for _, _, text in found}
+    fragments = [row for row in dict.fromkeys(fragments) if row[2] not in known]
+    return [*found, *fragments, interacting, (0, "", interacting[2]), (0, "", background[0])]
 
 
 def test_training_is_apart_from_what_is_held_out(rows: Rows) -> None:
@@ -49,6 +67,7 @@ def test_training_is_apart_from_what_is_held_out(rows: Rows) -> None:
     assert edits.min() == 3
     background = {row[2] for row in chosen(rows, parts, HELD_OUT, label=0)}
     assert background and not background & {row[2] for row in training}
+    assert not near_background(rows, parts, TRAINING)
     known = {row[1] for row in training}
     unseen = {row[1] for row in chosen(rows, parts, HELD_OUT_TARGET)}
     assert len(unseen) == 1 and not unseen & known
@@ -62,9 +81,21 @@ def test_what_is_left_out_is_left_out_for_a_reason_that_is_counted(rows: Rows) -
     assert found.left_out["copies"] == 2
     assert found.left_out["background that interacts as well"] == 1
     held_out = [row[2] for row in chosen(rows, found.parts, HELD_OUT, HELD_OUT_TARGET, label=1)]
-    near = process.cdist([row[2] for row in left_out], held_out, scorer=Levenshtein.distance).min(1) <= 2
-    assert near.sum() >= len(left_out) - 3
-    assert near.any()
+    edits = process.cdist([row[2] for row in left_out], held_out, scorer=Levenshtein.distance).min(1)
+    near = {row for row, distance in zip(left_out, edits.tolist(), strict=True) if distance <= 2}
+    background = near_background(rows, found.parts, LEFT_OUT)
+    assert near and background - near
+    assert len(set(left_out) - near - background) <= 3
+    counts = {why: count for why, count in found.left_out.items() if "edits of background" in why}
+    assert len(counts) == 2 and sum(counts.values()) == len(background - near)
+
+
+def test_short_background_is_not_emptied() -> None:
+    """Of the shortest lengths a set has most peptides that there are: all of them are near each other."""
+    rows: Rows = [(0, "", "".join(letters)) for letters in product("ACDE", repeat=5)]
+    parts = divide(rows, 0.1).parts
+    assert set(parts.tolist()) == {TRAINING, HELD_OUT}
+    assert 0.05 < (parts == HELD_OUT).mean() < 0.15
 
 
 def test_the_share_is_that_which_is_asked_for() -> None:

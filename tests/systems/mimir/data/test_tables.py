@@ -78,6 +78,43 @@ def test_a_csv_that_is_no_table_of_peptides_is_refused(tmp_path: Path, text: str
         read_table(write(tmp_path / "a.csv", text))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_called_by_its_name(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("label,target,sequence\n1,P1,ACDE\n".encode(encoding))
+    with pytest.raises(UserError, match=r"a\.csv is UTF-16: save it as UTF-8 \(iconv"):
+        read_table(path)
+    path.write_bytes(b"label,target,sequence\n1,\0,ACDE\n")
+    assert columns(read_table(path)) == [("1", "\0", "ACDE")]
+
+
+@pytest.mark.parametrize("separator, called", [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_other_separators_than_commas_are_called_by_their_name(tmp_path: Path, separator: str, called: str) -> None:
+    text = separator.join(["label", '"target"', "sequence", "score"]) + "\n"
+    text += separator.join(["1", "P1", "ACDE", "0,5"]) + "\n"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.csv").write_bytes(mark + text.encode())
+        with pytest.raises(UserError, match=f"a.csv has {called} between its columns: save it with commas"):
+            read_table(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbflabel,target,sequence,a;b\n1,P1,ACDE,c;d\n")
+    assert columns(read_table(tmp_path / "a.csv")) == [("1", "P1", "ACDE")]
+
+
+def test_a_fasta_file_of_targets_in_a_folder_is_none_of_peptides(tmp_path: Path) -> None:
+    targets = write(tmp_path / "human.fasta", ">P1 a protein\nACDEFGHIKL\n>P2\nMNPQ\n")
+    with pytest.raises(UserError, match=r"holds no file of peptides \(human.fasta: no label= and no target= in its"):
+        read_tables([str(tmp_path)])
+    csv_of(tmp_path / "a.csv", ROWS)
+    write(tmp_path / "b.fasta", ">x\nACDEF\n>y target=P1\nGHIKL\n")
+    found = read_tables([str(tmp_path)])
+    assert (len(found), found.skipped) == (len(ROWS) + 2, (str(targets),))
+    assert [name for name, _ in found.parts] == [str(tmp_path / name) for name in ("a.csv", "b.fasta")]
+    assert read_tables([str(tmp_path / "a.csv")]).skipped == ()
+    # Where it is named itself, it is read, and what it lacks is said.
+    with pytest.raises(UserError, match=r"human\.fasta, record 1: the label is ''"):
+        check_table(read_tables([str(targets)]), EXPECTED)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -15,6 +15,7 @@ from pipeline.systems.mimir.evaluation.distances import (
     wasserstein,
 )
 from pipeline.systems.mimir.evaluation.kmers import kmers
+from pipeline.systems.mimir.peptides import chosen
 from tests.systems.mimir.evaluation.sets import LETTERS, independent, peptides
 
 TEXTS = st.lists(st.text(LETTERS, min_size=1, max_size=8), min_size=1, max_size=5)
@@ -83,6 +84,23 @@ def test_another_distribution_is_further_than_chance() -> None:
     assert found.value > found.upper and found.value == pytest.approx(0.15, abs=0.03)
     found = length_distance(a, b)
     assert found.value > found.upper and found.value == pytest.approx(1.0, abs=0.2)
+
+
+def test_clusters_of_one_distribution_are_as_far_apart_as_chance_makes_them() -> None:
+    """Of 20 clusters of five alike, and as many single peptides."""
+    generator = np.random.Generator(np.random.PCG64(19))
+    above, apart, expected = [0, 0], [], []
+    for seed in range(40):
+        a, b = independent(generator, 100), chosen(independent(generator, 20), np.repeat(np.arange(20), 5))
+        groups = np.repeat(np.arange(20), 5)
+        found = [kmer_distance(a, b, 1, 4, of, seed=seed) for of in (groups, None)]
+        for number, distance in enumerate(found):
+            above[number] += distance.value > distance.upper
+        apart.append(found[0].value)
+        expected.append(found[0].expected)
+        assert length_distance(a, b, groups, seed=seed).expected > length_distance(a, b, seed=seed).expected
+    assert above[0] <= 6 < 15 < above[1], "5 % of 40, and what chance adds"
+    assert np.mean(apart) == pytest.approx(np.mean(expected), abs=3 * np.std(apart) / np.sqrt(40))
 
 
 def test_whole_peptides_change_sides() -> None:

@@ -71,3 +71,6 @@ def test_columns_have_the_intervals_of_ratios() -> None:
     for column, found in zip(numerators.T, ratios(numerators, denominators, seed=4), strict=True):
         alone = ratio(column, denominators, seed=4)
         assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high))
+    groups = np.arange(60) // 6
+    (found, *_), alone = ratios(numerators, denominators, groups), ratio(numerators[:, 0], denominators, groups)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))

@@ -56,8 +56,26 @@ def test_a_peptide_whose_ratios_are_all_high_says_nothing_within_itself() -> Non
 
 
 def test_without_decoys_there_is_no_ranking() -> None:
-    found = rank(np.ones((3, 1)))
-    assert math.isnan(found.auroc.value) and math.isnan(found.within.value)
+    for ratios in (np.ones((3, 1)), np.array([[1.0, np.nan]])):
+        found = rank(ratios)
+        assert math.isnan(found.auroc.value) and math.isnan(found.within.value)
+
+
+def test_peptides_may_have_decoys_in_different_numbers() -> None:
+    ratios = np.array([[3.0, 1.0, np.nan, 4.0], [2.0, np.nan, np.nan, 2.0], [9.0, np.nan, np.nan, np.nan]])
+    found = rank(ratios)
+    assert found.within.value == pytest.approx((0.5 + 0.5) / 2)
+    assert found.first.value == pytest.approx((0.0 + 0.5) / 2) and found.chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert found.auroc.value == pytest.approx(auroc(np.array([3.0, 2.0]), np.array([1.0, 4.0, 2.0])))
+    curve = roc(ratios[:2], np.array([0.0, 0.3, 1.0]))
+    assert curve.tolist() == [0.0, 0.0, 1.0]
+    generator = np.random.Generator(np.random.PCG64(9))
+    many = generator.normal(size=(300, 6)) + 0.8 * (np.arange(6) == 0)
+    few = many.copy()
+    few[7, 2:] = np.nan
+    whole, one = rank(many), rank(few)
+    assert one.within.high - one.within.low < 1.1 * (whole.within.high - whole.within.low)
+    assert one.chance == pytest.approx(1 / 6, abs=0.01)
 
 
 @settings(max_examples=25)

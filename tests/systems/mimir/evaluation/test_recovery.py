@@ -65,6 +65,14 @@ def test_rare_classes_count_as_much_as_frequent_ones() -> None:
     assert found.recovered.value == pytest.approx(0.5) == found.shuffled
 
 
+def test_the_interval_is_over_groups() -> None:
+    generator = np.random.Generator(np.random.PCG64(6))
+    classes = np.arange(40) % 2
+    scores = np.repeat(np.eye(2)[classes ^ (generator.random(40) < 0.3)], 20, axis=0)
+    apart, together = (recovery(scores, np.repeat(classes, 20), of).recovered for of in (None, np.arange(800) // 20))
+    assert together.value == apart.value and together.high - together.low > 3 * (apart.high - apart.low)
+
+
 def test_nothing_is_recovered_of_nothing() -> None:
     assert np.isnan(recovery(np.zeros((0, 3)), np.zeros(0, np.int64)).recovered.value)
 

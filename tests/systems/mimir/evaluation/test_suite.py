@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,13 @@ from pipeline.systems.mimir.data.process import Process, ProcessSettings
 from pipeline.systems.mimir.data.synthetic import synthetic_table
 from pipeline.systems.mimir.diffusion.bound import peptide_bound
 from pipeline.systems.mimir.diffusion.choice import create_kernel
-from pipeline.systems.mimir.evaluation.likelihoods import decoys, likelihoods
-from pipeline.systems.mimir.evaluation.rows import Rows, some
+from pipeline.systems.mimir.evaluation.bits import bits_per_residue
+from pipeline.systems.mimir.evaluation.held_out import by_cluster
+from pipeline.systems.mimir.evaluation.likelihoods import decoys, likelihoods, target_ratios
+from pipeline.systems.mimir.evaluation.rows import Rows
 from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
 from pipeline.systems.mimir.model import ModelOutput
-from pipeline.systems.mimir.peptides import INTERACTING
+from pipeline.systems.mimir.peptides import INTERACTING, NO_TARGET, Peptides, chosen, some
 from tests.systems.mimir.evaluation.sets import peptides
 from tests.systems.mimir.exact import ExactDenoiser
 
@@ -150,6 +154,50 @@ def test_every_measure_has_a_picture(exact: Evaluation, tmp_path: Any) -> None:
     assert "bits per residue" in text and "target AUROC" in text
 
 
+def test_intervals_are_over_clusters() -> None:
+    """Of held-out peptides that are of few families, each of many that differ in their last residue."""
+    interacting = DATA.held_out.labels == INTERACTING
+    heads = some(chosen(DATA.held_out, interacting & (DATA.held_out.targets >= 0)), 8)
+    family = chosen(heads, np.repeat(np.arange(len(heads)), 20))
+    family.letters[np.arange(len(family)), family.lengths.astype(int) - 1] = np.tile(np.arange(20), len(heads))
+    both = (family, chosen(DATA.held_out, ~interacting))
+    held_out = Peptides(*(np.concatenate([getattr(x, name) for x in both]) for name in Peptides.__annotations__))
+    system = ExactSystem()
+    system.peptides = dataclasses.replace(DATA, held_out=held_out)
+    found = suite(system, Options(samples=200, peptides=200, decoys=4))
+    groups = found.held_out["interacting"].groups
+    assert len(np.unique(groups)) <= 8 < len(groups) == 160, "two heads may be near each other"
+    assert len(np.unique(found.held_out["background"].groups)) > 0.9 * len(found.held_out["background"])
+    found.score()
+    found.rank()
+    found.describe({kind: found.held_out[kind].peptides for kind in ("interacting", "background")})
+    rows = {(row["measure"], row["of"]): row for row in found.table}
+    nats = likelihoods(found.rows, found.held_out["interacting"].peptides, "interacting").nats
+    lengths = found.held_out["interacting"].peptides.lengths
+    apart, together = (bits_per_residue(nats, lengths, of) for of in (None, groups))
+    row: Any = rows["bits per residue", "interacting"]
+    assert (row["value"], row["low"], row["high"]) == (together.value, together.low, together.high)
+    assert (together.low, together.high) != (apart.low, apart.high)
+    shares = found.curves["residues"].intervals
+    widths = {kind: np.subtract(*shares[f"interacting, {kind}"][::-1]).mean() for kind in ("drawn", "held out")}
+    assert widths["held out"] > 2 * widths["drawn"], "the same peptides, as independent ones"
+    by_length = found.curves["bits_by_length"]
+    assert by_length.interval_over == "clusters of peptides"
+    alone = np.isnan(by_length.intervals["interacting"][0]) & ~np.isnan(by_length.series["interacting"])
+    assert alone.any(), "lengths of one family have no interval"
+
+
+def test_clusters_of_what_is_held_out_are_those_of_the_split() -> None:
+    texts = ["".join(row) for row in product("ACDE", repeat=5)][::3]
+    whole = peptides(texts, "ACDE")
+    clusters = by_cluster(whole, "ACDE").groups
+    kept = np.isin(clusters, np.unique(clusters)[::3])
+    part = by_cluster(chosen(whole, np.flatnonzero(kept)), "ACDE").groups
+    assert 1 < len(np.unique(part)) < len(part)
+    same = clusters[kept][:, None] == clusters[kept]
+    assert ((part[:, None] == part) == same).all()
+
+
 def test_decoys_are_no_targets_of_the_peptide() -> None:
     found = some(DATA.held_out, 300)
     found = peptides(decode(found.letters, found.lengths, SIZES.letters), SIZES.letters, width=12)
@@ -161,6 +209,21 @@ def test_decoys_are_no_targets_of_the_peptide() -> None:
     assert (drawn[:, 0] == targets).all()
     assert all(row[0] not in row[1:] and (row[0] + 1) % 5 not in row[1:] for row in drawn.tolist())
     assert all(len(set(row)) == len(row) for row in drawn.tolist())
+
+
+def test_a_peptide_of_many_targets_leaves_the_others_their_decoys() -> None:
+    found = peptides(["ABCD", "ABCA", "ABCB"])
+    found = type(found)(found.letters, found.lengths, found.labels, np.array([0, 1, 2]))
+    many = chosen(found, np.array([0] * 8 + [1, 2]))
+    known = type(found)(many.letters, many.lengths, many.labels, np.array([*range(8), 1, 2]))
+    drawn = decoys(found, known, np.arange(9), 5)
+    assert drawn.shape == (3, 6) and (drawn[1:] >= 0).all()
+    assert drawn[0].tolist() == [0, 8, *[NO_TARGET] * 4]
+    system = ExactSystem()
+    held_out = some(chosen(DATA.held_out, DATA.held_out.targets >= 0), 3)
+    ratios = target_ratios(Rows(system, nn.Linear(1, 1), SyncPoint(Topology()), 8), held_out,
+                           np.array([[0, 1, NO_TARGET], [1, 2, 3], [2, 0, NO_TARGET]]), "test")  # fmt: skip
+    assert np.isnan(ratios).tolist() == [[False, False, True], [False] * 3, [False, False, True]]
 
 
 def test_ranks_divide_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:

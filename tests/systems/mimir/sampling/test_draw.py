@@ -25,7 +25,7 @@ from pipeline.systems.mimir.diffusion.absorbing import AbsorbingKernel
 from pipeline.systems.mimir.diffusion.kernel import Kernel
 from pipeline.systems.mimir.diffusion.uniform import UniformKernel
 from pipeline.systems.mimir.model import ModelOutput
-from pipeline.systems.mimir.sampling.batch import Conditions, bound_batch
+from pipeline.systems.mimir.sampling.batch import Conditions, Settings, bound_batch, draw_batch
 from pipeline.systems.mimir.sampling.draw import BUDGET, Wanted, draw_peptides
 from pipeline.systems.mimir.sampling.options import PeptideOptions
 from pipeline.systems.mimir.sampling.sheet import sample_sheet
@@ -146,6 +146,18 @@ def test_what_cannot_be_done_is_refused(runs: dict[str, Path], said: Any) -> Non
     assert "did you mean T00" in said(model, "--target", "T003", code=2)[1]
 
 
+def test_peptides_are_of_the_average_or_of_the_last_weights(tmp_path: Path, said: Any) -> None:
+    both, weights = tmp_path / "both", tmp_path / "weights"
+    checkpoint(both, config(), averaged=True)
+    checkpoint(weights, config())
+    options: dict[str, Any] = {"number": 4, "novelty": False}
+    average, last = draw(both, **options), draw(both, **options, raw_weights=True)
+    assert last == draw(weights, **options) == draw(weights, **options, raw_weights=True)
+    assert average != last
+    out, _ = said(both, "-n", 4, "--no-novelty", "--raw-weights")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [row["sequence"] for row in last]
+
+
 def test_help_is_that_of_the_model(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["generate", str(runs["table"]), "--help"])
@@ -187,6 +199,28 @@ def test_the_bound_of_a_denoiser_that_knows_the_composition_alone() -> None:
     none = torch.full((2,), -1)
     found = bound_batch(system, nn.Identity(), Conditions(none, none), letters, lengths, repeats=2)
     assert found.tolist() == pytest.approx([-6 * math.log(0.5), -3 * math.log(0.2)], rel=1e-6)
+
+
+class Lengths(Constant):
+    """Peptides of no label are of each length as often; of a label, 2 is the likeliest."""
+
+    def predict(self, model: nn.Module, states: Tensor, t: Tensor, lengths: Tensor, *told: Any) -> ModelOutput:
+        logits = super().predict(model, states, t, lengths).logits
+        shares = torch.tensor([[0.0, 0.25, 0.25, 0.25, 0.25], [0.0, 0.2, 0.5, 0.2, 0.1]])
+        return ModelOutput(logits, shares.log()[(told[0] >= 0).long()])
+
+
+@pytest.mark.parametrize(("kind", "guidance"), [("head", 0.0), ("head", 1.0), ("head", 2.5), ("empirical", 2.5)])
+def test_guidance_is_of_the_lengths_of_a_head_too(kind: Any, guidance: float) -> None:
+    shares = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    sizes: Any = {"timesteps": 2, "min_length": 1, "max_length": 4, "length": kind}
+    system: Any = Lengths(UniformKernel(2, 2), shares, **sizes)
+    conditions = Conditions(torch.ones(4000, dtype=torch.int64), torch.full((4000,), -1))
+    _, lengths = draw_batch(system, nn.Identity(), conditions, Settings(1, 4, guidance=guidance), seed=0,
+                            domain="test", draw=torch.arange(4000))  # fmt: skip
+    wanted = torch.tensor([0.2, 0.5, 0.2, 0.1]) ** (guidance if kind == "head" else 1.0)
+    found = lengths.bincount(minlength=5)[1:] / 4000
+    torch.testing.assert_close(found, wanted / wanted.sum(), rtol=0, atol=0.03)
 
 
 def test_a_model_with_few_peptides_gives_each_once() -> None:

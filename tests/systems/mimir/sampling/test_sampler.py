@@ -88,8 +88,8 @@ def test_guidance_and_temperature_change_the_distribution_as_they_say(guidance: 
     def constant(frequencies: Tensor) -> Denoise:
         return lambda xt, t: frequencies.log().expand(*xt.shape, 5) + 3.0
 
-    denoise = guided(constant(conditional), constant(unconditional), guidance, temperature)
-    found = drawn(AbsorbingKernel(2, 5), denoise, 1)
+    denoise = guided(constant(conditional), constant(unconditional), guidance)
+    found = drawn(AbsorbingKernel(2, 5), denoise, 1, temperature=temperature)
     assert is_likely(np.bincount(found[:, 0], minlength=5), wanted.numpy())
 
 
@@ -106,8 +106,25 @@ def test_guidance_1_asks_the_conditional_denoiser_alone_and_0_the_other() -> Non
 @pytest.mark.parametrize("kernel", [UniformKernel(10, 5), AbsorbingKernel(10, 5)])
 def test_temperature_0_gives_the_likeliest_letter(kernel: Kernel) -> None:
     logits = COMPOSITION.log()[[3, 1, 0, 4, 2]]
-    denoise = guided(lambda xt, t: logits.expand(*xt.shape, 5), lambda xt, t: logits, temperature=0)
-    assert (drawn(kernel, denoise, 4) == 2).all()
+    assert (drawn(kernel, lambda xt, t: logits.expand(*xt.shape, 5), 4, temperature=0) == 2).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 3.0])
+def test_the_surest_residues_are_revealed_first_at_every_temperature(temperature: float) -> None:
+    """At 0 each residue has a letter of probability 1, and other temperatures change which residue is the surest."""
+    place = torch.tensor([[2, 0, 3, 1]])  # of the residues, the surest first
+    shares = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15], [0.3, 0.29, 0.29, 0.06, 0.06], [0.9, 0.1, 0, 0, 0],
+                           [0.35, 0.33, 0.3, 0.01, 0.01]], dtype=torch.float64)  # fmt: skip
+    visible = []
+
+    def denoise(xt: Tensor, t: Tensor) -> Tensor:
+        visible.append((xt != 5)[0].tolist())
+        return shares.clamp(min=1e-9).log().expand(len(xt), 4, 5)
+
+    drawn(AbsorbingKernel(4, 5), denoise, 4, temperature=temperature)
+    assert [sum(row) for row in visible] == [0, 1, 2, 3]
+    for row, number in zip(visible, range(4), strict=True):
+        assert {spot for spot in range(4) if row[spot]} == set(place[0, :number].tolist())
 
 
 @pytest.mark.parametrize("kernel", [UniformKernel(10, 3), AbsorbingKernel(10, 3)])
@@ -139,6 +156,11 @@ def test_lengths_are_drawn_as_often_as_they_are_within_the_range() -> None:
 
 def test_a_diverged_model_is_refused() -> None:
     lengths = torch.ones(2, dtype=torch.int64)
+    for wrong in (torch.nan, torch.inf):
+        log_lengths = torch.zeros(2, 6)
+        log_lengths[1, 3] = wrong
+        with pytest.raises(UserError, match="the model's lengths are not finite: its weights have diverged"):
+            draw_lengths(log_lengths, 2, 4, seed=0, domain="test", draw=draws(2))
     with pytest.raises(UserError, match="diverged: give an earlier checkpoint"):
         sample(
             UniformKernel(2, 3), lambda xt, t: torch.full((2, 1, 3), torch.nan), lengths, 1, seed=0, domain="test",

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.launch.harness import launch
+from tests.launch.forked import forked
 from tests.launch.mimir_main import LAST, MIDDLE, RUNS, STAGES
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("mimir")
-    done = launch(2, "tests.launch.mimir_main", str(folder))
+    done = forked(2, "tests.launch.mimir_main", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "result.json").read_text())
 

@@ -13,9 +13,7 @@ below an ``output of`` comment is made by `tests.docs_blocks`.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
-import pkgutil
 import re
 import shlex
 import sys
@@ -39,6 +37,7 @@ from pipeline.launch.request import CPU_RANKS, split
 from pipeline.parallel.topology import Topology, check_degrees
 from pipeline.system import create_system
 from pipeline.systems.mimir.sampling.options import PeptideOptions
+from tests.launch.fork_server import preload
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,6 +48,8 @@ TEXTS = "my_texts"
 
 TOKENS, PEPTIDES = "tokens", "my_peptides"
 """The token files that pages make of these texts, and the folder of the peptides that they make."""
+LENGTH = "1536"
+"""Tokens of a text of an evaluation, in place of what a page says."""
 WIDEST = 1024
 """The widest model of which a step is made here."""
 
@@ -252,8 +253,9 @@ def _mnemos(words: list[str]) -> list[str] | None:
         _, given = pop_flag(rest[1:], "--task-path")
         if pop_suite(given)[0].name == "downstream":
             return None  # the tasks' data come from a hub
-    if command == "eval":
-        return ["eval", RUN, *rest[1:], "--evaluation.steps", "1", "--report.no-plots"]
+        lengths, given = pop_flag(rest[1:], "--lengths")
+        short = ["--lengths", LENGTH] if lengths else []
+        return ["eval", RUN, *given, *short, "--evaluation.steps", "1", "--report.no-plots"]
     if command == "generate":
         return _generate(rest)
     if command == "data":
@@ -331,12 +333,7 @@ def run_all(commands: list[list[str]]) -> list[tuple[int, str]]:
 
     Each is a child of this process, whose imports it shares: DeepSpeed can be set up only once in a process.
     """
-    import pipeline
-
-    for module in pkgutil.walk_packages(pipeline.__path__, "pipeline."):
-        if module.name.startswith(("pipeline.systems", "pipeline.data", "pipeline.train", "pipeline.plan")):
-            importlib.import_module(module.name)
-
+    preload()
     results = []
     for words in commands:
         log = Path("command.log")

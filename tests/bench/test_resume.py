@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,12 @@ import pytest
 from pipeline.bench.resume import DEFAULT, _existing, render, run_resume, summary
 from pipeline.commands.flags import parse_run
 from pipeline.errors import UserError
-from tests.launch.harness import single
 
 
-def test_two_ranks_save_and_load(tmp_path: Path) -> None:
+def test_two_ranks_save_and_load(tmp_path: Path, bench: Callable) -> None:
     out = tmp_path / "bench.json"
-    done = single(
-        "pipeline", "bench", "resume", "--repeats", "1", "--bench-steps", "1", "--json", str(out), "miras_tiny",
+    done = bench(
+        "resume", "--repeats", "1", "--bench-steps", "1", "--json", str(out), "miras_tiny",
         "--batch-size", "1", "--sequence-length", "128", "--output-dir", str(tmp_path / "runs" / "one"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

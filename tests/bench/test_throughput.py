@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,12 @@ from pipeline.errors import UserError
 from pipeline.host import hardware
 from pipeline.plan import PlanOptions, make_plan
 from pipeline.recipes.miras import miras_64k
-from tests.launch.harness import single
 
 
-def test_lengths_are_measured_and_written(tmp_path: Path) -> None:
+def test_lengths_are_measured_and_written(tmp_path: Path, bench: Callable) -> None:
     out = tmp_path / "bench.json"
-    done = single(
-        "pipeline", "bench", "throughput", "--lengths", "128", "512", "--bench-steps", "2", "--json", str(out),
+    done = bench(
+        "throughput", "--lengths", "128", "512", "--bench-steps", "2", "--json", str(out),
         "miras_tiny", "--batch-size", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

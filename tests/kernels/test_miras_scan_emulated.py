@@ -209,7 +209,7 @@ def test_the_emulator_shows_a_copy_of_memory_that_nothing_has_written(emulated: 
     "sanitizers", ["address", pytest.param("address,undefined", marks=pytest.mark.slow)], ids=["address", "both"]
 )
 def test_nothing_is_out_of_bounds_or_undefined(sanitizers: str, tmp_path: Path) -> None:
-    flags = ("-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+    flags = ("-Og", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
     program = build(tmp_path / "sanitized", ("emulator.cpp", "miras_scan.cpp", "miras_scan_main.cpp"), *flags)
     # Threads of a block never return, so what they hold would be called a leak.
     options = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}

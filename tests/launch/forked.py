@@ -1,8 +1,9 @@
 """Ranks that are forked from one process, which imports what they need once: that takes longer than most of the jobs.
 
 They are processes like others, with their own signals, sockets and ends. What they share is the time of a start: the
-order of the imports, and the seed of hashes, by which sets of strings are ordered. Every command, and every kind of
-work that ranks do together, therefore has a test with ranks of the real launchers too.
+order of the imports, and the seed of hashes, by which sets of strings are ordered. Every command, and what ranks do
+together in it (gradients in every stage, saving, resuming, stops, errors and kills), therefore has a test with ranks of
+the real launchers too.
 """
 
 from __future__ import annotations

@@ -81,9 +81,32 @@ def updates(
     system.initialise(model, topology)
     (phase,) = system.phases(model)
     engine = Engine(model, phase, config, ds_config)
+    for step in range(1, STEPS + 1):
+        counts = SyncPoint(topology)(f"step {step}", counts=add_counts(map(system.count, batches[step - 1])))
+        for batch in batches[step - 1]:
+            output = system.forward(engine.deepspeed, batch, {}, StepContext(topology, 0, "train", step))
+            engine.backward(scaled_loss(output.sums, counts, topology))
+        engine.step(lr_multiple(schedule_of(config), config.steps, step))
+    after = full_state(engine.module, [name for name, _ in engine.module.named_parameters()])
+    found = {name.removeprefix("backbone."): value for name, value in after.items()}
+    if topology.rank:
+        return {}
     before = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    _update(plain, kind, whole)
+    expected = dict(plain.named_parameters())
+    assert found.keys() == expected.keys()
+    return {
+        "difference": max(float((found[name] - value.detach()).abs().max()) for name, value in expected.items()),
+        "moved": min(float((before[name] - value.detach()).abs().max()) for name, value in expected.items()),
+    }
+
+
+def _update(plain: Any, kind: str, whole: list[TokenBatch]) -> None:
+    """STEPS updates by AdamW of the batches of all ranks."""
     decayed = [
-        name for name in before if "proj" in name or (name == "lm_head.weight") or (kind == "olmo2" and "norm" in name)
+        name
+        for name, _ in plain.named_parameters()
+        if "proj" in name or (name == "lm_head.weight") or (kind == "olmo2" and "norm" in name)
     ]
     groups = [
         {"params": [p for name, p in plain.named_parameters() if (name in decayed) is decays], "weight_decay": decay}
@@ -91,12 +114,6 @@ def updates(
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-5)
     for step in range(1, STEPS + 1):
-        counts = SyncPoint(topology)(f"step {step}", counts=add_counts(map(system.count, batches[step - 1])))
-        for batch in batches[step - 1]:
-            output = system.forward(engine.deepspeed, batch, {}, StepContext(topology, 0, "train", step))
-            engine.backward(scaled_loss(output.sums, counts, topology))
-        engine.step(lr_multiple(schedule_of(config), config.steps, step))
-
         optimizer.zero_grad()
         part = whole[step - 1]
         logits = plain(part.input_ids).logits
@@ -106,16 +123,6 @@ def updates(
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * _rate(step)
         optimizer.step()
-    after = full_state(engine.module, [name for name, _ in engine.module.named_parameters()])
-    found = {name.removeprefix("backbone."): value for name, value in after.items()}
-    if topology.rank:
-        return {}
-    expected = dict(plain.named_parameters())
-    assert found.keys() == expected.keys()
-    return {
-        "difference": max(float((found[name] - value.detach()).abs().max()) for name, value in expected.items()),
-        "moved": min(float((before[name] - value.detach()).abs().max()) for name, value in expected.items()),
-    }
 
 
 def _rate(step: int) -> float:

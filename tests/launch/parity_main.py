@@ -67,7 +67,8 @@ GAPS = ("residual", "mac")
 """Attachments whose gap closed is measured, the first with every parameter sharded. Data ranks with other documents
 have other numbers of stages of mac, which ZeRO-3 would find out."""
 GAP_ROWS = 4
-"""Streams that it is measured on, with eleven documents beyond the window: five groups that swap."""
+"""Streams that it is measured on, with eleven documents beyond the window: three groups that swap."""
+GAP_STEPS = 2
 
 
 def base(kind: str = "window", *, trainable: bool = True, layers: int = 3) -> RunConfig:
@@ -316,8 +317,8 @@ class HeldOut:
         self.columns: list[torch.Tensor] = []
         everything = []
         for row in range(GAP_ROWS):
-            sizes = torch.tensor([60 + 7 * row, 5, 9 + row, 3 * LENGTH - 74 - 8 * row])
-            ids = torch.randint(VOCABULARY, (3 * LENGTH,), generator=generator)
+            sizes = torch.tensor([40 + 5 * row, 5, 9 + row, GAP_STEPS * LENGTH - 54 - 6 * row])
+            ids = torch.randint(VOCABULARY, (GAP_STEPS * LENGTH,), generator=generator)
             segments = torch.arange(4).repeat_interleave(sizes)
             positions = torch.cat([torch.arange(int(size)) for size in sizes])
             labels = torch.cat([ids[1:], ids[:1]])
@@ -337,7 +338,7 @@ def gap(attachment: str, topology: Topology, zero: str) -> dict[str, float]:
     config = attached(attachment)
     assert isinstance(config.model, MirasConfig)
     attention = dataclasses.replace(config.model.attention, window=8)
-    evaluation = dataclasses.replace(config.evaluation, steps=3, batch_size=2, full_length=50)
+    evaluation = dataclasses.replace(config.evaluation, steps=GAP_STEPS, batch_size=3, full_length=50)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention=attention), evaluation=evaluation, zero=zero
     )

@@ -14,7 +14,6 @@ import torch
 from pipeline.callbacks.metrics import read_rows
 from pipeline.checkpoint.safe import load_pickle, weights_only
 from tests.launch.forked import forked
-from tests.launch.harness import launch
 
 SMALL = ["--sequence-length", "256", "--evaluation.steps", "2", "--eval-every", "0", "--report.no-plots"]
 LAST = 6
@@ -28,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     done = forked(1, "tests.launch.elastic_main", str(folder), "save")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = launch(2, "tests.launch.elastic_main", str(folder), "save", "2-fp32", "1-bf16")
+    done = forked(2, "tests.launch.elastic_main", str(folder), "save", "2-fp32", "1-bf16")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

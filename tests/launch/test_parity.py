@@ -23,7 +23,7 @@ TOPOLOGIES = {
     "2 data ranks": (2, 1),
     "2 x 2": (4, 2),
 }
-LAUNCHED = ("2 sequence ranks", "2 x 2")
+LAUNCHED = ("2 sequence ranks",)
 """Topologies of ranks of the real launcher, which share nothing; the others are forked."""
 CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tests.launch.forked import forked
-from tests.launch.harness import launch
 
 SINGLE, SHARDED = 1e-6, 1e-5
 
@@ -17,7 +16,7 @@ SINGLE, SHARDED = 1e-6, 1e-5
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What held on two ranks and on one."""
     out = tmp_path_factory.mktemp("phases")
-    done = launch(2, "tests.launch.phases_main", str(out))
+    done = forked(2, "tests.launch.phases_main", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     done = forked(1, "tests.launch.phases_main", str(out))
     assert done.returncode == 0, done.stdout + done.stderr

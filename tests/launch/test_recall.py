@@ -13,7 +13,7 @@ from pipeline.callbacks.metrics import read_rows
 from pipeline.recipes import all_recipes
 from pipeline.recipes.miras import miras_recall
 from pipeline.systems.miras.config import MirasConfig
-from tests.launch.harness import single
+from tests.launch.forked import forked
 
 FAMILY = {
     "miras_recall_moneta": 0.8,
@@ -46,7 +46,8 @@ def test_pairs_and_queries_lie_in_different_chunks() -> None:
 
 def trained(recipe: str, folder: Path, timeout: float) -> dict[str, Any]:
     """The held-out row after a run of the recipe."""
-    done = single("pipeline", "train", recipe, "--output-dir", str(folder), "--eval-every", "0", timeout=timeout)
+    words = ["train", recipe, "--output-dir", str(folder), "--eval-every", "0"]
+    done = forked(1, "pipeline", *words, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return [row for row in read_rows(folder / "metrics.jsonl") if row["mode"] == "val"][-1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.harness import launch
+from tests.launch.forked import forked
 from tests.launch.resume_main import LAST, MIDDLE, STAGES, cases
 
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["".join(draw.choices("abcdefgh ", k=draw.randrange(40, 140))) for _ in range(9)]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    done = launch(2, "tests.launch.resume_main", str(folder), str(data), timeout=500)
+    done = forked(2, "tests.launch.resume_main", str(folder), str(data), timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -51,12 +51,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same steps with a stop in the middle, mid-document, through the deepspeed launcher."""
+    """The same steps with a stop in the middle, mid-document, from which ranks of the deepspeed launcher go on."""
     folder = tmp_path_factory.mktemp("resumed") / "run"
     words = ["pipeline", "train", "miras_tiny", *SMALL, "--steps", str(LAST), "--output-dir", str(folder)]
     words.append("--report.no-plots")
-    for more in (["--stop-after", "5"], ["--resume", "must"]):
-        done = launch(2, *words, *more)
+    for start, more in ((forked, ["--stop-after", "5"]), (launch, ["--resume", "must"])):
+        done = start(2, *words, *more)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -17,20 +17,21 @@ def token_loop(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The rule ``titans`` of ``miras_scan``, same shapes and meaning, in float64 whatever the inputs are."""
     q, k, v, alpha, eta, theta = (x.double() for x in (q, k, v, alpha, eta, theta))
-    batch, sequence, heads, key_dim = k.shape
+    batch, _, heads, key_dim = k.shape
     zeros = k.new_zeros(batch, heads, key_dim, v.shape[-1])
     memory, surprise = (zeros, zeros) if state is None else (part.double() for part in state)
     outputs = []
-    for t in range(sequence):
+    # Apart at once: the gradient of an index is a tensor of the whole sequence, and there would be one for each token.
+    gates = [gate[..., None, None].unbind(1) for gate in (alpha, eta, theta)]
+    for t, (q_t, k_t, v_t, a, e, s) in enumerate(zip(q.unbind(1), k.unbind(1), v.unbind(1), *gates, strict=True)):
         if segment_ids is not None and t > 0:
             same = (segment_ids[:, t] == segment_ids[:, t - 1])[:, None, None, None]
             memory, surprise = torch.where(same, memory, zeros), torch.where(same, surprise, zeros)
-        a, e, s = (gate[:, t, :, None, None] for gate in (alpha, eta, theta))
-        read = torch.einsum("bhk,bhkv->bhv", k[:, t], memory)
-        gradient = torch.einsum("bhk,bhv->bhkv", k[:, t], read - v[:, t])
+        read = torch.einsum("bhk,bhkv->bhv", k_t, memory)
+        gradient = torch.einsum("bhk,bhv->bhkv", k_t, read - v_t)
         surprise = e * surprise - s * gradient
         memory = (1 - a) * memory + surprise
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], memory))
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, memory))
     return torch.stack(outputs, dim=1), (memory, surprise)
 
 

@@ -275,6 +275,20 @@ def test_at_an_end_that_all_share_they_wait_for_the_first_rank_to_be_done(error:
     assert job.failures == {} and time.monotonic() - begun < 2
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["first rank first", "first rank last"])
+def test_a_clean_end_waits_for_no_tick(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runtime.heartbeat.connection.QUICK_TICK", 60.0)
+    job = Job(3, timeout=200, interval=60)
+    leaving = []
+    for rank in order:
+        leaving.append(job.leave(rank))
+        time.sleep(0.1)
+    for thread in leaving:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert job.failures == {}
+
+
 def test_nobody_waits_for_a_first_rank_that_is_gone() -> None:
     job = Job(2, timeout=20, interval=0.1)
     job.progress(0.3, 0, 1)

@@ -59,6 +59,8 @@ class HeartbeatClient(HeartbeatThread):
             self.connection, self.server.broken, self.alarmed = None, now, True
             if self.server.state == RUNS:
                 self._reconnect()
+        if self.own.left and not self._main_goes_on(now):
+            self.wake()  # not at the next tick: this process waits for nothing else
 
     def tick(self, now: float) -> bool:
         if self.connection is None and self.server.state == RUNS:

@@ -73,6 +73,11 @@ class HeartbeatServer(HeartbeatThread):
                 del self.connections[connection.rank]
                 self.peers[connection.rank].broken = now
                 self.alarmed = self.alarmed or self.peers[connection.rank].state == RUNS
+        if self.own.left and self._others_are_done():
+            self.wake()  # not at the next tick: this process waits for nothing else
+
+    def _others_are_done(self) -> bool:
+        return all(peer.done for rank, peer in self.peers.items() if rank)
 
     def _answer(self, now: float, fresh: bool = False) -> bytes:
         # Not looked at anew for every one of a thousand ranks.
@@ -93,9 +98,8 @@ class HeartbeatServer(HeartbeatThread):
                 self._send_answer(now)
                 self.decide(self.diagnosis, True)
         if heartbeat.left:
-            others = [peer for rank, peer in self.peers.items() if rank]
             # The others lose their server with this process: at a clean end it is the last to exit.
-            if heartbeat.state != ENDED or self.diagnosis is not None or all(peer.done for peer in others):
+            if heartbeat.state != ENDED or self.diagnosis is not None or self._others_are_done():
                 self._send_answer(now)
                 for connection in self.connections.values():
                     connection.finish(0.0)

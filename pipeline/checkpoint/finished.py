@@ -27,8 +27,9 @@ def is_finished(config: RunConfig, checkpoint: Path | None, topology: Topology) 
 def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
     """The message for a start of a run that ended where this start would end; None when something may be left.
 
-    A run that ended on its way has an evaluation or its exit message left. Reads the run directory and changes nothing.
-    How long the phases are only the system knows: with other flags than those that the run ended by, it is asked.
+    A run that ended on its way has an evaluation or its exit message left, and one that goes back to before its end has
+    the steps from there. Reads the run directory and changes nothing. How long the phases are only the system knows:
+    with other flags than those that the run ended by, it is asked.
     """
     folder = config.output_dir
     if config.dry_run or checkpoint is None or checkpoint.resolve().parent != (folder / "checkpoints").resolve():
@@ -38,8 +39,9 @@ def nothing_left(config: RunConfig, checkpoint: Path | None) -> str | None:
     # A file of an older version has no list: its runs ended so after their last evaluation.
     if before.status not in ("finished", "stopped") or (before.evaluated is not None and step not in before.evaluated):
         return None
+    goes_back = before.last_checkpoint not in (None, checkpoint.name)
     impatient = 0 < config.evaluation.patience <= progress.not_better
-    if before.status == "finished" and (impatient or not _longer(config, checkpoint)):
+    if before.status == "finished" and not goes_back and (impatient or not _longer(config, checkpoint)):
         if impatient:
             given = f"--evaluation.patience is {config.evaluation.patience}"
             how = f"at step {step}: {progress.not_better} evaluations in a row were no better ({given})"

@@ -15,12 +15,13 @@ KINDS = ("evaluated", "ablated", "sampled")
 
 @dataclass(frozen=True)
 class RunFile:
-    """How a run ended, the steps at which it was evaluated, ablated and sampled, the phases it is made of; None, and no
-    entry, where the file does not say."""
+    """How a run ended, the steps at which it was evaluated, ablated and sampled, the phases it is made of, its last
+    checkpoint; None, and no entry, where the file does not say."""
 
     status: str | None = None
     done: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     phases: tuple[str, ...] | None = None
+    last_checkpoint: str | None = None
 
     @property
     def evaluated(self) -> tuple[int, ...] | None:
@@ -35,7 +36,7 @@ def read_run_file(folder: Path) -> RunFile:
         return RunFile()
     if not isinstance(content, dict):
         return RunFile()
-    status, phases = content.get("status"), content.get("phases")
+    status, phases, last = content.get("status"), content.get("phases"), content.get("last_checkpoint")
     lists = {kind: content.get(kind) for kind in KINDS}
     return RunFile(
         status if isinstance(status, str) else None,
@@ -45,4 +46,5 @@ def read_run_file(folder: Path) -> RunFile:
             if isinstance(steps, list) and all(type(step) is int for step in steps)
         },
         tuple(phases) if isinstance(phases, list) and all(isinstance(name, str) for name in phases) else None,
+        last if isinstance(last, str) else None,
     )

@@ -70,6 +70,18 @@ def test_a_run_that_ended_by_its_patience_says_so(tmp_path: Path) -> None:
     assert nothing_left(patient, checkpoint) is None
 
 
+def test_a_finished_run_may_go_back(ended) -> None:
+    config, checkpoint = ended(step=8)
+    path = config.output_dir / "run.json"
+    for last, left in (("checkpoint-20", True), ("checkpoint-8", False)):
+        path.write_text(json.dumps({"status": "finished", "evaluated": [0, 8, 20], "last_checkpoint": last}))
+        assert (nothing_left(config, checkpoint) is None) == left
+    for status in ("finished", "stopped"):
+        path.write_text(json.dumps({"status": status, "evaluated": [0, 8, 20], "last_checkpoint": "checkpoint-20"}))
+        message = nothing_left(dataclasses.replace(config, stop_after=8), checkpoint)
+        assert message is not None and "already stopped at step 8" in message
+
+
 def test_a_run_without_patience_left_goes_on_with_more(ended) -> None:
     config, checkpoint = ended(step=7)
     section = dataclasses.replace(config.evaluation, best="loss", patience=3)

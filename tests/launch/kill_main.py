@@ -17,7 +17,8 @@ from pipeline.runtime.ranks import stop
 
 RECIPE = [
     "miras_tiny", "--sequence-length", "128", "--batch-size", "1", "--grad-accum", "2", "--evaluation.steps", "1",
-    "--eval-every", "0", "--save-every", "1", "--report.no-plots",
+    "--eval-every", "0", "--save-every", "1", "--report.no-plots", "--model.backbone.layers", "2",
+    "--model.memory.layers", "1",
 ]  # fmt: skip
 RANKS = 2
 

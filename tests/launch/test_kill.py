@@ -22,6 +22,8 @@ from tests.launch.kill_main import RANKS, words
 from tests.launch.test_stop import latest, losses, steps
 
 STEPS_PER_KILL = 4
+LONGEST = 0.9
+"""Seconds from the first step of a start to a kill, at most: they are for about as many steps."""
 STAGES = (1, 2, 3)
 LAUNCHED = 5
 """Of so many kills one is of a rank of the real launcher, which then ends the others; the rest are of forked ranks."""
@@ -39,7 +41,7 @@ def kill(
     started.wait_until(
         lambda: (checkpoints / "latest").exists() and bool(steps(folder)) and started.text().count("step ")
     )
-    time.sleep(draw.uniform(0, 1.5))
+    time.sleep(draw.uniform(0, LONGEST))
     victim = draw.randrange(RANKS)
     if started.poll() is None:
         started.rank(victim).kill()

@@ -69,8 +69,8 @@ class ReportConfig:
     """Show what else is known: every logged step as a line on a terminal too, with all metrics of the system, and what
     is drawn from the model."""
     progress_line: bool = False
-    """Log a line `Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s` with each of these too: tokens of the
-    pass over the data that the step is in, or of the phase, of a system that counts no passes."""
+    """Log a line `Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s` with each of these too: of the
+    tokens of the pass over the data that it is in, or of the phase, of a system that counts no passes."""
     plots: Annotated[bool, tyro.conf.arg(aliases=["--plots"])] = True
     """Draw PNG plots at evaluations and at the end."""
     plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0

@@ -89,7 +89,7 @@ class ReportConfig:
 class EpochsConfig:
     """Lengths in passes over the training data, of a system that counts them. 0: the flag in steps holds."""
 
-    train: Annotated[float, tyro.conf.arg(aliases=["--epochs"])] = 0.0
+    train: Annotated[float, tyro.conf.arg(aliases=["--epochs", "--phase2-epochs"])] = 0.0
     """Passes in the whole schedule, in place of --steps."""
     save: float = 0.0
     """Passes between checkpoints, in place of --save-every."""
@@ -115,8 +115,8 @@ class RunConfig:
     """Sequences per data rank and micro-batch."""
     sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]
     """Tokens per sequence, over all ranks that share it."""
-    lr: float
-    """Peak learning rate."""
+    lr: Annotated[float, tyro.conf.arg(aliases=["--phase2-learning-rate"])]
+    """Peak learning rate, of phases that have none of their own."""
     grad_accum: int = 1
     """Micro-batches per step."""
     global_batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--global-train-batch-size"])] = None

@@ -94,7 +94,7 @@ class CvfpSystem(System[DocumentBatch]):
         least = fixed_point.converged
         first = Phase(
             FIXED_POINT,
-            fixed_point.steps,
+            max(fixed_point.steps, fixed_point.iterations),
             (ParameterGroup("blocks", blocks),),
             Schedule(fixed_point.lr, shape="constant", betas=(0.9, 0.999)),
             until_evaluated=lambda numbers: numbers["converged"] >= least,
@@ -150,4 +150,5 @@ class CvfpSystem(System[DocumentBatch]):
         return costs.flops(self.sizes, None if phase is None else phase.name)
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
-        return costs.activation_bytes(self.sizes, self.config, element)
+        documents = None if self.files is None else self.documents.training
+        return costs.activation_bytes(self.sizes, self.config, documents, element)

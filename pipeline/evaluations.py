@@ -109,10 +109,12 @@ class Evaluations:
             callback.on_evaluation(step, evaluation)
         if section.best is not None and self._phase.judged:
             self._count(section.best, step, evaluation)
-        self._ask(evaluation)
+        if _is_due(step, *self.kinds["evaluated"][0]):
+            self._ask(evaluation)
 
     def _ask(self, evaluation: Evaluation) -> None:
-        """Ends the phase where its rule says so; an evaluation of the weights it began with is none of it."""
+        """Ends the phase where its rule says so, by an evaluation that is due: a stop on the way changes nothing.
+        One of the weights that the phase began with is none of it."""
         run = self.run
         rule, progress = run.phase.until_evaluated, run.progress
         if rule is not None and progress.phase == run.phase.name and progress.phase_step:

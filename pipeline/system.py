@@ -100,8 +100,8 @@ class Phase:
     until: StoppingRule | None = None
     """Ends the phase before its last step; asked after every step."""
     until_evaluated: StoppingRule | None = None
-    """As `until`, asked after each held-out evaluation in the phase, of its scalars and `phase_step`: the same on every
-    rank, since a collective made them. Before the phase's first step it is not asked."""
+    """As `until`, asked of the scalars of each held-out evaluation that is due in the phase, and `phase_step`: the same
+    on every rank, as collectives made them. Before the phase's first step it is not asked."""
     judged: bool = True
     """Whether the evaluations in it count for --evaluation.best and --evaluation.patience."""
     keep_carry: bool = False

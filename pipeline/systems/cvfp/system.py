@@ -21,7 +21,6 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
-from pipeline.systems.cvfp.evaluation.contexts import measure_contexts
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import initialise
@@ -89,13 +88,18 @@ class CvfpSystem(System[DocumentBatch]):
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         names = [name for name, _ in model.named_parameters()]
-        blocks = tuple(name for name in names if name.startswith(("blocks.", "norm_embed.")))
+        last = f"blocks.{self.sizes.layers - 1}"
+        # Of the last block, a phase leaves one stream alone: its norm is not reached by any gradient.
+        blocks, others = (
+            tuple(name for name in names if name.startswith(("blocks.", "norm_embed.")) and not name.startswith(unused))
+            for unused in (f"{last}.norm_token", f"{last}.norm_context")
+        )
         fixed_point = self.sizes.fixed_point
         least = fixed_point.converged
         first = Phase(
             FIXED_POINT,
             max(fixed_point.steps, fixed_point.iterations),
-            (ParameterGroup("blocks", blocks),),
+            (ParameterGroup("blocks of the contexts", blocks),),
             Schedule(fixed_point.lr, shape="constant", betas=(0.9, 0.999)),
             until_evaluated=lambda numbers: numbers["converged"] >= least,
             judged=False,
@@ -106,7 +110,7 @@ class CvfpSystem(System[DocumentBatch]):
         tail = tuple(name for name in names if name.startswith("head.") or (trained and name.startswith("embedding.")))
         groups = [ParameterGroup("head", tail)]
         if not self.sizes.prediction.freeze_context:
-            groups.append(ParameterGroup("blocks", blocks))
+            groups.append(ParameterGroup("blocks", others))
         return [first, Phase(PREDICTION, self.config.steps, tuple(groups))]
 
     def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[DocumentBatch]:
@@ -134,11 +138,7 @@ class CvfpSystem(System[DocumentBatch]):
         was_training = model.training
         model.eval()
         try:
-            found = self.work[phase.name].evaluate(model, sync_point)
-            if phase.name == PREDICTION:
-                return found
-            others = measure_contexts(model, self.config, self.data, sync_point)
-            return dataclasses.replace(others, scalars={**found.scalars, **others.scalars})
+            return self.work[phase.name].evaluate(model, sync_point)
         finally:
             model.train(was_training)
 

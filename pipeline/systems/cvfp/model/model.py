@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
 from pipeline.systems.cvfp.config import CvfpConfig
+from pipeline.systems.cvfp.model.blocks import Blocks
 
 IGNORED = -100
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 class Reads(Protocol):
     """Computes contexts without gradient; every call touches all weights, so all ranks make as many calls."""
+
+    @property
+    def width(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def contexts(self, ids: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
         """Contexts [rows, L, D] of tokens ids [rows, L], by an exact pass from `start` [rows, D]; None: from zero.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ class ContextSums:
 
     def add(self, contexts: Tensor, embedded: Tensor | None = None) -> None:
         """Adds contexts [N, D], with the embeddings [N, D] of their tokens where these are to be compared."""
+        self.__dict__.pop("values", None)
         wide = contexts.double()
         norms = wide.norm(dim=-1)
         units = wide / norms.clamp_min(1e-300)[:, None]
@@ -42,6 +44,7 @@ class ContextSums:
 
     def reduce(self, topology: Topology) -> ContextSums:
         """The sums of all ranks, in place; each context must have been added on one of them. Collective."""
+        self.__dict__.pop("values", None)
         if topology.world > 1:
             for tensor in (self.gram, self.sum, self.units, self.scalars):
                 dist.all_reduce(tensor)
@@ -55,12 +58,13 @@ class ContextSums:
     def width(self) -> int:
         return self.sum.numel()
 
+    @cached_property
     def values(self) -> Tensor:
         """Singular values [D] of the contexts, from which no mean is taken."""
         return singular_values(self.gram)
 
     def effective_rank(self) -> float:
-        return effective_rank(self.values())
+        return effective_rank(self.values)
 
     @property
     def norm(self) -> float:
@@ -87,7 +91,7 @@ class ContextSums:
 
     @property
     def distance(self) -> float:
-        """Root of the mean squared distance of two different contexts, over all pairs; not below their mean distance."""
+        """Root of the mean squared distance of two different contexts, over all pairs; at least their mean."""
         return self.spread * math.sqrt(2 * self.count / (self.count - 1)) if self.count > 1 else math.nan
 
     @property

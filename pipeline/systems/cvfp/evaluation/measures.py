@@ -37,7 +37,8 @@ class ContextMeasures:
     def __init__(self, config: RunConfig, documents: DocumentSet, untrained: Untrained) -> None:
         assert isinstance(config.model, CvfpConfig)
         self.config, self.sizes, self.documents, self.untrained = config, config.model, documents, untrained
-        self.reading = Reading(documents, self.sizes.carry, config.batch_size, config.sequence_length)
+        rows = config.evaluation.batch_size or config.batch_size
+        self.reading = Reading(documents, self.sizes.carry, rows, config.sequence_length)
         self._baselines: dict[str, Measured] = {}
         self._probes: dict[str, tuple[ProbeResult, ProbeResult]] = {}
 
@@ -130,7 +131,7 @@ def _examples(pieces: list[Piece], features: list[torch.Tensor], *, tuned: bool)
     """Those of every fifth row, or of the others."""
     chosen = []
     for piece in pieces:
-        rows = torch.arange(len(piece.ids), device=piece.ids.device) % TUNING == TUNING - 1
+        rows = piece.numbers % TUNING == TUNING - 1
         chosen.append(rows if tuned else ~rows)
     return Examples.of(
         [one[rows] for one, rows in zip(features, chosen, strict=True)],

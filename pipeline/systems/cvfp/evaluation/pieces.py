@@ -21,11 +21,13 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of consecutive tokens: ids [rows, L], mask [rows, L], contexts [rows, L, D]."""
+    """Rows of consecutive tokens: ids [rows, L], mask [rows, L], contexts [rows, L, D], and numbers [rows] int64 that no
+    two rows share; documents are numbered in their order."""
 
     ids: Tensor
     mask: Tensor
     contexts: Tensor
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def _documents(
         mine = sequences[first : first + reading.rows * topology.data][topology.data_rank :: topology.data]
         ids, mask = padded(mine, device)
         sync_point("evaluation")
-        yield Piece(ids, mask, reader.contexts(ids, mask))
+        numbers = first + topology.data_rank + topology.data * torch.arange(len(ids), device=device)
+        yield Piece(ids, mask, reader.contexts(ids, mask), numbers)
 
 
 def padded(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -119,7 +122,8 @@ def _stream(
             last = mask.sum(1)
             ended = contexts[torch.arange(rows, device=device), (last - 1).clamp_min(0)]
             context = torch.where((last > 0)[:, None], ended, context)
-            pieces.append(Piece(ids, mask, contexts))
+            part = topology.data_rank * rows + torch.arange(rows, device=device)
+            pieces.append(Piece(ids, mask, contexts, part + first // reading.length * rows * topology.data))
         moved, starts = _borders(context, starts, parts, sync_point, circular=reading.carry == "circular")
         if moved < TOLERANCE:
             break

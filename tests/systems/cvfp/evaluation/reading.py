@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config import RunConfig
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
+from pipeline.systems.cvfp.config import CvfpConfig, SolveConfig
 from pipeline.systems.cvfp.documents import DocumentSet
+from pipeline.systems.cvfp.evaluation.measures import ContextMeasures
 
 ONE = SyncPoint(Topology())
 
@@ -50,3 +53,17 @@ def documents(lengths: Sequence[int], training: int, vocab: int = 11, seed: int 
     generator = np.random.Generator(np.random.PCG64(seed))
     tokens = generator.integers(0, vocab, sum(lengths)).astype(np.uint32)
     return DocumentSet(tokens, np.cumsum(lengths), training, vocab, "random tokens", "none")
+
+
+CARRIES = ("document", "stream", "circular")
+
+
+def measures(carry: str = "document", factor: float = 0.3) -> tuple[ContextMeasures, Recurrence]:
+    """Of 24 documents, 17 of them for training, whose tokens do not divide by any number of ranks; the published
+    weights are a recurrence that forgets nothing."""
+    data = documents([13, 5, 11, 7, 2, 13, 9, 12, 6, 10, 8, 13, 4, 3, 13, 12, 9, 13, 11, 12, 9, 13, 13, 10], 17)
+    solve = SolveConfig("jacobi" if carry == "circular" else "sequential")
+    sizes = CvfpConfig(width=8, vocab=11, carry=carry, solve=solve)  # type: ignore[arg-type]
+    config = RunConfig("small", sizes, steps=1, batch_size=3, sequence_length=12, lr=0.1)
+    untrained = {False: Recurrence(factor=0.5), True: Recurrence(factor=4.0)}
+    return ContextMeasures(config, data, untrained.__getitem__), Recurrence(factor=factor)

@@ -21,8 +21,8 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of consecutive tokens: ids [rows, L], mask [rows, L], contexts [rows, L, D], and numbers [rows] int64 that no
-    two rows share; documents are numbered in their order."""
+    """Rows of consecutive tokens: ids [rows, L], mask [rows, L], contexts [rows, L, D], and numbers [rows] int64, one for
+    each row; documents are numbered in their order."""
 
     ids: Tensor
     mask: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def prototype_differences(model: Recurrence, tokens: np.ndarray) -> list[float]:
             context = model.applied(context[None, None], torch.tensor([[token]]))[0, 0]
             found.append(context)
         passes.append(torch.stack(found))
-    return [float((one - before).norm(dim=-1).mean()) for before, one in zip(passes, passes[1:], strict=False)]
+    return [float((one - before).norm(dim=-1).mean()) for before, one in pairwise(passes)]
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.999, 2.0])

@@ -37,6 +37,8 @@ class FixedPointConfig:
 
     iterations: Annotated[int, tyro.conf.arg(aliases=["--phase1-max-iterations", "--max-iterations"])] = 10
     """Passes over all tokens at most."""
+    steps: Suppress[int] = field(default=0, metadata=MAY_CHANGE)
+    """Updates in so many passes; the data decides it."""
     threshold: Annotated[float, tyro.conf.arg(aliases=["--phase1-convergence-threshold"])] = field(
         default=0.05, metadata=MAY_CHANGE
     )

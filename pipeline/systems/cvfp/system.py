@@ -1,0 +1,154 @@
+"""The cvfp system: what the engine asks of a recurrent model whose contexts are learnt first, tokens afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import Counts, StatefulLoader
+from pipeline.errors import UserError
+from pipeline.host.devices import Device
+from pipeline.parallel.topology import Topology
+from pipeline.runtime.sync import SyncPoint
+from pipeline.schedule import Schedule
+from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
+from pipeline.systems.cvfp import costs
+from pipeline.systems.cvfp.config import CvfpConfig
+from pipeline.systems.cvfp.data.build import build_loader, list_documents
+from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
+from pipeline.systems.cvfp.evaluation.contexts import measure_contexts
+from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
+from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
+from pipeline.systems.cvfp.model.weights import initialise
+from pipeline.systems.cvfp.phase import FIXED_POINT, PREDICTION, Data, DocumentLoader, PhaseWork
+from pipeline.systems.cvfp.prediction.phase import Prediction
+
+
+class CvfpSystem(System[DocumentBatch]):
+    """A fixed point of contexts, then token prediction (see pipeline/system.py for what a system is)."""
+
+    name = "cvfp"
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config.model, CvfpConfig)
+        self.sizes = config.model
+        self.in_training = FIXED_POINT
+        """The phase of which `loader` was asked last."""
+
+    def check(self, topology: Topology) -> None:
+        if topology.sequence > 1:
+            raise UserError(
+                f"--parallel.sequence {topology.sequence}: contexts follow each other, token by token: leave it out"
+            )
+
+    def list_data(self, *, ask_servers: bool = False) -> DocumentSet:
+        return list_documents(self.config)
+
+    @property
+    def documents(self) -> DocumentSet:
+        """The data, listed by this process where no other has."""
+        if self.files is None:
+            self.files = self.list_data()
+        assert isinstance(self.files, DocumentSet)
+        return self.files
+
+    @cached_property
+    def data(self) -> Data:
+        """The documents, and loaders of them."""
+        return Data(self.documents, self._open)
+
+    def _open(self, topology: Topology, held_out: bool) -> DocumentLoader:
+        return build_loader(self.config, topology, self.documents, held_out=held_out)
+
+    @cached_property
+    def work(self) -> Mapping[str, PhaseWork]:
+        """What each phase does."""
+        return {FIXED_POINT: FixedPoint(self.config, self.data), PREDICTION: Prediction(self.config, self.data)}
+
+    def steps_per_epoch(self, topology: Topology) -> float:
+        """Steps of one pass over the training documents; the last may have rows without a document."""
+        return self.data.training(topology).slots
+
+    def settled(self, topology: Topology) -> RunConfig:
+        steps = self.sizes.fixed_point.iterations * self.data.training(topology).slots
+        fixed_point = dataclasses.replace(self.sizes.fixed_point, steps=steps)
+        model = dataclasses.replace(self.sizes, vocab=self.documents.vocab, fixed_point=fixed_point)
+        return dataclasses.replace(self.config, model=model)
+
+    def build(self) -> nn.Module:
+        return CvfpModel(self.sizes)
+
+    def initialise(self, model: nn.Module, topology: Topology) -> None:
+        initialise(model, self.sizes, self.config.seed, topology, replaced=self.replaced)
+
+    def phases(self, model: nn.Module) -> Sequence[Phase]:
+        names = [name for name, _ in model.named_parameters()]
+        blocks = tuple(name for name in names if name.startswith(("blocks.", "norm_embed.")))
+        fixed_point = self.sizes.fixed_point
+        least = fixed_point.converged
+        first = Phase(
+            FIXED_POINT,
+            max(fixed_point.steps, fixed_point.iterations),
+            (ParameterGroup("blocks", blocks),),
+            Schedule(fixed_point.lr, shape="constant", betas=(0.9, 0.999)),
+            until_evaluated=lambda numbers: numbers["converged"] >= least,
+            judged=False,
+        )
+        if self.sizes.test:
+            return [first]
+        trained = self.sizes.train_embedding or self.sizes.embedding is None
+        tail = tuple(name for name in names if name.startswith("head.") or (trained and name.startswith("embedding.")))
+        groups = [ParameterGroup("head", tail)]
+        if not self.sizes.prediction.freeze_context:
+            groups.append(ParameterGroup("blocks", blocks))
+        return [first, Phase(PREDICTION, self.config.steps, tuple(groups))]
+
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[DocumentBatch]:
+        self.in_training = phase.name
+        self.token_term, self.token_weight = self.work[phase.name].token_term, self.work[phase.name].token_weight
+        return self.data.training(topology)
+
+    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[DocumentBatch]:
+        return self.data.held_out(topology)
+
+    def begin_phase(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> None:
+        self.work[phase.name].begin(model, sync_point)
+
+    def count(self, batch: DocumentBatch) -> Counts:
+        return self.work[self.in_training].count(batch)
+
+    def forward(self, model: nn.Module, batch: DocumentBatch, carry: Carry, context: StepContext) -> StepOutput:
+        return self.work[context.phase].forward(model, batch, carry, context)
+
+    def after_step(self, model: nn.Module, context: StepContext) -> None:
+        self.work[context.phase].after_step(model, context)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
+        was_training = model.training
+        model.eval()
+        try:
+            found = self.work[phase.name].evaluate(model, sync_point)
+            if phase.name == PREDICTION:
+                return found
+            others = measure_contexts(model, self.config, self.data, sync_point)
+            return dataclasses.replace(others, scalars={**found.scalars, **others.scalars})
+        finally:
+            model.train(was_training)
+
+    def parameter_parts(self) -> Mapping[str, int]:
+        """Parameters of embedding, its norm, blocks and head."""
+        return parameter_parts(self.sizes)
+
+    def flops(self, sequence_length: int, phase: Phase | None = None) -> Flops:
+        return costs.flops(self.sizes, None if phase is None else phase.name)
+
+    def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
+        documents = None if self.files is None else self.documents.training
+        return costs.activation_bytes(self.sizes, self.config, documents, element)

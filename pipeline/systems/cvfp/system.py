@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from torch import nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.errors import UserError
+from pipeline.evaluations import together
 from pipeline.host.devices import Device
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
@@ -21,11 +23,20 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
+from pipeline.systems.cvfp.evaluation.criteria import criteria_table
+from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
+from pipeline.systems.cvfp.evaluation.measures import ContextMeasures
+from pipeline.systems.cvfp.evaluation.reader import Reads
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
-from pipeline.systems.cvfp.model.weights import initialise
+from pipeline.systems.cvfp.model.reader import Reader
+from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
 from pipeline.systems.cvfp.phase import FIXED_POINT, PREDICTION, Data, DocumentLoader, PhaseWork
 from pipeline.systems.cvfp.prediction.phase import Prediction
+from pipeline.systems.cvfp.untrained import untrained_reader
+
+CRITERIA = "criteria"
+"""The table of an evaluation with --test."""
 
 
 class CvfpSystem(System[DocumentBatch]):
@@ -106,7 +117,7 @@ class CvfpSystem(System[DocumentBatch]):
         )
         if self.sizes.test:
             return [first]
-        trained = self.sizes.train_embedding or self.sizes.embedding is None
+        trained = self.sizes.trains_embedding
         tail = tuple(name for name in names if name.startswith("head.") or (trained and name.startswith("embedding.")))
         groups = [ParameterGroup("head", tail)]
         if not self.sizes.prediction.freeze_context:
@@ -138,9 +149,69 @@ class CvfpSystem(System[DocumentBatch]):
         was_training = model.training
         model.eval()
         try:
-            return self.work[phase.name].evaluate(model, sync_point)
+            found = self.work[phase.name].evaluate(model, sync_point)
+            if phase.name == PREDICTION:
+                return found
+            return self._with_measures(found, model, sync_point, whole=self.sizes.test)
         finally:
             model.train(was_training)
+
+    def _with_measures(self, found: Evaluation, model: nn.Module, sync_point: SyncPoint, *, whole: bool) -> Evaluation:
+        """An evaluation with what is measured of contexts beside untrained ones; `whole`: with the probe, and each of
+        the criteria."""
+        self._trained = model
+        reader = Reader(model, self.sizes.width)
+        others = self.measures.suite(reader, sync_point) if whole else self.measures.evaluate(reader, sync_point)
+        both = together(found, others)
+        if not whole:
+            return both
+        table = criteria_table(both.scalars, converged=self.sizes.fixed_point.converged)
+        return dataclasses.replace(both, tables={**both.tables, CRITERIA: table})
+
+    @cached_property
+    def measures(self) -> ContextMeasures:
+        """Of contexts; figures of untrained weights are kept, as no update changes them."""
+
+        def untrained(published: bool) -> Reads:
+            return untrained_reader(self._trained, self.sizes, self.config.seed, published=published)
+
+        return ContextMeasures(self.config, self.documents, untrained)
+
+    def headline(self, evaluation: Evaluation) -> str:
+        found = evaluation.scalars
+        if "converged" not in found:
+            nats = f"val {found['loss']:.3f} | ppl {math.exp(min(found['loss'], 700.0)):.2f}"
+            return (
+                f"{nats} (unigram {found['unigram_ppl']:.2f}, context at zero {found['context_zero_ppl']:.2f}) |"
+                f" accuracy {found['accuracy']:.4f} (unigram {found['unigram_accuracy']:.4f})"
+            )
+        line = f"converged {found['converged']:.2%}, held out {found['converged_val']:.2%}"
+        if "effective_rank/val" in found:
+            rank = {name: found[f"effective_rank/{name}"] for name in ("train", "val", "random_init_val", "gaussian")}
+            line += (
+                f" | effective rank {rank['train']:.1%}, held out {rank['val']:.1%} (untrained"
+                f" {rank['random_init_val']:.1%}, independent numbers {rank['gaussian']:.1%}) | final_diff"
+                f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
+            )
+        table = evaluation.tables.get(CRITERIA)
+        return "\n".join([line, *criteria_lines(table)]) if table else line
+
+    def caption(self) -> str:
+        sizes = self.sizes
+        return f"width {sizes.width}, {sizes.layers} blocks, {sizes.carry}" + (", as published" * sizes.as_published)
+
+    def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+        sizes, parts = self.sizes, self.parameter_parts()
+        given = sizes.embedding is not None
+        source = f"of {sizes.embedding}" if given else "random"
+        trained = "trained in the second phase" if sizes.trains_embedding else "frozen"
+        std, decay = (PUBLISHED_STD, 1.0) if sizes.as_published else (sizes.initial_std, sizes.decay)
+        return {
+            "model": f"{sizes.layers} blocks of width {sizes.width}; parameters: "
+            + ", ".join(f"{name} {number:,}" for name, number in parts.items()),
+            "embedding": f"{source}, {trained}",
+            "contexts": f"carry {sizes.carry}, decay {decay:g}, initial standard deviation {std:g}",
+        }
 
     def parameter_parts(self) -> Mapping[str, int]:
         """Parameters of embedding, its norm, blocks and head."""

@@ -137,8 +137,8 @@ class CvfpConfig(ModelConfig):
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether the second phase trains it."""
-        return self.train_embedding or self.embedding is None
+        """Whether the second phase trains it: not below contexts that are frozen, which read it."""
+        return not self.prediction.freeze_context and (self.train_embedding or self.embedding is None)
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "vocab"):

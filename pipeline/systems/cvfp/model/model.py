@@ -39,8 +39,9 @@ class Statistics(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width, dtype=torch.float32))
-        self.register_buffer("covariance", torch.zeros(width, width, dtype=torch.float32))
+        # Whatever dtype was asked for, ZeRO-3 makes what is built under it in the model's.
+        self.register_buffer("mean", torch.zeros(width).float())
+        self.register_buffer("covariance", torch.zeros(width, width).float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:
         for name, buffer in self.named_buffers(recurse=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.errors import UserError
+from pipeline.evaluation_result import together
 from pipeline.host.devices import Device
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
@@ -21,6 +23,8 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
+from pipeline.systems.cvfp.evaluation.contexts import ContextEvaluation, headline
+from pipeline.systems.cvfp.evaluation.criteria import lines
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import initialise
@@ -133,14 +137,49 @@ class CvfpSystem(System[DocumentBatch]):
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         self.work[context.phase].after_step(model, context)
 
+    @cached_property
+    def contexts(self) -> ContextEvaluation:
+        """What is measured of contexts."""
+        return ContextEvaluation(self.config, self.documents)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         was_training = model.training
         model.eval()
         try:
-            return self.work[phase.name].evaluate(model, sync_point)
+            found = self.work[phase.name].evaluate(model, sync_point)
+            return found if phase.name == PREDICTION else self.contexts.evaluate(model, sync_point, found)
         finally:
             model.train(was_training)
+
+    def check_control(self, other: RunConfig, name: str) -> None:
+        self.contexts.check_control(other, name)
+
+    @torch.no_grad()
+    def context_suite(
+        self, model: nn.Module, phase: Phase, sync_point: SyncPoint, control: tuple[System[Any], nn.Module] | None
+    ) -> Evaluation:
+        """`eval --suite contexts`: convergence, all measures of contexts, and of a model that predicts tokens its
+        perplexity beside those without context."""
+        was_training = model.training
+        model.eval()
+        try:
+            found = self.contexts.suite(model, sync_point, self.work[FIXED_POINT].evaluate(model, sync_point))
+            if phase.name != PREDICTION:
+                return found
+            own = self.work[PREDICTION].evaluate(model, sync_point)
+            other = None if control is None else (control[0].config, control[1])
+            return together(own, found, self.contexts.predictions(model, sync_point, other))
+        finally:
+            model.train(was_training)
+
+    def headline(self, evaluation: Evaluation) -> str:
+        text = headline(evaluation.scalars) or super().headline(evaluation)
+        return "\n".join([text, *lines(evaluation.tables["criteria"])]) if self.prints(evaluation) else text
+
+    def prints(self, evaluation: Evaluation) -> bool:
+        """Whether the table of criteria is shown (--test)."""
+        return self.sizes.test and "criteria" in evaluation.tables
 
     def parameter_parts(self) -> Mapping[str, int]:
         """Parameters of embedding, its norm, blocks and head."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.errors import UserError
-from pipeline.evaluations import together
+from pipeline.evaluation_result import together
 from pipeline.host.devices import Device
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
@@ -23,20 +23,13 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
-from pipeline.systems.cvfp.evaluation.criteria import criteria_table
-from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
-from pipeline.systems.cvfp.evaluation.measures import ContextMeasures
-from pipeline.systems.cvfp.evaluation.reader import Reads
+from pipeline.systems.cvfp.evaluation.contexts import ContextEvaluation, headline
+from pipeline.systems.cvfp.evaluation.criteria import lines
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
-from pipeline.systems.cvfp.model.reader import Reader
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
 from pipeline.systems.cvfp.phase import FIXED_POINT, PREDICTION, Data, DocumentLoader, PhaseWork
 from pipeline.systems.cvfp.prediction.phase import Prediction
-from pipeline.systems.cvfp.untrained import untrained_reader
-
-CRITERIA = "criteria"
-"""The table of an evaluation with --test."""
 
 
 class CvfpSystem(System[DocumentBatch]):
@@ -144,6 +137,11 @@ class CvfpSystem(System[DocumentBatch]):
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         self.work[context.phase].after_step(model, context)
 
+    @cached_property
+    def contexts(self) -> ContextEvaluation:
+        """What is measured of contexts."""
+        return ContextEvaluation(self.config, self.documents)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         was_training = model.training
@@ -152,49 +150,36 @@ class CvfpSystem(System[DocumentBatch]):
             found = self.work[phase.name].evaluate(model, sync_point)
             if phase.name == PREDICTION:
                 return found
-            return self._with_measures(found, model, sync_point, whole=self.sizes.test)
+            measure = self.contexts.suite if self.sizes.test else self.contexts.evaluate
+            return measure(model, sync_point, found)
         finally:
             model.train(was_training)
 
-    def _with_measures(self, found: Evaluation, model: nn.Module, sync_point: SyncPoint, *, whole: bool) -> Evaluation:
-        """An evaluation with what is measured of contexts beside untrained ones; `whole`: with the probe, and each of
-        the criteria."""
-        self._trained = model
-        reader = Reader(model, self.sizes.width)
-        others = self.measures.suite(reader, sync_point) if whole else self.measures.evaluate(reader, sync_point)
-        both = together(found, others)
-        if not whole:
-            return both
-        table = criteria_table(both.scalars, converged=self.sizes.fixed_point.converged)
-        return dataclasses.replace(both, tables={**both.tables, CRITERIA: table})
+    def check_control(self, other: RunConfig, name: str) -> None:
+        self.contexts.check_control(other, name)
 
-    @cached_property
-    def measures(self) -> ContextMeasures:
-        """Of contexts; figures of untrained weights are kept, as no update changes them."""
-
-        def untrained(published: bool) -> Reads:
-            return untrained_reader(self._trained, self.sizes, self.config.seed, published=published)
-
-        return ContextMeasures(self.config, self.documents, untrained)
+    @torch.no_grad()
+    def context_suite(
+        self, model: nn.Module, phase: Phase, sync_point: SyncPoint, control: tuple[System[Any], nn.Module] | None
+    ) -> Evaluation:
+        """`eval --suite contexts`: convergence, all measures of contexts, and of a model that predicts tokens its
+        perplexity beside those without context."""
+        was_training = model.training
+        model.eval()
+        try:
+            found = self.contexts.suite(model, sync_point, self.work[FIXED_POINT].evaluate(model, sync_point))
+            if phase.name != PREDICTION:
+                return found
+            own = self.work[PREDICTION].evaluate(model, sync_point)
+            other = None if control is None else (control[0].config, control[1])
+            return together(own, found, self.contexts.predictions(model, sync_point, other))
+        finally:
+            model.train(was_training)
 
     def headline(self, evaluation: Evaluation) -> str:
-        found = evaluation.scalars
-        if "converged" not in found:
-            nats = f"val {found['loss']:.3f} | ppl {math.exp(min(found['loss'], 700.0)):.2f}"
-            return (
-                f"{nats} (unigram {found['unigram_ppl']:.2f}, context at zero {found['context_zero_ppl']:.2f}) |"
-                f" accuracy {found['accuracy']:.4f} (unigram {found['unigram_accuracy']:.4f})"
-            )
-        line = f"converged {found['converged']:.2%}, held out {found['converged_val']:.2%}"
-        if "effective_rank/val" in found:
-            rank = {name: found[f"effective_rank/{name}"] for name in ("train", "val", "random_init_val", "gaussian")}
-            line += (
-                f" | effective rank {rank['train']:.1%}, held out {rank['val']:.1%} (untrained"
-                f" {rank['random_init_val']:.1%}, independent numbers {rank['gaussian']:.1%}) | final_diff"
-                f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
-            )
-        table = evaluation.tables.get(CRITERIA)
-        return "\n".join([line, *criteria_lines(table)]) if table else line
+        text = headline(evaluation.scalars) or super().headline(evaluation)
+        table = evaluation.tables.get("criteria")
+        return "\n".join([text, *lines(table)]) if self.sizes.test and table else text
 
     def caption(self) -> str:
         sizes = self.sizes

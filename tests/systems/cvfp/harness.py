@@ -10,7 +10,9 @@ import numpy as np
 from pipeline.config import RunConfig, replace
 from pipeline.recipes.cvfp import cvfp_tiny
 
-WORDS = "the of and a to in is you that it he was for on are as with his they I at be this have from or one had by".split()
+WORDS = (
+    "the of and a to in is you that it he was for on are as with his they I at be this have from or one had by".split()
+)
 DOCUMENTS = 26
 
 

@@ -19,7 +19,7 @@ class Reader:
         beyond mask [rows, L] is of no token."""
         if start is None:
             start = torch.zeros(len(ids), self.width, device=ids.device)
-        return self.model(ids, start=start).contexts.float()
+        return in_full(self.model(ids, start=start).contexts)
 
     @torch.no_grad()
     def embedded(self, ids: Tensor) -> Tensor:
@@ -35,6 +35,11 @@ class Reader:
     def states(self, contexts: Tensor, ids: Tensor) -> Tensor:
         """The token states u_t [rows, L, D] of tokens whose contexts before them are `contexts`."""
         return self.model(ids, contexts).states.float()
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 as a model of that computes it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def shifted(contexts: Tensor, start: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from pipeline.systems.cvfp.phase import Data
 from pipeline.systems.cvfp.starts import start_of, with_ends
 
 DISTANCE, DIVERSITY = "distance", "diversity"
+MOMENTS = "statistics.moments"
+"""The model's buffer of the moving average."""
 
 
 class FixedPoint:
@@ -58,8 +60,7 @@ class FixedPoint:
 
     @staticmethod
     def _update(model: nn.Module, sums: ContextSums, topology: Topology, *, momentum: float) -> None:
-        averages = model.statistics.moments
-        assert isinstance(averages, Tensor)
+        averages = model.get_buffer(MOMENTS)
         averages.lerp_(sums.moments(topology).to(averages), 1 - momentum)
 
     def count(self, batch: DocumentBatch) -> Counts:
@@ -82,7 +83,7 @@ class FixedPoint:
             inputs = inputs + section.noise * noise(batch, width, self.config.seed)
         found, exact = in_full(model(batch.ids, inputs).contexts)[mask], contexts[mask]
         distance, metrics = self._distance(found, exact, carry.get(f"contexts/{batch.slot}"), batch)
-        terms, gradient = diversity_gradient(model.statistics.moments, section.diversity)
+        terms, gradient = diversity_gradient(model.get_buffer(MOMENTS), section.diversity)
         value = torch.stack(list(terms.values())).sum().to(found) * tokens
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
         metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)

@@ -26,8 +26,8 @@ def linear_cross_entropy(
     """Negative log-likelihood in nats of every label, 0 where the label is `ignored`.
 
     hidden [tokens, width], weight [vocabulary, width], bias [vocabulary] if any, labels [tokens] int64 -> [tokens]
-    float32 (float64 for float64). The gradients of all are made with each tile of logits, which is then dropped: nothing is recomputed in the
-    backward pass, so the matrix products are those of a head that keeps its logits.
+    float32 (float64 for float64). The gradients of all are made with each tile of logits, which is then dropped:
+    nothing is recomputed in the backward pass, so the matrix products are those of a head that keeps its logits.
     That pass takes ONE scale for all counted tokens (the sum is what a loss is made of); per-token weights are refused.
     """
     losses, _ = _LinearCrossEntropy.apply(hidden, weight, labels, ignored, 0.0, bias)

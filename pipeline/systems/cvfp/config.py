@@ -135,6 +135,11 @@ class CvfpConfig(ModelConfig):
     test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = False
     """Run the first phase alone, and say of each of the guide's criteria whether it is met."""
 
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the second phase trains it."""
+        return self.train_embedding or self.embedding is None
+
     def __post_init__(self) -> None:
         for name in ("width", "layers", "vocab"):
             if getattr(self, name) < 1:

@@ -23,13 +23,8 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
-<<<<<<< HEAD
-from pipeline.systems.cvfp.evaluation.contexts import ContextEvaluation, headline
-from pipeline.systems.cvfp.evaluation.criteria import lines
-=======
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
->>>>>>> w-18e
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
@@ -150,13 +145,6 @@ class CvfpSystem(System[DocumentBatch]):
             found = self.work[phase.name].evaluate(model, sync_point)
             if phase.name == PREDICTION:
                 return found
-<<<<<<< HEAD
-            measure = self.contexts.suite if self.sizes.test else self.contexts.evaluate
-            return measure(model, sync_point, found)
-        finally:
-            model.train(was_training)
-
-=======
             if self.sizes.test:
                 return self.contexts.suite(model, sync_point, found)
             return self.contexts.evaluate(model, sync_point, found)
@@ -168,7 +156,6 @@ class CvfpSystem(System[DocumentBatch]):
         """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
         return ContextEvaluation(self.config, self.documents)
 
->>>>>>> w-18e
     def check_control(self, other: RunConfig, name: str) -> None:
         self.contexts.check_control(other, name)
 
@@ -191,11 +178,6 @@ class CvfpSystem(System[DocumentBatch]):
             model.train(was_training)
 
     def headline(self, evaluation: Evaluation) -> str:
-<<<<<<< HEAD
-        text = headline(evaluation.scalars) or super().headline(evaluation)
-        table = evaluation.tables.get("criteria")
-        return "\n".join([text, *lines(table)]) if self.sizes.test and table else text
-=======
         found = evaluation.scalars
         if "converged" not in found:
             nats = f"val {found['loss']:.3f} | ppl {math.exp(min(found['loss'], 700.0)):.2f}"
@@ -212,8 +194,7 @@ class CvfpSystem(System[DocumentBatch]):
                 f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
             )
         table = evaluation.tables.get(CRITERIA)
-        return "\n".join([line, *criteria_lines(table)]) if table else line
->>>>>>> w-18e
+        return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
 
     def caption(self) -> str:
         sizes = self.sizes

@@ -129,7 +129,9 @@ class FixedPoint:
     def evaluate(self, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
         """The convergence of training and of held-out (`..._val`) documents, whose contexts are found token after token
         whatever way training takes: what sweeps leave out would look like a start that is not forgotten."""
-        reader, topology, least = Reader(model, self.sizes.width, exact=True), sync_point.topology, self.section.threshold
-        train = convergence(reader, self.data.training(topology), least, sync_point)
-        held = convergence(reader, self.data.held_out(topology), least, sync_point)
+        reader = Reader(model, self.sizes.width, exact=True)
+        train, held = (
+            convergence(reader, loader, self.section.threshold, sync_point)
+            for loader in (self.data.training(sync_point.topology), self.data.held_out(sync_point.topology))
+        )
         return Evaluation({**train, **{f"{name}_val": value for name, value in held.items()}})

@@ -12,7 +12,7 @@ from pipeline.data.batch import Counts
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, StepContext
-from pipeline.systems.cvfp.config import CvfpConfig, FixedPointConfig
+from pipeline.systems.cvfp.config import CvfpConfig, FixedPointConfig, SolveConfig
 from pipeline.systems.cvfp.data.loader import PassLoader
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel
@@ -29,9 +29,23 @@ LENGTHS = [9, 3, 9, 7, 5, 9, 2, 8, 6, 9, 4, 9]
 class Small:
     """The first phase of a model in float64, and what an engine does with it."""
 
-    def __init__(self, *, lengths: list[int] = LENGTHS, training: int = 10, carry: Any = "document", **section: Any):
+    def __init__(
+        self,
+        *,
+        lengths: list[int] = LENGTHS,
+        training: int = 10,
+        carry: Any = "document",
+        solve: SolveConfig | None = None,
+        **section: Any,
+    ):
         sizes = CvfpConfig(
-            width=WIDTH, layers=2, vocab=VOCAB, carry=carry, fixed_point=FixedPointConfig(**section), initial_std=0.2
+            width=WIDTH,
+            layers=2,
+            vocab=VOCAB,
+            carry=carry,
+            fixed_point=FixedPointConfig(**section),
+            initial_std=0.2,
+            solve=solve or SolveConfig(),
         )
         self.carry = carry
         self.config = RunConfig("small", sizes, steps=1, batch_size=ROWS, sequence_length=LENGTH, lr=0.1)

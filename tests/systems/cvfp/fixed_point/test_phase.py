@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, StepContext
+from pipeline.systems.cvfp.config import SolveConfig
 from pipeline.systems.cvfp.fixed_point.diversity import diversity_terms
 from pipeline.systems.cvfp.fixed_point.phase import DISTANCE, DIVERSITY
 from pipeline.systems.cvfp.model.reader import shifted
@@ -222,6 +223,19 @@ def test_a_pass_in_two_begins_at_the_end_of_another_document_and_contexts_are_ke
         "contexts/1",
         "contexts/2",
     }
+
+
+@pytest.mark.parametrize("way", ["jacobi", "newton"])
+def test_a_pass_by_sweeps_makes_the_steps_of_one_token_after_token(way: str) -> None:
+    expected = passes(Small(), 2)
+    found = passes(Small(solve=SolveConfig(way, tolerance=1e-14)), 2)  # type: ignore[arg-type]
+    for (gradients, metrics), (others, other_metrics) in zip(found, expected, strict=True):
+        sweeps, count = metrics.pop("sweeps")
+        assert 1 <= sweeps / count <= 10
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, others[name], rtol=1e-8, atol=1e-10), name
+        for name, pair in metrics.items():
+            assert pair == pytest.approx(other_metrics[name], rel=1e-9, abs=1e-12), name
 
 
 def test_a_step_that_was_abandoned_leaves_nothing_in_the_statistics() -> None:

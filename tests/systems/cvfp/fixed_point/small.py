@@ -67,7 +67,7 @@ class Small:
             seed=0,
             shuffle=not held_out,
             stream=self.carry != "document",
-            **layout,  # type: ignore[arg-type]
+            **layout,
         )
 
     def begin(self) -> None:

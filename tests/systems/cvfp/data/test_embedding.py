@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def test_the_tokenizer_is_the_models_own(tmp_path: Path, bpe_folder: Path) -> No
     with pytest.raises(UserError, match=rf"bytes is not the tokenizer of .*: give --data.tokenizer {model}") as caught:
         rows_of_embedding(of(model), BYTES)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = weights(tmp_path / "model", 260)
+    (model / "tokenizer.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert rows_of_embedding(of(model), BYTES) == 260
+    (record,) = [record for record in caplog.records if record.name.startswith("pipeline")]
+    assert "only the number of ids is compared" in record.getMessage() and "\n" not in record.getMessage()
 
 
 def test_documents_know_the_rows(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from pipeline.callbacks import Callback
 from pipeline.capabilities import Ablates, ClosesGap, Samples, ScoresText
 from pipeline.downstream.evaluate import TasksInTraining
 from pipeline.errors import UserError
+from pipeline.evaluation_result import together
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.sync import SyncPoint
@@ -154,13 +154,3 @@ class Evaluations:
 def _is_due(step: int, *intervals: int) -> bool:
     """Whether a step is a multiple of one of the intervals; 0 has none."""
     return any(every and step % every == 0 for every in intervals)
-
-
-def together(*evaluations: Evaluation) -> Evaluation:
-    """What several evaluations of the same weights found, as one."""
-    return Evaluation(
-        *(
-            {name: value for found in evaluations for name, value in getattr(found, part.name).items()}
-            for part in dataclasses.fields(Evaluation)
-        )
-    )

@@ -17,7 +17,7 @@ from pipeline.commands.flags import pop_flag
 from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
 from pipeline.downstream.tasks import DEFAULT_TASKS, Loaded, check_path, load_tasks, writes_text
 from pipeline.errors import UserError, shown
-from pipeline.evaluations import together
+from pipeline.evaluation_result import together
 from pipeline.inference.trained import find, load_trained, read_run
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts, StatefulLoader
 from pipeline.errors import UserError
+from pipeline.evaluation_result import together
 from pipeline.host.devices import Device
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
@@ -21,9 +24,11 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
+from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, ContextEvaluation
+from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
-from pipeline.systems.cvfp.model.weights import initialise
+from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
 from pipeline.systems.cvfp.phase import FIXED_POINT, PREDICTION, Data, DocumentLoader, PhaseWork
 from pipeline.systems.cvfp.prediction.phase import Prediction
 
@@ -106,7 +111,7 @@ class CvfpSystem(System[DocumentBatch]):
         )
         if self.sizes.test:
             return [first]
-        trained = self.sizes.train_embedding or self.sizes.embedding is None
+        trained = self.sizes.trains_embedding
         tail = tuple(name for name in names if name.startswith("head.") or (trained and name.startswith("embedding.")))
         groups = [ParameterGroup("head", tail)]
         if not self.sizes.prediction.freeze_context:
@@ -138,9 +143,76 @@ class CvfpSystem(System[DocumentBatch]):
         was_training = model.training
         model.eval()
         try:
-            return self.work[phase.name].evaluate(model, sync_point)
+            found = self.work[phase.name].evaluate(model, sync_point)
+            if phase.name == PREDICTION:
+                return found
+            if self.sizes.test:
+                return self.contexts.suite(model, sync_point, found)
+            return self.contexts.evaluate(model, sync_point, found)
         finally:
             model.train(was_training)
+
+    @cached_property
+    def contexts(self) -> ContextEvaluation:
+        """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
+        return ContextEvaluation(self.config, self.documents)
+
+    def check_control(self, other: RunConfig, name: str) -> None:
+        self.contexts.check_control(other, name)
+
+    @torch.no_grad()
+    def context_suite(
+        self, model: nn.Module, phase: Phase, sync_point: SyncPoint, control: tuple[System[Any], nn.Module] | None
+    ) -> Evaluation:
+        """`eval --suite contexts`: convergence, all measures of contexts, and of a model that predicts tokens its
+        perplexity beside those without context."""
+        was_training = model.training
+        model.eval()
+        try:
+            found = self.contexts.suite(model, sync_point, self.work[FIXED_POINT].evaluate(model, sync_point))
+            if phase.name != PREDICTION:
+                return found
+            own = self.work[PREDICTION].evaluate(model, sync_point)
+            other = None if control is None else (control[0].config, control[1])
+            return together(own, found, self.contexts.predictions(model, sync_point, other))
+        finally:
+            model.train(was_training)
+
+    def headline(self, evaluation: Evaluation) -> str:
+        found = evaluation.scalars
+        if "converged" not in found:
+            nats = f"val {found['loss']:.3f} | ppl {math.exp(min(found['loss'], 700.0)):.2f}"
+            return (
+                f"{nats} (unigram {found['unigram_ppl']:.2f}, context at zero {found['context_zero_ppl']:.2f}) |"
+                f" accuracy {found['accuracy']:.4f} (unigram {found['unigram_accuracy']:.4f})"
+            )
+        line = f"converged {found['converged']:.2%}, held out {found['converged_val']:.2%}"
+        if "effective_rank/val" in found:
+            rank = {name: found[f"effective_rank/{name}"] for name in ("train", "val", "random_init_val", "gaussian")}
+            line += (
+                f" | effective rank {rank['train']:.1%}, held out {rank['val']:.1%} (untrained"
+                f" {rank['random_init_val']:.1%}, independent numbers {rank['gaussian']:.1%}) | final_diff"
+                f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
+            )
+        table = evaluation.tables.get(CRITERIA)
+        return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
+
+    def caption(self) -> str:
+        sizes = self.sizes
+        return f"width {sizes.width}, {sizes.layers} blocks, {sizes.carry}" + (", as published" * sizes.as_published)
+
+    def describe(self, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+        sizes, parts = self.sizes, self.parameter_parts()
+        given = sizes.embedding is not None
+        source = f"of {sizes.embedding}" if given else "random"
+        trained = "trained in the second phase" if sizes.trains_embedding else "frozen"
+        std, decay = (PUBLISHED_STD, 1.0) if sizes.as_published else (sizes.initial_std, sizes.decay)
+        return {
+            "model": f"{sizes.layers} blocks of width {sizes.width}; parameters: "
+            + ", ".join(f"{name} {number:,}" for name, number in parts.items()),
+            "embedding": f"{source}, {trained}",
+            "contexts": f"carry {sizes.carry}, decay {decay:g}, initial standard deviation {std:g}",
+        }
 
     def parameter_parts(self) -> Mapping[str, int]:
         """Parameters of embedding, its norm, blocks and head."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.cvfp.evaluation.passes import PassDifferences, Positions, by_position, pass_differences
 from pipeline.systems.cvfp.evaluation.pieces import Reading, padded, read
+from pipeline.systems.cvfp.evaluation.rank import gaussian_rank
 from pipeline.systems.cvfp.evaluation.reader import Reads
 from pipeline.systems.cvfp.evaluation.sums import ContextSums
 
@@ -50,14 +51,14 @@ class Measured:
         }
 
 
-def measure(reader: Reads, reading: Reading, tokens: int, sync_point: SyncPoint) -> Measured:
+def measure(reader: Reads, reading: Reading, tokens: int, threshold: float, sync_point: SyncPoint) -> Measured:
     """Of the first `tokens` training tokens and as many held-out ones. Collective."""
     documents = reading.documents
     train = sums_of(reader, reading, tokens, sync_point, training=True)
     val = sums_of(reader, reading, tokens, sync_point, training=False)
     stream = documents.tokens[: documents.ends[documents.training - 1]]
     passes = pass_differences(reader, stream, sync_point)
-    positions = by_position(reader, *first_rows(reading, tokens, reader.device), sync_point)
+    positions = by_position(reader, *first_rows(reading, tokens, reader.device), threshold, sync_point)
     sync_point("evaluation")
     return Measured(train, val, passes, positions, identity_cosine(reader, documents.vocab))
 
@@ -87,3 +88,18 @@ def identity_cosine(reader: Reads, vocab: int) -> float:
     ids = torch.randint(vocab, (1, PAIRS), generator=generator).to(reader.device)
     after: Tensor = reader.applied(contexts, ids)
     return float(torch.nn.functional.cosine_similarity(contexts.double(), after.double(), dim=-1).mean())
+
+
+def gaussian_figures(tokens: int, width: int, threshold: float) -> dict[str, float]:
+    """What contexts of independent standard normal numbers have, two of the same token being independent too: the
+    effective rank of `tokens` of them as a share of the width, the mean distance of two, the same as a share of the
+    root mean square norm, and the share of pairs that are nearer than the threshold allows."""
+    half = torch.tensor(width / 2, dtype=torch.float64)
+    # |a - b|^2 / 2 is a chi-square number of `width` degrees of freedom.
+    distance = 2 * float(torch.exp(torch.lgamma(half + 0.5) - torch.lgamma(half)))
+    return {
+        "effective_rank": gaussian_rank(tokens, width) / width,
+        "final_diff": distance,
+        "final_diff_relative": distance / width**0.5,
+        "converged": float(torch.special.gammainc(half, half * threshold / 2)),
+    }

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from pipeline.evaluation_result import Curve, Evaluation
@@ -67,8 +66,3 @@ def _with_interval(statistic: partial[Tensor], sums: Sums, whole: Sums) -> tuple
         return math.nan, math.nan, math.nan
     (low,), (high,) = interval(sums, statistic)
     return float(statistic(whole)), low, high
-
-
-def unigram_nats(counts: Tensor, labels: Tensor) -> Tensor:
-    """Nats [*] of labels [*] under a unigram model of training counts [vocabulary], one added to each."""
-    return -torch.log((counts.double() + 1) / (counts.sum() + counts.numel()))[labels]

@@ -31,12 +31,11 @@ class Criterion:
 
 
 def _ranks(data: str) -> dict[str, str]:
-    of = {name: f"effective_rank/{name}_{data}" for name in BASELINES[:2]}
-    return {**of, "gaussian": "effective_rank/gaussian"}
+    return {name: f"effective_rank/{name}_{data}" for name in BASELINES[:2]} | {"gaussian": "effective_rank/gaussian"}
 
 
 def _of(scalar: str) -> dict[str, str]:
-    return {name: f"{scalar}/{name}" for name in BASELINES[:2]}
+    return {name: f"{scalar}/{name}" for name in BASELINES}
 
 
 CRITERIA = (

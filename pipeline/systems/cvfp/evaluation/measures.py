@@ -19,10 +19,10 @@ from pipeline.system import Evaluation
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.documents import DocumentSet
 from pipeline.systems.cvfp.evaluation import pictures
-from pipeline.systems.cvfp.evaluation.baselines import Measured, Untrained, measure, sums_of
+from pipeline.systems.cvfp.evaluation.baselines import Measured, Untrained, gaussian_figures, measure, sums_of
 from pipeline.systems.cvfp.evaluation.pieces import Piece, Reading, read
 from pipeline.systems.cvfp.evaluation.probe import TUNING, Examples, ProbeResult, classes_of, fit_and_score
-from pipeline.systems.cvfp.evaluation.rank import effective_rank, gaussian_values
+from pipeline.systems.cvfp.evaluation.rank import gaussian_values
 from pipeline.systems.cvfp.evaluation.reader import Reads
 
 MOST = 32_768
@@ -58,21 +58,25 @@ class ContextMeasures:
         """Scalars `effective_rank/...` (shares of the width, at equal numbers of tokens: train, val,
         random_init_train, random_init_val, published_init_train, published_init_val, gaussian); `final_diff`,
         `final_diff_relative` (of the norm), `norm`, `spread`, `distance_of_contexts`, `cosine_of_contexts`, `sparsity`,
-        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`; `attractor`
+        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`, and of the
+        baselines `converged/...`, of the first held-out rows; some as `.../gaussian`; `attractor`
         (1: all contexts are one, or zero). Curves of these. Collective; raises UserError."""
-        found = measure(reader, self.reading, self.tokens, sync_point)
+        found = measure(reader, self.reading, self.tokens, self.sizes.fixed_point.threshold, sync_point)
         baselines = self.baselines(sync_point)
         width = reader.width
         scalars = found.figures()
         for name, other in baselines.items():
             for key, value in other.figures().items():
                 scalars[_beside(key, name)] = value
+            scalars[f"converged/{name}"] = other.positions.converged
         gaussian = gaussian_values(found.val.count, width)
-        scalars["effective_rank/gaussian"] = effective_rank(gaussian) / width
+        threshold = self.sizes.fixed_point.threshold
+        for key, value in gaussian_figures(found.val.count, width, threshold).items():
+            scalars[f"{key}/gaussian"] = value
         scalars["effective_rank/tokens"] = float(found.val.count)
         scalars["attractor"] = float(is_attractor(scalars))
         named = {"trained": found, **{name.replace("_", " "): other for name, other in baselines.items()}}
-        curves = pictures.all_of(named, gaussian, self.sizes.fixed_point.threshold)
+        curves = pictures.all_of(named, gaussian, threshold)
         return Evaluation(scalars, curves)
 
     def suite(self, reader: Reads, sync_point: SyncPoint) -> Evaluation:
@@ -105,7 +109,8 @@ class ContextMeasures:
         """The measures of weights that were not trained. Collective at the first call."""
         for name, published in UNTRAINED.items():
             if name not in self._baselines:
-                self._baselines[name] = measure(self.untrained(published), self.reading, self.tokens, sync_point)
+                threshold, other = self.sizes.fixed_point.threshold, self.untrained(published)
+                self._baselines[name] = measure(other, self.reading, self.tokens, threshold, sync_point)
         return self._baselines
 
     def probe(self, reader: Reads, sync_point: SyncPoint) -> tuple[ProbeResult, ProbeResult]:

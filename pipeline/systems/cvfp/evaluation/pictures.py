@@ -46,9 +46,12 @@ def spectrum_curve(found: Mapping[str, Measured], gaussian: Tensor) -> Curve:
     padded = torch.zeros(width, dtype=torch.float64)
     padded[: len(gaussian)] = gaussian[:width]
     values["independent normal numbers"] = padded
-    series = {name: tuple(_log10(one / one.sum().clamp_min(LEAST))) for name, one in values.items()}
-    x = tuple(map(float, range(1, width + 1)))
-    return Curve("Spectrum of held-out contexts", "singular value", "log10 of its share of their sum", x, series)
+    shown = places(width)
+    series = {name: tuple(_log10((one / one.sum().clamp_min(LEAST))[shown])) for name, one in values.items()}
+    return Curve(
+        "Spectrum of held-out contexts", "singular value", "log10 of its share of their sum", numbers(shown), series,
+        log_x=True,
+    )  # fmt: skip
 
 
 def passes_curve(found: Mapping[str, Measured]) -> Curve:
@@ -63,19 +66,18 @@ def passes_curve(found: Mapping[str, Measured]) -> Curve:
 
 def forgetting_curve(found: Mapping[str, Measured], threshold: float) -> Curve:
     """How far apart two contexts of a token are that began at zero and at another document's end."""
-    squares = {name: one.positions.squares for name, one in found.items()}
-    x = tuple(float(place + 1) for place in range(len(next(iter(squares.values())))))
+    shown = places(len(next(iter(found.values())).positions.squares))
     return Curve(
-        "Forgetting of the start, held out", "position (tokens)", "log10 of the mean squared difference", x,
-        {name: tuple(_log10(one)) for name, one in squares.items()},
-        levels={f"threshold {threshold:g}": math.log10(threshold)},
+        "Forgetting of the start, held out", "position (tokens)", "log10 of the mean squared difference",
+        numbers(shown), {name: tuple(_log10(one.positions.squares[shown])) for name, one in found.items()},
+        log_x=True, levels={f"threshold {threshold:g}": math.log10(threshold)},
     )  # fmt: skip
 
 
 def norms_curve(found: Mapping[str, Measured]) -> Curve:
-    norms = {name: tuple(one.positions.norms.tolist()) for name, one in found.items()}
-    x = tuple(float(place + 1) for place in range(len(next(iter(norms.values())))))
-    return Curve("Norm of held-out contexts", "position (tokens)", "mean norm", x, norms)
+    shown = places(len(next(iter(found.values())).positions.norms))
+    norms = {name: tuple(one.positions.norms[shown].tolist()) for name, one in found.items()}
+    return Curve("Norm of held-out contexts", "position (tokens)", "mean norm", numbers(shown), norms, log_x=True)
 
 
 def probe_curve(probes: Mapping[str, tuple[ProbeResult, ProbeResult]]) -> Curve:
@@ -87,6 +89,17 @@ def probe_curve(probes: Mapping[str, tuple[ProbeResult, ProbeResult]]) -> Curve:
         "most frequent token": tuple(context.most_frequent for context, _ in probes.values()),
     }
     return Curve("Token two back, read linearly", "", "share of held-out tokens", places, series, names=tuple(probes))
+
+
+def places(count: int) -> list[int]:
+    """Places that are drawn of so many, from 0: powers of two, those half-way to the next, and the last."""
+    powers = [2**power for power in range(count.bit_length())]
+    return sorted({number - 1 for power in powers for number in (power, power * 3 // 2, count) if number <= count})
+
+
+def numbers(shown: list[int]) -> tuple[float, ...]:
+    """Places, counted from 1."""
+    return tuple(float(place + 1) for place in shown)
 
 
 def _log10(values: Tensor) -> list[float]:

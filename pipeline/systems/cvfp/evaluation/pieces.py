@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.cvfp.documents import DocumentSet
 from pipeline.systems.cvfp.evaluation.reader import Reads
+from pipeline.systems.cvfp.model.reader import ends_of
 
 TOLERANCE = 1e-4
 """A border of the stream has settled when its context moved by less than this share of its norm."""
@@ -21,13 +22,18 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of consecutive tokens: ids [rows, L], mask [rows, L], contexts [rows, L, D], and numbers [rows] int64, one for
-    each row; documents are numbered in their order."""
+    """Rows of consecutive tokens."""
 
     ids: Tensor
+    """[rows, L] int64."""
     mask: Tensor
+    """[rows, L] bool: whether there is a token."""
+    starts: Tensor
+    """[rows, D]: the context before each row's first token."""
     contexts: Tensor
+    """[rows, L, D]: the context after each token."""
     numbers: Tensor
+    """[rows] int64, one for each row; documents are numbered in their order."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ def _documents(
         ids, mask = padded(mine, device)
         sync_point("evaluation")
         numbers = first + topology.data_rank + topology.data * torch.arange(len(ids), device=device)
-        yield Piece(ids, mask, reader.contexts(ids, mask), numbers)
+        starts = torch.zeros(len(ids), reader.width, device=device)
+        yield Piece(ids, mask, starts, reader.contexts(ids, mask, starts), numbers)
 
 
 def padded(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -119,11 +126,10 @@ def _stream(
             ids, mask = padded([one[first : first + reading.length] for one in own], device)
             sync_point("evaluation")
             contexts = reader.contexts(ids, mask, context)
-            last = mask.sum(1)
-            ended = contexts[torch.arange(rows, device=device), (last - 1).clamp_min(0)]
-            context = torch.where((last > 0)[:, None], ended, context)
             part = topology.data_rank * rows + torch.arange(rows, device=device)
-            pieces.append(Piece(ids, mask, contexts, part + first // reading.length * rows * topology.data))
+            numbers = part + first // reading.length * rows * topology.data
+            pieces.append(Piece(ids, mask, context, contexts, numbers))
+            context = ends_of(contexts, mask.sum(1), context)
         moved, starts = _borders(context, starts, parts, sync_point, circular=reading.carry == "circular")
         if moved < TOLERANCE:
             break

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from pipeline.systems.cvfp.evaluation.control import ABLATED, CONTROL, LABELS, MODEL, UNIGRAM, compared, unigram_nats
+from pipeline.systems.cvfp.evaluation.control import ABLATED, CONTROL, LABELS, MODEL, UNIGRAM, compared
 
 
 def sums(documents: int = 200) -> dict[str, torch.Tensor]:
@@ -57,10 +56,3 @@ def test_what_is_not_there_is_not_compared() -> None:
     assert {name for name in found.scalars if "ratio" in name} == set() and len(found.curves["prediction"].names) == 1
     one = compared({name: value[:1] for name, value in sums().items()})
     assert math.isnan(one.scalars["prediction/ratio_control_low"]) and one.scalars["prediction/ratio_control"] > 1
-
-
-def test_unigram_nats_are_those_of_counts_with_one_added() -> None:
-    counts = torch.tensor([3, 0, 1])
-    expected = -np.log(np.array([4, 1, 2]) / 7)
-    assert unigram_nats(counts, torch.arange(3)).tolist() == pytest.approx(expected.tolist())
-    assert float(torch.exp(-unigram_nats(counts, torch.arange(3))).sum()) == pytest.approx(1)

@@ -91,7 +91,7 @@ def test_a_damaged_cache_is_renewed(
     (file,) = cache_files(tmp_path)
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
-    file.write_bytes({"cut": content[:-20], "changed": content, "text": b"no tensors"}[damage])
+    file.write_bytes({"cut": bytes(content[:-20]), "changed": bytes(content), "text": b"no tensors"}[damage])
     with caplog.at_level(logging.WARNING):
         assert same(list_documents(run(tmp_path, corpus)), before)
     (record,) = caplog.records

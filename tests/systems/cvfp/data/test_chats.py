@@ -55,7 +55,7 @@ def test_a_row_that_is_no_conversation(tmp_path: Path) -> None:
     content = rows()
     content[2]["messages"][1]["content"] = None
     folder = write(tmp_path / "chats", "parquet", content)
-    options = {"path": (), "dataset": str(folder), "text_field": "messages", "length": 40}
+    options: dict[str, Any] = {"path": (), "dataset": str(folder), "text_field": "messages", "length": 40}
     with pytest.raises(UserError, match=r"row 3.*'messages' is no list of messages with a `content` each"):
         list_documents(run(tmp_path, **options))
     found = list_documents(run(tmp_path, **options, on_bad_record="skip"))
@@ -67,13 +67,14 @@ def test_a_structure_of_lists() -> None:
     source = Conversations.__new__(Conversations)
     source.name, source.text_field = "chats", "messages"
     assert source.document({"messages": {"content": ["a", "b"], "role": ["user", "assistant"]}}, 1).text == "a\nb"
-    for wrong in (None, "text", ["text"], [{"role": "user"}], {"role": []}):
+    wrongs: list[Any] = [None, "text", ["text"], [{"role": "user"}], {"role": []}]
+    for wrong in wrongs:
         assert source.document({"messages": wrong}, 1).problem is not None
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "chats", "parquet", [{"text": "a"}])
-    options = {"path": (), "dataset": str(folder), "text_field": "messages"}
+    options: dict[str, Any] = {"path": (), "dataset": str(folder), "text_field": "messages"}
     with pytest.raises(UserError, match=r"has no column 'messages' \(it has 'text'\)"):
         list_documents(run(tmp_path, **options))
     with pytest.raises(UserError, match=r"split 'test'.*cannot be read"):

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.systems.cvfp.data.states import frozen_states, states_path, weights_hash
+from pipeline.systems.cvfp.data.states import StatesKey, frozen_states, states_path, weights_hash
 from pipeline.systems.cvfp.documents import DocumentBatch
 from tests.launch.forked import forked
 from tests.systems.cvfp.data.numbered import DOCUMENTS, KEY, ONE, check, loader, one_pass
+
+
+def changed(name: str) -> StatesKey:
+    return StatesKey(**{**dataclasses.asdict(KEY), name: "other"})
 
 
 def never() -> Iterator[tuple[DocumentBatch, Tensor]]:
@@ -35,13 +39,13 @@ def test_states_are_computed_once_and_read_by_any_layout(tmp_path: Path) -> None
 
 def test_another_key_is_another_file(tmp_path: Path) -> None:
     frozen_states(tmp_path, DOCUMENTS, KEY, ONE, lambda: one_pass(loader(ONE)))
-    keys = [dataclasses.replace(KEY, **{name: "other"}) for name in ("weights", "data", "how")]
+    keys = [changed(name) for name in ("weights", "data", "how")]
     assert len({states_path(tmp_path, DOCUMENTS, key) for key in (KEY, *keys)}) == 4
 
 
 @pytest.mark.parametrize("name", ["weights", "data"])
 def test_a_file_of_other_weights_or_data_is_refused(tmp_path: Path, name: str) -> None:
-    other = dataclasses.replace(KEY, **{name: "other"})
+    other = changed(name)
     frozen_states(tmp_path, DOCUMENTS, other, ONE, lambda: one_pass(loader(ONE)))
     for kind in (".npy", ".json"):
         theirs = states_path(tmp_path, DOCUMENTS, other).with_suffix(kind)

@@ -81,28 +81,24 @@ if __name__ == "__main__":
     sizes = run.config.model
     run.system.begin_phase(run.engine.module, run.phase, sync_point)
     slots = run.system.loader(run.phase, topology).slots  # type: ignore[attr-defined]
-    parts = products(config.batch_size, config.sequence_length, sizes)
-    found: dict[str, list[float]] = {"engine": [], **{name: [] for name in parts}}
-    tokens = 0
+    found: dict[str, list[float]] = {"engine": []}
 
     def step(number: int) -> None:
-        global tokens
-        tokens += meter.record(number, trainer.step(number, meter)).tokens
+        meter.record(number, trainer.step(number, meter))
 
-    # The first pass has no distance to a pass before; memory is that of passes alone, without what is compared.
-    for number in range(1, slots + 1):
+    # The first pass has no distance to a pass before.
+    for number in range(1, slots + 3):
         step(number)
-    of_first, tokens = tokens, 0
-    for number in range(slots + 1, 2 * slots + 1):
-        found["engine"].append(seconds(lambda: step(number)))  # noqa: B023 - called at once
     peak = peak_memory()
-    # The machine may be another one minutes later: products before and after half of them again, beside steps.
-    for number in range(2 * slots + 1, 2 * slots + 1 + min(slots, 6)):
-        found.setdefault("beside", []).append(seconds(lambda: step(number)))  # noqa: B023 - called at once
+    parts = products(config.batch_size, config.sequence_length, sizes)
+    tokens = run.progress.tokens
+    for number in range(slots + 3, 2 * slots + 3):
+        # In turn: minutes later the machine may be another one.
+        found["engine"].append(seconds(lambda: step(number)))  # noqa: B023 - called at once
         for name, what in parts.items():
-            found[name].append(seconds(what))
+            found.setdefault(name, []).append(seconds(what))
     facts = {
-        "seconds": found, "tokens": of_first, "slots": slots, "peak": peak, "threads": torch.get_num_threads(),
+        "seconds": found, "tokens": run.progress.tokens - tokens, "peak": peak, "threads": torch.get_num_threads(),
         "vocab": sizes.vocab, "parameters": sum(parameter.numel() for parameter in run.engine.module.parameters()),
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(facts))

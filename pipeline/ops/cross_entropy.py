@@ -25,8 +25,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Negative log-likelihood in nats of every label, 0 where the label is `ignored`.
 
-    hidden [tokens, width], weight [vocabulary, width], bias [vocabulary] if any, labels [tokens] int64 -> [tokens]
-    float32 (float64 for float64). The gradients of all are made with each tile of logits, which is then dropped: nothing is recomputed in the
+    hidden [tokens, width], weight [vocabulary, width], labels [tokens] int64, bias [vocabulary] if the head has one ->
+    [tokens] float32 (float64 for float64).
+    The gradients of all are made with each tile of logits, which is then dropped: nothing is recomputed in the
     backward pass, so the matrix products are those of a head that keeps its logits.
     That pass takes ONE scale for all counted tokens (the sum is what a loss is made of); per-token weights are refused.
     """
@@ -35,14 +36,19 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_z(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, ignored: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss: float,
+    ignored: int = -100,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `linear_cross_entropy`, and the z-loss of every label [tokens]: z_loss times the square of its logits'
     log-sum-exp, 0 where the label is `ignored` (Chowdhery et al., PaLM, arXiv 2204.02311, section 5).
 
     The backward pass takes one scale for all counted tokens of both.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ignored, z_loss, None)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, ignored, z_loss, bias)
 
 
 @torch.no_grad()
@@ -99,6 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += gradient.sum(dim=0, dtype=compute)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype, ctx.tile = weight.dtype, tile
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return losses, penalties
 
     @staticmethod
@@ -121,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif grad_hidden is not None:
             hidden = grad_hidden * scale
         weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
-        bias = None if grad_bias is None else (grad_bias * scale).to(ctx.weight_dtype)
+        bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
         return hidden, weight, None, None, None, bias
 
 

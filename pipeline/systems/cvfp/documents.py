@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ class DocumentSet:
     name: str
     """For messages and logs."""
     fingerprint: str
-    """Hash of all that decides it: source, number, length, tokenizer, content."""
+    """Hash of all that decides it: tokens, where documents end, which are held out, tokenizer."""
+    tokenizer: str = ""
+    """The fingerprint of the tokenizer."""
+    notes: tuple[str, ...] = ()
+    """What was cut or left out, for the log."""
 
     def document(self, index: int) -> np.ndarray:
         """The tokens [length] of one document."""
@@ -62,8 +66,8 @@ class DocumentBatch:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     def to(self, device: torch.device) -> DocumentBatch:
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in ("ids", "lengths", "streams", "first"))
-        return DocumentBatch(*moved, self.slot, self.slots, self.iteration)
+        tensors = ("ids", "lengths", "streams", "first")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
 
 
 def rows_of(documents: DocumentSet, indices: Sequence[int], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -195,7 +195,7 @@ class CvfpSystem(System[DocumentBatch]):
                 f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
             )
         table = evaluation.tables.get(CRITERIA)
-        return "\n".join([line, *criteria_lines(table)]) if table else line
+        return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
 
     def caption(self) -> str:
         sizes = self.sizes

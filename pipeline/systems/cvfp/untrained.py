@@ -20,10 +20,12 @@ def untrained_reader(model: nn.Module, sizes: CvfpConfig, seed: int, *, publishe
     `model`, a random one is made anew. Whole on every rank, without a head; collective, since ZeRO-3 gathers."""
     device = next(model.parameters()).device
     own = dataclasses.replace(sizes, vocab=1, embedding=None, as_published=published or sizes.as_published)
-    with torch.device(device):
+    # On the meta device, since PyTorch's own initialisation would draw from the process's generator.
+    with torch.device("meta"):
         other = CvfpModel(own)
-        table = nn.Embedding(sizes.vocab, sizes.width)
-    other.embedding = table
+        other.embedding = nn.Embedding(sizes.vocab, sizes.width)
+    other.to_empty(device=device)
+    table = other.embedding
     initialise(other, own, seed, Topology())
     if sizes.embedding is not None:
         given = model.embedding.weight

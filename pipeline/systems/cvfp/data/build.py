@@ -2,206 +2,187 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from hashlib import blake2b
-from itertools import islice
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import RunConfig
-from pipeline.data.build import build_source, list_data
-from pipeline.data.sources.base import Order
+from pipeline.data.build import build_source
+from pipeline.data.packing import DocumentEncoder
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.listing import list_files
+from pipeline.data.sources.local import LocalFiles
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
-from pipeline.errors import UserError, brief
+from pipeline.errors import UserError
 from pipeline.files.home import expanded
 from pipeline.parallel.topology import Topology
 from pipeline.systems.cvfp.config import CvfpConfig
-from pipeline.systems.cvfp.data.cache import read_cache, write_cache
+from pipeline.systems.cvfp.data.cache import Cached, cache_path, fingerprint_of, read_cache, write_cache
+from pipeline.systems.cvfp.data.chats import MESSAGES, Conversations
+from pipeline.systems.cvfp.data.embedding import rows_of_embedding
 from pipeline.systems.cvfp.data.loader import PassLoader
+from pipeline.systems.cvfp.data.split import split, without
+from pipeline.systems.cvfp.data.texts import LEAST, read_cut
 from pipeline.systems.cvfp.documents import DocumentSet
 
-MESSAGES = "messages"
-"""The column of a chat data set: a list of messages, each with its `content`."""
-LEAST = 2
-"""Tokens of a document: a context and what it is to predict."""
+logger = logging.getLogger(__name__)
 
 
 def list_documents(config: RunConfig) -> DocumentSet:
-    """The documents that the `data` section names, tokenised, truncated and split; from the cache where they are in it.
-    Raises UserError."""
+    """The documents that the `data` section names, tokenised, cut to rows and split; from the cache where it has those
+    of these settings and of this content. A cache of other content is renewed, and a data set of the hub that cannot be
+    reached is read from the cache; either is logged. Raises UserError."""
     assert isinstance(config.model, CvfpConfig)
     data, sizes = config.data, config.model
     for flag, given in (("--data.mix", data.mix), ("--data.tokens", data.tokens), ("--data.recall", data.recall)):
         if given:
             raise UserError(f"{flag}: this system reads whole documents: give --data.path or --data.dataset")
-    tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
-    if sizes.embedding is not None and tokenizer.vocab_size > sizes.vocab:
+    if data.path and data.dataset:
+        raise UserError("--data.path and --data.dataset are both given: leave one out")
+    if config.sequence_length < LEAST:
         raise UserError(
-            f"--data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids and --model.embedding {sizes.embedding}"
-            f" {sizes.vocab} rows: name the tokenizer of that model"
+            f"--sequence-length {config.sequence_length}: a row needs {LEAST} tokens, one of them to be predicted: give"
+            f" {LEAST} or more"
         )
-    reader = _Chats(config) if _is_chat(config) else _Texts(config)
-    key = {
-        "source": reader.identity(),
-        "samples": sizes.num_samples,
-        "length": config.sequence_length,
-        "tokenizer": tokenizer.fingerprint,
-        "holdout": data.holdout,
-        "validation": [reader_of_validation(path) for path in config.evaluation.path],
-    }
-    name = _name(config)
-    fingerprint = blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = expanded(sizes.data_cache)
-    cached = read_cache(folder, name, fingerprint)
+    tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
+    vocab = rows_of_embedding(sizes, tokenizer)
+    settings = _settings(config, tokenizer, vocab)
+    path = cache_path(expanded(sizes.data_cache), document_name(config), settings)
+    try:
+        cached = read_cache(path, settings)
+    except ValueError as error:
+        logger.warning("%s %s: the documents are tokenised again, and it is replaced", path, error)
+        cached = None
+    validation = _validation_source(config)
+    try:
+        source = _source(config)
+    except UserError as error:
+        if cached is None or data.dataset is None or expanded(data.dataset).exists():
+            raise
+        logger.warning("%s; the documents in %s, of an earlier run, are read", error, path)
+        return cached.documents
+    content = [source.fingerprint(), None if validation is None else validation.fingerprint()]
+    if _is_of(cached, content):
+        assert cached is not None
+        return cached.documents
     if cached is not None:
-        return cached
-    found = _tokenised(config, reader, tokenizer, name, fingerprint)
-    write_cache(folder, found)
+        logger.warning("%s: the data has changed since: the documents are tokenised again, and it is replaced", path)
+    found = _tokenised(config, source, validation, tokenizer, vocab)
+    write_cache(path, found, settings, content)
     return found
 
 
-def reader_of_validation(path: str) -> str:
-    """The content of a file of validation documents, as a hash. Raises UserError."""
-    file = expanded(path.partition("=")[2] or path)
-    try:
-        return blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    except OSError as error:
-        raise UserError(f"--evaluation.path {path}: {error.strerror}: name a file of validation documents") from error
+def _is_of(cached: Cached | None, content: Any) -> bool:
+    return cached is not None and cached.source == content
 
 
-def _name(config: RunConfig) -> str:
+def document_name(config: RunConfig) -> str:
+    """Name, number and length, as the cache's file has them."""
     assert isinstance(config.model, CvfpConfig)
-    source = config.data.dataset or "_".join(Path(path).name for path in config.data.path) or "stdlib"
+    named = config.data.dataset or "_".join(Path(path).name for path in config.data.path) or "stdlib"
+    # A pattern may hold what no file's name does.
+    plain = "".join(letter if letter.isalnum() or letter in "-._@" else "_" for letter in named.rpartition("/")[2])
     samples = "all" if config.model.num_samples is None else config.model.num_samples
-    return f"{source.replace('/', '_')}_{samples}samples_{config.sequence_length}len"
+    return f"{plain[:80]}_{samples}samples_{config.sequence_length}len"
 
 
-def _is_chat(config: RunConfig) -> bool:
-    return config.data.dataset not in (None, "stdlib") and config.data.text_field == MESSAGES
-
-
-class _Texts:
-    """Documents of files, or of a data set with a column of text."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.source = build_source(config, list_data(config))
-
-    def identity(self) -> Any:
-        return self.source.fingerprint()
-
-    def texts(self) -> Iterator[str]:
-        order = Order(streams=1, local_streams=range(1), held_out=False, holdout=0.0, shuffle=False, seed=0)
-        for document in self.source.open(order).scan():
-            if document.problem is None:
-                yield document.text
-
-
-class _Chats:
-    """Conversations of a data set, the contents of their messages joined by newlines."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-
-    def identity(self) -> Any:
-        data = self.config.data
-        return {"dataset": data.dataset, "config": data.dataset_config, "split": data.split, "field": data.text_field}
-
-    def texts(self) -> Iterator[str]:
-        import datasets
-
-        data = self.config.data
-        path, _, revision = str(data.dataset).partition("@")
-        try:
-            rows = datasets.load_dataset(
-                path, data.dataset_config, split=data.split, revision=revision or None, streaming=True
-            )
-            for row in rows:
-                yield "\n".join(message["content"] for message in row[MESSAGES])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"--data.dataset {data.dataset}: its column {MESSAGES!r} is no list of messages: name a column of text"
-                " with --data.text-field"
-            ) from error
-        except Exception as error:  # the library raises many kinds for a wrong name, split, and a dead network
-            raise UserError(
-                f"--data.dataset {data.dataset} (split {data.split!r}) cannot be read: {brief(error)}: check the name"
-                " and the network, or give local documents with --data.path"
-            ) from error
-
-
-def _tokenised(
-    config: RunConfig, reader: _Texts | _Chats, tokenizer: Tokenizer, name: str, fingerprint: str
-) -> DocumentSet:
+def _settings(config: RunConfig, tokenizer: Tokenizer, vocab: int) -> dict[str, Any]:
+    """All that decides the documents but the content of their source."""
     assert isinstance(config.model, CvfpConfig)
-    wanted, length = config.model.num_samples, config.sequence_length
-    whole = [(_identity(text), tokenizer.encode(text)) for text in islice(reader.texts(), wanted)]
-    pieces = [(identity, ids[:length]) for identity, ids in whole]
-    if wanted is not None and len(whole) < wanted:
-        # The later parts of long documents too, as far as needed; all of a document are on one side of the hold-out.
-        later = (
-            (identity, ids[start : start + length])
-            for start in range(length, max((len(ids) for _, ids in whole), default=0), length)
-            for identity, ids in whole
-            if start < len(ids)
-        )
-        pieces += islice(later, wanted - len(pieces))
-    pieces = [(identity, ids) for identity, ids in pieces if len(ids) >= LEAST]
-    training, held_out = _split(pieces, config.data.holdout)
-    if config.evaluation.path:
-        # A file of their own: nothing of the training documents need be kept out.
-        training, held_out = [ids for _, ids in pieces], list(_validation(config, tokenizer))
-    for side, kept, fix in (
-        ("train on", training, "a smaller --data.holdout"), ("hold out", held_out, "a larger --data.holdout"),
-    ):  # fmt: skip
-        if not kept:
-            raise UserError(
-                f"{name}: {len(pieces)} documents of {LEAST} tokens or more, and none to {side}: give more, or {fix}"
-            )
-    vocab = max(tokenizer.vocab_size, 1)
-    every = training + held_out
-    ids = np.concatenate(every).astype(np.uint32)
-    return DocumentSet(
-        ids, np.cumsum([len(part) for part in every], dtype=np.int64), len(training), vocab, name, fingerprint
+    data = config.data
+    return {
+        "path": list(data.path),
+        "dataset": [data.dataset, data.dataset_config, data.split],
+        "text_field": data.text_field,
+        "samples": config.model.num_samples,
+        "length": config.sequence_length,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab": vocab,
+        "holdout": data.holdout,
+        "min_tokens": data.min_tokens,
+        "skip": data.on_bad_record == "skip",
+        "validation": list(config.evaluation.path),
+    }
+
+
+def _source(config: RunConfig) -> Source:
+    data = config.data
+    if data.dataset in (None, "stdlib") or data.text_field != MESSAGES:
+        return build_source(config)
+    return Conversations(
+        data.dataset,
+        config_name=data.dataset_config,
+        split=data.split,
+        text_field=MESSAGES,
+        skip=data.on_bad_record == "skip",
     )
 
 
-def _validation(config: RunConfig, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    for path in config.evaluation.path:
-        file = expanded(path.partition("=")[2] or path)
-        for paragraph in file.read_text().split("\n\n"):
-            ids = tokenizer.encode(paragraph)[: config.sequence_length]
-            if len(ids) >= LEAST:
-                yield ids
+def _validation_source(config: RunConfig) -> Source | None:
+    """The files of `--evaluation.path`, PATH or NAME=PATH each; None where none is given. Raises UserError."""
+    data = config.data
+    if not config.evaluation.path:
+        return None
+    places = [
+        entry if expanded(entry).exists() else entry.partition("=")[2] or entry for entry in config.evaluation.path
+    ]
+    listing = list_files(places, config.output_dir, flag="--evaluation.path")
+    field = "text" if data.text_field == MESSAGES else data.text_field
+    return LocalFiles(listing, text_field=field, skip=data.on_bad_record == "skip")
 
 
-def _identity(text: str) -> bytes:
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
-def _split(pieces: list[tuple[bytes, np.ndarray]], holdout: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Those to train on, and at least one document to hold out: the ones whose content has the lowest hashes."""
-    identities = sorted({identity for identity, _ in pieces})
-    held = set(identities[: max(1, round(holdout * len(identities)))]) if len(identities) > 1 else set()
-    training = [ids for identity, ids in pieces if identity not in held]
-    return training, [ids for identity, ids in pieces if identity in held]
+def _tokenised(
+    config: RunConfig, source: Source, validation: Source | None, tokenizer: Tokenizer, vocab: int
+) -> DocumentSet:
+    assert isinstance(config.model, CvfpConfig)
+    data, length, name = config.data, config.sequence_length, document_name(config)
+    encode = DocumentEncoder(tokenizer, min_tokens=data.min_tokens, vocab_size=vocab)
+    skip = data.on_bad_record == "skip"
+    cut = read_cut(source, encode, length, config.model.num_samples, skip=skip)
+    notes = list(cut.notes)
+    if validation is None:
+        training, held_out = split(cut, data.holdout, name)
+    else:
+        training, others = cut.rows, read_cut(validation, encode, length, None, skip=skip)
+        held_out = others.rows
+        notes += [f"validation: {note}" for note in others.notes]
+        if not held_out:
+            raise UserError(f"--evaluation.path holds no document of {LEAST} tokens or more: give another file")
+    every = training
+    training = without(every, held_out)
+    if len(training) < len(every):
+        notes.append(f"{len(every) - len(training):,} rows left out, as the same tokens are held out")
+    if not training:
+        raise UserError(f"{name}: no row is left to train on that is not held out too: give other documents")
+    rows = training + held_out
+    tokens, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows], dtype=np.int64)
+    fingerprint = fingerprint_of(tokens, ends, len(training), vocab, tokenizer.fingerprint)
+    return DocumentSet(
+        tokens, ends, len(training), vocab, name, fingerprint, tokenizer=tokenizer.fingerprint, notes=tuple(notes)
+    )
 
 
 def build_loader(
     config: RunConfig, topology: Topology, documents: DocumentSet, *, held_out: bool = False
 ) -> PassLoader:
-    """Passes over the documents of one side of the hold-out, for this data rank, from their start."""
+    """Passes over the documents of one side of the hold-out, for this data rank, from their start.
+
+    Held-out rows are those of `--evaluation.batch-size` where it is given, in the order of the data; a run that resumes
+    on other ranks reads the same ones.
+    """
     assert isinstance(config.model, CvfpConfig)
+    rows = config.evaluation.batch_size if held_out else 0
     return PassLoader(
         documents,
         held_out=held_out,
         length=config.sequence_length,
-        batch_size=config.batch_size,
-        grad_accum=config.grad_accum,
+        batch_size=rows or config.batch_size,
+        grad_accum=1 if rows else config.grad_accum,
         data_rank=topology.data_rank,
         data_degree=topology.data,
         seed=config.seed,
+        shuffle=config.data.shuffle and not held_out,
         stream=config.model.carry != "document",
     )

@@ -32,15 +32,14 @@ class CvfpOutput:
 
 
 class Statistics(nn.Module):
-    """Moving averages of the contexts' mean [D] and covariance [D, D], float32 whatever the model computes in."""
+    """Moving averages of the contexts' second moments E[c c^T] [D, D], float32 whatever the model computes in."""
 
-    mean: Tensor
-    covariance: Tensor
+    moments: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width, dtype=torch.float32))
-        self.register_buffer("covariance", torch.zeros(width, width, dtype=torch.float32))
+        # Whatever dtype was asked for, ZeRO-3 makes what is built under it in the model's.
+        self.register_buffer("moments", torch.zeros(width, width).float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:
         for name, buffer in self.named_buffers(recurse=False):

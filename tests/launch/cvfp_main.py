@@ -44,13 +44,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "prediction document": {"grad_accum": 2},
     "prediction frozen": {"grad_accum": 2, "prediction__freeze_context": True},
 }  # fmt: skip
-STAGES = {name: (0, 3) if "log_det" in name or "stream" in name else (0, 1, 2, 3) for name in MODELS}
+STAGES = {
+    "fixed_point document": (0, 1, 2, 3), "fixed_point log_det cosine": (0,), "fixed_point stream": (3,),
+    "prediction document": (0, 1, 2, 3), "prediction frozen": (2,),
+}  # fmt: skip
+EVALUATED = (("fixed_point document", 0), ("fixed_point stream", 3), ("prediction document", 3))
+"""Whose held-out numbers are compared too, which takes longer than all else."""
 RUNS: dict[str, dict[str, Any]] = {
     "zero1": {"zero": "zero1", "grad_accum": 2},
     "zero3 bf16 stream": {"zero": "zero3", "precision": "bf16", "grad_accum": 1, "model__carry": "stream"},
     "zero2 fp16 frozen": {"zero": "zero2", "precision": "fp16", "grad_accum": 1, "prediction__freeze_context": True},
 }
 MIDDLES = {"in the first phase": 2, "in its second pass": 4, "at the switch": 6, "in the second phase": 8}
+PLACES = {
+    "zero1": tuple(MIDDLES),
+    "zero3 bf16 stream": ("in its second pass",),
+    "zero2 fp16 frozen": ("at the switch",),
+}
 LAST = 12
 """Steps: two passes, and two epochs, of three."""
 
@@ -74,6 +84,7 @@ class Stepped:
         self.system, self.model, self.topology, self.phase = system, model, topology, phase
         self.loader = system.loader(phase, topology)
         system.begin_phase(module, phase, SyncPoint(topology))
+        self.begun = {name: value.clone() for name, value in module.named_buffers()}
         self.step = 0
         self.carries: list[Carry] = [{} for _ in range(system.config.grad_accum)]
         for _ in range(self.loader.slots):  # type: ignore[attr-defined]
@@ -115,7 +126,8 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
     found = {n: engine.gradient(p).clone() for n, p in engine.module.named_parameters() if n in trained}  # type: ignore[union-attr]
     system.after_step(engine.module, StepContext(topology, 0, phase.name, run.step))
     statistics = {name: value.clone() for name, value in engine.module.named_buffers()}
-    held_out = system.evaluate(engine.deepspeed, phase, SyncPoint(topology)).scalars
+    evaluates = (name, stage) in EVALUATED
+    held_out = system.evaluate(engine.deepspeed, phase, SyncPoint(topology)).scalars if evaluates else {}
     engine.step(1.0)
 
     alone = with_data(dataclasses.replace(system.config, batch_size=ROWS, grad_accum=1), Topology())
@@ -125,6 +137,10 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
             parameter.copy_(randomise(parameter_name, parameter.shape))
             parameter.requires_grad_(parameter_name in trained)
     other = Stepped(alone, plain, plain, phase, Topology())
+    begun = max(float((run.begun[buffer] - value).abs().max()) for buffer, value in other.begun.items())
+    for buffer, value in plain.named_buffers():
+        # A log-determinant's gradient is an inverse: of the same numbers, not of those that differ by rounding.
+        value.copy_(run.begun[buffer])
     other.forward(lambda loss: loss.backward())
     alone.after_step(plain, StepContext(Topology(), 0, phase.name, other.step))
     expected = {n: p.grad for n, p in plain.named_parameters() if n in trained}
@@ -134,34 +150,40 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
         assert gradient is not None, parameter_name
         difference = float((found[parameter_name] - gradient).norm())
         differences[parameter_name] = difference / max(float(gradient.norm()), 1e-3 * size)
-    reference = alone.evaluate(plain, phase, SyncPoint(Topology())).scalars
+    reference = alone.evaluate(plain, phase, SyncPoint(Topology())).scalars if evaluates else {}
     worst = max(differences, key=differences.__getitem__)
     apart = {
         key: abs(held_out[key] - value) / max(abs(value), 1e-2)
         for key, value in reference.items()
         if abs(value) < float("inf")
     }
-    worst_number = max(apart, key=apart.__getitem__)
+    worst_number = max(apart, key=apart.__getitem__, default="")
     return {
         "parameter": worst,
         "gradient": differences[worst],
         "least": min(float(gradient.norm()) for gradient in expected.values() if gradient is not None),
-        "statistics": max(
-            float((statistics[buffer] - value).abs().max()) for buffer, value in plain.named_buffers()
-        ),
+        "begun": begun,
+        "statistics": max(float((statistics[buffer] - value).abs().max()) for buffer, value in plain.named_buffers()),
         "number": worst_number,
-        "held out": apart[worst_number],
+        "held out": apart[worst_number] if evaluates else None,
     }  # fmt: skip
 
 
-def resumed(out: Path, number: int, changes: dict[str, Any]) -> dict[str, Any]:
+def resumed(out: Path, number: int, places: tuple[str, ...], changes: dict[str, Any]) -> dict[str, Any]:
     """In what runs that go on from the middle of each phase, and from their border, differ from one in a piece."""
     rows = ROWS // (2 * changes["grad_accum"])
-    settings: dict[str, Any] = {"batch_size": rows, "save_every": 2, "epochs__save": 0.0, **changes}
+    settings: dict[str, Any] = {
+        "batch_size": rows,
+        "save_every": 2,
+        "epochs__save": 0.0,
+        "epochs__evaluate": 3.0,
+        **changes,
+    }
     straight = out / f"straight{number}"
     train(small(out, output_dir=straight, **settings))
     found: dict[str, Any] = {}
-    for name, step in MIDDLES.items():
+    for name in places:
+        step = MIDDLES[name]
         other = out / f"resumed{number}-{step}"
         train(small(out, output_dir=other, resume=str(straight / "checkpoints" / f"checkpoint-{step}"), **settings))
         if dist.get_rank() == 0:
@@ -192,7 +214,7 @@ def main() -> None:
             zero = everything_sharded(out, topology.rank) if stage == 3 else f"zero{stage}"
             found["gradients"][f"{name} zero{stage}"] = gradients(out, name, stage, zero, topology)
     for number, (name, changes) in enumerate(RUNS.items()):
-        found["resumed"][name] = resumed(out, number, changes)
+        found["resumed"][name] = resumed(out, number, PLACES[name], changes)
         dist.barrier()
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))

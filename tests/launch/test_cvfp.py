@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.cvfp_main import LAST, MIDDLES, RUNS, STAGES
+from tests.launch.cvfp_main import EVALUATED, LAST, PLACES, RUNS, STAGES
 from tests.launch.forked import forked
 
 
@@ -22,17 +22,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("model, stage", [(model, stage) for model, stages in STAGES.items() for stage in stages])
 def test_gradients_and_statistics_are_those_of_one_process(found: dict[str, Any], model: str, stage: int) -> None:
     differences = found["gradients"][f"{model} zero{stage}"]
-    assert differences["gradient"] < 1e-5, differences["parameter"]
+    assert differences["gradient"] < 1e-5, differences
     # What is trained is reached by the loss, in every block.
     assert differences["least"] > 0
-    assert differences["statistics"] < 1e-5
-    assert differences["held out"] < 1e-4, differences["number"]
+    assert differences["begun"] < 1e-5 and differences["statistics"] < 1e-5
+    if (model, stage) in EVALUATED:
+        assert differences["held out"] < 1e-4, differences
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_resume_anywhere_costs_no_bit(found: dict[str, Any], run: str) -> None:
     facts = found["resumed"][run]
-    assert facts["differences"] == {name: [] for name in MIDDLES}
+    assert facts["differences"] == {name: [] for name in PLACES[run]}
     first = [["fixed_point", step] for step in range(1, 7)]
     assert facts["phases"] == first + [["prediction", step] for step in range(1, 7)]
     assert len(facts["phases"]) == LAST and facts["finite"]

@@ -47,19 +47,19 @@ class FixedPointConfig:
         default=0.95, metadata=MAY_CHANGE
     )
     """Share of converged tokens at which the phase ends."""
-    lr: Annotated[float, tyro.conf.arg(aliases=["--phase1-learning-rate"])] = field(default=0.002, metadata=MAY_CHANGE)
+    lr: Annotated[float, tyro.conf.arg(aliases=["--phase1-learning-rate"])] = field(default=0.0005, metadata=MAY_CHANGE)
     """Peak learning rate of the phase."""
     distance: Literal["raw", "cosine"] = field(default="raw", metadata=MAY_CHANGE)
     """raw: mean square of the difference to the context of the pass before; cosine: 2 (1 - cos) of both."""
-    diversity: Literal["variance", "log_det"] = field(default="variance", metadata=MAY_CHANGE)
-    """variance: a hinge on the standard deviation of each dimension and a penalty of their covariances; log_det: minus
-    the logarithm of the determinant of the contexts' covariance, per dimension."""
+    diversity: Literal["variance", "log_det"] = field(default="log_det", metadata=MAY_CHANGE)
+    """Of the contexts' second moments. log_det: minus the logarithm of their determinant, per dimension; variance: a
+    hinge on the root mean square of each dimension and a penalty of the moments of two."""
     diversity_weight: Annotated[float, tyro.conf.arg(aliases=["--dist-reg-weight"])] = field(
         default=0.5, metadata=MAY_CHANGE
     )
     """w of (1 - w) x distance + w x diversity."""
     momentum: Annotated[float, tyro.conf.arg(aliases=["--ema-momentum"])] = 0.9
-    """Of the moving averages of the contexts' mean and covariance, per update."""
+    """Of the moving average of the contexts' second moments, per update."""
     noise: Annotated[float, tyro.conf.arg(aliases=["--context-noise-std"])] = field(default=0.01, metadata=MAY_CHANGE)
     """Standard deviation of the noise on the contexts that enter a training step."""
     start: Literal["zero", "other"] = field(default="other", metadata=MAY_CHANGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,8 +24,8 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
-from pipeline.systems.cvfp.evaluation.contexts import ContextEvaluation, headline
-from pipeline.systems.cvfp.evaluation.criteria import lines
+from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, ContextEvaluation
+from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
@@ -137,11 +138,6 @@ class CvfpSystem(System[DocumentBatch]):
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         self.work[context.phase].after_step(model, context)
 
-    @cached_property
-    def contexts(self) -> ContextEvaluation:
-        """What is measured of contexts."""
-        return ContextEvaluation(self.config, self.documents)
-
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         was_training = model.training
@@ -150,10 +146,16 @@ class CvfpSystem(System[DocumentBatch]):
             found = self.work[phase.name].evaluate(model, sync_point)
             if phase.name == PREDICTION:
                 return found
-            measure = self.contexts.suite if self.sizes.test else self.contexts.evaluate
-            return measure(model, sync_point, found)
+            if self.sizes.test:
+                return self.contexts.suite(model, sync_point, found)
+            return self.contexts.evaluate(model, sync_point, found)
         finally:
             model.train(was_training)
+
+    @cached_property
+    def contexts(self) -> ContextEvaluation:
+        """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
+        return ContextEvaluation(self.config, self.documents)
 
     def check_control(self, other: RunConfig, name: str) -> None:
         self.contexts.check_control(other, name)
@@ -177,9 +179,23 @@ class CvfpSystem(System[DocumentBatch]):
             model.train(was_training)
 
     def headline(self, evaluation: Evaluation) -> str:
-        text = headline(evaluation.scalars) or super().headline(evaluation)
-        table = evaluation.tables.get("criteria")
-        return "\n".join([text, *lines(table)]) if self.sizes.test and table else text
+        found = evaluation.scalars
+        if "converged" not in found:
+            nats = f"val {found['loss']:.3f} | ppl {math.exp(min(found['loss'], 700.0)):.2f}"
+            return (
+                f"{nats} (unigram {found['unigram_ppl']:.2f}, context at zero {found['context_zero_ppl']:.2f}) |"
+                f" accuracy {found['accuracy']:.4f} (unigram {found['unigram_accuracy']:.4f})"
+            )
+        line = f"converged {found['converged']:.2%}, held out {found['converged_val']:.2%}"
+        if "effective_rank/val" in found:
+            rank = {name: found[f"effective_rank/{name}"] for name in ("train", "val", "random_init_val", "gaussian")}
+            line += (
+                f" | effective rank {rank['train']:.1%}, held out {rank['val']:.1%} (untrained"
+                f" {rank['random_init_val']:.1%}, independent numbers {rank['gaussian']:.1%}) | final_diff"
+                f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
+            )
+        table = evaluation.tables.get(CRITERIA)
+        return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
 
     def caption(self) -> str:
         sizes = self.sizes

@@ -48,9 +48,10 @@ def list_documents(config: RunConfig) -> DocumentSet:
         )
     tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
     vocab = rows_of_embedding(sizes, tokenizer)
-    path = cache_path(expanded(sizes.data_cache), document_name(config), _settings(config, tokenizer, vocab))
+    settings = _settings(config, tokenizer, vocab)
+    path = cache_path(expanded(sizes.data_cache), document_name(config), settings)
     try:
-        cached = read_cache(path)
+        cached = read_cache(path, settings)
     except ValueError as error:
         logger.warning("%s %s: the documents are tokenised again, and it is replaced", path, error)
         cached = None
@@ -69,7 +70,7 @@ def list_documents(config: RunConfig) -> DocumentSet:
     if cached is not None:
         logger.warning("%s: the data has changed since: the documents are tokenised again, and it is replaced", path)
     found = _tokenised(config, source, validation, tokenizer, vocab)
-    write_cache(path, found, content)
+    write_cache(path, found, settings, content)
     return found
 
 

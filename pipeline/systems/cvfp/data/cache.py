@@ -41,8 +41,9 @@ def fingerprint_of(tokens: np.ndarray, ends: np.ndarray, training: int, vocab: i
     return state.hexdigest()
 
 
-def read_cache(path: Path) -> Cached | None:
-    """What a file holds; None where there is none. Raises ValueError, in words, for one that is damaged."""
+def read_cache(path: Path, settings: Mapping[str, Any]) -> Cached | None:
+    """What a file holds; None where there is none. Raises ValueError, in words, for one that is damaged, and UserError
+    for one of other settings."""
     if not path.is_file():
         return None
     try:
@@ -52,15 +53,18 @@ def read_cache(path: Path) -> Cached | None:
         training, vocab, tokenizer = int(facts["training"]), int(facts["vocab"]), facts["tokenizer"]
         fingerprint = facts["fingerprint"]
         source, notes = json.loads(facts["source"]), tuple(json.loads(facts["notes"]))
-        name = facts["name"]
+        name, made = facts["name"], json.loads(facts["settings"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"is no cache of tokenised documents ({brief(error, 80)})") from error
+    if made != settings:
+        other = ", ".join(key for key in settings if not isinstance(made, dict) or made.get(key) != settings[key])
+        raise UserError(f"{path}: documents of other data than its name says ({other}): remove it")
     if fingerprint_of(tokens, ends, training, vocab, tokenizer) != fingerprint:
         raise ValueError("does not hold what was written to it")
     return Cached(DocumentSet(tokens, ends, training, vocab, name, fingerprint, tokenizer, notes), source)
 
 
-def write_cache(path: Path, documents: DocumentSet, source: Any) -> None:
+def write_cache(path: Path, documents: DocumentSet, settings: Mapping[str, Any], source: Any) -> None:
     """Writes it whole or not at all; its folder may be a link. Raises UserError where that cannot be done."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     facts = {
@@ -70,6 +74,7 @@ def write_cache(path: Path, documents: DocumentSet, source: Any) -> None:
         "vocab": str(documents.vocab),
         "tokenizer": documents.tokenizer,
         "notes": json.dumps(documents.notes),
+        "settings": json.dumps(settings),
         "source": json.dumps(source),
     }
     make_folder(path.parent)

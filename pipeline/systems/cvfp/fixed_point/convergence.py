@@ -25,10 +25,10 @@ def convergence(reader: Reader, loader: DocumentLoader, threshold: float, sync_p
     ends: dict[int, Tensor] = {}
 
     def compare(batch: DocumentBatch, one: Tensor, other: Tensor) -> None:
-        squares = (one - other).square().mean(-1)
-        sums["met"] += ((squares < threshold) & batch.mask).sum()
-        sums["square"] += (squares * batch.mask).sum(dtype=torch.float64)
-        sums["tokens"] += batch.mask.sum()
+        squares = (one - other).square().mean(-1)[batch.mask]
+        sums["met"] += (squares < threshold).sum()
+        sums["square"] += squares.sum(dtype=torch.float64)
+        sums["tokens"] += len(squares)
 
     for slot in range(loader.slots):
         for micro, unmoved in enumerate(next_step(loader, sync_point, "evaluation")):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts
-from pipeline.parallel.weights import generator_for
+from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.system import Carry, CarryEntry, Evaluation, StepContext, StepOutput
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.documents import DocumentBatch
 from pipeline.systems.cvfp.fixed_point.convergence import convergence
+from pipeline.systems.cvfp.fixed_point.distances import distances
 from pipeline.systems.cvfp.fixed_point.diversity import diversity_gradient, separable
+from pipeline.systems.cvfp.fixed_point.noise import noise
 from pipeline.systems.cvfp.fixed_point.statistics import ContextSums
 from pipeline.systems.cvfp.model.reader import Reader, shifted
 from pipeline.systems.cvfp.phase import Data
@@ -41,69 +42,69 @@ class FixedPoint:
 
     @torch.no_grad()
     def begin(self, model: nn.Module, sync_point: SyncPoint) -> None:
-        """Mean and covariance of all contexts at the first weights."""
+        """Second moments of all training contexts at the first weights: the statistics that the first step goes by."""
         was_training = model.training
         model.eval()
-        reader = Reader(model, self.sizes.width)
-        sums, loader = ContextSums(self.sizes.width, reader.device), self.data.training(sync_point.topology)
-        for _ in range(loader.slots):
-            for unmoved in next_step(loader, sync_point, "statistics of contexts"):
-                batch = unmoved.to(reader.device)
-                sums.add(reader.contexts(batch.ids, batch.mask)[batch.mask])
-        self._update(model, sums, sync_point.topology, momentum=0.0)
-        model.train(was_training)
+        try:
+            reader = Reader(model, self.sizes.width)
+            sums, loader = ContextSums(self.sizes.width, reader.device), self.data.training(sync_point.topology)
+            for _ in range(loader.slots):
+                for unmoved in next_step(loader, sync_point, "statistics of contexts"):
+                    batch = unmoved.to(reader.device)
+                    sums.add(reader.contexts(batch.ids, batch.mask)[batch.mask])
+            self._update(model, sums, sync_point.topology, momentum=0.0)
+        finally:
+            model.train(was_training)
 
-    def _update(self, model: nn.Module, sums: ContextSums, topology: object, *, momentum: float) -> None:
-        mean, covariance = sums.reduced(topology)  # type: ignore[arg-type]
-        statistics = model.statistics
-        statistics.mean.lerp_(mean.float(), 1 - momentum)
-        statistics.covariance.lerp_(covariance.float(), 1 - momentum)
+    @staticmethod
+    def _update(model: nn.Module, sums: ContextSums, topology: Topology, *, momentum: float) -> None:
+        averages = model.statistics.moments
+        assert isinstance(averages, Tensor)
+        averages.lerp_(sums.moments(topology).to(averages), 1 - momentum)
 
     def count(self, batch: DocumentBatch) -> Counts:
         tokens = int(batch.lengths.sum())
         return {DIVERSITY: tokens, DISTANCE: tokens if batch.iteration else 0}
 
     def forward(self, model: nn.Module, batch: DocumentBatch, carry: Carry, context: StepContext) -> StepOutput:
+        """The sums of both terms, of one micro-batch; the contexts that the recurrence found go to the carry.
+
+        The statistics do not change within a step, so micro-batches and ranks add up to the gradient of the whole.
+        """
         section, width, mask = self.section, self.sizes.width, batch.mask
-        reader = Reader(model, width)
+        tokens = mask.sum()
         # Every second pass begins elsewhere, so that the distance to the pass before says whether that is forgotten.
         other = section.start == "other" and batch.iteration % 2 == 1
         start = start_of(batch, carry, width, context.topology, way=self.sizes.carry, other=other)
-        contexts = reader.contexts(batch.ids, mask, start)
-        inputs = shifted(contexts, start) + section.noise * self._noise(batch)
-        found = model(batch.ids, inputs).contexts.float()[mask]
-        before = carry.get(f"contexts/{batch.slot}")
-        distance = found.new_zeros(())
-        metrics: dict[str, tuple[Tensor, Tensor]] = {}
-        tokens = mask.sum()
-        if before is not None and batch.iteration:
-            previous = before.tensor[mask]
-            squares = (found - previous).square().mean(-1)
-            apart = squares if section.distance == "raw" else 2 - 2 * F.cosine_similarity(found, previous, dim=-1)
-            distance = apart.sum()
-            metrics[DISTANCE] = (distance.detach(), tokens)
-            moved = (contexts[mask] - previous).square().mean(-1)
-            metrics["converged_pass_to_pass"] = ((moved < section.threshold).sum(), tokens)
-        statistics = model.statistics
-        terms, gradient = diversity_gradient(statistics.covariance, section.diversity)
-        spread = separable(found, statistics.mean, gradient).sum()
-        value = torch.stack(list(terms.values())).sum() * tokens
-        weight = section.diversity_weight
-        sums = {DIVERSITY: weight * (spread - spread.detach() + value), DISTANCE: (1 - weight) * distance}
+        contexts = Reader(model, width).contexts(batch.ids, mask, start)
+        inputs = shifted(contexts, start)
+        if section.noise:
+            inputs = inputs + section.noise * noise(batch, width, self.config.seed)
+        found, exact = model(batch.ids, inputs).contexts.float()[mask], contexts[mask]
+        distance, metrics = self._distance(found, exact, carry.get(f"contexts/{batch.slot}"), batch)
+        terms, gradient = diversity_gradient(model.statistics.moments, section.diversity)
+        value = torch.stack(list(terms.values())).sum().float() * tokens
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
-        metrics["norm"] = (contexts[mask].norm(dim=-1).sum(), tokens)
-        self._add(contexts[mask], context.step)
+        metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)
+        weight = section.diversity_weight
+        sums = {
+            DIVERSITY: weight * (separable(found, gradient).sum() + value),
+            DISTANCE: (1 - weight) * distance,
+        }
+        self._add(exact, context.step)
         entry = {f"contexts/{batch.slot}": CarryEntry(contexts)}
         return StepOutput(sums, with_ends(batch, contexts, start, {**carry, **entry}), metrics)
 
-    def _noise(self, batch: DocumentBatch) -> Tensor:
-        """Standard normal numbers [rows, L, D] that seed, pass and the rows' places in the data decide."""
-        shape = (batch.ids.shape[1], self.sizes.width)
-        rows = [
-            torch.randn(shape, generator=generator_for(self.config.seed, f"noise {batch.iteration} {first}"))
-            for first in batch.first.tolist()
-        ]
-        return torch.stack(rows).to(batch.ids.device)
+    def _distance(
+        self, found: Tensor, exact: Tensor, before: CarryEntry | None, batch: DocumentBatch
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The sum over tokens of the distance to the pass before, 0 where there is none, and what is said of it."""
+        if before is None or not batch.iteration:
+            return found.new_zeros(()), {}
+        previous, tokens = before.tensor[batch.mask], batch.mask.sum()
+        distance = distances(found, previous, self.section.distance).sum()
+        moved = distances(exact, previous, "raw") < self.section.threshold
+        return distance, {DISTANCE: (distance.detach(), tokens), "converged_pass_to_pass": (moved.sum(), tokens)}
 
     def _add(self, contexts: Tensor, step: int) -> None:
         """To the sums of the step; those of one that was abandoned are forgotten."""
@@ -113,6 +114,7 @@ class FixedPoint:
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, context: StepContext) -> None:
+        """The step's contexts go into the moving averages. Collective."""
         assert self._sums is not None and self._step == context.step
         self._update(model, self._sums, context.topology, momentum=self.section.momentum)
         self._sums = None

@@ -27,7 +27,7 @@ def solved_by(way: str, most: int = 100, tolerance: float = 1e-14, **more: objec
     return partial(WAYS[way], tolerance=tolerance, most=most, **more)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(lengths=LENGTHS)
 def test_sequential_is_the_recurrence(lengths: list[int]) -> None:
     model, (ids, mask), start = small(), rows(lengths), starts(len(lengths))
@@ -47,7 +47,7 @@ def test_one_application_to_shifted_contexts_reproduces_them(dtype: torch.dtype,
     assert (contexts - again)[mask].abs().max() < most_apart
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     lengths=LENGTHS, sweeps=st.integers(1, 9), way=st.sampled_from(sorted(WAYS)), std=st.sampled_from([0.1, 1.0]),
     seed=st.integers(0, 99),
@@ -71,11 +71,11 @@ def test_after_k_sweeps_the_first_k_tokens_are_exact(
 def test_sweeps_end_at_the_tolerance(way: str) -> None:
     model, (ids, mask), start = small(decay=0.3), rows([40, 31]), starts(2)
     exact = model(ids, start=start, mask=mask, solve=sequential).contexts
-    loose, tight = (model(ids, start=start, mask=mask, solve=solved_by(way, 40, to)).solved for to in (1e-2, 1e-5))
+    loose, tight = (model(ids, start=start, mask=mask, solve=solved_by(way, 40, to)).solved for to in (1e-2, 1e-4))
     assert loose.sweeps < tight.sweeps < 40
-    assert loose.residual <= 1e-2 and tight.residual <= 1e-5
+    assert loose.residual <= 1e-2 and tight.residual <= 1e-4
     errors = [((found.contexts - exact).norm(dim=-1) / 4)[mask].max() for found in (loose, tight)]
-    assert errors[1] < 1e-4 < errors[0] < 0.2
+    assert errors[1] < 1e-3 and errors[1] < errors[0] < 0.1
     cut = model(ids, start=start, mask=mask, solve=solved_by(way, 3, 1e-5)).solved
     assert cut.sweeps == 3 and cut.residual > 1e-5
     near = model(ids, start=start, mask=mask, initial=exact + 1e-7, solve=solved_by(way, 40, 1e-5)).solved

@@ -23,8 +23,8 @@ WAYS = {"jacobi": jacobi, "newton": newton}
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any)
 
 
-def solved_by(way: str, most: int = 100, tolerance: float = 1e-14, **more: object) -> Solver:
-    return partial(WAYS[way], tolerance=tolerance, most=most, **more)
+def solved_by(way: str, most: int = 100, tolerance: float = 1e-14, border: Border | None = None) -> Solver:
+    return partial(WAYS[way], tolerance=tolerance, most=most, border=border)
 
 
 @settings(max_examples=8, deadline=None)
@@ -103,10 +103,7 @@ def test_the_diagonal_is_near_that_of_the_jacobian(layers: int) -> None:
 
 def test_a_run_chooses_the_way() -> None:
     (ids, mask), start = rows([30]), starts(1)
-    ways: tuple[SolveConfig, ...] = tuple(
-        SolveConfig(way, tolerance=1e-8)
-        for way in ("sequential", "jacobi", "newton")  # type: ignore[arg-type]
-    )
+    ways = [SolveConfig("sequential"), SolveConfig("jacobi", 1e-8), SolveConfig("newton", 1e-8)]
     found = [small(solve=way)(ids, start=start, mask=mask).solved for way in ways]
     assert found[0].sweeps == 1 < found[2].sweeps
     assert solver(ways[0]) is sequential

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pipeline.ops.cross_entropy import linear_argmax, linear_cross_entropy
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.model.blocks import Blocks
+from pipeline.systems.cvfp.solve.sweeps import solver
+from pipeline.systems.cvfp.solve.transition import Solved, Solver
 
 IGNORED = -100
 
@@ -29,6 +31,8 @@ class CvfpOutput:
     """Nats of each label [rows, L] float32; 0 where it is ignored."""
     predictions: Tensor | None = None
     """The likeliest next token [rows, L]."""
+    solved: Solved | None = None
+    """What the contexts of a recurrence took."""
 
 
 class Statistics(nn.Module):
@@ -71,6 +75,7 @@ class CvfpModel(nn.Module):
         self.embedding = nn.Embedding(sizes.vocab, width)
         self.norm_embed = nn.LayerNorm(width)
         self.blocks = Blocks(sizes.layers, width, decay)
+        self.solver = solver(sizes.solve)
         self.head = Head(width, sizes.vocab)
         self.statistics = Statistics(width)
 
@@ -80,23 +85,29 @@ class CvfpModel(nn.Module):
         contexts_in: Tensor | None = None,
         *,
         start: Tensor | None = None,
+        mask: Tensor | None = None,
+        solve: Solver | None = None,
+        initial: Tensor | None = None,
         states: Tensor | None = None,
         labels: Tensor | None = None,
         predict: bool = False,
     ) -> CvfpOutput:
         """One application of the blocks to the tokens ids [rows, L], with the context of each [rows, L, D].
 
-        `start` [rows, D] in place of contexts: the contexts of the recurrence that begins so, which is exact. `states`
-        [rows, L, D] in place of tokens: the head alone. Without any context: the embeddings alone. With labels
-        [rows, L] their losses, with `predict` the likeliest next tokens.
+        `start` [rows, D] in place of contexts: the contexts of the recurrence that begins so, without gradient, by
+        `solve`, or the way of --model.solve; mask [rows, L] (None: every token) and initial [rows, L, D] are the
+        solver's. `states` [rows, L, D] in place of tokens: the head alone. Without any context: the embeddings alone.
+        With labels [rows, L] their losses, with `predict` the likeliest next tokens.
         """
         dtype = self.head.weight.dtype
-        contexts = embedded = None
+        contexts = embedded = solved = None
         if states is None:
             assert ids is not None
             embedded = self.norm_embed(self.embedding(ids))
             if start is not None:
-                contexts, _ = self.blocks(start.to(dtype), embedded, recurrent=True)
+                way = self.solver if solve is None else solve
+                solved = self.blocks(start.to(dtype), embedded, solve=way, mask=mask, initial=initial)
+                contexts = solved.contexts
             elif contexts_in is not None:
                 contexts, states = self.blocks(contexts_in.to(dtype), embedded)
         losses = predictions = None
@@ -107,7 +118,7 @@ class CvfpModel(nn.Module):
             shape = states.shape[:2]
             losses = found.pop(0).view(shape) if labels is not None else None
             predictions = found.pop(0).view(shape) if predict else None
-        return CvfpOutput(contexts, states, embedded, losses, predictions)
+        return CvfpOutput(contexts, states, embedded, losses, predictions, solved)
 
 
 def parameter_parts(sizes: CvfpConfig) -> Mapping[str, int]:

@@ -5,21 +5,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pipeline.systems.cvfp.solve.sequential import sequential, sequential_with_growth
+from pipeline.systems.cvfp.solve.transition import Solved, Solver, ends_of, shifted
+
+__all__ = ["Reader", "ends_of", "shifted"]
+
 
 class Reader:
     """Computes contexts and embeddings without gradient; every call touches all weights, so all ranks make as many."""
 
-    def __init__(self, model: nn.Module, width: int) -> None:
+    def __init__(self, model: nn.Module, width: int, *, exact: bool = False) -> None:
+        """exact: token after token, whatever --model.solve says."""
         self.model, self.width = model, width
         self.device = next(model.parameters()).device
+        self.solve: Solver | None = sequential if exact else None
 
     @torch.no_grad()
-    def contexts(self, ids: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
+    def contexts(
+        self, ids: Tensor, mask: Tensor, start: Tensor | None = None, *, initial: Tensor | None = None
+    ) -> Tensor:
         """Contexts [rows, L, D] float32 of tokens ids [rows, L], from `start` [rows, D]; None: from zero. What stands
-        beyond mask [rows, L] is of no token."""
+        beyond mask [rows, L] is of no token. `initial` [rows, L, D]: near them, if sweeps are to begin there."""
+        return in_full(self.solved(ids, mask, start, initial=initial).contexts)
+
+    @torch.no_grad()
+    def solved(
+        self, ids: Tensor, mask: Tensor, start: Tensor | None = None, *, initial: Tensor | None = None
+    ) -> Solved:
+        """As `contexts`, in the model's precision, with the number of sweeps and what the last one moved."""
+        return self._solved(ids, mask, start, self.solve, initial)
+
+    @torch.no_grad()
+    def growth(self, ids: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
+        """[rows] float64: the mean logarithm, per token, of the factor by which a small difference grows."""
+        growth = self._solved(ids, mask, start, sequential_with_growth, None).growth
+        assert growth is not None
+        return growth
+
+    def _solved(
+        self, ids: Tensor, mask: Tensor, start: Tensor | None, solve: Solver | None, initial: Tensor | None
+    ) -> Solved:
         if start is None:
             start = torch.zeros(len(ids), self.width, device=ids.device)
-        return self.model(ids, start=start).contexts.float()
+        return self.model(ids, start=start, mask=mask, solve=solve, initial=initial).solved
 
     @torch.no_grad()
     def embedded(self, ids: Tensor) -> Tensor:
@@ -37,12 +65,6 @@ class Reader:
         return self.model(ids, contexts).states.float()
 
 
-def shifted(contexts: Tensor, start: Tensor) -> Tensor:
-    """The context before each token [rows, L, D]: `start` [rows, D], then those of `contexts` [rows, L, D]."""
-    return torch.cat([start.unsqueeze(1).to(contexts.dtype), contexts[:, :-1]], dim=1)
-
-
-def ends_of(contexts: Tensor, lengths: Tensor, start: Tensor) -> Tensor:
-    """The context after each row's last token [rows, D]; that of its start for a row without one."""
-    last = contexts[torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp_min(0)]
-    return torch.where(lengths[:, None] > 0, last, start.to(last.dtype))
+def in_full(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 as a model of that computes it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -145,14 +145,14 @@ def expected_numbers(prediction: Prediction, model: CvfpModel, *, zero: bool) ->
         hits.append(right)
         without.append(nats(model, ids, zero=True)[0])
         tokens += ids[1:].tolist()
-    loss = float(torch.cat(losses).mean())
+    loss = torch.cat(losses).mean().item()
     return {
         "loss": loss,
         "ppl": math.exp(loss),
         "accuracy": float(torch.cat(hits).double().mean()),
         "unigram_ppl": math.exp(sum(table[token] for token in tokens) / len(tokens)),
         "unigram_accuracy": tokens.count(likeliest) / len(tokens),
-        "context_zero_ppl": math.exp(float(torch.cat(without).mean())),
+        "context_zero_ppl": math.exp(torch.cat(without).mean().item()),
         "labels": float(len(tokens)),
     }
 

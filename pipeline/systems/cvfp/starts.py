@@ -47,4 +47,4 @@ def from_the_left(ends: Tensor, topology: Topology, *, circular: bool) -> Tensor
 def with_ends(batch: DocumentBatch, contexts: Tensor, start: Tensor, carry: Carry) -> Carry:
     """The carry after contexts [rows, L, D] that began at `start` [rows, D]; a row without a token leaves its own."""
     before = carry[ENDS].tensor if ENDS in carry else start
-    return {**carry, ENDS: CarryEntry(ends_of(contexts, batch.lengths, before).float())}
+    return {**carry, ENDS: CarryEntry(ends_of(contexts, batch.lengths, before))}

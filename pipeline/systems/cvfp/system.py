@@ -51,6 +51,20 @@ class CvfpSystem(System[DocumentBatch]):
             raise UserError(
                 f"--parallel.sequence {topology.sequence}: contexts follow each other, token by token: leave it out"
             )
+        if self.config.sequence_length < 2:
+            raise UserError(
+                f"--sequence-length {self.config.sequence_length}: a token is to be followed by another: give 2 or more"
+            )
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Raises UserError where contexts of a stream would pass from one micro-batch of a step to the next."""
+        accum, carry = self.config.grad_accum, self.sizes.carry
+        if carry != "document" and accum > 1:
+            raise UserError(
+                f"--grad-accum {accum}: with --carry {carry} the context goes on from row to row of a step, which is to"
+                f" be one micro-batch: give --batch-size {self.config.batch_size * accum}"
+            )
 
     def list_data(self, *, ask_servers: bool = False) -> DocumentSet:
         return list_documents(self.config)
@@ -81,6 +95,8 @@ class CvfpSystem(System[DocumentBatch]):
         return self.data.training(topology).slots
 
     def settled(self, topology: Topology) -> RunConfig:
+        # Not in `check` alone: a resume keeps the global batch, on fewer ranks by more micro-batches.
+        self._check_rows()
         steps = self.sizes.fixed_point.iterations * self.data.training(topology).slots
         fixed_point = dataclasses.replace(self.sizes.fixed_point, steps=steps)
         model = dataclasses.replace(self.sizes, vocab=self.documents.vocab, fixed_point=fixed_point)

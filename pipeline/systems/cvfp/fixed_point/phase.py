@@ -17,7 +17,7 @@ from pipeline.systems.cvfp.fixed_point.distances import distances
 from pipeline.systems.cvfp.fixed_point.diversity import diversity_gradient, separable
 from pipeline.systems.cvfp.fixed_point.noise import noise
 from pipeline.systems.cvfp.fixed_point.statistics import ContextSums
-from pipeline.systems.cvfp.model.reader import Reader, shifted
+from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
 from pipeline.systems.cvfp.phase import Data
 from pipeline.systems.cvfp.starts import start_of, with_ends
 
@@ -80,10 +80,10 @@ class FixedPoint:
         inputs = shifted(contexts, start)
         if section.noise:
             inputs = inputs + section.noise * noise(batch, width, self.config.seed)
-        found, exact = model(batch.ids, inputs).contexts.float()[mask], contexts[mask]
+        found, exact = in_full(model(batch.ids, inputs).contexts)[mask], contexts[mask]
         distance, metrics = self._distance(found, exact, carry.get(f"contexts/{batch.slot}"), batch)
         terms, gradient = diversity_gradient(model.statistics.moments, section.diversity)
-        value = torch.stack(list(terms.values())).sum().float() * tokens
+        value = torch.stack(list(terms.values())).sum().to(found) * tokens
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
         metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)
         weight = section.diversity_weight

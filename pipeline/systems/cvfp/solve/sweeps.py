@@ -81,7 +81,7 @@ def _sweeps(
     lengths = mask.sum(1)
     longest = int(lengths.max()) if len(lengths) else 0
     least = max(tolerance, 4 * torch.finfo(embedded.dtype).eps)
-    sweeps, residual = 0, torch.zeros((), device=embedded.device)
+    sweeps, residual = 0, torch.zeros(())
     while sweeps < most:
         # Without a border the tokens before this one are exact: they would not move.
         exact = 0 if border is not None else min(sweeps, longest)
@@ -90,6 +90,7 @@ def _sweeps(
         part = slice(exact, longest)
         before = contexts[:, exact - 1] if exact else start
         old, there = contexts[:, part], mask[:, part]
+        residual = torch.zeros((), device=embedded.device)
         if longest:
             new = _sweep(transition, embedded[:, part], before, old, diagonal=diagonal)
             moved = (new - old).norm(dim=-1).float() / new.norm(dim=-1).float().clamp_min(1e-30)

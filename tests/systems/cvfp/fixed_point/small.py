@@ -39,9 +39,18 @@ class Small:
         self.model = CvfpModel(sizes)
         initialise(self.model, sizes, 0, ONE)
         self.model = self.model.double()
+        # It is float32 whatever the model computes in.
+        assert self.model.statistics.moments.dtype == torch.float32
+        self.model.statistics.moments = self.model.statistics.moments.double()
 
     def open(
-        self, topology: Topology, held_out: bool = False, rows: int = ROWS, accum: int = 1, ranks: int = 1, rank: int = 0
+        self,
+        topology: Topology,
+        held_out: bool = False,
+        rows: int = ROWS,
+        accum: int = 1,
+        ranks: int = 1,
+        rank: int = 0,
     ) -> PassLoader:
         return PassLoader(
             self.documents, held_out=held_out, length=LENGTH, batch_size=rows, grad_accum=accum, data_rank=rank,
@@ -57,7 +66,9 @@ class Small:
         """One step of every loader, each that of a rank: gradients by name of the loss, a mean over all, and metrics."""
         context = StepContext(ONE, 0, FIXED_POINT, step)
         batches = {
-            (rank, micro): batch for rank, loader in enumerate(loaders) for micro, batch in enumerate(loader.next_step())
+            (rank, micro): batch
+            for rank, loader in enumerate(loaders)
+            for micro, batch in enumerate(loader.next_step())
         }
         counts: Counts = {}
         for batch in batches.values():

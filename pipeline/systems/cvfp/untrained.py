@@ -30,7 +30,7 @@ def untrained_reader(model: nn.Module, sizes: CvfpConfig, seed: int, *, publishe
     if sizes.embedding is not None:
         trained = getattr(model, "module", model)
         assert isinstance(trained, CvfpModel)
-        given = trained.embedding.weight
+        (given,) = trained.embedding.parameters()
         with torch.no_grad(), gathered([given]):
             assert full_shape(given) == table.weight.shape
             table.weight.copy_(given)

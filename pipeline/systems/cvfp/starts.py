@@ -34,4 +34,4 @@ def start_of(batch: DocumentBatch, carry: Carry, width: int, topology: Topology,
 def with_ends(batch: DocumentBatch, contexts: Tensor, start: Tensor, carry: Carry) -> Carry:
     """The carry after contexts [rows, L, D] that began at `start` [rows, D]; a row without a token leaves its own."""
     before = carry[ENDS].tensor if ENDS in carry else start
-    return {**carry, ENDS: CarryEntry(ends_of(contexts, batch.lengths, before).float())}
+    return {**carry, ENDS: CarryEntry(ends_of(contexts, batch.lengths, before))}

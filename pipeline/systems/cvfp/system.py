@@ -24,12 +24,13 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
-from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, ContextEvaluation
+from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
 from pipeline.systems.cvfp.phase import FIXED_POINT, PREDICTION, Data, DocumentLoader, PhaseWork
+from pipeline.systems.cvfp.prediction.decoder import CvfpDecoder
 from pipeline.systems.cvfp.prediction.phase import Prediction
 
 
@@ -37,6 +38,7 @@ class CvfpSystem(System[DocumentBatch]):
     """A fixed point of contexts, then token prediction (see pipeline/system.py for what a system is)."""
 
     name = "cvfp"
+    histories = HISTORIES
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
@@ -49,6 +51,20 @@ class CvfpSystem(System[DocumentBatch]):
         if topology.sequence > 1:
             raise UserError(
                 f"--parallel.sequence {topology.sequence}: contexts follow each other, token by token: leave it out"
+            )
+        if self.config.sequence_length < 2:
+            raise UserError(
+                f"--sequence-length {self.config.sequence_length}: a token is to be followed by another: give 2 or more"
+            )
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Raises UserError where contexts of a stream would pass from one micro-batch of a step to the next."""
+        accum, carry = self.config.grad_accum, self.sizes.carry
+        if carry != "document" and accum > 1:
+            raise UserError(
+                f"--grad-accum {accum}: with --carry {carry} the context goes on from row to row of a step, which is to"
+                f" be one micro-batch: give --batch-size {self.config.batch_size * accum}"
             )
 
     def list_data(self, *, ask_servers: bool = False) -> DocumentSet:
@@ -80,6 +96,8 @@ class CvfpSystem(System[DocumentBatch]):
         return self.data.training(topology).slots
 
     def settled(self, topology: Topology) -> RunConfig:
+        # Not in `check` alone: a resume keeps the global batch, on fewer ranks by more micro-batches.
+        self._check_rows()
         steps = self.sizes.fixed_point.iterations * self.data.training(topology).slots
         fixed_point = dataclasses.replace(self.sizes.fixed_point, steps=steps)
         model = dataclasses.replace(self.sizes, vocab=self.documents.vocab, fixed_point=fixed_point)
@@ -196,6 +214,12 @@ class CvfpSystem(System[DocumentBatch]):
             )
         table = evaluation.tables.get(CRITERIA)
         return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
+
+    def decoder(self, model: nn.Module) -> CvfpDecoder:
+        assert isinstance(model, CvfpModel)
+        if self.sizes.test:
+            raise UserError(f"{self.config.recipe} with --test trained no head: generate with a run without it")
+        return CvfpDecoder(model, zero=self.sizes.prediction.context == "zero")
 
     def caption(self) -> str:
         sizes = self.sizes

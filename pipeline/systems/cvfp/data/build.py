@@ -39,8 +39,6 @@ def list_documents(config: RunConfig) -> DocumentSet:
     for flag, given in (("--data.mix", data.mix), ("--data.tokens", data.tokens), ("--data.recall", data.recall)):
         if given:
             raise UserError(f"{flag}: this system reads whole documents: give --data.path or --data.dataset")
-    if data.path and data.dataset:
-        raise UserError("--data.path and --data.dataset are both given: leave one out")
     if config.sequence_length < LEAST:
         raise UserError(
             f"--sequence-length {config.sequence_length}: a row needs {LEAST} tokens, one of them to be predicted: give"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.errors import UserError, brief
 from pipeline.files.home import expanded
@@ -9,6 +11,10 @@ from pipeline.parallel.weight_files import model_tensors
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.model.weights import NAMES
 
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+"""How the files of tokenizers begin."""
 MOST_UNUSED = 1024
 """Rows that an embedding may have beyond the tokenizer's ids: models pad it to a multiple of up to that."""
 
@@ -25,7 +31,7 @@ def rows_of_embedding(sizes: CvfpConfig, tokenizer: Tokenizer) -> int:
     rows, width = _shape(name, flag)
     if width != sizes.width:
         raise UserError(f"{flag}: its vectors have {width} dimensions and --model.width is {sizes.width}: give {width}")
-    own = _own_tokenizer(name)
+    own = tokenizer if tokenizer.name == name else _own_tokenizer(name)
     fix = f"give --data.tokenizer {name}" if own is not None else "name the tokenizer of that model"
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise UserError(f"--data.tokenizer {tokenizer.name} is not the tokenizer of {flag}: {fix}")
@@ -60,9 +66,14 @@ def _shape(name: str, flag: str) -> tuple[int, int]:
 
 
 def _own_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer beside a model; None where there is none."""
+    """The tokenizer beside a model; None where there is none, or where it cannot be loaded, which is logged."""
+    folder = expanded(name)
+    if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        return None
     try:
         return load_tokenizer(name)
-    except UserError:
-        # A folder of weights alone: then only the number of its rows can be compared.
+    except UserError as error:
+        logger.warning(
+            "--model.embedding %s: only the number of ids is compared with --data.tokenizer: %s", name, error
+        )
         return None

@@ -19,8 +19,6 @@ def split(cut: Cut, holdout: float, name: str) -> tuple[Rows, Rows]:
     owners = sorted(set(cut.owners))
     if len(cut.rows) < 2:
         raise UserError(f"{name} has {len(cut.rows)} rows of two tokens or more, of which one is held out: give more")
-    if not 0 < holdout < 1:
-        raise UserError(f"--data.holdout {holdout}: give a share above 0 and below 1, or files with --evaluation.path")
     if len(owners) == 1:
         held = min(max(1, round(holdout * len(cut.rows))), len(cut.rows) - 1)
         return cut.rows[:-held], cut.rows[-held:]

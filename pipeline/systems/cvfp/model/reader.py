@@ -26,7 +26,7 @@ class Reader:
     ) -> Tensor:
         """Contexts [rows, L, D] float32 of tokens ids [rows, L], from `start` [rows, D]; None: from zero. What stands
         beyond mask [rows, L] is of no token. `initial` [rows, L, D]: near them, if sweeps are to begin there."""
-        return self.solved(ids, mask, start, initial=initial).contexts.float()
+        return in_full(self.solved(ids, mask, start, initial=initial).contexts)
 
     @torch.no_grad()
     def solved(
@@ -52,14 +52,19 @@ class Reader:
     @torch.no_grad()
     def embedded(self, ids: Tensor) -> Tensor:
         """The normed embeddings e_t [rows, L, D] float32."""
-        return self.model(ids).embedded.float()
+        return in_full(self.model(ids).embedded)
 
     @torch.no_grad()
     def applied(self, contexts: Tensor, ids: Tensor) -> Tensor:
         """The contexts [rows, L, D] after one application of all blocks to `contexts` and the tokens' e_t."""
-        return self.model(ids, contexts).contexts.float()
+        return in_full(self.model(ids, contexts).contexts)
 
     @torch.no_grad()
     def states(self, contexts: Tensor, ids: Tensor) -> Tensor:
         """The token states u_t [rows, L, D] of tokens whose contexts before them are `contexts`."""
-        return self.model(ids, contexts).states.float()
+        return in_full(self.model(ids, contexts).states)
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 as a model of that computes it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

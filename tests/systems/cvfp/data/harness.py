@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,17 @@ def run(
     """A run on those files whose cache and outputs are under tmp_path."""
     sizes = CvfpConfig(**{"width": 16, "layers": 1, "data_cache": str(tmp_path / "cache"), **(model or {})})
     section = DataConfig(**{"path": tuple(map(str, paths)), "holdout": 0.3, **data})
-    config = RunConfig(model=sizes, data=section, sequence_length=length, output_dir=tmp_path / "out", batch_size=2)
-    return dataclasses.replace(config, evaluation=EvaluationConfig(path=validation))
+    return RunConfig(
+        recipe="test",
+        model=sizes,
+        steps=1,
+        lr=1e-3,
+        data=section,
+        sequence_length=length,
+        batch_size=2,
+        evaluation=EvaluationConfig(path=validation),
+        output_dir=tmp_path / "out",
+    )
 
 
 def json_lines(path: Path, texts: list[str], field: str = "text") -> Path:

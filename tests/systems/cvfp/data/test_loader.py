@@ -24,7 +24,7 @@ lengths = st.lists(st.integers(2, LENGTH), min_size=15, max_size=40)
 def ranks(documents: DocumentSet, layout: tuple[int, int, int] = (1, 1, 12), **options: Any) -> list[PassLoader]:
     degree, accum, size = layout
     plain = {"held_out": False, "length": LENGTH, "seed": 3} | options
-    shape = {"data_degree": degree, "grad_accum": accum, "batch_size": size}
+    shape: dict[str, Any] = {"data_degree": degree, "grad_accum": accum, "batch_size": size}
     return [PassLoader(documents, data_rank=rank, **shape, **plain) for rank in range(degree)]
 
 

@@ -60,10 +60,6 @@ PLACES = {
     "zero1": ("in its second pass", "in the second phase"), "zero3 bf16 stream": ("in the first phase",),
     "zero2 fp16 frozen": ("at the switch",),
 }  # fmt: skip
-    "zero1": tuple(MIDDLES),
-    "zero3 bf16 stream": ("in its second pass",),
-    "zero2 fp16 frozen": ("at the switch",),
-}
 LAST = 12
 """Steps: two passes, and two epochs, of three."""
 

@@ -38,7 +38,7 @@ def made(config: RunConfig, *, moved: float = 0.0) -> tuple[CvfpSystem, nn.Modul
     system.initialise(model, ALONE)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += moved * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=moved)
     return system, model
 
 

@@ -24,7 +24,7 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
-from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, ContextEvaluation
+from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
@@ -38,6 +38,7 @@ class CvfpSystem(System[DocumentBatch]):
     """A fixed point of contexts, then token prediction (see pipeline/system.py for what a system is)."""
 
     name = "cvfp"
+    histories = HISTORIES
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)

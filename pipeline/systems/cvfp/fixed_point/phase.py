@@ -22,6 +22,8 @@ from pipeline.systems.cvfp.phase import Data
 from pipeline.systems.cvfp.starts import start_of, with_ends
 
 DISTANCE, DIVERSITY = "distance", "diversity"
+MOMENTS = "statistics.moments"
+"""The model's buffer of the moving average."""
 
 
 class FixedPoint:
@@ -58,8 +60,7 @@ class FixedPoint:
 
     @staticmethod
     def _update(model: nn.Module, sums: ContextSums, topology: Topology, *, momentum: float) -> None:
-        averages = model.statistics.moments
-        assert isinstance(averages, Tensor)
+        averages = model.get_buffer(MOMENTS)
         averages.lerp_(sums.moments(topology).to(averages), 1 - momentum)
 
     def count(self, batch: DocumentBatch) -> Counts:
@@ -76,16 +77,22 @@ class FixedPoint:
         # Every second pass begins elsewhere, so that the distance to the pass before says whether that is forgotten.
         other = section.start == "other" and batch.iteration % 2 == 1
         start = start_of(batch, carry, width, context.topology, way=self.sizes.carry, other=other)
-        contexts = Reader(model, width).contexts(batch.ids, mask, start)
+        before = carry.get(f"contexts/{batch.slot}")
+        # Sweeps begin near where they end; a pass token after token has no use for it.
+        initial = None if before is None else before.tensor
+        solved = Reader(model, width).solved(batch.ids, mask, start, initial=initial)
+        contexts = in_full(solved.contexts)
         inputs = shifted(contexts, start)
         if section.noise:
             inputs = inputs + section.noise * noise(batch, width, self.config.seed)
         found, exact = in_full(model(batch.ids, inputs).contexts)[mask], contexts[mask]
-        distance, metrics = self._distance(found, exact, carry.get(f"contexts/{batch.slot}"), batch)
-        terms, gradient = diversity_gradient(model.statistics.moments, section.diversity)
+        distance, metrics = self._distance(found, exact, before, batch)
+        terms, gradient = diversity_gradient(model.get_buffer(MOMENTS), section.diversity)
         value = torch.stack(list(terms.values())).sum().to(found) * tokens
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
         metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)
+        if self.sizes.solve.way != "sequential":
+            metrics["sweeps"] = (torch.full_like(distance, solved.sweeps), torch.ones_like(tokens))
         weight = section.diversity_weight
         sums = {
             DIVERSITY: weight * (separable(found, gradient).sum() + value),
@@ -120,7 +127,11 @@ class FixedPoint:
         self._sums = None
 
     def evaluate(self, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
-        reader, topology, least = Reader(model, self.sizes.width), sync_point.topology, self.section.threshold
-        train = convergence(reader, self.data.training(topology), least, sync_point)
-        held = convergence(reader, self.data.held_out(topology), least, sync_point)
+        """The convergence of training and of held-out (`..._val`) documents, whose contexts are found token after token
+        whatever way training takes: what sweeps leave out would look like a start that is not forgotten."""
+        reader = Reader(model, self.sizes.width, exact=True)
+        train, held = (
+            convergence(reader, loader, self.section.threshold, sync_point)
+            for loader in (self.data.training(sync_point.topology), self.data.held_out(sync_point.topology))
+        )
         return Evaluation({**train, **{f"{name}_val": value for name, value in held.items()}})

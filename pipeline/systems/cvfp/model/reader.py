@@ -52,17 +52,17 @@ class Reader:
     @torch.no_grad()
     def embedded(self, ids: Tensor) -> Tensor:
         """The normed embeddings e_t [rows, L, D] float32."""
-        return self.model(ids).embedded.float()
+        return in_full(self.model(ids).embedded)
 
     @torch.no_grad()
     def applied(self, contexts: Tensor, ids: Tensor) -> Tensor:
         """The contexts [rows, L, D] after one application of all blocks to `contexts` and the tokens' e_t."""
-        return self.model(ids, contexts).contexts.float()
+        return in_full(self.model(ids, contexts).contexts)
 
     @torch.no_grad()
     def states(self, contexts: Tensor, ids: Tensor) -> Tensor:
         """The token states u_t [rows, L, D] of tokens whose contexts before them are `contexts`."""
-        return self.model(ids, contexts).states.float()
+        return in_full(self.model(ids, contexts).states)
 
 
 def in_full(tensor: Tensor) -> Tensor:

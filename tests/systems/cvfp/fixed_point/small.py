@@ -12,7 +12,7 @@ from pipeline.data.batch import Counts
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, StepContext
-from pipeline.systems.cvfp.config import CvfpConfig, FixedPointConfig
+from pipeline.systems.cvfp.config import CvfpConfig, FixedPointConfig, SolveConfig
 from pipeline.systems.cvfp.data.loader import PassLoader
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel
@@ -29,10 +29,25 @@ LENGTHS = [9, 3, 9, 7, 5, 9, 2, 8, 6, 9, 4, 9]
 class Small:
     """The first phase of a model in float64, and what an engine does with it."""
 
-    def __init__(self, *, lengths: list[int] = LENGTHS, training: int = 10, carry: str = "document", **section: Any):
+    def __init__(
+        self,
+        *,
+        lengths: list[int] = LENGTHS,
+        training: int = 10,
+        carry: Any = "document",
+        solve: SolveConfig | None = None,
+        **section: Any,
+    ):
         sizes = CvfpConfig(
-            width=WIDTH, layers=2, vocab=VOCAB, carry=carry, fixed_point=FixedPointConfig(**section), initial_std=0.2
-        )  # type: ignore[arg-type]
+            width=WIDTH,
+            layers=2,
+            vocab=VOCAB,
+            carry=carry,
+            fixed_point=FixedPointConfig(**section),
+            initial_std=0.2,
+            solve=solve or SolveConfig(),
+        )
+        self.carry = carry
         self.config = RunConfig("small", sizes, steps=1, batch_size=ROWS, sequence_length=LENGTH, lr=0.1)
         self.documents = documents(lengths, training, VOCAB)
         self.work = FixedPoint(self.config, Data(self.documents, self.open))
@@ -43,19 +58,17 @@ class Small:
         assert self.model.statistics.moments.dtype == torch.float32
         self.model.statistics.moments = self.model.statistics.moments.double()
 
-    def open(
-        self,
-        topology: Topology,
-        held_out: bool = False,
-        rows: int = ROWS,
-        accum: int = 1,
-        ranks: int = 1,
-        rank: int = 0,
-    ) -> PassLoader:
+    def open(self, topology: Topology, held_out: bool = False, *, rows: int = ROWS, **layout: int) -> PassLoader:
         return PassLoader(
-            self.documents, held_out=held_out, length=LENGTH, batch_size=rows, grad_accum=accum, data_rank=rank,
-            data_degree=ranks, seed=0, shuffle=not held_out, stream=self.config.model.carry != "document",  # type: ignore[attr-defined]
-        )  # fmt: skip
+            self.documents,
+            held_out=held_out,
+            length=self.config.sequence_length,
+            batch_size=rows,
+            seed=0,
+            shuffle=not held_out,
+            stream=self.carry != "document",
+            **layout,
+        )
 
     def begin(self) -> None:
         self.work.begin(self.model, SyncPoint(ONE))
@@ -63,7 +76,7 @@ class Small:
     def step(
         self, loaders: list[PassLoader], carries: dict[tuple[int, int], Carry], step: int
     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
-        """One step of every loader, each that of a rank: gradients by name of the loss, a mean over all, and metrics."""
+        """One step of every loader, each that of a rank: gradients of the mean loss by name, and metrics."""
         context = StepContext(ONE, 0, FIXED_POINT, step)
         batches = {
             (rank, micro): batch

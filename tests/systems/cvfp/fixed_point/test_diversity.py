@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def test_the_sum_over_tokens_has_the_gradient_of_the_loss_of_all_tokens_at_once(
     parts = data.draw(st.lists(st.integers(1, 8), max_size=4))
     apart = found.clone().requires_grad_()
     borders = [size for size in torch.tensor([0, *parts]).cumsum(0).tolist() if size < tokens] + [tokens]
-    for first, last in zip(borders, borders[1:], strict=False):
+    for first, last in itertools.pairwise(borders):
         (separable(apart[first:last], gradient).sum() / tokens).backward()
     assert whole.grad is not None and apart.grad is not None
     assert torch.allclose(apart.grad, whole.grad, rtol=1e-9, atol=1e-9 * float(whole.grad.abs().max()))
@@ -84,7 +86,7 @@ def test_steps_along_the_gradient_at_moments_that_lag_spread_contexts(kind: str)
     averages = moments(free)
     first, mean = total(averages, kind), float(free.mean(0).norm() / width**0.5)
     assert mean > 0.9
-    for _ in range(100):
+    for _ in range(150):
         wanted = free.clone().requires_grad_()
         _, gradient = diversity_gradient(averages, kind)
         separable(normed(wanted), gradient).mean().backward()
@@ -93,4 +95,4 @@ def test_steps_along_the_gradient_at_moments_that_lag_spread_contexts(kind: str)
         averages = averages.lerp(moments(free), 0.1)
     assert float(total(moments(free), kind)) < 0.05 * float(first)
     # Moments of 1 in all directions leave this to the mean's own.
-    assert float(free.mean(0).norm() / width**0.5) < width**-0.5 + 0.02
+    assert float(free.mean(0).norm() / width**0.5) < width**-0.5 + 0.03

@@ -11,11 +11,16 @@ from torch import Tensor
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, StepContext
+from pipeline.systems.cvfp.config import SolveConfig
 from pipeline.systems.cvfp.fixed_point.diversity import diversity_terms
 from pipeline.systems.cvfp.fixed_point.phase import DISTANCE, DIVERSITY
 from pipeline.systems.cvfp.model.reader import shifted
 from pipeline.systems.cvfp.phase import FIXED_POINT
 from tests.systems.cvfp.fixed_point.small import LENGTHS, ONE, ROWS, WIDTH, Small
+
+
+def first_weight(small: Small) -> Tensor:
+    return small.model.get_parameter("blocks.0.linear.weight")
 
 
 def contexts_of(small: Small, ids: Tensor, start: Tensor) -> Tensor:
@@ -30,8 +35,8 @@ def contexts_of(small: Small, ids: Tensor, start: Tensor) -> Tensor:
 
 def passes(small: Small, count: int, **layout: int) -> list[tuple[dict[str, Tensor], dict[str, tuple[float, float]]]]:
     """Gradients and metrics of each step of some passes; the weights stay."""
-    ranks = layout.get("ranks", 1)
-    loaders = [small.open(ONE, **(layout | {"ranks": ranks, "rank": rank})) for rank in range(ranks)]
+    ranks = layout.get("data_degree", 1)
+    loaders = [small.open(ONE, False, **(layout | {"data_rank": rank})) for rank in range(ranks)]
     carries: dict[tuple[int, int], Carry] = {}
     small.begin()
     return [small.step(loaders, carries, step) for step in range(1, count * loaders[0].slots + 1)]
@@ -69,7 +74,7 @@ def test_a_step_has_the_gradient_and_the_values_of_the_loss_of_all_its_tokens_at
     previous = carries[0, 0]["contexts/0"].tensor.double()
     # So that the pass before was one of other weights.
     with torch.no_grad():
-        small.model.blocks[0].linear.weight.add_(0.1)
+        first_weight(small).add_(0.1)
     small.begin()
     gradients, metrics = small.step([loader], carries, 2)
     batch = small.open(ONE).next_step()[0]
@@ -99,8 +104,12 @@ def test_micro_batches_and_ranks_change_nothing(carry: str) -> None:
     whole = Small(carry=carry)
     expected = passes(whole, 3)
     assert {DISTANCE, "converged_pass_to_pass", "norm", f"{DIVERSITY}/log_det"} <= expected[-1][1].keys()
-    for layout in ({"rows": 1, "accum": 4}, {"rows": 2, "ranks": 2}, {"rows": 1, "accum": 2, "ranks": 2}):
-        if carry == "stream" and layout.get("ranks", 1) * layout.get("accum", 1) > 1:
+    for layout in (
+        {"rows": 1, "grad_accum": 4},
+        {"rows": 2, "data_degree": 2},
+        {"rows": 1, "grad_accum": 2, "data_degree": 2},
+    ):
+        if carry == "stream" and layout.get("data_degree", 1) * layout.get("grad_accum", 1) > 1:
             # What crosses the border of ranks takes ranks, see tests/launch.
             continue
         small = Small(carry=carry)
@@ -166,14 +175,13 @@ def test_a_loss_below_zero_is_followed_as_any_other() -> None:
     small = Small(noise=0.0)
     small.begin()
     with torch.no_grad():
-        for block in small.model.blocks:
-            block.norm_context.weight.mul_(30.0)
+        small.model.get_parameter("blocks.1.norm_context.weight").mul_(30.0)
     small.begin()
     loader = small.open(ONE)
     output = small.work.forward(small.model, loader.next_step()[0], {}, StepContext(ONE, 0, FIXED_POINT, 1))
-    assert float(sum(output.sums.values())) < 0  # type: ignore[arg-type]
+    assert float(sum(output.sums.values())) < 0
     sum(output.sums.values()).backward()  # type: ignore[union-attr]
-    weight = small.model.blocks[0].linear.weight
+    weight = first_weight(small)
     assert weight.grad is not None and float(weight.grad.abs().max()) > 0
 
 
@@ -217,6 +225,19 @@ def test_a_pass_in_two_begins_at_the_end_of_another_document_and_contexts_are_ke
     }
 
 
+@pytest.mark.parametrize("way", ["jacobi", "newton"])
+def test_a_pass_by_sweeps_makes_the_steps_of_one_token_after_token(way: str) -> None:
+    expected = passes(Small(), 2)
+    found = passes(Small(solve=SolveConfig(way, tolerance=1e-14)), 2)  # type: ignore[arg-type]
+    for (gradients, metrics), (others, other_metrics) in zip(found, expected, strict=True):
+        sweeps, count = metrics.pop("sweeps")
+        assert 1 <= sweeps / count <= 10
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, others[name], rtol=1e-8, atol=1e-10), name
+        for name, pair in metrics.items():
+            assert pair == pytest.approx(other_metrics[name], rel=1e-9, abs=1e-12), name
+
+
 def test_a_step_that_was_abandoned_leaves_nothing_in_the_statistics() -> None:
     """As where an update is skipped: the next step's contexts alone go into the averages."""
     found = []
@@ -227,10 +248,10 @@ def test_a_step_that_was_abandoned_leaves_nothing_in_the_statistics() -> None:
         if abandoned:
             # The contexts of other weights, of a step that was not followed.
             with torch.no_grad():
-                small.model.blocks[0].linear.weight.mul_(2)
+                first_weight(small).mul_(2)
             small.work.forward(small.model, small.open(ONE).next_step()[0], {}, StepContext(ONE, 0, FIXED_POINT, 1))
             with torch.no_grad():
-                small.model.blocks[0].linear.weight.div_(2)
+                first_weight(small).div_(2)
         small.step([loader], {}, 2)
         found.append(small.model.statistics.moments.clone())
     assert torch.equal(*found)
@@ -251,11 +272,11 @@ def test_moving_averages_go_by_the_momentum() -> None:
 def test_a_few_passes_spread_contexts_and_make_them_forget_where_they_began() -> None:
     small = Small(start="other")
     loader, carries = small.open(ONE), {}  # type: ignore[var-annotated]
-    optimizer = torch.optim.Adam(small.model.blocks.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(small.model.blocks.parameters(), lr=1e-2)
     small.begin()
     first = small.work.evaluate(small.model, SyncPoint(Topology())).scalars
     history = []
-    for step in range(1, 20 * loader.slots + 1):
+    for step in range(1, 8 * loader.slots + 1):
         _, metrics = small.step([loader], carries, step)
         optimizer.step()
         history.append({name: total / count for name, (total, count) in metrics.items()})

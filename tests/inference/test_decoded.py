@@ -21,8 +21,8 @@ PROMPT = "The library"
 
 
 def config(**changes: Any) -> RunConfig:
-    recipe = cvfp_tiny()
-    model = dataclasses.replace(recipe.model, width=16, layers=2, vocab=257, **changes)  # type: ignore[arg-type]
+    recipe: Any = cvfp_tiny()
+    model = dataclasses.replace(recipe.model, width=16, layers=2, vocab=257, **changes)
     return replace(recipe, model=model, data=dataclasses.replace(recipe.data, tokenizer="bytes"))
 
 

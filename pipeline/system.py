@@ -130,6 +130,8 @@ class System(ABC, Generic[B]):
     """The loss term whose counts are tokens; the others average over whatever they like."""
     token_weight: float = 1.0
     """By what its sums are multiplied in the loss; 0: it is not measured in training, and perplexity is not known."""
+    histories: Mapping[str, tuple[str, ...]] = {}
+    """Pictures over the steps by the names of their files: the metrics and held-out scalars that each one shows."""
     files: Any = None
     """What rank 0 has found by `list_data`, set before `settled` and `loader` are called in a run; None: this process
     lists it."""

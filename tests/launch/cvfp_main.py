@@ -57,10 +57,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 MIDDLES = {"in the first phase": 2, "in its second pass": 4, "at the switch": 6, "in the second phase": 8}
 PLACES = {
-    "zero1": tuple(MIDDLES),
-    "zero3 bf16 stream": ("in its second pass",),
+    "zero1": ("in its second pass", "in the second phase"), "zero3 bf16 stream": ("in the first phase",),
     "zero2 fp16 frozen": ("at the switch",),
-}
+}  # fmt: skip
 LAST = 12
 """Steps: two passes, and two epochs, of three."""
 

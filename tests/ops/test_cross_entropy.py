@@ -290,7 +290,10 @@ def test_a_bias_is_added_to_the_logits(
     assert torch.equal(both[0], losses)
     torch.testing.assert_close(both[1].double(), z_expected, rtol=tolerance, atol=tolerance)
     trained = (hidden, weight, bias)
-    for actual, wanted in ((losses.sum(), expected.sum()), (sum(map(torch.sum, both)), (expected + z_expected).sum())):
+    for actual, wanted in (
+        (losses.sum(), expected.sum()),
+        (both[0].sum() + both[1].sum(), (expected + z_expected).sum()),
+    ):
         found = torch.autograd.grad(-0.37 * actual, trained)
         for gradient, reference in zip(
             found, torch.autograd.grad(-0.37 * wanted, trained, retain_graph=True), strict=True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, CarryEntry
 from pipeline.systems.cvfp.documents import DocumentBatch
-from pipeline.systems.cvfp.model.reader import ends_of
+from pipeline.systems.cvfp.solve.border import from_the_left
+from pipeline.systems.cvfp.solve.transition import ends_of
 
 ENDS = "ends"
 """Of the carry: the context after the last token that each stream has read [rows, D] float32."""
@@ -29,19 +29,6 @@ def start_of(batch: DocumentBatch, carry: Carry, width: int, topology: Topology,
     if way == "document":
         return ends if other else zero
     return ends if batch.slot else from_the_left(ends, topology, circular=way == "circular")
-
-
-def from_the_left(ends: Tensor, topology: Topology, *, circular: bool) -> Tensor:
-    """Each row's left neighbour [rows, D] over all data ranks, one vector of which crosses each border. Collective."""
-    last = ends[-1:].contiguous()
-    everyone = [last]
-    if topology.world > 1:
-        everyone = [torch.empty_like(last) for _ in range(topology.world)]
-        dist.all_gather(everyone, last)
-    before = everyone[topology.rank - 1]
-    if topology.rank == 0 and not circular:
-        before = torch.zeros_like(before)
-    return torch.cat([before, ends[:-1]])
 
 
 def with_ends(batch: DocumentBatch, contexts: Tensor, start: Tensor, carry: Carry) -> Carry:

@@ -24,12 +24,13 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
-from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, ContextEvaluation
+from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
 from pipeline.systems.cvfp.phase import FIXED_POINT, PREDICTION, Data, DocumentLoader, PhaseWork
+from pipeline.systems.cvfp.prediction.decoder import CvfpDecoder
 from pipeline.systems.cvfp.prediction.phase import Prediction
 
 
@@ -37,6 +38,7 @@ class CvfpSystem(System[DocumentBatch]):
     """A fixed point of contexts, then token prediction (see pipeline/system.py for what a system is)."""
 
     name = "cvfp"
+    histories = HISTORIES
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
@@ -212,6 +214,12 @@ class CvfpSystem(System[DocumentBatch]):
             )
         table = evaluation.tables.get(CRITERIA)
         return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
+
+    def decoder(self, model: nn.Module) -> CvfpDecoder:
+        assert isinstance(model, CvfpModel)
+        if self.sizes.test:
+            raise UserError(f"{self.config.recipe} with --test trained no head: generate with a run without it")
+        return CvfpDecoder(model, zero=self.sizes.prediction.context == "zero")
 
     def caption(self) -> str:
         sizes = self.sizes

@@ -28,7 +28,9 @@ def untrained_reader(model: nn.Module, sizes: CvfpConfig, seed: int, *, publishe
     table = other.embedding
     initialise(other, own, seed, Topology())
     if sizes.embedding is not None:
-        given = model.embedding.weight
+        trained = getattr(model, "module", model)
+        assert isinstance(trained, CvfpModel)
+        (given,) = trained.embedding.parameters()
         with torch.no_grad(), gathered([given]):
             assert full_shape(given) == table.weight.shape
             table.weight.copy_(given)

@@ -43,7 +43,7 @@ def reference(model: CvfpModel, ids: Tensor, start: Tensor) -> Tensor:
 
     for token_id in ids.tolist():
         token = norm(model.embedding.weight[token_id], model.norm_embed)
-        for block in model.blocks:
+        for block in model.blocks.in_order():
             h = (block.linear.weight @ torch.cat([context, token]) + block.linear.bias).clamp_min(0)
             width = len(context)
             context = norm(block.decay * context + h[:width], block.norm_context)

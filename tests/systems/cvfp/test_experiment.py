@@ -50,7 +50,9 @@ def test_contexts_converge_and_keep_their_rank_and_what_was_read(runs: Runs, rec
                 ("Gaussian", "gaussian"),
             )
         )  # fmt: skip
-        record_property(f"effective rank, {side}", f"{percent(found[f'effective_rank/{side}'])} of the width ({beside})")
+        record_property(
+            f"effective rank, {side}", f"{percent(found[f'effective_rank/{side}'])} of the width ({beside})"
+        )
     record_property("tokens of each rank", int(found["effective_rank/tokens"]))
     record_property("minutes of the first phase", round(training[-1]["elapsed"] / 60, 1))
     assert iterations <= FULL.iterations

@@ -9,6 +9,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.evaluation_result import Evaluation, together
 from pipeline.host.hardware import peak_memory
+from pipeline.parallel.collectives import all_gather_object
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.documents import DocumentSet
@@ -20,6 +21,18 @@ from pipeline.systems.cvfp.evaluation.reader import Reads
 from pipeline.systems.cvfp.model.reader import Reader
 from pipeline.systems.cvfp.untrained import untrained_reader
 
+HISTORIES = {
+    "convergence": ("converged", "converged_val", "converged_pass_to_pass", "converged/random_init"),
+    "rank_by_step": (
+        "effective_rank/train", "effective_rank/val", "effective_rank/random_init_val",
+        "effective_rank/published_init_val", "effective_rank/gaussian",
+    ),
+    "distance": ("distance", "diversity/variance", "diversity/covariance", "diversity/log_det"),
+    "norm_by_step": ("norm", "norm/random_init"),
+    "perplexity": ("ppl", "unigram_ppl", "context_zero_ppl"),
+    "accuracy": ("accuracy", "unigram_accuracy"),
+}  # fmt: skip
+"""What is drawn over the steps of a run."""
 CRITERIA = "criteria"
 """The name of the table of criteria."""
 
@@ -41,8 +54,8 @@ class ContextEvaluation:
     def suite(self, model: nn.Module, sync_point: SyncPoint, found: Evaluation) -> Evaluation:
         """As `evaluate`, of `ContextMeasures.suite`, with the table of criteria. Collective; raises UserError."""
         whole = together(found, self.measures.suite(self._reader(model), sync_point))
-        wanted = self.sizes.fixed_point.converged
-        whole.tables[CRITERIA] = criteria_table(whole.scalars, converged=wanted, peak_bytes=peak_memory())
+        wanted, peak = self.sizes.fixed_point.converged, max(all_gather_object(sync_point.topology, peak_memory()))
+        whole.tables[CRITERIA] = criteria_table(whole.scalars, converged=wanted, peak_bytes=peak)
         return whole
 
     def predictions(

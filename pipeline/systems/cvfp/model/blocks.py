@@ -81,16 +81,19 @@ class Blocks(nn.ModuleList):
                 mask = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
             return solve(BlocksTransition(self), embedded, contexts, mask, initial)
         token = embedded
-        for block in self:
+        for block in self.in_order():
             contexts, token = block(contexts, token)
         return contexts, token
+
+    def in_order(self) -> list[Block]:
+        return [block for block in self if isinstance(block, Block)]
 
 
 class BlocksTransition:
     """F of blocks whose parameters are whole, as a solver calls it (see `Transition`)."""
 
     def __init__(self, blocks: Blocks) -> None:
-        *self.first, self.last = blocks
+        *self.first, self.last = blocks.in_order()
 
     def __call__(self, contexts: Tensor, embedded: Tensor) -> Tensor:
         token = embedded

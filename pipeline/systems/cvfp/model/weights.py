@@ -55,7 +55,11 @@ def _load_embedding(model: nn.Module, name: str, topology: Topology) -> None:
     found: dict[str, str] = {}
 
     def find() -> Mapping[str, StoredTensor]:
-        stored = model_tensors(embedding_folder(name))
+        folder = embedding_folder(name)
+        try:
+            stored = model_tensors(folder)
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from error
         fitting = [tensor for tensor in stored if tensor.split(".", 1)[-1] in NAMES or tensor.endswith(NAMES)]
         if not fitting:
             raise UserError(f"{what}: no input embedding among its tensors: name a decoder of transformers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import cached_property
 from typing import Any
@@ -128,7 +127,7 @@ class Prediction:
         return found
 
     def _written(self, model: nn.Module, sync_point: SyncPoint, writer: FrozenWriter) -> FrozenStates:
-        was_training, reader = model.training, Reader(model, self.sizes.width)
+        was_training, reader = model.training, Reader(model, self.sizes.width, exact=True)
         model.eval()
         loader = self.data.training(sync_point.topology)
         for batch, inputs in exact_inputs(reader, loader, self.sizes, sync_point, "token states"):
@@ -151,7 +150,6 @@ class Prediction:
             "weights": weights["sha256"],
             "precision": str(next(module.parameters()).dtype),
             "recurrence": [sizes.decay, sizes.as_published, sizes.carry, self.section.context],
-            "solve": dataclasses.asdict(sizes.solve),
             "data": self.data.training(topology).state_dict()["fingerprint"],
             "rows": [self.config.batch_size, self.config.grad_accum, topology.data_rank, topology.data],
         }
@@ -165,7 +163,7 @@ class Prediction:
     def evaluate(self, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
         """Of held-out documents, by a fresh exact pass: loss, ppl and accuracy, beside a unigram model's, and those of
         the same weights with every context at zero."""
-        reader, loader = Reader(model, self.sizes.width), self.data.held_out(sync_point.topology)
+        reader, loader = Reader(model, self.sizes.width, exact=True), self.data.held_out(sync_point.topology)
         nats, likeliest = self._unigram
         table = nats.to(reader.device)
         names = ("loss", "right", "unigram", "unigram_right", "zero", "labels")

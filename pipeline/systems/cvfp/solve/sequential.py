@@ -45,9 +45,8 @@ def sequential_with_growth(
     logs = torch.zeros(len(start), dtype=torch.float64, device=start.device)
     for position in range(int(mask.sum(1).max())):
         token = embedded[:, position]
-        context, moved = torch.func.jvp(
-            lambda entering, token=token: transition(entering, token), (context,), (tangent,)
-        )
+        pushed = torch.func.jvp(lambda entering, token=token: transition(entering, token), (context,), (tangent,))
+        context, moved = pushed[0], pushed[1]
         factor = moved.norm(dim=-1, keepdim=True)
         there = mask[:, position]
         # A context that is forgotten at once leaves no direction to follow.

@@ -66,11 +66,12 @@ def test_the_penalty_is_that_which_reads_most_of_what_was_not_fitted(monkeypatch
     table = torch.randn(12, 40, generator=generator)
     sides = [torch.randint(12, (count,), generator=generator) for count in (41, 400, 400)]
     examples = [Examples(table[one] + 2 * torch.randn(len(one), 40, generator=generator), one) for one in sides]
-    best = fit_and_score(*examples, torch.arange(12), ALONE)
+    fitting, tuning, held_out = examples
+    best = fit_and_score(fitting, tuning, held_out, torch.arange(12), ALONE)
     shares = {}
     for ridge in probe.RIDGES:
         monkeypatch.setattr(probe, "RIDGES", (ridge,))
-        shares[ridge] = fit_and_score(examples[0], examples[1], examples[1], torch.arange(12), ALONE).accuracy
+        shares[ridge] = fit_and_score(fitting, tuning, tuning, torch.arange(12), ALONE).accuracy
     assert shares[best.ridge] == max(shares.values()) and best.ridge > 1e-6
 
 

@@ -36,8 +36,9 @@ def documents(seed: int = 0) -> DocumentSet:
 
 
 def run_config(folder: Path, *, carry: str = "document", **section: Any) -> RunConfig:
+    chosen: Any = carry
     sizes = CvfpConfig(
-        width=6, layers=2, vocab=VOCAB, carry=carry, data_cache=str(folder / "cache"), decay=0.6, initial_std=0.3,
+        width=6, layers=2, vocab=VOCAB, carry=chosen, data_cache=str(folder / "cache"), decay=0.6, initial_std=0.3,
         solve=SolveConfig("jacobi", tolerance=1e-12) if carry == "circular" else SolveConfig(),
         prediction=PredictionConfig(**section),
     )  # fmt: skip
@@ -55,7 +56,7 @@ def data_of(config: RunConfig, found: DocumentSet) -> Data:
     return Data(found, opened)
 
 
-def model_of(config: RunConfig, seed: int = 0) -> CvfpModel:
+def model_of(config: RunConfig, seed: int = 0) -> Any:
     model = CvfpModel(config.model).double()  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -65,7 +66,7 @@ def model_of(config: RunConfig, seed: int = 0) -> CvfpModel:
     return model
 
 
-def small(folder: Path, *, seed: int = 0, carry: str = "document", **section: Any) -> tuple[Prediction, CvfpModel]:
+def small(folder: Path, *, seed: int = 0, carry: str = "document", **section: Any) -> tuple[Prediction, Any]:
     config = run_config(folder, carry=carry, **section)
     return Prediction(config, data_of(config, documents(seed))), model_of(config)
 
@@ -79,7 +80,7 @@ def batches(prediction: Prediction, *, held_out: bool = False, passes: int = 1) 
     return [batch for _ in range(passes * loader.slots) for batch in loader.next_step()]
 
 
-def states_and_contexts(model: CvfpModel, ids: Tensor, *, zero: bool = False) -> tuple[Tensor, Tensor]:
+def states_and_contexts(model: Any, ids: Tensor, *, zero: bool = False) -> tuple[Tensor, Tensor]:
     """u_t and c_t [tokens, D] of one document, from zero; every context is detached before the next token reads it.
 
     Written from the specification's equations, not from the model's code.
@@ -101,7 +102,7 @@ def states_and_contexts(model: CvfpModel, ids: Tensor, *, zero: bool = False) ->
     return torch.stack(states), torch.stack(contexts)
 
 
-def nats(model: CvfpModel, ids: Tensor, *, zero: bool = False) -> tuple[Tensor, Tensor]:
+def nats(model: Any, ids: Tensor, *, zero: bool = False) -> tuple[Tensor, Tensor]:
     """Nats of every label of a document [tokens - 1], and whether each was the likeliest."""
     states, _ = states_and_contexts(model, ids, zero=zero)
     logits = states[:-1] @ model.head.weight.T + model.head.bias

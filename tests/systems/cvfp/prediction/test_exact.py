@@ -37,7 +37,7 @@ def test_of_a_stream_its_first_two_parts_are_exact(tmp_path: Path, held_out: boo
     expected = torch.cat([torch.zeros_like(contexts[:1]), contexts[:-1]])
     offset, end_of_second = side.start or 0, len(whole) * 2 // parts
     loader, reader = prediction.data.open(SYNC.topology, held_out), Reader(model, prediction.sizes.width)
-    seen = []
+    seen: list[int] = []
     for batch, inputs in exact_inputs(reader, loader, prediction.sizes, SYNC, "test"):
         for found, first, length in zip(inputs, batch.first.tolist(), batch.lengths.tolist(), strict=True):
             places = range(first - offset, first - offset + length)

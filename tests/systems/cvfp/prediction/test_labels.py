@@ -31,7 +31,7 @@ def test_labels_of_a_stream_are_all_of_its_side_but_the_first_token(tmp_path: Pa
     documents = prediction.data.documents
     border = int(documents.ends[documents.training - 1])
     side = range(border, len(documents.tokens)) if held_out else range(border)
-    seen = {}
+    seen: dict[int, int] = {}
     for batch in batches(prediction, held_out=held_out):
         after = following(documents, batch, way="stream")
         labels = labels_of(batch, after)

@@ -44,7 +44,7 @@ def test_a_context_that_is_forgotten_at_once_has_a_finite_growth() -> None:
 
 def test_growth_is_that_of_a_small_difference() -> None:
     """The whole row's factor, by the product of its Jacobians."""
-    model, (ids, mask), start = small(decay=0.6), rows([25]), starts(1)
+    model, (ids, mask), start = small(decay=0.3), rows([25]), starts(1)
     reader = Reader(model, WIDTH, exact=True)
     growth = float(reader.growth(ids, mask, start))
     contexts = shifted(model(ids, start=start).contexts, start)[0]

@@ -23,11 +23,11 @@ WAYS = {"jacobi": jacobi, "newton": newton}
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any)
 
 
-def solved_by(way: str, most: int = 100, tolerance: float = 1e-14, **more: object) -> Solver:
-    return partial(WAYS[way], tolerance=tolerance, most=most, **more)
+def solved_by(way: str, most: int = 100, tolerance: float = 1e-14, border: Border | None = None) -> Solver:
+    return partial(WAYS[way], tolerance=tolerance, most=most, border=border)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(lengths=LENGTHS)
 def test_sequential_is_the_recurrence(lengths: list[int]) -> None:
     model, (ids, mask), start = small(), rows(lengths), starts(len(lengths))
@@ -47,7 +47,7 @@ def test_one_application_to_shifted_contexts_reproduces_them(dtype: torch.dtype,
     assert (contexts - again)[mask].abs().max() < most_apart
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     lengths=LENGTHS, sweeps=st.integers(1, 9), way=st.sampled_from(sorted(WAYS)), std=st.sampled_from([0.1, 1.0]),
     seed=st.integers(0, 99),
@@ -71,11 +71,11 @@ def test_after_k_sweeps_the_first_k_tokens_are_exact(
 def test_sweeps_end_at_the_tolerance(way: str) -> None:
     model, (ids, mask), start = small(decay=0.3), rows([40, 31]), starts(2)
     exact = model(ids, start=start, mask=mask, solve=sequential).contexts
-    loose, tight = (model(ids, start=start, mask=mask, solve=solved_by(way, 40, to)).solved for to in (1e-2, 1e-5))
+    loose, tight = (model(ids, start=start, mask=mask, solve=solved_by(way, 40, to)).solved for to in (1e-2, 1e-4))
     assert loose.sweeps < tight.sweeps < 40
-    assert loose.residual <= 1e-2 and tight.residual <= 1e-5
+    assert loose.residual <= 1e-2 and tight.residual <= 1e-4
     errors = [((found.contexts - exact).norm(dim=-1) / 4)[mask].max() for found in (loose, tight)]
-    assert errors[1] < 1e-4 < errors[0] < 0.2
+    assert errors[1] < 1e-3 and errors[1] < errors[0] < 0.1
     cut = model(ids, start=start, mask=mask, solve=solved_by(way, 3, 1e-5)).solved
     assert cut.sweeps == 3 and cut.residual > 1e-5
     near = model(ids, start=start, mask=mask, initial=exact + 1e-7, solve=solved_by(way, 40, 1e-5)).solved
@@ -103,10 +103,7 @@ def test_the_diagonal_is_near_that_of_the_jacobian(layers: int) -> None:
 
 def test_a_run_chooses_the_way() -> None:
     (ids, mask), start = rows([30]), starts(1)
-    ways: tuple[SolveConfig, ...] = tuple(
-        SolveConfig(way, tolerance=1e-8)
-        for way in ("sequential", "jacobi", "newton")  # type: ignore[arg-type]
-    )
+    ways = [SolveConfig("sequential"), SolveConfig("jacobi", 1e-8), SolveConfig("newton", 1e-8)]
     found = [small(solve=way)(ids, start=start, mask=mask).solved for way in ways]
     assert found[0].sweeps == 1 < found[2].sweeps
     assert solver(ways[0]) is sequential

@@ -92,6 +92,22 @@ class JudgesPeptides(Protocol):
 
 
 @runtime_checkable
+class MeasuresContexts(Protocol):
+    """Has context vectors, whose rank and memory are measured (`eval --suite contexts`)."""
+
+    def check_control(self, other: RunConfig, name: str) -> None:
+        """Raises UserError where a run of another config, which the user named `name`, is no control of this one."""
+        ...
+
+    def context_suite(
+        self, model: nn.Module, phase: Phase, sync_point: SyncPoint, control: tuple[System[Any], nn.Module] | None
+    ) -> Evaluation:
+        """As `System.evaluate`, with what else there is to measure, and the comparison with a control: the system of
+        its run, without `files`, and its model, whole. Collective; leaves the mode as it found it. Raises UserError."""
+        ...
+
+
+@runtime_checkable
 class ScoresText(Protocol):
     """Is a language model that says how likely each token of a text is: `forward` gives `losses` and `predictions` as
     `pipeline.lm.held_out.Evaluated` has them (`eval --suite downstream`, `--evaluation.tasks`)."""

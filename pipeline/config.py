@@ -68,6 +68,9 @@ class ReportConfig:
     verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
     """Show what else is known: every logged step as a line on a terminal too, with all metrics of the system, and what
     is drawn from the model."""
+    progress_line: bool = False
+    """Log a line `Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s` with each of these too: of the
+    tokens of the pass over the data that it is in, or of the phase, of a system that counts no passes."""
     plots: Annotated[bool, tyro.conf.arg(aliases=["--plots"])] = True
     """Draw PNG plots at evaluations and at the end."""
     plot_every: Annotated[int, tyro.conf.arg(aliases=["--plot-interval"])] = 0
@@ -86,7 +89,7 @@ class ReportConfig:
 class EpochsConfig:
     """Lengths in passes over the training data, of a system that counts them. 0: the flag in steps holds."""
 
-    train: Annotated[float, tyro.conf.arg(aliases=["--epochs"])] = 0.0
+    train: Annotated[float, tyro.conf.arg(aliases=["--epochs", "--phase2-epochs"])] = 0.0
     """Passes in the whole schedule, in place of --steps."""
     save: float = 0.0
     """Passes between checkpoints, in place of --save-every."""
@@ -112,8 +115,8 @@ class RunConfig:
     """Sequences per data rank and micro-batch."""
     sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]
     """Tokens per sequence, over all ranks that share it."""
-    lr: float
-    """Peak learning rate."""
+    lr: Annotated[float, tyro.conf.arg(aliases=["--phase2-learning-rate"])]
+    """Peak learning rate, of phases that have none of their own."""
     grad_accum: int = 1
     """Micro-batches per step."""
     global_batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--global-train-batch-size"])] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.heat_map import HeatMap
@@ -73,3 +73,13 @@ class Evaluation:
     heat_maps: dict[str, HeatMap] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
     """By the table's name: a key of evaluation.json; in training a file in OUT/samples."""
+
+
+def together(*evaluations: Evaluation) -> Evaluation:
+    """What several evaluations of the same weights found, as one."""
+    return Evaluation(
+        *(
+            {name: value for found in evaluations for name, value in getattr(found, part.name).items()}
+            for part in fields(Evaluation)
+        )
+    )

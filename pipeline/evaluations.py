@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from pipeline.callbacks import Callback
 from pipeline.capabilities import Ablates, ClosesGap, Samples, ScoresText
 from pipeline.downstream.evaluate import TasksInTraining
 from pipeline.errors import UserError
+from pipeline.evaluation_result import together
 from pipeline.run import Run
 from pipeline.run_folder import write_run_file
 from pipeline.runtime.sync import SyncPoint
@@ -47,13 +47,19 @@ class Evaluations:
         due = [kind for kind, (every, _) in self.kinds.items() if ends or _is_due(step, *every)]
         self._do([kind for kind in due if step not in self.run.done.get(kind, ())], step, ends)
 
-    def judges(self, step: int) -> bool:
-        """Whether the evaluation that is due at a step decides which checkpoint is the best."""
-        return self.run.config.evaluation.best is not None and _is_due(step, *self.kinds["evaluated"][0])
+    @property
+    def _has_a_say(self) -> bool:
+        """Whether an evaluation decides which checkpoint is the best, or whether the phase ends."""
+        phase = self.run.phase
+        return phase.until_evaluated is not None or (phase.judged and self.run.config.evaluation.best is not None)
 
-    def judge(self, step: int, *, ends: bool) -> None:
+    def decides(self, step: int) -> bool:
+        """Whether the evaluation that is due at a step decides what becomes of the run."""
+        return self._has_a_say and _is_due(step, *self.kinds["evaluated"][0])
+
+    def decide(self, step: int, *, ends: bool) -> None:
         """Makes the evaluation that is due before the step is saved, so that its checkpoint knows of it."""
-        if self.run.config.evaluation.best is not None and (ends or self.judges(step)):
+        if self.decides(step) or (self._has_a_say and ends):
             self._do(["evaluated"], step, ends)
 
     def catch_up(self) -> bool:
@@ -101,8 +107,19 @@ class Evaluations:
             evaluation = together(evaluation, self.tasks.evaluate(system, model, self.sync_point))
         for callback in self.callbacks:
             callback.on_evaluation(step, evaluation)
-        if section.best is not None:
+        if section.best is not None and self._phase.judged:
             self._count(section.best, step, evaluation)
+        if _is_due(step, *self.kinds["evaluated"][0]):
+            self._ask(evaluation)
+
+    def _ask(self, evaluation: Evaluation) -> None:
+        """Ends the phase where its rule says so, by an evaluation that is due: a stop on the way changes nothing.
+        One of the weights that the phase began with is none of it."""
+        run = self.run
+        rule, progress = run.phase.until_evaluated, run.progress
+        if rule is not None and progress.phase == run.phase.name and progress.phase_step:
+            met = bool(rule({**evaluation.scalars, "phase_step": progress.phase_step}))
+            progress.rule_met = progress.rule_met or met
 
     def _count(self, best: str, step: int, evaluation: Evaluation) -> None:
         """Takes note of whether an evaluation is the best; that of a phase before the current one is none of it."""
@@ -137,13 +154,3 @@ class Evaluations:
 def _is_due(step: int, *intervals: int) -> bool:
     """Whether a step is a multiple of one of the intervals; 0 has none."""
     return any(every and step % every == 0 for every in intervals)
-
-
-def together(*evaluations: Evaluation) -> Evaluation:
-    """What several evaluations of the same weights found, as one."""
-    return Evaluation(
-        *(
-            {name: value for found in evaluations for name, value in getattr(found, part.name).items()}
-            for part in dataclasses.fields(Evaluation)
-        )
-    )

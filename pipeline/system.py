@@ -99,6 +99,11 @@ class Phase:
     """None: the one that the flags of the run describe."""
     until: StoppingRule | None = None
     """Ends the phase before its last step; asked after every step."""
+    until_evaluated: StoppingRule | None = None
+    """As `until`, asked of the scalars of each held-out evaluation that is due in the phase, and `phase_step`: the same
+    on every rank, as collectives made them. Before the phase's first step it is not asked."""
+    judged: bool = True
+    """Whether the evaluations in it count for --evaluation.best and --evaluation.patience."""
     keep_carry: bool = False
     """Whether the carry of the streams and the loader's position go on into it from the phase before. Otherwise the
     carry is empty and the loader is at its start."""
@@ -125,6 +130,8 @@ class System(ABC, Generic[B]):
     """The loss term whose counts are tokens; the others average over whatever they like."""
     token_weight: float = 1.0
     """By what its sums are multiplied in the loss; 0: it is not measured in training, and perplexity is not known."""
+    histories: Mapping[str, tuple[str, ...]] = {}
+    """Pictures over the steps by the names of their files: the metrics and held-out scalars that each one shows."""
     files: Any = None
     """What rank 0 has found by `list_data`, set before `settled` and `loader` are called in a run; None: this process
     lists it."""
@@ -202,6 +209,15 @@ class System(ABC, Generic[B]):
     @abstractmethod
     def forward(self, model: nn.Module, batch: B, carry: Carry, context: StepContext) -> StepOutput:
         """Sums of the loss terms of one micro-batch, on the device of `batch`."""
+
+    def begin_phase(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> None:
+        """Before the first step of a phase, once: what a phase needs to know of its data or of the weights it begins
+        with. What it writes to buffers of the model is in every checkpoint; a start that goes on from one inside the
+        phase does not call it. By default nothing.
+
+        Collective; leaves the model's mode as it found it. `model` is the engine's module: whatever reads its weights
+        goes through a call of it, as in training. A long one calls `sync_point` between its batches.
+        """
 
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         """After an update that was not skipped: moving averages and the like. By default nothing."""

@@ -83,21 +83,25 @@ class Trainer:
 
     def _steps(self, meter: Meter) -> None:
         config, progress = self.run.config, self.run.progress
-        if config.save_at_start and progress.step == 0 and self.saved is None:
-            self._save()
+        if self._begins_anew:
+            self._begin_phase()
+            if config.save_at_start:
+                self._save()
         watch = UpdateWatch(self.run, self.callbacks)
         evaluations = Evaluations(self.run, self.sync_point, self.callbacks)
-        judged = progress.judged
+        decided = (progress.judged, progress.rule_met)
         evaluations.catch_up()
-        meter.begun = time.perf_counter()
         if progress.phase != self.phase.name:
             progress.enter(self.phase.name)
+            # Not before: what the phase before still owed was measured as that phase left the model.
+            self._begin_phase()
         else:
             # With more --steps a phase goes on that had ended by their number.
             progress.phase_done = self.run.is_over
-            if progress.judged != judged:
+            if (progress.judged, progress.rule_met) != decided:
                 # The checkpoint of this step does not know of the evaluation yet.
                 self._save()
+        meter.begun = time.perf_counter()
         last = min(self.run.end_of_phase, config.stop_after or self.run.end_of_phase)
         if self.from_elsewhere and (progress.step >= last or progress.phase_done):
             # No step will: what it stands at is saved here too, as these ranks hold it.
@@ -106,7 +110,7 @@ class Trainer:
             step = progress.step + 1
             due = step == last or (config.save_every and step % config.save_every == 0)
             # A checkpoint holds the tokens and seconds up to its step.
-            logged = bool(due) or evaluations.judges(step) or step % config.report.log_every == 0
+            logged = bool(due) or evaluations.decides(step) or step % config.report.log_every == 0
             result = self.step(step, meter, logged=logged)
             progress.step, self.result = step, result
             if self.phase.until is not None:
@@ -122,7 +126,7 @@ class Trainer:
             self.snapshot = take_snapshot(self.run, self.carries)
             paused = time.perf_counter()
             self._committed(self.saver.poll())
-            evaluations.judge(step, ends=ends)
+            evaluations.decide(step, ends=ends)
             progress.phase_done = self.run.is_over
             ends = step == last or progress.phase_done
             if due or ends or progress.best_step == step:
@@ -136,6 +140,16 @@ class Trainer:
             # Saving and evaluating is not training time.
             meter.begun += time.perf_counter() - paused
         self._committed(self.saver.finish())
+
+    @property
+    def _begins_anew(self) -> bool:
+        """Whether the next step is the first of the run, of which no checkpoint was saved."""
+        return self.run.progress.step == 0 and self.saved is None
+
+    def _begin_phase(self) -> None:
+        """What the system does before the phase's first step. Collective."""
+        self.sync_point.at(f"the start of phase {self.phase.name}")
+        self.run.system.begin_phase(self.engine.module, self.phase, self.sync_point)
 
     def step(self, step: int, meter: Meter, *, logged: bool = True) -> StepResult:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
@@ -203,6 +217,8 @@ class Trainer:
         self._save()
 
     def _dry_run(self) -> None:
+        if self._begins_anew or self.run.progress.phase != self.phase.name:
+            self._begin_phase()
         meter = Meter(self.run)
         self._accumulate(self._context(1, True), meter)
         record = meter.record(1, self.result)

@@ -112,6 +112,14 @@ EXPERIMENTS = {
         "peptide diffusion learns a known process to 5 % of its entropy, its motifs, and targets that it never saw",
         ("tests/systems/mimir/test_experiment.py",), 10,
     ),
+    "cvfp": Experiment(
+        "contexts by a fixed point converge, keep their rank, and are worth a tenth of the perplexity",
+        ("tests/systems/cvfp/test_experiment.py",), 90,
+    ),
+    "cvfp_speed": Experiment(
+        "a pass of the fixed point takes little more than its own matrix products",
+        ("tests/systems/cvfp/test_speed.py",), 12,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

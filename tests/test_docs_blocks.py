@@ -83,7 +83,7 @@ def test_the_projects_commands_run_here_and_leave_the_environment_as_it_was(monk
     monkeypatch.setenv("COLUMNS", "37")
     before = dict(os.environ)
     printed = run("python -m pipeline recipes")
-    assert printed.startswith("$ python -m pipeline recipes\nmi") and "\nmiras_128k  " in printed
+    assert printed.startswith("$ python -m pipeline recipes\ncvfp_100k  ") and "\nmiras_128k  " in printed
     assert dict(os.environ) == before
 
 

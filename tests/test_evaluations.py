@@ -23,6 +23,7 @@ from pipeline.evaluation_config import EvaluationConfig
 from pipeline.evaluations import Evaluations
 from pipeline.files.run_file import read_run_file
 from pipeline.parallel.topology import Topology
+from pipeline.phases import Phases
 from pipeline.run import Progress
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation
@@ -263,8 +264,8 @@ def test_the_best_is_the_first_of_the_lowest_however_often_a_run_starts(
             found.run.progress = dataclasses.replace(before.run.progress)
             found.catch_up()
         found.run.progress.step = step
-        assert found.judges(step)
-        found.judge(step, ends=False)
+        assert found.decides(step)
+        found.decide(step, ends=False)
         found.after(step, ends=False)
     progress, finite = found.run.progress, [value for value in losses if math.isfinite(value)]
     best = losses.index(min(finite)) + 1 if finite else 0
@@ -296,5 +297,55 @@ def test_a_number_that_no_evaluation_has_is_refused_before_the_first_step(tmp_pa
 
 def test_without_a_best_no_evaluation_comes_before_its_save(tmp_path: Path) -> None:
     found, seen = evaluations(tmp_path, 3, eval_every=3)
-    found.judge(3, ends=True)
-    assert not found.judges(3) and seen.events == [] and not found.run.progress.judged
+    found.decide(3, ends=True)
+    assert not found.decides(3) and seen.events == [] and not found.run.progress.judged
+
+
+def ruled(folder: Path, step: int, **changes: Any) -> Evaluations:
+    """Evaluations of a phase that ends when `other`, which is the step, reaches 4."""
+    found, _ = evaluations(folder, step, **changes)
+    phase = found.run.phase
+    found.run.phase = dataclasses.replace(phase, until_evaluated=lambda numbers: numbers["other"] >= 4, judged=False)
+
+    class Counting(Able):
+        def evaluate(self, model: Any, phase: Any, sync_point: Any) -> Evaluation:
+            return Evaluation({"other": float(found.run.progress.step)})
+
+    found.run.system = Counting(phased(folder))
+    return found
+
+
+def test_a_phase_ends_by_an_evaluation_before_its_step_is_saved(tmp_path: Path) -> None:
+    found = ruled(tmp_path, 0, eval_every=2)
+    for step in range(1, 5):
+        found.run.progress.step = step
+        assert found.decides(step) == (step % 2 == 0)
+        found.decide(step, ends=False)
+        assert (found.run.progress.rule_met, found.run.is_over) == (step == 4, step == 4)
+    assert found.run.done["evaluated"] == (2, 4)
+
+
+def test_an_evaluation_of_the_weights_that_a_phase_begins_with_does_not_end_it(tmp_path: Path) -> None:
+    found = ruled(tmp_path, 6, eval_every=3)
+    found.run.progress.phase_start = 6
+    assert found.catch_up() and not found.run.progress.rule_met
+    # What the phase before still owed is none of it either.
+    found = ruled(tmp_path, 6, eval_every=3)
+    found.run.progress.phase = "before"
+    found.run.phases = Phases((dataclasses.replace(found.run.phase, name="before"), found.run.phase), 1)
+    assert found.catch_up() and not found.run.progress.rule_met
+
+
+def test_a_phase_that_is_not_judged_needs_no_number_of_the_best(tmp_path: Path) -> None:
+    """Its evaluations have no loss, and do not count."""
+    found = ruled(tmp_path, 1, eval_every=1, evaluation__best="loss", evaluation__patience=1)
+    found.run.phase = dataclasses.replace(found.run.phase, until_evaluated=None)
+    assert not found.decides(1)
+    found.after(1, ends=False)
+    assert (found.run.progress.judged, found.run.progress.not_better, found.run.is_over) == (0, 0, False)
+    found.run.phase = dataclasses.replace(found.run.phase, judged=True)
+    found.run.done.clear()
+    with pytest.raises(
+        UserError, match=r"--evaluation\.best loss: no number of the held-out evaluation, which has other"
+    ):
+        found.after(1, ends=False)

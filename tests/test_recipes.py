@@ -67,7 +67,9 @@ def test_a_recipe_builds_its_model(name: str) -> None:
         model = system.build()
     parameters = dict(model.named_parameters())
     phases = system.phases(model)
-    assert sum(phase.steps for phase in phases) == config.steps
+    # Of several phases, others may have numbers of their own.
+    assert phases[-1].steps == config.steps and all(phase.steps > 0 for phase in phases)
+    assert len(phases) == 1 or system.name == "cvfp"
     for phase in phases:
         trained = [parameter for group in phase.groups for parameter in group.parameters]
         assert trained and len(trained) == len(set(trained))

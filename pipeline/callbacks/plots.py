@@ -63,8 +63,10 @@ class Plots(Callback):
         path = self.run.folder / "metrics.jsonl"
         self.folder.mkdir(exist_ok=True)
         if path.exists():
-            clip = self.run.config.clip
-            draw_training(read_rows(path), self.folder / "training.png", title=self.subtitle, clip=clip)
+            clip, rows = self.run.config.clip, read_rows(path)
+            draw_training(rows, self.folder / "training.png", title=self.subtitle, clip=clip)
+            for name, shown in self.run.system.histories.items():
+                draw_history(rows, shown, self.folder / f"{name}.png", title=self.subtitle)
 
 
 def caption(*parts: str) -> str:
@@ -234,6 +236,29 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path, title: str, clip: 
         axis.set(xlabel="step", ylabel=y_label)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def draw_history(rows: Sequence[dict[str, Any]], names: Sequence[str], path: Path, title: str) -> None:
+    """Numbers of the rows of a run over the steps, each that there is: a line, of held-out ones with its points. No
+    picture where there is none of them."""
+    series = {
+        name: points
+        for name in names
+        if (points := [(row["step"], row[name]) for row in rows if row.get(name) is not None])
+    }
+    if not series:
+        return
+    figure, axes = _figure(1, (1.0,))
+    axis: Axes = axes[0][0]
+    held_out = {name for row in rows if row["mode"] != "train" for name in row}
+    for name, points in series.items():
+        marker = "o" if name in held_out else None
+        axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1, marker=marker, markersize=3)
+    axis.legend(fontsize="x-small")
+    axis.set(xlabel="step", title=title)
+    axis.title.set_fontsize("medium")
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 

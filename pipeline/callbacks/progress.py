@@ -73,6 +73,8 @@ class ProgressLines(Callback):
         self.metrics = record.metrics
         if self.verbose:
             parts += [f"{name} {value:.4g}" for name, value in record.metrics.items()]
+        if self.run.config.report.progress_line:
+            self._log(self._progress(record))
         line = "  ".join([*parts, eta])
         if self.bar is None or self.verbose:
             self._print(line)
@@ -80,6 +82,21 @@ class ProgressLines(Callback):
             self.bar.n = record.step
             self.bar.set_description_str("  ".join([*self._phase(), loss, lr, speed, eta]))
         self._write(line)
+
+    def _progress(self, record: StepRecord) -> str:
+        """How far the pass over the data is that the step ends in; the phase, of a system that counts no passes."""
+        run, per_step = self.run, self.run.tokens_per_step
+        done, steps = float(run.progress.phase_step), float(run.phase.steps)
+        if (epoch := run.epoch(record.step)) is not None:
+            # The end of a pass, not the start of the next.
+            begun = max(0, math.ceil(epoch - 1e-9) - 1)
+            steps = done / epoch if epoch else steps
+            done -= begun * steps
+        left = (steps - done) * per_step / record.tok_s
+        return (
+            f"Progress: {round(done * per_step):,}/{round(steps * per_step):,} ({done / steps:.1%})"
+            f" | Speed: {record.tok_s:.0f} tok/s | ETA: {left:.0f}s"
+        )
 
     def _step(self, step: int) -> str:
         # As wide as the last one, so that columns stand under each other.

@@ -21,6 +21,8 @@ HELP: dict[str, str] = {
         "    --peptides N      held-out peptides of each kind that are scored at the most (default 1000)\n"
         "    --decoys N        other targets beside the true one of each (default 9)\n"
         "    --guidance X, --temperature X   of what is drawn (default 1)\n"
+        "  --suite contexts    rank of context vectors, what they forget and what can be read from them\n"
+        "    --control RUN     a run of the same data whose model has no context, to compare perplexities with\n"
         "  --suite downstream  tasks of lm-evaluation-harness instead (pip install -e '.[eval]')\n"
         "    --tasks A,B       by name; default hellaswag,winogrande,sciq,copa,arc_easy,openbookqa\n"
         "    --limit N         the first N documents of each task\n"

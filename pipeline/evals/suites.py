@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.capabilities import ClosesGap, JudgesPeptides, Recalls, ScoresText
+from pipeline.capabilities import ClosesGap, JudgesPeptides, MeasuresContexts, Recalls, ScoresText
 from pipeline.checkpoint.loader_state import makers_at
 from pipeline.commands.flags import pop_flag
 from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
 from pipeline.downstream.tasks import DEFAULT_TASKS, Loaded, check_path, load_tasks, writes_text
 from pipeline.errors import UserError, shown
-from pipeline.evaluations import together
+from pipeline.evaluation_result import together
+from pipeline.inference.trained import find, load_trained, read_run
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Evaluation, Phase, System
+from pipeline.system import Evaluation, Phase, System, create_system
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,33 @@ def _long(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, va
     return together(system.evaluate(model, phase, sync_point), gap)
 
 
+def run_of(flag: str, words: str) -> Path:
+    """A checkpoint, or the newest one of a run. Raises UserError."""
+    return find(Path(words), f"give {flag} a checkpoint or the directory of a run")
+
+
+def _with_control(values: Mapping[str, Any], system: Any, checkpoint: Path, topology: Topology) -> Mapping[str, Any]:
+    if CONTROL not in values:
+        return values
+    with shared_errors(topology):
+        config = read_run(values[CONTROL])
+        system.check_control(config, str(values[CONTROL]))
+    return {**values, CONTROL_CONFIG: config}
+
+
+def _contexts(
+    system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
+) -> Evaluation:
+    control = None
+    if CONTROL in values:
+        config = values[CONTROL_CONFIG]
+        with shared_errors(sync_point.topology):
+            trained = load_trained(values[CONTROL], config, create_system(config))
+        control = trained.system, trained.model.to(next(model.parameters()).device)
+    found: Evaluation = system.context_suite(model, phase, sync_point, control)
+    return found
+
+
 def names(flag: str, words: str) -> tuple[str, ...]:
     """Names apart from each other, such as sciq,copa. Raises UserError."""
     parts = [part.strip() for part in words.split(",")]
@@ -162,6 +190,8 @@ def _downstream(
     return evaluate_tasks(system, model, sync_point, loaded, tokenizer, values.get("--limit"), decoder)
 
 
+CONTROL, CONTROL_CONFIG = "--control", "config of the control"
+"""Among the values of `contexts`, once it is prepared: a checkpoint, and the config of its run."""
 TASKS, TOKENIZER = "tasks", "tokenizer"
 """Among the values of `downstream`, once it is prepared: the tasks with their data, and the model's tokenizer."""
 DOWNSTREAM = "downstream"
@@ -182,6 +212,7 @@ SUITES = {
             **dict.fromkeys(("--guidance", "--temperature"), number),
         },
     ),
+    "contexts": Suite(_contexts, MeasuresContexts, "has no contexts", flags={CONTROL: run_of}, prepare=_with_control),
     DOWNSTREAM: Suite(
         _downstream,
         ScoresText,

@@ -30,8 +30,8 @@ Read = tuple[Any, DataConfig, Callable[[], dict[str, str]]]
 
 class Loaded(NamedTuple):
     """`model`: a causal language model of transformers, in evaluation mode on the CPU; with a memory it is a
-    `MnemosForCausalLM`. `model(ids).logits` are [batch, sequence, vocabulary] of ids [batch, sequence]; there may be
-    more of them than the tokenizer has ids.
+    `MnemosForCausalLM`, and a `Decoded` for a system that transformers has no class of. `model(ids).logits` are [batch,
+    sequence, vocabulary] of ids [batch, sequence]; there may be more of them than the tokenizer has ids.
     `tokenizer`: `encode(text)` gives ids [tokens] without special tokens, `decode(ids)` the text."""
 
     model: Any
@@ -71,17 +71,22 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
 
 
 def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
-    from pipeline.capabilities import Exports
+    from pipeline.capabilities import Exports, Generates
     from pipeline.checkpoint.loader_state import makers_at
+    from pipeline.inference.decoded import Decoded
     from pipeline.inference.trained import find, load_trained, read_run
     from pipeline.system import create_system
 
     checkpoint = find(folder, GIVE)
     config = read_run(checkpoint)
     system = create_system(config)
-    if not isinstance(system, Exports):
+    model: Any
+    if isinstance(system, Exports):
+        model = system.exported(load_trained(checkpoint, config, system).model)
+    elif isinstance(system, Generates):
+        model = Decoded(system, load_trained(checkpoint, config, system).model)
+    else:
         raise UserError(f"{checkpoint}: {no_text(config)}")
-    model: Any = system.exported(load_trained(checkpoint, config, system).model)
     return model.to(dtype), config.data, functools.partial(makers_at, checkpoint)
 
 

@@ -32,19 +32,22 @@ class LossHead(nn.Linear):
 
         With the weight of a z-loss, above 0: the z-loss of every label too [batch, sequence].
 
-        With a teacher's hidden states [tokens, width], of hidden alike: KL(teacher || student) in nats [tokens].
+        With a teacher's hidden states [tokens, width], of hidden alike: KL(teacher || student) in nats [tokens]. Raises
+        ValueError for it where the head has a bias.
         """
         # Here, not in a method of its own: ZeRO-3 gathers the weight for a call of the module.
         if teacher is not None:
+            if self.bias is not None:
+                raise ValueError("the divergence from a teacher takes a head without bias")
             return linear_kl(hidden, teacher, self.weight)
         if labels is None:
             return super().forward(hidden)
         flat, penalties = hidden.flatten(0, 1), None
         if z_loss is None:
-            losses = linear_cross_entropy(flat, self.weight, labels.flatten())
+            losses = linear_cross_entropy(flat, self.weight, labels.flatten(), bias=self.bias)
         else:
-            losses, penalties = linear_cross_entropy_z(flat, self.weight, labels.flatten(), z_loss)
-        predictions = linear_argmax(flat, self.weight).view_as(labels) if predict else None
+            losses, penalties = linear_cross_entropy_z(flat, self.weight, labels.flatten(), z_loss, bias=self.bias)
+        predictions = linear_argmax(flat, self.weight, self.bias).view_as(labels) if predict else None
         found = losses.view_as(labels), predictions
         return found if penalties is None else (*found, penalties.view_as(labels))
 

@@ -20,34 +20,42 @@ CACHED_BYTES = 2**20
 """Bytes of float32 logits that a thread of a CPU takes through the softmax at a time: what its cache holds."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int = -100, bias: Tensor | None = None
+) -> Tensor:
     """Negative log-likelihood in nats of every label, 0 where the label is `ignored`.
 
-    hidden [tokens, width], weight [vocabulary, width], labels [tokens] int64 -> [tokens] float32 (float64 for float64).
-    The gradients of both are made with each tile of logits, which is then dropped: nothing is recomputed in the
+    hidden [tokens, width], weight [vocabulary, width], labels [tokens] int64, bias [vocabulary] if the head has one ->
+    [tokens] float32 (float64 for float64).
+    The gradients of all are made with each tile of logits, which is then dropped: nothing is recomputed in the
     backward pass, so the matrix products are those of a head that keeps its logits.
     That pass takes ONE scale for all counted tokens (the sum is what a loss is made of); per-token weights are refused.
     """
-    losses, _ = _LinearCrossEntropy.apply(hidden, weight, labels, ignored, 0.0)
+    losses, _ = _LinearCrossEntropy.apply(hidden, weight, labels, ignored, 0.0, bias)
     return losses
 
 
 def linear_cross_entropy_z(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, ignored: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss: float,
+    ignored: int = -100,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `linear_cross_entropy`, and the z-loss of every label [tokens]: z_loss times the square of its logits'
     log-sum-exp, 0 where the label is `ignored` (Chowdhery et al., PaLM, arXiv 2204.02311, section 5).
 
     The backward pass takes one scale for all counted tokens of both.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ignored, z_loss)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, ignored, z_loss, bias)
 
 
 @torch.no_grad()
-def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
+def linear_argmax(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The likeliest id at every token [tokens] int64, tile by tile."""
     tile = tile_of(weight.shape[0])
-    return torch.cat([F.linear(piece, weight).argmax(dim=-1) for piece in hidden.split(tile)])
+    return torch.cat([F.linear(piece, weight, bias).argmax(dim=-1) for piece in hidden.split(tile)])
 
 
 def tile_of(vocabulary: int) -> int:
@@ -58,20 +66,27 @@ def tile_of(vocabulary: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignored: int,
+        z_loss: float,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight, *_, need_bias = ctx.needs_input_grad
         compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         tile = tile_of(weight.shape[0])
         losses = torch.empty(hidden.shape[0], dtype=compute, device=hidden.device)
         penalties = torch.empty_like(losses) if z_loss else None
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=compute) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=compute) if bias is not None and need_bias else None
         for start in range(0, hidden.shape[0], tile):
             rows = slice(start, start + tile)
             piece, target = hidden[rows], labels[rows]
-            logits = F.linear(piece, weight)
-            if not (need_hidden or need_weight):
+            logits = F.linear(piece, weight, bias)
+            if not (need_hidden or need_weight or need_bias):
                 wide = logits.to(compute)
                 losses[rows] = _losses(wide, target, ignored)
                 if penalties is not None:
@@ -86,13 +101,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 # In float32, whatever a tile's part of it is made in.
                 grad_weight += gradient.T @ piece
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0, dtype=compute)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype, ctx.tile = weight.dtype, tile
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return losses, penalties
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, of_penalties: Tensor | None) -> tuple[Any, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         scale = upstream.flatten()[0] if upstream.numel() else upstream.new_zeros(())
         if upstream.stride() != (0,) and not torch.equal(upstream, scale.expand_as(upstream)):
             raise ValueError("linear_cross_entropy: the gradient differs between tokens: sum the losses before scaling")
@@ -110,7 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif grad_hidden is not None:
             hidden = grad_hidden * scale
         weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
-        return hidden, weight, None, None, None
+        bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
+        return hidden, weight, None, None, None, bias
 
 
 def _losses(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.callbacks import plots
 from pipeline.callbacks.metrics import MetricsFile
-from pipeline.callbacks.plots import Plots, caption, draw_curve, draw_training, tokens
+from pipeline.callbacks.plots import Plots, caption, draw_curve, draw_history, draw_training, tokens
 from pipeline.system import Curve, Evaluation
 
 
@@ -281,3 +281,24 @@ def test_a_run_that_ends_before_its_first_row_draws_nothing(make_run) -> None:
     run = make_run()
     Plots(run).on_end("failed")
     assert not (run.folder / "plots" / "training.png").exists()
+
+
+def test_a_history_shows_what_there_is_over_the_steps(tmp_path: Path, shown) -> None:
+    rows = [
+        {"mode": "train", "step": 1, "distance": 0.5}, {"mode": "val", "step": 1, "converged": 0.25},
+        {"mode": "train", "step": 2, "distance": 0.4, "share": None}, {"mode": "val", "step": 3, "converged": 1.0},
+    ]  # fmt: skip
+    draw_history(rows, ("converged", "distance", "share", "absent"), tmp_path / "history.png", title="a run")
+    found = {line.get_label(): line for line in shown()[0][0].lines}
+    lines = {name: (list(line.get_xdata()), list(line.get_ydata()), line.get_marker()) for name, line in found.items()}
+    assert lines == {"converged": ([1, 3], [0.25, 1.0], "o"), "distance": ([1, 2], [0.5, 0.4], "None")}
+
+
+def test_a_systems_histories_are_drawn_with_the_training_curves(make_run, record) -> None:
+    run = make_run()
+    run.system.histories = {"speeds": ("tok_s",), "never": ("converged",)}
+    MetricsFile(run).on_step(record(1))
+    Plots(run).on_end("finished")
+    # None of what no row has.
+    assert {path.name for path in (run.folder / "plots").iterdir()} == {"training.png", "speeds.png"}
+    assert is_picture(run.folder / "plots" / "speeds.png")

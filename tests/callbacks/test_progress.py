@@ -55,6 +55,30 @@ def test_a_step_says_its_epoch(make_run, record, capsys: pytest.CaptureFixture[s
     assert "  epoch 1.25  loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "step, progress",
+    [
+        (1, "Progress: 4,096/32,768 (12.5%) | Speed: 2048 tok/s | ETA: 14s"),
+        (8, "Progress: 32,768/32,768 (100.0%) | Speed: 2048 tok/s | ETA: 0s"),
+        (10, "Progress: 8,192/32,768 (25.0%) | Speed: 2048 tok/s | ETA: 12s"),
+    ],
+)
+def test_a_progress_line_says_how_far_the_pass_over_the_data_is(
+    make_run, record, capsys: pytest.CaptureFixture[str], no_terminal, step: int, progress: str
+) -> None:
+    run = make_run(step=step, report__progress_line=True)
+    run.system = CountingSystem(run.config)
+    ProgressLines(run).on_step(record(step, tok_s=2048.0))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == progress and second.startswith(f"step {step}/")
+
+
+def test_a_progress_line_without_passes_is_of_the_phase(make_run, record, capsys, no_terminal) -> None:
+    ProgressLines(make_run(step=3, report__progress_line=True)).on_step(record(3))
+    text = capsys.readouterr().out.splitlines()[0]
+    assert text.startswith("Progress: 12,288/") and text.endswith("ETA: 197s")
+
+
 def test_the_eta_is_the_steps_left_at_the_measured_speed(line) -> None:
     # A step of 4 x 1024 tokens at 4096 tokens/s takes a second.
     assert line({"step": 100}, steps=10_000).endswith("ETA 2:45:00")

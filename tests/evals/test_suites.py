@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from torch import nn
 
+from pipeline.config import RunConfig
+from pipeline.config_file import save_config
 from pipeline.errors import UserError
 from pipeline.evals.suites import SUITES, pop_suite
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation, Phase, create_system
+from tests.checkpoint.whole import write_whole
 from tests.toy_systems.phased import phased
 from tests.toy_systems.phased.system import PhasedSystem
 
@@ -61,6 +64,39 @@ def test_the_suite_of_peptides_hands_its_numbers_on(tmp_path: Path) -> None:
         chosen.check(PhasedSystem(phased(tmp_path)))
 
 
+def test_the_suite_of_contexts_has_no_control_unless_one_is_given(tmp_path: Path) -> None:
+    chosen, rest = pop_suite(["--suite", "contexts", "--seed", "1"])
+    assert rest == ["--seed", "1"] and chosen.folder == "contexts" and chosen.suite.reads_data
+    asked: list[object] = []
+
+    def context_suite(model: object, phase: object, sync_point: object, control: object) -> Evaluation:
+        asked.append(control)
+        return Evaluation({})
+
+    system: Any = types.SimpleNamespace(context_suite=context_suite)
+    chosen.prepared(system, tmp_path, Topology()).run(system, *ARGUMENTS)
+    assert asked == [None]
+    with pytest.raises(UserError, match=r"--suite contexts: .* has no contexts: leave it out"):
+        chosen.check(PhasedSystem(phased(tmp_path)))
+
+
+def test_a_control_is_asked_for_before_a_model_is_loaded(tmp_path: Path) -> None:
+    save_config(miras_recall(), tmp_path / "config.yaml")
+    (tmp_path / "trainable.safetensors").write_bytes(b"")
+    write_whole(tmp_path, {"step": 1})
+    chosen, _ = pop_suite(["--suite", "contexts", "--control", str(tmp_path)])
+    asked = []
+
+    def check_control(config: RunConfig, name: str) -> None:
+        asked.append(config.recipe)
+        raise UserError(f"--control {name}: no")
+
+    system: Any = types.SimpleNamespace(check_control=check_control)
+    with pytest.raises(UserError, match=f"--control {tmp_path}: no"):
+        chosen.prepared(system, tmp_path, Topology())
+    assert asked == ["miras_recall"]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -69,6 +105,10 @@ def test_the_suite_of_peptides_hands_its_numbers_on(tmp_path: Path) -> None:
         (["--suite", "recall", "--lengths", "0"], "--lengths '0': give whole numbers"),
         (["--suite", "recall", "--queries", "3,4"], "--queries '3,4': give one number"),
         (["--suite"], "--suite needs a value"),
+        (
+            ["--suite", "contexts", "--control", "/absent"],
+            "/absent: no such folder: give --control a checkpoint",
+        ),
         (["--suite", "peptides", "--samples", "0"], "--samples '0': give whole numbers above 0"),
         (["--suite", "peptides", "--guidance", "-1"], "--guidance '-1': give a number of 0 or more"),
         (["--suite", "peptides", "--temperature", "warm"], "--temperature 'warm': give a number of 0 or more"),

@@ -70,7 +70,7 @@ def error(folder: Path, truth: Reference, phases: str = "ABC") -> float:
     for phase in phases:
         weights = load_file(checkpoint(folder, truth.end_of(phase)) / TRAINABLE)
         # What any phase trains is in every checkpoint, and nothing else of the model's parameters is.
-        assert set(weights) == {"early.weight", "early.bias", "late.weight", "late.bias", "extra", "steps"}
+        assert set(weights) == {"early.weight", "early.bias", "late.weight", "late.bias", "extra", "steps", "begun"}
         assert int(weights.pop("steps")) == truth.end_of(phase)
         found = [float((value - truth.weights[phase][name]).abs().max()) for name, value in weights.items()]
         worst = max(worst, *found)
@@ -318,6 +318,22 @@ class Cases:
             train(self.config(self.out / f"unmet{self.world}", "zero0", steps=steps, **unmet))
         self.note("longer unmet", lambda: [row["phase_step"] for row in rows_of(self.out / f"unmet{self.world}")])
 
+    def ended_by_an_evaluation(self) -> None:
+        """A first phase that ends at the first of the evaluations, every second step, from its third step on."""
+        every: dict[str, Any] = {"eval_every": 2, "threshold": -1.0, "evaluated": 3, "phases": ("A", "B")}
+        straight, stopped = (self.out / f"{name}{self.world}" for name in ("evaluated", "evaluated-stopped"))
+        train(self.config(straight, "zero1", **every))
+        for stop_after in (3, 4, 5):
+            train(self.config(stopped, "zero1", stop_after=stop_after, **every))
+        train(self.config(stopped, "zero1", **every))
+        self.note(
+            "ended by an evaluation",
+            lambda: {
+                "rows": [(row["phase"], row["phase_step"]) for row in rows_of(straight)],
+                "differs": differences(checkpoint(straight, 9), checkpoint(stopped, 9)),
+            },
+        )
+
 
 def commands(cases: Cases) -> dict[str, Any]:
     """What `plan`, `eval` and `check` say of phases."""
@@ -357,6 +373,7 @@ def main() -> None:
         cases.picked()
         cases.unevaluated()
         cases.intervals()
+        cases.ended_by_an_evaluation()
         cases.all_trained()
         cases.from_weights()
         cases.fails_at_switch()

@@ -14,7 +14,7 @@ from pipeline.data.batch import StatefulLoader
 from pipeline.parallel.topology import Topology
 from tests.toy_systems.phased import ROWS
 from tests.toy_systems.phased.data import WIDTH, Endless, Pairs, epochs
-from tests.toy_systems.phased.system import PhasedSystem, remembered
+from tests.toy_systems.phased.system import PhasedSystem, error_of_ones, remembered
 
 RATES = {
     "A": lambda step, steps: step / 2 if step <= 2 else 0.2 + 0.4 * (1 + math.cos(math.pi * (step - 2) / (steps - 2))),
@@ -51,7 +51,9 @@ def reference(config: RunConfig, threshold: float, phases: str = "ABC", *, whole
     states: dict[str, dict[str, Tensor]] = {}
     memory = torch.zeros(ROWS, WIDTH)
     position = 0
-    for phase in phases:
+    for count, phase in enumerate(phases, start=1):
+        with torch.no_grad():
+            begun = torch.stack([torch.tensor(float(count)), error_of_ones(model)])
         peak, betas, eps = ADAM[phase]
         groups_of = GROUPS[phase]
         if phase == "C" and whole:
@@ -81,7 +83,9 @@ def reference(config: RunConfig, threshold: float, phases: str = "ABC", *, whole
             found.rows.append((phase, step, float(loss.detach()), optimizer.param_groups[0]["lr"]))
             if phase == "A" and float(loss.detach()) < threshold:
                 break
-        found.weights[phase] = {name: parameter.detach().clone() for name, parameter in named.items()}
+        found.weights[phase] = {name: parameter.detach().clone() for name, parameter in named.items()} | {
+            "begun": begun
+        }
         states = {name: optimizer.state[named[name]] for name in trained}
     return found
 

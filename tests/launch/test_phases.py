@@ -66,6 +66,12 @@ def test_samples_and_ablations_come_at_their_intervals_and_at_ends(found) -> Non
     assert done["texts"] == {f"drawn-{step}.txt": f"{phases[step]} {step}\n" for step in done["sampled"]}
 
 
+def test_a_phase_may_end_by_an_evaluation_wherever_a_start_stops(found) -> None:
+    ended = found[1]["ended by an evaluation"]
+    assert ended["rows"] == [["A", step] for step in range(1, 5)] + [["B", step] for step in range(1, 6)]
+    assert ended["differs"] == []
+
+
 def test_phases_run_one_by_one_give_the_same_bits(found) -> None:
     assert found[1]["one by one"] == []
 

@@ -265,6 +265,63 @@ def test_the_z_loss_is_that_of_float64(
             torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
 
 
+def make_bias(seed: int = 3, vocabulary: int = 29, dtype: torch.dtype = torch.float64) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(vocabulary, generator=rng, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["blocks", "as compiled for a GPU"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+def test_a_bias_is_added_to_the_logits(
+    dtype: torch.dtype, tolerance: float, on_gpu: bool, tile: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_gpu:
+        monkeypatch.setattr(cross_entropy, "_losses_and_gradient", softmax_and_gradient)
+    leaves = (*make(dtype=dtype), make_bias(dtype=dtype))
+    hidden, weight, labels, bias = leaves
+    logits = hidden.double() @ weight.double().T + bias.double()
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    z_expected = 0.03 * logits.logsumexp(-1).square() * (labels != IGNORED)
+    losses = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance)
+    both = linear_cross_entropy_z(hidden, weight, labels, 0.03, bias=bias)
+    assert torch.equal(both[0], losses)
+    torch.testing.assert_close(both[1].double(), z_expected, rtol=tolerance, atol=tolerance)
+    trained = (hidden, weight, bias)
+    for actual, wanted in (
+        (losses.sum(), expected.sum()),
+        (both[0].sum() + both[1].sum(), (expected + z_expected).sum()),
+    ):
+        found = torch.autograd.grad(-0.37 * actual, trained)
+        for gradient, reference in zip(
+            found, torch.autograd.grad(-0.37 * wanted, trained, retain_graph=True), strict=True
+        ):
+            assert gradient.dtype == dtype
+            assert float((gradient.double() - reference.double()).norm() / reference.double().norm()) <= tolerance
+    if dtype == torch.float64:
+        assert torch.equal(linear_argmax(hidden, weight, bias), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("needs", [(False, False, True), (False, True, False), (True, False, False), (False,) * 3])
+def test_only_what_is_trained_gets_a_gradient_beside_a_bias(needs: tuple[bool, ...]) -> None:
+    hidden, weight, labels = make()
+    bias = make_bias()
+    logits = hidden @ weight.T + bias
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    whole = torch.autograd.grad(expected.sum(), (hidden, weight, bias), retain_graph=True)
+    leaves = [x.detach().requires_grad_(need) for x, need in zip((hidden, weight, bias), needs, strict=True)]
+    losses = linear_cross_entropy(leaves[0], leaves[1], labels, bias=leaves[2])
+    torch.testing.assert_close(losses, expected)
+    if any(needs):
+        losses.sum().backward()
+    for leaf, need, reference in zip(leaves, needs, whole, strict=True):
+        assert (leaf.grad is not None) == need
+        if need:
+            torch.testing.assert_close(leaf.grad, reference)
+
+
 def test_losses_and_z_losses_of_other_scales_are_refused() -> None:
     hidden, weight, labels = make()
     losses, z_losses = linear_cross_entropy_z(hidden, weight, labels, 0.03)

@@ -21,6 +21,8 @@ class PhasedConfig(ModelConfig):
     system: str = "phased"
     threshold: float = 0.0
     """The first phase ends when a step's loss is below it."""
+    evaluated: int = 0
+    """The first phase ends at a held-out evaluation from this step of it on; 0: at none."""
     whole: bool = False
     """Whether the last phase trains all that any phase does."""
     pause: float = field(default=0.0, metadata=MAY_CHANGE)
@@ -34,10 +36,12 @@ def create(config: RunConfig) -> System:
     return PhasedSystem(config)
 
 
-def phased(folder: Path, *, threshold: float = 0.0, whole: bool = False, data: int = 1, **changes: object) -> RunConfig:
+def phased(
+    folder: Path, *, threshold: float = 0.0, evaluated: int = 0, whole: bool = False, data: int = 1, **changes: object
+) -> RunConfig:
     """A run of it on `data` data ranks, five steps a phase at most."""
     config = RunConfig(
-        recipe="phased_tiny", model=PhasedConfig(threshold=threshold, whole=whole), steps=5,
+        recipe="phased_tiny", model=PhasedConfig(threshold=threshold, evaluated=evaluated, whole=whole), steps=5,
         batch_size=1, grad_accum=ROWS // data,
         sequence_length=6, lr=0.05, warmup_steps=2, clip=0.0, weight_decay=0.1, save_every=0, eval_every=0, keep=20,
         output_dir=folder, seed=3, evaluation=EvaluationConfig(steps=1), report=ReportConfig(plots=False),

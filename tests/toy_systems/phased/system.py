@@ -44,6 +44,7 @@ class PhasedModel(nn.Module):
         self.late = nn.Linear(HIDDEN, TARGETS)
         self.extra = nn.Parameter(torch.empty(TARGETS))
         self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("begun", torch.zeros(2))
 
     def forward(self, inputs: Tensor, targets: Tensor, memory: Tensor) -> Tensor:
         """The summed error; `memory` [rows, 4] is added to every input."""
@@ -76,6 +77,7 @@ class PhasedSystem(System[Pairs]):
 
     def phases(self, model: nn.Module) -> Sequence[Phase]:
         steps, decay, threshold = self.config.steps, self.config.weight_decay, self.threshold
+        least = self.config.model.evaluated  # type: ignore[attr-defined]
         first = (
             group("matrices", "early.weight", "late.weight", weight_decay=decay),
             group("vectors", "early.bias", lr_scale=0.5),
@@ -85,7 +87,13 @@ class PhasedSystem(System[Pairs]):
         rested = ("early.bias",) if self.whole else ()
         third = group("all", "early.weight", "late.weight", "late.bias", "extra", *rested, weight_decay=decay)
         return [
-            Phase("A", steps, first, until=lambda numbers: numbers["loss"] < threshold),
+            Phase(
+                "A",
+                steps,
+                first,
+                until=lambda numbers: numbers["loss"] < threshold,
+                until_evaluated=(lambda numbers: numbers["of_A"] * numbers["phase_step"] >= least) if least else None,
+            ),
             Phase("B", steps, (group("late", "late.weight", "late.bias", lr_scale=0.7),), second, keep_carry=True),
             Phase("C", steps, (third,), Schedule(0.03, shape="constant")),
         ]
@@ -110,6 +118,12 @@ class PhasedSystem(System[Pairs]):
         heavy = {"heavy": (torch.ones(()), torch.ones(()))} if context.heavy_metrics else {}
         return StepOutput({TERM: loss}, {"memory": CarryEntry(remembered(memory, batch))}, heavy)
 
+    @torch.no_grad()
+    def begin_phase(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> None:
+        sync_point(f"the start of {phase.name}")
+        begun = dict(model.named_buffers())["begun"]
+        begun.copy_(torch.stack([begun[0] + 1, error_of_ones(model)]))
+
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         dict(model.named_buffers())["steps"].add_(1)
 
@@ -132,6 +146,11 @@ class PhasedSystem(System[Pairs]):
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
         return {"activations": 1000}
+
+
+def error_of_ones(model: nn.Module) -> Tensor:
+    """A number that depends on all weights."""
+    return model(torch.ones(1, 1, WIDTH), torch.zeros(1, 1, TARGETS), torch.zeros(1, WIDTH)).float()
 
 
 def remembered(memory: Tensor, batch: Pairs) -> Tensor:

@@ -1,0 +1,1 @@
+"""Documents: where they come from, and their passes."""

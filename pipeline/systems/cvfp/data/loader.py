@@ -1,0 +1,147 @@
+"""Passes over documents, or over parts of the stream that they make: the same rows in the same slot of every pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.loader import stream_layout
+from pipeline.data.resume import check_fingerprint
+from pipeline.data.sources.base import Permutation
+from pipeline.errors import UserError
+from pipeline.systems.cvfp.data.texts import LEAST
+from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet, rows_of
+
+
+class PassLoader:
+    """With the contract of `StatefulLoader`: a position of two integers, and global batches that no layout changes.
+
+    Of R streams, the global batch, stream i has the documents i, i + R, i + 2R ..., one a slot; with `shuffle` in an
+    order that `seed` decides, the same in every pass, so that the rows of a step are of anywhere in the data. A stream
+    whose last slot is missing has a row of length 0 there.
+
+    With `stream` it has the i-th of R contiguous parts of all documents' tokens, cut into as many pieces as there are
+    slots, of `length` tokens at most. Parts differ by a token at most, and so do the pieces of one.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentSet,
+        *,
+        held_out: bool,
+        length: int,
+        batch_size: int,
+        grad_accum: int = 1,
+        data_rank: int = 0,
+        data_degree: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        stream: bool = False,
+    ) -> None:
+        """Raises UserError where there is no document, or fewer than two tokens for a part of the stream."""
+        self.documents, self.length, self.stream = documents, length, stream
+        self.batch_size, self.held_out = batch_size, held_out
+        self.rows, self._local = stream_layout(batch_size, grad_accum, data_rank, data_degree)
+        self._chosen = range(documents.training, len(documents.ends)) if held_out else range(documents.training)
+        if not self._chosen:
+            raise UserError(f"{documents.name} has no document to {'hold out' if held_out else 'train on'}: give more")
+        self._starts = np.concatenate([[0], documents.ends])
+        first, last = int(self._starts[self._chosen.start]), int(self._starts[self._chosen.stop])
+        self.tokens = last - first
+        """Of one pass."""
+        self._permutation = None
+        if stream:
+            if self.tokens < LEAST * self.rows:
+                raise UserError(
+                    f"{documents.name}: {self.tokens:,} tokens {'held out' if held_out else 'of training'} are fewer"
+                    f" than {LEAST} for each of {self.rows:,} parts of the stream: give more, or a smaller --batch-size"
+                )
+            self._borders = [first + self.tokens * part // self.rows for part in range(self.rows + 1)]
+            self.slots = math.ceil(math.ceil(self.tokens / self.rows) / length)
+        else:
+            self.slots = math.ceil(len(self._chosen) / self.rows)
+            if shuffle:
+                self._permutation = Permutation(len(self._chosen), "documents", seed)
+        # A stream's order is that of its tokens, whatever the seed.
+        order = {} if stream else {"shuffle": shuffle, "seed": seed if shuffle else None}
+        self.fingerprint: dict[str, Any] = {
+            "source": {
+                "documents": documents.name,
+                "rows": len(self._chosen),
+                "tokens": self.tokens,
+                "digest": documents.fingerprint,
+            },
+            "tokenizer": documents.tokenizer,
+            "streams": self.rows,
+            "sequence_length": length,
+            **order,
+        }
+        self.iteration = self.slot = 0
+
+    def next_step(self) -> list[DocumentBatch]:
+        """The micro-batches of one step, on the CPU."""
+        parts = range(self._local.start, self._local.stop, self.batch_size)
+        batches = [self._batch(range(start, start + self.batch_size)) for start in parts]
+        # Not before: a step that cannot be read leaves the position where it was.
+        self.slot += 1
+        if self.slot == self.slots:
+            self.iteration, self.slot = self.iteration + 1, 0
+        return batches
+
+    def _batch(self, streams: range) -> DocumentBatch:
+        if self.stream:
+            ids, lengths, first = self._pieces(streams)
+        else:
+            there = [self._document(stream + self.slot * self.rows) for stream in streams]
+            ids, lengths = rows_of(self.documents, there, self.length)
+            first = np.array([self._starts[index] if index >= 0 else 0 for index in there], np.int64)
+        return DocumentBatch(
+            torch.from_numpy(ids),
+            torch.from_numpy(lengths),
+            torch.tensor(list(streams)),
+            torch.from_numpy(first),
+            self.slot,
+            self.slots,
+            self.iteration,
+        )
+
+    def _document(self, place: int) -> int:
+        """The document at a place of the order; -1 beyond its end."""
+        if place >= len(self._chosen):
+            return -1
+        return self._chosen[place if self._permutation is None else self._permutation(place)]
+
+    def _pieces(self, streams: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids = np.zeros((len(streams), self.length), np.int64)
+        lengths, firsts = np.zeros(len(streams), np.int64), np.zeros(len(streams), np.int64)
+        for row, stream in enumerate(streams):
+            start, size = self._borders[stream], self._borders[stream + 1] - self._borders[stream]
+            first, last = (start + size * slot // self.slots for slot in (self.slot, self.slot + 1))
+            ids[row, : last - first] = self.documents.tokens[first:last]
+            lengths[row], firsts[row] = last - first, first
+        return ids, lengths, firsts
+
+    def reset(self) -> None:
+        """Back to the first step of the first pass."""
+        self.iteration = self.slot = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "slot": self.slot, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on at the step after the last one that was read. Raises UserError where the state is of other data."""
+        check_fingerprint(state["fingerprint"], self.fingerprint)
+        self.iteration, self.slot = int(state["iteration"]), int(state["slot"])
+
+    def describe(self) -> str:
+        """One line for logs."""
+        what = "held out" if self.held_out else "to train on"
+        cut = ", as one stream" if self.stream else ""
+        notes = "".join(f"; {note}" for note in self.documents.notes if not self.held_out)
+        return (
+            f"{self.documents.name}: {len(self._chosen):,} documents {what}, {self.tokens:,} tokens{cut}, a pass in"
+            f" {self.slots:,} steps{notes}"
+        )

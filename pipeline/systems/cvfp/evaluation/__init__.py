@@ -1,0 +1,1 @@
+"""What is measured of contexts: effective rank, whether they forget their start, and what can be read from them."""

@@ -1,0 +1,102 @@
+"""What the system is asked to evaluate of its contexts, in training and by `eval --suite contexts`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.config import RunConfig
+from pipeline.errors import UserError
+from pipeline.evaluation_result import Evaluation, together
+from pipeline.host.hardware import peak_memory
+from pipeline.parallel.collectives import all_gather_object
+from pipeline.runtime.sync import SyncPoint
+from pipeline.systems.cvfp.config import CvfpConfig
+from pipeline.systems.cvfp.documents import DocumentSet
+from pipeline.systems.cvfp.evaluation.control import CONTROL, LABELS, MODEL, compared
+from pipeline.systems.cvfp.evaluation.criteria import criteria_table
+from pipeline.systems.cvfp.evaluation.measures import ContextMeasures
+from pipeline.systems.cvfp.evaluation.prediction import nats_by_row
+from pipeline.systems.cvfp.evaluation.reader import Reads
+from pipeline.systems.cvfp.model.reader import Reader
+from pipeline.systems.cvfp.untrained import untrained_reader
+
+HISTORIES = {
+    "convergence": ("converged", "converged_val", "converged_pass_to_pass", "converged/random_init"),
+    "rank_by_step": (
+        "effective_rank/train", "effective_rank/val", "effective_rank/random_init_val",
+        "effective_rank/published_init_val", "effective_rank/gaussian",
+    ),
+    "distance": ("distance", "diversity/variance", "diversity/covariance", "diversity/log_det"),
+    "norm_by_step": ("norm", "norm/random_init"),
+    "perplexity": ("ppl", "unigram_ppl", "context_zero_ppl"),
+    "accuracy": ("accuracy", "unigram_accuracy"),
+}  # fmt: skip
+"""What is drawn over the steps of a run."""
+CRITERIA = "criteria"
+"""The name of the table of criteria."""
+
+
+class ContextEvaluation:
+    """Of one run, whose system keeps it: baselines are measured once."""
+
+    def __init__(self, config: RunConfig, documents: DocumentSet) -> None:
+        assert isinstance(config.model, CvfpConfig)
+        self.config, self.sizes = config, config.model
+        self.measures = ContextMeasures(config, documents, self._untrained)
+        self._model: nn.Module | None = None
+
+    def evaluate(self, model: nn.Module, sync_point: SyncPoint, found: Evaluation) -> Evaluation:
+        """What `ContextMeasures.evaluate` finds, beside what is `found` already, such as the share of converged tokens.
+        Collective; raises UserError."""
+        return together(found, self.measures.evaluate(self._reader(model), sync_point))
+
+    def suite(self, model: nn.Module, sync_point: SyncPoint, found: Evaluation) -> Evaluation:
+        """As `evaluate`, of `ContextMeasures.suite`, with the table of criteria. Collective; raises UserError."""
+        whole = together(found, self.measures.suite(self._reader(model), sync_point))
+        wanted, peak = self.sizes.fixed_point.converged, max(all_gather_object(sync_point.topology, peak_memory()))
+        whole.tables[CRITERIA] = criteria_table(whole.scalars, converged=wanted, peak_bytes=peak)
+        return whole
+
+    def predictions(
+        self, model: nn.Module, sync_point: SyncPoint, control: tuple[RunConfig, nn.Module] | None
+    ) -> Evaluation:
+        """Perplexities on held-out documents beside a unigram model, the same weights without context, and a control
+        (the config of its run, and its model), with intervals over documents. Collective."""
+        reading, width = self.measures.reading, self.sizes.width
+        learnt = self.sizes.prediction.context != "zero"
+        sums = nats_by_row(model, width, reading, sync_point, with_context=learnt)
+        if control is not None:
+            other, module = control
+            assert isinstance(other.model, CvfpConfig)
+            of_control = nats_by_row(module, other.model.width, reading, sync_point, with_context=False)
+            assert torch.equal(of_control[LABELS], sums[LABELS])
+            sums[CONTROL] = of_control[MODEL]
+        return compared(sums)
+
+    def check_control(self, other: RunConfig, name: str) -> None:
+        """Raises UserError where a run is not one that was trained alike, on the same documents, without context."""
+        what = f"--control {name}"
+        if not isinstance(other.model, CvfpConfig):
+            raise UserError(f"{what}: is a run of {other.recipe}: give one of {self.config.recipe}")
+        if other.model.prediction.context != "zero":
+            raise UserError(f"{what}: was trained with its contexts: give a run with --model.prediction.context zero")
+        for flag, mine, theirs in (
+            ("--data", self.config.data, other.data),
+            ("--num-samples", self.sizes.num_samples, other.model.num_samples),
+            ("--sequence-length", self.config.sequence_length, other.sequence_length),
+            ("--evaluation.path", self.config.evaluation.path, other.evaluation.path),
+            ("--carry", self.sizes.carry, other.model.carry),
+        ):
+            if mine != theirs:
+                raise UserError(
+                    f"{what}: differs in {flag}, so that its documents are others: give a run of the same data"
+                )
+
+    def _reader(self, model: nn.Module) -> Reads:
+        self._model = model
+        return Reader(model, self.sizes.width)
+
+    def _untrained(self, published: bool) -> Reads:
+        assert self._model is not None
+        return untrained_reader(self._model, self.sizes, self.config.seed, published=published)

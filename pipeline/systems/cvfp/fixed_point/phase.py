@@ -1,0 +1,137 @@
+"""The steps of the first phase: contexts near those of the pass before, and spread over all dimensions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig
+from pipeline.data.batch import Counts
+from pipeline.parallel.topology import Topology
+from pipeline.runtime.sync import SyncPoint, next_step
+from pipeline.system import Carry, CarryEntry, Evaluation, StepContext, StepOutput
+from pipeline.systems.cvfp.config import CvfpConfig
+from pipeline.systems.cvfp.documents import DocumentBatch
+from pipeline.systems.cvfp.fixed_point.convergence import convergence
+from pipeline.systems.cvfp.fixed_point.distances import distances
+from pipeline.systems.cvfp.fixed_point.diversity import diversity_gradient, separable
+from pipeline.systems.cvfp.fixed_point.noise import noise
+from pipeline.systems.cvfp.fixed_point.statistics import ContextSums
+from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
+from pipeline.systems.cvfp.phase import Data
+from pipeline.systems.cvfp.starts import start_of, with_ends
+
+DISTANCE, DIVERSITY = "distance", "diversity"
+MOMENTS = "statistics.moments"
+"""The model's buffer of the moving average."""
+
+
+class FixedPoint:
+    """See `pipeline.systems.cvfp.phase.PhaseWork`.
+
+    The loss is (1 - w) x distance + w x diversity. Each context enters the blocks as the recurrence left it, with
+    noise, detached; so all tokens of a step are one application of the blocks.
+    """
+
+    token_term = DIVERSITY
+    token_weight = 0.0
+
+    def __init__(self, config: RunConfig, data: Data) -> None:
+        assert isinstance(config.model, CvfpConfig)
+        self.config, self.data, self.sizes, self.section = config, data, config.model, config.model.fixed_point
+        self._sums: ContextSums | None = None
+        self._step = -1
+
+    @torch.no_grad()
+    def begin(self, model: nn.Module, sync_point: SyncPoint) -> None:
+        """Second moments of all training contexts at the first weights: the statistics that the first step goes by."""
+        was_training = model.training
+        model.eval()
+        try:
+            reader = Reader(model, self.sizes.width)
+            sums, loader = ContextSums(self.sizes.width, reader.device), self.data.training(sync_point.topology)
+            for _ in range(loader.slots):
+                for unmoved in next_step(loader, sync_point, "statistics of contexts"):
+                    batch = unmoved.to(reader.device)
+                    sums.add(reader.contexts(batch.ids, batch.mask)[batch.mask])
+            self._update(model, sums, sync_point.topology, momentum=0.0)
+        finally:
+            model.train(was_training)
+
+    @staticmethod
+    def _update(model: nn.Module, sums: ContextSums, topology: Topology, *, momentum: float) -> None:
+        averages = model.get_buffer(MOMENTS)
+        averages.lerp_(sums.moments(topology).to(averages), 1 - momentum)
+
+    def count(self, batch: DocumentBatch) -> Counts:
+        tokens = int(batch.lengths.sum())
+        return {DIVERSITY: tokens, DISTANCE: tokens if batch.iteration else 0}
+
+    def forward(self, model: nn.Module, batch: DocumentBatch, carry: Carry, context: StepContext) -> StepOutput:
+        """The sums of both terms, of one micro-batch; the contexts that the recurrence found go to the carry.
+
+        The statistics do not change within a step, so micro-batches and ranks add up to the gradient of the whole.
+        """
+        section, width, mask = self.section, self.sizes.width, batch.mask
+        tokens = mask.sum()
+        # Every second pass begins elsewhere, so that the distance to the pass before says whether that is forgotten.
+        other = section.start == "other" and batch.iteration % 2 == 1
+        start = start_of(batch, carry, width, context.topology, way=self.sizes.carry, other=other)
+        before = carry.get(f"contexts/{batch.slot}")
+        # Sweeps begin near where they end; a pass token after token has no use for it.
+        initial = None if before is None else before.tensor
+        solved = Reader(model, width).solved(batch.ids, mask, start, initial=initial)
+        contexts = in_full(solved.contexts)
+        inputs = shifted(contexts, start)
+        if section.noise:
+            inputs = inputs + section.noise * noise(batch, width, self.config.seed)
+        found, exact = in_full(model(batch.ids, inputs).contexts)[mask], contexts[mask]
+        distance, metrics = self._distance(found, exact, before, batch)
+        terms, gradient = diversity_gradient(model.get_buffer(MOMENTS), section.diversity)
+        value = torch.stack(list(terms.values())).sum().to(found) * tokens
+        metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
+        metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)
+        if self.sizes.solve.way != "sequential":
+            metrics["sweeps"] = (torch.full_like(distance, solved.sweeps), torch.ones_like(tokens))
+        weight = section.diversity_weight
+        sums = {
+            DIVERSITY: weight * (separable(found, gradient).sum() + value),
+            DISTANCE: (1 - weight) * distance,
+        }
+        self._add(exact, context.step)
+        entry = {f"contexts/{batch.slot}": CarryEntry(contexts)}
+        return StepOutput(sums, with_ends(batch, contexts, start, {**carry, **entry}), metrics)
+
+    def _distance(
+        self, found: Tensor, exact: Tensor, before: CarryEntry | None, batch: DocumentBatch
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The sum over tokens of the distance to the pass before, 0 where there is none, and what is said of it."""
+        if before is None or not batch.iteration:
+            return found.new_zeros(()), {}
+        previous, tokens = before.tensor[batch.mask], batch.mask.sum()
+        distance = distances(found, previous, self.section.distance).sum()
+        moved = distances(exact, previous, "raw") < self.section.threshold
+        return distance, {DISTANCE: (distance.detach(), tokens), "converged_pass_to_pass": (moved.sum(), tokens)}
+
+    def _add(self, contexts: Tensor, step: int) -> None:
+        """To the sums of the step; those of one that was abandoned are forgotten."""
+        if self._sums is None or self._step != step:
+            self._sums, self._step = ContextSums(self.sizes.width, contexts.device), step
+        self._sums.add(contexts)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, context: StepContext) -> None:
+        """The step's contexts go into the moving averages. Collective."""
+        assert self._sums is not None and self._step == context.step
+        self._update(model, self._sums, context.topology, momentum=self.section.momentum)
+        self._sums = None
+
+    def evaluate(self, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
+        """The convergence of training and of held-out (`..._val`) documents, whose contexts are found token after token
+        whatever way training takes: what sweeps leave out would look like a start that is not forgotten."""
+        reader = Reader(model, self.sizes.width, exact=True)
+        train, held = (
+            convergence(reader, loader, self.section.threshold, sync_point)
+            for loader in (self.data.training(sync_point.topology), self.data.held_out(sync_point.topology))
+        )
+        return Evaluation({**train, **{f"{name}_val": value for name, value in held.items()}})

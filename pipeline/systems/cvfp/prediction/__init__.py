@@ -1,0 +1,1 @@
+"""The second phase: the next token from the token stream."""

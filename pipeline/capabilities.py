@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import nn
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
 from pipeline.evaluation_result import Table
 from pipeline.system import Carry, Evaluation, Phase, Sample, StepContext, StepOutput, System
 
@@ -280,23 +279,3 @@ class DataCommands(Protocol):
     def verify(self, files: Sequence[str], options: Any) -> None:
         """Prints each check of each file. Raises UserError when one fails."""
         ...
-
-
-def check_intervals(config: RunConfig, system: System) -> None:
-    """Raises UserError where the config asks for what the system cannot do."""
-    evaluation, epochs = config.evaluation, config.epochs
-    counts = isinstance(system, CountsEpochs)
-    for flag, given, can, lacks in (
-        ("--sample-every", config.sample_every, isinstance(system, Samples), "draws no samples"),
-        ("--ablate-every", config.ablate_every, isinstance(system, Ablates), "has no ablations"),
-        ("--evaluation.gap-every", evaluation.gap_every, isinstance(system, ClosesGap), "has no memory"),
-        ("--epochs", epochs.train, counts, "counts no epochs"),
-        ("--epochs.save", epochs.save, counts, "counts no epochs"),
-        ("--epochs.evaluate", epochs.evaluate, counts, "counts no epochs"),
-        ("--epochs.sample", epochs.sample, counts, "counts no epochs"),
-        ("--epochs.sample", epochs.sample, isinstance(system, Samples), "draws no samples"),
-        ("--evaluation.tasks", " ".join(evaluation.tasks), isinstance(system, ScoresText), "reads no text"),
-    ):
-        if given and not can:
-            value = f"{given:g}" if isinstance(given, float) else given
-            raise UserError(f"{flag} {value}: {config.recipe} {lacks}: leave it out")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.capabilities import CountsEpochs, check_intervals
+from pipeline.capabilities import CountsEpochs
 from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
 from pipeline.checkpoint.trainable import load_average, load_trainable, trainable_names
 from pipeline.compilation import check_compile
@@ -18,6 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.ds_config import check_precision, deepspeed_config
 from pipeline.durations import in_epochs
 from pipeline.engine import building
+from pipeline.intervals import check_intervals
 from pipeline.parallel.collectives import broadcast_object, shared_errors
 from pipeline.parallel.topology import Topology
 from pipeline.precision import precision_of

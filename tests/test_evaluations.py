@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.callbacks import Callback
-from pipeline.capabilities import check_intervals
 from pipeline.config import replace
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.downstream import evaluate as downstream
@@ -22,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation_config import EvaluationConfig
 from pipeline.evaluations import Evaluations
 from pipeline.files.run_file import read_run_file
+from pipeline.intervals import check_intervals
 from pipeline.parallel.topology import Topology
 from pipeline.phases import Phases
 from pipeline.run import Progress

@@ -26,6 +26,7 @@ LAYERS = (
         "config_file",
         "phases",
         "compilation",
+        "intervals",
     ),
     ("downstream", "load", "run_folder", "skipped_updates", "update_watch"),
     ("create_run", "end_run", "evaluations"),

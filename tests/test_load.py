@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline import load
-from pipeline.capabilities import CountsEpochs, check_intervals
+from pipeline.capabilities import CountsEpochs
 from pipeline.config import EpochsConfig, RunConfig, replace
 from pipeline.errors import UserError
+from pipeline.intervals import check_intervals
 from pipeline.load import decide, load_model, resolve
 from pipeline.parallel.topology import Topology
 from tests.toy_systems.phased import phased

@@ -47,8 +47,8 @@ class FixedPointConfig:
         default=0.95, metadata=MAY_CHANGE
     )
     """Share of converged tokens at which the phase ends."""
-    lr: Annotated[float, tyro.conf.arg(aliases=["--phase1-learning-rate"])] = field(default=0.0005, metadata=MAY_CHANGE)
-    """Peak learning rate of the phase."""
+    lr: Annotated[float, tyro.conf.arg(aliases=["--phase1-learning-rate"])] = field(default=0.0003, metadata=MAY_CHANGE)
+    """Peak learning rate of the phase. More makes contexts forget sooner, at a lower effective rank."""
     distance: Literal["raw", "cosine"] = field(default="raw", metadata=MAY_CHANGE)
     """raw: mean square of the difference to the context of the pass before; cosine: 2 (1 - cos) of both."""
     diversity: Literal["variance", "log_det"] = field(default="log_det", metadata=MAY_CHANGE)
@@ -114,7 +114,7 @@ class CvfpConfig(ModelConfig):
     carry: Annotated[Literal["document", "stream", "circular"], tyro.conf.arg(aliases=["--carry"])] = "document"
     """Where a context comes from. document: it is zero before each document; stream: it goes on from document to
     document; circular: as stream, and the first token goes on from the last one of the pass before."""
-    decay: Annotated[float, tyro.conf.arg(aliases=["--context-decay"])] = 0.5
+    decay: Annotated[float, tyro.conf.arg(aliases=["--context-decay"])] = 0.3
     """Factor of the context that goes into a block's sum with what it adds: smaller forgets sooner."""
     initial_std: float = 0.02
     """Standard deviation of the blocks' initial weights."""

@@ -44,5 +44,6 @@ def activation_bytes(sizes: CvfpConfig, config: RunConfig, documents: int | None
         **contexts,
         "kept activations": kept,
         "working set": 4 * tokens * width * element,
-        "covariance": 2 * 4 * width**2,
+        # Their average, float32; their sum of the step, its gradient and a product on the way, float64.
+        "second moments": (4 + 3 * 8) * width**2,
     }

@@ -250,8 +250,9 @@ def _mnemos(words: list[str]) -> list[str] | None:
     if command == "bench":
         return _bench(rest)
     if command == "eval":
-        # A folder of tasks has to be there.
+        # A folder of tasks, and the run of a control, have to be there.
         _, given = pop_flag(rest[1:], "--task-path")
+        _, given = pop_flag(given, "--control")
         if pop_suite(given)[0].name in ("contexts", "downstream"):
             return None  # it needs a checkpoint of another system; the tasks' data come from a hub
     if command == "eval":

@@ -234,6 +234,8 @@ def _train_once(given: tuple[str, ...], ranks: int) -> tuple[str, ...] | None:
         return None  # what such a system reads is not text
     if backbone is not None and (backbone.pretrained is not None or backbone.width > WIDEST):
         return None
+    if getattr(config.model, "embedding", None) is not None or config.init_from is not None:
+        return None  # a model of a hub, or a checkpoint of another run
     # A dry run is one step, that saves nothing, in any case.
     for flag in ("--output-dir", "--stop-after", "--seed"):
         _, words = pop_flag(words, flag)
@@ -249,10 +251,11 @@ def _mnemos(words: list[str]) -> list[str] | None:
     if command == "bench":
         return _bench(rest)
     if command == "eval":
-        # A folder of tasks has to be there.
+        # A folder of tasks, and the run of a control, have to be there.
         _, given = pop_flag(rest[1:], "--task-path")
-        if pop_suite(given)[0].name == "downstream":
-            return None  # the tasks' data come from a hub
+        _, given = pop_flag(given, "--control")
+        if pop_suite(given)[0].name in ("contexts", "downstream"):
+            return None  # it needs a checkpoint of another system; the tasks' data come from a hub
         lengths, given = pop_flag(rest[1:], "--lengths")
         short = ["--lengths", LENGTH] if lengths else []
         return ["eval", RUN, *given, *short, "--evaluation.steps", "1", "--report.no-plots"]

@@ -15,13 +15,39 @@ from tests.launch.harness import ROOT, environment
 FOLDER = ROOT / "docs" / "notebooks"
 COLAB, PARAMETERS = "colab", "parameters"
 """Tags of cells: those that only Colab can run, and the one whose values are a person's to change."""
+CVFP = "--num-samples 40 --batch-size 16 --model.width 16 --model.layers 1 --max-iterations 1 --report.log-every 2"
 TINY = {
+    "cvfp_colab": f"""
+TEST_RECIPE, RECIPE, DRIVE, PROMPT = "cvfp_tiny", "cvfp_tiny", "drive", "The sea"
+TEST_FLAGS = "{CVFP} --report.no-plots"
+FLAGS = "{CVFP} --epochs 1"
+""",
     "mimir_colab": """
 PRESET, RUN_NAME, DATA, SYNTHETIC, PEPTIDES = "tiny", "notebook", "data/dataset.csv", 600, 3
 FLAGS = "--epochs 1 --batch-size 64 --model.width 16 --model.layers 1 --model.heads 2 --report.log-every 4"
 """,
 }
 """Values by notebook, in place of its own."""
+
+
+def check_mimir(folder: Path, text: str) -> None:
+    run = folder / "outputs" / "notebook"
+    assert (run / "checkpoints" / "latest").exists() and (folder / "outputs" / "notebook.zip").stat().st_size > 1000
+    assert (run / "background.fasta").read_text().count(">") == 3
+
+
+def check_cvfp(folder: Path, text: str) -> None:
+    assert (folder / "cache").is_symlink() and list((folder / "drive" / "cache").glob("stdlib_40samples_128len*"))
+    kept = folder / "drive" / "outputs"
+    for name in ("test_10k", "tokens_100k"):
+        assert (kept / name / "checkpoints" / "latest").exists()
+    assert (kept / "tokens_100k.zip").stat().st_size > 1000
+    assert "effective rank / width, validation" in text and "converged training tokens" in text
+    assert "Progress: " in text and "unigram_ppl" in text
+
+
+CHECKS = {"cvfp_colab": check_cvfp, "mimir_colab": check_mimir}
+"""What each has made, in its folder and as text."""
 
 
 def tags(cell: nbformat.NotebookNode) -> list[str]:
@@ -55,7 +81,5 @@ def test_a_notebook_runs_to_its_end(name: str, tmp_path: Path, monkeypatch: pyte
     manager.kernel_spec.argv[0] = sys.executable
     client.execute()
     text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    run = tmp_path / "outputs" / "notebook"
-    assert (run / "checkpoints" / "latest").exists() and (tmp_path / "outputs" / "notebook.zip").stat().st_size > 1000
-    assert (run / "background.fasta").read_text().count(">") == 3
+    CHECKS[name](tmp_path, text)
     assert "Traceback" not in text and os.linesep in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, shown
@@ -70,13 +70,13 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
             names = "\n  ".join(sorted(recipes))
             print(f"usage: mnemos {command} RECIPE [--config FILE] [flags]\n\n{note}\n\nrecipes:\n  {names}")
             raise SystemExit(0)
-        raise UserError(f"{command} needs a recipe: one of {', '.join(sorted(recipes))}")
+        raise UserError(f"{command} needs a recipe, {_some(recipes)}")
     elif name not in recipes:
         presets = presets_of(name, recipes)
         if presets:
             raise UserError(f"{name} is a system with several recipes: add {PRESET} {' or '.join(presets)}")
         meant = did_you_mean(nearest(name, recipes))
-        known = f"{meant} `mnemos recipes` lists them all" if meant else f": one of {', '.join(sorted(recipes))}"
+        known = f"{meant} `mnemos recipes` lists them all" if meant else f": name one {_some(recipes)}"
         raise UserError(f"unknown recipe {name!r}{known}")
     else:
         config = recipes[name]()
@@ -106,6 +106,12 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     parsed = by_one_measure(parsed, given | ({"max_duration"} if duration is not None else set()), in_file)
     stated = {"output_dir"} if file is not None and states(Path(file), "output_dir") else set()
     return with_named_folder(parsed, given, stated)
+
+
+def _some(recipes: Iterable[str]) -> str:
+    """Those that run anywhere, and where the others are."""
+    *most, last = sorted(name for name in recipes if name.endswith("_tiny"))
+    return f"such as {', '.join(most)} or {last}: `mnemos recipes` lists them all"
 
 
 def presets_of(system: str, recipes: Collection[str]) -> list[str]:

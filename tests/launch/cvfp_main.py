@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pipeline.job import train
 from pipeline.load import decide
 from pipeline.parallel.loss import add_counts, scaled_loss
 from pipeline.parallel.topology import Topology
-from pipeline.parallel.weights import fill, generator_for
+from pipeline.parallel.weights import fill, gathered, generator_for
 from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
@@ -106,6 +107,11 @@ class Stepped:
         return terms
 
 
+def _or_infinite(value: float) -> float:
+    """NaN is larger than all other numbers."""
+    return math.inf if math.isnan(value) else value
+
+
 def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -> dict[str, Any]:
     """The largest relative difference of a parameter's gradient, in the second pass, from that of one process without
     DeepSpeed that takes the step as one batch; of the statistics after it; and of the held-out numbers."""
@@ -128,6 +134,13 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
     evaluates = (name, stage) in EVALUATED
     held_out = system.evaluate(engine.deepspeed, phase, SyncPoint(topology)).scalars if evaluates else {}
     engine.step(1.0)
+    moved: dict[str, float] = {}
+    for parameter_name, parameter in engine.module.named_parameters():
+        if parameter_name in trained:
+            with gathered([parameter]):
+                before = randomise(parameter_name, parameter.shape)
+                moved[parameter_name] = float((parameter.detach().float() - before).abs().max())
+    still = [parameter_name for parameter_name, most in moved.items() if not most > 0]
 
     alone = with_data(dataclasses.replace(system.config, batch_size=ROWS, grad_accum=1), Topology())
     plain = alone.build()
@@ -150,16 +163,17 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
         difference = float((found[parameter_name] - gradient).norm())
         differences[parameter_name] = difference / max(float(gradient.norm()), 1e-3 * size)
     reference = alone.evaluate(plain, phase, SyncPoint(Topology())).scalars if evaluates else {}
-    worst = max(differences, key=differences.__getitem__)
+    worst = max(differences, key=lambda key: _or_infinite(differences[key]))
     apart = {
         key: abs(held_out[key] - value) / max(abs(value), 1e-2)
         for key, value in reference.items()
         if abs(value) < float("inf")
     }
-    worst_number = max(apart, key=apart.__getitem__, default="")
+    worst_number = max(apart, key=lambda key: _or_infinite(apart[key]), default="")
     return {
         "parameter": worst,
         "gradient": differences[worst],
+        "still": still,
         "least": min(float(gradient.norm()) for gradient in expected.values() if gradient is not None),
         "begun": begun,
         "statistics": max(float((statistics[buffer] - value).abs().max()) for buffer, value in plain.named_buffers()),

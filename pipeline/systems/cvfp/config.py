@@ -52,7 +52,7 @@ class FixedPointConfig:
     distance: Literal["raw", "cosine"] = field(default="raw", metadata=MAY_CHANGE)
     """raw: mean square of the difference to the context of the pass before; cosine: 2 (1 - cos) of both."""
     diversity: Literal["variance", "log_det"] = field(default="log_det", metadata=MAY_CHANGE)
-    """Of the contexts' second moments. log_det: minus the logarithm of their determinant, per dimension; variance: a
+    """Of the contexts' second moments. log_det: (tr M - log det M) / D - 1, 0 where they are the identity; variance: a
     hinge on the root mean square of each dimension and a penalty of the moments of two."""
     diversity_weight: Annotated[float, tyro.conf.arg(aliases=["--dist-reg-weight"])] = field(
         default=0.5, metadata=MAY_CHANGE

@@ -34,4 +34,4 @@ def untrained_reader(model: nn.Module, sizes: CvfpConfig, seed: int, *, publishe
         with torch.no_grad(), gathered([given]):
             assert full_shape(given) == table.weight.shape
             table.weight.copy_(given)
-    return Reader(other.eval().requires_grad_(False), sizes.width)
+    return Reader(other.eval().requires_grad_(False), sizes.width, exact=True)

@@ -95,7 +95,7 @@ class ContextEvaluation:
 
     def _reader(self, model: nn.Module) -> Reads:
         self._model = model
-        return Reader(model, self.sizes.width)
+        return Reader(model, self.sizes.width, exact=True)
 
     def _untrained(self, published: bool) -> Reads:
         assert self._model is not None

@@ -30,7 +30,7 @@ def nats_by_row(
 
     A document's first token is no label. With a carry that goes on, rows of the stream stand for documents. Collective.
     """
-    reader = Reader(model, width)
+    reader = Reader(model, width, exact=True)
     table = torch.from_numpy(unigram(reading.documents)[0]).to(reader.device)
     parts: list[Part] = []
     for piece in read(reader, reading, reading.available(training=False), sync_point, training=False):

@@ -17,8 +17,9 @@ def diversity_terms(moments: Tensor, kind: str) -> Mapping[str, Tensor]:
 
     variance: the mean over dimensions of what a root mean square lacks to 1, from 0 to 1, and the sum of squared
     moments of different dimensions over D, from 0 to D - 1 of contexts with a mean square of 1 (as Bardes et al.,
-    VICReg, arXiv 2105.04906). log_det: minus the log-determinant over D, 0 for M = 1, the least of contexts with a mean
-    square of 1, and 9.2 at most, by `EPSILON`.
+    VICReg, arXiv 2105.04906). log_det: (tr M - log det M) / D - 1, the loss of James and Stein (1961) for an estimate
+    of the identity: 0 for M = 1 and more for any other M, so that larger contexts gain nothing; 8.3 for M = 0, by
+    `EPSILON`.
 
     The moments are about zero, not about the mean: so is the effective rank that is asked for, and a mean then counts
     as one more direction that all contexts share. A covariance would need the mean of the very step: about the mean of
@@ -27,7 +28,7 @@ def diversity_terms(moments: Tensor, kind: str) -> Mapping[str, Tensor]:
     width = len(moments)
     if kind == "log_det":
         regular = moments + EPSILON * torch.eye(width, dtype=moments.dtype, device=moments.device)
-        return {"log_det": -torch.linalg.slogdet(regular).logabsdet / width}
+        return {"log_det": (regular.trace() - torch.linalg.slogdet(regular).logabsdet) / width - 1}
     deviations = (moments.diagonal() + EPSILON).sqrt()
     off_diagonal = moments - torch.diag(moments.diagonal())
     return {"variance": F.relu(1 - deviations).mean(), "covariance": off_diagonal.square().sum() / width}

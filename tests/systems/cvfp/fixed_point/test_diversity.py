@@ -54,7 +54,8 @@ def test_the_values_are_those_of_a_plain_computation(kind: str) -> None:
     second = moments(contexts(50, 5))
     expected = torch.zeros((), dtype=torch.float64)
     if kind == "log_det":
-        expected -= torch.log(torch.linalg.eigvalsh(second) + EPSILON).mean()
+        values = torch.linalg.eigvalsh(second) + EPSILON
+        expected += (values - torch.log(values)).mean() - 1
     else:
         for i in range(5):
             expected += max(0.0, 1 - float(second[i, i] + EPSILON) ** 0.5) / 5
@@ -73,6 +74,18 @@ def test_the_loss_is_least_for_independent_dimensions_and_bounded_where_all_cont
     none = torch.zeros(width, width, dtype=torch.float64)
     for worse in (alike, none, torch.diag(torch.tensor([8.0, *[0.0] * 7], dtype=torch.float64))):
         assert 0.5 < float(total(worse, kind)) <= max(9.3, width)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 1000), st.floats(0.03, 30))
+@settings(max_examples=30)
+def test_no_contexts_of_any_size_have_a_loss_below_zero(
+    kind: str, width: int, tokens: int, seed: int, scale: float
+) -> None:
+    found = moments(contexts(tokens, width, seed) * scale)
+    # Of so few tokens the moments have no inverse.
+    assert float(total(found, kind)) > -1e-9
+    assert float(total(30**2 * torch.eye(width, dtype=torch.float64), "log_det")) > 800
 
 
 @pytest.mark.parametrize("kind", KINDS)

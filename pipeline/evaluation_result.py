@@ -40,7 +40,8 @@ class Curve:
     """The picture's y label, where what is drawn is not what `y_label` says."""
     intervals: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
     """Lower and upper ends by series: 95 % intervals over `interval_over`."""
-    interval_over: str = "documents"
+    interval_over: str | dict[str, str] = "documents"
+    """What is drawn again for them; a dict: by series, where these differ in it."""
     counts: tuple[int, ...] = ()
     """Labels that each point was measured on."""
     documents: tuple[int, ...] = ()

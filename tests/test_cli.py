@@ -226,6 +226,12 @@ def test_a_mistake_is_named_in_one_line(words: str, named: list[str], refusal) -
     assert [name for name in named if name not in line] == []
 
 
+def test_a_row_of_a_file_that_is_wrong_is_named_in_one_line(refusal) -> None:
+    Path("bad.csv").write_text("label,target,sequence\n0,,ACDEF\n1,P04637,ACD1F\n0,,ACDEG\n")
+    line = refusal("check", "mimir_small", "--data.path", "bad.csv")
+    assert "bad.csv, line 3: 'ACD1F' has '1'" in line
+
+
 @pytest.mark.parametrize("words", ["train miras_tiny --stepz 3", "train miras_tiny --steps many", "eval absent"])
 def test_a_mistake_is_one_line_of_a_process_too(words: str) -> None:
     """Nothing of a library's is said beside it either."""

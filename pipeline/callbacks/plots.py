@@ -141,7 +141,8 @@ def _draw_series(axis: Axes, curve: Curve, label: str) -> None:
     (line,) = axis.plot(x, values, label=label, marker=marker, markersize=3, linestyle=style)
     if label in curve.intervals:
         low, high = map(points, curve.intervals[label])
-        name = f"{label}, 95 % over {curve.interval_over}"
+        over = curve.interval_over if isinstance(curve.interval_over, str) else curve.interval_over[label]
+        name = f"{label}, 95 % over {over}"
         if curve.names:
             line.set_label(name)
             axis.vlines(x, low, high, alpha=0.4, color=line.get_color())

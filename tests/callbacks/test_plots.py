@@ -169,6 +169,17 @@ def test_places_that_are_no_numbers_have_names_and_no_line(tmp_path: Path, shown
     assert strict(tmp_path / "curve.json")["names"] == ["A", "C"]
 
 
+def test_intervals_of_each_series_say_what_they_are_over(tmp_path: Path, shown) -> None:
+    over = {"drawn": "peptides", "held out": "clusters"}
+    curve = Curve(
+        "Residues", "residue", "share", (0.0, 1.0), {"drawn": (0.2, 0.8), "held out": (0.5, 0.5)},
+        intervals={"drawn": ((0.1, 0.7), (0.3, 0.9)), "held out": ((0.4, 0.4), (0.6, 0.6))}, interval_over=over,
+        names=("A", "C"),
+    )  # fmt: skip
+    draw_curve(curve, tmp_path / "curve.png")
+    assert labels(shown()[0][0]) == ["drawn, 95 % over peptides", "held out, 95 % over clusters"]
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(16, "16"), (64, "64"), (1024, "1024"), (8192, "8K"), (65536, "64K"), (10000, "10000")]
 )

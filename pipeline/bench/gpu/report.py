@@ -28,6 +28,7 @@ NO_STEP_YET = (
     "several GPUs over NCCL, in one node and between nodes",
     "asynchronous saves, which copy from the GPU on a stream of their own",
     "ZeRO-3 offload, with DeepSpeed's CPU Adam beside a GPU",
+    "discrete diffusion over peptides: training, held-out numbers, drawing",
     "any GPU but those above",
 )
 """What a single GPU and half an hour do not show."""

@@ -14,7 +14,7 @@ from pipeline.data.batch import StatefulLoader
 from pipeline.parallel.loss import reduce_sums
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.systems.mimir.config import MimirConfig
-from pipeline.systems.mimir.diffusion.floor import floor
+from pipeline.systems.mimir.diffusion.floor import Floor, floor
 from pipeline.systems.mimir.diffusion.kernel import Kernel
 from pipeline.systems.mimir.losses import loss_weights
 from pipeline.systems.mimir.model import ModelOutput
@@ -42,10 +42,9 @@ def measure(
 ) -> dict[str, float]:
     """Means over `steps` steps of a loader, every peptide at every timestep, the same on every rank. Collective.
 
-    bound: nats per residue given the length, with prior and reconstruction; of each kind of peptides also, and the
-    residues of each. ce: as in training, with t uniform in 1..T. length: nats per peptide of its length given label and
-    target. With `balanced`, they are those of as many peptides of each kind, whatever the numbers of both; `residues`
-    then are of each kind's mean peptide.
+    bound: nats per residue given the length, with prior and reconstruction; of each kind of peptides also. ce: as in
+    training, with t uniform in 1..T. length: nats per peptide of its length given label and target. With `balanced`,
+    they are those of as many peptides of each kind, whatever the numbers of both.
     """
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {
@@ -63,7 +62,6 @@ def measure(
 
     found = {"bound": mean("nats", "residues"), "ce": mean("ce", "ce count"), "length": mean("length", "peptides")}
     for kind in KINDS:
-        found[f"residues/{kind}"] = weights[kind] * totals[f"{kind} residues"]
         if totals[f"{kind} residues"]:
             found[f"bound/{kind}"] = totals[f"{kind} nats"] / totals[f"{kind} residues"]
     return found
@@ -90,11 +88,10 @@ def _add(sums: dict[str, Tensor], predict: Predict, model: nn.Module, kernel: Ke
             sums[f"{kind} {name}"] += (value * mine).sum()
 
 
-def summary(found: Mapping[str, float], sizes: MimirConfig, kernel: Kernel, held_out: Peptides) -> dict[str, float]:
-    """The numbers of an evaluation, of what `measure` has found."""
+def summary(found: Mapping[str, float], sizes: MimirConfig, kernel: Kernel, measured: Peptides) -> dict[str, float]:
+    """The numbers of an evaluation, of what `measure` has found of the peptides `measured`."""
     weight = loss_weights(sizes)
-    shares = compositions(held_out, len(sizes.letters))
-    least = floor(kernel, shares, np.array([found[f"residues/{kind}"] for kind in KINDS]))
+    least = floor_of(measured, sizes, kernel)
     head = found["length"] if sizes.length == "head" else 0.0
     return {
         "loss": weight.ce * found["ce"] + weight.vb * found["bound"] + head,
@@ -107,6 +104,14 @@ def summary(found: Mapping[str, float], sizes: MimirConfig, kernel: Kernel, held
         "length_nats": found["length"],
         **{name: value for name, value in found.items() if name.startswith("bound/")},
     }
+
+
+def floor_of(peptides: Peptides, sizes: MimirConfig, kernel: Kernel) -> Floor:
+    """The floor of peptides, both labels weighed as `measure` weighs them."""
+    shares = compositions(peptides, len(sizes.letters))
+    residues = shares.sum(-1)
+    numbers = np.array([(peptides.labels == label).sum() for label in KINDS.values()])
+    return floor(kernel, shares, residues / np.maximum(1, numbers) if sizes.balanced else residues)
 
 
 def compositions(peptides: Peptides, letters: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from pipeline.systems.mimir.data.build import build_loader, list_peptides
 from pipeline.systems.mimir.data.loader import PeptideLoader
 from pipeline.systems.mimir.diffusion.choice import create_kernel
 from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
-from pipeline.systems.mimir.held_out import measure, summary
+from pipeline.systems.mimir.held_out import floor_of, measure, summary
 from pipeline.systems.mimir.losses import CE, LENGTH, UNIT, VB
 from pipeline.systems.mimir.model import MimirModel, ModelOutput, TargetSequences
 from pipeline.systems.mimir.model.model import parameter_parts
@@ -101,12 +101,16 @@ class MimirSystem(System[PeptideBatch]):
             + ", ".join(f"{name} {number:,}" for name, number in self.parameter_parts().items()),
             "noise": f"{sizes.kernel}, {sizes.timesteps} timesteps; loss {terms}",
             "lengths": "as often as in the training data" if sizes.length == "empirical" else "of a head",
-            **(
-                {"left out": "; ".join(self.files.notes)}
-                if isinstance(self.files, PeptideSet) and self.files.notes
-                else {}
-            ),
+            **(self._describe_data(self.files) if isinstance(self.files, PeptideSet) else {}),
         }
+
+    def _describe_data(self, data: PeptideSet) -> dict[str, str]:
+        least = floor_of(data.training, self.sizes, self.kernel)
+        said = {
+            "floor": f"cross-entropy {least.ce:.4f}, entropy {least.entropy:.4f} nats per residue, of independent"
+            " residues as often as in the training data"
+        }
+        return said | ({"left out": "; ".join(data.notes)} if data.notes else {})
 
     def parameter_parts(self) -> Mapping[str, int]:
         """Those of the denoiser with empirical lengths and a table of targets, and what other choices add."""
@@ -233,7 +237,7 @@ class MimirSystem(System[PeptideBatch]):
         finally:
             model.train(was_training)
         with shared_errors(topology):
-            scalars = summary(found, self.sizes, self.kernel, self.peptides.held_out)
+            scalars = summary(found, self.sizes, self.kernel, self.held_out_loader(topology).peptides)
         if other:
             scalars["unseen_targets/bound"] = other["bound"]
         return Evaluation(scalars)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.bench.gpu import report
-from pipeline.bench.gpu.report import BEGIN, END, every_result, run_report, section
+from pipeline.bench.gpu.report import BEGIN, END, NO_STEP_YET, every_result, run_report, section
 from pipeline.errors import UserError
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -52,6 +52,11 @@ def test_results_become_a_table_and_are_never_run_no_more(tmp_path: Path) -> Non
     assert "timed out: 60 s" in written
     never = written.partition("### Never run on a GPU yet")[2]
     assert "| ceilings |" not in never and "| build | correct |" in never
+
+
+def test_the_page_names_what_no_step_shows() -> None:
+    never = (DOCS / "results.md").read_text().partition("### Never run on a GPU yet")[2]
+    assert all(f"| {what} | none yet | |" in never for what in NO_STEP_YET)
 
 
 def test_newer_results_of_a_step_replace_older_ones_and_devices_stay_apart(tmp_path: Path) -> None:

@@ -122,12 +122,14 @@ def test_a_trained_model_has_the_entropy_and_the_motifs_of_the_process(tmp_path:
     one, again = (run.sequences(1000, min_length=8, max_length=20) for _ in range(2))
     another = run.sequences(1000, min_length=8, max_length=20, seed=1)
     record_property("different peptides of 1,000", len(set(one)))
+    of_target = run.sequences(1000, target=names[0], interacting=True, min_length=8, max_length=20)
+    record_property("different peptides of 1,000 for one target", len(set(of_target)))
     seconds.append(time.perf_counter() - begun)
     record_property("seconds", round(seconds[-1]))
     assert max(excess.values()) < 0.05
     assert np.mean(own) >= 0.8 and max(others) <= 0.05
     assert one == again and one != another
-    assert len(set(one)) >= 950
+    assert len(set(one)) >= 950 and len(set(of_target)) >= 950
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from pipeline.plan.estimate import PlanOptions, make_plan
 from pipeline.recipes import all_recipes
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.mimir import losses
+from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.costs import denoiser_flops, step_bytes
+from pipeline.systems.mimir.diffusion.floor import floor
 from pipeline.systems.mimir.held_out import measure
 from pipeline.systems.mimir.losses import CE, UNIT, VB
 from pipeline.systems.mimir.peptides import PeptideBatch, Peptides, chosen
@@ -201,6 +204,26 @@ def test_an_evaluation_reads_the_same_peptides_on_every_layout_and_with_every_se
 
 
 @pytest.mark.parametrize("balanced", [True, False])
+def test_the_floor_is_that_of_the_peptides_that_are_read(balanced: bool) -> None:
+    system = created(small(**ABSORBING, model__held_out_peptides=23, model__balanced=balanced))
+    loader = system.held_out_loader(ALONE)
+    entropies, weights = [], []
+    (batch,) = loader.next_step()
+    assert loader.steps_per_epoch == 1 and int(batch.weights.sum()) == 23 < len(peptides().held_out)
+    for label in (0, 1):
+        rows = (batch.labels == label) & (batch.weights > 0)
+        texts = [letters[:length] for letters, length in zip(batch.letters[rows].tolist(), batch.lengths[rows].tolist(),
+                                                            strict=True)]  # fmt: skip
+        shares = np.bincount(np.concatenate(texts), minlength=24) / sum(map(len, texts))
+        entropies.append(-sum(share * math.log(share) for share in shares if share))
+        weights.append(sum(map(len, texts)) / (len(texts) if balanced else 1))
+    found = evaluated(system, built(system)).scalars
+    expected = np.average(entropies, weights=weights)
+    assert found["ce_floor"] == pytest.approx(expected, rel=1e-9) == found["entropy_of_residues"]
+    assert found["gap_to_floor"] == pytest.approx(found["ce"] - expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
 def test_the_held_out_bound_weighs_labels_as_training_draws_them(balanced: bool) -> None:
     """Of a set that is nearly all background."""
     held_out = peptides().held_out
@@ -265,6 +288,35 @@ def test_the_log_says_what_is_left_out_of_the_data() -> None:
     assert system.describe("cpu", torch.float32)["left out"] == "; ".join(notes)
     system.files = dataclasses.replace(peptides(), notes=())
     assert "left out" not in system.describe("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("kernel", ["uniform", "absorbing"])
+def test_the_log_says_the_floor_of_the_data(kernel: str) -> None:
+    system = created(small(model__kernel=kernel, model__timesteps=20, model__balanced=False))
+    training = peptides().training
+    kinds = np.zeros((2, 24))
+    for letters, length, label in zip(training.letters, training.lengths, training.labels, strict=True):
+        np.add.at(kinds[label], letters[:length], 1)
+    least = floor(system.kernel, kinds)
+    said = system.describe("cpu", torch.float32)["floor"]
+    assert said.startswith(f"cross-entropy {least.ce:.4f}, entropy {least.entropy:.4f} nats per residue")
+    assert (least.ce < least.entropy - 1) == (kernel == "uniform")
+    system.files = None
+    assert "floor" not in system.describe("cpu", torch.float32)
+
+
+def test_times_of_larger_models_are_computed_from_their_flops() -> None:
+    """Those of the page, from the guide's 1.5 minutes for an epoch of the small one."""
+    page = (Path(__file__).parents[3] / "docs" / "mimir.md").read_text()
+    recipes = all_recipes()
+    flops = {}
+    for size in ("small", "medium", "large"):
+        model = recipes[f"mimir_{size}"]().model
+        assert isinstance(model, MimirConfig)
+        flops[size] = denoiser_flops(model, 20).forward
+    medium, large = (1.5 * flops[size] / flops["small"] for size in ("medium", "large"))
+    assert f"| {medium:.1f} min; 75 epochs in {75 * medium / 60:.1f} h |" in page
+    assert f"| {large:.0f} min; 150 epochs in {150 * large / 60 / 24:.1f} days |" in page
 
 
 def test_lengths_are_those_of_the_training_data() -> None:

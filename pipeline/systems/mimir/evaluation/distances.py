@@ -11,6 +11,8 @@ from pipeline.systems.mimir.evaluation.kmers import kmers
 from pipeline.systems.mimir.peptides import Peptides
 
 PERMUTATIONS = 200
+FIRST, SECOND, NEITHER = range(3)
+"""Where a peptide is in a permutation."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,33 @@ def _distance(
 ) -> Distance:
     """owners [values]: 0..count-1 of one sample, then those of the other one, whose groups are given; bins [values]:
     what was seen of it. Whole groups change sides in a permutation, each of the first sample's peptides being one: the
-    residues of a peptide are no independent draws, nor are the peptides of a group."""
+    residues of a peptide are no independent draws, nor are the peptides of a group. Of a group that has twice as many
+    as the first sample or more, the first side takes as many as it has place for, and the others are on neither."""
     _, bins = np.unique(bins, return_inverse=True) if between is total_variation else (None, bins)
     generator = np.random.Generator(np.random.PCG64(seed))
 
-    def of(is_first: np.ndarray) -> float:
-        mine = is_first[owners]
+    def of(side: np.ndarray) -> float:
+        sides = side[owners]
         size = int(bins.max(initial=0)) + 1
-        p, q = np.bincount(bins[mine], minlength=size), np.bincount(bins[~mine], minlength=size)
+        p, q = (np.bincount(bins[sides == which], minlength=size) for which in (FIRST, SECOND))
         return between(p / p.sum(), q / q.sum()) if p.sum() and q.sum() else np.nan
 
     _, member = np.unique(np.arange(other) if groups is None else groups, return_inverse=True)
     member = np.concatenate([np.arange(count), count + member])
     sizes = np.bincount(member)
+    large = sizes >= 2 * count
+    fitting = np.where(large, count, sizes)
 
     def permuted() -> np.ndarray:
-        """As many peptides on each side as there are, as nearly as whole groups make them."""
+        """The side of each peptide: as many on each as there are, as nearly as whole groups make them."""
         order = generator.permutation(len(sizes))
         first = np.empty(len(sizes), bool)
-        first[order] = sizes[order].cumsum() - sizes[order] / 2 < count
-        return first[member]
+        first[order] = fitting[order].cumsum() - fitting[order] / 2 < count
+        side = np.where(first, FIRST, SECOND)[member]
+        for group in np.flatnonzero(large & first):
+            side[generator.permutation(np.flatnonzero(member == group))[count:]] = NEITHER
+        return side
 
-    sides = np.arange(count + other) < count
+    observed = np.where(np.arange(count + other) < count, FIRST, SECOND)
     by_chance = [of(permuted()) for _ in range(PERMUTATIONS)]
-    return Distance(of(sides), float(np.mean(by_chance)), float(np.quantile(by_chance, 0.95)))
+    return Distance(of(observed), float(np.mean(by_chance)), float(np.quantile(by_chance, 0.95)))

@@ -76,9 +76,12 @@ def ratio(
 def ratios(
     numerators: np.ndarray, denominators: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0
 ) -> list[Estimate]:
-    """`ratio` of each column of numerators [N, C], with its interval over groups [N] (None: over items)."""
+    """`ratio` of each column of numerators [N, C], with its interval over groups [N] (None: over items); fewer than two
+    groups have none, as in `bootstrap`."""
     groups = np.arange(len(denominators)) if groups is None else groups
     values = numerators.sum(0) / denominators.sum()
+    if len(np.unique(groups)) < 2:
+        return [Estimate(float(value), np.nan, np.nan) for value in values]
     weights = np.concatenate(list(resampled(groups, seed=seed)))
     low, high = np.quantile((weights @ numerators) / (weights @ denominators)[:, None], ENDS, axis=0)
     return [Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True)]

@@ -20,8 +20,7 @@ from pipeline.systems.mimir.evaluation.samples import uniqueness_by_count
 from pipeline.systems.mimir.peptides import Peptides
 
 OVER = "peptides"
-CLUSTERS = "clusters of peptides"
-"""What intervals are over: of drawn peptides each by itself, of held-out ones clusters, or targets that are unseen."""
+"""What intervals of drawn peptides are over: each stands for itself. Those of held-out ones say it themselves."""
 SHOWN = 12
 """Targets of the picture of recovered ones."""
 
@@ -34,9 +33,10 @@ def bits_by_length(found: Mapping[str, tuple[Likelihoods, HeldOut]], entropy_bit
         return bits_per_residue(one.nats[mine], held_out.peptides.lengths[mine], held_out.groups[mine])
 
     estimates = {kind: [of(*pair, length) for length in lengths] for kind, pair in found.items()}
+    over = {kind: held_out.over for kind, (_, held_out) in found.items()}
     return _with_intervals(
         Curve("Bound on the likelihood by length", "residues", "bits per residue", tuple(map(float, lengths)), {},
-              interval_over=CLUSTERS, levels={"independent residues": entropy_bits}), estimates
+              interval_over=over, levels={"independent residues": entropy_bits}), estimates
     )  # fmt: skip
 
 
@@ -47,16 +47,18 @@ def cross_entropy_by_timestep(found: Mapping[str, Likelihoods], floors: np.ndarr
     return Curve("Cross-entropy by timestep", "timestep", "nats per residue that counts", timesteps, series)
 
 
-def compositions(sets: Mapping[str, Peptides], letters: str, groups: Mapping[str, np.ndarray]) -> Curve:
-    """Shares of the residues of each set; `groups`: what belongs together in some of them."""
+def compositions(drawn: Mapping[str, Peptides], held_out: Mapping[str, HeldOut], letters: str) -> Curve:
+    """Shares of the residues of each set."""
     estimates: dict[str, list[Estimate]] = {}
-    for name, peptides in sets.items():
+    groups = {name: found.groups for name, found in held_out.items()}
+    over = {name: held_out[name].over if name in held_out else OVER for name in (*drawn, *held_out)}
+    for name, peptides in (*drawn.items(), *((name, found.peptides) for name, found in held_out.items())):
         owners, residues = kmers(peptides, 1, len(letters))
         counts = np.zeros((len(peptides), len(letters)))
         np.add.at(counts, (owners, residues), 1.0)
         estimates[name] = ratios(counts, peptides.lengths.astype(np.float64), groups.get(name))
     places = tuple(float(place) for place in range(len(letters)))
-    curve = Curve("Residues", "residue", "share", places, {}, interval_over=CLUSTERS, names=tuple(letters))
+    curve = Curve("Residues", "residue", "share", places, {}, interval_over=over, names=tuple(letters))
     return _with_intervals(curve, estimates)
 
 
@@ -116,10 +118,7 @@ def quality_curve(rows: Sequence[Row]) -> Curve:
     for kind in kinds:
         mine = [found[name, kind] for name in names]
         series[f"{kind}, drawn"] = tuple(_number(row["value"]) for row in mine)
-        intervals[f"{kind}, drawn"] = tuple(
-            tuple(_number(row[end] if row[end] is not None else row["value"]) for row in mine)
-            for end in ("low", "high")
-        )
+        intervals[f"{kind}, drawn"] = tuple(tuple(_number(row[end]) for row in mine) for end in ("low", "high"))
         series[f"{kind}, held out"] = tuple(_number(row["beside"]) for row in mine)
     places = tuple(map(float, range(len(names))))
     return Curve("Drawn peptides", "", "share", places, series, intervals=intervals, interval_over=OVER, names=names)  # type: ignore[arg-type]
@@ -136,7 +135,8 @@ def recovery_curve(rows: Sequence[Row]) -> Curve:
     }
     places = tuple(map(float, range(len(mine))))
     return Curve("Label and target from the peptide", "", "share recovered", places, series,
-                 intervals={"recovered": (low, high)}, interval_over=CLUSTERS, names=names)  # fmt: skip
+                 intervals={"recovered": (low, high)}, names=names,
+                 interval_over="drawn peptides, or clusters of held-out ones")  # fmt: skip
 
 
 def roc_curve(ratios: Mapping[str, np.ndarray]) -> Curve:

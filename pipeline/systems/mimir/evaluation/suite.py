@@ -158,19 +158,22 @@ class PeptideSuite:
         """What is drawn beside what is held out."""
         sizes, training = self.system.sizes, self.texts(self.data.training)
         known = set(training)
-        sets, texts, edits, groups = {}, {}, {}, {}
+        sets, texts, edits = {}, {}, {}
         distances: dict[str, dict[str, Distance]] = {}
         for kind, peptides in drawn.items():
             held_out = self.held_out[kind]
             mine, theirs = self.texts(peptides), self.texts(held_out.peptides)
-            groups[f"{kind}, held out"] = held_out.groups
             self.table += measures.quality(kind, mine, theirs, known, sizes.min_length, sizes.max_length)
             distances[kind] = measures.distances(peptides, held_out, self.letters)
             self.table += measures.distance_rows(kind, distances[kind])
             for name, found, words in (("drawn", peptides, mine), ("held out", held_out.peptides, theirs)):
                 sets[f"{kind}, {name}"], texts[f"{kind}, {name}"] = found, words
                 edits[f"{kind}, {name}"] = nearest(words[:NEAREST], training)[0]
-        self.curves["residues"] = pictures.compositions(sets, sizes.letters, groups)
+        self.curves["residues"] = pictures.compositions(
+            {f"{kind}, drawn": found for kind, found in drawn.items()},
+            {f"{kind}, held out": self.held_out[kind] for kind in drawn},
+            sizes.letters,
+        )
         self.curves["lengths"] = pictures.length_shares(sets, sizes.min_length, sizes.max_length)
         self.curves["distances"] = pictures.distance_curve(distances)
         self.curves["uniqueness"] = pictures.uniqueness_curve(texts)

@@ -46,11 +46,11 @@ def weighed(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tens
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits [..., K] divided by a temperature; at 0 the likeliest letter has all of the probability, of equals the
-    first."""
-    if temperature == 0:
+    """Finite logits [..., K] divided by a temperature, less the largest of them, and none below -FAR; at 0, and where
+    its inverse is not finite, the likeliest letter has all of the probability, of equals the first."""
+    if temperature < torch.finfo(logits.dtype).tiny:
         return FAR * torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
-    return logits / temperature
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).clamp(min=-FAR)
 
 
 @torch.no_grad()

@@ -109,3 +109,25 @@ def test_whole_peptides_change_sides() -> None:
     texts = ["AAAAAAAA" if letter else "BBBBBBBB" for letter in generator.integers(0, 2, 200)]
     clumped = composition_distance(peptides(texts[:100]), peptides(texts[100:]), 4)
     assert clumped.expected == pytest.approx(np.sqrt(2 / np.pi) * np.sqrt(0.25 * 2 / 100), rel=0.15)
+
+
+@pytest.mark.parametrize("size", [2, 3, 40])
+def test_of_a_group_that_does_not_fit_as_many_change_sides_as_there_is_place_for(size: int) -> None:
+    """One peptide beside a group of others: either it is on the first side, or one of them is."""
+    b, groups = peptides(["BBBB"] * size + ["CCCC"]), np.array([0] * size + [1])
+    found = composition_distance(peptides(["AAAA"]), b, 4, groups)
+    # A, one of B, or C by itself is as far from the others as can be.
+    assert (found.value, found.expected, found.upper) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_a_large_group_of_one_distribution_is_as_far_as_chance_makes_it() -> None:
+    """Of 20 peptides, and of 40 beside a group of 60 alike."""
+    generator = np.random.Generator(np.random.PCG64(23))
+    groups = np.concatenate([np.arange(40), np.full(60, 40)])
+    above = 0
+    for seed in range(40):
+        a, b = independent(generator, 20), chosen(independent(generator, 41), groups)
+        found = composition_distance(a, b, 4, groups, seed=seed)
+        assert np.isfinite([found.expected, found.upper]).all() and 0 < found.expected < found.upper
+        above += found.value > found.upper
+    assert above <= 6, "5 % of 40, and what chance adds"

@@ -50,6 +50,8 @@ def test_peptides_of_a_group_are_no_independent_ones() -> None:
 def test_one_group_has_no_interval_and_nothing_has_no_value() -> None:
     found = ratio(np.array([1.0, 3.0]), np.array([1.0, 1.0]), np.array([5, 5]))
     assert found.value == 2.0 and math.isnan(found.low) and math.isnan(found.high)
+    (column,) = ratios(np.array([[1.0], [3.0]]), np.array([1.0, 1.0]), np.array([5, 5]))
+    assert column.value == 2.0 and math.isnan(column.low) and math.isnan(column.high)
     assert math.isnan(mean(np.array([])).value) and math.isnan(share(np.array([], bool)).value)
     assert math.isnan(bits_per_residue(np.array([]), np.array([])).value)
 

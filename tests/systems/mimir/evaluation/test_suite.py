@@ -24,8 +24,9 @@ from pipeline.systems.mimir.data.synthetic import synthetic_table
 from pipeline.systems.mimir.diffusion.bound import peptide_bound
 from pipeline.systems.mimir.diffusion.choice import create_kernel
 from pipeline.systems.mimir.evaluation.bits import bits_per_residue
-from pipeline.systems.mimir.evaluation.held_out import by_cluster
+from pipeline.systems.mimir.evaluation.held_out import by_cluster, by_target
 from pipeline.systems.mimir.evaluation.likelihoods import decoys, likelihoods, target_ratios
+from pipeline.systems.mimir.evaluation.pictures import compositions
 from pipeline.systems.mimir.evaluation.rows import Rows
 from pipeline.systems.mimir.evaluation.suite import Options, PeptideSuite
 from pipeline.systems.mimir.model import ModelOutput
@@ -182,9 +183,25 @@ def test_intervals_are_over_clusters() -> None:
     widths = {kind: np.subtract(*shares[f"interacting, {kind}"][::-1]).mean() for kind in ("drawn", "held out")}
     assert widths["held out"] > 2 * widths["drawn"], "the same peptides, as independent ones"
     by_length = found.curves["bits_by_length"]
-    assert by_length.interval_over == "clusters of peptides"
+    assert by_length.interval_over == dict.fromkeys(("interacting", "background"), "clusters of peptides")
+    assert found.curves["residues"].interval_over == {
+        f"{kind}, {name}": over
+        for name, over in (("drawn", "peptides"), ("held out", "clusters of peptides"))
+        for kind in ("interacting", "background")
+    }
     alone = np.isnan(by_length.intervals["interacting"][0]) & ~np.isnan(by_length.series["interacting"])
     assert alone.any(), "lengths of one family have no interval"
+
+
+def test_intervals_of_unseen_targets_are_over_targets_and_of_one_target_there_is_none() -> None:
+    """Of a set of one target, each as a set of peptides whose targets training has not seen."""
+    drawn, targets = peptides(["ABCD", "ABCA"]), np.zeros(3, np.int32)
+    unseen = by_target(dataclasses.replace(peptides(["ABCD", "ABBB", "CCCD"]), targets=targets))
+    curve = compositions({"unseen targets, drawn": drawn}, {"unseen targets, held out": unseen}, "ABCD")
+    assert curve.interval_over == {"unseen targets, drawn": "peptides", "unseen targets, held out": "targets"}
+    assert np.isnan(curve.intervals["unseen targets, held out"]).all()
+    assert np.isfinite(curve.intervals["unseen targets, drawn"]).all()
+    assert curve.series["unseen targets, held out"] == pytest.approx((2 / 12, 4 / 12, 4 / 12, 2 / 12))
 
 
 def test_clusters_of_what_is_held_out_are_those_of_the_split() -> None:

@@ -109,6 +109,21 @@ def test_temperature_0_gives_the_likeliest_letter(kernel: Kernel) -> None:
     assert (drawn(kernel, lambda xt, t: logits.expand(*xt.shape, 5), 4, temperature=0) == 2).all()
 
 
+@pytest.mark.parametrize("kernel", [UniformKernel(10, 5), AbsorbingKernel(10, 5)])
+@pytest.mark.parametrize(
+    "dtype, temperature",
+    [*((torch.float64, low) for low in (5e-324, 1e-310, 1e-300)),
+     *((torch.float32, low) for low in (1e-60, 1e-39, 1e-38, 2e-38, 1e-6))],
+)  # fmt: skip
+def test_a_temperature_near_0_is_that_of_0(kernel: Kernel, dtype: torch.dtype, temperature: float) -> None:
+    """Divided by it, logits overflow."""
+    logits = 30 * COMPOSITION.log()[[3, 1, 0, 4, 2]].to(dtype)
+    lengths = torch.full((50,), 4)
+    found = sample(kernel, lambda xt, t: logits.expand(*xt.shape, 5), lengths, 4, seed=0, domain="test", draw=draws(50),
+                   temperature=temperature)  # fmt: skip
+    assert (found == 2).all()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 3.0])
 def test_the_surest_residues_are_revealed_first_at_every_temperature(temperature: float) -> None:
     """At 0 each residue has a letter of probability 1, and other temperatures change which residue is the surest."""

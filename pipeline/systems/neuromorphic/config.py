@@ -1,0 +1,115 @@
+"""Sizes and choices of the neuromorphic system."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from pipeline.errors import UserError
+from pipeline.model_config import MAY_CHANGE, ModelConfig, Suppress, at_least
+
+PHASES = ("A", "B", "C")
+"""A: working and procedural memory; B: episodic memory too; C: both outlive documents (lifelong)."""
+Tier = Literal["a", "a_wide", "b", "c", "tiny"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a tier is. D is the width, D/columns that of a column."""
+
+    width: int
+    layers: int
+    """Of each column."""
+    columns: int
+    slots: int
+    """Of the procedural memory of a layer of a column."""
+    window: int
+    """Tokens that the working memory sees, the current one included."""
+    working_width: int
+    working_heads: int
+    episodes: int
+    """Slots of the episodic memory of a column."""
+    episodic_width: int
+    retrieved: int
+    """Episodes that a token reads."""
+    candidates: int
+    """Tokens of a span that a column writes as episodes."""
+    decoder_width: int
+    decoder_heads: int
+    decoder_layers: int = 2
+    thalamic_tokens: int = 4
+
+    @property
+    def column_width(self) -> int:
+        return self.width // self.columns
+
+
+TIERS: dict[str, Sizes] = {
+    "a": Sizes(512, 8, 4, 8, 256, 128, 4, 256, 128, 4, 8, 256, 4),
+    "a_wide": Sizes(768, 8, 4, 8, 256, 192, 6, 256, 128, 4, 8, 256, 4),
+    "b": Sizes(768, 12, 6, 16, 512, 192, 6, 512, 192, 8, 16, 384, 6),
+    "c": Sizes(1024, 24, 8, 32, 1024, 256, 8, 1024, 256, 16, 32, 512, 8, 3),
+    "tiny": Sizes(128, 2, 2, 8, 64, 32, 2, 64, 32, 4, 8, 64, 2, 1),
+}
+"""Those of the published configurations, and one for two cores."""
+
+
+@dataclass(frozen=True)
+class NeuromorphicConfig(ModelConfig):
+    """Columns of gated recurrent layers with a working, a procedural and an episodic memory."""
+
+    common: ClassVar[tuple[str, ...]] = ("tier", "span", "as_published", "decoder_width", "decoder_layers")
+    system: Suppress[str] = "neuromorphic"
+    tier: Annotated[Tier, tyro.conf.arg(aliases=["--tier"])] = "b"
+    """Sizes: a 56M, a_wide 95M, b 103M, c 197M parameters; tiny for two cores."""
+    vocab: int = 32000
+    """Rows of embedding and head; the tokenizer's, once the data is read."""
+    span: int = 64
+    """Tokens between two writes of the memories: procedural memory commits and episodic memory writes at its end."""
+    as_published: bool = False
+    """The published structure: no positions in the working memory, one eligibility for all slots, recurrent inputs that
+    are not scaled by what is forgotten."""
+    eligibility_decay: float = 0.95
+    """Factor per token of what the procedural memory is about to commit, rho."""
+    decay: float = 0.999
+    """Factor per span of the strengths of procedural memory."""
+    width: int | None = None
+    """In place of the tier's, as all that follow."""
+    layers: int | None = None
+    columns: int | None = None
+    slots: int | None = None
+    window: int | None = None
+    working_width: int | None = None
+    working_heads: int | None = None
+    episodes: int | None = None
+    episodic_width: int | None = None
+    retrieved: int | None = None
+    candidates: int | None = None
+    decoder_width: Annotated[int | None, tyro.conf.arg(aliases=["--d-dec"])] = None
+    decoder_heads: Annotated[int | None, tyro.conf.arg(aliases=["--n-heads-decoder"])] = None
+    decoder_layers: Annotated[int | None, tyro.conf.arg(aliases=["--decoder-layers"])] = None
+    thalamic_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--thalamic-tokens"])] = None
+    strength_penalty: float = field(default=0.01, metadata=MAY_CHANGE)
+    """Weight of what the strengths of a memory exceed 0.9 of their budget by."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """The tier's, with what is given in place of it."""
+        names = (item.name for item in dataclasses.fields(Sizes))
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(TIERS[self.tier], **given)
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "", "span", "vocab")
+        sizes = self.sizes
+        for item in dataclasses.fields(Sizes):
+            if getattr(sizes, item.name) < 1:
+                flag = item.name.replace("_", "-")
+                raise UserError(f"--model.{flag} is {getattr(sizes, item.name)}: give 1 or more")
+        if sizes.width % sizes.columns:
+            raise UserError(f"--model.columns {sizes.columns} does not divide the width {sizes.width}")
+        if self.span > sizes.window:
+            raise UserError(f"--model.span {self.span} is longer than the window of {sizes.window}: give at most that")

@@ -1,0 +1,1 @@
+"""The parts that run in every span: columns of recurrent layers, working memory and decoder."""

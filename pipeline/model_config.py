@@ -33,6 +33,9 @@ class ModelConfig:
 
     common: ClassVar[tuple[str, ...]] = ()
     """Dotted names of the fields whose flags `train RECIPE --help` shows; `--help-all` shows all."""
+    own_steps: ClassVar[tuple[str, ...]] = ()
+    """Fields with the steps of one phase, None for those of --steps: this flag, where a person gives it, takes the
+    place of a recipe's."""
     system: Suppress[str] = ""
     """Name of the folder under pipeline/systems that implements this section."""
 

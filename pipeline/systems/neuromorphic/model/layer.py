@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.ops.affine_scan import affine_scan
 from pipeline.systems.neuromorphic.model.columns import ColumnFeedForward, ColumnLinear, ColumnNorm
+
+LOW, HIGH = 0.05, 0.95
+"""Outside of these a gate counts as saturated."""
+
+
+class Gates(NamedTuple):
+    """Of every token, each [B, N, P, H]."""
+
+    a: Tensor
+    """What is kept of h, 0 to 1, in the dtype of state."""
+    b: Tensor
+    """tanh(W_b u), before it is scaled by 1 - a."""
+    h: Tensor
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Detached means over rows and tokens, each [B]."""
+        a, b, h = (x.detach().float() for x in self)
+        values = {
+            "gate_a_mean": a.mean(-1), "gate_a_saturation": ((a < LOW) | (a > HIGH)).float().mean(-1),
+            "gate_b_mean": b.mean(-1), "gate_b_magnitude": b.abs().mean(-1), "h_norm": h.norm(dim=-1),
+        }  # fmt: skip
+        return {name: value.mean((1, 2)) for name, value in values.items()}
 
 
 class GatedLayer(nn.Module):
@@ -29,14 +52,14 @@ class GatedLayer(nn.Module):
 
     def forward(
         self, x: Tensor, procedural: Tensor, context: Tensor, surprise: Tensor, hidden: Tensor, segment_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Gates]:
         """The layer over the P tokens of a span.
 
         x and procedural [B, N, P, H]: the layer's input and what its procedural memory says; context [B, N, P, 2H]:
         what the working and the episodic memory say; surprise [N, P] nats; hidden [N, B, H], h of the token before, in
         the dtype of state; segment_ids [N, P]: h restarts at zero where the id differs from the token before, and
-        `hidden` is of the first token's document. Returns the output like x, h after the last token, and the
-        forgetting gate a of every token [B, N, P, H] in the dtype of state.
+        `hidden` is of the first token's document. Returns the output like x, h after the last token [N, B, H],
+        and the gates.
         """
         columns, rows, tokens, width = x.shape
         mixed = self.gates(torch.cat((x, procedural, context), dim=-1))
@@ -44,14 +67,14 @@ class GatedLayer(nn.Module):
         # In bfloat16 a factor above 0.998 is 1, and nothing is ever forgotten.
         a = torch.sigmoid(mixed[..., :width].to(hidden.dtype))
         b = torch.tanh(mixed[..., width:])
-        if self.scaled:
-            b = (b * (1 - a)).to(x.dtype)
+        added = (b * (1 - a)).to(x.dtype) if self.scaled else b
         flat = (columns * rows, tokens, width)
         h, after = affine_scan(
             a.reshape(flat),
-            b.reshape(flat),
+            added.reshape(flat),
             state=hidden.transpose(0, 1).reshape(columns * rows, width),
             segment_ids=segment_ids.expand(columns, rows, tokens).reshape(columns * rows, tokens),
         )
-        out = self.feed_forward(self.norm(self.output(h.view(x.shape)) + x))
-        return out, after.view(columns, rows, width).transpose(0, 1), a
+        h = h.view(x.shape)
+        out = self.feed_forward(self.norm(self.output(h) + x))
+        return out, after.view(columns, rows, width).transpose(0, 1), Gates(a, b, h)

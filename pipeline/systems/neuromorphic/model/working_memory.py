@@ -15,8 +15,8 @@ ROPE_BASE = 10_000.0
 class WorkingMemory(nn.Module):
     """Windowed attention within documents, one for all columns: D -> E_w, D -> E_w, D -> E_w, and back to D.
 
-    Keys and queries are turned by RoPE (arXiv 2104.09864), and keys have no bias. `rotated` False, as published: nothing
-    says how far back a token is; keys have a bias, which no softmax sees.
+    Keys and queries are turned by RoPE (arXiv 2104.09864), and keys have no bias. `rotated` False, as published:
+    nothing says how far back a token is; keys have a bias, which no softmax sees.
     """
 
     def __init__(self, width: int, inner: int, heads: int, window: int, *, rotated: bool) -> None:
@@ -31,8 +31,8 @@ class WorkingMemory(nn.Module):
         self, x: Tensor, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, use: Use = "on"
     ) -> tuple[Tensor, WindowCarry | None]:
         """x [N, T, D], segment_ids and positions [N, T] -> what each token reads [N, T, D], and the carry of the last
-        `window` tokens, in x's dtype. With a memory that is `empty` a token sees itself alone, and the carry stays as it
-        is; one that is `absent` gives zeros."""
+        `window` tokens, in x's dtype. With a memory that is `empty` a token sees itself alone, and the carry stays as
+        it is; one that is `absent` gives zeros."""
         if use == "absent":
             return torch.zeros_like(x), carry
         if use == "empty":

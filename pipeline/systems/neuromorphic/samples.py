@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.data.sources.base import digest
@@ -66,25 +65,24 @@ def text_samples(
 ) -> Continuations:
     """What the model writes after each text but its last WRITTEN tokens, beside these. Tokens are drawn at TEMPERATURE
     from the TOP_K likeliest; the noise is a function of seed, phase and step. Collective: every rank draws the same."""
+    if not texts:
+        return Continuations(())
     sampling = Sampling(TEMPERATURE, TOP_K, 1.0, digest("text samples", context.seed, context.phase, context.step))
-    found = []
-    for number, text in enumerate(texts):
-        ids = torch.from_numpy(text[:-WRITTEN])
-        drawn = list(_drawn(decoder, tokenizer, ids, number, sampling, sync_point))
-        prompt, truth = text[-PROMPT - WRITTEN : -WRITTEN], text[-WRITTEN:]
-        found.append(Continuation(*(tokenizer.decode(part) for part in (prompt, drawn, truth))))
-    return Continuations(tuple(found))
-
-
-def _drawn(
-    decoder: Decoder, tokenizer: Tokenizer, ids: Tensor, number: int, sampling: Sampling, sync_point: SyncPoint
-) -> Iterator[int]:
-    state = decoder.empty(1)
-    sync_point(f"samples, {number + 1}")
-    logits = decoder.read(ids.unsqueeze(0), state)
+    states, logits = [], []
+    for number, text in enumerate(texts, 1):
+        sync_point(f"samples, {number} of {len(texts)}")
+        states.append(decoder.empty(1))
+        logits.append(decoder.read(torch.from_numpy(text[None, :-WRITTEN]), states[-1]))
+    state, behind = decoder.join(states), torch.cat(logits)
+    drawn: list[list[int]] = []
     for place in range(WRITTEN):
-        (token,) = sampling.choose(logits[:, : tokenizer.vocab_size], [number], [len(ids) + place])
-        yield token
-        if place + 1 < WRITTEN:
-            sync_point(f"samples, {number + 1}")
-            logits = decoder.step(torch.tensor([token]), state)
+        if place:
+            sync_point(f"samples, token {place + 1}")
+            behind = decoder.step(torch.tensor(drawn[-1]), state)
+        lengths = [int(length) for length in state.lengths]
+        drawn.append(sampling.choose(behind[:, : tokenizer.vocab_size], range(len(texts)), lengths))
+    found = []
+    for text, written in zip(texts, zip(*drawn, strict=True), strict=True):
+        prompt, truth = text[-PROMPT - WRITTEN : -WRITTEN], text[-WRITTEN:]
+        found.append(Continuation(*(tokenizer.decode(part) for part in (prompt, written, truth))))
+    return Continuations(tuple(found))

@@ -12,6 +12,7 @@ from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
+from pipeline.systems.neuromorphic import samples as module
 from pipeline.systems.neuromorphic.decoding import NeuromorphicDecoder
 from pipeline.systems.neuromorphic.facts import FactsConfig, FactsLoader
 from pipeline.systems.neuromorphic.samples import PROMPT, WRITTEN, held_out_texts, text_samples
@@ -24,10 +25,10 @@ TASK = FactsConfig(facts=2, within=2, fillers=64, least_distance=8, least_tokens
 
 
 class Seen(NeuromorphicDecoder):
-    """Keeps the states that it decodes."""
+    """Keeps the state that it draws from."""
 
-    def empty(self, rows: int):
-        self.state = super().empty(rows)
+    def join(self, states):
+        self.state = super().join(states)
         return self.state
 
 
@@ -65,7 +66,7 @@ def test_a_sample_writes_memories_and_changes_nothing_else(model, texts: list[np
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(0)
     noise = torch.get_rng_state()
-    decoder = Seen(model, Uses(), eos_id=EOS)
+    decoder, texts = Seen(model, Uses(), eos_id=EOS), texts[:2]
     sample = text_samples(decoder, TOKENIZER, texts, context(), SyncPoint(Topology()))
     assert torch.equal(torch.get_rng_state(), noise)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -73,17 +74,19 @@ def test_a_sample_writes_memories_and_changes_nothing_else(model, texts: list[np
     assert [t.prompt for t in sample.texts] == [TOKENIZER.decode(text[-PROMPT - WRITTEN : -WRITTEN]) for text in texts]
     # What was written within the sample alone differs from what the context left.
     state = decoder.state
-    assert int(state.lengths[0]) == len(texts[-1]) - 1
+    assert state.lengths.tolist() == [len(text) - 1 for text in texts]
     assert (state.begin.procedural.strengths > 0).any() and (state.begin.episodic.strengths > 0).any()
     context_alone = decoder.empty(1)
-    decoder.read(torch.from_numpy(texts[-1][:-WRITTEN])[None], context_alone)
+    decoder.read(torch.from_numpy(texts[0][:-WRITTEN])[None], context_alone)
     for memory in ("procedural", "episodic"):
-        assert not torch.equal(getattr(state.begin, memory).keys, getattr(context_alone.begin, memory).keys)
+        assert not torch.equal(getattr(state.begin, memory).keys[:1], getattr(context_alone.begin, memory).keys)
 
 
-def test_the_noise_is_a_function_of_seed_phase_and_step(model, texts: list[np.ndarray]) -> None:
+def test_the_noise_is_a_function_of_seed_phase_and_step(model, texts: list[np.ndarray], monkeypatch) -> None:
+    monkeypatch.setattr(module, "WRITTEN", 8)
     decoder = NeuromorphicDecoder(model, Uses(), eos_id=EOS)
     first, again, other = (
-        text_samples(decoder, TOKENIZER, texts[:1], context(step), SyncPoint(Topology())) for step in (200, 200, 400)
+        text_samples(decoder, TOKENIZER, [texts[0][-40:]], context(step), SyncPoint(Topology()))
+        for step in (200, 200, 400)
     )
     assert first == again and first.texts[0].written != other.texts[0].written

@@ -258,7 +258,9 @@ class NeuromorphicModel(nn.Module):
                 procedural, found = self.procedural.commit(procedural, surprise)
                 penalties["procedural"] = self.procedural.penalty(procedural) * len(last)
                 if statistics:
-                    measures |= {f"pm_{name}": x for name, x in (self.procedural.statistics(procedural) | found).items()}
+                    measures |= {
+                        f"pm_{name}": x for name, x in (self.procedural.statistics(procedural) | found).items()
+                    }
             if uses.episodic == "on":
                 out = reading.layers[-1]
                 candidates = self.episodic.candidates(span.x, span.working, out, nats, counted, episodic)

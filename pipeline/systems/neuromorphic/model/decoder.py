@@ -91,11 +91,10 @@ class Block(nn.Module):
 
     def __init__(self, columns: int, width: int, heads: int, *, key_bias: bool, alone: bool = False) -> None:
         super().__init__()
+        self.alone: Attention | OneToken | None = None
         if alone:
             self.alone_norm = ColumnNorm(columns, width)
             self.alone = Attention(columns, width, heads, key_bias=True) if key_bias else OneToken(columns, width)
-        else:
-            self.alone = None
         self.norm = ColumnNorm(columns, width)
         self.attention = Attention(columns, width, heads, key_bias=key_bias)
         self.feed_forward = ColumnFeedForward(columns, width)

@@ -17,13 +17,13 @@ EMBEDDING = 0.02
 DECODER_OUTPUT = 0.01
 """Standard deviation of the map that adds the decoder's result to the columns': small, so that it begins near zero."""
 
-PARTS = (
+PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embedding and head", ("embedding.", "head.")),
     ("working memory", ("working.", "working_input.")),
     ("procedural memory", ("procedural.",)),
     ("episodic memory", ("episodic.", "episodic_input.", "decoder.from_episodic.")),
     ("decoder", ("decoder.",)),
-    ("gates", tuple()),
+    ("gates", ()),
     ("columns", ("column_input.", "layers.")),
 )
 """Parts of the model and how the names of their parameters begin; the first that fits has it."""
@@ -49,9 +49,7 @@ def random_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
         return torch.ones(shape)
     if name == "decoder.output.weight":
         return DECODER_OUTPUT * torch.randn(shape, generator=generator)
-    if name in LEARNED or name == "embedding.weight":
-        return EMBEDDING * torch.randn(shape, generator=generator)
-    if name.endswith(".surprise"):
+    if name in LEARNED or name == "embedding.weight" or name.endswith(".surprise"):
         return EMBEDDING * torch.randn(shape, generator=generator)
     bound = math.sqrt(6 / (shape[-2] + shape[-1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -57,13 +57,13 @@ class EpisodicMemory(nn.Module):
         columns, width = sizes.columns, sizes.episodic_width
         self.config, self.columns, self.width = config, columns, width
         self.episodes, self.retrieved, self.most = sizes.episodes, sizes.retrieved, sizes.candidates
-        self.query = SharedColumnLinear(columns, 2 * sizes.width, width, bias=False)
-        self.key = SharedColumnLinear(columns, 2 * sizes.width, width, bias=False)
+        self.query = SharedColumnLinear(columns, 2 * sizes.width, width)
+        self.key = SharedColumnLinear(columns, 2 * sizes.width, width)
         self.novelty = SharedColumnLinear(columns, 2 * sizes.width, 1)
-        self.context = SharedColumnLinear(columns, sizes.width, width, bias=False)
-        self.value = ColumnLinear(columns, sizes.column_width, width, bias=False)
+        self.context = SharedColumnLinear(columns, sizes.width, width)
+        self.value = ColumnLinear(columns, sizes.column_width, width)
         self.readout = ColumnFeedForward(columns, width)
-        self.output = ColumnLinear(columns, width, sizes.width, bias=False)
+        self.output = ColumnLinear(columns, width, sizes.width)
         self.neuromodulator = EpisodicNeuromodulator(columns, width)
 
     def initial_state(

@@ -44,8 +44,8 @@ class ProceduralMemory(nn.Module):
         self.config = config
         self.layers, self.columns, width = sizes.layers, sizes.columns, sizes.column_width
         instances = self.layers * self.columns
-        self.key = ColumnLinear(instances, width, width, bias=False)
-        self.value = ColumnLinear(instances, width, width, bias=False)
+        self.key = ColumnLinear(instances, width, width)
+        self.value = ColumnLinear(instances, width, width)
         self.readout = nn.ModuleList([ColumnFeedForward(self.columns, width) for _ in range(self.layers)])
         self.neuromodulator = ProceduralNeuromodulator(instances, width, sizes.slots)
         shape = (self.layers, self.columns, sizes.slots, width)

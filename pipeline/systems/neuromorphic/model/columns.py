@@ -38,18 +38,18 @@ class ColumnLinear(nn.Module):
 class SharedColumnLinear(nn.Module):
     """An affine map for each column, all of the same input: one product with a matrix of B * outputs rows.
 
-    weight [columns * outputs, inputs], bias [columns * outputs] if there is one.
+    weight [columns, outputs, inputs], bias [columns, outputs] if there is one.
     """
 
     def __init__(self, columns: int, inputs: int, outputs: int, *, bias: bool = True) -> None:
         super().__init__()
         self.columns = columns
-        self.weight = nn.Parameter(torch.empty(columns * outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(columns * outputs)) if bias else None
+        self.weight = nn.Parameter(torch.empty(columns, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(columns, outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [columns, ..., outputs], contiguous."""
-        out = F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten())
         return rearrange(out, "... (columns outputs) -> columns ... outputs", columns=self.columns).contiguous()
 
 

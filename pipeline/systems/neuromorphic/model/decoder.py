@@ -32,7 +32,7 @@ class SpatialDecoder(nn.Module):
         sizes, published = config.sizes, config.as_published
         columns, width, inner = sizes.columns, sizes.column_width, sizes.decoder_width
         heads = max(1, width // COLUMN_HEAD_WIDTH)
-        self.layers = nn.Parameter(torch.empty(sizes.layers, width))
+        self.layers = nn.Parameter(torch.empty(columns, sizes.layers, width))
         self.summary = nn.Parameter(torch.empty(columns, width))
         self.summary_blocks = nn.ModuleList(
             [Block(columns, width, heads, key_bias=published) for _ in range(SUMMARY_LAYERS)]
@@ -62,7 +62,7 @@ class SpatialDecoder(nn.Module):
         memory, weighted by their strengths and averaged over layers and columns; episodic [N, P, E] alike, None where
         there is no episodic memory; working [N, P, D]. Returns what the head reads, [N, P, D]."""
         top = rearrange(layers[-1], "b n p h -> n p (b h)")
-        keys = rearrange(layers, "l b n p h -> b n p l h") + self.layers
+        keys = rearrange(layers, "l b n p h -> b n p l h") + self.layers[:, None, None]
         summaries = self.summary[:, None, None, None].expand(-1, *working.shape[:2], 1, -1)
         for block in self.summary_blocks:
             summaries = block(summaries, keys)
@@ -91,11 +91,10 @@ class Block(nn.Module):
 
     def __init__(self, columns: int, width: int, heads: int, *, key_bias: bool, alone: bool = False) -> None:
         super().__init__()
+        self.alone: Attention | OneToken | None = None
         if alone:
             self.alone_norm = ColumnNorm(columns, width)
             self.alone = Attention(columns, width, heads, key_bias=True) if key_bias else OneToken(columns, width)
-        else:
-            self.alone = None
         self.norm = ColumnNorm(columns, width)
         self.attention = Attention(columns, width, heads, key_bias=key_bias)
         self.feed_forward = ColumnFeedForward(columns, width)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -28,6 +29,7 @@ SURPRISING = 5.0
 """Nats from which on a token is eligible in full."""
 NOTHING = -1
 """The document before the first."""
+EVERYTHING = Uses()
 
 
 class NeuromorphicOutput(NamedTuple):
@@ -45,7 +47,7 @@ class NeuromorphicOutput(NamedTuple):
     hidden: Tensor | None
     """[N, T, D], what the head reads, where there are no labels."""
     statistics: dict[str, tuple[Tensor, Tensor]]
-    """(sum, count) over rows and spans, where asked for: detached sums of [L, B], [B] or no dimensions, scalar counts."""
+    """(sum, count) over rows and spans, where asked for: detached sums [L, B] or [B], scalar counts."""
 
 
 class Written(NamedTuple):
@@ -103,7 +105,7 @@ class NeuromorphicModel(nn.Module):
         segment_ids: Tensor,
         positions: Tensor,
         state: StreamState | None = None,
-        uses: Uses = Uses(),
+        uses: Uses = EVERYTHING,
         *,
         predict: bool = False,
         statistics: bool = False,
@@ -111,10 +113,10 @@ class NeuromorphicModel(nn.Module):
     ) -> NeuromorphicOutput:
         """Losses of labels [N, T] and what the streams carry on.
 
-        ids, labels, segment_ids and positions [N, T] int64 as `TokenBatch` has them; T is a multiple of the span. `state`
-        None: streams that begin here. Without labels there are hidden states in place of losses, and nothing is written:
-        how surprising the tokens were is not known. `checkpointing`: the backward pass computes each span again. Raises
-        ValueError where T is no multiple of the span.
+        ids, labels, segment_ids and positions [N, T] int64 as `TokenBatch` has them; T is a multiple of the span.
+        `state` None: streams that begin here. Without labels there are hidden states in place of losses, and nothing
+        is written: how surprising the tokens were is not known. `checkpointing`: the backward pass computes each span
+        again. Raises ValueError where T is no multiple of the span.
         """
         rows, tokens = ids.shape
         if tokens % self.span:
@@ -125,7 +127,7 @@ class NeuromorphicModel(nn.Module):
         whole, carry = self.spread(ids, segment_ids, positions, state, uses)
         recompute = checkpointing and torch.is_grad_enabled()
 
-        def run(function, *arguments):  # type: ignore[no-untyped-def]
+        def run(function: Callable[..., Any], *arguments: Any) -> Any:
             if recompute:
                 return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
             return function(*arguments)
@@ -258,13 +260,16 @@ class NeuromorphicModel(nn.Module):
                 procedural, found = self.procedural.commit(procedural, surprise)
                 penalties["procedural"] = self.procedural.penalty(procedural) * len(last)
                 if statistics:
-                    measures |= {f"pm_{name}": x for name, x in (self.procedural.statistics(procedural) | found).items()}
+                    measures |= {
+                        f"pm_{name}": x for name, x in (self.procedural.statistics(procedural) | found).items()
+                    }
             if uses.episodic == "on":
                 out = reading.layers[-1]
                 candidates = self.episodic.candidates(span.x, span.working, out, nats, counted, episodic)
                 episodic, found = self.episodic.write(candidates, episodic, surprise)
                 penalties["episodic"] = self.episodic.penalty(episodic) * len(last)
                 if statistics:
-                    measures |= {f"em_{name}": x for name, x in (self.episodic.statistics(episodic) | found).items()}
+                    found = self.episodic.statistics(episodic) | found
+                    measures |= {f"em_{name}": value for name, value in found.items()}
         after = StreamState(reading.hidden, surprise, last, state.working, procedural, episodic)
         return Written(after, penalties, measures)

@@ -23,7 +23,7 @@ class Span(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the columns made of a span. Parts of a span that were read one after the other are put together by `join`."""
+    """What the columns made of a span, or of a part of it."""
 
     decoded: Tensor
     """[N, P, D]: what the head reads."""

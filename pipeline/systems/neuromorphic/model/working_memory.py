@@ -41,7 +41,7 @@ class WorkingMemory(nn.Module):
         plan = plan_window_attention(
             segment_ids,
             positions,
-            rope=self._rope(),
+            rope=self.rope(),
             window=self.window,
             sinks=0,
             carry=carry,
@@ -51,6 +51,7 @@ class WorkingMemory(nn.Module):
         out, carry = window_attention(q, k, v, plan, carry)
         return self.output(rearrange(out, "n t h d -> n t (h d)")), carry
 
-    def _rope(self) -> Rope:
+    def rope(self) -> Rope:
+        """How queries and keys are turned: not at all as published."""
         pairs = torch.arange(0, self.head_width, 2, dtype=torch.float64) / self.head_width
         return Rope(ROPE_BASE**-pairs if self.rotated else torch.zeros_like(pairs))

@@ -98,6 +98,18 @@ class Recalls(Protocol):
 
 
 @runtime_checkable
+class RemembersFacts(Protocol):
+    """Has memories that may outlive a document, which are asked for facts of earlier ones (`eval --suite lifelong`)."""
+
+    def lifelong_suite(self, model: nn.Module, phase: Phase, sync_point: SyncPoint, **options: Any) -> Evaluation:
+        """Shares of right answers by distance in documents and tokens, after other domains, and without each memory.
+        `options`, each the system's own where it is left out: `streams` that are told facts, how many `documents`
+        later they are asked for, and `lengths` of documents in tokens. Collective; leaves the model's mode as it found
+        it. Raises UserError."""
+        ...
+
+
+@runtime_checkable
 class JudgesPeptides(Protocol):
     """Is a model of peptides, whose likelihoods and drawn peptides are measured (`eval --suite peptides`)."""
 
@@ -277,24 +289,4 @@ class Published(Protocol):
 
     def published_hours(self) -> PublishedHours | None:
         """None where nobody has for these sizes."""
-        ...
-
-
-class DataCommands(Protocol):
-    """What `data_commands()` of a system's package returns, where it has such a function: the system reads files of a
-    kind of its own, or makes sets from a known process."""
-
-    suffixes: tuple[str, ...]
-    """Of the files that it reads, such as ".csv"."""
-    synth_options: Any
-    """A dataclass of the flags of `data synth SYSTEM`, with their defaults."""
-    verify_options: Any
-    """As `synth_options`, of `data verify FILE ...`."""
-
-    def synth(self, options: Any) -> None:
-        """Makes a set. Raises UserError."""
-        ...
-
-    def verify(self, files: Sequence[str], options: Any) -> None:
-        """Prints each check of each file. Raises UserError when one fails."""
         ...

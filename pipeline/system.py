@@ -138,6 +138,8 @@ class System(ABC, Generic[B]):
     files: Any = None
     """What rank 0 has found by `list_data`, set before `settled` and `loader` are called in a run; None: this process
     lists it."""
+    reached: str | None = None
+    """The phase of the run that the weights of a checkpoint come from, where text is generated; None: not known."""
     replaced: Collection[str] = frozenset()
     """Parameters that a checkpoint fills right after `initialise`, set before it is called: what it would read for them
     need not be there any more."""

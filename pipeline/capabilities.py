@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.evaluation_result import Table
@@ -54,6 +54,25 @@ class Ablates(Protocol):
 
     def ablations(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Mapping[str, Evaluation]:
         """As `System.evaluate`, once for every part that can be left out, by the part's name."""
+        ...
+
+
+@runtime_checkable
+class SummarisesAblations(Ablates, Protocol):
+    """Compares its ablations in one row of metrics.jsonl."""
+
+    def ablation_summary(self, ablations: Mapping[str, Evaluation]) -> Mapping[str, float]:
+        """Numbers of its own of what `ablations` gave."""
+        ...
+
+
+@runtime_checkable
+class MeasuresGradients(Protocol):
+    """Says of which parts of its parameters the gradients' norms are metrics, at logged steps."""
+
+    def gradient_squares(self, name: str, gradient: Tensor) -> Mapping[str, Tensor]:
+        """Sums of squares of the whole gradient of the parameter `name`, by the metrics that they are part of: each is
+        the root of the sum over all parameters. They stay on the device."""
         ...
 
 

@@ -13,7 +13,7 @@ LAYERS = (
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("evaluation_result", "heat_map", "system"),
+    ("evaluation_result", "heat_map", "panel", "system"),
     ("capabilities", "lm"),
     (
         "ds_config",
@@ -27,6 +27,7 @@ LAYERS = (
         "phases",
         "compilation",
         "intervals",
+        "gradient_norms",
     ),
     ("downstream", "load", "run_folder", "skipped_updates", "update_watch"),
     ("create_run", "end_run", "evaluations"),

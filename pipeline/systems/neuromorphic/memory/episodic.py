@@ -76,8 +76,8 @@ class EpisodicMemory(nn.Module):
     def read(self, x: Tensor, y_wm: Tensor, state: EpisodicState, alive: Tensor) -> Tensor:
         """What the episodes that match [x ; y_wm] best say, of each column.
 
-        Of the `retrieved` episodes j with the highest cosines q . K_j: softmax(sqrt(E) q . K_j + W_c x . V_j / sqrt(E)
-        + ln S_j) of the values, then y + FFN(LN(y)) and W_o. x, y_wm [N, P, D]; alive [N, P] bool: where false, no
+        Of the `retrieved` episodes j with the highest sqrt(E) q . K_j + ln S_j: softmax of that + W_c x . V_j / sqrt(E)
+        over their values, then y + FFN(LN(y)) and W_o. x, y_wm [N, P, D]; alive [N, P] bool: where false, no
         episode is read. Returns [B, N, P, D] in x's dtype.
         """
         scale = math.sqrt(self.width)
@@ -85,14 +85,14 @@ class EpisodicMemory(nn.Module):
         keys, values = (rearrange(rows.to(x.dtype), "n b m e -> b n m e") for rows in (state.keys, state.values))
         strengths = rearrange(state.strengths, "n b m -> b n 1 m")
         there = strengths > 0
-        cosines = queries @ keys.transpose(-1, -2)
+        log_strengths = torch.where(there, strengths, torch.ones_like(strengths)).log().to(x.dtype)
+        matches = scale * (queries @ keys.transpose(-1, -2)) + log_strengths
         least = torch.finfo(x.dtype).min
         with torch.no_grad():
-            present = cosines.masked_fill(~there, least)
+            present = matches.masked_fill(~there, least)
             limit = present.topk(min(self.retrieved, self.episodes), dim=-1).values[..., -1:]
             read = (present >= limit) & there
-        log_strengths = torch.where(there, strengths, torch.ones_like(strengths)).log().to(x.dtype)
-        logits = scale * cosines + self.context(x) @ values.transpose(-1, -2) / scale + log_strengths
+        logits = matches + self.context(x) @ values.transpose(-1, -2) / scale
         weights = torch.softmax(logits.masked_fill(~read, least), -1)
         weights = weights * (read & alive[:, :, None]).to(x.dtype)
         return self.output(self.readout(weights @ values))
@@ -103,9 +103,9 @@ class EpisodicMemory(nn.Module):
         """The C tokens of a span that are most novel to each column.
 
         k = unit(W_k [x ; y_wm]), v = W_v output. Novelty w s / (s + ln vocabulary) + (1 - w) (1 - the highest cosine
-        with an episode), w = sigmoid(W_nov [x ; y_wm]); without episodes the first term alone, w = 1. x, y_wm [N, P,
-        D]; outputs [B, N, P, H] of the last layer; surprise [N, P] nats of predicting the next token; valid [N, P] bool:
-        tokens that may become episodes. Cosines enter novelty without gradient.
+        with an episode), w = sigmoid(W_nov [x ; y_wm]); without episodes the first term alone, w = 1. x, y_wm
+        [N, P, D]; outputs [B, N, P, H] of the last layer; surprise [N, P] nats of predicting the next token; valid
+        [N, P] bool: tokens that may become episodes. Cosines enter novelty without gradient.
         """
         kept = state.keys.dtype
         both = torch.cat([x, y_wm], -1)
@@ -141,10 +141,10 @@ class EpisodicMemory(nn.Module):
     ) -> tuple[EpisodicState, dict[str, Tensor]]:
         """The candidates become episodes at the end of a span. surprise [N]: mean nats of the span.
 
-        g, tau, ww, decay of the neuromodulator; each candidate goes to one slot (`chosen_slots`) with alpha = g. Into an
-        episode that it matches: K <- unit of (1 - alpha) K + alpha k, V <- (1 - alpha) V + alpha v, S <- S + alpha
-        novelty; in place of another: K = k, V = v, S = alpha novelty. Then S <- decay clamp(S, 0, 3), rescaled to a sum of
-        8 if above. Returns the state and detached measures, each [B].
+        g, tau, ww, decay of the neuromodulator; each candidate goes to one slot (`chosen_slots`) with alpha = g. Into
+        an episode that it matches: K <- unit of (1 - alpha) K + alpha k, V <- (1 - alpha) V + alpha v, S <- S + alpha
+        novelty; in place of another: K = k, V = v, S = alpha novelty. Then S <- decay clamp(S, 0, 3), rescaled to a
+        sum of 8 if above. Returns the state and detached measures, each [B].
         """
         scalars = torch.stack(
             [

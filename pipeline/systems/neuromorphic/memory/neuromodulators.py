@@ -24,6 +24,9 @@ P, G, TAU = 0.5, 0.5, 1.0
 EPISODIC_G, WW, EPISODIC_DECAY = 0.3, 0.5, 0.999
 LAMBDA_RANGE, TAU_RANGE = (0.999, 1.0), (0.05, 5.0)
 G_RANGE, WW_RANGE, DECAY_RANGE = (0.001, 0.95), (0.0, 2.0), (0.99, 0.9999)
+SURPRISE_SHARE = 0.95
+"""w of novelty at initialisation. A token that was predicted is no episode, however new its key: at .5 the keys of
+predictable tokens, which always differ a little, fill the memory and outvote what was told."""
 LAMBDA_BIAS = -4.0
 """lambda is at the lower end of its range at first; a sigmoid reaches that only at minus infinity."""
 
@@ -110,7 +113,7 @@ class EpisodicNeuromodulator(Neuromodulator):
 
 
 def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
-    """Of a parameter of a neuromodulator's heads inside the whole model, by its name; None for any other parameter.
+    """Of a calibrated parameter of the memories inside the whole model, by its name; None for any other parameter.
 
     The model's initialisation asks here before its own rule, so that it does not overwrite the calibration.
     """
@@ -123,6 +126,8 @@ def initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> T
     if name.endswith("episodic.neuromodulator.heads.bias"):
         wanted = [(EPISODIC_G, G_RANGE), (TAU, TAU_RANGE), (WW, WW_RANGE), (EPISODIC_DECAY, DECAY_RANGE)]
         return torch.tensor([_bias(value, limits) for value, limits in wanted]).expand(shape).clone()
+    if name.endswith("episodic.novelty.bias"):
+        return torch.full(shape, _logit(SURPRISE_SHARE))
     return None
 
 

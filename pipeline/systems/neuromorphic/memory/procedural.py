@@ -31,8 +31,8 @@ class ProceduralMemory(nn.Module):
     """The procedural memories of all layers and columns.
 
     Changed against the prototype: a token's eligibility goes to the slots whose keys match its own (there: to all
-    slots alike, so that all slots became one), m is of a slot and not the slots' mean, and a slot's old rows count by its
-    strength up to 1 (there: the random rows of an empty slot counted like learned ones).
+    slots alike, so that all slots became one), m is of a slot and not the slots' mean, and a slot's old rows count by
+    its strength up to 1 (there: the random rows of an empty slot counted like learned ones).
     """
 
     initial_keys: Tensor
@@ -109,8 +109,8 @@ class ProceduralMemory(nn.Module):
 
         a <- decay a; p, lambda, g, l, tau of the neuromodulator; w = softmax((K_i . e^_i - a_i / 2 + l_i) / tau);
         m_i = n_i / (n_i + 1) of the detached norm n_i of e_K,i; alpha = w g p m; a <- a (1 - p (1 - lambda));
-        K_i <- unit of (1 - alpha) min(a_i, 1) K_i + alpha e^_K,i, V_i likewise; a <- clamp(a + alpha, 0, 3), rescaled to
-        a sum of 4 if above; e <- (1 - p) e. Returns the state and detached measures, each [L, B].
+        K_i <- unit of (1 - alpha) min(a_i, 1) K_i + alpha e^_K,i, V_i likewise; a <- clamp(a + alpha, 0, 3), rescaled
+        to a sum of 4 if above; e <- (1 - p) e. Returns the state and detached measures, each [L, B].
         """
         eligible_keys, eligible_values = _by_instance(state.eligible_keys), _by_instance(state.eligible_values)
         keys, values = _by_instance(state.keys), _by_instance(state.values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -10,12 +9,9 @@ from einops import rearrange
 from torch import Tensor
 
 from pipeline.data.batch import IGNORED, TokenBatch
-from pipeline.ops.attention import WindowCarry
-from pipeline.ops.rope import rotate
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory import episodic, procedural
-from pipeline.systems.neuromorphic.model.model import NeuromorphicModel, NeuromorphicOutput
-from pipeline.systems.neuromorphic.model.working_memory import WorkingMemory
+from pipeline.systems.neuromorphic.model.model import NeuromorphicOutput
 from pipeline.systems.neuromorphic.state import StreamState, Uses
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -27,6 +23,7 @@ EPISODIC = ("S_mean", "S_max", "S_sum", "nonzero")
 BY_COLUMN = {"pm_commit_rate": "pm_commit_rate", "em_novelty": "em_novelty_mean", "em_gain": "em_g_em_mean"}
 """From a measure of the model to the name that has a column behind it."""
 MEANS = (
+    "wm_entropy",
     "pm_commit_rate", "pm_gain", "pm_retention", "pm_temperature", "pm_written",
     "em_gain", "em_decay", "em_temperature", "em_aversion", "em_written", "em_matched",
 )  # fmt: skip
@@ -50,6 +47,10 @@ def named_statistics(statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Metrics
         if name in BY_COLUMN:
             by_column = total.mean(0) if total.dim() == 2 else total
             found |= {f"{BY_COLUMN[name]}_b{b}": (value, count) for b, value in enumerate(by_column.unbind(0))}
+        if name == "wm_entropy":
+            found |= {f"wm_entropy_h{head}": (value, count) for head, value in enumerate(total.unbind(0))}
+        if name == "wm_buffer_util":
+            found[name] = (total, count)
         if name in MEANS:
             found[f"{name}_mean"] = (total.mean(), count)
     if "gate_a_saturation" in statistics:
@@ -120,42 +121,6 @@ def _flag(condition: Tensor) -> tuple[Tensor, Tensor]:
 
 def _number(value: float, like: Tensor) -> Tensor:
     return torch.full((), float(value), device=like.device)
-
-
-@torch.no_grad()
-def working_statistics(model: NeuromorphicModel, batch: TokenBatch, before: WindowCarry | None) -> Metrics:
-    """Of the last span of a step [N, T]: the entropy in nats of what each head of the working memory attends to, as
-    `wm_entropy_h{head}` and their mean, and the share of the window that a token sees, `wm_buffer_util`. before: what
-    the working memory held before the step; None: nothing."""
-    working = model.working
-    x = model.embedding(batch.input_ids)
-    segments, positions = batch.segment_ids, batch.positions
-    keys = _heads(working.key(x), working)
-    if before is not None:
-        keys = torch.cat([before.k.to(keys.dtype), keys], 1)
-        segments = torch.cat([before.segment_ids, segments], 1)
-        positions = torch.cat([before.positions, positions], 1)
-    last = slice(-model.span, None)
-    queries = _heads(working.query(x[:, last]), working)
-    place = torch.arange(segments.shape[1], device=x.device)
-    distance = place[last, None] - place
-    seen = (distance >= 0) & (distance < working.window)
-    seen = seen & (segments[:, last, None] == segments[:, None])
-    rope = working.rope()
-    queries = rotate(queries, rope.rotation(positions[:, last], queries.dtype))
-    keys = rotate(keys, rope.rotation(positions, keys.dtype))
-    scores = torch.einsum("n t h d, n s h d -> n h t s", queries, keys).float() / math.sqrt(working.head_width)
-    logs = scores.masked_fill(~seen[:, None], -math.inf).log_softmax(-1)
-    entropy = -torch.where(seen[:, None], logs.exp() * logs, 0).sum(-1)
-    count = _number(entropy[:, 0].numel(), entropy)
-    found = {f"wm_entropy_h{head}": (value, count) for head, value in enumerate(entropy.sum((0, 2)).unbind(0))}
-    found["wm_entropy_mean"] = (entropy.mean(1).sum(), count)
-    found["wm_buffer_util"] = (seen.sum() / working.window, count)
-    return found
-
-
-def _heads(x: Tensor, working: WorkingMemory) -> Tensor:
-    return rearrange(x, "n t (h d) -> n t h d", h=working.heads)
 
 
 MODULES = {

@@ -17,7 +17,6 @@ from pipeline.systems.neuromorphic.statistics import (
     gradient_squares,
     named_statistics,
     step_metrics,
-    working_statistics,
 )
 from pipeline.systems.neuromorphic.stream_tensors import mapped
 from tests.systems.neuromorphic.small import EOS, SIZES, documents, small_model
@@ -138,7 +137,9 @@ def test_entropy_of_the_working_memory(model) -> None:
     (_, (batch, before, _)) = list(steps(model, Uses()))
     working = model.working
     for carry in (before.working, None):
-        found = means(working_statistics(model, batch, carry))
+        before = dataclasses.replace(before, working=carry)
+        arguments = (batch.input_ids, batch.labels, batch.segment_ids, batch.positions, before)
+        found = means(named_statistics(model(*arguments, statistics=True).statistics))
         keys = [] if carry is None else [carry.k]
         x = model.embedding(batch.input_ids)
         keys.append(working.key(x).view(ROWS, TOKENS, working.heads, -1))
@@ -196,7 +197,6 @@ def test_squares_of_gradients_add_up(model) -> None:
 def test_pictures_show_what_there_is(model) -> None:
     batch, before, output = list(steps(model, Uses()))[1]
     every = set(named_statistics(output.statistics)) | set(step_metrics(batch, before, output, Uses(), SIZES, EOS))
-    every |= set(working_statistics(model, batch, before.working))
     for name, parameter in model.named_parameters():
         every |= set(gradient_squares(name, torch.zeros_like(parameter)))
     found = {way.name: Evaluation({"loss": 1.0, "ppl": 1.0}) for way in ablations_of(Uses())}

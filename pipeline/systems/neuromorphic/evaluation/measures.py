@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from pipeline.systems.neuromorphic.evaluation import ablations
 from pipeline.systems.neuromorphic.evaluation.lifelong import Lifelong, Options
 from pipeline.systems.neuromorphic.evaluation.probes import TextFacts
 from pipeline.systems.neuromorphic.evaluation.report import evaluation_of
-from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
+from pipeline.systems.neuromorphic.model.model import NeuromorphicModel, NeuromorphicOutput
 from pipeline.systems.neuromorphic.samples import NAME, held_out_texts, text_samples
-from pipeline.systems.neuromorphic.state import Uses
+from pipeline.systems.neuromorphic.state import StreamState, Uses
 
 HELD_OUT_STEPS = 8
 """Held-out steps whose text stands around the facts of the lifelong suite."""
@@ -54,6 +55,18 @@ class Measures:
     def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
         """As `System.held_out`."""
         raise NotImplementedError
+
+    @cached_property
+    def eos_id(self) -> int:
+        """The id that ends a document."""
+        return self.tokenizer().eos_id
+
+    def metrics(
+        self, batch: TokenBatch, before: StreamState | None, output: NeuromorphicOutput, context: StepContext
+    ) -> statistics.Metrics:
+        """The metrics of a step: what costs next to nothing, and what the model measured where it was asked to."""
+        found = statistics.step_metrics(batch, before, output, self.uses(context.phase), self.sizes, self.eos_id)
+        return found | statistics.named_statistics(output.statistics)
 
     def samples(
         self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint

@@ -157,6 +157,9 @@ class NeuromorphicModel(nn.Module):
                 penalties[name] = penalties.get(name, 0.0) + value / spans
             for name, value in (reading.statistics | written.measures).items():
                 measured[name] = measured.get(name, 0.0) + rows * value
+        if statistics and uses.working == "on":
+            seen = self.working.statistics(whole.x, segment_ids, positions, state.working, self.span)
+            measured |= {name: rows * spans * value for name, value in seen.items()}
         count = torch.full((), float(rows * spans), device=ids.device)
         return NeuromorphicOutput(
             torch.cat(losses, dim=1) if losses else None,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.ops.attention import Rope, WindowCarry, choose_attention, plan_window_attention, window_attention
+from pipeline.ops.rope import rotate
 from pipeline.systems.neuromorphic.state import Use
 
 ROPE_BASE = 10_000.0
@@ -55,3 +58,29 @@ class WorkingMemory(nn.Module):
         """How queries and keys are turned: not at all as published."""
         pairs = torch.arange(0, self.head_width, 2, dtype=torch.float64) / self.head_width
         return Rope(ROPE_BASE**-pairs if self.rotated else torch.zeros_like(pairs))
+
+    @torch.no_grad()
+    def statistics(
+        self, x: Tensor, segment_ids: Tensor, positions: Tensor, carry: WindowCarry | None, queries: int
+    ) -> dict[str, Tensor]:
+        """Of the last `queries` tokens: `wm_entropy` [heads], of what each head attends to, in nats, and
+        `wm_buffer_util`, the share of the window that a token sees. Takes what `forward` took; means over rows and
+        tokens."""
+        by_head = "n t (h d) -> n t h d"
+        q = rearrange(self.query(x[:, -queries:]), by_head, h=self.heads)
+        k = rearrange(self.key(x), by_head, h=self.heads)
+        before = positions[:, -queries:]
+        if carry is not None:
+            k = torch.cat([carry.k.to(k.dtype), k], 1)
+            segment_ids = torch.cat([carry.segment_ids, segment_ids], 1)
+            positions = torch.cat([carry.positions, positions], 1)
+        rope = self.rope()
+        q, k = rotate(q, rope.rotation(before, q.dtype)), rotate(k, rope.rotation(positions, k.dtype))
+        place = torch.arange(segment_ids.shape[1], device=x.device)
+        distance = place[-queries:, None] - place
+        seen = (distance >= 0) & (distance < self.window)
+        seen = seen & (segment_ids[:, -queries:, None] == segment_ids[:, None])
+        scores = torch.einsum("n t h d, n s h d -> n h t s", q, k).float() / math.sqrt(self.head_width)
+        logs = scores.masked_fill(~seen[:, None], -math.inf).log_softmax(-1)
+        entropy = -torch.where(seen[:, None], logs.exp() * logs, 0).sum(-1)
+        return {"wm_entropy": entropy.mean((0, 2)), "wm_buffer_util": seen.sum(-1).float().mean() / self.window}

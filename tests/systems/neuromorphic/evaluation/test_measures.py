@@ -83,6 +83,10 @@ def test_what_is_measured_in_training_leaves_the_model_as_it_was(model: Any, mon
     context, sync_point = StepContext(Topology(), 3, "C", 200), SyncPoint(Topology())
     drawn = system.samples(engine, PHASE, context, sync_point)
     assert list(drawn) == ["text_samples"] and len(drawn["text_samples"].texts) == 3  # type: ignore[union-attr]
+    batch = system.held_out(PHASE, Topology()).next_step()[0]
+    output = engine(batch.input_ids, batch.labels, batch.segment_ids, batch.positions, statistics=True)
+    metrics = system.metrics(batch, None, output, context)
+    assert {"valid_fraction", "eot_input_fraction", "wm_entropy_mean", "em_g_em_mean_b0"} <= set(metrics)
     ablations = system.ablations(engine, PHASE, sync_point)
     assert "EM swapped" in ablations and "ablate_gap" in system.ablation_summary(ablations)
     assert engine.training and model.training

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.callbacks.metrics import SUMMARY
 from pipeline.panel import Panel, Panels
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], path: Path
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 0.5 + 3.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         if panel.grid:
             _draw_grid(figure, axis, rows, panel)
@@ -54,7 +55,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], path: Path
         axis.set_title(panel.title, fontsize="medium")
         axis.set_xlabel(panel.x_label)
         axis.set_ylabel(panel.y_label)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.suptitle(title)
     figure.savefig(path, dpi=90)
@@ -63,17 +64,15 @@ def _draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], path: Path
 def _draw_lines(axis: Axes, rows: Sequence[Mapping[str, Any]], panel: Panel) -> None:
     from matplotlib import colormaps
 
-    held_out = {key for row in rows if row["mode"] != "train" for key in row}
     many = len(panel.lines) > LEGEND
     positive = False
     for place, (label, key) in enumerate(panel.lines.items()):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if not points:
-            continue
-        positive = positive or any(value > 0 for _, value in points)
         options: dict[str, Any] = {"color": colormaps["viridis"](place / len(panel.lines))} if many else {}
-        marker = "o" if key in held_out and len(points) < 50 else None
-        axis.plot(*zip(*points, strict=True), label=label, linewidth=1, marker=marker, markersize=3, **options)
+        for mode, marker, name in (("train", None, label), (SUMMARY, "o", label), ("val", "o", f"{label}, held out")):
+            points = [(row["step"], row[key]) for row in rows if row["mode"] == mode and row.get(key) is not None]
+            if points:
+                positive = positive or any(value > 0 for _, value in points)
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=marker, markersize=3, **options)
     if panel.log and positive:
         axis.set_yscale("log")
     for step in _switches(rows):

@@ -6,8 +6,10 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline.callbacks import panels
 from pipeline.callbacks.panels import COMBINED, draw_panels
 from pipeline.callbacks.plots import Plots
 from pipeline.panel import Panel
@@ -23,7 +25,8 @@ def no_warnings():
 ROWS = [
     {"mode": "train", "step": 1, "phase": "A", "loss": 3.0, "a0": 0.1, "a1": None},
     {"mode": "train", "step": 2, "phase": "B", "loss": 2.0, "a0": 0.2, "a1": 0.0},
-    {"mode": "ablate", "step": 2, "phase": "B", "without": "EM", "worse": 4.0},
+    {"mode": "val", "step": 2, "phase": "B", "loss": 2.5},
+    {"mode": "ablate", "step": 2, "phase": "B", "without": "EM", "loss": 4.0},
 ]
 PANELS = {
     "training": [Panel("Loss", "nats", {"training": "loss"}, log=True), Panel("Nothing", lines={"x": "not there"})],
@@ -69,3 +72,14 @@ def test_a_run_draws_what_its_system_asks_for(make_run) -> None:
     assert pictures(run.folder) == set()
     plots.while_paused(2)
     assert pictures(run.folder) == {"through_phase_B_plot_training.png", "through_phase_B_plot_pm.png", COMBINED}
+
+
+def test_what_is_held_out_is_a_line_of_its_own_and_an_ablation_is_none() -> None:
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    panels._draw_lines(axis, ROWS, PANELS["training"][0])
+    found = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axis.lines}
+    assert found.pop("training") == [[1, 3], [2, 2]] and found.pop("training, held out") == [[2, 2.5]]
+    # Where a phase ends.
+    assert [points[0][0] for points in found.values()] == [1.5]

@@ -21,7 +21,7 @@ NOTHING = "nothing"
 """What the model as it is lacks."""
 MEMORIES = {"WM": "working", "PM": "procedural", "EM": "episodic"}
 """From the reference's names to the fields of `Uses` and `StreamState`."""
-BOTH, ALL, SWAPPED = "PM and EM", "all", "swapped"
+BOTH, ALL, OWN = "PM and EM", "all", "own "
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def ablations_of(uses: Uses) -> tuple[Ablation, ...]:
     if len(plastic) > 1:
         found.append(Ablation(BOTH, tuple(plastic.values())))
     found.append(Ablation(ALL, tuple(there.values())))
-    found += [Ablation(f"{name} {SWAPPED}", swapped=(memory,)) for name, memory in plastic.items()]
+    found += [Ablation(f"{OWN}{name}", swapped=(memory,)) for name, memory in plastic.items()]
     return tuple(found)
 
 
@@ -153,5 +153,6 @@ def ablation_summary(ablations: Mapping[str, Evaluation]) -> dict[str, float]:
 
 
 def cost_of(name: str) -> str:
-    """The key of what an ablation costs, in nats per token."""
+    """The key of what an ablation costs, in nats per token: ablate_cost_pm, ablate_cost_pm_swapped, ..."""
+    name = f"{name.removeprefix(OWN)}_swapped" if name.startswith(OWN) else name
     return f"ablate_cost_{name.lower().replace(' ', '_')}"

@@ -68,6 +68,21 @@ class Measures:
         found = statistics.step_metrics(batch, before, output, self.uses(context.phase), self.sizes, self.eos_id)
         return found | statistics.named_statistics(output.statistics)
 
+    def health(self, metrics: Mapping[str, float]) -> str:
+        """As `System.health`: how full the memories are, what is written, and what a logged step warns of."""
+        gates = [value for name, value in metrics.items() if name.endswith("gate_a_mean")]
+        parts = [f"h kept {sum(gates) / len(gates):.2f}"] if gates else []
+        if "wm_entropy_mean" in metrics:
+            parts.append(f"WM entropy {metrics['wm_entropy_mean']:.2f}, {metrics['wm_buffer_util']:.0%} of the window")
+        if "pm_commit_rate_mean" in metrics:
+            parts.append(
+                f"PM {metrics['pm_budget_util_global']:.0%} full, commits {metrics['pm_commit_rate_mean']:.2f}"
+            )
+        if "em_gain_mean" in metrics:
+            parts.append(f"EM {metrics['em_budget_util_global']:.0%} full, gain {metrics['em_gain_mean']:.2f}")
+        warnings = [name for name, value in metrics.items() if name.startswith("warn_") and value > 0]
+        return " | ".join([*parts, *warnings])
+
     def samples(
         self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint
     ) -> Mapping[str, Sample]:

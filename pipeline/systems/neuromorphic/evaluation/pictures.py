@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.panel import Panel, Panels
 from pipeline.systems.neuromorphic.config import Sizes
-from pipeline.systems.neuromorphic.evaluation.ablations import ALL, BOTH, SWAPPED, cost_of
+from pipeline.systems.neuromorphic.evaluation.ablations import ALL, BOTH, OWN, cost_of
 from pipeline.systems.neuromorphic.statistics import MODULES
 
 
@@ -21,7 +21,7 @@ def panels(sizes: Sizes) -> Panels:
 
 
 def _training() -> list[Panel]:
-    costs = ["WM", "PM", "EM", BOTH, ALL, f"PM {SWAPPED}", f"EM {SWAPPED}"]
+    costs = ["WM", "PM", "EM", BOTH, ALL, f"{OWN}PM", f"{OWN}EM"]
     return [
         Panel("Loss", "nats", {"loss": "loss"}),
         Panel("Perplexity", "", {"perplexity": "ppl"}, log=True),

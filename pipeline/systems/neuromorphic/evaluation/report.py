@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from pipeline.evaluation_result import Curve, Evaluation, Row
 from pipeline.lm.binomial import wilson
-from pipeline.systems.neuromorphic.evaluation.ablations import ALL, BOTH, NOTHING, SWAPPED
+from pipeline.systems.neuromorphic.evaluation.ablations import ALL, BOTH, NOTHING, OWN
 from pipeline.systems.neuromorphic.evaluation.lifelong import Answers
 
 SAID = {
     NOTHING: "all on", "WM": "WM off", "PM": "PM off", "EM": "EM off", BOTH: "PM and EM off", ALL: "all off",
-    f"PM {SWAPPED}": "PM of another stream", f"EM {SWAPPED}": "EM of another stream",
+    f"{OWN}PM": "PM of another stream", f"{OWN}EM": "EM of another stream",
 }  # fmt: skip
 
 

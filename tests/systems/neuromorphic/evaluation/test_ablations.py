@@ -84,7 +84,7 @@ def found(uses: Uses, rows: int = 3, steps: int = 2) -> tuple[dict[str, float], 
 @pytest.mark.parametrize("lifelong", [False, True])
 def test_every_memory_is_emptied_and_swapped(lifelong: bool) -> None:
     losses, model = found(Uses(lifelong=lifelong))
-    swapped = {"PM swapped": 0.125, "EM swapped": 0.25}
+    swapped = {"own PM": 0.125, "own EM": 0.25}
     expected = {NOTHING: 0.0, "WM": 1.0, "PM": 0.25, "EM": 0.5, BOTH: 0.75, ALL: 1.75}
     for name, cost in expected.items():
         assert losses[name] == pytest.approx(1 + cost)
@@ -97,7 +97,7 @@ def test_every_memory_is_emptied_and_swapped(lifelong: bool) -> None:
 
 def test_a_phase_without_episodic_memory_has_none_to_empty() -> None:
     losses, model = found(Uses(episodic="absent"))
-    assert losses.keys() == {NOTHING, "WM", "PM", ALL, "PM swapped"}
+    assert losses.keys() == {NOTHING, "WM", "PM", ALL, "own PM"}
     assert losses[ALL] == pytest.approx(2.25)
     assert all(uses.episodic == "absent" for uses, _ in model.calls)
     assert [way.name for way in ablations_of(Uses(episodic="absent"))] == list(losses)
@@ -125,5 +125,6 @@ def test_the_summary_has_the_names_of_the_reference() -> None:
     assert summary["ablate_ppl_plasticity_off"] == pytest.approx(math.exp(1.75))
     assert summary["ablate_gap"] == pytest.approx(math.exp(1.75) - math.e)
     assert summary["ablate_cost_wm"] == pytest.approx(1) and summary["ablate_cost_pm_and_em"] == pytest.approx(0.75)
+    assert 0 < summary["ablate_cost_em_swapped"] < 0.5
     alone = ablation_summary({name: evaluations[name] for name in (NOTHING, "PM")})
     assert alone["ablate_ppl_plasticity_off"] == pytest.approx(math.exp(1.25))

@@ -93,7 +93,7 @@ def test_what_is_remembered_is_found_and_what_is_left_out_is_not() -> None:
     found = run(Uses(lifelong=True))
     assert all(answer.questions == 32 for answer in found)
     for (way, domain, number, tokens), share in shares(found).items():
-        without = way in ("EM", BOTH, ALL, "EM swapped")
+        without = way in ("EM", BOTH, ALL, "own EM")
         forgotten = domain == "fillers 1" and number == 3
         if without or forgotten:
             assert share <= 0.25, (way, domain, number, tokens)

@@ -87,8 +87,11 @@ def test_what_is_measured_in_training_leaves_the_model_as_it_was(model: Any, mon
     output = engine(batch.input_ids, batch.labels, batch.segment_ids, batch.positions, statistics=True)
     metrics = system.metrics(batch, None, output, context)
     assert {"valid_fraction", "eot_input_fraction", "wm_entropy_mean", "em_g_em_mean_b0"} <= set(metrics)
+    said = system.health({name: float(total.detach() / count) for name, (total, count) in metrics.items()})
+    assert [part.split()[0] for part in said.split(" | ")[:4]] == ["h", "WM", "PM", "EM"]
+    assert system.health({}) == ""
     ablations = system.ablations(engine, PHASE, sync_point)
-    assert "EM swapped" in ablations and "ablate_gap" in system.ablation_summary(ablations)
+    assert "own EM" in ablations and "ablate_gap" in system.ablation_summary(ablations)
     assert engine.training and model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     found = system.lifelong_suite(engine, PHASE, sync_point, streams=1, documents=(1,), lengths=(240,))

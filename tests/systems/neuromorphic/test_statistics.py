@@ -74,7 +74,7 @@ def test_shares_of_a_step(model, lifelong: bool) -> None:
     assert found["eot_input_fraction"] == pytest.approx(2 / tokens)
     assert found["mean_span_valid_tokens"] == pytest.approx(in_span / (tokens / SPAN))
     assert found["warn_low_valid_fraction"] == 0
-    strengths = output.state.procedural.strengths.detach()
+    strengths, episodes = (m.strengths.detach() for m in (output.state.procedural, output.state.episodic))
     assert found["pm_budget_util_global"] == pytest.approx(float(strengths.sum(-1).mean()) / 4)
     assert found["em_budget_util_global"] == pytest.approx(
         float(output.state.episodic.strengths.detach().sum(-1).mean()) / 8

@@ -76,9 +76,7 @@ def test_shares_of_a_step(model, lifelong: bool) -> None:
     assert found["warn_low_valid_fraction"] == 0
     strengths, episodes = (m.strengths.detach() for m in (output.state.procedural, output.state.episodic))
     assert found["pm_budget_util_global"] == pytest.approx(float(strengths.sum(-1).mean()) / 4)
-    assert found["em_budget_util_global"] == pytest.approx(
-        float(output.state.episodic.strengths.detach().sum(-1).mean()) / 8
-    )
+    assert found["em_budget_util_global"] == pytest.approx(float(episodes.sum(-1).mean()) / 8)
     expected = float(sum(output.penalties.values())) * SIZES.strength_penalty / ROWS
     assert found["reg"] == pytest.approx(expected)
     assert ("pm_persistence" in found) == lifelong

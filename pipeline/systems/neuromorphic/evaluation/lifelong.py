@@ -84,13 +84,16 @@ class Lifelong:
 
     @torch.no_grad()
     def run(self) -> list[Answers]:
-        """Every way in the facts' own domain, and the model as it is after others; of all ranks. Collective."""
+        """Every way in the shortest documents of the facts' own domain; the model as it is in longer ones, and after
+        other domains. Of all ranks. Collective."""
         own, *others = self.probes.domains
         found: list[Answers] = []
-        for length in self._lengths():
-            found += self._read(own, length, self.ways)
+        shortest, *longer = self._lengths()
+        found += self._read(own, shortest, self.ways)
+        for length in longer:
+            found += self._read(own, length, self.ways[:1])
         for domain in others:
-            found += self._read(domain, self._lengths()[0], self.ways[:1])
+            found += self._read(domain, shortest, self.ways[:1])
         topology = self.sync_point.topology
         parts = all_gather_object(topology, found if topology.sequence_rank == 0 else [])
         every: dict[tuple[str, str, int, int], Answers] = {}

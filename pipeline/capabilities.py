@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.evaluation_result import Table
@@ -58,6 +58,25 @@ class Ablates(Protocol):
 
 
 @runtime_checkable
+class SummarisesAblations(Ablates, Protocol):
+    """Compares its ablations in one row of metrics.jsonl."""
+
+    def ablation_summary(self, ablations: Mapping[str, Evaluation]) -> Mapping[str, float]:
+        """Numbers of its own of what `ablations` gave."""
+        ...
+
+
+@runtime_checkable
+class MeasuresGradients(Protocol):
+    """Says of which parts of its parameters the gradients' norms are metrics, at logged steps."""
+
+    def gradient_squares(self, name: str, gradient: Tensor) -> Mapping[str, Tensor]:
+        """Sums of squares of the whole gradient of the parameter `name`, by the metrics that they are part of: each is
+        the root of the sum over all parameters. They stay on the device."""
+        ...
+
+
+@runtime_checkable
 class ClosesGap(Protocol):
     """Has a memory that is compared with full attention, and with itself emptied (`pipeline/lm/gap_closed.py`)."""
 
@@ -75,6 +94,18 @@ class Recalls(Protocol):
     ) -> Evaluation:
         """Shares of right answers by length. `lengths` in tokens, None: the system's own; at least `queries` questions
         a point. Collective; leaves the model's mode as it found it. Raises UserError."""
+        ...
+
+
+@runtime_checkable
+class RemembersFacts(Protocol):
+    """Has memories that may outlive a document, which are asked for facts of earlier ones (`eval --suite lifelong`)."""
+
+    def lifelong_suite(self, model: nn.Module, phase: Phase, sync_point: SyncPoint, **options: Any) -> Evaluation:
+        """Shares of right answers by distance in documents and tokens, after other domains, and without each memory.
+        `options`, each the system's own where it is left out: `streams` that are told facts, how many `documents`
+        later they are asked for, and `lengths` of documents in tokens. Collective; leaves the model's mode as it found
+        it. Raises UserError."""
         ...
 
 
@@ -258,24 +289,4 @@ class Published(Protocol):
 
     def published_hours(self) -> PublishedHours | None:
         """None where nobody has for these sizes."""
-        ...
-
-
-class DataCommands(Protocol):
-    """What `data_commands()` of a system's package returns, where it has such a function: the system reads files of a
-    kind of its own, or makes sets from a known process."""
-
-    suffixes: tuple[str, ...]
-    """Of the files that it reads, such as ".csv"."""
-    synth_options: Any
-    """A dataclass of the flags of `data synth SYSTEM`, with their defaults."""
-    verify_options: Any
-    """As `synth_options`, of `data verify FILE ...`."""
-
-    def synth(self, options: Any) -> None:
-        """Makes a set. Raises UserError."""
-        ...
-
-    def verify(self, files: Sequence[str], options: Any) -> None:
-        """Prints each check of each file. Raises UserError when one fails."""
         ...

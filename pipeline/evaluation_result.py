@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -54,8 +54,35 @@ class Curve:
     """What each x is called, where it is no number: points then stand for themselves, and no line joins them."""
 
 
-Sample = str | Sequence[Any] | Mapping[str, Any]
-"""What was drawn from a model: a text, or values that JSON can hold."""
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a text, and what followed that text in truth."""
+
+    prompt: str
+    written: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """A sample of several: a text, and a picture where a run draws any."""
+
+    texts: tuple[Continuation, ...]
+
+    def parts(self) -> Iterator[tuple[int, tuple[str, str]]]:
+        """The number of each, counted from 1, with a name and a text: prompt, model, truth."""
+        for number, text in enumerate(self.texts, 1):
+            yield number, ("prompt", text.prompt)
+            yield number, ("model", text.written)
+            yield number, ("truth", text.truth)
+
+    def __str__(self) -> str:
+        blocks = [f"[{number}] {name}\n{text}\n" for number, (name, text) in self.parts()]
+        return "\n".join(blocks)
+
+
+Sample = str | Continuations | Sequence[Any] | Mapping[str, Any]
+"""What was drawn from a model: a text, texts that it went on with, or values that JSON can hold."""
 
 Row = Mapping[str, str | float | int | None]
 """A row of a table by the names of the columns, the same names in every row; None where there is nothing to say."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.callbacks.base import StepRecord
 from pipeline.engine import StepResult
+from pipeline.gradient_norms import gradient_norms
 from pipeline.host.hardware import peak_flops, peak_memory, utilisation
 from pipeline.parallel.loss import reduce_sums
 from pipeline.run import Run
@@ -45,6 +46,13 @@ class Meter:
         for name, (value, count) in output.metrics.items():
             self._plus(f"metric/{name}", value)
             self._plus(f"count/{name}", count)
+
+    def add_gradients(self) -> None:
+        """Norms of the gradients of the step's micro-batches, before its update, of a system that measures them.
+        Collective."""
+        norms = gradient_norms(self.run)
+        if norms is not None:
+            self.add(norms)
 
     def _plus(self, name: str, value: Tensor) -> None:
         value = value.detach().double()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.data.batch import B, Counts, StatefulLoader
 from pipeline.errors import UserError
 from pipeline.evaluation_result import TASKS, Curve, Evaluation, Sample  # noqa: F401 - they pass between the two as well
+from pipeline.panel import Panels
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.loss import reduce_sums
 from pipeline.runtime.sync import next_counted_step
@@ -132,9 +133,13 @@ class System(ABC, Generic[B]):
     """By what its sums are multiplied in the loss; 0: it is not measured in training, and perplexity is not known."""
     histories: Mapping[str, tuple[str, ...]] = {}
     """Pictures over the steps by the names of their files: the metrics and held-out scalars that each one shows."""
+    panels: Panels = {}
+    """Pictures of several panels, which stand in the run directory, by name and the phase that a run has come to."""
     files: Any = None
     """What rank 0 has found by `list_data`, set before `settled` and `loader` are called in a run; None: this process
     lists it."""
+    reached: str | None = None
+    """The phase of the run that the weights of a checkpoint come from, where text is generated; None: not known."""
     replaced: Collection[str] = frozenset()
     """Parameters that a checkpoint fills right after `initialise`, set before it is called: what it would read for them
     need not be there any more."""

@@ -155,6 +155,8 @@ class Trainer:
         """One optimizer step: forward and backward of every micro-batch, then the update."""
         context = self._context(step, logged)
         carries = self._accumulate(context, meter)
+        if logged:
+            meter.add_gradients()
         self.saver.release()
         result = self.engine.step(self.run.lr_multiple(step))
         if not result.skipped:

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "spelling", "units", "host", "files"),
-    ("data_config", "evaluation_config", "model_config"),
+    ("data_commands", "data_config", "evaluation_config", "model_config"),
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("evaluation_result", "heat_map", "system"),
+    ("evaluation_result", "heat_map", "panel", "system"),
     ("capabilities", "lm"),
     (
         "ds_config",
@@ -27,6 +27,7 @@ LAYERS = (
         "phases",
         "compilation",
         "intervals",
+        "gradient_norms",
     ),
     ("downstream", "load", "run_folder", "skipped_updates", "update_watch"),
     ("create_run", "end_run", "evaluations"),

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.capabilities import SummarisesAblations
 from pipeline.files.output import writing
 from pipeline.run import Run
 from pipeline.system import Evaluation
 
+ABLATE, SUMMARY = "ablate", "ablate_summary"
+"""Modes of the rows of ablations."""
 NAMES = ("mode", "phase", "without")
 """Keys whose values are words; all others are numbers or null."""
 
@@ -61,9 +64,13 @@ class MetricsFile(Callback):
 
     def on_ablations(self, step: int, ablations: Mapping[str, Evaluation]) -> None:
         if step == self._begun:
-            self._keep(lambda row: row["mode"] != "ablation" or row["step"] != step)
+            self._keep(lambda row: row["mode"] not in (ABLATE, SUMMARY) or row["step"] != step)
         for part, evaluation in ablations.items():
-            self._write({"mode": "ablation", "step": step, "without": part, **self._measured(step, evaluation)})
+            self._write({"mode": ABLATE, "step": step, "without": part, **self._measured(step, evaluation)})
+        system = self.run.system
+        if isinstance(system, SummarisesAblations):
+            summary = system.ablation_summary(ablations)
+            self._write({"mode": SUMMARY, "step": step, **self._measured(step, Evaluation(dict(summary)))})
 
     def _measured(self, step: int, evaluation: Evaluation) -> dict[str, Any]:
         progress = self.run.progress

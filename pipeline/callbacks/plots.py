@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.callbacks.base import Callback
 from pipeline.callbacks.metrics import read_rows
+from pipeline.callbacks.panels import draw_panels
 from pipeline.callbacks.samples import without
 from pipeline.run import Run
 from pipeline.system import Curve, Evaluation
@@ -67,6 +68,7 @@ class Plots(Callback):
             draw_training(rows, self.folder / "training.png", title=self.subtitle, clip=clip)
             for name, shown in self.run.system.histories.items():
                 draw_history(rows, shown, self.folder / f"{name}.png", title=self.subtitle)
+            draw_panels(rows, self.run.system.panels, self.run.folder, self.run.progress.phase, self.subtitle)
 
 
 def caption(*parts: str) -> str:

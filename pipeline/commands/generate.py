@@ -185,9 +185,9 @@ def _generate(folder: str, prompts: Sequence[str], options: GenerateOptions) -> 
     from pipeline.inference import load, load_state, read, save_state
     from pipeline.inference.generation import check_next, tokens_after
     from pipeline.inference.load import NAME_TOKENIZER
-    from pipeline.inference.sampling import Sampling
     from pipeline.inference.state_file import check_readable, check_writable
     from pipeline.inference.texts import decoder_of
+    from pipeline.lm.sampling import Sampling
 
     # What can be wrong is found before anything is read, which may take long.
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)

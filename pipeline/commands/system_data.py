@@ -15,7 +15,7 @@ from pipeline.files.home import expanded
 from pipeline.spelling import did_you_mean, nearest
 
 if TYPE_CHECKING:
-    from pipeline.capabilities import DataCommands
+    from pipeline.data_commands import DataCommands
 
 _SYSTEMS = "pipeline.systems"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.capabilities import ClosesGap, JudgesPeptides, MeasuresContexts, Recalls, ScoresText
+from pipeline.capabilities import ClosesGap, JudgesPeptides, MeasuresContexts, Recalls, RemembersFacts, ScoresText
 from pipeline.checkpoint.loader_state import makers_at
 from pipeline.commands.flags import pop_flag
 from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
@@ -123,6 +123,14 @@ def _peptides(
     return found
 
 
+def _lifelong(
+    system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
+) -> Evaluation:
+    options = {flag.removeprefix("--"): value for flag, value in values.items()}
+    found: Evaluation = system.lifelong_suite(model, phase, sync_point, **options)
+    return found
+
+
 def _long(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]) -> Evaluation:
     # Refused, where it is, before anything is measured.
     gap = system.gap_closed(model, phase, sync_point)
@@ -202,6 +210,12 @@ SUITES = {
     "long": Suite(_long, ClosesGap, "has no memory", adds=True),
     "recall": Suite(
         _recall, Recalls, "cannot be asked for what stood far back", flags={"--lengths": counts, "--queries": count}
+    ),
+    "lifelong": Suite(
+        _lifelong,
+        RemembersFacts,
+        "has no memory of earlier documents",
+        flags={"--streams": count, "--documents": counts, "--lengths": counts},
     ),
     "peptides": Suite(
         _peptides,

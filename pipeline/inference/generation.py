@@ -10,9 +10,9 @@ import torch
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UserError
 from pipeline.inference.incremental_text import IncrementalText
-from pipeline.inference.sampling import Sampling
 from pipeline.inference.texts import NONE, Texts, check_room, copied, decoder_of, read
 from pipeline.lm.decoding import Decoder
+from pipeline.lm.sampling import Sampling
 
 MAX_NEW_TOKENS = 128
 Ended = Literal["eos", "length", "limit"]

@@ -73,6 +73,7 @@ def load(path: str | Path, *, tokenizer: str | None = None, dtype: torch.dtype |
 def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
     from pipeline.capabilities import Exports, Generates
     from pipeline.checkpoint.loader_state import makers_at
+    from pipeline.checkpoint.restore import TRAINER_STATE, read_progress
     from pipeline.inference.decoded import Decoded
     from pipeline.inference.trained import find, load_trained, read_run
     from pipeline.system import create_system
@@ -80,6 +81,8 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> Read:
     checkpoint = find(folder, GIVE)
     config = read_run(checkpoint)
     system = create_system(config)
+    if (checkpoint / TRAINER_STATE).is_file():
+        system.reached = read_progress(checkpoint).phase
     model: Any
     if isinstance(system, Exports):
         model = system.exported(load_trained(checkpoint, config, system).model)

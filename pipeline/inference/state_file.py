@@ -38,7 +38,8 @@ def save_state(model: nn.Module, texts: Texts, path: str | Path) -> None:
     partial = _partial(target)
     try:
         # Copies, each by itself: some are parts of larger ones, which the file is not to hold.
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        dense = {"memory_format": torch.contiguous_format}
+        plain = {name: tensor.detach().cpu().clone(**dense) for name, tensor in tensors.items()}
         facts = {"format": FORMAT, "version": VERSION, "model": model_hash(model), "content": _hash(plain)}
         _write(partial, plain, facts)
         os.replace(partial, target)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.callbacks.metrics import MetricsFile, perplexity, read_rows
 from pipeline.system import Evaluation
-from tests.callbacks.conftest import CountingSystem
+from tests.callbacks.conftest import CountingSystem, NamedSystem
 
 TRAIN = {
     "mode", "step", "phase", "phase_step", "loss", "ppl", "lr", "grad_norm", "tok_s", "tokens", "elapsed",
@@ -79,13 +79,36 @@ def test_an_ablation_has_a_row_for_each_part_that_was_left_out(make_run) -> None
         file.on_ablations(4, ablations)
     rows = strict_rows(run.folder)
     assert [(row["mode"], row["without"], row["step"], row["loss"]) for row in rows] == [
-        ("ablation", "one part", 4, 2.0), ("ablation", "other", 4, 3.0),
+        ("ablate", "one part", 4, 2.0), ("ablate", "other", 4, 3.0),
     ]  # fmt: skip
     assert rows[1]["ppl"] is None and rows[0]["tokens"] == 400
     assert read_rows(run.folder / "metrics.jsonl") == rows
     file.on_ablations(6, ablations)
     file.on_ablations(8, ablations)
     assert [row["step"] for row in strict_rows(run.folder)] == [4, 4, 6, 6, 8, 8]
+
+
+def test_a_system_compares_its_ablations_in_one_row(make_run) -> None:
+    run = make_run(step=4)
+
+    class Comparing(NamedSystem):
+        def ablations(self, model: Any, phase: Any, sync_point: Any) -> dict[str, Evaluation]:
+            raise AssertionError("not asked")
+
+        def ablation_summary(self, ablations: Any) -> dict[str, float]:
+            return {"gap": ablations["off"].scalars["loss"] - ablations["nothing"].scalars["loss"]}
+
+    run.system = Comparing(run.config)
+    file = MetricsFile(run)
+    file.on_start()
+    for _ in range(2):  # at the step where a run begins, one row is enough
+        file.on_ablations(4, {"nothing": Evaluation({"loss": 2.0}), "off": Evaluation({"loss": 2.5})})
+    rows = strict_rows(run.folder)
+    assert [row["mode"] for row in rows] == ["ablate", "ablate", "ablate_summary"]
+    assert rows[-1] | {"elapsed": 0} == {
+        "mode": "ablate_summary", "step": 4, "phase": "train", "phase_step": 4, "gap": 0.5, "tokens": 400, "elapsed": 0,
+    }  # fmt: skip
+    assert read_rows(run.folder / "metrics.jsonl") == rows
 
 
 def test_types_of_a_train_row(make_run, record) -> None:

@@ -53,7 +53,7 @@ def test_a_checkpoint_must_be_given(words: list[str]) -> None:
 
 def test_a_suite_that_is_not_there_is_named(tmp_path: Path) -> None:
     for words in (["--suite", "short"], ["--steps", "3", "--suite=short"]):
-        suites = "long, recall, peptides, contexts, downstream"
+        suites = "long, recall, lifelong, peptides, contexts, downstream"
         with pytest.raises(UserError, match=f"--suite 'short': give one of {suites}, or leave it out"):
             run_eval([str(tmp_path), *words])
 

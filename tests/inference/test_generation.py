@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
 from pipeline.inference import Token, generate, read, stream
-from pipeline.inference.sampling import Sampling
+from pipeline.lm.sampling import Sampling
 from tests.inference.fake_decoder import FakeDecoder, pseudo_random, scripted
 from tests.lm.families import decoder
 

@@ -281,7 +281,7 @@ class Cases:
         def found() -> dict[str, Any]:
             done = json.loads((folder / "run.json").read_text())
             texts = {path.name: path.read_text() for path in (folder / "samples").glob("drawn-*.txt")}
-            rows = [(row["step"], row["phase"], row["without"]) for row in rows_of(folder, "ablation")]
+            rows = [(row["step"], row["phase"], row["without"]) for row in rows_of(folder, "ablate")]
             logged = [(row["step"], "heavy" in row) for row in rows_of(folder)]
             ends = [self.first, self.first + 2, self.second, self.last]
             lists = {"sampled": done["sampled"], "ablated": done["ablated"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.capabilities import DataCommands
+    from pipeline.data_commands import DataCommands
     from pipeline.config import RunConfig
     from pipeline.system import System
 

@@ -61,7 +61,7 @@ class VerifyOptions:
 
 
 class PeptideCommands:
-    """A `DataCommands` of pipeline/capabilities.py."""
+    """A `DataCommands` of pipeline/data_commands.py."""
 
     suffixes: tuple[str, ...] = SUFFIXES
     synth_options: Any = SynthOptions()

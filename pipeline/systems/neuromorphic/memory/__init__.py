@@ -1,1 +1,1 @@
-"""Procedural and episodic memory: what is read, and what is written at the end of a span."""
+"""Procedural and episodic memory: what a stream has learned since its document began, or, lifelong, before it."""

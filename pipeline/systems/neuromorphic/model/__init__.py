@@ -1,1 +1,1 @@
-"""The parts that run in every span: columns of recurrent layers, working memory and decoder."""
+"""The network of columns around the memories."""

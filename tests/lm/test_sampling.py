@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.errors import UserError
-from pipeline.inference.sampling import Sampling
+from pipeline.lm.sampling import Sampling
 
 
 def logits_of(seed: int, count: int = 40) -> torch.Tensor:

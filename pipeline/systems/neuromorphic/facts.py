@@ -1,0 +1,297 @@
+"""Key-value facts: told at the start of a document, asked for once, further on in it or in a later document.
+
+A document is `K V K V ... F F F K V F F ... E`: the facts that it tells, then fillers with questions among them, then
+the end of the document. A question is the key again, and its answer the value, which follows. Fillers go round in a
+fixed order, so that what a model cannot predict is what it is told. Every fact is told once and asked for once: what
+lies between is the distance. No key is told again before the last question about it may have come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import IGNORED, TokenBatch
+from pipeline.data.loader import stream_layout
+from pipeline.data.long_recall import generator
+from pipeline.data.resume import check_fingerprint
+from pipeline.errors import UserError
+
+EOS = 0
+NONE = -1
+"""Distance of a token that asks for nothing."""
+
+
+@dataclass(frozen=True)
+class FactsConfig:
+    """Which facts are told, and how far away they are asked for. Raises UserError where they do not fit."""
+
+    keys: int = 64
+    values: int = 16
+    """A guess is right once in so many."""
+    fillers: int = 16
+    """Of a domain."""
+    domains: int = 1
+    """Sets of fillers; a document has those of one."""
+    facts: int = 4
+    """That a document tells."""
+    within: int = 4
+    """Of these, asked for in the same document; the others in a later one."""
+    documents: int = 0
+    """A later question comes at most so many documents on; 0: there is none."""
+    least_distance: int = 80
+    """Tokens from a fact's value to the question about it in the same document, at least: beyond the window."""
+    least_tokens: int = 192
+    """Of a document, with its end."""
+    most_tokens: int = 256
+    labels: Literal["all", "facts"] = "all"
+    """all: every token is predicted; facts: only those behind a key or a value."""
+
+    def __post_init__(self) -> None:
+        if min(self.keys, self.values, self.fillers, self.domains, self.facts, self.least_distance) < 1:
+            raise UserError("facts: keys, values, fillers, domains, facts and distances are 1 or more: raise them")
+        if not 0 <= self.within <= self.facts or self.documents < 0:
+            raise UserError(f"facts: of {self.facts} facts, {self.within} cannot be asked for: give 0 to {self.facts}")
+        if self.within < self.facts and not self.documents:
+            raise UserError(f"facts: {self.later} of a document are asked for in none: give documents of 1 or more")
+        if self.keys < 2 * self._told_in_turn:
+            raise UserError(f"facts: {self.keys} keys would be told again too soon: give {2 * self._told_in_turn}")
+        if self.least_tokens > self.most_tokens or self.least_tokens < self.least_room:
+            raise UserError(
+                f"facts: documents of {self.least_tokens} to {self.most_tokens} tokens have no room for the questions:"
+                f" give {self.least_room} or more"
+            )
+
+    @property
+    def later(self) -> int:
+        """Facts of a document that are asked for in later ones."""
+        return self.facts - self.within
+
+    @property
+    def turn(self) -> int:
+        """Documents that draw their keys together; every other turn has the other half of the keys."""
+        return max(1, self.documents)
+
+    @property
+    def _told_in_turn(self) -> int:
+        return self.facts * self.turn
+
+    @property
+    def least_room(self) -> int:
+        """Tokens of the shortest document that has room for all its questions."""
+        questions = max(self.least_distance + 2 * self.within, 2 * (self.within + self.later * self.documents))
+        return 2 * self.facts + questions + 4
+
+    @property
+    def first_value(self) -> int:
+        return 1 + self.keys
+
+    @property
+    def first_filler(self) -> int:
+        return self.first_value + self.values
+
+    @property
+    def vocab(self) -> int:
+        """Token ids there are: the end of a document, keys, values, fillers."""
+        return self.first_filler + self.domains * self.fillers
+
+
+@dataclass(frozen=True)
+class Told:
+    """The facts of a document in the order in which they are told."""
+
+    keys: np.ndarray
+    """[facts] token ids."""
+    values: np.ndarray
+    """[facts] token ids."""
+    lags: np.ndarray
+    """[facts]: how many documents later each is asked for; 0: in the same."""
+    length: int
+    """Tokens of the document."""
+    domain: int
+
+
+def told(task: FactsConfig, document: int, *key: object) -> Told:
+    """What a document of the stream `key` tells: a function of task, document and `key` alone."""
+    turn, place = divmod(document, task.turn)
+    half = task.keys // 2
+    chosen = generator("keys", turn, *key).choice(half, task.facts * task.turn, replace=False)
+    keys = 1 + half * (turn % 2) + chosen[place * task.facts : (place + 1) * task.facts]
+    draw = generator("facts", document, *key)
+    lags = np.zeros(task.facts, np.int64)
+    lags[task.within :] = draw.integers(1, task.documents + 1, task.later) if task.later else 0
+    return Told(
+        keys,
+        task.first_value + draw.integers(task.values, size=task.facts),
+        draw.permutation(lags),
+        int(draw.integers(task.least_tokens, task.most_tokens + 1)),
+        int(draw.integers(task.domains)),
+    )
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fact that is asked for, and how far back it was told: `distance` from its value to its key's second coming,
+    less the place of that in the document."""
+
+    key: int
+    value: int
+    documents: int
+    distance: int
+
+
+@dataclass(frozen=True)
+class FactsDocument:
+    """A document's tokens, each array [tokens] int64."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    tokens: np.ndarray
+    """How many tokens back what is asked for was told; `NONE` where nothing is."""
+    documents: np.ndarray
+    """How many documents back; `NONE` where nothing is asked for."""
+
+
+def facts_document(task: FactsConfig, document: int, *key: object) -> FactsDocument:
+    """Document number `document` of the stream `key`: a function of task, document and `key` alone."""
+    here = told(task, document, *key)
+    own = [Question(int(here.keys[i]), int(here.values[i]), 0, -2 * i - 1) for i in np.flatnonzero(here.lags == 0)]
+    earlier, begun = [], 0
+    for lag in range(1, min(task.documents, document) + 1):
+        there = told(task, document - lag, *key)
+        begun += there.length
+        earlier += [
+            Question(int(there.keys[i]), int(there.values[i]), lag, begun - 2 * i - 1)
+            for i in np.flatnonzero(there.lags == lag)
+        ]
+    return written(task, here, own, earlier, generator("places", document, *key))
+
+
+def written(
+    task: FactsConfig, here: Told, own: list[Question], earlier: list[Question], draw: np.random.Generator
+) -> FactsDocument:
+    """A document that tells `here` and asks for facts of its own, and for others."""
+    head, length = 2 * len(here.keys), here.length
+    ids = np.empty(length, np.int64)
+    slots = np.arange(head + 1 + int(draw.integers(2)), length - 2, 2)
+    far = slots[slots >= head - 1 + task.least_distance]
+    chosen = draw.choice(far, len(own), replace=False)
+    chosen = np.concatenate([chosen, draw.choice(np.setdiff1d(slots, chosen), len(earlier), replace=False)])
+    is_filler = np.ones(length, bool)
+    is_filler[:head], is_filler[-1] = False, False
+    is_filler[chosen], is_filler[chosen + 1] = False, False
+    first = task.first_filler + here.domain * task.fillers
+    ids[is_filler] = first + (int(draw.integers(task.fillers)) + np.arange(is_filler.sum())) % task.fillers
+    ids[:head:2], ids[1:head:2], ids[-1] = here.keys, here.values, EOS
+    tokens, documents = np.full(length, NONE), np.full(length, NONE)
+    for place, question in zip(chosen.tolist(), own + earlier, strict=True):
+        ids[place], ids[place + 1] = question.key, question.value
+        tokens[place], documents[place] = question.distance + place, question.documents
+    labels = np.append(ids[1:], IGNORED)
+    if task.labels == "facts":
+        labels[is_filler] = IGNORED
+    return FactsDocument(ids, labels, tokens, documents)
+
+
+@dataclass(frozen=True)
+class FactsBatch(TokenBatch):
+    """Text of facts, and at every token how far back lies what its label was told; `NONE` where nothing is asked."""
+
+    tokens: Tensor
+    """[rows, T] int64."""
+    documents: Tensor
+    """[rows, T] int64: 0 in the same document."""
+
+    def to(self, device: torch.device) -> FactsBatch:
+        return FactsBatch(
+            *(getattr(self, name).to(device, non_blocking=True) for name in FactsBatch.__dataclass_fields__)
+        )
+
+
+class FactsLoader:
+    """Documents of `facts_document`, one after the other in each stream, with the contract of `StatefulLoader`.
+
+    What a stream reads depends on (seed, split, stream) alone. A document goes on in the next step, under the same
+    segment id.
+    """
+
+    def __init__(
+        self,
+        config: FactsConfig,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        grad_accum: int = 1,
+        data_rank: int = 0,
+        data_degree: int = 1,
+        seed: int = 0,
+        held_out: bool = False,
+    ) -> None:
+        self.config, self.sequence_length, self.batch_size = config, sequence_length, batch_size
+        self.streams, self.local_streams = stream_layout(batch_size, grad_accum, data_rank, data_degree)
+        self._key = (seed, "held out" if held_out else "training")
+        self._documents: dict[int, tuple[int, FactsDocument]] = {}
+        self.reset()
+        self.fingerprint: dict[str, Any] = {
+            "streams": self.streams,
+            "facts": {"sequence_length": sequence_length, **asdict(config)},
+            "seed": seed,
+            "held_out": held_out,
+        }
+
+    def next_step(self) -> list[FactsBatch]:
+        """The micro-batches of one optimizer step, on the CPU."""
+        rows = [self._next_row(stream) for stream in self.local_streams]
+        ids, labels, segments, positions, tokens, documents = (
+            torch.from_numpy(np.stack(arrays)).split(self.batch_size) for arrays in zip(*rows, strict=True)
+        )
+        streams = torch.tensor(self.local_streams).split(self.batch_size)
+        return [
+            FactsBatch(*parts)
+            for parts in zip(ids, labels, segments, positions, streams, tokens, documents, strict=True)
+        ]
+
+    def _next_row(self, stream: int) -> tuple[np.ndarray, ...]:
+        """Ids, labels, segment ids, positions and both distances of the stream's next sequence; moves it on."""
+        document, offset = self._places[stream]
+        parts: list[tuple[np.ndarray, ...]] = []
+        missing = self.sequence_length
+        while missing:
+            number, found = self._documents.get(stream, (None, None))
+            if number != document or found is None:
+                found = facts_document(self.config, document, *self._key, stream)
+                self._documents[stream] = (document, found)
+            place = slice(offset, min(offset + missing, len(found.ids)))
+            positions = np.arange(place.start, place.stop)
+            arrays = (found.ids, found.labels, np.full(len(found.ids), document))
+            parts.append((*(array[place] for array in arrays), positions, found.tokens[place], found.documents[place]))
+            missing -= len(positions)
+            document, offset = (document + 1, 0) if place.stop == len(found.ids) else (document, place.stop)
+        self._places[stream] = (document, offset)
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        places = {str(i): {"document": document, "offset": offset} for i, (document, offset) in self._places.items()}
+        return {"streams": places, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_fingerprint(state["fingerprint"], self.fingerprint)
+        places = {i: state["streams"][str(i)] for i in self.local_streams}
+        self._places = {i: (int(place["document"]), int(place["offset"])) for i, place in places.items()}
+
+    def describe(self) -> str:
+        """One line for logs."""
+        task = self.config
+        later = f", {task.later} up to {task.documents} documents later" if task.later else ""
+        return (
+            f"synthetic facts: {task.facts} a document of {task.least_tokens} to {task.most_tokens} tokens,"
+            f" {task.within} asked for {task.least_distance} tokens on or more{later}"
+        )
+
+    def reset(self) -> None:
+        """Back to the first step, as an evaluation does before it starts."""
+        self._places = dict.fromkeys(self.local_streams, (0, 0))

@@ -1,0 +1,89 @@
+"""Which slot of the episodic memory each candidate of a span goes to, and the write of all of them at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.systems.neuromorphic.model.columns import unit
+from pipeline.systems.neuromorphic.state import EpisodicState
+
+if TYPE_CHECKING:
+    from pipeline.systems.neuromorphic.memory.episodic import Candidates
+
+MATCH = 0.9
+"""The cosine from which on a candidate is the same episode as one that is there."""
+
+
+class Slots(NamedTuple):
+    """Each [N, B, C]."""
+
+    index: Tensor
+    """int64."""
+    written: Tensor
+    """bool."""
+    matched: Tensor
+    """bool: written into an episode of nearly its key; else in place of another one."""
+    weight: Tensor
+    """1 where written, else 0; with the gradient of the softmax over slots."""
+
+
+def chosen_slots(
+    candidates: Candidates, state: EpisodicState, gain: Tensor, temperature: Tensor, aversion: Tensor
+) -> Slots:
+    """One slot per candidate: the episode of the highest cosine if that is at least MATCH, else the next weakest slot
+    that no other candidate has, unless the episode there is stronger than the candidate's would be.
+
+    The most novel candidate takes the weakest slot; of equally weak ones the first. gain, temperature, aversion [N, B,
+    1]. The weight's gradient is that of softmax((K . k - aversion S) / temperature) at the slot (straight-through,
+    arXiv 1308.3432). Keys of slots that hold nothing count as cosine 0.
+    """
+    there = state.strengths > 0
+    cosines = (candidates.keys @ state.keys.transpose(-1, -2)).masked_fill(~there.unsqueeze(-2), 0)
+    with torch.no_grad():
+        nearest, nearest_slot = cosines.max(-1)
+        matched = candidates.valid & (nearest >= MATCH)
+        taken = torch.zeros_like(there).scatter_reduce(-1, nearest_slot, matched, "amax", include_self=True)
+        weakness = state.strengths.masked_fill(taken, torch.inf)
+        free = weakness.sort(dim=-1, stable=True)
+        new = candidates.valid & ~matched
+        rank = (new.long().cumsum(-1) - 1).clamp(0, free.indices.shape[-1] - 1)
+        stronger = free.values.gather(-1, rank) >= gain * candidates.novelty
+        distinct = new.long().cumsum(-1) <= free.indices.shape[-1]
+        new = new & ~stronger & distinct
+        index = torch.where(matched, nearest_slot, free.indices.gather(-1, rank))
+    scores = (cosines - (aversion * state.strengths).unsqueeze(-2)) / temperature.unsqueeze(-1)
+    soft = torch.softmax(scores, -1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    was_written = matched | new
+    weight = was_written.to(soft.dtype) * (1 + soft - soft.detach())
+    return Slots(index, was_written, matched, weight)
+
+
+def written(candidates: Candidates, slots: Slots, state: EpisodicState, gain: Tensor) -> EpisodicState:
+    """The state after the candidates have entered their slots: what writing them one after the other, in the order of
+    their positions, gives, with keys normalised at the end. Strengths are not yet limited, nor decayed."""
+    alpha = slots.weight * gain
+    replaces = slots.written & ~slots.matched
+    log_kept = torch.log1p(-alpha) * slots.matched
+    same = slots.index.unsqueeze(-1) == slots.index.unsqueeze(-2)
+    later = candidates.positions.unsqueeze(-2) > candidates.positions.unsqueeze(-1)
+    kept_after = ((same & later) * log_kept.unsqueeze(-2)).sum(-1).exp()
+    share = torch.where(replaces, slots.written.to(alpha.dtype), alpha * kept_after)
+    # A product with one-hot rows and not scatter_add, which on CUDA adds in any order.
+    one_hot = F.one_hot(slots.index, state.strengths.shape[-1]).to(alpha.dtype).transpose(-1, -2)
+
+    def gathered(values: Tensor) -> Tensor:
+        return (one_hot @ values.unsqueeze(-1)).squeeze(-1)
+
+    replaced = gathered(replaces.to(alpha.dtype)) > 0
+    touched = (gathered(slots.written.to(alpha.dtype)) > 0).unsqueeze(-1)
+    kept = gathered(log_kept).exp().masked_fill(replaced, 0).unsqueeze(-1)
+    keys = kept * state.keys + one_hot @ (share.unsqueeze(-1) * candidates.keys)
+    values = kept * state.values + one_hot @ (share.unsqueeze(-1) * candidates.values)
+    strengths = state.strengths.masked_fill(replaced, 0) + gathered(alpha * candidates.novelty)
+    return EpisodicState(
+        torch.where(touched, unit(keys), state.keys), torch.where(touched, values, state.values), strengths
+    )

@@ -1,0 +1,152 @@
+"""Whether the memories are used: a small model learns to answer questions about facts that its window no longer sees.
+
+Phase B: facts asked for in the document that tells them. Phase C, from there: also in later documents, with memories
+that outlive documents. The facts, their layout and distances are those of `pipeline.systems.neuromorphic.facts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.batch import IGNORED
+from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+from pipeline.systems.neuromorphic.facts import FactsConfig, FactsLoader
+from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
+from pipeline.systems.neuromorphic.state import EpisodicState, ProceduralState, StreamState, Uses
+from pipeline.systems.neuromorphic.weights import initialise, is_vector
+
+SPAN = WINDOW = 16
+LENGTH = 64
+"""Tokens of a step: four spans, through which gradients reach what was written."""
+ONE = FactsConfig(
+    keys=64, values=16, fillers=8, facts=1, within=1, least_distance=20, least_tokens=28, most_tokens=40
+)
+"""What the memory says is learned from one fact: where it is alone, whatever is read is about it."""
+WITHIN = dataclasses.replace(ONE, facts=3, within=3, least_tokens=40, most_tokens=52)
+LATER = dataclasses.replace(WITHIN, facts=4, within=2, documents=2)
+
+
+def config(**sizes: Any) -> NeuromorphicConfig:
+    return NeuromorphicConfig(
+        tier="tiny", vocab=WITHIN.vocab, span=SPAN, window=WINDOW, **{"width": 64, "decoder_width": 32, "episodes": 128} | sizes
+    )
+
+
+def new_model(sizes: NeuromorphicConfig, seed: int = 0) -> NeuromorphicModel:
+    model = NeuromorphicModel(sizes)
+    initialise(model, seed)
+    return model
+
+
+def train(
+    model: NeuromorphicModel,
+    task: FactsConfig,
+    uses: Uses,
+    *,
+    steps: int,
+    batch: int = 32,
+    peak: float = 3e-3,
+    warm_up: int = 50,
+    seed: int = 0,
+    seconds: float = float("inf"),
+    told: Callable[[str], None] = print,
+) -> StreamState:
+    """Trains on the facts, with a linear warm-up and a linear decay to a tenth. The streams' state at the end."""
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if is_vector(name) is vector], "weight_decay": decay}
+        for vector, decay in ((True, 0.0), (False, 0.01))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    loader = FactsLoader(task, sequence_length=LENGTH, batch_size=batch, seed=seed)
+    state: StreamState | None = None
+    begun, answers = time.monotonic(), []
+    for step in range(steps):
+        if time.monotonic() - begun > seconds:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, (step + 1) / warm_up) * (1 - 0.9 * max(0, step / steps - 0.5) * 2)
+        data = loader.next_step()[0]
+        out = model(
+            data.input_ids, data.labels, data.segment_ids, data.positions, state, uses, predict=True,
+        )  # fmt: skip
+        counted = (data.labels != IGNORED).sum()
+        loss = out.losses.sum() / counted + 0.01 * sum(out.penalties.values()) / batch
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        state = detached(out.state)
+        asked = data.documents >= 0
+        answers.append(
+            torch.stack([(out.predictions == data.labels)[asked].float().mean(), out.losses.detach()[asked].mean()])
+        )
+        if (step + 1) % 50 == 0:
+            right, nats = torch.stack(answers[-50:]).mean(0).tolist()
+            told(f"{step + 1}: {time.monotonic() - begun:.0f} s, loss {loss.item():.3f}, right {right:.3f}, {nats:.3f}")
+    return state
+
+
+def detached(state: StreamState) -> StreamState:
+    """Without graph, part by part."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        if isinstance(value, tuple):
+            return type(value)(*map(plain, value))
+        if dataclasses.is_dataclass(value):
+            return detached(value)
+        return value
+
+    return dataclasses.replace(
+        state, **{item.name: plain(getattr(state, item.name)) for item in dataclasses.fields(state)}
+    )
+
+
+@torch.no_grad()
+def right_answers(
+    model: NeuromorphicModel, task: FactsConfig, uses: Uses, *, steps: int = 6, rows: int = 32, swapped: bool = False
+) -> tuple[float, float]:
+    """Share of right answers about facts of the same document and of earlier ones (nan where none is asked for), in
+    held-out text. swapped: before every step each stream gets the episodes of the stream before it."""
+    loader = FactsLoader(task, sequence_length=LENGTH, batch_size=rows, seed=1, held_out=True)
+    state: StreamState | None = None
+    right, asked = torch.zeros(2), torch.zeros(2)
+    for step in range(steps):
+        data = loader.next_step()[0]
+        if swapped and state is not None:
+            state = dataclasses.replace(state, episodic=rolled(state.episodic))
+        out = model(data.input_ids, data.labels, data.segment_ids, data.positions, state, uses, predict=True)
+        state = out.state
+        if step:
+            for index, about in enumerate((data.documents == 0, data.documents > 0)):
+                right[index] += (out.predictions == data.labels)[about].sum()
+                asked[index] += about.sum()
+    within, later = (right / asked).tolist()
+    return within, later
+
+
+def rolled(state: EpisodicState) -> EpisodicState:
+    return EpisodicState(state.keys.roll(1, 0), state.values.roll(1, 0), state.strengths.roll(1, 0))
+
+
+def similarity(rows: Tensor, strengths: Tensor) -> float:
+    """Mean cosine of pairs of written rows of an instance: rows [..., slots, width], strengths [..., slots]."""
+    rows, there = nn.functional.normalize(rows, dim=-1), (strengths > 1e-4).to(rows.dtype)
+    pairs = there.unsqueeze(-1) * there.unsqueeze(-2) * (1 - torch.eye(rows.shape[-2]))
+    return float((rows @ rows.transpose(-1, -2) * pairs).sum() / pairs.sum())
+
+
+def similarities(state: StreamState) -> dict[str, float]:
+    memories: dict[str, ProceduralState | EpisodicState] = {"pm": state.procedural, "em": state.episodic}
+    return {
+        f"{name} {part}": similarity(getattr(memory, part), memory.strengths)
+        for name, memory in memories.items()
+        for part in ("keys", "values")
+    }

@@ -24,18 +24,16 @@ from pipeline.systems.neuromorphic.weights import initialise, is_vector
 SPAN = WINDOW = 16
 LENGTH = 64
 """Tokens of a step: four spans, through which gradients reach what was written."""
-ONE = FactsConfig(
-    keys=64, values=16, fillers=8, facts=1, within=1, least_distance=20, least_tokens=28, most_tokens=40
-)
+ONE = FactsConfig(keys=64, values=16, fillers=8, facts=1, within=1, least_distance=20, least_tokens=28, most_tokens=40)
 """What the memory says is learned from one fact: where it is alone, whatever is read is about it."""
 WITHIN = dataclasses.replace(ONE, facts=3, within=3, least_tokens=40, most_tokens=52)
 LATER = dataclasses.replace(WITHIN, facts=4, within=2, documents=2)
 
 
 def config(**sizes: Any) -> NeuromorphicConfig:
-    return NeuromorphicConfig(
-        tier="tiny", vocab=WITHIN.vocab, span=SPAN, window=WINDOW, **{"width": 64, "decoder_width": 32, "episodes": 128} | sizes
-    )
+    """The tiny tier's, smaller but for the episodes."""
+    small = {"width": 64, "decoder_width": 32, "episodes": 128}
+    return NeuromorphicConfig(tier="tiny", vocab=ONE.vocab, span=SPAN, window=WINDOW, **(small | sizes))
 
 
 def new_model(sizes: NeuromorphicConfig, seed: int = 0) -> NeuromorphicModel:

@@ -59,8 +59,8 @@ def train(
     seed: int = 0,
     told: Callable[[str], None] = print,
 ) -> tuple[StreamState, int]:
-    """Trains on the facts for `most` steps, or until the share of right answers in the last 50 is `enough`. The streams'
-    state at the end, and the steps."""
+    """Trains on the facts for `most` steps, or until the share of right answers in the last 50 is `enough`. The state at
+    the end, and the steps."""
     groups = [
         {"params": [p for name, p in model.named_parameters() if is_vector(name) is vector], "weight_decay": decay}
         for vector, decay in ((True, 0.0), (False, 0.01))
@@ -116,7 +116,7 @@ def right_answers(
     model: NeuromorphicModel, task: FactsConfig, uses: Uses, *, tokens: int = 512, rows: int = 32, swapped: bool = False
 ) -> tuple[float, float]:
     """Share of right answers about facts of the same document and of earlier ones (nan where none is asked for), in
-    held-out text behind its first 64 tokens. swapped: at every span, each stream gets the episodes of the one before."""
+    held-out text behind its first 64 tokens. swapped: at every span, each stream gets the episodes of another one."""
     length = SPAN if swapped else LENGTH
     loader = FactsLoader(task, sequence_length=length, batch_size=rows, seed=1, held_out=True)
     state = model.initial_state(rows, torch.device("cpu"))

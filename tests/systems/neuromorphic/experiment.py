@@ -59,8 +59,8 @@ def train(
     seed: int = 0,
     told: Callable[[str], None] = print,
 ) -> tuple[StreamState, int]:
-    """Trains on the facts for `most` steps, or until the share of right answers in the last 50 is `enough`. The state at
-    the end, and the steps."""
+    """Trains on the facts for `most` steps, or until the share of right answers in the last 50 is `enough`. State and
+    steps at the end."""
     groups = [
         {"params": [p for name, p in model.named_parameters() if is_vector(name) is vector], "weight_decay": decay}
         for vector, decay in ((True, 0.0), (False, 0.01))

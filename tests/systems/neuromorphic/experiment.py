@@ -24,18 +24,20 @@ from pipeline.systems.neuromorphic.weights import initialise, is_vector
 SPAN = WINDOW = 16
 LENGTH = 64
 """Tokens of a step: four spans, through which gradients reach what was written."""
-ONE = FactsConfig(
-    keys=64, values=16, fillers=8, facts=1, within=1, least_distance=20, least_tokens=28, most_tokens=40
-)
+ONE = FactsConfig(keys=64, values=16, fillers=8, facts=1, within=1, least_distance=20, least_tokens=28, most_tokens=40)
 """What the memory says is learned from one fact: where it is alone, whatever is read is about it."""
 WITHIN = dataclasses.replace(ONE, facts=3, within=3, least_tokens=40, most_tokens=52)
 LATER = dataclasses.replace(WITHIN, facts=4, within=2, documents=2)
 
 
+PENALTY = 0.01
+"""Weight of strengths above .9 of their budget."""
+
+
 def config(**sizes: Any) -> NeuromorphicConfig:
-    return NeuromorphicConfig(
-        tier="tiny", vocab=WITHIN.vocab, span=SPAN, window=WINDOW, **{"width": 64, "decoder_width": 32, "episodes": 128} | sizes
-    )
+    """The tiny tier's, smaller but for the episodes."""
+    small = {"width": 64, "decoder_width": 32, "episodes": 128}
+    return NeuromorphicConfig(tier="tiny", vocab=ONE.vocab, span=SPAN, window=WINDOW, **(small | sizes))
 
 
 def new_model(sizes: NeuromorphicConfig, seed: int = 0) -> NeuromorphicModel:
@@ -49,34 +51,32 @@ def train(
     task: FactsConfig,
     uses: Uses,
     *,
-    steps: int,
+    most: int,
+    enough: float = 1.1,
     batch: int = 32,
     peak: float = 3e-3,
     warm_up: int = 50,
     seed: int = 0,
-    seconds: float = float("inf"),
     told: Callable[[str], None] = print,
-) -> StreamState:
-    """Trains on the facts, with a linear warm-up and a linear decay to a tenth. The streams' state at the end."""
+) -> tuple[StreamState, int]:
+    """Trains on the facts for `most` steps, or until the share of right answers in the last 50 is `enough`. State and
+    steps at the end."""
     groups = [
         {"params": [p for name, p in model.named_parameters() if is_vector(name) is vector], "weight_decay": decay}
         for vector, decay in ((True, 0.0), (False, 0.01))
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     loader = FactsLoader(task, sequence_length=LENGTH, batch_size=batch, seed=seed)
-    state: StreamState | None = None
+    state = model.initial_state(batch, torch.device("cpu"))
     begun, answers = time.monotonic(), []
-    for step in range(steps):
-        if time.monotonic() - begun > seconds:
-            break
+    for step in range(1, most + 1):
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, (step + 1) / warm_up) * (1 - 0.9 * max(0, step / steps - 0.5) * 2)
+            group["lr"] = peak * min(1, step / warm_up)
         data = loader.next_step()[0]
-        out = model(
-            data.input_ids, data.labels, data.segment_ids, data.positions, state, uses, predict=True,
-        )  # fmt: skip
+        out = model(data.input_ids, data.labels, data.segment_ids, data.positions, state, uses, predict=True)
+        assert out.losses is not None
         counted = (data.labels != IGNORED).sum()
-        loss = out.losses.sum() / counted + 0.01 * sum(out.penalties.values()) / batch
+        loss = out.losses.sum() / counted + PENALTY * sum(out.penalties.values()) / batch
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -86,10 +86,12 @@ def train(
         answers.append(
             torch.stack([(out.predictions == data.labels)[asked].float().mean(), out.losses.detach()[asked].mean()])
         )
-        if (step + 1) % 50 == 0:
+        if step % 50 == 0:
             right, nats = torch.stack(answers[-50:]).mean(0).tolist()
-            told(f"{step + 1}: {time.monotonic() - begun:.0f} s, loss {loss.item():.3f}, right {right:.3f}, {nats:.3f}")
-    return state
+            told(f"step {step}: {time.monotonic() - begun:.0f} s, right {right:.3f}, {nats:.3f} nats an answer")
+            if right >= enough:
+                break
+    return state, step
 
 
 def detached(state: StreamState) -> StreamState:
@@ -111,21 +113,22 @@ def detached(state: StreamState) -> StreamState:
 
 @torch.no_grad()
 def right_answers(
-    model: NeuromorphicModel, task: FactsConfig, uses: Uses, *, steps: int = 6, rows: int = 32, swapped: bool = False
+    model: NeuromorphicModel, task: FactsConfig, uses: Uses, *, tokens: int = 512, rows: int = 32, swapped: bool = False
 ) -> tuple[float, float]:
     """Share of right answers about facts of the same document and of earlier ones (nan where none is asked for), in
-    held-out text. swapped: before every step each stream gets the episodes of the stream before it."""
-    loader = FactsLoader(task, sequence_length=LENGTH, batch_size=rows, seed=1, held_out=True)
-    state: StreamState | None = None
+    held-out text behind its first 64 tokens. swapped: at every span, each stream gets the episodes of another one."""
+    length = SPAN if swapped else LENGTH
+    loader = FactsLoader(task, sequence_length=length, batch_size=rows, seed=1, held_out=True)
+    state = model.initial_state(rows, torch.device("cpu"))
     right, asked = torch.zeros(2), torch.zeros(2)
-    for step in range(steps):
+    for begun in range(0, tokens, length):
         data = loader.next_step()[0]
-        if swapped and state is not None:
+        if swapped:
             state = dataclasses.replace(state, episodic=rolled(state.episodic))
         out = model(data.input_ids, data.labels, data.segment_ids, data.positions, state, uses, predict=True)
         state = out.state
-        if step:
-            for index, about in enumerate((data.documents == 0, data.documents > 0)):
+        for index, about in enumerate((data.documents == 0, data.documents > 0)):
+            if begun >= LENGTH:
                 right[index] += (out.predictions == data.labels)[about].sum()
                 asked[index] += about.sum()
     within, later = (right / asked).tolist()

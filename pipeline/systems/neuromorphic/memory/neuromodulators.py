@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.systems.neuromorphic.model.columns import ColumnLinear
 
 PROJECTED, HIDDEN, SCALARS = 8, 32, 3
-HEAD_STD = 0.01
+HEAD_STD = 0.005
 """Of the initial weights of the heads: small, so that the biases say what comes out, and not 0, so that gradients reach
 the layers below from the first step."""
 P, G, TAU = 0.5, 0.5, 1.0

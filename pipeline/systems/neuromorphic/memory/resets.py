@@ -35,9 +35,9 @@ def reset_procedural(
 
     lifelong: only what is eligible is emptied, not what has been committed. initial: `initial_state` of as many rows.
     """
-    names = ("eligible_keys", "eligible_values")
+    names = ["eligible_keys", "eligible_values"]
     if not lifelong:
-        names = ("keys", "values", "strengths", *names)
+        names += ["keys", "values", "strengths"]
     return dataclasses.replace(
         state, **{name: _chosen(rows, getattr(initial, name), getattr(state, name)) for name in names}
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ MATCH = 0.9
 """The cosine from which on a candidate is the same episode as one that is there."""
 
 
-class Slots(NamedTuple):
+@dataclass(frozen=True)
+class Slots:
     """Each [N, B, C]."""
 
     index: Tensor

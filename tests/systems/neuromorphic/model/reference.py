@@ -152,7 +152,9 @@ class Reference:
         there = [m for m in range(module.episodes) if state.strengths[0, b, m] > 0]
         if not alive or self.uses.episodic == "empty":
             there = []
-        nearest = sorted(there, key=lambda m: -float(q.dot(state.keys[0, b, m])))[: module.retrieved]
+        scale = math.sqrt(module.width)
+        matches = {m: scale * q.dot(state.keys[0, b, m]) + state.strengths[0, b, m].log() for m in there}
+        nearest = sorted(there, key=lambda m: -float(matches[m]))[: module.retrieved]
         y = torch.zeros(width, dtype=torch.float64)
         if nearest:
             k, v, s = (z[0, b, nearest] for z in (state.keys, state.values, state.strengths))

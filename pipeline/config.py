@@ -50,6 +50,8 @@ class OptimizerConfig:
     """Shape of the learning rate after warm-up, over `steps`."""
     min_lr_ratio: float = 0.1
     """A cosine or linear schedule ends at this share of the peak learning rate."""
+    min_lr: Annotated[float | None, tyro.conf.arg(aliases=["--lr-min"])] = None
+    """The learning rate at which it ends, in place of that share."""
     warmup_start: float = 0.0
     """Share of the peak learning rate from which the warm-up rises."""
     ema_decay: float = 0.0
@@ -136,6 +138,8 @@ class RunConfig:
     """Run directory."""
     run_name: str | None = None
     """Name of the run, in place of --output-dir: the run directory is outputs/NAME."""
+    output_root: Path | None = None
+    """Folder of the runs in place of outputs: the run directory is in it, by the name of the run or the recipe."""
     run_id: str | None = None
     """A folder of this name below the run's: `auto` names it by date and time, so that every start has a new one."""
     resume: Annotated[str, tyro.conf.arg(aliases=["--resume-from"])] = "auto"
@@ -255,6 +259,8 @@ class RunConfig:
             raise UserError(f"--optimizer.ema-decay is {self.optimizer.ema_decay}: give a value from 0 to below 1")
         if not 0 <= self.optimizer.min_lr_ratio <= 1:
             raise UserError(f"--optimizer.min-lr-ratio is {self.optimizer.min_lr_ratio}: give a share from 0 to 1")
+        if self.optimizer.min_lr is not None and not 0 <= self.optimizer.min_lr <= self.lr:
+            raise UserError(f"--optimizer.min-lr is {self.optimizer.min_lr}: give a rate from 0 to --lr, {self.lr}")
         if not 0 <= self.optimizer.warmup_start <= 1:
             raise UserError(f"--optimizer.warmup-start is {self.optimizer.warmup_start}: give a share from 0 to 1")
         if not 0 < self.data.holdout < 1:

@@ -89,8 +89,8 @@ class DataConfig:
     """Files, folders or globs of .txt, .md, .py, .jsonl, .json or .parquet documents, text and JSON also with .gz,
     .zst, .bz2 or .xz behind it. Empty: see `dataset`."""
     dataset: str | None = None
-    """A Hugging Face data set to stream (NAME or NAME@REVISION), or `stdlib`: the source files of this machine's Python
-    standard library."""
+    """A Hugging Face data set to stream (NAME, NAME:SUBSET or NAME@REVISION), or `stdlib`: the source files of this
+    machine's Python standard library."""
     mix: tuple[str, ...] = ()
     """Several sources, NAME=WEIGHT each: a file, folder or glob as for `path`, or a data set as for `dataset`. Each
     stream reads one of them, as many streams as its weight is of the sum."""
@@ -116,7 +116,7 @@ class DataConfig:
     """Split of the Hugging Face data set. Held-out documents are taken out of it."""
     text_field: str = "text"
     """Column or key that holds a document's text."""
-    tokenizer: str = "bytes"
+    tokenizer: Annotated[str, tyro.conf.arg(aliases=["--tokenizer"])] = "bytes"
     """`bytes`, a sentencepiece .model file, or the folder or hub name of a Hugging Face tokenizer (NAME or
     NAME@REVISION)."""
     trust_remote_code: bool = False

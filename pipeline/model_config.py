@@ -33,15 +33,19 @@ class ModelConfig:
 
     common: ClassVar[tuple[str, ...]] = ()
     """Dotted names of the fields whose flags `train RECIPE --help` shows; `--help-all` shows all."""
+    own_steps: ClassVar[tuple[str, ...]] = ()
+    """Fields with the steps of one phase, None for those of --steps: this flag, where a person gives it, takes the
+    place of a recipe's."""
     system: Suppress[str] = ""
     """Name of the folder under pipeline/systems that implements this section."""
 
 
 def at_least(least: int, section: object, name: str, *fields: str) -> None:
     """Raises UserError where one of the fields of a model's section lies below `least` or above what any size is;
-    `name` is the section's in flags, `memory.mlp`."""
+    `name` is the section's in flags, `memory.mlp`; empty: the model's own."""
     for key in fields:
         value = getattr(section, key)
         if not least <= value <= LARGEST:
             fix = f"give {least} or more" if value < least else f"give at most {LARGEST}"
-            raise UserError(f"--model.{name}.{key.replace('_', '-')} is {shown(value)}: {fix}")
+            flag = ".".join(part for part in ("--model", name, key.replace("_", "-")) if part)
+            raise UserError(f"{flag} is {shown(value)}: {fix}")

@@ -33,7 +33,7 @@ def schedule_of(config: RunConfig) -> Schedule:
         warmup_steps=config.warmup_steps,
         warmup_start=optimizer.warmup_start,
         shape=optimizer.schedule,
-        floor=optimizer.min_lr_ratio,
+        floor=optimizer.min_lr_ratio if optimizer.min_lr is None else optimizer.min_lr / config.lr,
         betas=optimizer.betas,
         eps=optimizer.eps,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ HELP_WORDS = ("-h", "--help", "--help-all")
 SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
 """Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
 RECORDED = (
-    "parallel.sequence", *SOURCES, "output_dir", "run_name", "run_id", "grad_accum", "global_batch_size",
+    "parallel.sequence", *SOURCES, "output_dir", "output_root", "run_name", "run_id", "grad_accum", "global_batch_size",
     "global_batch_tokens", "steps", "stop_after", "save_every", "eval_every", "sample_every", "epochs.train",
     "epochs.save", "epochs.evaluate", "epochs.sample",
 )  # fmt: skip
@@ -85,14 +86,18 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         everything = "--help-all" in rest
         show_help(config, program, everything=everything, own=own, description=describe(recipes[name]))
     given: set[str] = set()
+    own_steps = tuple(f"model.{name}" for name in config.model.own_steps)
     # Parsed without the recipe's own source, which what a person names replaces.
     sourceless = replace(config, data__path=(), data__dataset=None, data__mix=(), data__tokens=())
-    parsed: RunConfig = parse_flags(sourceless, rest, program, own, given)
+    parsed: RunConfig = parse_flags(sourceless, rest, program, own, given, (*RECORDED, *own_steps))
     if given.isdisjoint(SOURCES):
         data = config.data
         parsed = replace(
             parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
         )
+    if "steps" in given:
+        replaced = {name.removeprefix("model."): None for name in own_steps if name not in given}
+        parsed = replace(parsed, model=dataclasses.replace(parsed.model, **replaced))
     if file is not None and states(Path(file), "parallel", "sequence"):
         given.add("parallel.sequence")
     if ranks is not None and "parallel.sequence" not in given:
@@ -126,19 +131,24 @@ def preset_recipe(system: str | None, preset: str, recipes: Collection[str]) -> 
     recipe = f"{system}_{preset}"
     if recipe in recipes:
         return recipe
-    if system in recipes:
-        raise UserError(f"{PRESET} {shown(preset)}: {system} is a recipe by itself: leave {PRESET} out")
     known = presets_of(system, recipes)
+    if system in recipes and not known:
+        raise UserError(f"{PRESET} {shown(preset)}: {system} is a recipe by itself: leave {PRESET} out")
     fix = f"give {' or '.join(known)}" if known else "`mnemos recipes` lists all recipes"
     raise UserError(f"{PRESET} {shown(preset)}: no recipe is called {shown(recipe)}: {fix}")
 
 
 def parse_flags(
-    default: Any, words: Sequence[str], program: str, own: Any = None, given: set[str] | None = None
+    default: Any,
+    words: Sequence[str],
+    program: str,
+    own: Any = None,
+    given: set[str] | None = None,
+    recorded: Collection[str] = RECORDED,
 ) -> Any:
     """A dataclass with flags over it. Raises UserError in one line instead of tyro's box; exits for --help.
 
-    `own`: as in `parse_run`. `given`, for a run: takes those of RECORDED whose flags are among the words.
+    `own`: as in `parse_run`. `given`, for a run: takes those of `recorded` whose flags are among the words.
     """
     import contextlib
     import io
@@ -160,7 +170,7 @@ def parse_flags(
                 prog=program,
                 config=(tyro.conf.AvoidSubcommands,),
                 return_unknown_args=True,
-                registry=None if given is None else recording(default, RECORDED, given),
+                registry=None if given is None else recording(default, recorded, given),
             )
     except SystemExit as error:
         if error.code in (0, None):

@@ -26,7 +26,7 @@ from pipeline.inference.trained import Trained
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 README = "README.md"
-NOT_SHOWN = ("output_dir", "resume", "init_from", "run_name", "run_id", "dry_run", "profile")
+NOT_SHOWN = ("output_dir", "resume", "init_from", "run_name", "run_id", "output_root", "dry_run", "profile")
 """Fields of a config that say where a run's files lay, or how it was started."""
 PASSED = ("step", "phase_step", "tokens", "elapsed")
 """Numbers of a `val` row that were not measured on held-out data."""

@@ -21,7 +21,7 @@ _COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
 class HuggingFaceStream:
-    """A data set of the Hub (`NAME` or `NAME@REVISION`) or a local folder, read as it is needed."""
+    """A data set of the Hub (`NAME`, `NAME:SUBSET`, either with @REVISION) or a local folder, read as it is needed."""
 
     def __init__(
         self,
@@ -37,8 +37,9 @@ class HuggingFaceStream:
         self.name, self.split, self.text_field, self.shuffle_buffer = dataset, split, text_field, shuffle_buffer
         folder = expanded(dataset)
         self._local = folder.exists()
-        self._path, _, revision = (str(folder), "", "") if self._local else dataset.partition("@")
-        self._config_name, self._skip = config_name, skip
+        named, _, revision = (str(folder), "", "") if self._local else dataset.partition("@")
+        self._path, _, subset = (named, "", "") if self._local else named.partition(":")
+        self._config_name, self._skip = subset or config_name, skip
         if self._local and folder.is_dir() and is_saved_to_disk(set(os.listdir(folder))):
             raise saved_to_disk(f"--data.dataset {dataset}")
         self._builder, self.data, self._read_row = self._load(data_files, revision or None)

@@ -61,7 +61,8 @@ TIERS: dict[str, Sizes] = {
 class NeuromorphicConfig(ModelConfig):
     """Columns of gated recurrent layers with a working, a procedural and an episodic memory."""
 
-    common: ClassVar[tuple[str, ...]] = ("tier", "span", "as_published", "decoder_width", "decoder_layers")
+    common: ClassVar[tuple[str, ...]] = ("tier", "span", "as_published", "data_phase", "val_data_phase")
+    own_steps: ClassVar[tuple[str, ...]] = ("lifelong_steps",)
     system: Suppress[str] = "neuromorphic"
     tier: Annotated[Tier, tyro.conf.arg(aliases=["--tier"])] = "b"
     """Sizes: a 56M, a_wide 95M, b 103M, c 197M parameters; tiny for two cores."""
@@ -72,6 +73,17 @@ class NeuromorphicConfig(ModelConfig):
     as_published: bool = False
     """The published structure: no positions in the working memory, one eligibility for all slots, recurrent inputs that
     are not scaled by what is forgotten."""
+    lifelong_steps: int | None = field(default=None, metadata=MAY_CHANGE)
+    """Steps of phase C in place of those of --steps, which takes its place where it is given."""
+    data_phase: Annotated[Literal["A", "B"] | None, tyro.conf.arg(aliases=["--data-phase"])] = field(
+        default=None, metadata=MAY_CHANGE
+    )
+    """Set of documents that every phase reads where --data names no source. A: TinyStories; B: FineWeb-Edu
+    (sample-10BT) .6 and DCLM .4; without: A in phase A, B in phases B and C."""
+    val_data_phase: Annotated[Literal["A", "B"] | None, tyro.conf.arg(aliases=["--val-data-phase"])] = field(
+        default=None, metadata=MAY_CHANGE
+    )
+    """Set whose held-out documents are evaluated, of all phases; without: that of training."""
     eligibility_decay: float = 0.95
     """Factor per token of what the procedural memory is about to commit, rho."""
     decay: float = 0.999
@@ -109,6 +121,8 @@ class NeuromorphicConfig(ModelConfig):
             if getattr(sizes, item.name) < 1:
                 flag = item.name.replace("_", "-")
                 raise UserError(f"--model.{flag} is {getattr(sizes, item.name)}: give 1 or more")
+        if self.lifelong_steps is not None:
+            at_least(1, self, "", "lifelong_steps")
         if sizes.width % sizes.columns:
             raise UserError(f"--model.columns {sizes.columns} does not divide the width {sizes.width}")
         if self.span > sizes.window:

@@ -1,0 +1,164 @@
+"""The text of each phase, and the loaders of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config import RunConfig, replace
+from pipeline.data.batch import StatefulLoader, TokenBatch
+from pipeline.data.build import Listings, build_loader, build_source, list_data
+from pipeline.data.byte_lengths import byte_lengths_of
+from pipeline.data.run_tokenizer import UnknownTokenizerError, run_tokenizer
+from pipeline.data.sources.base import Source
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokens.build import sidecar_of
+from pipeline.data.tokens.listing import TokenListing, list_token_data
+from pipeline.data.tokens.sidecar import makers_of
+from pipeline.data_config import DataConfig
+from pipeline.errors import UserError
+from pipeline.lm.held_out_files import open_files
+from pipeline.parallel.topology import Topology
+from pipeline.system import Phase
+from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+
+TINY_STORIES = "roneneldan/TinyStories"
+FINEWEB, DCLM = "HuggingFaceFW/fineweb-edu:sample-10BT", "mlfoundations/dclm-baseline-1.0"
+SETS: Mapping[str, Mapping[str, Any]] = {
+    "A": {"dataset": TINY_STORIES},
+    "B": {"mix": (f"{FINEWEB}=0.6", f"{DCLM}=0.4")},
+}
+"""Sets of documents by the names of `--data-phase`, as fields of the data section."""
+SET_OF_PHASE = {"A": "A", "B": "B", "C": "B"}
+"""The set that a phase reads where nothing else is said."""
+
+
+def phase_data(config: RunConfig, phase: str, *, held_out: bool = False) -> DataConfig:
+    """The data section of a phase A, B or C: the run's where it names a source, which is that of all phases; else with
+    the set of `--data-phase` (held-out documents: `--val-data-phase`), or of the phase itself."""
+    assert isinstance(config.model, NeuromorphicConfig)
+    data, sizes = config.data, config.model
+    if data.path or data.dataset or data.mix or data.tokens or data.recall:
+        return data
+    name = (sizes.val_data_phase if held_out else None) or sizes.data_phase or SET_OF_PHASE[phase]
+    return dataclasses.replace(data, **SETS[name])
+
+
+class PhaseText:
+    """A part of the system class: what it reads, each source of documents opened once."""
+
+    config: RunConfig
+    sizes: NeuromorphicConfig
+    files: Any
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self._sources: dict[DataConfig, Source] = {}
+        self._held_out: dict[DataConfig, StatefulLoader[TokenBatch]] = {}
+        self._named: dict[str, StatefulLoader[TokenBatch]] | None = None
+        self._byte_lengths: tuple[Tensor | None] | None = None
+
+    def run_phases(self) -> tuple[str, ...]:
+        """Names of the phases of the run, in their order."""
+        raise NotImplementedError
+
+    def list_data(self, *, ask_servers: bool = False) -> dict[DataConfig, Listings]:
+        """As `System.list_data`: of each data section that a phase of the run has."""
+        sections = [
+            phase_data(self.config, phase, held_out=side) for phase in self.run_phases() for side in (False, True)
+        ]
+        return {
+            section: list_data(dataclasses.replace(self.config, data=section), ask_servers=ask_servers)
+            for section in dict.fromkeys(sections)
+        }
+
+    def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
+        """As `System.loader`."""
+        # Opened before the first step: not the first evaluation, an hour later, is to find that a file is not there.
+        self.file_loaders(topology)
+        return self._open(phase_data(self.config, phase.name), topology, held_out=False)
+
+    def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
+        """As `System.held_out`: opened once, so that what it has read stays read."""
+        section = phase_data(self.config, phase.name, held_out=True)
+        if section not in self._held_out:
+            self._held_out[section] = self._open(section, topology, held_out=True)
+        else:
+            self._held_out[section].reset()
+        return self._held_out[section]
+
+    def _open(self, section: DataConfig, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
+        config, files = dataclasses.replace(self.config, data=section), self._listed(section)
+        if section.recall is None and not section.tokens and section not in self._sources:
+            self._sources[section] = build_source(config, files)
+        return build_loader(
+            config,
+            topology,
+            vocab_size=self.sizes.vocab,
+            held_out=held_out,
+            files=files,
+            source=self._sources.get(section),
+        )
+
+    def _listed(self, section: DataConfig) -> Listings | None:
+        """What was listed of a section; None where that was in another process, of another run."""
+        return self.files.get(section) if isinstance(self.files, dict) else None
+
+    def file_loaders(self, topology: Topology) -> Mapping[str, StatefulLoader[TokenBatch]]:
+        """Of the held-out files that have a name, each at its start."""
+        if self._named is None:
+            self._named = open_files(self.config, topology, self.sizes.vocab)
+        for loader in self._named.values():
+            loader.reset()
+        return self._named
+
+    def with_vocabulary(self) -> RunConfig:
+        """The config with a model of as many ids as the data has: those of the tokenizer of documents, or of the recall
+        task. Of token files it is what `--model.vocab` says."""
+        data, vocab = self.config.data, self.sizes.vocab
+        if data.recall is not None:
+            vocab = data.recall.vocab_size
+        elif not data.tokens:
+            vocab = self.tokenizer().vocab_size
+        return replace(self.config, model=dataclasses.replace(self.sizes, vocab=vocab))
+
+    def tokenizer(self, makers: Mapping[str, str] | None = None) -> Tokenizer:
+        """That of the run's data. `makers`: of its token files, as `makers_of`; None: their sidecars say it. Raises
+        UserError where the data is no text, or its tokenizer is not known."""
+        data = self.config.data
+        if data.recall is not None:
+            raise UserError("it was trained on the recall task, whose ids stand for no text: give another model")
+        if makers is None and data.tokens:
+            listed = self._listed(data)
+            listed = listed if isinstance(listed, TokenListing) else list_token_data(data)
+            makers = makers_of(sidecar_of(file) for source in listed.training for file in source.files)
+        return run_tokenizer(data, self.sizes.vocab, makers or {})
+
+    def end_of_document(self) -> int | None:
+        """The id that ends a document; None where the data does not say."""
+        data = self.config.data
+        if data.recall is not None:
+            return None
+        try:
+            return data.eos_id if data.tokens and data.eos_id is not None else self.tokenizer().eos_id
+        except UnknownTokenizerError:
+            return None
+
+    def text_limit(self) -> int | None:
+        """None: a text of any length is read piece by piece through the carry."""
+        return None
+
+    def byte_lengths(self) -> Tensor | None:
+        """Bytes of text that each token id stands for; None where that is not known."""
+        # Its tokenizer is loaded for it, and evaluations ask again.
+        if self._byte_lengths is None:
+            data = self.config.data
+            self._byte_lengths = (byte_lengths_of(data, self._listed(data), self.sizes.vocab),)
+        (lengths,) = self._byte_lengths
+        if lengths is None or lengths.numel() >= self.sizes.vocab:
+            return lengths
+        return F.pad(lengths, (0, self.sizes.vocab - lengths.numel()))

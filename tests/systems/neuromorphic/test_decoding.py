@@ -115,6 +115,14 @@ def test_the_state_has_one_size_and_comes_back(model, ids: Tensor) -> None:
     assert all(found == sizes[0] for found in sizes)
 
 
+def test_the_state_of_a_model_in_bfloat16_is_float32(ids: Tensor) -> None:
+    decoder = NeuromorphicDecoder(small_model(torch.bfloat16), Uses(lifelong=True), eos_id=EOS)
+    state = decoder.empty(3)
+    assert decoder.read(ids[:, :19], state).dtype == torch.float32
+    assert {tensor.dtype for tensor in state.tensors().values()} == {torch.float32, torch.int64}
+    assert decoder.step(ids[:, 19], state).isfinite().all()
+
+
 def test_without_an_end_a_text_is_one_document(model, ids: Tensor) -> None:
     decoder = NeuromorphicDecoder(model, Uses())
     state = decoder.empty(3)

@@ -57,8 +57,8 @@ class Measures:
         raise NotImplementedError
 
     @cached_property
-    def eos_id(self) -> int:
-        """The id that ends a document."""
+    def eos_id(self) -> int | None:
+        """The id that ends a document; None where the data does not say."""
         return self.tokenizer().eos_id
 
     def metrics(
@@ -86,7 +86,9 @@ class Measures:
     def samples(
         self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint
     ) -> Mapping[str, Sample]:
-        """As `Samples.samples`: held-out texts that the model goes on with."""
+        """As `Samples.samples`: held-out texts that the model goes on with; none where the ids stand for no text."""
+        if self.eos_id is None:
+            return {}
         was_training = model.training
         with shared_errors(sync_point.topology):
             loader, tokenizer = self.held_out(phase, sync_point.topology), self.tokenizer()
@@ -130,8 +132,7 @@ class Measures:
             options["documents"] = (0, *options["documents"])
         chosen, topology, was_training = Options(**options), sync_point.topology, model.training
         with shared_errors(topology):
-            # Every rank reads the streams of the first, so that all agree on what is told where.
-            loader, tokenizer = self.held_out(phase, Topology()), self.tokenizer()
+            loader, tokenizer = self.held_out(phase, topology), self.tokenizer()
         held_out = _streams(loader, sync_point)
         probes = TextFacts(tokenizer.encode, tokenizer.eos_id, held_out, self.config.seed)
         model.eval()

@@ -25,8 +25,8 @@ def evaluation_of(answers: Sequence[Answers], own: str, chance: float) -> Evalua
         f"lifelong/{_key(SAID[answer.way])}/documents_{answer.documents}": answer.right / answer.questions
         for answer in short
     }
-    after = [answer for answer in answers if answer.domain != own]
-    after += [answer for answer in short if answer.way == NOTHING]
+    after = [answer for answer in short if answer.way == NOTHING]
+    after += [answer for answer in answers if answer.domain != own]
     scalars |= {
         f"forgetting/{_key(answer.domain)}/documents_{answer.documents}": answer.right / answer.questions
         for answer in after
@@ -90,20 +90,22 @@ def _curve(
     *,
     log_x: bool = False,
 ) -> Curve:
-    """A series a label over the places, of which several lengths of documents may share one; the 95 % intervals are
-    Wilson's, over questions."""
+    """A series a label over the places, of which several lengths of documents may share one. The 95 % interval of the
+    first is Wilson's, over questions; the table has those of all."""
     x = sorted({place(answer) for answer in answers})
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for answer in answers:
         right, questions = found.get((label(answer), place(answer)), (0, 0))
         found[label(answer), place(answer)] = right + answer.right, questions + answer.questions
     labels = list(dict.fromkeys(label(answer) for answer in answers))
-    series, intervals = {}, {}
+    series: dict[str, tuple[float, ...]] = {}
+    intervals: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
     for name in labels:
         at = [found.get((name, p), (0, 0)) for p in x]
         series[name] = tuple(right / questions if questions else math.nan for right, questions in at)
         ends = [wilson(right, questions) for right, questions in at]
-        intervals[name] = (tuple(low for low, _ in ends), tuple(high for _, high in ends))
+        if not intervals:
+            intervals[name] = (tuple(low for low, _ in ends), tuple(high for _, high in ends))
     return Curve(
         title,
         x_label,

@@ -200,7 +200,7 @@ def test_the_suite_runs_on_text_and_says_what_it_found() -> None:
     curve = found.curves["lifelong_documents"]
     assert curve.x == (0, 1) and len(curve.series) == ways and curve.levels == {"chance": 0.25}
     assert found.curves["lifelong_tokens"].x == (65, 321)
-    assert list(found.curves["lifelong_forgetting"].series) == ["stories", "lists of words", "held-out text"]
+    assert list(found.curves["lifelong_forgetting"].series) == ["held-out text", "stories", "lists of words"]
     for values in curve.series.values():
         assert all(0 <= value <= 1 for value in values)
     assert found.scalars["lifelong/all_on/documents_1"] == curve.series["all on"][1]

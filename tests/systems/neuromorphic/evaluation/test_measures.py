@@ -78,11 +78,12 @@ def test_the_system_can_all_that_is_asked_of_it() -> None:
 
 def test_what_is_measured_in_training_leaves_the_model_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "WRITTEN", 20)
+    monkeypatch.setattr(sampling, "TEXTS", 1)
     system, engine = Measured(), Wrapped(model).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     context, sync_point = StepContext(Topology(), 3, "C", 200), SyncPoint(Topology())
     drawn = system.samples(engine, PHASE, context, sync_point)
-    assert list(drawn) == ["text_samples"] and len(drawn["text_samples"].texts) == 3  # type: ignore[union-attr]
+    assert list(drawn) == ["text_samples"] and len(drawn["text_samples"].texts) == 1  # type: ignore[union-attr]
     batch = system.held_out(PHASE, Topology()).next_step()[0]
     output = engine(batch.input_ids, batch.labels, batch.segment_ids, batch.positions, statistics=True)
     metrics = system.metrics(batch, None, output, context)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.systems.neuromorphic.memory.episodic import Candidates, EpisodicMemory
-from pipeline.systems.neuromorphic.model import columns
 from pipeline.systems.neuromorphic.model.columns import ColumnLinear
 from pipeline.systems.neuromorphic.state import EpisodicState
 from tests.systems.neuromorphic.memory import small
@@ -173,7 +172,7 @@ def test_strengths_written_are_gain_times_novelty(memory):
         close(written, gain * found.novelty[:, b])
         assert float(gain.mean()) == pytest.approx(float(measures["gain"][b] * measures["decay"][b]), rel=0.01)
     assert measures["written"].tolist() == [4, 4]
-    close(after.keys[:, :, :4], columns.unit(found.keys))
+    close(after.keys[:, :, :4], found.keys)
     close(after.values[:, :, :4], found.values)
 
 

@@ -55,9 +55,9 @@ def read_by_hand(memory, state: EpisodicState, b: int, n: int, t: int, alive: bo
         logits = torch.stack([matches[m] + context @ state.values[n, b, m] / 2 for m in best])
         y = torch.softmax(logits, 0) @ state.values[n, b, best]
     readout = memory.readout
-    normed = F.layer_norm(y, (E,)) * readout.norm.weight[b] + readout.norm.bias[b]
-    inner = F.gelu(normed @ readout.inner.weight[b] + readout.inner.bias[b])
-    return of_column(memory.output, b, y + inner @ readout.outer.weight[b] + readout.outer.bias[b])
+    normed = F.layer_norm(y, (E,)) * readout.norm_weight[b] + readout.norm_bias[b]
+    inner = F.gelu(normed @ readout.inner_weight[b] + readout.inner_bias[b])
+    return of_column(memory.output, b, y + inner @ readout.outer_weight[b] + readout.outer_bias[b])
 
 
 @pytest.mark.parametrize("there", [0, 2, 5])

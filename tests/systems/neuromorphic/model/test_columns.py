@@ -43,9 +43,9 @@ def test_norm_and_feed_forward_are_those_of_each_column() -> None:
     )
 
     def one(b: int) -> torch.Tensor:
-        normed = F.layer_norm(x[b], (4,), part.norm.weight[b], part.norm.bias[b])
-        inner = F.gelu(F.linear(normed, part.inner.weight[b].T, part.inner.bias[b]))
-        return x[b] + F.linear(inner, part.outer.weight[b].T, part.outer.bias[b])
+        normed = F.layer_norm(x[b], (4,), part.norm_weight[b], part.norm_bias[b])
+        inner = F.gelu(F.linear(normed, part.inner_weight[b].T, part.inner_bias[b]))
+        return x[b] + F.linear(inner, part.outer_weight[b].T, part.outer_bias[b])
 
     wanted = torch.stack([one(b) for b in range(2)])
     torch.testing.assert_close(part(x), wanted)

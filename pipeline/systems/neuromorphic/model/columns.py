@@ -27,14 +27,19 @@ class ColumnLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(columns, inputs, outputs))
         self.bias = nn.Parameter(torch.empty(columns, outputs)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [columns, ..., inputs] -> [columns, ..., outputs], one product for all columns."""
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        if self.bias is None:
-            out = torch.bmm(flat, self.weight)
-        else:
-            out = torch.baddbmm(self.bias.unsqueeze(1), flat, self.weight)
-        return out.view(*x.shape[:-1], out.shape[-1])
+    def forward(self, *parts: Tensor) -> Tensor:
+        """x [columns, ..., inputs] -> [columns, ..., outputs], one product for all columns.
+
+        x may be given in parts of some of its features each, which are then never put together: a product for each.
+        """
+        shape = parts[0].shape[:-1]
+        flat = [x.reshape(x.shape[0], -1, x.shape[-1]) for x in parts]
+        weights = self.weight.split([x.shape[-1] for x in parts], dim=1) if len(parts) > 1 else (self.weight,)
+        out = None if self.bias is None else self.bias.unsqueeze(1)
+        for x, weight in zip(flat, weights, strict=True):
+            out = torch.bmm(x, weight) if out is None else torch.baddbmm(out, x, weight)
+        assert out is not None
+        return out.view(*shape, out.shape[-1])
 
 
 class SharedColumnLinear(nn.Module):

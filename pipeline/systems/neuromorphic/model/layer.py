@@ -62,7 +62,7 @@ class GatedLayer(nn.Module):
         and the gates.
         """
         columns, rows, tokens, width = x.shape
-        mixed = self.gates(torch.cat((x, procedural, context), dim=-1))
+        mixed = self.gates(x, procedural, context)
         mixed = mixed + surprise[..., None].to(x.dtype) * self.surprise[:, None, None]
         # In bfloat16 a factor above 0.998 is 1, and nothing is ever forgotten.
         a = torch.sigmoid(mixed[..., :width].to(hidden.dtype))

@@ -24,8 +24,10 @@ def test_a_map_of_columns_is_a_linear_map_of_each() -> None:
     module, x = filled(ColumnLinear(3, 4, 5)), torch.randn(3, 2, 6, 4, dtype=torch.float64)
     wanted = torch.stack([F.linear(x[b], module.weight[b].T, module.bias[b]) for b in range(3)])
     torch.testing.assert_close(module(x), wanted)
+    torch.testing.assert_close(module(x[..., :1], x[..., 1:]), wanted)
     bare = filled(ColumnLinear(3, 4, 5, bias=False))
-    torch.testing.assert_close(bare(x), torch.stack([x[b] @ bare.weight[b] for b in range(3)]))
+    for parts in ((x,), x.split([3, 1], -1)):
+        torch.testing.assert_close(bare(*parts), torch.stack([x[b] @ bare.weight[b] for b in range(3)]))
 
 
 def test_a_map_of_one_shared_input_is_a_linear_map_of_each_column() -> None:

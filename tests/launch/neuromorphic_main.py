@@ -34,8 +34,8 @@ ROWS, LAST = 4, 9
 GRADIENTS = {"A": (0, 3), "B": (1, 2), "C": (0, 3)}
 """ZeRO stages by phase, stage 3 with every parameter sharded."""
 RUNS: dict[str, dict[str, Any]] = {"zero1": {"zero": "zero1"}, "zero3 bf16": {"zero": "zero3", "precision": "bf16"}}
-PLACES = {"zero1": (2, 6, 8), "zero3 bf16": (3, 5)}
-"""Steps from which a run goes on: inside A, at both switches, inside B and in lifelong mode."""
+PLACES = {"zero1": (2, 6, 8), "zero3 bf16": (5,)}
+"""Steps from which a run goes on, over the switches behind them: in A, where B ended, in lifelong mode; in B."""
 ALONE = 5
 """The step from which one rank goes on."""
 
@@ -107,18 +107,16 @@ def losses(folder: Path) -> list[list[Any]]:
 
 
 def resumed(out: Path, number: int, name: str) -> dict[str, Any]:
-    """In what runs that go on from several places differ from one in a piece, and from one that evaluates nothing."""
+    """In what runs that go on from several places differ from one in a piece, which evaluates and samples more often."""
     straight, changes = out / f"straight{number}", settings(**RUNS[name])
+    # As rarely as can be: where a phase ends.
+    unwatched = {**changes, "eval_every": 0, "sample_every": 0, "ablate_every": 0, "save_every": 4}
     train(small(out, output_dir=straight, **changes))
     others = {}
     for step in PLACES[name]:
         others[str(step)] = out / f"resumed{number}-{step}"
         place = str(straight / "checkpoints" / f"checkpoint-{step}")
-        train(small(out, output_dir=others[str(step)], resume=place, **changes))
-    if number == 0:
-        others["unwatched"] = out / "unwatched"
-        changes |= {"eval_every": 0, "sample_every": 0, "ablate_every": 0, "save_every": 4}
-        train(small(out, output_dir=others["unwatched"], **changes))
+        train(small(out, output_dir=others[str(step)], resume=place, **unwatched))
     if dist.get_rank() != 0:
         return {}
     last = f"checkpoints/checkpoint-{LAST}"

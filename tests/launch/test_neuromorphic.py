@@ -16,7 +16,7 @@ from tests.launch.neuromorphic_main import ALONE, GRADIENTS, LAST, PLACES, RUNS
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("neuromorphic")
     for ranks in (2, 1):
-        done = forked(ranks, "tests.launch.neuromorphic_main", str(folder))
+        done = forked(ranks, "tests.launch.neuromorphic_main", str(folder), timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -39,13 +39,9 @@ def test_a_resume_anywhere_costs_no_bit(found: dict[str, Any], run: str) -> None
     """Nor do validation, samples and ablations, in the middle of documents, across both switches, in lifelong mode."""
     facts = found["resumed"][run]
     assert facts["differences"] == {name: [] for name in facts["differences"]}
-    assert {str(place) for place in PLACES[run]} <= set(facts["differences"])
+    assert {str(place) for place in PLACES[run]} == set(facts["differences"])
     phases = [[step, phase] for step, phase, _ in facts["losses"]]
     assert phases == [[step, "ABC"[(step - 1) // 3]] for step in range(1, LAST + 1)]
-
-
-def test_a_run_without_evaluations_is_compared(found: dict[str, Any]) -> None:
-    assert "unwatched" in found["resumed"]["zero1"]["differences"]
 
 
 def test_a_resume_on_another_number_of_ranks_gives_the_same_losses(folder: Path, found: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def losses(folder: Path) -> list[list[Any]]:
 
 
 def resumed(out: Path, number: int, name: str) -> dict[str, Any]:
-    """In what runs that go on from several places differ from one in a piece, which evaluates and samples more often."""
+    """In what runs that go on from several places differ from one in a piece, which evaluates and samples more."""
     straight, changes = out / f"straight{number}", settings(**RUNS[name])
     # As rarely as can be: where a phase ends.
     unwatched = {**changes, "eval_every": 0, "sample_every": 0, "ablate_every": 0, "save_every": 4}

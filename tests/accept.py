@@ -120,6 +120,10 @@ EXPERIMENTS = {
         "a pass of the fixed point takes little more than its own matrix products",
         ("tests/systems/cvfp/test_speed.py",), 12,
     ),
+    "neuromorphic": Experiment(
+        "facts that the window no longer sees are known by the memories, within a document and in later ones",
+        ("tests/systems/neuromorphic/test_experiment.py",), 12,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

@@ -27,6 +27,7 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("columns", ("column_input.", "layers.")),
 )
 """Parts of the model and how the names of their parameters begin; the first that fits has it."""
+GAINS = ("norm.weight", "norm_weight")
 LEARNED = ("decoder.layers", "decoder.summary", "decoder.kinds", "decoder.columns", "decoder.thalamic")
 
 
@@ -42,10 +43,9 @@ def random_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
     calibrated = initial_value(name, shape, generator)
     if calibrated is not None:
         return calibrated
-    module = name.split(".")[-2] if "." in name else ""
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return torch.zeros(shape)
-    if module.endswith("norm"):
+    if name.endswith(GAINS):
         return torch.ones(shape)
     if name == "decoder.output.weight":
         return DECODER_OUTPUT * torch.randn(shape, generator=generator)
@@ -65,8 +65,7 @@ def part_of(name: str) -> str:
 def is_vector(name: str) -> bool:
     """Whether a parameter is a bias, the gain of a norm or a learned vector, which weight decay leaves alone: those of
     all columns are matrices of as many rows, so that the number of dimensions does not say it."""
-    module = name.split(".")[-2] if "." in name else ""
-    return name.endswith((".bias", ".surprise")) or module.endswith("norm") or name in LEARNED
+    return name.endswith(("bias", ".surprise", *GAINS)) or name in LEARNED
 
 
 def trained(name: str, phase: str) -> bool:

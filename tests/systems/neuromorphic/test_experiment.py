@@ -34,7 +34,7 @@ def test_facts_are_told_beyond_the_window_and_in_later_documents(record_property
     model = experiment.new_model(experiment.config())
     # From one fact on: among many, what is read is about another one at first, and says nothing.
     for task, name in ((ONE, "one fact"), (WITHIN, "three facts")):
-        _, steps = train(model, task, Uses(), most=800, enough=0.97)
+        _, steps = train(model, task, Uses(), most=600, enough=0.97)
         record_property(f"steps, {name}", steps)
     empty = Uses(procedural="empty", episodic="empty")
     ways = {
@@ -43,7 +43,7 @@ def test_facts_are_told_beyond_the_window_and_in_later_documents(record_property
     }  # fmt: skip
     within = {name: right_answers(model, WITHIN, uses)[0] for name, uses in ways.items()}
 
-    _, steps = train(model, LATER, LIFELONG, most=800, enough=0.97)
+    _, steps = train(model, LATER, LIFELONG, most=500, enough=0.95)
     record_property("steps, lifelong", steps)
     ways = {name: dataclasses.replace(uses, lifelong=True) for name, uses in ways.items()}
     found = {name: right_answers(model, LATER, uses) for name, uses in ways.items()}

@@ -48,7 +48,8 @@ class EpisodicMemory(nn.Module):
     Changed against the prototype: a candidate is written to one slot, and all of a span at once (there: each smeared
     over all slots, one after the other); strengths are in the retrieval's logits; novelty compares surprise / (surprise
     + ln vocabulary) and 1 - cosine, both 0 to 1; cosines enter the logits times sqrt(E), as products of vectors of unit
-    variance do; an episode that a new one replaces leaves nothing.
+    variance do; an episode that a new one replaces leaves nothing, also where it has the same key, and only its
+    strength adds up (there: a running mean of keys and values, in which what was told first outweighs what is told now).
     """
 
     def __init__(self, config: NeuromorphicConfig) -> None:
@@ -141,10 +142,9 @@ class EpisodicMemory(nn.Module):
     ) -> tuple[EpisodicState, dict[str, Tensor]]:
         """The candidates become episodes at the end of a span. surprise [N]: mean nats of the span.
 
-        g, tau, ww, decay of the neuromodulator; each candidate goes to one slot (`chosen_slots`) with alpha = g. Into
-        an episode that it matches: K <- unit of (1 - alpha) K + alpha k, V <- (1 - alpha) V + alpha v, S <- S + alpha
-        novelty; in place of another: K = k, V = v, S = alpha novelty. Then S <- decay clamp(S, 0, 3), rescaled to a
-        sum of 8 if above. Returns the state and detached measures, each [B].
+        g, tau, ww, decay of the neuromodulator; each candidate goes to one slot (`chosen_slots`) with alpha = g: K = k,
+        V = v, and S <- S + alpha novelty where it matches the episode there, else S = alpha novelty. Then S <- decay
+        clamp(S, 0, 3), rescaled to a sum of 8 if above. Returns the state and detached measures, each [B].
         """
         scalars = torch.stack(
             [

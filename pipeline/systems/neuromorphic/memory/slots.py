@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.systems.neuromorphic.model.columns import unit
 from pipeline.systems.neuromorphic.state import EpisodicState
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Slots:
     written: Tensor
     """bool."""
     matched: Tensor
-    """bool: written into an episode of nearly its key; else in place of another one."""
+    """bool: written over the episode of nearly its key; else in place of another one."""
     weight: Tensor
     """1 where written, else 0; with the gradient of the softmax over slots."""
 
@@ -66,26 +65,17 @@ def chosen_slots(
 
 def written(candidates: Candidates, slots: Slots, state: EpisodicState, gain: Tensor) -> EpisodicState:
     """The state after the candidates have entered their slots: what writing them one after the other, in the order of
-    their positions, gives, with keys normalised at the end. Strengths are not yet limited, nor decayed."""
-    alpha = slots.weight * gain
-    replaces = slots.written & ~slots.matched
-    log_kept = torch.log1p(-alpha) * slots.matched
+    their positions, gives. Strengths are not yet limited, nor decayed."""
+    amount = slots.weight * gain * candidates.novelty
     same = slots.index.unsqueeze(-1) == slots.index.unsqueeze(-2)
     later = candidates.positions.unsqueeze(-2) > candidates.positions.unsqueeze(-1)
-    kept_after = ((same & later) * log_kept.unsqueeze(-2)).sum(-1).exp()
-    share = torch.where(replaces, slots.written.to(alpha.dtype), alpha * kept_after)
+    last = slots.written & ~(same & later & slots.written.unsqueeze(-2)).any(-1)
     # A product with one-hot rows and not scatter_add, which on CUDA adds in any order.
-    one_hot = F.one_hot(slots.index, state.strengths.shape[-1]).to(alpha.dtype).transpose(-1, -2)
-
-    def gathered(values: Tensor) -> Tensor:
-        return (one_hot @ values.unsqueeze(-1)).squeeze(-1)
-
-    replaced = gathered(replaces.to(alpha.dtype)) > 0
-    touched = (gathered(slots.written.to(alpha.dtype)) > 0).unsqueeze(-1)
-    kept = gathered(log_kept).exp().masked_fill(replaced, 0).unsqueeze(-1)
-    keys = kept * state.keys + one_hot @ (share.unsqueeze(-1) * candidates.keys)
-    values = kept * state.values + one_hot @ (share.unsqueeze(-1) * candidates.values)
-    strengths = state.strengths.masked_fill(replaced, 0) + gathered(alpha * candidates.novelty)
-    return EpisodicState(
-        torch.where(touched, unit(keys), state.keys), torch.where(touched, values, state.values), strengths
-    )
+    one_hot = F.one_hot(slots.index, state.strengths.shape[-1]).to(amount.dtype).transpose(-1, -2)
+    of_last = one_hot * last.unsqueeze(-2)
+    touched = of_last.sum(-1) > 0
+    replaced = (one_hot @ (slots.written & ~slots.matched).to(amount.dtype).unsqueeze(-1)).squeeze(-1) > 0
+    keys, values = of_last @ candidates.keys, of_last @ candidates.values
+    strengths = state.strengths.masked_fill(replaced, 0) + (one_hot @ amount.unsqueeze(-1)).squeeze(-1)
+    touched = touched.unsqueeze(-1)
+    return EpisodicState(torch.where(touched, keys, state.keys), torch.where(touched, values, state.values), strengths)

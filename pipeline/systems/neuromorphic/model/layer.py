@@ -62,12 +62,13 @@ class GatedLayer(nn.Module):
         and the gates.
         """
         columns, rows, tokens, width = x.shape
-        mixed = self.gates(torch.cat((x, procedural, context), dim=-1))
+        mixed = self.gates(x, procedural, context)
         mixed = mixed + surprise[..., None].to(x.dtype) * self.surprise[:, None, None]
         # In bfloat16 a factor above 0.998 is 1, and nothing is ever forgotten.
         a = torch.sigmoid(mixed[..., :width].to(hidden.dtype))
         b = torch.tanh(mixed[..., width:])
-        added = (b * (1 - a)).to(x.dtype) if self.scaled else b
+        # Not b (1 - a), which would keep 1 - a for the backward pass.
+        added = (b - b * a).to(x.dtype) if self.scaled else b
         flat = (columns * rows, tokens, width)
         h, after = affine_scan(
             a.reshape(flat),

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.systems.neuromorphic.memory.episodic import Candidates, EpisodicMemory
-from pipeline.systems.neuromorphic.model import columns
 from pipeline.systems.neuromorphic.model.columns import ColumnLinear
 from pipeline.systems.neuromorphic.state import EpisodicState
 from tests.systems.neuromorphic.memory import small
@@ -56,9 +55,9 @@ def read_by_hand(memory, state: EpisodicState, b: int, n: int, t: int, alive: bo
         logits = torch.stack([matches[m] + context @ state.values[n, b, m] / 2 for m in best])
         y = torch.softmax(logits, 0) @ state.values[n, b, best]
     readout = memory.readout
-    normed = F.layer_norm(y, (E,)) * readout.norm.weight[b] + readout.norm.bias[b]
-    inner = F.gelu(normed @ readout.inner.weight[b] + readout.inner.bias[b])
-    return of_column(memory.output, b, y + inner @ readout.outer.weight[b] + readout.outer.bias[b])
+    normed = F.layer_norm(y, (E,)) * readout.norm_weight[b] + readout.norm_bias[b]
+    inner = F.gelu(normed @ readout.inner_weight[b] + readout.inner_bias[b])
+    return of_column(memory.output, b, y + inner @ readout.outer_weight[b] + readout.outer_bias[b])
 
 
 @pytest.mark.parametrize("there", [0, 2, 5])
@@ -173,7 +172,7 @@ def test_strengths_written_are_gain_times_novelty(memory):
         close(written, gain * found.novelty[:, b])
         assert float(gain.mean()) == pytest.approx(float(measures["gain"][b] * measures["decay"][b]), rel=0.01)
     assert measures["written"].tolist() == [4, 4]
-    close(after.keys[:, :, :4], columns.unit(found.keys))
+    close(after.keys[:, :, :4], found.keys)
     close(after.values[:, :, :4], found.values)
 
 

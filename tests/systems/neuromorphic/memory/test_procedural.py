@@ -47,9 +47,9 @@ def test_a_token_reads_strengths_times_matches_times_values(memory):
                 for i in range(3):
                     match = state.keys[n, 1, b, i] @ unit(x[b, n, t])
                     y = y + alive[n, t] * state.strengths[n, 1, b, i] * match * state.values[n, 1, b, i]
-                normed = F.layer_norm(y, (WIDTH,)) * readout.norm.weight[b] + readout.norm.bias[b]
-                inner = F.gelu(normed @ readout.inner.weight[b] + readout.inner.bias[b])
-                close(found[b, n, t], y + inner @ readout.outer.weight[b] + readout.outer.bias[b])
+                normed = F.layer_norm(y, (WIDTH,)) * readout.norm_weight[b] + readout.norm_bias[b]
+                inner = F.gelu(normed @ readout.inner_weight[b] + readout.inner_bias[b])
+                close(found[b, n, t], y + inner @ readout.outer_weight[b] + readout.outer_bias[b])
 
 
 def eligible_by_token(memory, spans, state: ProceduralState, published: bool = False) -> tuple[Tensor, Tensor]:

@@ -36,13 +36,18 @@ def shared(module, i: int, x: Tensor) -> Tensor:
     return out if module.bias is None else out + module.bias[i]
 
 
-def norm(module: ColumnNorm, i: int, x: Tensor) -> Tensor:
+def normed(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     centred = x - x.mean()
-    return centred / (centred.square().mean() + 1e-5).sqrt() * module.weight[i] + module.bias[i]
+    return centred / (centred.square().mean() + 1e-5).sqrt() * gain + shift
+
+
+def norm(module: ColumnNorm, i: int, x: Tensor) -> Tensor:
+    return normed(x, module.weight[i], module.bias[i])
 
 
 def feed_forward(module: ColumnFeedForward, i: int, x: Tensor) -> Tensor:
-    return x + linear(module.outer, i, F.gelu(linear(module.inner, i, norm(module.norm, i, x))))
+    inner = normed(x, module.norm_weight[i], module.norm_bias[i]) @ module.inner_weight[i] + module.inner_bias[i]
+    return x + F.gelu(inner) @ module.outer_weight[i] + module.outer_bias[i]
 
 
 def attend(module: Attention, i: int, query: Tensor, keys: list[Tensor]) -> Tensor:

@@ -24,8 +24,10 @@ def test_a_map_of_columns_is_a_linear_map_of_each() -> None:
     module, x = filled(ColumnLinear(3, 4, 5)), torch.randn(3, 2, 6, 4, dtype=torch.float64)
     wanted = torch.stack([F.linear(x[b], module.weight[b].T, module.bias[b]) for b in range(3)])
     torch.testing.assert_close(module(x), wanted)
+    torch.testing.assert_close(module(x[..., :1], x[..., 1:]), wanted)
     bare = filled(ColumnLinear(3, 4, 5, bias=False))
-    torch.testing.assert_close(bare(x), torch.stack([x[b] @ bare.weight[b] for b in range(3)]))
+    for parts in ((x,), x.split([3, 1], -1)):
+        torch.testing.assert_close(bare(*parts), torch.stack([x[b] @ bare.weight[b] for b in range(3)]))
 
 
 def test_a_map_of_one_shared_input_is_a_linear_map_of_each_column() -> None:
@@ -43,9 +45,9 @@ def test_norm_and_feed_forward_are_those_of_each_column() -> None:
     )
 
     def one(b: int) -> torch.Tensor:
-        normed = F.layer_norm(x[b], (4,), part.norm.weight[b], part.norm.bias[b])
-        inner = F.gelu(F.linear(normed, part.inner.weight[b].T, part.inner.bias[b]))
-        return x[b] + F.linear(inner, part.outer.weight[b].T, part.outer.bias[b])
+        normed = F.layer_norm(x[b], (4,), part.norm_weight[b], part.norm_bias[b])
+        inner = F.gelu(F.linear(normed, part.inner_weight[b].T, part.inner_bias[b]))
+        return x[b] + F.linear(inner, part.outer_weight[b].T, part.outer_bias[b])
 
     wanted = torch.stack([one(b) for b in range(2)])
     torch.testing.assert_close(part(x), wanted)

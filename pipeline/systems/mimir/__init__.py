@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.data_commands import DataCommands
     from pipeline.config import RunConfig
+    from pipeline.data_commands import DataCommands
     from pipeline.system import System
 
 

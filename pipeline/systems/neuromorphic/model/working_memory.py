@@ -41,7 +41,7 @@ class WorkingMemory(nn.Module):
         plan = plan_window_attention(
             segment_ids,
             positions,
-            rope=self._rope(),
+            rope=self._rope(x.device),
             window=self.window,
             sinks=0,
             carry=carry,
@@ -51,6 +51,7 @@ class WorkingMemory(nn.Module):
         out, carry = window_attention(q, k, v, plan, carry)
         return self.output(rearrange(out, "n t h d -> n t (h d)")), carry
 
-    def _rope(self) -> Rope:
-        pairs = torch.arange(0, self.head_width, 2, dtype=torch.float64) / self.head_width
+    def _rope(self, device: torch.device) -> Rope:
+        # Made there: a copy from the host would wait for it.
+        pairs = torch.arange(0, self.head_width, 2, dtype=torch.float64, device=device) / self.head_width
         return Rope(ROPE_BASE**-pairs if self.rotated else torch.zeros_like(pairs))

@@ -29,7 +29,7 @@ class EpisodicMemory(nn.Module):
     over all slots, one after the other); strengths are in the retrieval's logits; novelty compares surprise / (surprise
     + ln vocabulary) and 1 - cosine, both 0 to 1; cosines enter the logits times sqrt(E), as products of vectors of unit
     variance do; an episode that a new one replaces leaves nothing, also where it has the same key, and only its
-    strength adds up (there: a running mean of keys and values, in which what was told first outweighs what is told now).
+    strength adds up (there: a running mean, in which what was told first outweighs what is told now).
     """
 
     def __init__(self, config: NeuromorphicConfig) -> None:

@@ -96,7 +96,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
             parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
         )
     if "steps" in given:
-        replaced = {name.removeprefix("model."): None for name in own_steps if name not in given}
+        replaced: dict[str, Any] = {name.removeprefix("model."): None for name in own_steps if name not in given}
         parsed = replace(parsed, model=dataclasses.replace(parsed.model, **replaced))
     if file is not None and states(Path(file), "parallel", "sequence"):
         given.add("parallel.sequence")

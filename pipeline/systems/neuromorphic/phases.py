@@ -47,7 +47,8 @@ def create_phases(config: RunConfig, model: nn.Module) -> Sequence[Phase]:
 
 
 def _groups(names: Iterable[str], weight_decay: float) -> tuple[ParameterGroup, ...]:
-    matrices, vectors = [], []
+    matrices: list[str] = []
+    vectors: list[str] = []
     for name in names:
         (vectors if is_vector(name) else matrices).append(name)
     return (

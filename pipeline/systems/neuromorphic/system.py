@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.checkpoint.manifest import pointed
 from pipeline.checkpoint.restore import TRAINER_STATE, read_progress
@@ -99,7 +99,7 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
         return create_phases(self.config, model)
 
     @cached_property
-    def eos_id(self) -> int | None:  # type: ignore[override]
+    def eos_id(self) -> int | None:
         return self.end_of_document()
 
     def count(self, batch: TokenBatch) -> Counts:

@@ -1,0 +1,75 @@
+"""Which text a phase reads: sets by name, a source of the user's own, and documents that no other phase reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands.flags import parse_run
+from pipeline.config import RunConfig
+from pipeline.data_config import RecallConfig
+from pipeline.errors import UserError
+from pipeline.parallel.topology import Topology
+from pipeline.systems.neuromorphic.config import PHASES
+from pipeline.systems.neuromorphic.data import DCLM, FINEWEB, TINY_STORIES, phase_data
+from tests.systems.neuromorphic.harness import created, documents, small
+
+MIX = (f"{FINEWEB}=0.6", f"{DCLM}=0.4")
+
+
+def parsed(*words: str) -> RunConfig:
+    return parse_run(["neuromorphic", "--preset", "phase_a_to_c", *words], "train")
+
+
+def sources(config: RunConfig, *, held_out: bool = False) -> list[object]:
+    sections = [phase_data(config, phase, held_out=held_out) for phase in PHASES]
+    return [section.dataset or section.mix or section.path for section in sections]
+
+
+def test_each_phase_reads_its_set() -> None:
+    config = parsed()
+    assert sources(config) == sources(config, held_out=True) == [TINY_STORIES, MIX, MIX]
+    tokenizer = phase_data(config, "B").tokenizer
+    assert tokenizer == phase_data(parsed(), "A").tokenizer == config.data.tokenizer
+    assert phase_data(parsed("--tokenizer", "gpt2"), "B").tokenizer == "gpt2"
+
+
+def test_a_set_is_chosen_for_all_phases() -> None:
+    assert sources(parsed("--data-phase", "A")) == [TINY_STORIES] * 3
+    config = parsed("--data-phase", "B", "--val-data-phase", "A")
+    assert sources(config) == [MIX] * 3 and sources(config, held_out=True) == [TINY_STORIES] * 3
+    own = parsed("--data-phase", "B", "--data.path", "my_texts")
+    assert sources(own) == sources(own, held_out=True) == [("my_texts",)] * 3
+    with pytest.raises(UserError, match="data-phase"):
+        parsed("--data-phase", "Z")
+
+
+def test_held_out_documents_are_no_training_documents_of_any_phase(tmp_path: Path) -> None:
+    documents(tmp_path / "documents")
+    system = created(small(tmp_path, sequence_length=64))
+    import torch
+
+    with torch.device("meta"):
+        phases = system.phases(system.build())
+    texts = {}
+    for side, open_loader in (("training", system.loader), ("held out", system.held_out)):
+        loader = open_loader(phases[0], Topology())
+        texts[side] = {
+            document.text
+            for document in loader._documents.scan()  # the whole corpus of this side
+        }
+    assert texts["training"] and texts["held out"] and not texts["training"] & texts["held out"]
+    # The loader of one phase goes on where that of the one before stood.
+    assert [phase.keep_carry for phase in phases] == [False, True, True]
+
+
+def test_the_vocabulary_is_that_of_what_is_read(tmp_path: Path) -> None:
+    documents(tmp_path / "documents")
+    assert created(small(tmp_path, model__vocab=999)).sizes.vocab == 260
+    task = RecallConfig(keys=16, values=16, fillers=16, pairs=2, queries=2, max_gap=80)
+    config = small(tmp_path, data__path=(), data__recall=task, sequence_length=128)
+    system = created(config)
+    assert system.sizes.vocab == task.vocab_size and system.eos_id is None
+    with pytest.raises(UserError, match="ids stand for no text"):
+        system.tokenizer()

@@ -124,6 +124,10 @@ EXPERIMENTS = {
         "facts that the window no longer sees are known by the memories, within a document and in later ones",
         ("tests/systems/neuromorphic/test_experiment.py",), 12,
     ),
+    "neuromorphic_speed": Experiment(
+        "a step of three memories is near its own matrix products, and its time of a token does not grow with rows",
+        ("tests/systems/neuromorphic/test_speed.py",), 4,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

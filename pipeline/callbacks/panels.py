@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 3
-LEGEND = 8
+LEGEND = 12
 """Lines that a legend names; more have no legend, and a colour by their place."""
 COMBINED = "plot_combined.png"
 

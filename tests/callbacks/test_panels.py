@@ -57,8 +57,8 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
 
 
 def test_more_lines_than_a_legend_names(tmp_path: Path) -> None:
-    rows = [{"mode": "train", "step": step, "phase": "A", **{f"x{i}": i * step for i in range(20)}} for step in (1, 2)]
-    draw_panels(rows, {"gates": [Panel("Many", lines={f"x{i}": f"x{i}" for i in range(20)})]}, tmp_path, "A")
+    rows = [{"mode": "train", "step": step, "phase": "A", **{f"x{i}": i * step for i in range(24)}} for step in (1, 2)]
+    draw_panels(rows, {"gates": [Panel("Many", lines={f"x{i}": f"x{i}" for i in range(24)})]}, tmp_path, "A")
     assert "through_phase_A_plot_gates.png" in pictures(tmp_path)
 
 

@@ -12,8 +12,11 @@ from pipeline.parallel.weights import fill, full_shape, generator_for
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory.neuromodulators import initial_value
 
-EMBEDDING = 0.02
-"""Standard deviation of embeddings and of learned tokens of the decoder."""
+EMBEDDING = 0.5
+"""Standard deviation of embeddings. The surprise of a span and what memories say, which its tokens share, are as large:
+next to them small embeddings are lost, and all that the memories write is alike."""
+TOKEN = 0.02
+"""Standard deviation of learned tokens of the decoder, and of the weights of surprise."""
 DECODER_OUTPUT = 0.01
 """Standard deviation of the map that adds the decoder's result to the columns': small, so that it begins near zero."""
 
@@ -49,8 +52,10 @@ def random_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
         return torch.ones(shape)
     if name == "decoder.output.weight":
         return DECODER_OUTPUT * torch.randn(shape, generator=generator)
-    if name in LEARNED or name == "embedding.weight" or name.endswith(".surprise"):
+    if name == "embedding.weight":
         return EMBEDDING * torch.randn(shape, generator=generator)
+    if name in LEARNED or name.endswith(".surprise"):
+        return TOKEN * torch.randn(shape, generator=generator)
     bound = math.sqrt(6 / (shape[-2] + shape[-1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

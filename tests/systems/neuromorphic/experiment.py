@@ -30,13 +30,15 @@ WITHIN = dataclasses.replace(ONE, facts=3, within=3, least_tokens=40, most_token
 LATER = dataclasses.replace(WITHIN, facts=4, within=2, documents=2)
 
 
+RESTART = 16
+"""Steps after which new streams begin."""
 PENALTY = 0.01
 """Weight of strengths above .9 of their budget."""
 
 
 def config(**sizes: Any) -> NeuromorphicConfig:
     """The tiny tier's, smaller but for the episodes."""
-    small = {"width": 64, "decoder_width": 32, "episodes": 128}
+    small = {"width": 64, "decoder_width": 32, "episodes": 128, "episodic_width": 64}
     return NeuromorphicConfig(tier="tiny", vocab=ONE.vocab, span=SPAN, window=WINDOW, **(small | sizes))
 
 
@@ -60,16 +62,17 @@ def train(
     told: Callable[[str], None] = print,
 ) -> tuple[StreamState, int]:
     """Trains on the facts for `most` steps, or until the share of right answers in the last 50 is `enough`. State and
-    steps at the end."""
+    steps at the end. Every RESTART steps new streams begin: a memory that has long been full is not all there is."""
     groups = [
         {"params": [p for name, p in model.named_parameters() if is_vector(name) is vector], "weight_decay": decay}
         for vector, decay in ((True, 0.0), (False, 0.01))
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    loader = FactsLoader(task, sequence_length=LENGTH, batch_size=batch, seed=seed)
-    state = model.initial_state(batch, torch.device("cpu"))
     begun, answers = time.monotonic(), []
     for step in range(1, most + 1):
+        if step % RESTART == 1:
+            loader = FactsLoader(task, sequence_length=LENGTH, batch_size=batch, seed=seed + step)
+            state = model.initial_state(batch, torch.device("cpu"))
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, step / warm_up)
         data = loader.next_step()[0]

@@ -1,7 +1,7 @@
 """Started by test_speed.py: steps of tier b in phase B, and float32 matrix products between them.
 
-Usage: speed_main DTYPE ROWS TOKENS RESULT. Writes RESULT: seconds of each step, GFLOP/s of the products around each, and
-the peak memory in bytes of the process, which holds AdamW's state too.
+Usage: speed_main DTYPE ROWS TOKENS RESULT. Writes RESULT: seconds of each step, GFLOP/s of the products around each,
+and the peak memory in bytes of the process, which holds AdamW's state too.
 """
 
 from __future__ import annotations

@@ -7,39 +7,19 @@ Notation: N rows, P tokens, B columns, D width, H the width of a column, M episo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+from pipeline.systems.neuromorphic.memory.candidates import Candidates
 from pipeline.systems.neuromorphic.memory.neuromodulators import EpisodicNeuromodulator
 from pipeline.systems.neuromorphic.memory.slots import chosen_slots, written
 from pipeline.systems.neuromorphic.model.columns import ColumnFeedForward, ColumnLinear, SharedColumnLinear, unit
 from pipeline.systems.neuromorphic.state import EpisodicState
 
 STRONGEST, BUDGET, FULL = 3.0, 8.0, 0.9
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The tokens of a span that are most novel to a column, most novel first."""
-
-    keys: Tensor
-    """[N, B, C, E], unit rows."""
-    values: Tensor
-    """[N, B, C, E]."""
-    novelty: Tensor
-    """[N, B, C], 0 to 1."""
-    valid: Tensor
-    """[N, B, C] bool: false where a span has fewer tokens that count."""
-    positions: Tensor
-    """[N, B, C] int64, in the span."""
-    mean_key: Tensor
-    """[N, B, E], over all tokens that count."""
-    mean_novelty: Tensor
-    """[N, B], over all tokens that count."""
 
 
 class EpisodicMemory(nn.Module):
@@ -49,7 +29,7 @@ class EpisodicMemory(nn.Module):
     over all slots, one after the other); strengths are in the retrieval's logits; novelty compares surprise / (surprise
     + ln vocabulary) and 1 - cosine, both 0 to 1; cosines enter the logits times sqrt(E), as products of vectors of unit
     variance do; an episode that a new one replaces leaves nothing, also where it has the same key, and only its
-    strength adds up (there: a running mean of keys and values, in which the first outweighs the last).
+    strength adds up (there: a running mean, in which what was told first outweighs what is told now).
     """
 
     def __init__(self, config: NeuromorphicConfig) -> None:

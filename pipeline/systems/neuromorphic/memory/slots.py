@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.systems.neuromorphic.state import EpisodicState
 
 if TYPE_CHECKING:
-    from pipeline.systems.neuromorphic.memory.episodic import Candidates
+    from pipeline.systems.neuromorphic.memory.candidates import Candidates
 
-MATCH = 0.9
+MATCH = 0.95
 """The cosine from which on a candidate is the same episode as one that is there."""
 
 

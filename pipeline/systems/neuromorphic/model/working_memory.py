@@ -44,7 +44,7 @@ class WorkingMemory(nn.Module):
         plan = plan_window_attention(
             segment_ids,
             positions,
-            rope=self.rope(),
+            rope=self.rope(x.device),
             window=self.window,
             sinks=0,
             carry=carry,
@@ -54,9 +54,10 @@ class WorkingMemory(nn.Module):
         out, carry = window_attention(q, k, v, plan, carry)
         return self.output(rearrange(out, "n t h d -> n t (h d)")), carry
 
-    def rope(self) -> Rope:
+    def rope(self, device: torch.device) -> Rope:
         """How queries and keys are turned: not at all as published."""
-        pairs = torch.arange(0, self.head_width, 2, dtype=torch.float64) / self.head_width
+        # Made there: a copy from the host would wait for it.
+        pairs = torch.arange(0, self.head_width, 2, dtype=torch.float64, device=device) / self.head_width
         return Rope(ROPE_BASE**-pairs if self.rotated else torch.zeros_like(pairs))
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class WorkingMemory(nn.Module):
             k = torch.cat([carry.k.to(k.dtype), k], 1)
             segment_ids = torch.cat([carry.segment_ids, segment_ids], 1)
             positions = torch.cat([carry.positions, positions], 1)
-        rope = self.rope()
+        rope = self.rope(x.device)
         q, k = rotate(q, rope.rotation(before, q.dtype)), rotate(k, rope.rotation(positions, k.dtype))
         place = torch.arange(segment_ids.shape[1], device=x.device)
         distance = place[-queries:, None] - place

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.systems.neuromorphic.memory.episodic import Candidates, EpisodicMemory
+from pipeline.systems.neuromorphic.memory.candidates import Candidates
+from pipeline.systems.neuromorphic.memory.episodic import EpisodicMemory
 from pipeline.systems.neuromorphic.model.columns import ColumnLinear
 from pipeline.systems.neuromorphic.state import EpisodicState
 from tests.systems.neuromorphic.memory import small

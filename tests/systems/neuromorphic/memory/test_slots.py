@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.systems.neuromorphic.memory.episodic import Candidates
+from pipeline.systems.neuromorphic.memory.candidates import Candidates
 from pipeline.systems.neuromorphic.memory.slots import chosen_slots, written
 from pipeline.systems.neuromorphic.model.columns import unit
 from pipeline.systems.neuromorphic.state import EpisodicState

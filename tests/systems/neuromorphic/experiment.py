@@ -59,10 +59,11 @@ def train(
     peak: float = 3e-3,
     warm_up: int = 50,
     seed: int = 0,
+    restart: int = RESTART,
     told: Callable[[str], None] = print,
 ) -> tuple[StreamState, int]:
     """Trains on the facts for `most` steps, or until the share of right answers in the last 50 is `enough`. State and
-    steps at the end. Every RESTART steps new streams begin: a memory that has long been full is not all there is."""
+    steps at the end. Every `restart` steps new streams begin: a memory that has long been full is not all there is."""
     groups = [
         {"params": [p for name, p in model.named_parameters() if is_vector(name) is vector], "weight_decay": decay}
         for vector, decay in ((True, 0.0), (False, 0.01))
@@ -70,7 +71,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     begun, answers = time.monotonic(), []
     for step in range(1, most + 1):
-        if step % RESTART == 1:
+        if step % restart == 1:
             loader = FactsLoader(task, sequence_length=LENGTH, batch_size=batch, seed=seed + step)
             state = model.initial_state(batch, torch.device("cpu"))
         for group in optimizer.param_groups:

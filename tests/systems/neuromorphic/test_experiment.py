@@ -20,7 +20,7 @@ LIFELONG = Uses(lifelong=True)
 def test_written_rows_differ_after_200_spans_of_training() -> None:
     """The prototype's: .99998 of procedural, .98 of episodic memory."""
     model = experiment.new_model(experiment.config())
-    state, steps = train(model, WITHIN, Uses(), most=50, batch=4)
+    state, steps = train(model, WITHIN, Uses(), most=50, batch=4, restart=1000)
     assert steps * experiment.LENGTH // experiment.SPAN == 200
     found = experiment.similarities(state)
     assert len(found) == 4

@@ -16,7 +16,6 @@ ROWS = 32
 
 def _preset(name: str, documents: int) -> RunConfig:
     iterations = 10
-    # Of all documents; with those that are held out taken off, a few steps less.
     slots = -(-documents // ROWS)
     return RunConfig(
         recipe=name,

@@ -129,7 +129,8 @@ class CvfpConfig(ModelConfig):
     fixed_point: FixedPointConfig = field(default_factory=FixedPointConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
     num_samples: Annotated[int | None, tyro.conf.arg(aliases=["--num-samples"])] = None
-    """First documents of the data that are used, for training and validation together; None: all."""
+    """Documents to train on; those that are held out come beside them. Of a data set its first ones, of files a random
+    choice that is always the same; None: all, of which some are held out."""
     data_cache: Annotated[str, tyro.conf.arg(aliases=["--cache-dir"])] = field(default="cache", metadata=MAY_CHANGE)
     """Folder for tokenised data and for frozen contexts; it may be a link."""
     test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = False
@@ -148,8 +149,8 @@ class CvfpConfig(ModelConfig):
             raise UserError(f"--model.decay is {self.decay}: give a factor from 0 to 1")
         if not 0 < self.initial_std < math.inf:
             raise UserError(f"--model.initial-std is {self.initial_std}: give a number above 0")
-        if self.num_samples is not None and self.num_samples < 2:
-            raise UserError(f"--num-samples is {self.num_samples}: give 2 or more, one of them for validation")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise UserError(f"--num-samples is {self.num_samples}: give 1 or more")
         if self.carry == "circular" and self.solve.way != "jacobi":
             raise UserError(
                 f"--carry circular with --model.solve.way {self.solve.way}: a ring has no first token: give jacobi"

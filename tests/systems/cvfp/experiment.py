@@ -21,8 +21,8 @@ class Sizes:
 
     width: int = 768
     layers: int = 6
-    documents: int = 868
-    """Of 128 tokens each, a tenth of them held out: 781 are trained on, 100K tokens."""
+    documents: int = 781
+    """To train on, of up to 128 tokens each, 100K tokens; a tenth of all is held out beside them."""
     vocab: int = 4096
     iterations: int = 10
     epochs: int = 10

@@ -18,6 +18,8 @@ from pipeline.errors import UserError, brief
 from pipeline.systems.cvfp.data.cache import make_folder, not_writable
 
 KEY = "key"
+VERSION = 1
+"""Of how states are computed and stored: files of another one are not read."""
 
 
 def frozen_path(folder: Path, name: str, key: Mapping[str, Any]) -> Path:

@@ -25,7 +25,7 @@ from pipeline.systems.cvfp.documents import DocumentBatch
 from pipeline.systems.cvfp.model.reader import Reader, shifted
 from pipeline.systems.cvfp.phase import Data
 from pipeline.systems.cvfp.prediction.exact import exact_inputs
-from pipeline.systems.cvfp.prediction.frozen import FrozenStates, FrozenWriter, frozen_path
+from pipeline.systems.cvfp.prediction.frozen import VERSION, FrozenStates, FrozenWriter, frozen_path
 from pipeline.systems.cvfp.prediction.labels import count_labels, following, labels_of
 from pipeline.systems.cvfp.prediction.unigram import unigram
 from pipeline.systems.cvfp.starts import start_of, with_ends
@@ -147,6 +147,7 @@ class Prediction:
         assert weights is not None
         sizes = self.sizes
         return {
+            "version": VERSION,
             "weights": weights["sha256"],
             "precision": str(next(module.parameters()).dtype),
             "recurrence": [sizes.decay, sizes.as_published, sizes.carry, self.section.context],

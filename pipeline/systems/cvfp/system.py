@@ -173,7 +173,7 @@ class CvfpSystem(System[DocumentBatch]):
     @cached_property
     def contexts(self) -> ContextEvaluation:
         """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
-        return ContextEvaluation(self.config, self.documents)
+        return ContextEvaluation(self.config, self.data)
 
     def check_control(self, other: RunConfig, name: str) -> None:
         self.contexts.check_control(other, name)

@@ -58,17 +58,16 @@ class ContextMeasures:
         """Scalars `effective_rank/...` (shares of the width, at equal numbers of tokens: train, val,
         random_init_train, random_init_val, published_init_train, published_init_val, gaussian); `final_diff`,
         `final_diff_relative` (of the norm), `norm`, `spread`, `distance_of_contexts`, `cosine_of_contexts`, `sparsity`,
-        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`, and of the
-        baselines `converged/...`, of the first held-out rows; some as `.../gaussian`; `attractor`
-        (1: all contexts are one, or zero). Curves of these. Collective; raises UserError."""
-        found = measure(reader, self.reading, self.tokens, self.sizes.fixed_point.threshold, sync_point)
+        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`; some, and
+        what `convergence` finds, also as `.../gaussian`; `attractor` (1: all contexts are one, or zero). Curves of
+        these. Collective; raises UserError."""
+        found = measure(reader, self.reading, self.tokens, sync_point)
         baselines = self.baselines(sync_point)
         width = reader.width
         scalars = found.figures()
         for name, other in baselines.items():
             for key, value in other.figures().items():
                 scalars[_beside(key, name)] = value
-            scalars[f"converged/{name}"] = other.positions.converged
         gaussian = gaussian_values(found.val.count, width)
         threshold = self.sizes.fixed_point.threshold
         for key, value in gaussian_figures(found.val.count, width, threshold).items():
@@ -109,8 +108,7 @@ class ContextMeasures:
         """The measures of weights that were not trained. Collective at the first call."""
         for name, published in UNTRAINED.items():
             if name not in self._baselines:
-                threshold, other = self.sizes.fixed_point.threshold, self.untrained(published)
-                self._baselines[name] = measure(other, self.reading, self.tokens, threshold, sync_point)
+                self._baselines[name] = measure(self.untrained(published), self.reading, self.tokens, sync_point)
         return self._baselines
 
     def probe(self, reader: Reads, sync_point: SyncPoint) -> tuple[ProbeResult, ProbeResult]:

@@ -132,7 +132,7 @@ class CvfpConfig(ModelConfig):
     """First documents of the data that are used, for training and validation together; None: all."""
     data_cache: Annotated[str, tyro.conf.arg(aliases=["--cache-dir"])] = field(default="cache", metadata=MAY_CHANGE)
     """Folder for tokenised data and for frozen contexts; it may be a link."""
-    test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = False
+    test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = field(default=False, metadata=MAY_CHANGE)
     """Run the first phase alone, and say of each of the guide's criteria whether it is met."""
 
     @property

@@ -163,3 +163,14 @@ def test_a_run_that_is_no_control_is_named(folder: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             system.check_control(other, "RUN")
+
+
+def test_criteria_are_judged_where_the_phase_ends(folder: Path) -> None:
+    system, model = made(small(folder, model__test=True, fixed_point__converged=1.0), moved=0.3)
+    first = system.phases(model)[0]
+    loader = system.loader(first, ALONE)
+    for step in range(first.steps + 1):
+        found = system.evaluate(model, first, ONE)
+        assert (CRITERIA in found.tables) == (step == first.steps or (step > 0 and found.scalars["converged"] == 1))
+        assert ("criteria: " in system.headline(found)) == (CRITERIA in found.tables)
+        loader.next_step()

@@ -85,7 +85,7 @@ def criteria_table(scalars: Mapping[str, float], *, converged: float = 0.95, pea
         value, number = scalars[one.scalar], scalars[wanted] if isinstance(wanted, str) else wanted
         beside = {name: scalars[scalar] for name, scalar in one.baselines.items() if scalar in scalars}
         result = PASS if SIGNS[one.sign](value, number) else FAIL
-        if one.tokens in scalars and beside.get("gaussian", math.inf) <= number:
+        if one.tokens is not None and one.tokens in scalars and beside.get("gaussian", math.inf) <= number:
             result = f"{UNDECIDABLE} at {scalars[one.tokens]:,.0f} tokens (Gaussian {beside['gaussian']:.1%})"
         rows.append(_row(one.name, value, f"{one.sign} {number:.4g}", result, one.source, beside))
     return rows

@@ -133,7 +133,7 @@ class CvfpConfig(ModelConfig):
     choice that is always the same; None: all, of which some are held out."""
     data_cache: Annotated[str, tyro.conf.arg(aliases=["--cache-dir"])] = field(default="cache", metadata=MAY_CHANGE)
     """Folder for tokenised data and for frozen contexts; it may be a link."""
-    test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = False
+    test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = field(default=False, metadata=MAY_CHANGE)
     """Run the first phase alone, and say of each of the guide's criteria whether it is met."""
 
     @property

@@ -26,6 +26,7 @@ from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
+from pipeline.systems.cvfp.evaluation.criteria import verdict
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
@@ -46,6 +47,8 @@ class CvfpSystem(System[DocumentBatch]):
         self.sizes = config.model
         self.in_training = FIXED_POINT
         """The phase of which `loader` was asked last."""
+        self.in_reading: DocumentLoader | None = None
+        """The loader that it returned, whose position says how many steps were made."""
 
     def check(self, topology: Topology) -> None:
         if topology.sequence > 1:
@@ -139,7 +142,8 @@ class CvfpSystem(System[DocumentBatch]):
     def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[DocumentBatch]:
         self.in_training = phase.name
         self.token_term, self.token_weight = self.work[phase.name].token_term, self.work[phase.name].token_weight
-        return self.data.training(topology)
+        self.in_reading = self.data.training(topology)
+        return self.in_reading
 
     def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[DocumentBatch]:
         return self.data.held_out(topology)
@@ -164,16 +168,25 @@ class CvfpSystem(System[DocumentBatch]):
             found = self.work[phase.name].evaluate(model, sync_point)
             if phase.name == PREDICTION:
                 return found
-            if self.sizes.test:
+            if self.sizes.test and self._ends(phase, found):
                 return self.contexts.suite(model, sync_point, found)
             return self.contexts.evaluate(model, sync_point, found)
         finally:
             model.train(was_training)
 
+    def _ends(self, phase: Phase, found: Evaluation) -> bool:
+        """Whether the phase ends with the step that was made last: by its rule, or by their number."""
+        if self.in_reading is None:
+            return False
+        state = self.in_reading.state_dict()
+        steps = state["iteration"] * self.in_reading.slots + state["slot"]
+        rule = phase.until_evaluated
+        return bool(steps >= phase.steps or (steps and rule is not None and rule(found.scalars)))
+
     @cached_property
     def contexts(self) -> ContextEvaluation:
         """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
-        return ContextEvaluation(self.config, self.documents)
+        return ContextEvaluation(self.config, self.data)
 
     def check_control(self, other: RunConfig, name: str) -> None:
         self.contexts.check_control(other, name)
@@ -213,7 +226,7 @@ class CvfpSystem(System[DocumentBatch]):
                 f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
             )
         table = evaluation.tables.get(CRITERIA)
-        return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
+        return "\n".join([line, *criteria_lines(table), verdict(table)]) if self.sizes.test and table else line
 
     def decoder(self, model: nn.Module) -> CvfpDecoder:
         assert isinstance(model, CvfpModel)

@@ -17,9 +17,11 @@ from pipeline.errors import UserError
 from pipeline.load import checked_system
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.mimir import mimir_tiny
+from pipeline.systems.cvfp.evaluation import contexts
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA
 from pipeline.systems.cvfp.evaluation.control import ABLATED, LABELS, MODEL, UNIGRAM
 from pipeline.systems.cvfp.evaluation.prediction import nats_by_row
+from pipeline.systems.cvfp.fixed_point.convergence import convergence
 from pipeline.systems.cvfp.system import CvfpSystem
 from tests.systems.cvfp.evaluation.reading import ONE
 from tests.systems.cvfp.harness import documents, small
@@ -57,6 +59,10 @@ def test_before_training_a_model_is_its_own_baseline(folder: Path) -> None:
     assert found["effective_rank/random_init_val"] == pytest.approx(found["effective_rank/val"])
     assert found["effective_rank/published_init_val"] != pytest.approx(found["effective_rank/val"], rel=1e-3)
     assert found["final_diff/random_init"] == pytest.approx(found["final_diff"])
+    for name in ("converged", "converged_val", "start_distance", "start_distance_val"):
+        # Of all the tokens, not of some rows, and by the same rule: to the last token.
+        assert found[f"{name}/random_init"] == pytest.approx(found[name], abs=1e-9), name
+        assert f"{name}/gaussian" in found
     moved = made(small(folder), moved=0.3)
     other = moved[0].evaluate(moved[1], moved[0].phases(moved[1])[0], ONE).scalars
     same = [name for name in found if "_init" in name or "gaussian" in name]
@@ -69,6 +75,27 @@ def test_a_model_as_published_is_the_published_baseline(folder: Path) -> None:
     found = system.evaluate(model, system.phases(model)[0], ONE).scalars
     for name in ("effective_rank/published_init_val", "effective_rank/random_init_val"):
         assert found[name] == pytest.approx(found["effective_rank/val"])
+
+
+def test_the_convergence_of_untrained_weights_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, model = made(small(folder), moved=0.3)
+    calls = []
+
+    def counted(*words: Any) -> dict[str, float]:
+        calls.append(words)
+        return convergence(*words)
+
+    monkeypatch.setattr(contexts, "convergence", counted)
+    first = system.phases(model)[0]
+    in_training = [system.evaluate(model, first, ONE).scalars for _ in range(2)]
+    # Training and held-out documents of the weights that the run begins with; the published ones are the suite's.
+    assert len(calls) == 2 and in_training[0] == in_training[1]
+    assert "converged/published_init" not in in_training[0]
+    suites = [system.context_suite(model, first, ONE, None).scalars for _ in range(2)]
+    assert len(calls) == 4 and suites[0]["converged_val/published_init"] == suites[1]["converged_val/published_init"]
+    # All training tokens, whose share has as many steps.
+    share = suites[0]["converged/random_init"] * system.contexts.measures.reading.available(training=True)
+    assert share == pytest.approx(round(share), abs=1e-6)
 
 
 def reference_nats(model: nn.Module, tokens: torch.Tensor, *, zero: bool) -> float:
@@ -136,3 +163,14 @@ def test_a_run_that_is_no_control_is_named(folder: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             system.check_control(other, "RUN")
+
+
+def test_criteria_are_judged_where_the_phase_ends(folder: Path) -> None:
+    system, model = made(small(folder, model__test=True, fixed_point__converged=1.0), moved=0.3)
+    first = system.phases(model)[0]
+    loader = system.loader(first, ALONE)
+    for step in range(first.steps + 1):
+        found = system.evaluate(model, first, ONE)
+        assert (CRITERIA in found.tables) == (step == first.steps or (step > 0 and found.scalars["converged"] == 1))
+        assert ("criteria: " in system.headline(found)) == (CRITERIA in found.tables)
+        loader.next_step()

@@ -19,7 +19,7 @@ from pipeline.systems.cvfp.fixed_point.noise import noise
 from pipeline.systems.cvfp.fixed_point.statistics import ContextSums
 from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
 from pipeline.systems.cvfp.phase import Data
-from pipeline.systems.cvfp.starts import start_of, with_ends
+from pipeline.systems.cvfp.starts import ends_of_others, needs_others, start_of, with_ends
 
 DISTANCE, DIVERSITY = "distance", "diversity"
 MOMENTS = "statistics.moments"
@@ -76,11 +76,15 @@ class FixedPoint:
         tokens = mask.sum()
         # Every second pass begins elsewhere, so that the distance to the pass before says whether that is forgotten.
         other = section.start == "other" and batch.iteration % 2 == 1
-        start = start_of(batch, carry, width, context.topology, way=self.sizes.carry, other=other)
+        reader = Reader(model, width)
+        if other and self.sizes.carry == "document" and needs_others(batch):
+            start = ends_of_others(reader, self.data.documents, batch)
+        else:
+            start = start_of(batch, carry, width, context.topology, way=self.sizes.carry, other=other)
         before = carry.get(f"contexts/{batch.slot}")
         # Sweeps begin near where they end; a pass token after token has no use for it.
         initial = None if before is None else before.tensor
-        solved = Reader(model, width).solved(batch.ids, mask, start, initial=initial)
+        solved = reader.solved(batch.ids, mask, start, initial=initial)
         contexts = in_full(solved.contexts)
         inputs = shifted(contexts, start)
         if section.noise:

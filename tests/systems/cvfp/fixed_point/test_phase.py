@@ -222,6 +222,45 @@ def test_a_pass_in_two_begins_at_the_end_of_another_document_and_contexts_are_ke
     }
 
 
+@pytest.mark.parametrize(("count", "slots"), [(3, 1), (5, 2)])
+def test_with_few_documents_a_pass_begins_at_the_end_of_another_one_too(count: int, slots: int) -> None:
+    """Streams of one document, and of two or one: what such a stream has read before may be the document itself."""
+    small = Small(lengths=[9, 3, 9, 7, 5, 6][: count + 1], training=count)
+    ids = [torch.from_numpy(small.documents.document(index).astype("int64"))[None] for index in range(count)]
+    zero = torch.zeros(1, WIDTH, dtype=torch.float64)
+    ends = [contexts_of(small, document, zero)[0, -1] for document in ids]
+    for layout in ({}, {"rows": 1, "grad_accum": 4}, {"rows": 2, "data_degree": 2}):
+        loaders = [
+            small.open(ONE, False, **(layout | {"data_rank": rank})) for rank in range(layout.get("data_degree", 1))
+        ]
+        assert loaders[0].slots == slots
+        carries: dict[tuple[int, int], Carry] = {}
+        small.begin()
+        for step in range(1, slots + 2):
+            small.step(loaders, carries, step)
+        seen = 0
+        for (rank, micro), carry in carries.items():
+            batch = small.open(ONE, False, **(layout | {"data_rank": rank})).next_step()[micro]
+            for row in batch.lengths.nonzero()[:, 0].tolist():
+                index = int((torch.from_numpy(small.documents.ends) <= batch.first[row]).sum())
+                expected = contexts_of(small, ids[index], ends[index - 1 if index else count - 1][None])[0]
+                found = carry["contexts/0"].tensor[row, : len(expected)]
+                assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+                seen += 1
+        assert seen == min(count, ROWS)
+
+
+def test_a_document_alone_has_no_other_end_to_begin_at() -> None:
+    small, carries = Small(lengths=[9, 3], training=1), {}  # type: ignore[var-annotated]
+    loader = small.open(ONE)
+    small.begin()
+    found = []
+    for step in (1, 2):
+        small.step([loader], carries, step)
+        found.append(carries[0, 0]["contexts/0"].tensor[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("way", ["jacobi", "newton"])
 def test_a_pass_by_sweeps_makes_the_steps_of_one_token_after_token(way: str) -> None:
     expected = passes(Small(), 2)

@@ -24,7 +24,8 @@ class PassLoader:
     whose last slot is missing has a row of length 0 there.
 
     With `stream` it has the i-th of R contiguous parts of all documents' tokens, cut into as many pieces as there are
-    slots, of `length` tokens at most. Parts differ by a token at most, and so do the pieces of one.
+    slots, of `length` tokens at most. Parts differ by a token at most, and so do the pieces of one. With `adjacent`
+    the pieces of a step follow each other: it has the tokens between those of the step before and of the step after.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class PassLoader:
         seed: int = 0,
         shuffle: bool = True,
         stream: bool = False,
+        adjacent: bool = False,
     ) -> None:
         """Raises UserError where there is no document, or fewer than two tokens for a part of the stream."""
-        self.documents, self.length, self.stream = documents, length, stream
+        self.documents, self.length, self.stream, self.adjacent = documents, length, stream, adjacent and stream
         self.batch_size, self.held_out = batch_size, held_out
         self.rows, self._local = stream_layout(batch_size, grad_accum, data_rank, data_degree)
         self._chosen = range(documents.training, len(documents.ends)) if held_out else range(documents.training)
@@ -59,14 +61,18 @@ class PassLoader:
                     f"{documents.name}: {self.tokens:,} tokens {'held out' if held_out else 'of training'} are fewer"
                     f" than {LEAST} for each of {self.rows:,} parts of the stream: give more, or a smaller --batch-size"
                 )
-            self._borders = [first + self.tokens * part // self.rows for part in range(self.rows + 1)]
             self.slots = math.ceil(math.ceil(self.tokens / self.rows) / length)
+            # No piece is empty: a part has LEAST tokens, and fewer slots than tokens.
+            parts = self.rows * self.slots if self.adjacent else self.rows
+            self._borders = [first + self.tokens * part // parts for part in range(parts + 1)]
         else:
             self.slots = math.ceil(len(self._chosen) / self.rows)
             if shuffle:
                 self._permutation = Permutation(len(self._chosen), "documents", seed)
         # A stream's order is that of its tokens, whatever the seed.
-        order = {} if stream else {"shuffle": shuffle, "seed": seed if shuffle else None}
+        order: dict[str, Any] = {"shuffle": shuffle, "seed": seed if shuffle else None}
+        if stream:
+            order = {"adjacent": self.adjacent}
         self.fingerprint: dict[str, Any] = {
             "source": {
                 "documents": documents.name,
@@ -118,8 +124,12 @@ class PassLoader:
         ids = np.zeros((len(streams), self.length), np.int64)
         lengths, firsts = np.zeros(len(streams), np.int64), np.zeros(len(streams), np.int64)
         for row, stream in enumerate(streams):
-            start, size = self._borders[stream], self._borders[stream + 1] - self._borders[stream]
-            first, last = (start + size * slot // self.slots for slot in (self.slot, self.slot + 1))
+            if self.adjacent:
+                piece = self.slot * self.rows + stream
+                first, last = self._borders[piece], self._borders[piece + 1]
+            else:
+                start, size = self._borders[stream], self._borders[stream + 1] - self._borders[stream]
+                first, last = (start + size * slot // self.slots for slot in (self.slot, self.slot + 1))
             ids[row, : last - first] = self.documents.tokens[first:last]
             lengths[row], firsts[row] = last - first, first
         return ids, lengths, firsts

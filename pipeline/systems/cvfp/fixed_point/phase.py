@@ -19,7 +19,14 @@ from pipeline.systems.cvfp.fixed_point.noise import noise
 from pipeline.systems.cvfp.fixed_point.statistics import ContextSums
 from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
 from pipeline.systems.cvfp.phase import Data
-from pipeline.systems.cvfp.starts import ends_of_others, needs_others, start_of, with_ends
+from pipeline.systems.cvfp.starts import (
+    ends_of_others,
+    needs_others,
+    solve_rows,
+    start_of,
+    warn_unsettled,
+    with_ends,
+)
 
 DISTANCE, DIVERSITY = "distance", "diversity"
 MOMENTS = "statistics.moments"
@@ -41,6 +48,7 @@ class FixedPoint:
         self.config, self.data, self.sizes, self.section = config, data, config.model, config.model.fixed_point
         self._sums: ContextSums | None = None
         self._step = -1
+        self._warned = False
 
     @torch.no_grad()
     def begin(self, model: nn.Module, sync_point: SyncPoint) -> None:
@@ -80,12 +88,13 @@ class FixedPoint:
         if other and self.sizes.carry == "document" and needs_others(batch):
             start = ends_of_others(reader, self.data.documents, batch)
         else:
-            start = start_of(batch, carry, width, context.topology, way=self.sizes.carry, other=other)
+            start = start_of(batch, carry, self.sizes, context.topology, other=other)
         before = carry.get(f"contexts/{batch.slot}")
         # Sweeps begin near where they end; a pass token after token has no use for it.
         initial = None if before is None else before.tensor
-        solved = reader.solved(batch.ids, mask, start, initial=initial)
-        contexts = in_full(solved.contexts)
+        solved = solve_rows(reader, batch, start, self.sizes, context.topology, initial)
+        self._warned = self._warned or warn_unsettled(solved, self.sizes, context.topology)
+        contexts, start = in_full(solved.contexts), in_full(solved.start)
         inputs = shifted(contexts, start)
         if section.noise:
             inputs = inputs + section.noise * noise(batch, width, self.config.seed)
@@ -96,7 +105,8 @@ class FixedPoint:
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
         metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)
         if self.sizes.solve.way != "sequential":
-            metrics["sweeps"] = (torch.full_like(distance, solved.sweeps), torch.ones_like(tokens))
+            for name, number in (("sweeps", solved.sweeps), ("residual", solved.residual)):
+                metrics[name] = (torch.full_like(distance, number), torch.ones_like(tokens))
         weight = section.diversity_weight
         sums = {
             DIVERSITY: weight * (separable(found, gradient).sum() + value),

@@ -30,10 +30,17 @@ class Reader:
 
     @torch.no_grad()
     def solved(
-        self, ids: Tensor, mask: Tensor, start: Tensor | None = None, *, initial: Tensor | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        *,
+        initial: Tensor | None = None,
+        solve: Solver | None = None,
     ) -> Solved:
-        """As `contexts`, in the model's precision, with the number of sweeps and what the last one moved."""
-        return self._solved(ids, mask, start, self.solve, initial)
+        """As `contexts`, in the model's precision, with the number of sweeps and what the last one moved; by `solve` in
+        place of the reader's own way."""
+        return self._solved(ids, mask, start, solve or self.solve, initial)
 
     @torch.no_grad()
     def growth(self, ids: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:

@@ -22,13 +22,13 @@ from pipeline.system import Carry, CarryEntry, Evaluation, StepContext, StepOutp
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.cache import make_folder
 from pipeline.systems.cvfp.documents import DocumentBatch
-from pipeline.systems.cvfp.model.reader import Reader, shifted
+from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
 from pipeline.systems.cvfp.phase import Data
 from pipeline.systems.cvfp.prediction.exact import exact_inputs
 from pipeline.systems.cvfp.prediction.frozen import FrozenStates, FrozenWriter, frozen_path
 from pipeline.systems.cvfp.prediction.labels import count_labels, following, labels_of
 from pipeline.systems.cvfp.prediction.unigram import unigram
-from pipeline.systems.cvfp.starts import start_of, with_ends
+from pipeline.systems.cvfp.starts import solve_rows, start_of, warn_unsettled, with_ends
 
 CROSS_ENTROPY, STALENESS = "cross_entropy", "staleness"
 LARGEST = 700.0
@@ -56,6 +56,7 @@ class Prediction:
         assert isinstance(config.model, CvfpConfig)
         self.config, self.data, self.sizes, self.section = config, data, config.model, config.model.prediction
         self._frozen: FrozenStates | None = None
+        self._warned = False
 
     def begin(self, model: nn.Module, sync_point: SyncPoint) -> None:
         """Token states, where blocks are frozen."""
@@ -91,13 +92,15 @@ class Prediction:
         self, model: nn.Module, batch: DocumentBatch, carry: Carry, context: StepContext, name: str
     ) -> tuple[Tensor, Carry]:
         """What enters each token [rows, L, D], which the carry has by `name` until it is computed anew."""
-        width, way = self.sizes.width, self.sizes.carry
+        width = self.sizes.width
         if self.section.context == "zero":
             return torch.zeros(*batch.ids.shape, width, device=batch.ids.device), carry
         if name in carry and batch.iteration % self.section.refresh:
             return carry[name].tensor, carry
-        start = start_of(batch, carry, width, context.topology, way=way, other=False)
-        contexts = Reader(model, width).contexts(batch.ids, batch.mask, start)
+        start = start_of(batch, carry, self.sizes, context.topology)
+        solved = solve_rows(Reader(model, width), batch, start, self.sizes, context.topology)
+        self._warned = self._warned or warn_unsettled(solved, self.sizes, context.topology)
+        contexts, start = in_full(solved.contexts), in_full(solved.start)
         inputs = shifted(contexts, start)
         return inputs, with_ends(batch, contexts, start, {**carry, name: CarryEntry(inputs)})
 

@@ -29,7 +29,7 @@ def sequential(
         found[: len(context), position] = context
     if ragged:
         found = torch.empty_like(found).index_copy_(0, order, found)
-    return Solved(found, 1, 0.0)
+    return Solved(found, 1, 0.0, start)
 
 
 @torch.no_grad()
@@ -54,4 +54,4 @@ def sequential_with_growth(
         logs += torch.where(there, factor.squeeze(-1).double().clamp_min(least).log(), 0.0)
         tangent = torch.where(factor > least, moved / factor.clamp_min(least), tangent)
         found[:, position] = context
-    return Solved(found, 1, 0.0, logs / mask.sum(1).clamp_min(1))
+    return Solved(found, 1, 0.0, start, growth=logs / mask.sum(1).clamp_min(1))

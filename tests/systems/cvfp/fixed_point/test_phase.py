@@ -268,10 +268,75 @@ def test_a_pass_by_sweeps_makes_the_steps_of_one_token_after_token(way: str) -> 
     for (gradients, metrics), (others, other_metrics) in zip(found, expected, strict=True):
         sweeps, count = metrics.pop("sweeps")
         assert 1 <= sweeps / count <= 10
+        assert math.isfinite(metrics.pop("residual")[0])
         for name, gradient in gradients.items():
             assert torch.allclose(gradient, others[name], rtol=1e-8, atol=1e-10), name
         for name, pair in metrics.items():
             assert pair == pytest.approx(other_metrics[name], rel=1e-9, abs=1e-12), name
+
+
+@pytest.mark.parametrize("way", ["jacobi", "newton"])
+@pytest.mark.parametrize("carry", ["stream", "circular"])
+def test_sweeps_over_a_stream_find_the_contexts_of_its_tokens_one_after_the_other(way: str, carry: str) -> None:
+    """In the first pass already: borders of rows and of steps are those of these weights, and none is a pass late."""
+    small = Small(carry=carry, solve=SolveConfig(way, tolerance=1e-13), noise=0.0)  # type: ignore[arg-type]
+    loader, carries = small.open(ONE), {}  # type: ignore[var-annotated]
+    small.begin()
+    whole = torch.from_numpy(small.documents.tokens[: small.documents.ends[9]].astype("int64"))[None]
+    start = torch.zeros(1, WIDTH, dtype=torch.float64)
+    assert loader.slots == 2
+    for iteration in range(2):
+        expected = contexts_of(small, whole, start)[0]
+        places: list[int] = []
+        for slot in range(loader.slots):
+            peek = small.open(ONE)
+            peek.load_state_dict(loader.state_dict())
+            batch = peek.next_step()[0]
+            small.step([loader], carries, iteration * loader.slots + slot + 1)
+            found = carries[0, 0][f"contexts/{slot}"].tensor[batch.mask]
+            rows = zip(batch.first.tolist(), batch.lengths.tolist(), strict=True)
+            places += [place for first, length in rows for place in range(first, first + length)]
+            assert torch.allclose(found, expected[places[-len(found) :]], rtol=0, atol=1e-10)
+        assert places == list(range(whole.shape[1]))
+        # The circle goes on from the last context of the pass before.
+        start = expected[-1:] if carry == "circular" else start
+
+
+@pytest.mark.parametrize("way", ["jacobi", "newton"])
+def test_a_circle_in_one_step_is_an_orbit_in_the_first_pass(way: str) -> None:
+    small = Small(lengths=[9, 3, 9, 7, 5], training=4, carry="circular", solve=SolveConfig(way, 1e-13))  # type: ignore[arg-type]
+    loader, carries = small.open(ONE), {}  # type: ignore[var-annotated]
+    small.begin()
+    small.step([loader], carries, 1)
+    assert loader.slots == 1
+    found = carries[0, 0]["contexts/0"].tensor[small.open(ONE).next_step()[0].mask]
+    whole = torch.from_numpy(small.documents.tokens[: small.documents.ends[3]].astype("int64"))[None]
+    assert torch.allclose(contexts_of(small, whole, found[-1:])[0], found, rtol=0, atol=1e-10)
+
+
+def test_a_circle_is_read_token_after_token_too() -> None:
+    """The first part begins at the end of the last one, of the pass before."""
+    small, carries = Small(carry="circular"), {}  # type: ignore[var-annotated]
+    loader = small.open(ONE)
+    small.begin()
+    for step in range(1, loader.slots + 1):
+        small.step([loader], carries, step)
+    ends = carries[0, 0]["ends"].tensor.clone()
+    batch = small.open(ONE).next_step()[0]
+    small.step([loader], carries, loader.slots + 1)
+    expected = contexts_of(small, batch.ids, ends.roll(1, 0))
+    found = carries[0, 0]["contexts/0"].tensor
+    assert torch.allclose(found[batch.mask], expected[batch.mask], rtol=1e-12, atol=1e-12)
+
+
+def test_sweeps_that_run_out_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    small = Small(solve=SolveConfig("jacobi", tolerance=1e-13, most=2))
+    found = [metrics for _, metrics in passes(small, 1)]
+    assert all(metrics["sweeps"] == (2.0, 1.0) and metrics["residual"][0] > 1e-13 for metrics in found)
+    said = [line for line in capsys.readouterr().err.splitlines() if "sweeps" in line]
+    assert len(said) == 1 and "--model.solve.most" in said[0]
+    passes(Small(solve=SolveConfig("jacobi", tolerance=1e-13)), 1)
+    assert "sweeps" not in capsys.readouterr().err
 
 
 def test_a_step_that_was_abandoned_leaves_nothing_in_the_statistics() -> None:

@@ -46,7 +46,8 @@ class FixedPointConfig:
     converged: Annotated[float, tyro.conf.arg(aliases=["--phase1-min-converged-ratio"])] = field(
         default=0.95, metadata=MAY_CHANGE
     )
-    """Share of converged tokens at which the phase ends."""
+    """Share of converged tokens at which the phase ends. It is asked at each evaluation that is due (--epochs.evaluate,
+    --eval-every): with none, the phase makes all its passes."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--phase1-learning-rate"])] = field(default=0.0003, metadata=MAY_CHANGE)
     """Peak learning rate of the phase. More makes contexts forget sooner, at a lower effective rank."""
     distance: Literal["raw", "cosine"] = field(default="raw", metadata=MAY_CHANGE)
@@ -155,5 +156,15 @@ class CvfpConfig(ModelConfig):
             raise UserError(f"--model.decay is {self.decay}: give a factor from 0 to 1")
         if not 0 < self.initial_std < math.inf:
             raise UserError(f"--model.initial-std is {self.initial_std}: give a number above 0")
+        for name in ("decay", "initial_std"):
+            if self.as_published and getattr(self, name) != getattr(CvfpConfig, name):
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--model.{flag} {getattr(self, name)} with --model.as-published, which has its own: leave one out"
+                )
+        if self.prediction.freeze_context and self.train_embedding:
+            raise UserError(
+                "--model.train-embedding with --freeze-context, whose states read the embedding: leave one out"
+            )
         if self.num_samples is not None and self.num_samples < 2:
             raise UserError(f"--num-samples is {self.num_samples}: give 2 or more, one of them for validation")

@@ -247,4 +247,4 @@ class CvfpSystem(System[DocumentBatch]):
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
         documents = None if self.files is None else self.documents.training
-        return costs.activation_bytes(self.sizes, self.config, documents, element)
+        return costs.activation_bytes(self.sizes, self.config, documents, element, topology.data)

@@ -12,7 +12,8 @@ from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, StepContext
 from pipeline.systems.cvfp.config import SolveConfig
-from pipeline.systems.cvfp.fixed_point.diversity import diversity_terms
+from pipeline.systems.cvfp.fixed_point import phase as module
+from pipeline.systems.cvfp.fixed_point.diversity import diversity_gradient, diversity_terms
 from pipeline.systems.cvfp.fixed_point.phase import DISTANCE, DIVERSITY
 from pipeline.systems.cvfp.model.reader import shifted
 from pipeline.systems.cvfp.phase import FIXED_POINT
@@ -157,8 +158,7 @@ def test_every_block_changes_in_the_first_step_by_contexts_and_by_tokens() -> No
         for name in ("linear.weight", "linear.bias", "norm_context.weight"):
             parameter = small.model.get_parameter(f"blocks.{index}.{name}")
             moved = (parameter - before[f"blocks.{index}.{name}"]).abs()
-            assert float(moved[: WIDTH // 2].min()) > 0 or float(moved.max()) > 1e-4, name
-            assert float(moved.max()) > 1e-4, (index, name)
+            assert float(moved.detach().max()) > 1e-4, (index, name)
     first = small.model.get_parameter("blocks.0.linear.weight") - before["blocks.0.linear.weight"]
     # Of both halves that go in, and of both that come out.
     for rows in (slice(0, WIDTH), slice(WIDTH, None)):
@@ -358,6 +358,35 @@ def test_a_step_that_was_abandoned_leaves_nothing_in_the_statistics() -> None:
     assert torch.equal(*found)
 
 
+def test_after_a_skipped_update_the_distance_counts_no_token_that_has_no_context_before() -> None:
+    small = Small(noise=0.0)
+    small.begin()
+    loader, carry = small.open(ONE), {}  # type: ignore[var-annotated]
+    counts = []
+    for step in range(1, 3 * loader.slots + 1):
+        (batch,) = loader.next_step()
+        counts.append(small.work.count(batch)[DISTANCE])
+        output = small.work.forward(small.model, batch, carry, StepContext(ONE, 0, FIXED_POINT, step))
+        assert bool(counts[-1]) == (DISTANCE in output.metrics)
+        # The engine leaves the second update out, and what it would have carried on.
+        if step != 2:
+            carry = output.carry
+            small.work.after_step(small.model, StepContext(ONE, 0, FIXED_POINT, step))
+    assert [bool(count) for count in counts] == [False] * 3 + [True, False, True] + [True] * 3
+
+
+def test_the_determinant_is_taken_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: object) -> object:
+        calls.append(arguments)
+        return diversity_gradient(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "diversity_gradient", counted)
+    found = passes(Small(), 2, rows=1, grad_accum=4)
+    assert len(calls) == len(found) == 6
+
+
 def test_moving_averages_go_by_the_momentum() -> None:
     small = Small(momentum=0.75)
     small.begin()
@@ -366,7 +395,10 @@ def test_moving_averages_go_by_the_momentum() -> None:
     small.step([loader], carries, 1)
     batch = small.open(ONE).next_step()[0]
     found = carries[0, 0]["contexts/0"].tensor[batch.mask]
-    expected = 0.75 * before + 0.25 * found.T @ found / len(found)
+    # A step of as many tokens as one has on average counts for a quarter, and one of twice as many as two of them do.
+    kept = 0.75 ** (len(found) / (sum(LENGTHS[:10]) / 3))
+    assert 0.6 < kept < 0.75
+    expected = kept * before + (1 - kept) * found.T @ found / len(found)
     assert torch.allclose(small.model.statistics.moments, expected, rtol=1e-12, atol=1e-12)
 
 

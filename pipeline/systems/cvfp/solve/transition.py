@@ -35,9 +35,6 @@ class Solved:
     """[rows, D]: the context before each row's first token; that which was given, or what a border has brought."""
     settled: bool = True
     """Whether these are the contexts of the recurrence, to the tolerance: not where the sweeps ran out."""
-    growth: Tensor | None = None
-    """[rows] float64, where it was asked for: the mean natural logarithm, per token, of what a small difference of two
-    contexts is multiplied by (the largest Lyapunov exponent of the row)."""
 
 
 class Solver(Protocol):

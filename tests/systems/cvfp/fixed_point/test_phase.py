@@ -159,7 +159,7 @@ def test_every_block_changes_in_the_first_step_by_contexts_and_by_tokens() -> No
             parameter = small.model.get_parameter(f"blocks.{index}.{name}")
             moved = (parameter - before[f"blocks.{index}.{name}"]).abs()
             assert float(moved.detach().max()) > 1e-4, (index, name)
-    first = small.model.get_parameter("blocks.0.linear.weight") - before["blocks.0.linear.weight"]
+    first = (small.model.get_parameter("blocks.0.linear.weight") - before["blocks.0.linear.weight"]).detach()
     # Of both halves that go in, and of both that come out.
     for rows in (slice(0, WIDTH), slice(WIDTH, None)):
         for columns in (slice(0, WIDTH), slice(WIDTH, None)):

@@ -46,7 +46,8 @@ class FixedPointConfig:
     converged: Annotated[float, tyro.conf.arg(aliases=["--phase1-min-converged-ratio"])] = field(
         default=0.95, metadata=MAY_CHANGE
     )
-    """Share of converged tokens at which the phase ends."""
+    """Share of converged tokens at which the phase ends. It is asked at each evaluation that is due (--epochs.evaluate,
+    --eval-every): with none, the phase makes all its passes."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--phase1-learning-rate"])] = field(default=0.0003, metadata=MAY_CHANGE)
     """Peak learning rate of the phase. More makes contexts forget sooner, at a lower effective rank."""
     distance: Literal["raw", "cosine"] = field(default="raw", metadata=MAY_CHANGE)
@@ -113,7 +114,9 @@ class CvfpConfig(ModelConfig):
     """Rows of embedding and head; the tokenizer's, once the data is read."""
     carry: Annotated[Literal["document", "stream", "circular"], tyro.conf.arg(aliases=["--carry"])] = "document"
     """Where a context comes from. document: it is zero before each document; stream: it goes on from document to
-    document; circular: as stream, and the first token goes on from the last one of the pass before."""
+    document; circular: as stream, and the first token goes on from the last one of the pass before. Token after token,
+    each row is a part of the stream, and begins at the end that its left neighbour had in the pass before; with jacobi
+    or newton the rows of a step follow each other, and what crosses their borders moves with every sweep."""
     decay: Annotated[float, tyro.conf.arg(aliases=["--context-decay"])] = 0.3
     """Factor of the context that goes into a block's sum with what it adds: smaller forgets sooner."""
     initial_std: float = 0.02
@@ -137,6 +140,11 @@ class CvfpConfig(ModelConfig):
     """Run the first phase alone, and say of each of the guide's criteria whether it is met."""
 
     @property
+    def adjacent(self) -> bool:
+        """Whether the rows of a step follow each other in the stream, so that sweeps cross their borders."""
+        return self.carry != "document" and self.solve.way != "sequential"
+
+    @property
     def trains_embedding(self) -> bool:
         """Whether the second phase trains it: not below contexts that are frozen, which read it."""
         return not self.prediction.freeze_context and (self.train_embedding or self.embedding is None)
@@ -149,9 +157,15 @@ class CvfpConfig(ModelConfig):
             raise UserError(f"--model.decay is {self.decay}: give a factor from 0 to 1")
         if not 0 < self.initial_std < math.inf:
             raise UserError(f"--model.initial-std is {self.initial_std}: give a number above 0")
+        for name in ("decay", "initial_std"):
+            if self.as_published and getattr(self, name) != getattr(CvfpConfig, name):
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--model.{flag} {getattr(self, name)} with --model.as-published, which has its own: leave one out"
+                )
+        if self.prediction.freeze_context and self.train_embedding:
+            raise UserError(
+                "--model.train-embedding with --freeze-context, whose states read the embedding: leave one out"
+            )
         if self.num_samples is not None and self.num_samples < 1:
             raise UserError(f"--num-samples is {self.num_samples}: give 1 or more")
-        if self.carry == "circular" and self.solve.way != "jacobi":
-            raise UserError(
-                f"--carry circular with --model.solve.way {self.solve.way}: a ring has no first token: give jacobi"
-            )

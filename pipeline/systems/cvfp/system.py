@@ -179,7 +179,7 @@ class CvfpSystem(System[DocumentBatch]):
         if self.in_reading is None:
             return False
         state = self.in_reading.state_dict()
-        steps = state["iteration"] * self.in_reading.slots + state["slot"]
+        steps = state["epoch"] * self.in_reading.slots + state["offset"]
         rule = phase.until_evaluated
         return bool(steps >= phase.steps or (steps and rule is not None and rule(found.scalars)))
 
@@ -260,4 +260,4 @@ class CvfpSystem(System[DocumentBatch]):
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
         documents = None if self.files is None else self.documents.training
-        return costs.activation_bytes(self.sizes, self.config, documents, element)
+        return costs.activation_bytes(self.sizes, self.config, documents, element, topology.data)

@@ -214,4 +214,5 @@ def build_loader(
         seed=config.seed,
         shuffle=config.data.shuffle and not held_out,
         stream=config.model.carry != "document",
+        adjacent=config.model.adjacent,
     )

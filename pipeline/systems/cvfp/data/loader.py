@@ -23,7 +23,8 @@ class PassLoader(EpochPosition):
     whose last slot is missing has a row of length 0 there.
 
     With `stream` it has the i-th of R contiguous parts of all documents' tokens, cut into as many pieces as there are
-    slots, of `length` tokens at most. Parts differ by a token at most, and so do the pieces of one.
+    slots, of `length` tokens at most. Parts differ by a token at most, and so do the pieces of one. With `adjacent`
+    the pieces of a step follow each other: it has the tokens between those of the step before and of the step after.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class PassLoader(EpochPosition):
         seed: int = 0,
         shuffle: bool = True,
         stream: bool = False,
+        adjacent: bool = False,
     ) -> None:
         """Raises UserError where there is no document, or fewer than two tokens for a part of the stream."""
-        self.documents, self.length, self.stream, self.held_out = documents, length, stream, held_out
+        self.documents, self.length, self.held_out = documents, length, held_out
+        self.stream, self.adjacent = stream, adjacent and stream
         self._chosen = range(documents.training, len(documents.ends)) if held_out else range(documents.training)
         if not self._chosen:
             raise UserError(f"{documents.name} has no document to {'hold out' if held_out else 'train on'}: give more")
@@ -69,6 +72,8 @@ class PassLoader(EpochPosition):
         )
         # Which documents share a slot is decided by the global batch.
         self.fingerprint["streams"] = self.rows
+        if stream:
+            self.fingerprint["adjacent"] = self.adjacent
         self._permutation = None
         if stream:
             if self.tokens < LEAST * self.rows:
@@ -76,8 +81,10 @@ class PassLoader(EpochPosition):
                     f"{documents.name}: {self.tokens:,} tokens {'held out' if held_out else 'of training'} are fewer"
                     f" than {LEAST} for each of {self.rows:,} parts of the stream: give more, or a smaller --batch-size"
                 )
-            self._borders = [first + self.tokens * part // self.rows for part in range(self.rows + 1)]
             self.slots = math.ceil(math.ceil(self.tokens / self.rows) / length)
+            # No piece is empty: a part has LEAST tokens, and fewer slots than tokens.
+            parts = self.rows * self.slots if self.adjacent else self.rows
+            self._borders = [first + self.tokens * part // parts for part in range(parts + 1)]
         else:
             self.slots = math.ceil(len(self._chosen) / self.rows)
             if shuffle:
@@ -119,8 +126,12 @@ class PassLoader(EpochPosition):
         ids = np.zeros((len(streams), self.length), np.int64)
         lengths, firsts = np.zeros(len(streams), np.int64), np.zeros(len(streams), np.int64)
         for row, stream in enumerate(streams):
-            start, size = self._borders[stream], self._borders[stream + 1] - self._borders[stream]
-            first, last = (start + size * slot // self.slots for slot in (self._offset, self._offset + 1))
+            if self.adjacent:
+                piece = self._offset * self.rows + stream
+                first, last = self._borders[piece], self._borders[piece + 1]
+            else:
+                start, size = self._borders[stream], self._borders[stream + 1] - self._borders[stream]
+                first, last = (start + size * slot // self.slots for slot in (self._offset, self._offset + 1))
             ids[row, : last - first] = self.documents.tokens[first:last]
             lengths[row], firsts[row] = last - first, first
         return ids, lengths, firsts

@@ -86,6 +86,25 @@ def test_parts_of_the_stream_are_contiguous_and_differ_by_a_token(sizes: list[in
     assert loader.slots == -(-max(sizes_of_parts) // LENGTH), "no more steps than needed"
 
 
+@given(st.lists(st.integers(2, 9), min_size=30, max_size=60), st.integers(0, 12))
+def test_adjacent_pieces_of_a_step_follow_each_other_and_so_do_steps(sizes: list[int], held: int) -> None:
+    documents = random_documents(sizes, training=len(sizes) - held)
+    (loader,) = ranks(documents, stream=True, adjacent=True)
+    place, read = 0, []
+    for _ in range(loader.slots):
+        found = step([loader])
+        assert min(found["lengths"]) >= 1 and max(found["lengths"]) <= LENGTH
+        assert max(found["lengths"]) - min(found["lengths"]) <= 1
+        for first, tokens in rows(found):
+            assert first == place
+            place += len(tokens)
+            read += tokens
+    assert read == documents.tokens[: sum(sizes[: len(sizes) - held])].tolist()
+    (parts,) = ranks(documents, stream=True)
+    with pytest.raises(UserError):
+        parts.load_state_dict(loader.state_dict())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_layout_reads_the_same_in_every_pass(stream: bool) -> None:
     documents = random_documents([2 + index % 4 for index in range(61)], training=55)

@@ -70,13 +70,13 @@ def test_contexts_of_a_recurrence_have_no_gradient() -> None:
 
 def test_a_reader_may_be_exact_whatever_the_run_has_chosen() -> None:
     model, (ids, mask) = small(solve=SolveConfig("jacobi", tolerance=1e-3, most=2)), rows([9, 5])
-    rough, exact = Reader(model, WIDTH), Reader(model, WIDTH, exact=True)
-    assert rough.solved(ids, mask).sweeps == 2 and exact.solved(ids, mask).sweeps == 1
+    rough, exact, start = Reader(model, WIDTH), Reader(model, WIDTH, exact=True), torch.zeros(2, WIDTH)
+    assert rough.solved(ids, mask, start).sweeps == 2 and exact.solved(ids, mask, start).sweeps == 1
     contexts = exact.contexts(ids, mask)
     assert not torch.allclose(rough.contexts(ids, mask)[mask], contexts[mask])
     once_more = exact.applied(shifted(contexts, torch.zeros(2, WIDTH)), ids)
     torch.testing.assert_close(once_more[mask], contexts[mask], atol=1e-6, rtol=0)
-    near = rough.solved(ids, mask, initial=contexts)
+    near = rough.solved(ids, mask, start, initial=contexts)
     assert near.sweeps == 1
     end = ends_of(contexts, torch.tensor([9, 0]), torch.ones(2, WIDTH))
     assert torch.equal(end[0], contexts[0, 8]) and torch.equal(end[1], torch.ones(WIDTH))

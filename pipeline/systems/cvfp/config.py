@@ -119,6 +119,8 @@ class CvfpConfig(ModelConfig):
     or newton the rows of a step follow each other, and what crosses their borders moves with every sweep."""
     decay: Annotated[float, tyro.conf.arg(aliases=["--context-decay"])] = 0.3
     """Factor of the context that goes into a block's sum with what it adds: smaller forgets sooner."""
+    layernorm_mix: Annotated[float, tyro.conf.arg(aliases=["--layernorm-mix"])] = 1.0
+    """m: what goes on from a block is (1 - m) x the sum of a stream + m x its LayerNorm."""
     initial_std: float = 0.02
     """Standard deviation of the blocks' initial weights."""
     as_published: bool = False
@@ -155,6 +157,8 @@ class CvfpConfig(ModelConfig):
                 raise UserError(f"--model.{name} is {getattr(self, name)}: give 1 or more")
         if not 0 <= self.decay <= 1:
             raise UserError(f"--model.decay is {self.decay}: give a factor from 0 to 1")
+        if not 0 < self.layernorm_mix <= 1:
+            raise UserError(f"--model.layernorm-mix is {self.layernorm_mix}: give a share above 0, up to 1")
         if not 0 < self.initial_std < math.inf:
             raise UserError(f"--model.initial-std is {self.initial_std}: give a number above 0")
         for name in ("decay", "initial_std"):

@@ -10,28 +10,36 @@ from pipeline.systems.cvfp.solve.transition import Solved, Solver
 
 
 class Block(nn.Module):
-    """Adds to both streams what one linear layer with ReLU makes of them; each has a norm of its own behind it."""
+    """Adds to both streams what one linear layer with ReLU makes of them; each has a norm of its own behind it.
 
-    def __init__(self, width: int, decay: float) -> None:
+    `mix` m in (0, 1]: of each sum x, (1 - m) x + m norm(x) goes on.
+    """
+
+    def __init__(self, width: int, decay: float, mix: float = 1.0) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * width, 2 * width)
         self.norm_context = nn.LayerNorm(width)
         self.norm_token = nn.LayerNorm(width)
-        self.decay = decay
+        self.decay, self.mix = decay, mix
+
+    def _mixed(self, total: Tensor, normed: Tensor) -> Tensor:
+        return normed if self.mix == 1 else torch.lerp(total, normed, self.mix)
 
     def forward(self, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Both [..., D]."""
         added = F.relu(self.linear(torch.cat([context, token], dim=-1)))
         of_context, of_token = added.chunk(2, dim=-1)
         decayed = torch.add(of_context, context, alpha=self.decay)
-        return self.norm_context(decayed), self.norm_token(token + of_token)
+        total = token + of_token
+        return self._mixed(decayed, self.norm_context(decayed)), self._mixed(total, self.norm_token(total))
 
     def context_alone(self, context: Tensor, token: Tensor) -> Tensor:
         """The first of what `forward` returns, of the last block: nothing else of it is carried on."""
         width = context.shape[-1]
         rows = self.linear.weight[:width], self.linear.bias[:width]
         added = F.relu(F.linear(torch.cat([context, token], dim=-1), *rows))
-        return self.norm_context(torch.add(added, context, alpha=self.decay))
+        decayed = torch.add(added, context, alpha=self.decay)
+        return self._mixed(decayed, self.norm_context(decayed))
 
     def with_diagonal(self, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both streams, and the diagonal [..., D] of the new context's Jacobian in the old one.
@@ -45,8 +53,10 @@ class Block(nn.Module):
         new, mean, scale = torch.native_layer_norm(decayed, (width,), norm.weight, norm.bias, norm.eps)
         itself = self.decay + (of_context > 0) * self.linear.weight.diagonal()[:width]
         normed = (decayed - mean) * scale
-        diagonal = norm.weight * scale * itself * (1 - (1 + normed.square()) / width)
-        return new, self.norm_token(token + of_token), diagonal
+        of_norm = norm.weight * scale * (1 - (1 + normed.square()) / width)
+        total = token + of_token
+        diagonal = itself * (of_norm if self.mix == 1 else 1 - self.mix + self.mix * of_norm)
+        return self._mixed(decayed, new), self._mixed(total, self.norm_token(total)), diagonal
 
 
 class Blocks(nn.ModuleList):
@@ -56,8 +66,8 @@ class Blocks(nn.ModuleList):
     of: ranks whose solves take different numbers of sweeps make the same calls.
     """
 
-    def __init__(self, layers: int, width: int, decay: float) -> None:
-        super().__init__(Block(width, decay) for _ in range(layers))
+    def __init__(self, layers: int, width: int, decay: float, mix: float = 1.0) -> None:
+        super().__init__(Block(width, decay, mix) for _ in range(layers))
         # DeepSpeed's mark of a module whose parameters are gathered as one; its own function sets the same attribute.
         self._z3_leaf = True
 

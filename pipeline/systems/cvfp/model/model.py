@@ -74,7 +74,7 @@ class CvfpModel(nn.Module):
         width, decay = sizes.width, 1.0 if sizes.as_published else sizes.decay
         self.embedding = nn.Embedding(sizes.vocab, width)
         self.norm_embed = nn.LayerNorm(width)
-        self.blocks = Blocks(sizes.layers, width, decay)
+        self.blocks = Blocks(sizes.layers, width, decay, sizes.layernorm_mix)
         self.solver = solver(sizes.solve)
         self.head = Head(width, sizes.vocab)
         self.statistics = Statistics(width)

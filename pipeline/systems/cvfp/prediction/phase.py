@@ -166,7 +166,7 @@ class Prediction:
             "version": VERSION,
             "weights": weights["sha256"],
             "precision": str(next(module.parameters()).dtype),
-            "recurrence": [sizes.decay, sizes.as_published, sizes.carry, self.section.context],
+            "recurrence": [sizes.decay, sizes.layernorm_mix, sizes.as_published, sizes.carry, self.section.context],
             "data": self.data.training(topology).state_dict()["fingerprint"],
             "rows": [self.config.batch_size, self.config.grad_accum, topology.data_rank, topology.data],
         }

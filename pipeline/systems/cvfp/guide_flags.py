@@ -1,4 +1,4 @@
-"""Settings of the guide's config.py that are no field here: what they mean as flags, or which flag takes their place."""
+"""Settings of the guide's config.py that are no field: what they mean as flags, or which flag takes their place."""
 
 from __future__ import annotations
 

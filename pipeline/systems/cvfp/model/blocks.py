@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.systems.cvfp.model.packed import packed_relu
 from pipeline.systems.cvfp.solve.transition import Solved, Solver
 
 
@@ -21,17 +24,20 @@ class Block(nn.Module):
 
     def forward(self, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Both [..., D]."""
-        added = F.relu(self.linear(torch.cat([context, token], dim=-1)))
-        of_context, of_token = added.chunk(2, dim=-1)
-        decayed = torch.add(of_context, context, alpha=self.decay)
-        return self.norm_context(decayed), self.norm_token(token + of_token)
+        return self.added_to(context, token, F.relu(self.linear(torch.cat([context, token], dim=-1))))
 
-    def context_alone(self, context: Tensor, token: Tensor) -> Tensor:
-        """The first of what `forward` returns, of the last block: nothing else of it is carried on."""
-        width = context.shape[-1]
-        rows = self.linear.weight[:width], self.linear.bias[:width]
-        added = F.relu(F.linear(torch.cat([context, token], dim=-1), *rows))
+    def added_to(self, context: Tensor, token: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams, of what the linear layer makes of them [..., 2 D]."""
+        of_context, of_token = added.chunk(2, dim=-1)
+        return self.added_to_context(context, of_context), self.norm_token(token + of_token)
+
+    def added_to_context(self, context: Tensor, added: Tensor) -> Tensor:
         return self.norm_context(torch.add(added, context, alpha=self.decay))
+
+    def of_context(self) -> tuple[Tensor, Tensor]:
+        """The rows of weight [D, 2 D] and bias [D] that make what is added to the context."""
+        width = self.linear.out_features // 2
+        return self.linear.weight[:width], self.linear.bias[:width]
 
     def with_diagonal(self, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both streams, and the diagonal [..., D] of the new context's Jacobian in the old one.
@@ -79,7 +85,7 @@ class Blocks(nn.ModuleList):
         if solve is not None:
             if mask is None:
                 mask = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
-            return solve(BlocksTransition(self), embedded, contexts, mask, initial)
+            return solve(BlocksTransition(self, embedded.shape[1]), embedded, contexts, mask, initial)
         token = embedded
         for block in self.in_order():
             contexts, token = block(contexts, token)
@@ -92,14 +98,28 @@ class Blocks(nn.ModuleList):
 class BlocksTransition:
     """F of blocks whose parameters are whole, as a solver calls it (see `Transition`)."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, length: int) -> None:
+        """length: tokens of a row, and so the calls with contexts [rows, D] of a solver that reads token by token."""
         *self.first, self.last = blocks.in_order()
+        self.length = length
+        self._packed: list[Callable[[Tensor], Tensor]] = []
 
     def __call__(self, contexts: Tensor, embedded: Tensor) -> Tensor:
-        token = embedded
-        for block in self.first:
-            contexts, token = block(contexts, token)
-        return self.last.context_alone(contexts, token)
+        token, last = embedded, self.last
+        if contexts.dim() > 2:
+            for block in self.first:
+                contexts, token = block(contexts, token)
+            # Of the last block nothing but the context is carried on.
+            return last.added_to_context(
+                contexts, F.relu(F.linear(torch.cat([contexts, token], dim=-1), *last.of_context()))
+            )
+        if not self._packed:
+            weights = [*((block.linear.weight, block.linear.bias) for block in self.first), last.of_context()]
+            self._packed = [packed_relu(weight, bias, len(contexts), self.length) for weight, bias in weights]
+        *first, of_last = self._packed
+        for block, added in zip(self.first, first, strict=True):
+            contexts, token = block.added_to(contexts, token, added(torch.cat([contexts, token], dim=-1)))
+        return last.added_to_context(contexts, of_last(torch.cat([contexts, token], dim=-1)))
 
     def with_diagonal(self, contexts: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """The product of the blocks' diagonals.

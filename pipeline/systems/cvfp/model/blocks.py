@@ -12,6 +12,15 @@ from pipeline.systems.cvfp.model.packed import packed_relu
 from pipeline.systems.cvfp.solve.transition import Solved, Solver
 
 
+def relu_of(context: Tensor, token: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(W [c; u] + b) of both streams [..., D]."""
+    if context.requires_grad or not token.requires_grad:
+        return F.linear(torch.cat([context, token], dim=-1), weight, bias).relu_()
+    # Contexts that enter from outside have no gradient: a product of both would compute it with the tokens'.
+    of_context, of_token = weight.chunk(2, dim=1)
+    return (F.linear(context, of_context, bias) + F.linear(token, of_token)).relu_()
+
+
 class Block(nn.Module):
     """Adds to both streams what one linear layer with ReLU makes of them; each has a norm of its own behind it."""
 
@@ -24,7 +33,7 @@ class Block(nn.Module):
 
     def forward(self, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Both [..., D]."""
-        return self.added_to(context, token, F.relu(self.linear(torch.cat([context, token], dim=-1))))
+        return self.added_to(context, token, relu_of(context, token, self.linear.weight, self.linear.bias))
 
     def added_to(self, context: Tensor, token: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams, of what the linear layer makes of them [..., 2 D]."""
@@ -75,17 +84,20 @@ class Blocks(nn.ModuleList):
         solve: Solver | None = None,
         mask: Tensor | None = None,
         initial: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor] | Solved:
+        contexts_alone: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | Solved:
         """Contexts and token states [rows, L, D] of the tokens `embedded` [rows, L, D].
 
         `contexts` [rows, L, D] are those that enter, one for each token. With `solve`, `contexts` [rows, D] enters each
         row's first token, and each token's own the next one; mask [rows, L] (None: every token) and initial are the
-        solver's.
+        solver's. `contexts_alone`: None for token states, which the last block then does not compute.
         """
         if solve is not None:
             if mask is None:
                 mask = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
             return solve(BlocksTransition(self, embedded.shape[1]), embedded, contexts, mask, initial)
+        if contexts_alone:
+            return BlocksTransition(self, 0)(contexts, embedded), None
         token = embedded
         for block in self.in_order():
             contexts, token = block(contexts, token)
@@ -96,7 +108,8 @@ class Blocks(nn.ModuleList):
 
 
 class BlocksTransition:
-    """F of blocks whose parameters are whole, as a solver calls it (see `Transition`)."""
+    """F of blocks whose parameters are whole, as a solver calls it (see `Transition`): of the last block, the context
+    alone."""
 
     def __init__(self, blocks: Blocks, length: int) -> None:
         """length: tokens of a row, and so the calls with contexts [rows, D] of a solver that reads token by token."""
@@ -109,10 +122,7 @@ class BlocksTransition:
         if contexts.dim() > 2:
             for block in self.first:
                 contexts, token = block(contexts, token)
-            # Of the last block nothing but the context is carried on.
-            return last.added_to_context(
-                contexts, F.relu(F.linear(torch.cat([contexts, token], dim=-1), *last.of_context()))
-            )
+            return last.added_to_context(contexts, relu_of(contexts, token, *last.of_context()))
         if not self._packed:
             weights = [*((block.linear.weight, block.linear.bias) for block in self.first), last.of_context()]
             self._packed = [packed_relu(weight, bias, len(contexts), self.length) for weight, bias in weights]

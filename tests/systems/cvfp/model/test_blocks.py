@@ -36,7 +36,11 @@ def test_contexts_alone_and_their_gradients_are_those_beside_token_states() -> N
 @pytest.mark.parametrize("of_token", [True, False])
 def test_the_layer_and_its_gradients_are_those_of_both_streams_as_one(of_context: bool, of_token: bool) -> None:
     context, token = normal(5, 4, seed=1).requires_grad_(of_context), normal(5, 4, seed=2).requires_grad_(of_token)
-    weight, bias, slopes = normal(6, 8, seed=3).requires_grad_(), normal(6, seed=4).requires_grad_(), normal(5, 6, seed=5)
+    weight, bias, slopes = (
+        normal(6, 8, seed=3).requires_grad_(),
+        normal(6, seed=4).requires_grad_(),
+        normal(5, 6, seed=5),
+    )
     asked = [tensor for tensor in (context, token, weight, bias) if tensor.requires_grad]
     expected = (torch.cat([context, token], dim=-1) @ weight.T + bias).clamp_min(0)
     found = relu_of(context, token, weight, bias)

@@ -3,7 +3,8 @@
 The loss is (1 - w) D + w V, of the distance D to the pass before and the diversity term V. Of two weights, the
 minimisers c and c' have (1 - w) D(c) + w V(c) <= (1 - w) D(c') + w V(c') and the other way round with w'; added up,
 (w' - w) (V(c') - V(c)) <= (w' - w) (D(c') - D(c)), and with either of them, more weight ends at no larger V and no
-smaller D. A run of some passes is no minimiser, so `SLACK` is left to it.
+smaller D. A run of some passes is no minimiser: without any distance (w = 1) the updates carry V beyond its least. So
+of V it is asked that any weight of it lowers it, of D that it never falls by more than `SLACK`.
 """
 
 from __future__ import annotations
@@ -84,11 +85,12 @@ def test_diversity_is_paid_for_with_convergence(folder: Path, record_property: C
     assert (folder / "tradeoff.png").stat().st_size > 10_000
     assert all(row["passes"] == PASSES for row in found.values())
     for (_, less), (_, more) in pairwise(found.items()):
-        assert more["diversity/log_det"] <= less["diversity/log_det"] * (1 + SLACK)
+        assert more["distance"] >= less["distance"] * (1 - SLACK)
     first, last = found[WEIGHTS[0]], found[WEIGHTS[-1]]
-    assert last["diversity/log_det"] < first["diversity/log_det"]
+    for weight in WEIGHTS[1:]:
+        assert found[weight]["diversity/log_det"] < first["diversity/log_det"]
+        assert found[weight]["effective_rank/val"] > first["effective_rank/val"]
     assert last["distance"] > first["distance"]
-    assert last["effective_rank/val"] > first["effective_rank/val"]
 
 
 def picture(found: dict[float, dict[str, float]], baselines: dict[str, tuple[float | None, float]]) -> Curve:

@@ -120,6 +120,10 @@ EXPERIMENTS = {
         "a pass of the fixed point takes little more than its own matrix products",
         ("tests/systems/cvfp/test_speed.py",), 12,
     ),
+    "cvfp_tradeoff": Experiment(
+        "the more diversity weighs in the fixed point, the higher its rank and the later it forgets its start",
+        ("tests/systems/cvfp/test_tradeoff.py",), 5,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

@@ -1,4 +1,4 @@
-"""Started by test_cvfp.py on two data ranks: gradients and statistics beside one process's, and resumes.
+"""Started by test_cvfp.py on two data ranks: gradients and statistics beside one process's, resumes, and a control.
 
 Usage: cvfp_main OUT. Rank 0 writes OUT/result.json.
 """
@@ -63,6 +63,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero2 fp16 frozen": {"zero": "zero2", "precision": "fp16", "grad_accum": 1, "prediction__freeze_context": True},
     "zero0 by the rule": {"zero": "zero0", "grad_accum": 1, "fixed_point__converged": 0.0, "epochs__evaluate": 1.0},
 }
+CONTROL = "control"
+"""The folder of a run that is trained as the first of `RUNS`, its context held at zero."""
 MIDDLES = {
     "in the first phase": 2, "where its rule ended it": 3, "after its rule ended it": 4, "in its second pass": 4,
     "at the switch": 6, "in the second phase": 8,
@@ -193,16 +195,15 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
     }  # fmt: skip
 
 
+def settings_of(changes: dict[str, Any]) -> dict[str, Any]:
+    """Of a run on two ranks, with these changes."""
+    rows = ROWS // (2 * changes["grad_accum"])
+    return {"batch_size": rows, "save_every": 2, "epochs__save": 0.0, "epochs__evaluate": 3.0, **changes}
+
+
 def resumed(out: Path, number: int, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """In what runs that go on from the middle of each phase, and from their border, differ from one in a piece."""
-    rows = ROWS // (2 * changes["grad_accum"])
-    settings: dict[str, Any] = {
-        "batch_size": rows,
-        "save_every": 2,
-        "epochs__save": 0.0,
-        "epochs__evaluate": 3.0,
-        **changes,
-    }
+    settings = settings_of(changes)
     straight = out / f"straight{number}"
     train(small(out, output_dir=straight, **settings))
     found: dict[str, Any] = {}
@@ -225,6 +226,25 @@ def resumed(out: Path, number: int, name: str, changes: dict[str, Any]) -> dict[
     }
 
 
+def tested(out: Path) -> dict[str, Any]:
+    """What a run with --test leaves behind, and in what it differs, once it has gone on without it, from the first of
+    `RUNS`."""
+    run, settings = out / "tested", settings_of(RUNS["zero1"])
+
+    def steps() -> list[tuple[str, int]]:
+        if dist.get_rank() != 0:
+            return []
+        return [(row["phase"], row["step"]) for row in read_rows(run / "metrics.jsonl") if row["mode"] == "train"]
+
+    train(small(out, output_dir=run, model__test=True, **settings))
+    first = steps()
+    train(small(out, output_dir=run, **settings))
+    if dist.get_rank() != 0:
+        return {}
+    differences = unlike(*(folder / "checkpoints" / "checkpoint-12" for folder in (out / "straight0", run)))
+    return {"first": first, "then": steps(), "differences": differences}
+
+
 def main() -> None:
     (out,) = map(Path, without_local_rank(sys.argv[1:]))
     # Few CPUs say that they have float16; what training needs of it every one does.
@@ -241,6 +261,8 @@ def main() -> None:
     for number, (name, changes) in enumerate(RUNS.items()):
         found["resumed"][name] = resumed(out, number, name, changes)
         dist.barrier()
+    found["tested"] = tested(out)
+    train(small(out, output_dir=out / CONTROL, prediction__context="zero", **settings_of(RUNS["zero1"])))
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))
     stop()

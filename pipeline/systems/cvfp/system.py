@@ -59,6 +59,10 @@ class CvfpSystem(System[DocumentBatch]):
             raise UserError(
                 f"--sequence-length {self.config.sequence_length}: a token is to be followed by another: give 2 or more"
             )
+        if self.sizes.test and self.config.phases not in ((), (FIXED_POINT,)):
+            raise UserError(
+                f"--phases {' '.join(self.config.phases)} with --test, which runs {FIXED_POINT} alone: leave one out"
+            )
         self._check_rows()
 
     def _check_rows(self) -> None:
@@ -104,7 +108,9 @@ class CvfpSystem(System[DocumentBatch]):
         steps = self.sizes.fixed_point.iterations * self.data.training(topology).slots
         fixed_point = dataclasses.replace(self.sizes.fixed_point, steps=steps)
         model = dataclasses.replace(self.sizes, vocab=self.documents.vocab, fixed_point=fixed_point)
-        return dataclasses.replace(self.config, model=model)
+        # The system has both phases all the same: a checkpoint holds what any of them trains, and may go on without it.
+        phases = (FIXED_POINT,) if self.sizes.test else self.config.phases
+        return dataclasses.replace(self.config, model=model, phases=phases)
 
     def build(self) -> nn.Module:
         return CvfpModel(self.sizes)
@@ -130,8 +136,6 @@ class CvfpSystem(System[DocumentBatch]):
             until_evaluated=lambda numbers: numbers["converged"] >= least,
             judged=False,
         )
-        if self.sizes.test:
-            return [first]
         trained = self.sizes.trains_embedding
         tail = tuple(name for name in names if name.startswith("head.") or (trained and name.startswith("embedding.")))
         groups = [ParameterGroup("head", tail)]

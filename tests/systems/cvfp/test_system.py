@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.host.devices import find_device
 from pipeline.load import decide, model_without_storage
 from pipeline.parallel.topology import Topology
-from pipeline.phases import names
+from pipeline.phases import names, pick
 from pipeline.plan.estimate import PlanOptions, make_plan
 from pipeline.recipes.cvfp import cvfp_10k, cvfp_100k, cvfp_tiny
 from pipeline.system import Evaluation, System, create_system
@@ -80,8 +80,12 @@ def test_frozen_contexts_leave_the_head_alone() -> None:
     assert phases_of(model_of(config, prediction=prediction))["prediction"] == {"head.weight", "head.bias"}
 
 
-def test_a_test_is_the_first_phase_alone() -> None:
-    assert list(phases_of(model_of(cvfp_tiny(), test=True))) == ["fixed_point"]
+def test_a_test_is_the_first_phase_alone(folder: Path) -> None:
+    system = decided(small(folder, model__test=True))
+    model = system.build()
+    assert [phase.name for phase in pick(system.config, system.phases(model))] == ["fixed_point"]
+    # What a checkpoint holds is what the other trains too: it may be gone on with.
+    assert phases_of(model_of(cvfp_tiny(), test=True)) == phases_of(cvfp_tiny())
     first, second = model_without_storage(cvfp_tiny()).phases
     assert not first.judged and second.judged and second.until_evaluated is None
     assert first.until_evaluated is not None
@@ -134,6 +138,7 @@ def test_passes_of_both_phases_are_settled_by_the_data(folder: Path) -> None:
         ({"parallel__sequence": 2, "sequence_length": 12}, "--parallel.sequence 2: contexts follow each other"),
         ({"model__carry": "stream", "grad_accum": 2}, "--grad-accum 2: with --carry stream"),
         ({"sequence_length": 1}, "--sequence-length 1: "),
+        ({"model__test": True, "phases": ("prediction",)}, "--phases prediction with --test, which runs fixed_point"),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:

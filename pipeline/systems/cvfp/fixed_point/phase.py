@@ -123,7 +123,7 @@ class FixedPoint:
         inputs = shifted(contexts, start)
         if section.noise:
             inputs = inputs + section.noise * noise(batch, width, self.config.seed, way=self.sizes.carry)
-        found, exact = in_full(model(batch.ids, inputs).contexts)[mask], contexts[mask]
+        found, exact = in_full(model(batch.ids, inputs, contexts_alone=True).contexts)[mask], contexts[mask]
         distance, metrics = self._distance(found, exact, before, batch)
         terms, gradient = self._diversity(model.get_buffer(MOMENTS))
         value = torch.stack(list(terms.values())).sum().to(found) * tokens

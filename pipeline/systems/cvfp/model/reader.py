@@ -50,7 +50,7 @@ class Reader:
     @torch.no_grad()
     def applied(self, contexts: Tensor, ids: Tensor) -> Tensor:
         """The contexts [rows, L, D] after one application of all blocks to `contexts` and the tokens' e_t."""
-        return in_full(self.model(ids, contexts).contexts)
+        return in_full(self.model(ids, contexts, contexts_alone=True).contexts)
 
 
 def in_full(tensor: Tensor) -> Tensor:

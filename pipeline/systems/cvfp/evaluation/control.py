@@ -60,8 +60,8 @@ def differences(config: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any,
                 flag = f"--{name}.{part.name}".replace("_", "-")
                 yield flag, getattr(mine, part.name), getattr(theirs, part.name)
         else:
-            paths = (str(one) if isinstance(one, Path) else one for one in (mine, theirs))
-            yield f"--{name}".replace("_", "-"), *paths
+            mine, theirs = (str(one) if isinstance(one, Path) else one for one in (mine, theirs))
+            yield f"--{name}".replace("_", "-"), mine, theirs
 
 
 def compared(sums: Sums) -> Evaluation:

@@ -9,6 +9,7 @@ of V it is asked that any weight of it lowers it, of D that it never falls by mo
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -80,7 +81,7 @@ def test_diversity_is_paid_for_with_convergence(folder: Path, record_property: C
     for name, (share, rank) in baselines.items():
         table.append(f"| {name} | {'-' if share is None else f'{share:.1%}'} | - | {rank:.1%} | - | - |")
     print("\n".join(table))
-    record_property("table", "\n".join(table))
+    record_property("table", json.dumps(table))
     draw_curve(picture(found, baselines), folder / "tradeoff.png", f"width {WIDTH}, {LAYERS} blocks, {PASSES} passes")
     assert (folder / "tradeoff.png").stat().st_size > 10_000
     assert all(row["passes"] == PASSES for row in found.values())

@@ -27,4 +27,5 @@ def packed_relu(weight: Tensor, bias: Tensor, rows: int, calls: int) -> Callable
 
 def _packs(weight: Tensor) -> bool:
     backend = torch.backends.mkldnn
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and backend.enabled and backend.is_available()
+    usable = backend.is_available() and bool(backend.enabled)
+    return usable and weight.device.type == "cpu" and weight.dtype == torch.float32

@@ -169,7 +169,7 @@ class RunConfig:
     """Steps over which the learning rate rises linearly, from --optimizer.warmup-start of the peak."""
     weight_decay: float = 0.0
     """AdamW decay of matrices; vectors, norms and gates are never decayed."""
-    clip: float = 1.0
+    clip: Annotated[float, tyro.conf.arg(aliases=["--gradient-clip"])] = 1.0
     """Largest global gradient norm; 0: no clipping."""
     zero: str = "zero0"
     """DeepSpeed configuration: a name in ds_configs/ or the path of a JSON file."""

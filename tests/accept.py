@@ -128,6 +128,10 @@ EXPERIMENTS = {
         "a step of three memories is near its own matrix products, and its time of a token does not grow with rows",
         ("tests/systems/neuromorphic/test_speed.py",), 4,
     ),
+    "cvfp_tradeoff": Experiment(
+        "contexts with diversity in the loss have more rank, and come to rest later, than without",
+        ("tests/systems/cvfp/test_tradeoff.py",), 5,
+    ),
     "drift": Experiment(
         "the native scan does not drift over 131,072 tokens", ("tests/ops/test_scan_cpu.py",), 3, "drift",
     ),

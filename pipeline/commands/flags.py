@@ -48,7 +48,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     from pipeline.config_file import load_config, states
     from pipeline.durations import by_one_measure, with_duration
     from pipeline.global_batch import in_global_batches
-    from pipeline.recipes import all_recipes, describe, read_foreign
+    from pipeline.recipes import all_recipes, describe, in_own_flags, read_foreign
     from pipeline.run_name import with_named_folder
 
     recipes = all_recipes()
@@ -85,6 +85,7 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     if wants_help(rest):
         everything = "--help-all" in rest
         show_help(config, program, everything=everything, own=own, description=describe(recipes[name]))
+    rest = in_own_flags(recipes[name], rest)
     given: set[str] = set()
     own_steps = tuple(f"model.{name}" for name in config.model.own_steps)
     # Parsed without the recipe's own source, which what a person names replaces.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.config import RunConfig
@@ -33,6 +33,13 @@ def read_foreign(content: dict[str, Any], where: str) -> RunConfig | None:
         if found is not None:
             return found
     return None
+
+
+def in_own_flags(recipe: Callable[[], RunConfig], words: Sequence[str]) -> list[str]:
+    """The words of a command line with settings of another trainer in the form of flags, by the function of this name
+    in the recipe's module, where it has one. Raises UserError."""
+    translate = getattr(inspect.getmodule(recipe), "in_own_flags", None)
+    return list(words) if translate is None else translate(words)
 
 
 def describe(recipe: Callable[[], RunConfig]) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 from pipeline.config import EpochsConfig, EvaluationConfig, OptimizerConfig, ReportConfig, RunConfig
 from pipeline.data_config import DataConfig
 from pipeline.systems.cvfp.config import CvfpConfig, FixedPointConfig
+from pipeline.systems.cvfp.guide_flags import in_own_flags
+
+__all__ = ["cvfp_10k", "cvfp_100k", "cvfp_tiny", "in_own_flags"]
 
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ROWS = 32
@@ -16,7 +19,6 @@ ROWS = 32
 
 def _preset(name: str, documents: int) -> RunConfig:
     iterations = 10
-    # Of all documents; with those that are held out taken off, a few steps less.
     slots = -(-documents // ROWS)
     return RunConfig(
         recipe=name,

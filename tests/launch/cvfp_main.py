@@ -1,4 +1,4 @@
-"""Started by test_cvfp.py on two data ranks: gradients and statistics beside one process's, and resumes.
+"""Started by test_cvfp.py on two data ranks: gradients and statistics beside one process's, resumes, and a control.
 
 Usage: cvfp_main OUT. Rank 0 writes OUT/result.json.
 """
@@ -30,6 +30,7 @@ from pipeline.runtime.exit import exit_process
 from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, StepContext, System, create_system
+from pipeline.systems.cvfp.config import SolveConfig
 from tests.launch.comparing import differences as unlike
 from tests.launch.parity_main import everything_sharded
 from tests.systems.cvfp.harness import documents, small
@@ -42,27 +43,39 @@ MODELS: dict[str, dict[str, Any]] = {
         "grad_accum": 1, "fixed_point__diversity": "log_det", "fixed_point__distance": "cosine",
     },
     "fixed_point stream": {"grad_accum": 1, "model__carry": "stream"},
+    "fixed_point circular by sweeps": {
+        "grad_accum": 1, "model__carry": "circular", "model__solve": SolveConfig("jacobi", tolerance=1e-7),
+    },
     "prediction document": {"grad_accum": 2},
+    "prediction stream": {"grad_accum": 1, "model__carry": "stream"},
     "prediction frozen": {"grad_accum": 2, "prediction__freeze_context": True},
 }  # fmt: skip
 STAGES = {
-    "fixed_point document": (0, 1, 2, 3), "fixed_point log_det cosine": (0,), "fixed_point stream": (3,),
-    "prediction document": (0, 1, 2, 3), "prediction frozen": (2,),
+    "fixed_point document": (0, 1, 3), "fixed_point log_det cosine": (0,), "fixed_point stream": (3,),
+    "fixed_point circular by sweeps": (3,), "prediction document": (1, 3), "prediction stream": (0,),
+    "prediction frozen": (2,),
 }  # fmt: skip
-EVALUATED = (("fixed_point document", 0), ("fixed_point stream", 3), ("prediction document", 3))
+EVALUATED = (("fixed_point stream", 3), ("prediction document", 3), ("prediction stream", 0))
 """Whose held-out numbers are compared too, which takes longer than all else."""
 RUNS: dict[str, dict[str, Any]] = {
     "zero1": {"zero": "zero1", "grad_accum": 2},
     "zero3 bf16 stream": {"zero": "zero3", "precision": "bf16", "grad_accum": 1, "model__carry": "stream"},
     "zero2 fp16 frozen": {"zero": "zero2", "precision": "fp16", "grad_accum": 1, "prediction__freeze_context": True},
+    "zero0 by the rule": {"zero": "zero0", "grad_accum": 1, "fixed_point__converged": 0.0, "epochs__evaluate": 1.0},
 }
-MIDDLES = {"in the first phase": 2, "in its second pass": 4, "at the switch": 6, "in the second phase": 8}
+CONTROL = "control"
+"""The folder of a run that is trained as the first of `RUNS`, its context held at zero."""
+MIDDLES = {
+    "in the first phase": 2, "where its rule ended it": 3, "after its rule ended it": 4, "in its second pass": 4,
+    "at the switch": 6, "in the second phase": 8,
+}  # fmt: skip
 PLACES = {
     "zero1": ("in its second pass", "in the second phase"), "zero3 bf16 stream": ("in the first phase",),
-    "zero2 fp16 frozen": ("at the switch",),
+    "zero2 fp16 frozen": ("at the switch", "in the second phase"),
+    "zero0 by the rule": ("where its rule ended it", "after its rule ended it"),
 }  # fmt: skip
-LAST = 12
-"""Steps: two passes, and two epochs, of three."""
+FIRST, LAST = {"zero0 by the rule": 3}, 6
+"""Steps: of two passes, or of one where the rule ends the phase after it; and of two epochs, of three steps each."""
 
 
 def randomise(name: str, shape: torch.Size) -> torch.Tensor:
@@ -182,26 +195,26 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
     }  # fmt: skip
 
 
-def resumed(out: Path, number: int, places: tuple[str, ...], changes: dict[str, Any]) -> dict[str, Any]:
-    """In what runs that go on from the middle of each phase, and from their border, differ from one in a piece."""
+def settings_of(changes: dict[str, Any]) -> dict[str, Any]:
+    """Of a run on two ranks, with these changes."""
     rows = ROWS // (2 * changes["grad_accum"])
-    settings: dict[str, Any] = {
-        "batch_size": rows,
-        "save_every": 2,
-        "epochs__save": 0.0,
-        "epochs__evaluate": 3.0,
-        **changes,
-    }
+    return {"batch_size": rows, "save_every": 2, "epochs__save": 0.0, "epochs__evaluate": 3.0, **changes}
+
+
+def resumed(out: Path, number: int, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """In what runs that go on from the middle of each phase, and from their border, differ from one in a piece."""
+    settings = settings_of(changes)
     straight = out / f"straight{number}"
     train(small(out, output_dir=straight, **settings))
     found: dict[str, Any] = {}
-    for name in places:
-        step = MIDDLES[name]
+    last = FIRST.get(name, 6) + LAST
+    for place in PLACES[name]:
+        step = MIDDLES[place]
         other = out / f"resumed{number}-{step}"
         train(small(out, output_dir=other, resume=str(straight / "checkpoints" / f"checkpoint-{step}"), **settings))
         if dist.get_rank() == 0:
-            last = [run / "checkpoints" / f"checkpoint-{LAST}" for run in (straight, other)]
-            found[name] = unlike(*last)
+            newest = [run / "checkpoints" / f"checkpoint-{last}" for run in (straight, other)]
+            found[place] = unlike(*newest)
     if dist.get_rank() != 0:
         return {}
     rows_of = [row for row in read_rows(straight / "metrics.jsonl") if row["mode"] == "train"]
@@ -211,6 +224,25 @@ def resumed(out: Path, number: int, places: tuple[str, ...], changes: dict[str, 
         "epochs": [row["epoch"] for row in rows_of],
         "finite": all(row["loss"] == row["loss"] for row in rows_of),
     }
+
+
+def tested(out: Path) -> dict[str, Any]:
+    """What a run with --test leaves behind, and in what it differs, once it has gone on without it, from the first of
+    `RUNS`."""
+    run, settings = out / "tested", settings_of(RUNS["zero1"])
+
+    def steps() -> list[tuple[str, int]]:
+        if dist.get_rank() != 0:
+            return []
+        return [(row["phase"], row["step"]) for row in read_rows(run / "metrics.jsonl") if row["mode"] == "train"]
+
+    train(small(out, output_dir=run, model__test=True, **settings))
+    first = steps()
+    train(small(out, output_dir=run, **settings))
+    if dist.get_rank() != 0:
+        return {}
+    differences = unlike(*(folder / "checkpoints" / "checkpoint-12" for folder in (out / "straight0", run)))
+    return {"first": first, "then": steps(), "differences": differences}
 
 
 def main() -> None:
@@ -227,8 +259,10 @@ def main() -> None:
             zero = everything_sharded(out, topology.rank) if stage == 3 else f"zero{stage}"
             found["gradients"][f"{name} zero{stage}"] = gradients(out, name, stage, zero, topology)
     for number, (name, changes) in enumerate(RUNS.items()):
-        found["resumed"][name] = resumed(out, number, PLACES[name], changes)
+        found["resumed"][name] = resumed(out, number, name, changes)
         dist.barrier()
+    found["tested"] = tested(out)
+    train(small(out, output_dir=out / CONTROL, prediction__context="zero", **settings_of(RUNS["zero1"])))
     if topology.rank == 0:
         (out / "result.json").write_text(json.dumps(found))
     stop()

@@ -48,13 +48,11 @@ class HuggingFaceStream:
     def _load(self, data_files: str | list[str] | None, revision: str | None) -> tuple[Any, Any, Any]:
         import datasets
 
-        from pipeline.data.sources.hub_rows import record_stream
-
         try:
             builder = datasets.load_dataset_builder(
                 self._path, self._config_name, data_files=data_files, revision=revision
             )
-            data, read_row = record_stream(builder, self.split, self.text_field)
+            data, read_row = self._rows_of(builder)
             columns = data.column_names if read_row is None else None
             if columns and self.text_field in columns:
                 data = data.select_columns([self.text_field])
@@ -68,6 +66,13 @@ class HuggingFaceStream:
         if columns and self.text_field not in columns:
             raise self._no_text(f"has no column {self.text_field!r} (it has {', '.join(map(repr, columns))})")
         return builder, data, read_row
+
+    def _rows_of(self, builder: Any) -> tuple[Any, Any]:
+        """The streaming data set of a builder, and the function that reads its rows; None where they are as the library
+        reads them. Raises TypeError, with a message for the user, for a column that is missing or no text."""
+        from pipeline.data.sources.hub_rows import record_stream
+
+        return record_stream(builder, self.split, self.text_field)
 
     def _check_first_row(self) -> None:
         """A wrong field or format shows before training starts."""

@@ -46,7 +46,8 @@ class FixedPointConfig:
     converged: Annotated[float, tyro.conf.arg(aliases=["--phase1-min-converged-ratio"])] = field(
         default=0.95, metadata=MAY_CHANGE
     )
-    """Share of converged tokens at which the phase ends."""
+    """Share of converged tokens at which the phase ends. It is asked at each evaluation that is due (--epochs.evaluate,
+    --eval-every): with none, the phase makes all its passes."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--phase1-learning-rate"])] = field(default=0.0003, metadata=MAY_CHANGE)
     """Peak learning rate of the phase. More makes contexts forget sooner, at a lower effective rank."""
     distance: Literal["raw", "cosine"] = field(default="raw", metadata=MAY_CHANGE)
@@ -113,9 +114,13 @@ class CvfpConfig(ModelConfig):
     """Rows of embedding and head; the tokenizer's, once the data is read."""
     carry: Annotated[Literal["document", "stream", "circular"], tyro.conf.arg(aliases=["--carry"])] = "document"
     """Where a context comes from. document: it is zero before each document; stream: it goes on from document to
-    document; circular: as stream, and the first token goes on from the last one of the pass before."""
+    document; circular: as stream, and the first token goes on from the last one of the pass before. Token after token,
+    each row is a part of the stream, and begins at the end that its left neighbour had in the pass before; with jacobi
+    or newton the rows of a step follow each other, and what crosses their borders moves with every sweep."""
     decay: Annotated[float, tyro.conf.arg(aliases=["--context-decay"])] = 0.3
     """Factor of the context that goes into a block's sum with what it adds: smaller forgets sooner."""
+    layernorm_mix: Annotated[float, tyro.conf.arg(aliases=["--layernorm-mix"])] = 1.0
+    """m: what goes on from a block is (1 - m) x the sum of a stream + m x its LayerNorm."""
     initial_std: float = 0.02
     """Standard deviation of the blocks' initial weights."""
     as_published: bool = False
@@ -129,11 +134,17 @@ class CvfpConfig(ModelConfig):
     fixed_point: FixedPointConfig = field(default_factory=FixedPointConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
     num_samples: Annotated[int | None, tyro.conf.arg(aliases=["--num-samples"])] = None
-    """First documents of the data that are used, for training and validation together; None: all."""
+    """Documents to train on; those that are held out come beside them. Of a data set its first ones, of files a random
+    choice that is always the same; None: all, of which some are held out."""
     data_cache: Annotated[str, tyro.conf.arg(aliases=["--cache-dir"])] = field(default="cache", metadata=MAY_CHANGE)
     """Folder for tokenised data and for frozen contexts; it may be a link."""
-    test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = False
+    test: Annotated[bool, tyro.conf.arg(aliases=["--test"])] = field(default=False, metadata=MAY_CHANGE)
     """Run the first phase alone, and say of each of the guide's criteria whether it is met."""
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether the rows of a step follow each other in the stream, so that sweeps cross their borders."""
+        return self.carry != "document" and self.solve.way != "sequential"
 
     @property
     def trains_embedding(self) -> bool:
@@ -146,11 +157,19 @@ class CvfpConfig(ModelConfig):
                 raise UserError(f"--model.{name} is {getattr(self, name)}: give 1 or more")
         if not 0 <= self.decay <= 1:
             raise UserError(f"--model.decay is {self.decay}: give a factor from 0 to 1")
+        if not 0 < self.layernorm_mix <= 1:
+            raise UserError(f"--model.layernorm-mix is {self.layernorm_mix}: give a share above 0, up to 1")
         if not 0 < self.initial_std < math.inf:
             raise UserError(f"--model.initial-std is {self.initial_std}: give a number above 0")
-        if self.num_samples is not None and self.num_samples < 2:
-            raise UserError(f"--num-samples is {self.num_samples}: give 2 or more, one of them for validation")
-        if self.carry == "circular" and self.solve.way != "jacobi":
+        for name in ("decay", "initial_std"):
+            if self.as_published and getattr(self, name) != getattr(CvfpConfig, name):
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--model.{flag} {getattr(self, name)} with --model.as-published, which has its own: leave one out"
+                )
+        if self.prediction.freeze_context and self.train_embedding:
             raise UserError(
-                f"--carry circular with --model.solve.way {self.solve.way}: a ring has no first token: give jacobi"
+                "--model.train-embedding with --freeze-context, whose states read the embedding: leave one out"
             )
+        if self.num_samples is not None and self.num_samples < 1:
+            raise UserError(f"--num-samples is {self.num_samples}: give 1 or more")

@@ -28,8 +28,11 @@ def flops(sizes: CvfpConfig, phase: str | None) -> Flops:
     return Flops(solves + blocks + head, 2 * (blocks + head))
 
 
-def activation_bytes(sizes: CvfpConfig, config: RunConfig, documents: int | None, element: int) -> dict[str, int]:
-    """What training holds of `documents` (None: of `num_samples`) and of a micro-batch, at `element` bytes a number.
+def activation_bytes(
+    sizes: CvfpConfig, config: RunConfig, documents: int | None, element: int, data: int
+) -> dict[str, int]:
+    """What a rank holds in training of its share of `documents` (None: of `num_samples`) among `data` ranks, and of a
+    micro-batch, at `element` bytes a number.
 
     A block keeps its inputs, the sum of each stream before its norm, and the rectified output: 6 numbers of each
     channel, and float32 statistics of two norms. Contexts of the pass before are float32, one a token.
@@ -37,7 +40,7 @@ def activation_bytes(sizes: CvfpConfig, config: RunConfig, documents: int | None
     rows, length, width = config.batch_size, config.sequence_length, sizes.width
     tokens = rows * length
     of_all = documents if documents is not None else sizes.num_samples
-    contexts = {} if of_all is None else {"contexts": 4 * width * length * of_all}
+    contexts = {} if of_all is None else {"contexts": 4 * width * length * -(-of_all // data)}
     kept = sizes.layers * tokens * (6 * width * element + 16)
     # The loss in chunks: logits and their gradient of one chunk, float32.
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -26,6 +25,8 @@ from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
+from pipeline.systems.cvfp.evaluation.criteria import verdict
+from pipeline.systems.cvfp.evaluation.headline import headline
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
@@ -46,6 +47,8 @@ class CvfpSystem(System[DocumentBatch]):
         self.sizes = config.model
         self.in_training = FIXED_POINT
         """The phase of which `loader` was asked last."""
+        self.in_reading: DocumentLoader | None = None
+        """The loader that it returned, whose position says how many steps were made."""
 
     def check(self, topology: Topology) -> None:
         if topology.sequence > 1:
@@ -55,6 +58,10 @@ class CvfpSystem(System[DocumentBatch]):
         if self.config.sequence_length < 2:
             raise UserError(
                 f"--sequence-length {self.config.sequence_length}: a token is to be followed by another: give 2 or more"
+            )
+        if self.sizes.test and self.config.phases not in ((), (FIXED_POINT,)):
+            raise UserError(
+                f"--phases {' '.join(self.config.phases)} with --test, which runs {FIXED_POINT} alone: leave one out"
             )
         self._check_rows()
 
@@ -101,7 +108,9 @@ class CvfpSystem(System[DocumentBatch]):
         steps = self.sizes.fixed_point.iterations * self.data.training(topology).slots
         fixed_point = dataclasses.replace(self.sizes.fixed_point, steps=steps)
         model = dataclasses.replace(self.sizes, vocab=self.documents.vocab, fixed_point=fixed_point)
-        return dataclasses.replace(self.config, model=model)
+        # The system has both phases all the same: a checkpoint holds what any of them trains, and may go on without it.
+        phases = (FIXED_POINT,) if self.sizes.test else self.config.phases
+        return dataclasses.replace(self.config, model=model, phases=phases)
 
     def build(self) -> nn.Module:
         return CvfpModel(self.sizes)
@@ -127,8 +136,6 @@ class CvfpSystem(System[DocumentBatch]):
             until_evaluated=lambda numbers: numbers["converged"] >= least,
             judged=False,
         )
-        if self.sizes.test:
-            return [first]
         trained = self.sizes.trains_embedding
         tail = tuple(name for name in names if name.startswith("head.") or (trained and name.startswith("embedding.")))
         groups = [ParameterGroup("head", tail)]
@@ -139,7 +146,8 @@ class CvfpSystem(System[DocumentBatch]):
     def loader(self, phase: Phase, topology: Topology) -> StatefulLoader[DocumentBatch]:
         self.in_training = phase.name
         self.token_term, self.token_weight = self.work[phase.name].token_term, self.work[phase.name].token_weight
-        return self.data.training(topology)
+        self.in_reading = self.data.training(topology)
+        return self.in_reading
 
     def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[DocumentBatch]:
         return self.data.held_out(topology)
@@ -164,16 +172,25 @@ class CvfpSystem(System[DocumentBatch]):
             found = self.work[phase.name].evaluate(model, sync_point)
             if phase.name == PREDICTION:
                 return found
-            if self.sizes.test:
+            if self.sizes.test and self._ends(phase, found):
                 return self.contexts.suite(model, sync_point, found)
             return self.contexts.evaluate(model, sync_point, found)
         finally:
             model.train(was_training)
 
+    def _ends(self, phase: Phase, found: Evaluation) -> bool:
+        """Whether the phase ends with the step that was made last: by its rule, or by their number."""
+        if self.in_reading is None:
+            return False
+        state = self.in_reading.state_dict()
+        steps = state["epoch"] * self.in_reading.slots + state["offset"]
+        rule = phase.until_evaluated
+        return bool(steps >= phase.steps or (steps and rule is not None and rule(found.scalars)))
+
     @cached_property
     def contexts(self) -> ContextEvaluation:
         """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
-        return ContextEvaluation(self.config, self.documents)
+        return ContextEvaluation(self.config, self.data)
 
     def check_control(self, other: RunConfig, name: str) -> None:
         self.contexts.check_control(other, name)
@@ -197,23 +214,9 @@ class CvfpSystem(System[DocumentBatch]):
             model.train(was_training)
 
     def headline(self, evaluation: Evaluation) -> str:
-        found = evaluation.scalars
-        if "converged" not in found:
-            nats = f"val {found['loss']:.3f} | ppl {math.exp(min(found['loss'], 700.0)):.2f}"
-            return (
-                f"{nats} (unigram {found['unigram_ppl']:.2f}, context at zero {found['context_zero_ppl']:.2f}) |"
-                f" accuracy {found['accuracy']:.4f} (unigram {found['unigram_accuracy']:.4f})"
-            )
-        line = f"converged {found['converged']:.2%}, held out {found['converged_val']:.2%}"
-        if "effective_rank/val" in found:
-            rank = {name: found[f"effective_rank/{name}"] for name in ("train", "val", "random_init_val", "gaussian")}
-            line += (
-                f" | effective rank {rank['train']:.1%}, held out {rank['val']:.1%} (untrained"
-                f" {rank['random_init_val']:.1%}, independent numbers {rank['gaussian']:.1%}) | final_diff"
-                f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
-            )
+        line = headline(evaluation.scalars)
         table = evaluation.tables.get(CRITERIA)
-        return "\n".join([line, *criteria_lines(table)]) if self.sizes.test and table else line
+        return "\n".join([line, *criteria_lines(table), verdict(table)]) if self.sizes.test and table else line
 
     def decoder(self, model: nn.Module) -> CvfpDecoder:
         assert isinstance(model, CvfpModel)
@@ -247,4 +250,4 @@ class CvfpSystem(System[DocumentBatch]):
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> Mapping[str, int]:
         documents = None if self.files is None else self.documents.training
-        return costs.activation_bytes(self.sizes, self.config, documents, element)
+        return costs.activation_bytes(self.sizes, self.config, documents, element, topology.data)

@@ -21,8 +21,8 @@ class Sizes:
 
     width: int = 768
     layers: int = 6
-    documents: int = 868
-    """Of 128 tokens each, a tenth of them held out: 781 are trained on, 100K tokens."""
+    documents: int = 781
+    """To train on, of up to 128 tokens each, 100K tokens; a tenth of all is held out beside them."""
     vocab: int = 4096
     iterations: int = 10
     epochs: int = 10
@@ -80,16 +80,21 @@ class Runs:
         return self.train(name, "--phases", "fixed_point", *flags)
 
     def second_phase(self, name: str, first: Path, *flags: str) -> Path:
-        last = first / "checkpoints" / (first / "checkpoints" / "latest").read_text().strip()
-        return self.train(name, "--phases", "prediction", "--init-from", str(last), *flags)
+        return self.train(name, "--phases", "prediction", "--init-from", str(chosen(first)), *flags)
+
+
+def chosen(run: Path) -> Path:
+    """The best checkpoint of a run, or the newest where none was judged."""
+    folder = run / "checkpoints"
+    best = folder / "best"
+    return folder / (best if best.exists() else folder / "latest").read_text().strip()
 
 
 def contexts(run: Path, *flags: str) -> dict[str, float]:
-    """The scalars of `eval RUN --suite contexts`, of the best checkpoint where the run has one; a NaN for what is not
-    finite."""
-    best = run / "checkpoints" / "best"
-    mnemos("eval", str(best if best.exists() else run), "--suite", "contexts", *flags)
-    (written,) = run.glob("evals/*/contexts/evaluation.json")
+    """The scalars of `eval CHECKPOINT --suite contexts`, of the run's `chosen` one; a NaN for what is not finite."""
+    checkpoint = chosen(run)
+    mnemos("eval", str(checkpoint), "--suite", "contexts", *flags)
+    written = run / "evals" / checkpoint.name / "contexts" / "evaluation.json"
     found: dict[str, Any] = json.loads(written.read_text())["scalars"]
     return {name: float("nan") if value is None else value for name, value in found.items()}
 

@@ -46,7 +46,8 @@ def reference(model: CvfpModel, ids: Tensor, start: Tensor) -> Tensor:
         for block in model.blocks.in_order():
             h = (block.linear.weight @ torch.cat([context, token]) + block.linear.bias).clamp_min(0)
             width = len(context)
-            context = norm(block.decay * context + h[:width], block.norm_context)
-            token = norm(token + h[width:], block.norm_token)
+            context, token = block.decay * context + h[:width], token + h[width:]
+            context = (1 - block.mix) * context + block.mix * norm(context, block.norm_context)
+            token = (1 - block.mix) * token + block.mix * norm(token, block.norm_token)
         found.append(context)
     return torch.stack(found)

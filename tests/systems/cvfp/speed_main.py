@@ -28,9 +28,9 @@ from pipeline.train import Trainer
 
 
 def products(rows: int, length: int, sizes: CvfpConfig) -> dict[str, Callable[[], None]]:
-    """The matrix products of one step at the shapes that it has: those of the recurrence over `length` positions of
-    `rows` documents, whose last block makes a context alone, and those of one application of the blocks to all tokens
-    with its gradients."""
+    """The matrix products of one step at the shapes that it has: those of one application of the blocks to all tokens
+    with its gradients, and beside them those of the recurrence over `length` positions of `rows` documents, whose last
+    block makes a context alone."""
     width = sizes.width
 
     def normal(*shape: int) -> torch.Tensor:
@@ -89,7 +89,6 @@ if __name__ == "__main__":
     # The first pass has no distance to a pass before.
     for number in range(1, slots + 3):
         step(number)
-    peak = peak_memory()
     parts = products(config.batch_size, config.sequence_length, sizes)
     tokens = run.progress.tokens
     for number in range(slots + 3, 2 * slots + 3):
@@ -97,8 +96,11 @@ if __name__ == "__main__":
         found["engine"].append(seconds(lambda: step(number)))  # noqa: B023 - called at once
         for name, what in parts.items():
             found.setdefault(name, []).append(seconds(what))
+    peak_of_steps = peak_memory()
+    run.system.evaluate(run.engine.deepspeed, run.phase, sync_point)
     facts = {
-        "seconds": found, "tokens": run.progress.tokens - tokens, "peak": peak, "threads": torch.get_num_threads(),
+        "seconds": found, "tokens": run.progress.tokens - tokens, "peak": peak_memory(),
+        "peak of steps": peak_of_steps, "threads": torch.get_num_threads(),
         "vocab": sizes.vocab, "parameters": sum(parameter.numel() for parameter in run.engine.module.parameters()),
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(facts))

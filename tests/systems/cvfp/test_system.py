@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.host.devices import find_device
 from pipeline.load import decide, model_without_storage
 from pipeline.parallel.topology import Topology
-from pipeline.phases import names
+from pipeline.phases import names, pick
 from pipeline.plan.estimate import PlanOptions, make_plan
 from pipeline.recipes.cvfp import cvfp_10k, cvfp_100k, cvfp_tiny
 from pipeline.system import Evaluation, System, create_system
@@ -80,8 +80,12 @@ def test_frozen_contexts_leave_the_head_alone() -> None:
     assert phases_of(model_of(config, prediction=prediction))["prediction"] == {"head.weight", "head.bias"}
 
 
-def test_a_test_is_the_first_phase_alone() -> None:
-    assert list(phases_of(model_of(cvfp_tiny(), test=True))) == ["fixed_point"]
+def test_a_test_is_the_first_phase_alone(folder: Path) -> None:
+    system = decided(small(folder, model__test=True))
+    model = system.build()
+    assert [phase.name for phase in pick(system.config, system.phases(model))] == ["fixed_point"]
+    # What a checkpoint holds is what the other trains too: it may be gone on with.
+    assert phases_of(model_of(cvfp_tiny(), test=True)) == phases_of(cvfp_tiny())
     first, second = model_without_storage(cvfp_tiny()).phases
     assert not first.judged and second.judged and second.until_evaluated is None
     assert first.until_evaluated is not None
@@ -134,6 +138,7 @@ def test_passes_of_both_phases_are_settled_by_the_data(folder: Path) -> None:
         ({"parallel__sequence": 2, "sequence_length": 12}, "--parallel.sequence 2: contexts follow each other"),
         ({"model__carry": "stream", "grad_accum": 2}, "--grad-accum 2: with --carry stream"),
         ({"sequence_length": 1}, "--sequence-length 1: "),
+        ({"model__test": True, "phases": ("prediction",)}, "--phases prediction with --test, which runs fixed_point"),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -185,3 +190,22 @@ def test_a_headline_has_the_baselines_beside_each_figure() -> None:
         "val 2.000 | ppl 7.39 (unigram 20.00, context at zero 9.50) | accuracy 0.2500 (unigram 0.1000)"
     )  # fmt: skip
     assert system.describe("cpu", torch.float32)["embedding"] == "random, trained in the second phase"
+
+
+def test_a_headline_of_contexts_has_the_baselines_beside_each_figure() -> None:
+    """Each number is another one, so that none stands in another's place."""
+    system = create_system(cvfp_tiny())
+    first = {"converged": 0.91, "converged_val": 0.92, "converged_pass_to_pass": 0.93}
+    assert system.headline(Evaluation(first)) == "converged 91.00%, held out 92.00%, from pass to pass 93.00%"
+    whole = first | {
+        "converged/random_init": 0.11, "converged_val/random_init": 0.12, "effective_rank/train": 0.81,
+        "effective_rank/val": 0.82, "effective_rank/random_init_train": 0.41, "effective_rank/random_init_val": 0.42,
+        "effective_rank/gaussian": 0.96, "final_diff": 0.003, "final_diff/random_init": 0.005,
+        "final_diff_relative": 0.0001, "final_diff_relative/random_init": 0.0002,
+    }  # fmt: skip
+    assert system.headline(Evaluation(whole)) == (
+        "converged 91.00% (untrained 11.00%), held out 92.00% (untrained 12.00%), from pass to pass 93.00%"
+        " | effective rank 81.0% (untrained 41.0%, independent numbers 96.0%),"
+        " held out 82.0% (untrained 42.0%, independent numbers 96.0%)"
+        " | final_diff 0.003 (untrained 0.005), as a share of the norm 0.0001 (untrained 0.0002)"
+    )

@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 """How the files of tokenizers begin."""
-MOST_UNUSED = 1024
-"""Rows that an embedding may have beyond the tokenizer's ids: models pad it to a multiple of up to that."""
+PADDED_TO, UNUSED_SHARE = 64, 0.02
+"""Rows that an embedding may have beyond the tokenizer's ids: fewer than the multiple that models pad it to, or such a
+share of it (phi-2: 905 of 51,200). More, and the ids are those of another tokenizer."""
 
 
 def rows_of_embedding(sizes: CvfpConfig, tokenizer: Tokenizer) -> int:
@@ -35,7 +36,7 @@ def rows_of_embedding(sizes: CvfpConfig, tokenizer: Tokenizer) -> int:
     fix = f"give --data.tokenizer {name}" if own is not None else "name the tokenizer of that model"
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise UserError(f"--data.tokenizer {tokenizer.name} is not the tokenizer of {flag}: {fix}")
-    if not rows - MOST_UNUSED <= tokenizer.vocab_size <= rows:
+    if not 0 <= rows - tokenizer.vocab_size <= max(PADDED_TO - 1, UNUSED_SHARE * rows):
         raise UserError(
             f"--data.tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids and {flag} {rows:,} rows: {fix}"
         )

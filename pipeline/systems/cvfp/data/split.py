@@ -39,6 +39,11 @@ def split(cut: Cut, holdout: float, name: str) -> tuple[Rows, Rows]:
     return sides
 
 
+def held_out_beside(training: int, holdout: float) -> int:
+    """Rows to hold out beside so many to train on, the share `holdout` of all: one at least."""
+    return max(1, round(training * holdout / (1 - holdout)))
+
+
 def without(rows: Rows, others: Sequence[np.ndarray]) -> Rows:
     """Those rows whose tokens are in none of `others`."""
     known = {hash_of(row) for row in others}

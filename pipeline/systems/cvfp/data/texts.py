@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
@@ -19,7 +19,7 @@ LEAST = 2
 
 @dataclass
 class Cut:
-    """Rows of tokens [each 2 to `length`] uint32, in the order of the source, and the document that each is of."""
+    """Rows of tokens [each 2 to `length`] uint32, in the order of the documents, and the document that each is of."""
 
     rows: list[np.ndarray] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
@@ -27,14 +27,17 @@ class Cut:
     """What was left out or cut, for the log."""
 
 
-def read_cut(source: Source, encode: DocumentEncoder, length: int, wanted: int | None, *, skip: bool) -> Cut:
+def read_cut(
+    source: Source, encode: DocumentEncoder, length: int, wanted: int | None, *, skip: bool, shuffle: bool = False
+) -> Cut:
     """The first `wanted` documents of a source (None: all), each cut to its first `length` tokens.
 
     Where the source holds fewer, and where it holds a single one, the later tokens of long documents are rows too, as
-    many as are wanted. `skip`: pass over records that cannot be read. Raises UserError.
+    many as are wanted. `skip`: pass over records that cannot be read. `shuffle`: first in an order that is random and
+    always the same, not in that of the source. Raises UserError.
     """
     notes = _Notes()
-    documents = _encoded(source, encode, skip=skip, notes=notes)
+    documents = _encoded(source, encode, skip=skip, shuffle=shuffle, notes=notes)
     whole: list[np.ndarray] = []
     longer = 0
     for ids in islice(documents, wanted):
@@ -51,7 +54,7 @@ def read_cut(source: Source, encode: DocumentEncoder, length: int, wanted: int |
             cut.notes.append(f"{longer:,} documents cut to their first {length} tokens")
         return cut
     places = islice(_places([len(ids) for ids in whole], length), wanted)
-    # In the order of the source: rows of one document stand together.
+    # In the order of the documents: rows of one stand together.
     for owner, start in sorted(places):
         cut.rows.append(whole[owner][start : start + length])
         cut.owners.append(owner)
@@ -77,14 +80,29 @@ class _Notes:
 
     def lines(self) -> list[str]:
         counted = ((self.empty, "empty or short documents left out"), (self.passed_over, "records passed over"))
-        return [f"{count:,} {what}" for count, what in counted if count]
+        return [f"{number:,} {what}" for number, what in counted if number]
 
 
-def _encoded(source: Source, encode: DocumentEncoder, *, skip: bool, notes: _Notes) -> Iterator[np.ndarray]:
+def _documents(source: Source, *, shuffle: bool) -> Iterator[Document]:
+    # The seed is that of no run: all are of the same documents.
+    order = Order(streams=1, local_streams=range(1), held_out=False, holdout=0.0, shuffle=shuffle, seed=0)
+    documents = source.open(order)
+    if not shuffle:
+        yield from documents.scan()
+        return
+    for position in count():
+        document = documents.read(0, position)
+        if document is None:
+            return
+        yield document
+
+
+def _encoded(
+    source: Source, encode: DocumentEncoder, *, skip: bool, shuffle: bool, notes: _Notes
+) -> Iterator[np.ndarray]:
     """Tokens of the documents that have some, without an end-of-document token."""
     log = RecordLog(skip=skip, remedy=source.remedy)
-    order = Order(streams=1, local_streams=range(1), held_out=False, holdout=0.0, shuffle=False, seed=0)
-    for document in source.open(order).scan():
+    for document in _documents(source, shuffle=shuffle):
         if document.problem is not None:
             log.refuse_or_skip(document)
             notes.passed_over += 1

@@ -51,24 +51,27 @@ class Measured:
         }
 
 
-def measure(reader: Reads, reading: Reading, tokens: int, threshold: float, sync_point: SyncPoint) -> Measured:
+def measure(reader: Reads, reading: Reading, tokens: int, sync_point: SyncPoint) -> Measured:
     """Of the first `tokens` training tokens and as many held-out ones. Collective."""
     documents = reading.documents
     train = sums_of(reader, reading, tokens, sync_point, training=True)
     val = sums_of(reader, reading, tokens, sync_point, training=False)
     stream = documents.tokens[: documents.ends[documents.training - 1]]
     passes = pass_differences(reader, stream, sync_point)
-    positions = by_position(reader, *first_rows(reading, tokens, reader.device), threshold, sync_point)
+    positions = by_position(reader, *first_rows(reading, tokens, reader.device), sync_point)
     sync_point("evaluation")
     return Measured(train, val, passes, positions, identity_cosine(reader, documents.vocab))
 
 
 def first_rows(reading: Reading, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and mask [rows, L] of the first held-out documents, or parts of their stream, among the first `tokens`."""
+    """ids and mask [rows, L], two rows or more, of the first held-out documents, or parts of their stream, among the
+    first `tokens`; beside one alone, of the first document that is trained on."""
     sequences = reading.chosen(tokens, training=False)
     if reading.carry != "document":
         stream = np.concatenate(sequences)
         sequences = np.array_split(stream, max(1, -(-len(stream) // reading.length)))
+    if len(sequences) == 1:
+        sequences += reading.chosen(reading.length, training=True)[:1]
     return padded(sequences[: max(2, reading.rows)], device)
 
 
@@ -93,13 +96,18 @@ def identity_cosine(reader: Reads, vocab: int) -> float:
 def gaussian_figures(tokens: int, width: int, threshold: float) -> dict[str, float]:
     """What contexts of independent standard normal numbers have, two of the same token being independent too: the
     effective rank of `tokens` of them as a share of the width, the mean distance of two, the same as a share of the
-    root mean square norm, and the share of pairs that are nearer than the threshold allows."""
+    root mean square norm, the mean square of their difference, and the share of pairs that are nearer than the
+    threshold allows."""
     half = torch.tensor(width / 2, dtype=torch.float64)
     # |a - b|^2 / 2 is a chi-square number of `width` degrees of freedom.
     distance = 2 * float(torch.exp(torch.lgamma(half + 0.5) - torch.lgamma(half)))
+    near = float(torch.special.gammainc(half, half * threshold / 2))
     return {
         "effective_rank": gaussian_rank(tokens, width) / width,
         "final_diff": distance,
         "final_diff_relative": distance / width**0.5,
-        "converged": float(torch.special.gammainc(half, half * threshold / 2)),
+        "converged": near,
+        "converged_val": near,
+        "start_distance": 2.0,
+        "start_distance_val": 2.0,
     }

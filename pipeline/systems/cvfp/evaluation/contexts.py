@@ -6,23 +6,26 @@ import torch
 from torch import nn
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.evaluation_result import Evaluation, together
 from pipeline.host.hardware import peak_memory
 from pipeline.parallel.collectives import all_gather_object
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.cvfp.config import CvfpConfig
-from pipeline.systems.cvfp.documents import DocumentSet
-from pipeline.systems.cvfp.evaluation.control import CONTROL, LABELS, MODEL, compared
+from pipeline.systems.cvfp.evaluation.control import CONTROL, LABELS, MODEL, compared, differences, right
 from pipeline.systems.cvfp.evaluation.criteria import criteria_table
-from pipeline.systems.cvfp.evaluation.measures import ContextMeasures
+from pipeline.systems.cvfp.evaluation.measures import UNTRAINED, ContextMeasures
 from pipeline.systems.cvfp.evaluation.prediction import nats_by_row
 from pipeline.systems.cvfp.evaluation.reader import Reads
+from pipeline.systems.cvfp.fixed_point.convergence import convergence
 from pipeline.systems.cvfp.model.reader import Reader
+from pipeline.systems.cvfp.phase import Data
 from pipeline.systems.cvfp.untrained import untrained_reader
 
 HISTORIES = {
-    "convergence": ("converged", "converged_val", "converged_pass_to_pass", "converged/random_init"),
+    "convergence": (
+        "converged", "converged_val", "converged_pass_to_pass", "converged/random_init", "converged_val/random_init",
+    ),
     "rank_by_step": (
         "effective_rank/train", "effective_rank/val", "effective_rank/random_init_val",
         "effective_rank/published_init_val", "effective_rank/gaussian",
@@ -40,20 +43,25 @@ CRITERIA = "criteria"
 class ContextEvaluation:
     """Of one run, whose system keeps it: baselines are measured once."""
 
-    def __init__(self, config: RunConfig, documents: DocumentSet) -> None:
+    def __init__(self, config: RunConfig, data: Data) -> None:
         assert isinstance(config.model, CvfpConfig)
-        self.config, self.sizes = config, config.model
-        self.measures = ContextMeasures(config, documents, self._untrained)
+        self.config, self.sizes, self.data = config, config.model, data
+        self.measures = ContextMeasures(config, data.documents, self._untrained)
         self._model: nn.Module | None = None
+        self._convergence: dict[str, dict[str, float]] = {}
 
     def evaluate(self, model: nn.Module, sync_point: SyncPoint, found: Evaluation) -> Evaluation:
-        """What `ContextMeasures.evaluate` finds, beside what is `found` already, such as the share of converged tokens.
-        Collective; raises UserError."""
-        return together(found, self.measures.evaluate(self._reader(model), sync_point))
+        """What `ContextMeasures.evaluate` finds, beside what is `found` already, such as the share of converged tokens,
+        and that share of the weights that the run begins with. Collective; raises UserError."""
+        whole = together(found, self.measures.evaluate(self._reader(model), sync_point))
+        return together(whole, Evaluation(self._convergence_of("random_init", sync_point)))
 
     def suite(self, model: nn.Module, sync_point: SyncPoint, found: Evaluation) -> Evaluation:
-        """As `evaluate`, of `ContextMeasures.suite`, with the table of criteria. Collective; raises UserError."""
+        """As `evaluate`, of `ContextMeasures.suite`, with the share of converged tokens of the published initialisation
+        too, and the table of criteria. Collective; raises UserError."""
         whole = together(found, self.measures.suite(self._reader(model), sync_point))
+        for name in UNTRAINED:
+            whole.scalars.update(self._convergence_of(name, sync_point))
         wanted, peak = self.sizes.fixed_point.converged, max(all_gather_object(sync_point.topology, peak_memory()))
         whole.tables[CRITERIA] = criteria_table(whole.scalars, converged=wanted, peak_bytes=peak)
         return whole
@@ -71,7 +79,7 @@ class ContextEvaluation:
             assert isinstance(other.model, CvfpConfig)
             of_control = nats_by_row(module, other.model.width, reading, sync_point, with_context=False)
             assert torch.equal(of_control[LABELS], sums[LABELS])
-            sums[CONTROL] = of_control[MODEL]
+            sums[CONTROL], sums[right(CONTROL)] = of_control[MODEL], of_control[right(MODEL)]
         return compared(sums)
 
     def check_control(self, other: RunConfig, name: str) -> None:
@@ -81,22 +89,31 @@ class ContextEvaluation:
             raise UserError(f"{what}: is a run of {other.recipe}: give one of {self.config.recipe}")
         if other.model.prediction.context != "zero":
             raise UserError(f"{what}: was trained with its contexts: give a run with --model.prediction.context zero")
-        for flag, mine, theirs in (
-            ("--data", self.config.data, other.data),
-            ("--num-samples", self.sizes.num_samples, other.model.num_samples),
-            ("--sequence-length", self.config.sequence_length, other.sequence_length),
-            ("--evaluation.path", self.config.evaluation.path, other.evaluation.path),
-            ("--carry", self.sizes.carry, other.model.carry),
-        ):
+        for flag, mine, theirs in differences(self.config, other):
             if mine != theirs:
                 raise UserError(
-                    f"{what}: differs in {flag}, so that its documents are others: give a run of the same data"
+                    f"{what}: has {flag} {shown(theirs)}, where this run has {shown(mine)}: give a run that was trained"
+                    f" alike but for --model.prediction.context zero"
                 )
+
+    def _convergence_of(self, name: str, sync_point: SyncPoint) -> dict[str, float]:
+        """What `convergence` finds of untrained weights, of the same tokens as of trained ones: once in a process, as
+        it takes two passes over all of them. Collective at the first call."""
+        if name not in self._convergence:
+            reader, threshold = self._untrained(UNTRAINED[name]), self.sizes.fixed_point.threshold
+            self._convergence[name] = {
+                f"{scalar}{side}/{name}": value
+                for side, loader in (
+                    ("", self.data.training(sync_point.topology)), ("_val", self.data.held_out(sync_point.topology))
+                )
+                for scalar, value in convergence(reader, loader, threshold, sync_point).items()
+            }  # fmt: skip
+        return self._convergence[name]
 
     def _reader(self, model: nn.Module) -> Reads:
         self._model = model
         return Reader(model, self.sizes.width, exact=True)
 
-    def _untrained(self, published: bool) -> Reads:
+    def _untrained(self, published: bool) -> Reader:
         assert self._model is not None
         return untrained_reader(self._model, self.sizes, self.config.seed, published=published)

@@ -16,6 +16,9 @@ BASELINES = ("random_init", "published_init", "gaussian")
 initialisation, and independent normal numbers in place of contexts."""
 
 
+PASS, FAIL, UNDECIDABLE = "PASS", "FAIL", "not decidable"
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A figure by the name of its scalar, and what it is to be."""
@@ -28,10 +31,13 @@ class Criterion:
     source: str
     baselines: Mapping[str, str]
     """The scalars of the same figure, by baseline."""
+    tokens: str | None = None
+    """Of an effective rank with a limit of its own: the scalar of how many tokens it is of."""
 
 
-def _ranks(data: str) -> dict[str, str]:
-    return {name: f"effective_rank/{name}_{data}" for name in BASELINES[:2]} | {"gaussian": "effective_rank/gaussian"}
+def _ranks(data: str, gaussian: str = "gaussian") -> dict[str, str]:
+    names = {name: f"effective_rank/{name}_{data}" for name in BASELINES[:2]}
+    return {**names, "gaussian": f"effective_rank/{gaussian}"}
 
 
 def _of(scalar: str) -> dict[str, str]:
@@ -39,8 +45,14 @@ def _of(scalar: str) -> dict[str, str]:
 
 
 CRITERIA = (
-    Criterion("effective rank / width, training", "effective_rank/train", ">", 0.85, GUIDE, _ranks("train")),
-    Criterion("effective rank / width, validation", "effective_rank/val", ">", 0.75, GUIDE, _ranks("val")),
+    Criterion(
+        "effective rank / width, training", "effective_rank/train_all", ">", 0.85, GUIDE,
+        _ranks("train_all", "gaussian_train_all"), "tokens/train",
+    ),
+    Criterion(
+        "effective rank / width, validation", "effective_rank/val", ">", 0.75, GUIDE, _ranks("val"),
+        "effective_rank/tokens",
+    ),
     Criterion("final_diff", "final_diff", "<", 1e-3, GUIDE, _of("final_diff")),
     Criterion("mean cosine of context before and after", "identity_cosine", "<", 0.95, GUIDE, _of("identity_cosine")),
     Criterion("mean norm", "norm", ">", 0.1, GUIDE, _of("norm")),
@@ -56,34 +68,43 @@ CRITERIA = (
 
 
 def criteria_table(scalars: Mapping[str, float], *, converged: float = 0.95, peak_bytes: float | None = None) -> Table:
-    """A row for each criterion whose figure is among the scalars: value, what is wanted, PASS or FAIL, and baselines
+    """A row for each criterion whose figure is among the scalars: value, what is wanted, the result, and baselines
     (None where unknown). `converged`: the share of tokens that the run asks for. `peak_bytes`: the most memory that
-    the process has had; it is here, so that it did not run out of it."""
+    the process has had; it is here, so that it did not run out of it.
+
+    The result is PASS or FAIL, which a figure that is no number does; or, where independent normal numbers have no
+    effective rank above the limit either, that so few tokens cannot decide it.
+    """
     rows: list[Row] = []
     if peak_bytes is not None:
-        rows.append(_row("completes in memory, peak GB", peak_bytes / 1e9, "-", True, GUIDE, {}))
+        rows.append(_row("completes in memory, peak GB", peak_bytes / 1e9, "-", PASS, GUIDE, {}))
     for one in CRITERIA:
-        value = scalars.get(one.scalar, math.nan)
         wanted = converged if one.scalar == "converged" else one.wanted
-        number = scalars.get(wanted, math.nan) if isinstance(wanted, str) else wanted
-        if math.isnan(value) or math.isnan(number):
+        if one.scalar not in scalars or (isinstance(wanted, str) and wanted not in scalars):
             continue
+        value, number = scalars[one.scalar], scalars[wanted] if isinstance(wanted, str) else wanted
         beside = {name: scalars[scalar] for name, scalar in one.baselines.items() if scalar in scalars}
-        met = SIGNS[one.sign](value, number)
-        rows.append(_row(one.name, value, f"{one.sign} {number:.4g}", met, one.source, beside))
+        result = PASS if SIGNS[one.sign](value, number) else FAIL
+        if one.tokens is not None and one.tokens in scalars and beside.get("gaussian", math.inf) <= number:
+            result = f"{UNDECIDABLE} at {scalars[one.tokens]:,.0f} tokens (Gaussian {beside['gaussian']:.1%})"
+        rows.append(_row(one.name, value, f"{one.sign} {number:.4g}", result, one.source, beside))
     return rows
 
 
-def _row(name: str, value: float, wanted: str, met: bool, source: str, beside: Mapping[str, float]) -> Row:
+def _row(name: str, value: float, wanted: str, result: str, source: str, beside: Mapping[str, float]) -> Row:
     return {
-        "criterion": name, "value": float(value), "wanted": wanted, "result": "PASS" if met else "FAIL",
+        "criterion": name, "value": float(value), "wanted": wanted, "result": result,
         **{baseline: beside.get(baseline) for baseline in BASELINES}, "of": source,
     }  # fmt: skip
 
 
-def all_met(table: Table, source: str | None = None) -> bool:
-    """Whether every criterion is met, or every one of a source."""
-    return all(row["result"] == "PASS" for row in table if source in (None, row["of"]))
+def verdict(table: Table) -> str:
+    """How many criteria are met, and which are not."""
+    results = [str(row["result"]) for row in table]
+    failed = ", ".join(str(row["criterion"]) for row in table if row["result"] == FAIL)
+    undecided = sum(result.startswith(UNDECIDABLE) for result in results)
+    said = [f"{results.count(PASS)} PASS", f"{results.count(FAIL)} FAIL" + (f" ({failed})" if failed else "")]
+    return "criteria: " + ", ".join([*said, *([f"{undecided} {UNDECIDABLE}"] if undecided else [])])
 
 
 def lines(table: Table) -> list[str]:

@@ -22,7 +22,7 @@ from pipeline.systems.cvfp.evaluation import pictures
 from pipeline.systems.cvfp.evaluation.baselines import Measured, Untrained, gaussian_figures, measure, sums_of
 from pipeline.systems.cvfp.evaluation.pieces import Piece, Reading, read
 from pipeline.systems.cvfp.evaluation.probe import TUNING, Examples, ProbeResult, classes_of, fit_and_score
-from pipeline.systems.cvfp.evaluation.rank import gaussian_values
+from pipeline.systems.cvfp.evaluation.rank import gaussian_rank, gaussian_values
 from pipeline.systems.cvfp.evaluation.reader import Reads
 
 MOST = 32_768
@@ -41,6 +41,8 @@ class ContextMeasures:
         self.reading = Reading(documents, self.sizes.carry, rows, config.sequence_length)
         self._baselines: dict[str, Measured] = {}
         self._probes: dict[str, tuple[ProbeResult, ProbeResult]] = {}
+        self._whole: dict[str, float] = {}
+        """Effective rank of untrained weights over all training tokens, as a share of the width."""
 
     @property
     def tokens(self) -> int:
@@ -58,17 +60,16 @@ class ContextMeasures:
         """Scalars `effective_rank/...` (shares of the width, at equal numbers of tokens: train, val,
         random_init_train, random_init_val, published_init_train, published_init_val, gaussian); `final_diff`,
         `final_diff_relative` (of the norm), `norm`, `spread`, `distance_of_contexts`, `cosine_of_contexts`, `sparsity`,
-        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`, and of the
-        baselines `converged/...`, of the first held-out rows; some as `.../gaussian`; `attractor`
-        (1: all contexts are one, or zero). Curves of these. Collective; raises UserError."""
-        found = measure(reader, self.reading, self.tokens, self.sizes.fixed_point.threshold, sync_point)
+        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`; some, and
+        what `convergence` finds, also as `.../gaussian`; `attractor` (1: all contexts are one, or zero). Curves of
+        these. Collective; raises UserError."""
+        found = measure(reader, self.reading, self.tokens, sync_point)
         baselines = self.baselines(sync_point)
         width = reader.width
         scalars = found.figures()
         for name, other in baselines.items():
             for key, value in other.figures().items():
                 scalars[_beside(key, name)] = value
-            scalars[f"converged/{name}"] = other.positions.converged
         gaussian = gaussian_values(found.val.count, width)
         threshold = self.sizes.fixed_point.threshold
         for key, value in gaussian_figures(found.val.count, width, threshold).items():
@@ -81,13 +82,20 @@ class ContextMeasures:
 
     def suite(self, reader: Reads, sync_point: SyncPoint) -> Evaluation:
         """As `evaluate`, with `probe/context` and `probe/embedding` (shares of held-out tokens whose token two back a
-        linear map names), their `probe/ratio`, `probe/most_frequent`, all for the baselines as well, and
-        `effective_rank/train_all` over all training tokens. Collective; raises UserError."""
+        linear map names), their `probe/ratio`, `probe/most_frequent`, and
+        `effective_rank/train_all` over all training tokens, all for the baselines as well; `tokens/train` and
+        `tokens/val`, which are read of each side of the hold-out. Collective; raises UserError."""
         own = self.evaluate(reader, sync_point)
-        scalars = dict(own.scalars)
-        every = sums_of(reader, self.reading, self.reading.available(training=True), sync_point, training=True)
-        scalars["effective_rank/train_all"] = every.effective_rank() / reader.width
-        scalars["effective_rank/train_all_tokens"] = float(every.count)
+        width, scalars = reader.width, dict(own.scalars)
+        tokens = self.reading.available(training=True)
+        for name, published in UNTRAINED.items():
+            if name not in self._whole:
+                self._whole[name] = self._whole_rank(self.untrained(published), sync_point)
+            scalars[f"effective_rank/{name}_train_all"] = self._whole[name]
+        scalars["effective_rank/train_all"] = self._whole_rank(reader, sync_point)
+        scalars["effective_rank/gaussian_train_all"] = gaussian_rank(tokens, width) / width
+        scalars["tokens/train"] = scalars["effective_rank/train_all_tokens"] = float(tokens)
+        scalars["tokens/val"] = float(self.reading.available(training=False))
         probes = {"trained": self.probe(reader, sync_point)}
         for name, published in UNTRAINED.items():
             if name not in self._probes:
@@ -105,12 +113,15 @@ class ContextMeasures:
         curves = {**own.curves, "probe": pictures.probe_curve(probes)}
         return Evaluation(scalars, curves)
 
+    def _whole_rank(self, reader: Reads, sync_point: SyncPoint) -> float:
+        tokens = self.reading.available(training=True)
+        return sums_of(reader, self.reading, tokens, sync_point, training=True).effective_rank() / reader.width
+
     def baselines(self, sync_point: SyncPoint) -> dict[str, Measured]:
         """The measures of weights that were not trained. Collective at the first call."""
         for name, published in UNTRAINED.items():
             if name not in self._baselines:
-                threshold, other = self.sizes.fixed_point.threshold, self.untrained(published)
-                self._baselines[name] = measure(other, self.reading, self.tokens, threshold, sync_point)
+                self._baselines[name] = measure(self.untrained(published), self.reading, self.tokens, sync_point)
         return self._baselines
 
     def probe(self, reader: Reads, sync_point: SyncPoint) -> tuple[ProbeResult, ProbeResult]:

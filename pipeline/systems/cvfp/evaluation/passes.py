@@ -61,12 +61,12 @@ class Positions:
     """Mean squared difference, over dimensions, of contexts that began at zero and at another row's end."""
     norms: Tensor
     """Mean norm of those that began at zero."""
-    converged: float
-    """Share of all tokens whose squared difference is below the threshold."""
 
 
-def by_position(reader: Reads, ids: Tensor, mask: Tensor, threshold: float, sync_point: SyncPoint) -> Positions:
-    """Of tokens ids [rows, L] in mask [rows, L], two rows or more. Collective: all ranks compute it."""
+def by_position(reader: Reads, ids: Tensor, mask: Tensor, sync_point: SyncPoint) -> Positions:
+    """Of tokens ids [rows, L] in mask [rows, L], two rows or more, none of them empty: one row alone has no other's
+    end. Collective: all ranks compute it."""
+    assert len(ids) > 1 and mask.any(1).all()
     sync_point("evaluation")
     one = reader.contexts(ids, mask)
     rows = torch.arange(len(ids), device=ids.device)
@@ -76,6 +76,5 @@ def by_position(reader: Reads, ids: Tensor, mask: Tensor, threshold: float, sync
     count = mask.sum(0).double()
     squares = (one.double() - other.double()).square().mean(-1)
     norms = one.double().norm(dim=-1)
-    converged = float((squares < threshold)[mask].double().mean())
     squares, norms = (values.masked_fill(~mask, 0).sum(0) / count for values in (squares, norms))
-    return Positions(squares.cpu(), norms.cpu(), converged)
+    return Positions(squares.cpu(), norms.cpu())

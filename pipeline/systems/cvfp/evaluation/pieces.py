@@ -58,9 +58,12 @@ class Reading:
         return int((lengths if self.carry != "document" else np.minimum(lengths, self.length)).sum())
 
     def chosen(self, tokens: int, *, training: bool) -> list[np.ndarray]:
-        """The first documents, or parts of the stream, whose lengths add up to `tokens`; the last one may be cut."""
+        """Documents whose lengths add up to `tokens`, from everywhere in the data: every k-th one, so that k times as
+        many tokens are there, and then those in between. Of a stream its first part. The last one may be cut."""
+        every = self.indices(training=training)
+        step = max(1, self.available(training=training) // tokens) if self.carry == "document" else 1
         found: list[np.ndarray] = []
-        for index in self.indices(training=training):
+        for index in (index for first in range(step) for index in every[first::step]):
             document = self.documents.document(index)
             document = document[: self.length] if self.carry == "document" else document
             found.append(document[:tokens])

@@ -28,12 +28,6 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.exp(-(shares * torch.log(shares + ROUNDING)).sum()))
 
 
-def actual_rank(values: Tensor, tokens: int) -> int:
-    """Singular values that are more than rounding, of `tokens` rows: at most as many as there are rows."""
-    values = values.double()
-    return min(int((values > 1e-7 * values.max()).sum()), tokens) if values.numel() and values.max() > 0 else 0
-
-
 def gaussian_values(tokens: int, width: int, seed: int = 0) -> Tensor:
     """Singular values [min(tokens, width)] of a matrix [tokens, width] of independent standard normal numbers.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.systems.cvfp.documents import DocumentBatch
 from pipeline.systems.cvfp.model.reader import Reader, ends_of
 from pipeline.systems.cvfp.phase import DocumentLoader
+from pipeline.systems.cvfp.solve.border import from_the_left
 
 
 @torch.no_grad()
@@ -17,37 +20,41 @@ def convergence(reader: Reader, loader: DocumentLoader, threshold: float, sync_p
     """`converged`: the share of tokens whose contexts from the zero start and from the end of another document (another
     row's piece, of a stream) differ by a mean square below the threshold; `start_distance`: the mean square itself.
 
-    The other document is the one that the stream has read before; the first ones begin at the end of the last. Of one
-    document a stream it is the same one. Over all ranks. Collective.
+    With the documents of each stream after those of the stream before it, in a circle, the other document is the one
+    before: the same one whatever the ranks and micro-batches are. Of one document in all there is no other, and both
+    are NaN. Any weights will do, such as those of `untrained_reader`. Over all ranks. Collective.
     """
-    sums = {name: torch.zeros((), dtype=torch.float64, device=reader.device) for name in ("met", "square", "tokens")}
+    names = ("met", "square", "tokens", "documents")
+    sums = {name: torch.zeros((), dtype=torch.float64, device=reader.device) for name in names}
     first: list[DocumentBatch] = []
-    ends: dict[int, Tensor] = {}
+    ends: list[Tensor] = []
 
-    def compare(batch: DocumentBatch, one: Tensor, other: Tensor) -> None:
+    def from_both(batch: DocumentBatch, start: Tensor) -> Tensor:
+        # Both at a time: a product of more rows reads the weights once.
+        both = torch.cat([torch.zeros_like(start), start])
+        one, other = reader.contexts(batch.ids.repeat(2, 1), batch.mask.repeat(2, 1), both).chunk(2)
         squares = (one - other).square().mean(-1)[batch.mask]
         sums["met"] += (squares < threshold).sum()
         sums["square"] += squares.sum(dtype=torch.float64)
         sums["tokens"] += len(squares)
+        return one
 
     for slot in range(loader.slots):
         for micro, unmoved in enumerate(next_step(loader, sync_point, "evaluation")):
             batch = unmoved.to(reader.device)
-            zero = torch.zeros(batch.rows, reader.width, device=reader.device)
-            if slot == 0:
-                first.append(batch)
-                one = reader.contexts(batch.ids, batch.mask, zero)
+            sums["documents"] += (batch.lengths > 0).sum()
+            if slot:
+                ends[micro] = ends_of(from_both(batch, ends[micro]), batch.lengths, ends[micro])
             else:
-                # Both at a time: a product of more rows reads the weights once.
-                both = torch.cat([zero, ends[micro]])
-                found = reader.contexts(batch.ids.repeat(2, 1), batch.mask.repeat(2, 1), both)
-                one, other = found.chunk(2)
-                compare(batch, one, other)
-            ends[micro] = ends_of(one, batch.lengths, ends.get(micro, zero))
-    for micro, batch in enumerate(first):
-        zero = torch.zeros_like(ends[micro])
-        found = reader.contexts(batch.ids.repeat(2, 1), batch.mask.repeat(2, 1), torch.cat([zero, ends[micro]]))
-        compare(batch, *found.chunk(2))
-    totals = reduce_sums(sums, sync_point.topology, reader.device)
-    count = float(totals["tokens"].clamp_min(1))
-    return {"converged": float(totals["met"]) / count, "start_distance": float(totals["square"]) / count}
+                zero = torch.zeros(batch.rows, reader.width, device=reader.device)
+                first.append(batch)
+                ends.append(ends_of(reader.contexts(batch.ids, batch.mask, zero), batch.lengths, zero))
+    # A stream without a first document has none.
+    empty = torch.cat([batch.lengths == 0 for batch in first])
+    others = from_the_left(torch.cat(ends), sync_point.topology, circular=True, empty=empty)
+    for batch, start in zip(first, others.split([batch.rows for batch in first]), strict=True):
+        from_both(batch, start)
+    totals = {name: float(value) for name, value in reduce_sums(sums, sync_point.topology, reader.device).items()}
+    if totals["documents"] < 2:
+        return {"converged": math.nan, "start_distance": math.nan}
+    return {"converged": totals["met"] / totals["tokens"], "start_distance": totals["square"] / totals["tokens"]}

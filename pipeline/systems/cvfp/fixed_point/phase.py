@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import Counts
-from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.system import Carry, CarryEntry, Evaluation, StepContext, StepOutput
 from pipeline.systems.cvfp.config import CvfpConfig
@@ -19,7 +22,14 @@ from pipeline.systems.cvfp.fixed_point.noise import noise
 from pipeline.systems.cvfp.fixed_point.statistics import ContextSums
 from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
 from pipeline.systems.cvfp.phase import Data
-from pipeline.systems.cvfp.starts import start_of, with_ends
+from pipeline.systems.cvfp.starts import (
+    ends_of_others,
+    needs_others,
+    solve_rows,
+    start_of,
+    warn_unsettled,
+    with_ends,
+)
 
 DISTANCE, DIVERSITY = "distance", "diversity"
 MOMENTS = "statistics.moments"
@@ -41,6 +51,11 @@ class FixedPoint:
         self.config, self.data, self.sizes, self.section = config, data, config.model, config.model.fixed_point
         self._sums: ContextSums | None = None
         self._step = -1
+        self._warned = False
+        # Slots without contexts of the pass before: of the first pass, or where its update was skipped.
+        self._missing: set[int] = set()
+        self._slot, self._slots = 0, 1
+        self._gradients: tuple[tuple[int, int], tuple[Mapping[str, Tensor], Tensor]] | None = None
 
     @torch.no_grad()
     def begin(self, model: nn.Module, sync_point: SyncPoint) -> None:
@@ -54,18 +69,35 @@ class FixedPoint:
                 for unmoved in next_step(loader, sync_point, "statistics of contexts"):
                     batch = unmoved.to(reader.device)
                     sums.add(reader.contexts(batch.ids, batch.mask)[batch.mask])
-            self._update(model, sums, sync_point.topology, momentum=0.0)
+            self._update(model, *sums.moments(sync_point.topology), momentum=0.0)
         finally:
             model.train(was_training)
 
     @staticmethod
-    def _update(model: nn.Module, sums: ContextSums, topology: Topology, *, momentum: float) -> None:
+    def _update(model: nn.Module, moments: Tensor, share: float, *, momentum: float) -> None:
         averages = model.get_buffer(MOMENTS)
-        averages.lerp_(sums.moments(topology).to(averages), 1 - momentum)
+        averages.lerp_(moments.to(averages), 1 - momentum**share)
+
+    @cached_property
+    def _tokens(self) -> int:
+        """Of a pass over the training documents."""
+        documents = self.data.documents
+        lengths = np.diff(documents.ends[: documents.training], prepend=0)
+        return int(
+            (np.minimum(lengths, self.config.sequence_length) if self.sizes.carry == "document" else lengths).sum()
+        )
+
+    def _diversity(self, moments: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Of the moving averages as they are: once a step, whatever micro-batches it has."""
+        key = moments.data_ptr(), moments._version
+        if self._gradients is None or self._gradients[0] != key:
+            self._gradients = key, diversity_gradient(moments, self.section.diversity)
+        return self._gradients[1]
 
     def count(self, batch: DocumentBatch) -> Counts:
         tokens = int(batch.lengths.sum())
-        return {DIVERSITY: tokens, DISTANCE: tokens if batch.iteration else 0}
+        compared = batch.iteration and batch.slot not in self._missing
+        return {DIVERSITY: tokens, DISTANCE: tokens if compared else 0}
 
     def forward(self, model: nn.Module, batch: DocumentBatch, carry: Carry, context: StepContext) -> StepOutput:
         """The sums of both terms, of one micro-batch; the contexts that the recurrence found go to the carry.
@@ -73,26 +105,33 @@ class FixedPoint:
         The statistics do not change within a step, so micro-batches and ranks add up to the gradient of the whole.
         """
         section, width, mask = self.section, self.sizes.width, batch.mask
+        self._slot, self._slots = batch.slot, batch.slots
         tokens = mask.sum()
         # Every second pass begins elsewhere, so that the distance to the pass before says whether that is forgotten.
         other = section.start == "other" and batch.iteration % 2 == 1
-        start = start_of(batch, carry, width, context.topology, way=self.sizes.carry, other=other)
+        reader = Reader(model, width)
+        if other and self.sizes.carry == "document" and needs_others(batch):
+            start = ends_of_others(reader, self.data.documents, batch)
+        else:
+            start = start_of(batch, carry, self.sizes, context.topology, other=other)
         before = carry.get(f"contexts/{batch.slot}")
         # Sweeps begin near where they end; a pass token after token has no use for it.
         initial = None if before is None else before.tensor
-        solved = Reader(model, width).solved(batch.ids, mask, start, initial=initial)
-        contexts = in_full(solved.contexts)
+        solved = solve_rows(reader, batch, start, self.sizes, context.topology, initial)
+        self._warned = self._warned or warn_unsettled(solved, self.sizes, context.topology)
+        contexts, start = in_full(solved.contexts), in_full(solved.start)
         inputs = shifted(contexts, start)
         if section.noise:
-            inputs = inputs + section.noise * noise(batch, width, self.config.seed)
-        found, exact = in_full(model(batch.ids, inputs).contexts)[mask], contexts[mask]
+            inputs = inputs + section.noise * noise(batch, width, self.config.seed, way=self.sizes.carry)
+        found, exact = in_full(model(batch.ids, inputs, contexts_alone=True).contexts)[mask], contexts[mask]
         distance, metrics = self._distance(found, exact, before, batch)
-        terms, gradient = diversity_gradient(model.get_buffer(MOMENTS), section.diversity)
+        terms, gradient = self._diversity(model.get_buffer(MOMENTS))
         value = torch.stack(list(terms.values())).sum().to(found) * tokens
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
         metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)
         if self.sizes.solve.way != "sequential":
-            metrics["sweeps"] = (torch.full_like(distance, solved.sweeps), torch.ones_like(tokens))
+            for name, number in (("sweeps", solved.sweeps), ("residual", solved.residual)):
+                metrics[name] = (torch.full_like(distance, number), torch.ones_like(tokens))
         weight = section.diversity_weight
         sums = {
             DIVERSITY: weight * (separable(found, gradient).sum() + value),
@@ -106,6 +145,8 @@ class FixedPoint:
         self, found: Tensor, exact: Tensor, before: CarryEntry | None, batch: DocumentBatch
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """The sum over tokens of the distance to the pass before, 0 where there is none, and what is said of it."""
+        if before is None:
+            self._missing.add(batch.slot)
         if before is None or not batch.iteration:
             return found.new_zeros(()), {}
         previous, tokens = before.tensor[batch.mask], batch.mask.sum()
@@ -121,10 +162,13 @@ class FixedPoint:
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, context: StepContext) -> None:
-        """The step's contexts go into the moving averages. Collective."""
+        """The step's contexts go into the moving averages: those of as many tokens as a step has on average by the
+        momentum, others by its power, so that a last step of few documents counts for few. Collective."""
         assert self._sums is not None and self._step == context.step
-        self._update(model, self._sums, context.topology, momentum=self.section.momentum)
+        moments, count = self._sums.moments(context.topology)
+        self._update(model, moments, count * self._slots / self._tokens, momentum=self.section.momentum)
         self._sums = None
+        self._missing.discard(self._slot)
 
     def evaluate(self, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
         """The convergence of training and of held-out (`..._val`) documents, whose contexts are found token after token

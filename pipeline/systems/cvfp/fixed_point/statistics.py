@@ -21,9 +21,10 @@ class ContextSums:
         self._packed[:-1] += (contexts.T @ contexts).flatten().double()
         self._packed[-1] += len(contexts)
 
-    def moments(self, topology: Topology) -> Tensor:
-        """E[c c^T] [D, D] over all ranks, float64; zeros where there is no context. Collective."""
+    def moments(self, topology: Topology) -> tuple[Tensor, float]:
+        """E[c c^T] [D, D] over all ranks, float64, and of how many contexts; zeros where there is none. Collective."""
         packed = self._packed.clone()
         if topology.world > 1:
             dist.all_reduce(packed)
-        return (packed[:-1] / packed[-1].clamp_min(1)).view(self._width, self._width)
+        mean = (packed[:-1] / packed[-1].clamp_min(1)).view(self._width, self._width)
+        return mean, float(packed[-1])

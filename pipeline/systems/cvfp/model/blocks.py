@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.systems.cvfp.model.packed import packed_relu
 from pipeline.systems.cvfp.solve.transition import Solved, Solver
 
 
-class Block(nn.Module):
-    """Adds to both streams what one linear layer with ReLU makes of them; each has a norm of its own behind it."""
+def relu_of(context: Tensor, token: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(W [c; u] + b) of both streams [..., D]."""
+    if context.requires_grad or not token.requires_grad:
+        return F.linear(torch.cat([context, token], dim=-1), weight, bias).relu_()
+    # Contexts that enter from outside have no gradient: a product of both would compute it with the tokens'.
+    of_context, of_token = weight.chunk(2, dim=1)
+    return (F.linear(context, of_context, bias) + F.linear(token, of_token)).relu_()
 
-    def __init__(self, width: int, decay: float) -> None:
+
+class Block(nn.Module):
+    """Adds to both streams what one linear layer with ReLU makes of them; each has a norm of its own behind it.
+
+    `mix` m in (0, 1]: of each sum x, (1 - m) x + m norm(x) goes on.
+    """
+
+    def __init__(self, width: int, decay: float, mix: float = 1.0) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * width, 2 * width)
         self.norm_context = nn.LayerNorm(width)
         self.norm_token = nn.LayerNorm(width)
-        self.decay = decay
+        self.decay, self.mix = decay, mix
+
+    def _mixed(self, total: Tensor, normed: Tensor) -> Tensor:
+        return normed if self.mix == 1 else torch.lerp(total, normed, self.mix)
 
     def forward(self, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Both [..., D]."""
-        added = F.relu(self.linear(torch.cat([context, token], dim=-1)))
-        of_context, of_token = added.chunk(2, dim=-1)
-        decayed = torch.add(of_context, context, alpha=self.decay)
-        return self.norm_context(decayed), self.norm_token(token + of_token)
+        return self.added_to(context, token, relu_of(context, token, self.linear.weight, self.linear.bias))
 
-    def context_alone(self, context: Tensor, token: Tensor) -> Tensor:
-        """The first of what `forward` returns, of the last block: nothing else of it is carried on."""
-        width = context.shape[-1]
-        rows = self.linear.weight[:width], self.linear.bias[:width]
-        added = F.relu(F.linear(torch.cat([context, token], dim=-1), *rows))
-        return self.norm_context(torch.add(added, context, alpha=self.decay))
+    def added_to(self, context: Tensor, token: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams, of what the linear layer makes of them [..., 2 D]."""
+        of_context, of_token = added.chunk(2, dim=-1)
+        total = token + of_token
+        return self.added_to_context(context, of_context), self._mixed(total, self.norm_token(total))
+
+    def added_to_context(self, context: Tensor, added: Tensor) -> Tensor:
+        decayed = torch.add(added, context, alpha=self.decay)
+        return self._mixed(decayed, self.norm_context(decayed))
+
+    def of_context(self) -> tuple[Tensor, Tensor]:
+        """The rows of weight [D, 2 D] and bias [D] that make what is added to the context."""
+        width = self.linear.out_features // 2
+        return self.linear.weight[:width], self.linear.bias[:width]
 
     def with_diagonal(self, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both streams, and the diagonal [..., D] of the new context's Jacobian in the old one.
@@ -45,8 +68,10 @@ class Block(nn.Module):
         new, mean, scale = torch.native_layer_norm(decayed, (width,), norm.weight, norm.bias, norm.eps)
         itself = self.decay + (of_context > 0) * self.linear.weight.diagonal()[:width]
         normed = (decayed - mean) * scale
-        diagonal = norm.weight * scale * itself * (1 - (1 + normed.square()) / width)
-        return new, self.norm_token(token + of_token), diagonal
+        of_norm = norm.weight * scale * (1 - (1 + normed.square()) / width)
+        total = token + of_token
+        diagonal = itself * (of_norm if self.mix == 1 else 1 - self.mix + self.mix * of_norm)
+        return self._mixed(decayed, new), self._mixed(total, self.norm_token(total)), diagonal
 
 
 class Blocks(nn.ModuleList):
@@ -56,8 +81,8 @@ class Blocks(nn.ModuleList):
     of: ranks whose solves take different numbers of sweeps make the same calls.
     """
 
-    def __init__(self, layers: int, width: int, decay: float) -> None:
-        super().__init__(Block(width, decay) for _ in range(layers))
+    def __init__(self, layers: int, width: int, decay: float, mix: float = 1.0) -> None:
+        super().__init__(Block(width, decay, mix) for _ in range(layers))
         # DeepSpeed's mark of a module whose parameters are gathered as one; its own function sets the same attribute.
         self._z3_leaf = True
 
@@ -69,17 +94,20 @@ class Blocks(nn.ModuleList):
         solve: Solver | None = None,
         mask: Tensor | None = None,
         initial: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor] | Solved:
+        contexts_alone: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | Solved:
         """Contexts and token states [rows, L, D] of the tokens `embedded` [rows, L, D].
 
         `contexts` [rows, L, D] are those that enter, one for each token. With `solve`, `contexts` [rows, D] enters each
         row's first token, and each token's own the next one; mask [rows, L] (None: every token) and initial are the
-        solver's.
+        solver's. `contexts_alone`: None for token states, which the last block then does not compute.
         """
         if solve is not None:
             if mask is None:
                 mask = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
-            return solve(BlocksTransition(self), embedded, contexts, mask, initial)
+            return solve(BlocksTransition(self, embedded.shape[1]), embedded, contexts, mask, initial)
+        if contexts_alone:
+            return BlocksTransition(self, 0)(contexts, embedded), None
         token = embedded
         for block in self.in_order():
             contexts, token = block(contexts, token)
@@ -90,16 +118,28 @@ class Blocks(nn.ModuleList):
 
 
 class BlocksTransition:
-    """F of blocks whose parameters are whole, as a solver calls it (see `Transition`)."""
+    """F of blocks whose parameters are whole, as a solver calls it (see `Transition`): of the last block, the context
+    alone."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, length: int) -> None:
+        """length: tokens of a row, and so the calls with contexts [rows, D] of a solver that reads token by token."""
         *self.first, self.last = blocks.in_order()
+        self.length = length
+        self._packed: list[Callable[[Tensor], Tensor]] = []
 
     def __call__(self, contexts: Tensor, embedded: Tensor) -> Tensor:
-        token = embedded
-        for block in self.first:
-            contexts, token = block(contexts, token)
-        return self.last.context_alone(contexts, token)
+        token, last = embedded, self.last
+        if contexts.dim() > 2:
+            for block in self.first:
+                contexts, token = block(contexts, token)
+            return last.added_to_context(contexts, relu_of(contexts, token, *last.of_context()))
+        if not self._packed:
+            weights = [*((block.linear.weight, block.linear.bias) for block in self.first), last.of_context()]
+            self._packed = [packed_relu(weight, bias, len(contexts), self.length) for weight, bias in weights]
+        *first, of_last = self._packed
+        for block, added in zip(self.first, first, strict=True):
+            contexts, token = block.added_to(contexts, token, added(torch.cat([contexts, token], dim=-1)))
+        return last.added_to_context(contexts, of_last(torch.cat([contexts, token], dim=-1)))
 
     def with_diagonal(self, contexts: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """The product of the blocks' diagonals.

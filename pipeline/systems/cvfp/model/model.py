@@ -74,7 +74,7 @@ class CvfpModel(nn.Module):
         width, decay = sizes.width, 1.0 if sizes.as_published else sizes.decay
         self.embedding = nn.Embedding(sizes.vocab, width)
         self.norm_embed = nn.LayerNorm(width)
-        self.blocks = Blocks(sizes.layers, width, decay)
+        self.blocks = Blocks(sizes.layers, width, decay, sizes.layernorm_mix)
         self.solver = solver(sizes.solve)
         self.head = Head(width, sizes.vocab)
         self.statistics = Statistics(width)
@@ -91,13 +91,14 @@ class CvfpModel(nn.Module):
         states: Tensor | None = None,
         labels: Tensor | None = None,
         predict: bool = False,
+        contexts_alone: bool = False,
     ) -> CvfpOutput:
         """One application of the blocks to the tokens ids [rows, L], with the context of each [rows, L, D].
 
         `start` [rows, D] in place of contexts: the contexts of the recurrence that begins so, without gradient, by
         `solve`, or the way of --model.solve; mask [rows, L] (None: every token) and initial [rows, L, D] are the
         solver's. `states` [rows, L, D] in place of tokens: the head alone. Without any context: the embeddings alone.
-        With labels [rows, L] their losses, with `predict` the likeliest next tokens.
+        With labels [rows, L] their losses, with `predict` the likeliest next tokens. `contexts_alone`: no token states.
         """
         dtype = self.head.weight.dtype
         contexts = embedded = solved = None
@@ -109,7 +110,7 @@ class CvfpModel(nn.Module):
                 solved = self.blocks(start.to(dtype), embedded, solve=way, mask=mask, initial=initial)
                 contexts = solved.contexts
             elif contexts_in is not None:
-                contexts, states = self.blocks(contexts_in.to(dtype), embedded)
+                contexts, states = self.blocks(contexts_in.to(dtype), embedded, contexts_alone=contexts_alone)
         losses = predictions = None
         if labels is not None or predict:
             assert states is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.systems.cvfp.solve.sequential import sequential, sequential_with_growth
+from pipeline.systems.cvfp.solve.sequential import sequential
 from pipeline.systems.cvfp.solve.transition import Solved, Solver, ends_of, shifted
 
 __all__ = ["Reader", "ends_of", "shifted"]
@@ -21,33 +21,26 @@ class Reader:
         self.solve: Solver | None = sequential if exact else None
 
     @torch.no_grad()
-    def contexts(
-        self, ids: Tensor, mask: Tensor, start: Tensor | None = None, *, initial: Tensor | None = None
-    ) -> Tensor:
+    def contexts(self, ids: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
         """Contexts [rows, L, D] float32 of tokens ids [rows, L], from `start` [rows, D]; None: from zero. What stands
-        beyond mask [rows, L] is of no token. `initial` [rows, L, D]: near them, if sweeps are to begin there."""
-        return in_full(self.solved(ids, mask, start, initial=initial).contexts)
+        beyond mask [rows, L] is of no token."""
+        if start is None:
+            start = torch.zeros(len(ids), self.width, device=ids.device)
+        return in_full(self.solved(ids, mask, start).contexts)
 
     @torch.no_grad()
     def solved(
-        self, ids: Tensor, mask: Tensor, start: Tensor | None = None, *, initial: Tensor | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        start: Tensor,
+        *,
+        initial: Tensor | None = None,
+        solve: Solver | None = None,
     ) -> Solved:
-        """As `contexts`, in the model's precision, with the number of sweeps and what the last one moved."""
-        return self._solved(ids, mask, start, self.solve, initial)
-
-    @torch.no_grad()
-    def growth(self, ids: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
-        """[rows] float64: the mean logarithm, per token, of the factor by which a small difference grows."""
-        growth = self._solved(ids, mask, start, sequential_with_growth, None).growth
-        assert growth is not None
-        return growth
-
-    def _solved(
-        self, ids: Tensor, mask: Tensor, start: Tensor | None, solve: Solver | None, initial: Tensor | None
-    ) -> Solved:
-        if start is None:
-            start = torch.zeros(len(ids), self.width, device=ids.device)
-        return self.model(ids, start=start, mask=mask, solve=solve, initial=initial).solved
+        """As `contexts`, in the model's precision, with the number of sweeps and what the last one moved; by `solve` in
+        place of the reader's own way. `initial` [rows, L, D]: near them, if sweeps are to begin there."""
+        return self.model(ids, start=start, mask=mask, solve=solve or self.solve, initial=initial).solved
 
     @torch.no_grad()
     def embedded(self, ids: Tensor) -> Tensor:
@@ -57,12 +50,7 @@ class Reader:
     @torch.no_grad()
     def applied(self, contexts: Tensor, ids: Tensor) -> Tensor:
         """The contexts [rows, L, D] after one application of all blocks to `contexts` and the tokens' e_t."""
-        return in_full(self.model(ids, contexts).contexts)
-
-    @torch.no_grad()
-    def states(self, contexts: Tensor, ids: Tensor) -> Tensor:
-        """The token states u_t [rows, L, D] of tokens whose contexts before them are `contexts`."""
-        return in_full(self.model(ids, contexts).states)
+        return in_full(self.model(ids, contexts, contexts_alone=True).contexts)
 
 
 def in_full(tensor: Tensor) -> Tensor:

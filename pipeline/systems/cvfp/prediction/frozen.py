@@ -18,6 +18,8 @@ from pipeline.errors import UserError, brief
 from pipeline.systems.cvfp.data.cache import make_folder, not_writable
 
 KEY = "key"
+VERSION = 1
+"""Of how states are computed and stored: files of another one are not read."""
 
 
 def frozen_path(folder: Path, name: str, key: Mapping[str, Any]) -> Path:
@@ -55,8 +57,20 @@ def _name(slot: int, stream: int) -> str:
     return f"{slot}.{stream}"
 
 
+class UnwrittenStates:
+    """Those of a dry run, in memory."""
+
+    def __init__(self, path: Path, found: Mapping[str, Tensor]) -> None:
+        self.path, self._found = path, found
+
+    def states(self, slot: int, stream: int) -> Tensor:
+        """As `FrozenStates.states`."""
+        return self._found[_name(slot, stream)]
+
+
 class FrozenWriter:
-    """Collects the states of a pass, and writes them whole or not at all."""
+    """Collects the states of a pass in memory, since a file of safetensors begins with the sizes of all its tensors,
+    and writes them whole or not at all."""
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self.path, self.key = path, key
@@ -65,6 +79,9 @@ class FrozenWriter:
     def add(self, slot: int, stream: int, states: Tensor) -> None:
         """Of one micro-batch [tokens, D]."""
         self._found[_name(slot, stream)] = states.cpu().contiguous()
+
+    def unwritten(self) -> UnwrittenStates:
+        return UnwrittenStates(self.path, self._found)
 
     def write(self) -> int:
         """Its bytes. Raises UserError where the folder cannot be written."""

@@ -22,13 +22,19 @@ from pipeline.system import Carry, CarryEntry, Evaluation, StepContext, StepOutp
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.cache import make_folder
 from pipeline.systems.cvfp.documents import DocumentBatch
-from pipeline.systems.cvfp.model.reader import Reader, shifted
+from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
 from pipeline.systems.cvfp.phase import Data
 from pipeline.systems.cvfp.prediction.exact import exact_inputs
-from pipeline.systems.cvfp.prediction.frozen import FrozenStates, FrozenWriter, frozen_path
+from pipeline.systems.cvfp.prediction.frozen import (
+    VERSION,
+    FrozenStates,
+    FrozenWriter,
+    UnwrittenStates,
+    frozen_path,
+)
 from pipeline.systems.cvfp.prediction.labels import count_labels, following, labels_of
 from pipeline.systems.cvfp.prediction.unigram import unigram
-from pipeline.systems.cvfp.starts import start_of, with_ends
+from pipeline.systems.cvfp.starts import solve_rows, start_of, warn_unsettled, with_ends
 
 CROSS_ENTROPY, STALENESS = "cross_entropy", "staleness"
 LARGEST = 700.0
@@ -42,8 +48,9 @@ class Prediction:
     are not computed: they would change nothing.
 
     Blocks that are trained have their contexts computed anew every `refresh` epochs, just before the step that reads
-    them. The metric `staleness` is then the mean square, over dimensions and tokens, by which contexts differ from
-    those of `refresh` epochs before: the most that any that entered a step was off.
+    them. With 1 no context is older than its step, and the metric `staleness` is 0. Else it is, of the steps that
+    compute them anew, the mean square over dimensions and tokens by which they differ from those of `refresh` epochs
+    before: the most that any that entered a step was off.
 
     Of frozen blocks the states of all tokens are computed once, before the first step, and kept in a file of each data
     rank, which weights and data name: they are in no checkpoint, and a resume reads or computes them again.
@@ -55,7 +62,8 @@ class Prediction:
     def __init__(self, config: RunConfig, data: Data) -> None:
         assert isinstance(config.model, CvfpConfig)
         self.config, self.data, self.sizes, self.section = config, data, config.model, config.model.prediction
-        self._frozen: FrozenStates | None = None
+        self._frozen: FrozenStates | UnwrittenStates | None = None
+        self._warned = False
 
     def begin(self, model: nn.Module, sync_point: SyncPoint) -> None:
         """Token states, where blocks are frozen."""
@@ -81,7 +89,9 @@ class Prediction:
             name = f"contexts/{batch.slot}"
             before = carry.get(name)
             inputs, carry = self._contexts(model, batch, carry, context, name)
-            if before is not None and carry[name] is not before:
+            if self.section.refresh == 1:
+                metrics[STALENESS] = (torch.zeros((), device=labels.device), batch.mask.sum())
+            elif before is not None and carry[name] is not before:
                 moved = (carry[name].tensor - before.tensor).square().mean(-1)
                 metrics[STALENESS] = (moved[batch.mask].sum(), batch.mask.sum())
             output = model(batch.ids[counted].unsqueeze(0), inputs[counted].unsqueeze(0), labels=labels)
@@ -90,31 +100,35 @@ class Prediction:
     def _contexts(
         self, model: nn.Module, batch: DocumentBatch, carry: Carry, context: StepContext, name: str
     ) -> tuple[Tensor, Carry]:
-        """What enters each token [rows, L, D], which the carry has by `name` until it is computed anew."""
-        width, way = self.sizes.width, self.sizes.carry
+        """What enters each token [rows, L, D], which the carry has by `name` where a later epoch reads it again."""
+        width = self.sizes.width
         if self.section.context == "zero":
             return torch.zeros(*batch.ids.shape, width, device=batch.ids.device), carry
         if name in carry and batch.iteration % self.section.refresh:
             return carry[name].tensor, carry
-        start = start_of(batch, carry, width, context.topology, way=way, other=False)
-        contexts = Reader(model, width).contexts(batch.ids, batch.mask, start)
+        start = start_of(batch, carry, self.sizes, context.topology)
+        solved = solve_rows(Reader(model, width), batch, start, self.sizes, context.topology)
+        self._warned = self._warned or warn_unsettled(solved, self.sizes, context.topology)
+        contexts, start = in_full(solved.contexts), in_full(solved.start)
         inputs = shifted(contexts, start)
-        return inputs, with_ends(batch, contexts, start, {**carry, name: CarryEntry(inputs)})
+        kept = {} if self.section.refresh == 1 else {name: CarryEntry(inputs)}
+        return inputs, with_ends(batch, contexts, start, {**carry, **kept})
 
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         """Nothing."""
 
     @torch.no_grad()
-    def _open(self, model: nn.Module, sync_point: SyncPoint) -> FrozenStates:
+    def _open(self, model: nn.Module, sync_point: SyncPoint) -> FrozenStates | UnwrittenStates:
         """The token states of this rank's rows, computed where one rank has no file of them. Collective."""
         topology = sync_point.topology
         key = self._key(model, topology)
         folder = expanded(self.sizes.data_cache)
         path = frozen_path(folder, self.data.documents.name, key)
-        found = None
+        found: FrozenStates | UnwrittenStates | None = None
         with shared_errors(topology):
             # What cannot be used is said before anything is computed.
-            make_folder(folder)
+            if not self.config.dry_run:
+                make_folder(folder)
             found = FrozenStates(path, key) if path.is_file() else None
         if all(all_gather_object(topology, found is not None)):
             assert found is not None
@@ -122,11 +136,11 @@ class Prediction:
         else:
             said = "written to"
             found = self._written(model, sync_point, FrozenWriter(path, key))
-        if topology.rank == 0:
+        if topology.rank == 0 and not self.config.dry_run:
             log_line(f"token states of frozen blocks: {said} {found.path}")
         return found
 
-    def _written(self, model: nn.Module, sync_point: SyncPoint, writer: FrozenWriter) -> FrozenStates:
+    def _written(self, model: nn.Module, sync_point: SyncPoint, writer: FrozenWriter) -> FrozenStates | UnwrittenStates:
         was_training, reader = model.training, Reader(model, self.sizes.width, exact=True)
         model.eval()
         loader = self.data.training(sync_point.topology)
@@ -135,6 +149,8 @@ class Prediction:
             states = model(batch.ids[counted].unsqueeze(0), inputs[counted].unsqueeze(0)).states
             writer.add(batch.slot, int(batch.streams[0]), states.squeeze(0))
         model.train(was_training)
+        if self.config.dry_run:
+            return writer.unwritten()
         with shared_errors(sync_point.topology):
             writer.write()
             return FrozenStates(writer.path, writer.key)
@@ -147,9 +163,10 @@ class Prediction:
         assert weights is not None
         sizes = self.sizes
         return {
+            "version": VERSION,
             "weights": weights["sha256"],
             "precision": str(next(module.parameters()).dtype),
-            "recurrence": [sizes.decay, sizes.as_published, sizes.carry, self.section.context],
+            "recurrence": [sizes.decay, sizes.layernorm_mix, sizes.as_published, sizes.carry, self.section.context],
             "data": self.data.training(topology).state_dict()["fingerprint"],
             "rows": [self.config.batch_size, self.config.grad_accum, topology.data_rank, topology.data],
         }

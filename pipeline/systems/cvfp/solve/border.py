@@ -47,6 +47,14 @@ def from_the_left(
     return torch.where(upto[:-1, None] >= 0, ends[upto[:-1].clamp_min(0)], entering)
 
 
+def change(new: Tensor, old: Tensor, lengths: Tensor) -> Tensor:
+    """How far a context before rows [rows, D] has moved at most, as a share of its norm; of empty rows 0."""
+    moved = (new - old).norm(dim=-1).float() / new.norm(dim=-1).float().clamp_min(1e-30)
+    # A context that is not a number has not come to rest.
+    moved = moved.nan_to_num(nan=torch.inf).masked_fill(lengths == 0, 0)
+    return moved.max() if len(moved) else torch.zeros((), device=new.device)
+
+
 @dataclass(frozen=True)
 class Border:
     """The borders of a whole stream whose rows are solved together: they move with every sweep, on all ranks alike."""

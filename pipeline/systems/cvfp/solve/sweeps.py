@@ -17,16 +17,18 @@ from torch import Tensor
 
 from pipeline.ops.affine_scan import affine_scan
 from pipeline.systems.cvfp.config import SolveConfig
-from pipeline.systems.cvfp.solve.border import Border
+from pipeline.systems.cvfp.solve.border import Border, change
 from pipeline.systems.cvfp.solve.sequential import sequential
 from pipeline.systems.cvfp.solve.transition import Solved, Solver, Transition, ends_of, shifted
 
 
-def solver(config: SolveConfig) -> Solver:
-    """The way that a run has chosen (--model.solve)."""
+def solver(config: SolveConfig, border: Border | None = None) -> Solver:
+    """The way that a run has chosen (--model.solve). border: of sweeps, see `jacobi`."""
     if config.way == "sequential":
+        assert border is None
         return sequential
-    return partial(jacobi if config.way == "jacobi" else newton, tolerance=config.tolerance, most=config.most)
+    way = jacobi if config.way == "jacobi" else newton
+    return partial(way, tolerance=config.tolerance, most=config.most, border=border)
 
 
 def jacobi(
@@ -43,7 +45,8 @@ def jacobi(
     """See `Solver`. Ends when no context moved by more than `tolerance` of its norm (or the rounding of the dtype, if
     that is more), when every token is exact, or after `most` sweeps.
 
-    border: the rows are one stream, over all ranks; `start` is then that of the first sweep alone. Collective.
+    border: the rows are one stream, over all ranks; `start` is then that of the first sweep alone, and of none where
+    there is `initial`, whose rows' ends are nearer. Collective.
     """
     return _sweeps(transition, embedded, start, mask, initial, tolerance, most, border, diagonal=False)
 
@@ -81,11 +84,14 @@ def _sweeps(
     lengths = mask.sum(1)
     longest = int(lengths.max()) if len(lengths) else 0
     least = max(tolerance, 4 * torch.finfo(embedded.dtype).eps)
-    sweeps, residual = 0, torch.zeros(())
+    if border is not None and initial is not None:
+        start = border.starts(ends_of(contexts, lengths, start), lengths)
+    sweeps, residual, settled = 0, torch.zeros(()), False
     while sweeps < most:
         # Without a border the tokens before this one are exact: they would not move.
         exact = 0 if border is not None else min(sweeps, longest)
         if border is None and exact == longest:
+            settled = True
             break
         part = slice(exact, longest)
         before = contexts[:, exact - 1] if exact else start
@@ -100,12 +106,12 @@ def _sweeps(
         sweeps += 1
         if border is not None:
             starts = border.starts(ends_of(contexts, lengths, start), lengths)
-            change = (starts - start).norm(dim=-1).float() / starts.norm(dim=-1).float().clamp_min(1e-30)
-            change = torch.where(lengths > 0, change, 0).max() if len(lengths) else torch.zeros_like(residual)
-            residual, start = border.largest(torch.maximum(residual, change)), starts
+            residual, start = border.largest(torch.maximum(residual, change(starts, start, lengths))), starts
         if float(residual) <= least:
+            settled = True
             break
-    return Solved(contexts, sweeps, float(residual))
+    settled = settled or (border is None and sweeps >= longest)
+    return Solved(contexts, sweeps, float(residual), start, settled)
 
 
 def _sweep(transition: Transition, embedded: Tensor, before: Tensor, contexts: Tensor, *, diagonal: bool) -> Tensor:

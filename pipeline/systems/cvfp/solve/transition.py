@@ -31,9 +31,10 @@ class Solved:
     """Applications of F to all tokens; of a recurrence 1."""
     residual: float
     """How far the last sweep moved a context at most, as a share of its norm; of a recurrence 0."""
-    growth: Tensor | None = None
-    """[rows] float64, where it was asked for: the mean natural logarithm, per token, of what a small difference of two
-    contexts is multiplied by (the largest Lyapunov exponent of the row)."""
+    start: Tensor
+    """[rows, D]: the context before each row's first token; that which was given, or what a border has brought."""
+    settled: bool = True
+    """Whether these are the contexts of the recurrence, to the tolerance: not where the sweeps ran out."""
 
 
 class Solver(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,47 @@ def test_documents_are_divided_cut_and_named(tmp_path: Path, corpus: Path) -> No
     assert training == sorted(training) and held_out == sorted(held_out) and 4 <= len(held_out) <= 20
     assert (found.name, found.vocab) == ("corpus.jsonl_allsamples_8len", 260)
     assert found.notes == ("40 documents cut to their first 8 tokens",)
-    first = list_documents(run(tmp_path, corpus, model={"num_samples": 10}))
-    assert sorted(texts_of(first, held_out=False) + texts_of(first, held_out=True)) == [text[:8] for text in TEXTS[:10]]
-    assert texts_of(first, held_out=True) == held_out[: len(texts_of(first, held_out=True))]
-    assert first.fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize(("wanted", "holdout", "held"), [(10, 0.3, 4), (20, 0.5, 20), (1, 0.01, 1)])
+def test_a_number_of_documents_is_that_of_training(
+    tmp_path: Path, corpus: Path, wanted: int, holdout: float, held: int
+) -> None:
+    found = list_documents(run(tmp_path, corpus, model={"num_samples": wanted}, holdout=holdout))
+    training, held_out = (texts_of(found, held_out=side) for side in (False, True))
+    assert (len(training), len(held_out)) == (wanted, held)
+    every = training + held_out
+    assert len(set(every)) == len(every) and set(every) <= {text[:8] for text in TEXTS}
+    # Of files not the first by name, and the same ones whatever the seed.
+    assert every[:5] != [text[:8] for text in TEXTS[:5]]
+    config = run(tmp_path / "other", corpus, model={"num_samples": wanted}, holdout=holdout)
+    assert same(list_documents(dataclasses.replace(config, seed=5)), found)
+
+
+def test_of_too_few_documents_there_are_pieces_on_both_sides(tmp_path: Path) -> None:
+    texts = json_lines(tmp_path / "long.jsonl", [f"{index:02} text {index:02} end" for index in range(40)])
+    found = list_documents(run(tmp_path, texts, model={"num_samples": 50}, holdout=0.3))
+    # 50 and 21 are wanted: each of 40 documents gives one row or two.
+    assert len(found.ends) == 71 and 40 < found.training < 62
+    sides = [{text.split()[0] for text in texts_of(found, held_out=side)} for side in (False, True)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
+
+
+def test_held_out_rows_that_are_trained_on_are_left_out(tmp_path: Path) -> None:
+    texts = ["the same text", "another text!", "and a third one"] * 4
+    found = list_documents(run(tmp_path, json_lines(tmp_path / "a.jsonl", texts), model={"num_samples": 2}, length=13))
+    assert found.training == 2 and not set(texts_of(found, held_out=True)) & set(texts_of(found, held_out=False))
+    equal = json_lines(tmp_path / "b.jsonl", ["the same text"] * 4)
+    with pytest.raises(UserError, match="no row is left to hold out that is not trained on too"):
+        list_documents(run(tmp_path, equal, model={"num_samples": 2}))
+
+
+def test_files_have_a_text_where_a_data_set_has_messages(tmp_path: Path, corpus: Path) -> None:
+    """As the recipes of UltraChat are given files in its place."""
+    found = list_documents(run(tmp_path, corpus, text_field="messages"))
+    assert found.fingerprint == list_documents(run(tmp_path, corpus)).fingerprint
+    body = json_lines(tmp_path / "body.jsonl", TEXTS, "body")
+    assert len(list_documents(run(tmp_path, body, text_field="body")).ends) == 40
 
 
 def test_the_cache_is_read_and_knows_its_settings(
@@ -156,6 +194,7 @@ def refusals(tmp_path: Path, corpus: Path) -> list[tuple[RunConfig, str]]:
     blank.write_text("\n")
     short, few = json_lines(tmp_path / "short.jsonl", ["abc", "d"]), json_lines(tmp_path / "few.jsonl", ["abc", ""])
     equal = json_lines(tmp_path / "equal.jsonl", ["the same text", "the same texts"])
+    body = json_lines(tmp_path / "body.jsonl", TEXTS, "body")
     return [
         (run(tmp_path, corpus, validation=(str(missing),)), "missing.txt"),
         (run(tmp_path, corpus, validation=(f"val={missing}",)), "missing.txt"),
@@ -170,6 +209,7 @@ def refusals(tmp_path: Path, corpus: Path) -> list[tuple[RunConfig, str]]:
         (run(tmp_path, path=(), tokens=("x.npy",)), "--data.tokens"),
         (run(tmp_path, corpus, tokenizer=str(missing)), "--data.tokenizer"),
         (run(tmp_path, corpus, text_field="body"), "no field 'body'"),
+        (run(tmp_path, corpus, text_field="messages", validation=(str(body),)), "no field 'text'"),
     ]
 
 

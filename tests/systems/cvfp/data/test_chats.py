@@ -47,8 +47,9 @@ def test_contents_are_joined_by_newlines_in_the_order_of_the_data(tmp_path: Path
     config = run(tmp_path, path=(), dataset=str(folder), text_field="messages", length=40, model={"num_samples": 20})
     found = list_documents(config)
     assert found.name == "ultrachat_20samples_40len"
-    read = texts_of(found, held_out=False) + texts_of(found, held_out=True)
-    assert sorted(read) == sorted("\n".join(talk)[:40] for talk in TALKS[:20])
+    whole = ["\n".join(talk)[:40] for talk in TALKS]
+    # The first ones are trained on, and as many of the next ones held out as make a share of 0.3.
+    assert texts_of(found, held_out=False) == whole[:20] and texts_of(found, held_out=True) == whole[20:29]
 
 
 def test_a_row_that_is_no_conversation(tmp_path: Path) -> None:
@@ -103,3 +104,24 @@ def test_without_a_network_the_cache_is_read(
     with caplog.at_level(logging.WARNING):
         again = list_documents(config)
     assert again.fingerprint == found.fingerprint and "of an earlier run, are read" in caplog.records[-1].getMessage()
+
+
+def test_without_a_network_a_cache_of_another_validation_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **options: Any) -> Any:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    folder, validation = write(tmp_path / "chats", "jsonl", rows()), tmp_path / "val.txt"
+    validation.write_text("what is read for validation")
+    options: dict[str, Any] = {"path": (), "dataset": "someone/chats", "text_field": "messages", "length": 40}
+    config = run(tmp_path, validation=(str(validation),), **options)
+    with monkeypatch.context() as online:
+        online.setattr(build, "_source", lambda _: Conversations(str(folder), text_field="messages"))
+        found = list_documents(config)
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
+    assert list_documents(config).fingerprint == found.fingerprint
+    validation.write_text("what has been put in its place")
+    with pytest.raises(UserError, match=r"--evaluation\.path has changed since .*: restore the file, or") as caught:
+        list_documents(config)
+    assert "\n" not in str(caught.value)

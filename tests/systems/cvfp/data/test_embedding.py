@@ -43,6 +43,8 @@ def test_another_size_is_refused(tmp_path: Path) -> None:
         rows_of_embedding(of(weights(tmp_path / "small", 200)), BYTES)
     with pytest.raises(UserError, match=r"has 260 ids and --model.embedding .* 50,257 rows"):
         rows_of_embedding(of(weights(tmp_path / "large", 50257, 1), width=1), BYTES)
+    with pytest.raises(UserError, match=r"has 260 ids and --model.embedding .* 324 rows: name the tokenizer"):
+        rows_of_embedding(of(weights(tmp_path / "other", 324)), BYTES)
     with pytest.raises(UserError, match=r"16 dimensions and --model\.width is 32: give 16"):
         rows_of_embedding(of(weights(tmp_path / "model", 260), width=32), BYTES)
     with pytest.raises(UserError, match="no input embedding among its tensors"):

@@ -17,9 +17,11 @@ from pipeline.errors import UserError
 from pipeline.load import checked_system
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.mimir import mimir_tiny
+from pipeline.systems.cvfp.evaluation import contexts
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA
 from pipeline.systems.cvfp.evaluation.control import ABLATED, LABELS, MODEL, UNIGRAM
 from pipeline.systems.cvfp.evaluation.prediction import nats_by_row
+from pipeline.systems.cvfp.fixed_point.convergence import convergence
 from pipeline.systems.cvfp.system import CvfpSystem
 from tests.systems.cvfp.evaluation.reading import ONE
 from tests.systems.cvfp.harness import documents, small
@@ -57,6 +59,10 @@ def test_before_training_a_model_is_its_own_baseline(folder: Path) -> None:
     assert found["effective_rank/random_init_val"] == pytest.approx(found["effective_rank/val"])
     assert found["effective_rank/published_init_val"] != pytest.approx(found["effective_rank/val"], rel=1e-3)
     assert found["final_diff/random_init"] == pytest.approx(found["final_diff"])
+    for name in ("converged", "converged_val", "start_distance", "start_distance_val"):
+        # Of all the tokens, not of some rows, and by the same rule: to the last token.
+        assert found[f"{name}/random_init"] == pytest.approx(found[name], abs=1e-9), name
+        assert f"{name}/gaussian" in found
     moved = made(small(folder), moved=0.3)
     other = moved[0].evaluate(moved[1], moved[0].phases(moved[1])[0], ONE).scalars
     same = [name for name in found if "_init" in name or "gaussian" in name]
@@ -69,6 +75,27 @@ def test_a_model_as_published_is_the_published_baseline(folder: Path) -> None:
     found = system.evaluate(model, system.phases(model)[0], ONE).scalars
     for name in ("effective_rank/published_init_val", "effective_rank/random_init_val"):
         assert found[name] == pytest.approx(found["effective_rank/val"])
+
+
+def test_the_convergence_of_untrained_weights_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, model = made(small(folder), moved=0.3)
+    calls = []
+
+    def counted(*words: Any) -> dict[str, float]:
+        calls.append(words)
+        return convergence(*words)
+
+    monkeypatch.setattr(contexts, "convergence", counted)
+    first = system.phases(model)[0]
+    in_training = [system.evaluate(model, first, ONE).scalars for _ in range(2)]
+    # Training and held-out documents of the weights that the run begins with; the published ones are the suite's.
+    assert len(calls) == 2 and in_training[0] == in_training[1]
+    assert "converged/published_init" not in in_training[0]
+    suites = [system.context_suite(model, first, ONE, None).scalars for _ in range(2)]
+    assert len(calls) == 4 and suites[0]["converged_val/published_init"] == suites[1]["converged_val/published_init"]
+    # All training tokens, whose share has as many steps.
+    share = suites[0]["converged/random_init"] * system.contexts.measures.reading.available(training=True)
+    assert share == pytest.approx(round(share), abs=1e-6)
 
 
 def reference_nats(model: nn.Module, tokens: torch.Tensor, *, zero: bool) -> float:
@@ -120,6 +147,9 @@ def test_the_suite_has_the_criteria_and_a_control_of_the_same_labels(folder: Pat
     assert found["prediction/ratio_control"] == pytest.approx(found["prediction/ratio_context_zero"])
     assert found["prediction/ppl_model"] == pytest.approx(math.exp(found["loss"]), rel=1e-5)
     assert found["prediction/ppl_unigram"] == pytest.approx(found["unigram_ppl"], rel=1e-6)
+    assert found["prediction/accuracy_model"] == pytest.approx(found["accuracy"]) and found["accuracy"] > 0
+    assert found["prediction/accuracy_unigram"] == pytest.approx(found["unigram_accuracy"])
+    assert found["prediction/accuracy_control"] == found["prediction/accuracy_context_zero"]
 
 
 def test_a_run_that_is_no_control_is_named(folder: Path) -> None:
@@ -131,8 +161,25 @@ def test_a_run_that_is_no_control_is_named(folder: Path) -> None:
     for other, message in (
         (mimir_tiny(), "--control RUN: is a run of mimir_tiny: give one of cvfp_tiny"),
         (small(folder), "was trained with its contexts: give a run with --model.prediction.context zero"),
-        (longer, "differs in --sequence-length, so that its documents are others: give a run of the same data"),
-        (elsewhere, "differs in --data, so that its documents are others"),
+        (longer, "has --sequence-length 13, where this run has 12: give a run that was trained alike but for"),
+        (elsewhere, "has --data.holdout 0.3, where this run has 0.15"),
+        (dataclasses.replace(config, lr=0.5), "has --lr 0.5, where"),
+        (dataclasses.replace(config, seed=7), "has --seed 7, where this run has 0"),
+        (dataclasses.replace(config, batch_size=4), "has --batch-size 4, where this run has 8"),
+        (dataclasses.replace(config, init_from=Path("first")), "has --init-from 'first', where this run has None"),
+        (small(folder, prediction__context="zero", epochs__train=3.0), "has --epochs.train 3.0, where"),
+        (small(folder, prediction__context="zero", model__width=16), "has --model.width 16, where this run has 8"),
     ):
         with pytest.raises(UserError, match=message):
             system.check_control(other, "RUN")
+
+
+def test_criteria_are_judged_where_the_phase_ends(folder: Path) -> None:
+    system, model = made(small(folder, model__test=True, fixed_point__converged=1.0), moved=0.3)
+    first = system.phases(model)[0]
+    loader = system.loader(first, ALONE)
+    for step in range(first.steps + 1):
+        found = system.evaluate(model, first, ONE)
+        assert (CRITERIA in found.tables) == (step == first.steps or (step > 0 and found.scalars["converged"] == 1))
+        assert ("criteria: " in system.headline(found)) == (CRITERIA in found.tables)
+        loader.next_step()

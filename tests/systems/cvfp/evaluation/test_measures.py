@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from pipeline.evals.command import render, write
 from pipeline.systems.cvfp.evaluation import measures as module
-from pipeline.systems.cvfp.evaluation.baselines import gaussian_figures
+from pipeline.systems.cvfp.evaluation.baselines import first_rows, gaussian_figures
 from pipeline.systems.cvfp.evaluation.measures import is_attractor
+from pipeline.systems.cvfp.evaluation.passes import by_position
 from pipeline.systems.cvfp.evaluation.pictures import places
-from pipeline.systems.cvfp.evaluation.pieces import padded
+from pipeline.systems.cvfp.evaluation.pieces import Reading, padded
 from pipeline.systems.cvfp.evaluation.rank import effective_rank
 from tests.launch.forked import forked
-from tests.systems.cvfp.evaluation.reading import CARRIES, ONE, measures
+from tests.systems.cvfp.evaluation.reading import CARRIES, ONE, Recurrence, documents, measures
 
 
 def test_the_ranks_are_of_equally_many_tokens_beside_both_baselines() -> None:
@@ -48,6 +48,18 @@ def test_a_long_hold_out_is_cut_where_training_has_as_many_tokens(monkeypatch: p
     assert suite.evaluate(model, ONE).scalars["effective_rank/tokens"] == 29
 
 
+def test_beside_one_held_out_document_there_is_another_row() -> None:
+    """The end of a document itself is no other document's end."""
+    reading = Reading(documents([5, 9, 4, 7], 3), "document", 4, 6)
+    ids, mask = first_rows(reading, reading.available(training=False), torch.device("cpu"))
+    assert mask.sum(1).tolist() == [6, 5] and ids[0].tolist() == reading.documents.document(3)[:6].tolist()
+    assert ids[1, :5].tolist() == reading.documents.document(0).tolist()
+    model = Recurrence(factor=4.0)
+    assert float(by_position(model, ids, mask, ONE).squares[0]) > 1e-2
+    with pytest.raises(AssertionError):
+        by_position(model, ids[:1], mask[:1], ONE)
+
+
 def test_baselines_are_measured_once() -> None:
     suite, model = measures()
     suite.evaluate(model, ONE)
@@ -65,7 +77,8 @@ def test_everything_is_written_and_drawn(tmp_path: Path) -> None:
     }  # fmt: skip
     assert "Token two back" in render(found)
     scalars = json.loads((tmp_path / "evaluation.json").read_text())["scalars"]
-    assert all(np.isfinite(value) for value in scalars.values() if value is not None)
+    # What is not finite is written as nothing.
+    assert [name for name, value in scalars.items() if value is None] == []
     assert scalars["effective_rank/train_all_tokens"] == suite.reading.available(training=True)
     assert set(scalars) >= {
         "probe/context",

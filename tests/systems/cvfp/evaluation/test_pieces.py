@@ -74,3 +74,13 @@ def test_what_is_chosen_ends_where_the_tokens_end(carry: str, lengths: list[int]
     reading = Reading(documents([5, 9, 4, 7], 3), carry, 2, 6)
     assert [len(one) for one in reading.chosen(10, training=True)] == [5, 5]
     assert [len(one) for one in reading.chosen(12, training=True)] == lengths
+
+
+def test_fewer_tokens_are_of_documents_from_everywhere() -> None:
+    data = documents([4] * 20, 20)
+    reading = Reading(data, "document", 2, 6)
+    found = [one.tolist() for one in reading.chosen(18, training=True)]
+    # 80 tokens are four times as many.
+    assert found == [data.document(index).tolist() for index in (0, 4, 8, 12)] + [data.document(16)[:2].tolist()]
+    ends = [one.tolist() for one in Reading(data, "stream", 2, 6).chosen(18, training=True)]
+    assert ends == [data.document(index).tolist() for index in range(4)] + [data.document(4)[:2].tolist()]

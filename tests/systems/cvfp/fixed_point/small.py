@@ -67,6 +67,7 @@ class Small:
             seed=0,
             shuffle=not held_out,
             stream=self.carry != "document",
+            adjacent=self.config.model.adjacent,  # type: ignore[attr-defined]
             **layout,
         )
 

@@ -20,7 +20,8 @@ def test_micro_batches_add_up_to_the_moments_of_all(width: int, sizes: list[int]
         sums.add(part)
     whole = torch.cat(parts)
     expected = whole.T @ whole / max(1, len(whole))
-    assert torch.allclose(sums.moments(Topology()), expected, rtol=1e-12, atol=1e-12)
+    moments, count = sums.moments(Topology())
+    assert torch.allclose(moments, expected, rtol=1e-12, atol=1e-12) and count == len(whole)
 
 
 def test_sums_of_float32_contexts_lose_nothing_over_many_batches() -> None:
@@ -28,4 +29,4 @@ def test_sums_of_float32_contexts_lose_nothing_over_many_batches() -> None:
     sums.add(torch.full((1, 1), 4096.0))
     for _ in range(100):
         sums.add(torch.full((1, 1), 0.5))
-    assert float(sums.moments(Topology())) * 101 == 4096.0**2 + 25
+    assert float(sums.moments(Topology())[0]) * 101 == 4096.0**2 + 25

@@ -14,8 +14,9 @@ from pipeline.systems.cvfp.config import CvfpConfig, SolveConfig
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.reader import Reader
 from pipeline.systems.cvfp.model.weights import initialise
+from pipeline.systems.cvfp.solve.sweeps import solver
 from pipeline.systems.cvfp.solve.transition import ends_of, shifted
-from tests.systems.cvfp.small import VOCAB, WIDTH, rows, small, starts
+from tests.systems.cvfp.small import VOCAB, WIDTH, reference, rows, small, starts
 
 
 def test_the_guides_sizes_have_the_guides_number_of_parameters() -> None:
@@ -62,6 +63,25 @@ def test_losses_and_predictions_are_those_of_the_logits() -> None:
     torch.testing.assert_close(again.losses, found.losses)
 
 
+@pytest.mark.parametrize("mix", [0.25, 0.7])
+def test_a_share_of_the_norm(mix: float) -> None:
+    """By the definition, by each way of solving, and the diagonal of a block by its Jacobian."""
+    model, (ids, mask), start = small(layernorm_mix=mix, decay=0.3), rows([9]), starts(1)
+    expected = reference(model, ids[0], start[0])
+    torch.testing.assert_close(model(ids, start=start, mask=mask).contexts[0], expected, atol=1e-12, rtol=0)
+    for way in (SolveConfig("jacobi", 1e-13), SolveConfig("newton", 1e-13)):
+        found = model(ids, start=start, mask=mask, solve=solver(way)).contexts[0]
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+    (block,) = small(layers=1, decay=0.7, std=0.02, width=64, layernorm_mix=mix).blocks.in_order()
+    context, token = (starts(1, 64, seed)[0] for seed in (6, 5))
+    jacobian = torch.func.jacrev(lambda entering: block(entering, token)[0])(context)
+    new, other, diagonal = block.with_diagonal(context, token)
+    torch.testing.assert_close((new, other), block(context, token))
+    torch.testing.assert_close(block.context_alone(context, token), new)
+    # What is left out is of the order of a weight, or of 1 / D.
+    assert (diagonal - jacobian.diagonal()).norm() < 0.05 * jacobian.diagonal().norm()
+
+
 def test_contexts_of_a_recurrence_have_no_gradient() -> None:
     model, (ids, mask), start = small(), rows([6]), starts(1)
     assert not model(ids, start=start, mask=mask).contexts.requires_grad
@@ -70,13 +90,13 @@ def test_contexts_of_a_recurrence_have_no_gradient() -> None:
 
 def test_a_reader_may_be_exact_whatever_the_run_has_chosen() -> None:
     model, (ids, mask) = small(solve=SolveConfig("jacobi", tolerance=1e-3, most=2)), rows([9, 5])
-    rough, exact = Reader(model, WIDTH), Reader(model, WIDTH, exact=True)
-    assert rough.solved(ids, mask).sweeps == 2 and exact.solved(ids, mask).sweeps == 1
+    rough, exact, start = Reader(model, WIDTH), Reader(model, WIDTH, exact=True), torch.zeros(2, WIDTH)
+    assert rough.solved(ids, mask, start).sweeps == 2 and exact.solved(ids, mask, start).sweeps == 1
     contexts = exact.contexts(ids, mask)
     assert not torch.allclose(rough.contexts(ids, mask)[mask], contexts[mask])
     once_more = exact.applied(shifted(contexts, torch.zeros(2, WIDTH)), ids)
     torch.testing.assert_close(once_more[mask], contexts[mask], atol=1e-6, rtol=0)
-    near = rough.solved(ids, mask, initial=contexts)
+    near = rough.solved(ids, mask, start, initial=contexts)
     assert near.sweeps == 1
     end = ends_of(contexts, torch.tensor([9, 0]), torch.ones(2, WIDTH))
     assert torch.equal(end[0], contexts[0, 8]) and torch.equal(end[1], torch.ones(WIDTH))

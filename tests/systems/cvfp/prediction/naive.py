@@ -35,11 +35,11 @@ def documents(seed: int = 0) -> DocumentSet:
     return DocumentSet(tokens.astype(np.uint32), np.cumsum(LENGTHS), TRAINING, VOCAB, "skewed", f"digest{seed}")
 
 
-def run_config(folder: Path, *, carry: str = "document", **section: Any) -> RunConfig:
+def run_config(folder: Path, *, carry: str = "document", way: str = "sequential", **section: Any) -> RunConfig:
     chosen: Any = carry
     sizes = CvfpConfig(
         width=6, layers=2, vocab=VOCAB, carry=chosen, data_cache=str(folder / "cache"), decay=0.6, initial_std=0.3,
-        solve=SolveConfig("jacobi", tolerance=1e-12) if carry == "circular" else SolveConfig(),
+        solve=SolveConfig(way, tolerance=1e-12),  # type: ignore[arg-type]
         prediction=PredictionConfig(**section),
     )  # fmt: skip
     return replace(cvfp_tiny(), model=sizes, batch_size=3, sequence_length=LENGTH)
@@ -50,7 +50,7 @@ def data_of(config: RunConfig, found: DocumentSet) -> Data:
         return PassLoader(
             found, held_out=held_out, length=LENGTH, batch_size=config.batch_size, grad_accum=config.grad_accum,
             data_rank=topology.data_rank, data_degree=topology.data, seed=config.seed,
-            stream=config.model.carry != "document",  # type: ignore[attr-defined]
+            stream=config.model.carry != "document", adjacent=config.model.adjacent,  # type: ignore[attr-defined]
         )  # fmt: skip
 
     return Data(found, opened)
@@ -66,8 +66,8 @@ def model_of(config: RunConfig, seed: int = 0) -> Any:
     return model
 
 
-def small(folder: Path, *, seed: int = 0, carry: str = "document", **section: Any) -> tuple[Prediction, Any]:
-    config = run_config(folder, carry=carry, **section)
+def small(folder: Path, *, seed: int = 0, **section: Any) -> tuple[Prediction, Any]:
+    config = run_config(folder, **section)
     return Prediction(config, data_of(config, documents(seed))), model_of(config)
 
 

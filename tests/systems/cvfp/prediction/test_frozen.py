@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,17 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -
         prediction.begin(counting, SYNC)
     assert counting.read == 0
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    prediction, model = small(tmp_path, freeze_context=True)
+    prediction.begin(model, SYNC)
+    expected = losses(prediction, model)
+    dry, _ = small(tmp_path / "dry", freeze_context=True)
+    dry.config = dataclasses.replace(dry.config, dry_run=True)
+    dry.begin(model, SYNC)
+    assert losses(dry, model) == expected
+    assert not (tmp_path / "dry").exists()
 
 
 def test_states_come_back_as_they_were(tmp_path: Path) -> None:

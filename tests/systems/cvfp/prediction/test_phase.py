@@ -133,6 +133,16 @@ def test_contexts_are_kept_for_as_many_epochs_as_asked_and_staleness_is_what_the
         assert value > 0
 
 
+def test_contexts_that_are_computed_for_every_step_are_not_stale(tmp_path: Path) -> None:
+    prediction, model = small(tmp_path)
+    carry, _, _ = one_pass(prediction, model, {}, 0)
+    assert set(carry) == {"ends"}
+    with torch.no_grad():
+        model.blocks[0].linear.weight += 0.3
+    _, _, metrics = one_pass(prediction, model, carry, 1)
+    assert [float(found[STALENESS][0]) for found in metrics] == [0.0] * len(metrics)
+
+
 def expected_numbers(prediction: Prediction, model: Any, *, zero: bool) -> dict[str, float]:
     found = prediction.data.documents
     table, likeliest = unigram(found)

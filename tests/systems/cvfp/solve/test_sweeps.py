@@ -92,7 +92,7 @@ def test_newton_needs_fewer_sweeps_than_jacobi() -> None:
 def test_the_diagonal_is_near_that_of_the_jacobian(layers: int) -> None:
     """What is left out is of the order of a weight, or of 1 / D."""
     model = small(layers=layers, decay=0.7, std=0.02, width=64)
-    transition, token = BlocksTransition(model.blocks), starts(1, 64, seed=5)[0]
+    transition, token = BlocksTransition(model.blocks, 1), starts(1, 64, seed=5)[0]
     context = starts(1, 64, seed=6)[0]
     exact = torch.func.jacrev(lambda entering: transition(entering, token))(context).diagonal()
     new, estimate = transition.with_diagonal(context, token)

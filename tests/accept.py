@@ -121,7 +121,7 @@ EXPERIMENTS = {
         ("tests/systems/cvfp/test_speed.py",), 12,
     ),
     "cvfp_tradeoff": Experiment(
-        "the more diversity weighs in the fixed point, the higher its rank and the later it forgets its start",
+        "contexts with diversity in the loss have more rank, and come to rest later, than without",
         ("tests/systems/cvfp/test_tradeoff.py",), 5,
     ),
     "drift": Experiment(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.systems.cvfp.config import CvfpConfig, SolveConfig
+from pipeline.systems.cvfp.model.blocks import relu_of
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.reader import Reader
 from pipeline.systems.cvfp.model.weights import initialise
@@ -77,7 +78,8 @@ def test_a_share_of_the_norm(mix: float) -> None:
     jacobian = torch.func.jacrev(lambda entering: block(entering, token)[0])(context)
     new, other, diagonal = block.with_diagonal(context, token)
     torch.testing.assert_close((new, other), block(context, token))
-    torch.testing.assert_close(block.context_alone(context, token), new)
+    alone = block.added_to_context(context, relu_of(context, token, *block.of_context()))
+    torch.testing.assert_close(alone, new)
     # What is left out is of the order of a weight, or of 1 / D.
     assert (diagonal - jacobian.diagonal()).norm() < 0.05 * jacobian.diagonal().norm()
 

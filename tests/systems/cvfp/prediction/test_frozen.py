@@ -130,7 +130,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     dry, _ = small(tmp_path / "dry", freeze_context=True)
     dry.config = dataclasses.replace(dry.config, dry_run=True)
     dry.begin(model, SYNC)
-    assert losses(dry, model) == expected
+    # A sum over memory that is aligned otherwise may differ in its last bit.
+    assert losses(dry, model) == pytest.approx(expected, rel=1e-14)
     assert not (tmp_path / "dry").exists()
 
 

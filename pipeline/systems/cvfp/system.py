@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -27,6 +26,7 @@ from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.evaluation.criteria import verdict
+from pipeline.systems.cvfp.evaluation.headline import headline
 from pipeline.systems.cvfp.fixed_point.phase import FixedPoint
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.weights import PUBLISHED_STD, initialise
@@ -210,21 +210,7 @@ class CvfpSystem(System[DocumentBatch]):
             model.train(was_training)
 
     def headline(self, evaluation: Evaluation) -> str:
-        found = evaluation.scalars
-        if "converged" not in found:
-            nats = f"val {found['loss']:.3f} | ppl {math.exp(min(found['loss'], 700.0)):.2f}"
-            return (
-                f"{nats} (unigram {found['unigram_ppl']:.2f}, context at zero {found['context_zero_ppl']:.2f}) |"
-                f" accuracy {found['accuracy']:.4f} (unigram {found['unigram_accuracy']:.4f})"
-            )
-        line = f"converged {found['converged']:.2%}, held out {found['converged_val']:.2%}"
-        if "effective_rank/val" in found:
-            rank = {name: found[f"effective_rank/{name}"] for name in ("train", "val", "random_init_val", "gaussian")}
-            line += (
-                f" | effective rank {rank['train']:.1%}, held out {rank['val']:.1%} (untrained"
-                f" {rank['random_init_val']:.1%}, independent numbers {rank['gaussian']:.1%}) | final_diff"
-                f" {found['final_diff']:.3g} ({found['final_diff_relative']:.2g} of the norm)"
-            )
+        line = headline(evaluation.scalars)
         table = evaluation.tables.get(CRITERIA)
         return "\n".join([line, *criteria_lines(table), verdict(table)]) if self.sizes.test and table else line
 

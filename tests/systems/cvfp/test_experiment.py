@@ -102,6 +102,9 @@ def test_contexts_are_worth_a_tenth_of_the_perplexity(runs: Runs, record_propert
             f"perplexity, {name.replace('_', ' ')}",
             f"{found[f'prediction/ppl_{name}']:.1f} ({ratio:.3f} times; {low:.3f} to {high:.3f})",
         )
+    names = {"model": "", "control": "control ", "context_zero": "context zero ", "unigram": "unigram "}
+    accuracies = [f"{words}{percent(found[f'prediction/accuracy_{name}'])}" for name, words in names.items()]
+    record_property("accuracy", f"{accuracies[0]} ({', '.join(accuracies[1:])})")
     record_property("minutes of the second phase", round(rows(learnt, "train")[-1]["elapsed"] / 60, 1))
     # At least 10 % below the control's, and below the unigram model's.
     assert found["prediction/ppl_model"] <= 0.9 * found["prediction/ppl_control"]

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.evaluation_result import Evaluation, together
 from pipeline.host.hardware import peak_memory
 from pipeline.parallel.collectives import all_gather_object
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.cvfp.config import CvfpConfig
-from pipeline.systems.cvfp.evaluation.control import CONTROL, LABELS, MODEL, compared
+from pipeline.systems.cvfp.evaluation.control import CONTROL, LABELS, MODEL, compared, differences, right
 from pipeline.systems.cvfp.evaluation.criteria import criteria_table
 from pipeline.systems.cvfp.evaluation.measures import UNTRAINED, ContextMeasures
 from pipeline.systems.cvfp.evaluation.prediction import nats_by_row
@@ -79,7 +79,7 @@ class ContextEvaluation:
             assert isinstance(other.model, CvfpConfig)
             of_control = nats_by_row(module, other.model.width, reading, sync_point, with_context=False)
             assert torch.equal(of_control[LABELS], sums[LABELS])
-            sums[CONTROL] = of_control[MODEL]
+            sums[CONTROL], sums[right(CONTROL)] = of_control[MODEL], of_control[right(MODEL)]
         return compared(sums)
 
     def check_control(self, other: RunConfig, name: str) -> None:
@@ -89,16 +89,11 @@ class ContextEvaluation:
             raise UserError(f"{what}: is a run of {other.recipe}: give one of {self.config.recipe}")
         if other.model.prediction.context != "zero":
             raise UserError(f"{what}: was trained with its contexts: give a run with --model.prediction.context zero")
-        for flag, mine, theirs in (
-            ("--data", self.config.data, other.data),
-            ("--num-samples", self.sizes.num_samples, other.model.num_samples),
-            ("--sequence-length", self.config.sequence_length, other.sequence_length),
-            ("--evaluation.path", self.config.evaluation.path, other.evaluation.path),
-            ("--carry", self.sizes.carry, other.model.carry),
-        ):
+        for flag, mine, theirs in differences(self.config, other):
             if mine != theirs:
                 raise UserError(
-                    f"{what}: differs in {flag}, so that its documents are others: give a run of the same data"
+                    f"{what}: has {flag} {shown(theirs)}, where this run has {shown(mine)}: give a run that was trained"
+                    f" alike but for --model.prediction.context zero"
                 )
 
     def _convergence_of(self, name: str, sync_point: SyncPoint) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.parallel.collectives import all_gather_object
 from pipeline.runtime.sync import SyncPoint
-from pipeline.systems.cvfp.evaluation.control import ABLATED, LABELS, MODEL, UNIGRAM
+from pipeline.systems.cvfp.evaluation.control import ABLATED, LABELS, MODEL, UNIGRAM, right
 from pipeline.systems.cvfp.evaluation.pieces import Reading, read
 from pipeline.systems.cvfp.model.model import IGNORED
 from pipeline.systems.cvfp.model.reader import Reader, shifted
@@ -26,12 +26,14 @@ def nats_by_row(
     model: nn.Module, width: int, reading: Reading, sync_point: SyncPoint, *, with_context: bool
 ) -> dict[str, Tensor]:
     """Nats of every held-out document's labels, float64 [documents] each, the same on every rank: MODEL, UNIGRAM and
-    LABELS, which are their number; with `with_context` also ABLATED. Without it every context that enters is zero.
+    LABELS, which are their number; with `with_context` also ABLATED; and of each but LABELS how many the
+    likeliest token is right of (`control.right`). Without it every context that enters is zero.
 
     A document's first token is no label. With a carry that goes on, rows of the stream stand for documents. Collective.
     """
     reader = Reader(model, width, exact=True)
-    table = torch.from_numpy(unigram(reading.documents)[0]).to(reader.device)
+    nats, likeliest = unigram(reading.documents)
+    table = torch.from_numpy(nats).to(reader.device)
     parts: list[Part] = []
     for piece in read(reader, reading, reading.available(training=False), sync_point, training=False):
         labels = torch.full_like(piece.ids, IGNORED)
@@ -39,10 +41,12 @@ def nats_by_row(
         counted = labels != IGNORED
         zeros = torch.zeros_like(piece.contexts)
         inputs = shifted(piece.contexts, piece.starts) if with_context else zeros
-        found = {MODEL: model(piece.ids, inputs, labels=labels).losses}
-        if with_context:
-            found[ABLATED] = model(piece.ids, zeros, labels=labels).losses
+        found = {}
+        for name, given in ((MODEL, inputs), (ABLATED, zeros)) if with_context else ((MODEL, zeros),):
+            output = model(piece.ids, given, labels=labels, predict=True)
+            found[name], found[right(name)] = output.losses, (output.predictions == labels) & counted
         found[UNIGRAM] = table[labels.clamp_min(0)].masked_fill(~counted, 0)
+        found[right(UNIGRAM)] = (labels == likeliest) & counted
         found[LABELS] = counted
         sums = {name: value.sum(1, dtype=torch.float64).cpu().numpy() for name, value in found.items()}
         parts.append((piece.numbers.cpu().numpy(), sums))

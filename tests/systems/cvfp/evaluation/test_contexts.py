@@ -147,6 +147,9 @@ def test_the_suite_has_the_criteria_and_a_control_of_the_same_labels(folder: Pat
     assert found["prediction/ratio_control"] == pytest.approx(found["prediction/ratio_context_zero"])
     assert found["prediction/ppl_model"] == pytest.approx(math.exp(found["loss"]), rel=1e-5)
     assert found["prediction/ppl_unigram"] == pytest.approx(found["unigram_ppl"], rel=1e-6)
+    assert found["prediction/accuracy_model"] == pytest.approx(found["accuracy"]) and found["accuracy"] > 0
+    assert found["prediction/accuracy_unigram"] == pytest.approx(found["unigram_accuracy"])
+    assert found["prediction/accuracy_control"] == found["prediction/accuracy_context_zero"]
 
 
 def test_a_run_that_is_no_control_is_named(folder: Path) -> None:
@@ -158,8 +161,14 @@ def test_a_run_that_is_no_control_is_named(folder: Path) -> None:
     for other, message in (
         (mimir_tiny(), "--control RUN: is a run of mimir_tiny: give one of cvfp_tiny"),
         (small(folder), "was trained with its contexts: give a run with --model.prediction.context zero"),
-        (longer, "differs in --sequence-length, so that its documents are others: give a run of the same data"),
-        (elsewhere, "differs in --data, so that its documents are others"),
+        (longer, "has --sequence-length 13, where this run has 12: give a run that was trained alike but for"),
+        (elsewhere, "has --data.holdout 0.3, where this run has 0.15"),
+        (dataclasses.replace(config, lr=0.5), "has --lr 0.5, where"),
+        (dataclasses.replace(config, seed=7), "has --seed 7, where this run has 0"),
+        (dataclasses.replace(config, batch_size=4), "has --batch-size 4, where this run has 8"),
+        (dataclasses.replace(config, init_from=Path("first")), "has --init-from 'first', where this run has None"),
+        (small(folder, prediction__context="zero", epochs__train=3.0), "has --epochs.train 3.0, where"),
+        (small(folder, prediction__context="zero", model__width=16), "has --model.width 16, where this run has 8"),
     ):
         with pytest.raises(UserError, match=message):
             system.check_control(other, "RUN")

@@ -83,3 +83,24 @@ def test_a_notebook_runs_to_its_end(name: str, tmp_path: Path, monkeypatch: pyte
     text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     CHECKS[name](tmp_path, text)
     assert "Traceback" not in text and os.linesep in text
+
+
+def test_links_to_drive_are_made_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that dangles, a folder of a run before, and links of an earlier start."""
+    notebook = nbformat.read(FOLDER / "cvfp_colab.ipynb", as_version=4)
+    (source,) = (cell.source for cell in notebook.cells if "symlink_to" in cell.source)
+    monkeypatch.chdir(tmp_path)
+    drive = tmp_path / "drive"
+    (tmp_path / "cache").symlink_to(tmp_path / "gone")
+    (tmp_path / "outputs" / "run").mkdir(parents=True)
+    (tmp_path / "outputs" / "run" / "log").write_text("kept")
+    for _ in range(2):
+        exec(source, {"DRIVE": str(drive)})
+        for name in ("cache", "outputs"):
+            assert Path(name).is_symlink() and Path(name).resolve() == drive / name and (drive / name).is_dir()
+        assert (drive / "outputs" / "run" / "log").read_text() == "kept"
+    Path("outputs").unlink()
+    (tmp_path / "outputs" / "run").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"outputs/run is also in .*drive/outputs: move one of them away"):
+        exec(source, {"DRIVE": str(drive)})
+    assert (tmp_path / "outputs" / "run").is_dir() and (drive / "outputs" / "run" / "log").read_text() == "kept"

@@ -52,6 +52,8 @@ LENGTH = "1536"
 """Tokens of a text of an evaluation, in place of what a page says."""
 WIDEST = 1024
 """The widest model of which a step is made here."""
+TINY = "tiny"
+"""The tier of models of which a step is made here."""
 
 MARK = re.compile(r"<!-- not run here: (.+) -->")
 _FENCE = re.compile(r"(`{3,}|~{3,})(\w*)")
@@ -236,6 +238,8 @@ def _train_once(given: tuple[str, ...], ranks: int) -> tuple[str, ...] | None:
         return None
     if getattr(config.model, "embedding", None) is not None or config.init_from is not None:
         return None  # a model of a hub, or a checkpoint of another run
+    if getattr(config.model, "tier", TINY) != TINY:
+        return None  # data of a hub, and a model of 50M parameters or more
     # A dry run is one step, that saves nothing, in any case.
     for flag in ("--output-dir", "--stop-after", "--seed"):
         _, words = pop_flag(words, flag)
@@ -254,7 +258,7 @@ def _mnemos(words: list[str]) -> list[str] | None:
         # A folder of tasks, and the run of a control, have to be there.
         _, given = pop_flag(rest[1:], "--task-path")
         _, given = pop_flag(given, "--control")
-        if pop_suite(given)[0].name in ("contexts", "downstream"):
+        if pop_suite(given)[0].name in ("contexts", "downstream", "lifelong"):
             return None  # it needs a checkpoint of another system; the tasks' data come from a hub
         lengths, given = pop_flag(rest[1:], "--lengths")
         short = ["--lengths", LENGTH] if lengths else []

@@ -27,7 +27,7 @@ PLAIN = sorted({flag for flag in FLAGS if "." not in flag})
         ("--max-seq-lenght", "--max-seq-length"),
         ("--warmup", "--warmup-steps"),
         ("--rule", "--model.memory.rule"),
-        ("--tokeniser", "--data.tokenizer"),
+        ("--tokeniser", "--tokenizer"),
         ("--data.pth", "--data.path"),
         ("--memory.rule", "--model.memory.rule"),
         ("-steps", "--steps"),

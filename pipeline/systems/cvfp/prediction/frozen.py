@@ -50,7 +50,8 @@ class FrozenStates:
 
     def states(self, slot: int, stream: int) -> Tensor:
         """[tokens, D] on the CPU, of the micro-batch in a slot whose first row is `stream`."""
-        return self._file.get_tensor(_name(slot, stream))
+        # A copy, as the place in the file decides how it is aligned, and so the last bit of what is computed of it.
+        return self._file.get_tensor(_name(slot, stream)).clone()
 
 
 def _name(slot: int, stream: int) -> str:

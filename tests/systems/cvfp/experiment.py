@@ -28,8 +28,8 @@ class Sizes:
     epochs: int = 10
 
 
-def train_tokenizer(folder: Path, vocab: int) -> Path:
-    """A byte-level BPE tokenizer of the standard library's files, as transformers saves it."""
+def train_tokenizer(folder: Path, vocab: int, pattern: str = "*.py") -> Path:
+    """A byte-level BPE tokenizer of those of the standard library's files, as transformers saves it."""
     import sysconfig
 
     import transformers
@@ -43,8 +43,9 @@ def train_tokenizer(folder: Path, vocab: int) -> Path:
             vocab_size=vocab, special_tokens=["<|endoftext|>"], show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
-        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        tokenizer.train([str(path) for path in files], trainer)
+        others = {"site-packages", "test", "tests"}
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob(pattern))
+        tokenizer.train([str(path) for path in files if others.isdisjoint(path.parts)], trainer)
         wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
         wrapped.save_pretrained(folder)
     return folder

@@ -8,11 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.data.batch import IGNORED, TokenBatch
-from pipeline.data.loader import stream_layout
-from pipeline.data.resume import check_fingerprint
+from pipeline.data.generated import GeneratedDocuments
 from pipeline.data.sources.base import digest
 from pipeline.data_config import RecallConfig
 
@@ -79,44 +77,20 @@ def long_recall_document(task: RecallConfig, sequence_length: int, *key: object)
     return ids, labels
 
 
-class LongRecallLoader:
+class LongRecallLoader(GeneratedDocuments):
     """Documents of `long_recall_document`, one after the other in each stream, with the contract of `StatefulLoader`.
 
     What a stream reads depends on (seed, split, stream) alone. A document keeps its segment id from step to step.
     """
 
-    def __init__(
-        self,
-        config: RecallConfig,
-        *,
-        sequence_length: int,
-        batch_size: int,
-        grad_accum: int = 1,
-        data_rank: int = 0,
-        data_degree: int = 1,
-        seed: int = 0,
-        held_out: bool = False,
-    ) -> None:
-        self.config, self.sequence_length, self.batch_size = config, sequence_length, batch_size
-        self.streams, self.local_streams = stream_layout(batch_size, grad_accum, data_rank, data_degree)
-        self._key = (seed, "held out" if held_out else "training")
-        self._places = dict.fromkeys(self.local_streams, (0, 0))
-        self._documents: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.fingerprint: dict[str, Any] = {
-            "streams": self.streams,
-            "recall": {"sequence_length": sequence_length, **asdict(config)},
-            "seed": seed,
-            "held_out": held_out,
-        }
+    def __init__(self, config: RecallConfig, **layout: Any) -> None:
+        super().__init__("recall", asdict(config), **layout)
+        self.config = config
 
     def next_step(self) -> list[TokenBatch]:
         """The micro-batches of one optimizer step, on the CPU."""
         rows = [self._next_row(stream) for stream in self.local_streams]
-        tensors = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True)]
-        tensors.append(torch.tensor(self.local_streams))
-        return [
-            TokenBatch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)
-        ]
+        return [TokenBatch(*parts) for parts in self._micro_batches(rows)]
 
     def _next_row(self, stream: int) -> tuple[np.ndarray, ...]:
         """Ids, labels, segment ids and positions of the stream's next sequence; moves the stream on."""
@@ -134,16 +108,6 @@ class LongRecallLoader:
             del self._documents[stream]
         return ids[start:stop], labels[start:stop], np.full_like(positions, document), positions
 
-    def state_dict(self) -> dict[str, Any]:
-        places = {str(i): {"document": document, "offset": start} for i, (document, start) in self._places.items()}
-        return {"streams": places, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_fingerprint(state["fingerprint"], self.fingerprint)
-        places = {i: state["streams"][str(i)] for i in self.local_streams}
-        self._places = {i: (int(place["document"]), int(place["offset"])) for i, place in places.items()}
-        self._documents = {}
-
     def describe(self) -> str:
         """One line for logs."""
         task = self.config
@@ -151,8 +115,3 @@ class LongRecallLoader:
             f"synthetic recall: {task.pairs} pairs, gaps of {task.min_gap} to {task.max_gap} tokens on a log scale,"
             f" over sequences of {self.sequence_length}"
         )
-
-    def reset(self) -> None:
-        """Back to the first step, as an evaluation does before it starts."""
-        self._places = dict.fromkeys(self.local_streams, (0, 0))
-        self._documents = {}

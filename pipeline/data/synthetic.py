@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import IGNORED, TokenBatch
-from pipeline.data.loader import stream_layout
+from pipeline.data.generated import GeneratedStreams
 from pipeline.data.resume import check_fingerprint
 from pipeline.data.sources.base import digest
 from pipeline.data_config import RecallConfig
@@ -54,50 +54,28 @@ def _settings(task: RecallConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(task).items() if name != "spread"}
 
 
-class RecallLoader:
+class RecallLoader(GeneratedStreams):
     """Recall sequences with the contract of `StatefulLoader`: row i of step n depends on (seed, split, i, n) alone."""
 
-    def __init__(
-        self,
-        config: RecallConfig,
-        *,
-        sequence_length: int,
-        batch_size: int,
-        grad_accum: int = 1,
-        data_rank: int = 0,
-        data_degree: int = 1,
-        seed: int = 0,
-        held_out: bool = False,
-    ) -> None:
-        if sequence_length < config.least_length:
+    def __init__(self, config: RecallConfig, **layout: Any) -> None:
+        if layout["sequence_length"] < config.least_length:
             raise UserError(
-                f"--sequence-length {sequence_length} is too short for recall over max_gap {config.max_gap}: give"
-                f" {config.least_length} or more, or lower max_gap"
+                f"--sequence-length {layout['sequence_length']} is too short for recall over max_gap {config.max_gap}:"
+                f" give {config.least_length} or more, or lower max_gap"
             )
-        self.config, self.sequence_length, self.batch_size = config, sequence_length, batch_size
-        self.streams, self.local_streams = stream_layout(batch_size, grad_accum, data_rank, data_degree)
-        self._key = (seed, "held out" if held_out else "training")
+        super().__init__("recall", _settings(config), **layout)
+        self.config = config
         self._step = 0
-        self.fingerprint: dict[str, Any] = {
-            "streams": self.streams,
-            "recall": {"sequence_length": sequence_length, **_settings(config)},
-            "seed": seed,
-            "held_out": held_out,
-        }
 
     def next_step(self) -> list[TokenBatch]:
         """The micro-batches of one optimizer step, on the CPU; the step's number is the segment id."""
-        examples = [
-            recall_example(self.config, self.sequence_length, *self._key, i, self._step) for i in self.local_streams
+        here, positions = np.full(self.sequence_length, self._step), np.arange(self.sequence_length)
+        rows = [
+            (*recall_example(self.config, self.sequence_length, *self._key, i, self._step), here, positions)
+            for i in self.local_streams
         ]
-        input_ids, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*examples, strict=True))
-        segment_ids = torch.full_like(input_ids, self._step)
-        positions = torch.arange(self.sequence_length).repeat(len(self.local_streams), 1)
         self._step += 1
-        tensors = (input_ids, labels, segment_ids, positions, torch.tensor(self.local_streams))
-        return [
-            TokenBatch(*parts) for parts in zip(*(tensor.split(self.batch_size) for tensor in tensors), strict=True)
-        ]
+        return [TokenBatch(*parts) for parts in self._micro_batches(rows)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"streams": {str(i): {"step": self._step} for i in self.local_streams}, "fingerprint": self.fingerprint}

@@ -14,7 +14,7 @@ TOKENIZER = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 
 def neuromorphic() -> RunConfig:
-    """Columns with three memories, tier b, 103M parameters: phases A, B and C, or those of --phase and --phases."""
+    """Columns with three memories, tier b, 102M parameters: phases A, B and C, or those of --phase and --phases."""
     return RunConfig(
         recipe="neuromorphic",
         model=NeuromorphicConfig(lifelong_steps=2500),

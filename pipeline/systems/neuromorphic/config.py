@@ -65,7 +65,7 @@ class NeuromorphicConfig(ModelConfig):
     own_steps: ClassVar[tuple[str, ...]] = ("lifelong_steps",)
     system: Suppress[str] = "neuromorphic"
     tier: Annotated[Tier, tyro.conf.arg(aliases=["--tier"])] = "b"
-    """Sizes: a 56M, a_wide 95M, b 103M, c 197M parameters; tiny for two cores."""
+    """Sizes: a 56M, a_wide 94M, b 102M, c 195M parameters; tiny for two cores."""
     vocab: int = 32000
     """Rows of embedding and head; the tokenizer's, once the data is read."""
     span: int = 64
@@ -124,6 +124,8 @@ class NeuromorphicConfig(ModelConfig):
         if self.lifelong_steps is not None:
             at_least(1, self, "", "lifelong_steps")
         if sizes.width % sizes.columns:
-            raise UserError(f"--model.columns {sizes.columns} does not divide the width {sizes.width}")
+            raise UserError(
+                f"--model.columns {sizes.columns} does not divide the width {sizes.width}: give a divisor of it"
+            )
         if self.span > sizes.window:
             raise UserError(f"--model.span {self.span} is longer than the window of {sizes.window}: give at most that")

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import IGNORED, TokenBatch
-from pipeline.data.loader import stream_layout
+from pipeline.data.generated import GeneratedDocuments
 from pipeline.data.long_recall import generator
-from pipeline.data.resume import check_fingerprint
 from pipeline.errors import UserError
 
 EOS = 0
@@ -212,48 +211,21 @@ class FactsBatch(TokenBatch):
         )
 
 
-class FactsLoader:
+class FactsLoader(GeneratedDocuments):
     """Documents of `facts_document`, one after the other in each stream, with the contract of `StatefulLoader`.
 
     What a stream reads depends on (seed, split, stream) alone. A document goes on in the next step, under the same
     segment id.
     """
 
-    def __init__(
-        self,
-        config: FactsConfig,
-        *,
-        sequence_length: int,
-        batch_size: int,
-        grad_accum: int = 1,
-        data_rank: int = 0,
-        data_degree: int = 1,
-        seed: int = 0,
-        held_out: bool = False,
-    ) -> None:
-        self.config, self.sequence_length, self.batch_size = config, sequence_length, batch_size
-        self.streams, self.local_streams = stream_layout(batch_size, grad_accum, data_rank, data_degree)
-        self._key = (seed, "held out" if held_out else "training")
-        self._documents: dict[int, tuple[int, FactsDocument]] = {}
-        self.reset()
-        self.fingerprint: dict[str, Any] = {
-            "streams": self.streams,
-            "facts": {"sequence_length": sequence_length, **asdict(config)},
-            "seed": seed,
-            "held_out": held_out,
-        }
+    def __init__(self, config: FactsConfig, **layout: Any) -> None:
+        super().__init__("facts", asdict(config), **layout)
+        self.config = config
 
     def next_step(self) -> list[FactsBatch]:
         """The micro-batches of one optimizer step, on the CPU."""
         rows = [self._next_row(stream) for stream in self.local_streams]
-        ids, labels, segments, positions, tokens, documents = (
-            torch.from_numpy(np.stack(arrays)).split(self.batch_size) for arrays in zip(*rows, strict=True)
-        )
-        streams = torch.tensor(self.local_streams).split(self.batch_size)
-        return [
-            FactsBatch(*parts)
-            for parts in zip(ids, labels, segments, positions, streams, tokens, documents, strict=True)
-        ]
+        return [FactsBatch(*parts) for parts in self._micro_batches(rows)]
 
     def _next_row(self, stream: int) -> tuple[np.ndarray, ...]:
         """Ids, labels, segment ids, positions and both distances of the stream's next sequence; moves it on."""
@@ -274,15 +246,6 @@ class FactsLoader:
         self._places[stream] = (document, offset)
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        places = {str(i): {"document": document, "offset": offset} for i, (document, offset) in self._places.items()}
-        return {"streams": places, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_fingerprint(state["fingerprint"], self.fingerprint)
-        places = {i: state["streams"][str(i)] for i in self.local_streams}
-        self._places = {i: (int(place["document"]), int(place["offset"])) for i, place in places.items()}
-
     def describe(self) -> str:
         """One line for logs."""
         task = self.config
@@ -291,7 +254,3 @@ class FactsLoader:
             f"synthetic facts: {task.facts} a document of {task.least_tokens} to {task.most_tokens} tokens,"
             f" {task.within} asked for {task.least_distance} tokens on or more{later}"
         )
-
-    def reset(self) -> None:
-        """Back to the first step, as an evaluation does before it starts."""
-        self._places = dict.fromkeys(self.local_streams, (0, 0))

@@ -29,7 +29,7 @@ from pipeline.systems.neuromorphic.evaluation.pictures import panels
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
 from pipeline.systems.neuromorphic.phases import USES, create_phases, run_phases
 from pipeline.systems.neuromorphic.state import Uses
-from pipeline.systems.neuromorphic.weights import initialise, parameter_parts, published_count
+from pipeline.systems.neuromorphic.weights import initialise, parameter_parts
 
 TERM, STRENGTHS = "cross_entropy", "strengths"
 """Loss terms: of the labels, and the penalty on strengths near their budget, a mean over streams."""
@@ -141,7 +141,7 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
 
     def headline(self, evaluation: Evaluation) -> str:
         found = evaluation.scalars
-        shown = ["val {loss:.3f}".format(**found), "ppl {ppl:.2f}".format(**found)]
+        shown = [f"val {found['loss']:.3f}", f"ppl {found['ppl']:.2f}"]
         shown += [f"{found['bpb']:.2f} bpb"] if "bpb" in found else []
         shown += [f"{name} {value:.4g}" for name, value in found.items() if name.endswith("/loss")]
         return " | ".join(shown)
@@ -168,12 +168,6 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
     def parameter_parts(self) -> Mapping[str, int]:
         """Parameters by the part of the model."""
         return parameter_parts(self._without_storage)
-
-    def built_parameters(self, phase: str) -> int:
-        """Parameters that the published system builds for a phase; of this one, all of them in every phase."""
-        if self.sizes.as_published:
-            return published_count(self._without_storage, self.sizes, phase)
-        return sum(self.parameter_parts().values())
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """As `Compiles.blocks`: the recurrent layers."""

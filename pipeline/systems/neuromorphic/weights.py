@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.parallel.weights import fill, full_shape, generator_for
-from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory.neuromodulators import initial_value
 
 EMBEDDING = 0.5
@@ -84,14 +83,3 @@ def parameter_parts(model: nn.Module) -> Mapping[str, int]:
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += full_shape(parameter).numel()
     return counts
-
-
-def published_count(model: nn.Module, config: NeuromorphicConfig, phase: str) -> int:
-    """Parameters as the published system builds them: without the writing of episodic memory in phase A."""
-    assert config.as_published
-    unbuilt = ("episodic.neuromodulator.", "episodic.novelty.") if phase == "A" else ()
-    return sum(
-        full_shape(parameter).numel()
-        for name, parameter in model.named_parameters()
-        if not name.startswith(unbuilt or ("\0",))
-    )

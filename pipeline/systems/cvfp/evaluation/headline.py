@@ -26,8 +26,6 @@ def _fixed_point(found: Scalars) -> str:
     converged = _beside(found, "converged", "{:.2%}", {"untrained": "converged/random_init"})
     held_out = _beside(found, "converged_val", "{:.2%}", {"untrained": "converged_val/random_init"})
     line = f"converged {converged}, held out {held_out}"
-    if "converged_pass_to_pass" in found:
-        line += f", from pass to pass {found['converged_pass_to_pass']:.2%}"
     if "effective_rank/val" in found:
         train, val = (
             _beside(

@@ -1,6 +1,6 @@
 """Episodic memory: of each column, M episodes of a key, a value and a strength; a few tokens of a span become episodes.
 
-Source: shared reference of the neuromorphic prototype; what differs from it is said where it differs.
+Source: alxdofficial/neuromorphic on GitHub, commit 8431ccb9; what differs from it is said where it differs.
 Notation: N rows, P tokens, B columns, D width, H the width of a column, M episodes of width E, C candidates.
 """
 
@@ -12,11 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from pipeline.systems.neuromorphic.columns import ColumnFeedForward, ColumnLinear, SharedColumnLinear, unit
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory.candidates import Candidates
 from pipeline.systems.neuromorphic.memory.neuromodulators import EpisodicNeuromodulator
 from pipeline.systems.neuromorphic.memory.slots import chosen_slots, written
-from pipeline.systems.neuromorphic.model.columns import ColumnFeedForward, ColumnLinear, SharedColumnLinear, unit
 from pipeline.systems.neuromorphic.state import EpisodicState
 
 STRONGEST, BUDGET, FULL = 3.0, 8.0, 0.9

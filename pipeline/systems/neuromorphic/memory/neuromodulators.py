@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.systems.neuromorphic.model.columns import ColumnLinear
+from pipeline.systems.neuromorphic.columns import ColumnLinear
 
 PROJECTED, HIDDEN, SCALARS = 8, 32, 3
 HEAD_STD = 0.005

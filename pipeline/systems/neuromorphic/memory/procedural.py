@@ -1,6 +1,6 @@
 """Procedural memory: of each layer of each column, r slots of a key, a value and a strength, committed once per span.
 
-Source: shared reference of the neuromorphic prototype; what differs from it is said where it differs.
+Source: alxdofficial/neuromorphic on GitHub, commit 8431ccb9; what differs from it is said where it differs.
 Notation: N rows, P tokens, B columns, L layers, H the width of a column, r slots; instances are layers times columns.
 """
 
@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from pipeline.systems.neuromorphic.columns import ColumnFeedForward, ColumnLinear, unit
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory.neuromodulators import ProceduralNeuromodulator
 from pipeline.systems.neuromorphic.memory.resets import distinct_rows
-from pipeline.systems.neuromorphic.model.columns import ColumnFeedForward, ColumnLinear, unit
 from pipeline.systems.neuromorphic.state import ProceduralState
 
 STRONGEST, BUDGET, FULL = 3.0, 4.0, 0.9
@@ -54,11 +54,13 @@ class ProceduralMemory(nn.Module):
 
     def initial_state(self, rows: int, dtype: torch.dtype = torch.float32) -> ProceduralState:
         """Of `rows` streams that have learned nothing: distinct rows of strength 0."""
-        keys, values = (
-            unit(initial.to(dtype)).expand(rows, *initial.shape) for initial in (self.initial_keys, self.initial_values)
-        )
+        keys, values = (initial.expand(rows, *initial.shape) for initial in self.initial_rows(dtype))
         strengths = keys.new_zeros(keys.shape[:-1])
         return ProceduralState(keys, values, strengths, torch.zeros_like(keys), torch.zeros_like(keys))
+
+    def initial_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, B, r, H] of an empty memory: unit rows."""
+        return unit(self.initial_keys.to(dtype)), unit(self.initial_values.to(dtype))
 
     def read(self, layer: int, x: Tensor, state: ProceduralState, alive: Tensor) -> Tensor:
         """y = sum_i a_i (K_i . x^) V_i, then y + FFN(LN(y)).

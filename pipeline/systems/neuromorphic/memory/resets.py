@@ -29,27 +29,33 @@ def distinct_rows(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def reset_procedural(
-    state: ProceduralState, initial: ProceduralState, rows: Tensor, *, lifelong: bool = False
+    state: ProceduralState, keys: Tensor, values: Tensor, rows: Tensor, *, lifelong: bool = False
 ) -> ProceduralState:
     """The state with `rows` [N] bool emptied; of the others the same bits.
 
-    lifelong: only what is eligible is emptied, not what has been committed. initial: `initial_state` of as many rows.
+    lifelong: only what is eligible is emptied, not what has been committed. keys, values: of an empty memory, in a
+    shape that expands to those of state.
     """
-    names = ["eligible_keys", "eligible_values"]
+    emptied = {name: _zeroed(rows, getattr(state, name)) for name in ("eligible_keys", "eligible_values")}
     if not lifelong:
-        names += ["keys", "values", "strengths"]
-    return dataclasses.replace(
-        state, **{name: _chosen(rows, getattr(initial, name), getattr(state, name)) for name in names}
-    )
+        emptied["strengths"] = _zeroed(rows, state.strengths)
+        for name, initial in (("keys", keys), ("values", values)):
+            old = getattr(state, name)
+            emptied[name] = torch.where(_along(rows, old), initial, old)
+    return dataclasses.replace(state, **emptied)
 
 
 def reset_episodic(state: EpisodicState, rows: Tensor, *, lifelong: bool = False) -> EpisodicState:
     """The state with the episodes of `rows` [N] bool forgotten: strength 0. lifelong: unchanged."""
     if lifelong:
         return state
-    strengths = _chosen(rows, torch.zeros_like(state.strengths), state.strengths)
-    return dataclasses.replace(state, strengths=strengths)
+    return dataclasses.replace(state, strengths=_zeroed(rows, state.strengths))
 
 
-def _chosen(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(rows.view(-1, *(1,) * (old.dim() - 1)), new, old)
+def _zeroed(rows: Tensor, old: Tensor) -> Tensor:
+    return old.masked_fill(_along(rows, old), 0)
+
+
+def _along(rows: Tensor, old: Tensor) -> Tensor:
+    """rows [N] in a shape that expands to that of old [N, ...]."""
+    return rows.view(-1, *(1,) * (old.dim() - 1))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.systems.neuromorphic.memory.candidates import Candidates
 from pipeline.systems.neuromorphic.state import EpisodicState
-
-if TYPE_CHECKING:
-    from pipeline.systems.neuromorphic.memory.candidates import Candidates
 
 MATCH = 0.95
 """The cosine from which on a candidate is the same episode as one that is there."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pipeline.systems.neuromorphic.columns import ColumnFeedForward, ColumnLinear, ColumnNorm
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
-from pipeline.systems.neuromorphic.model.columns import ColumnFeedForward, ColumnLinear, ColumnNorm
 
 COLUMN_HEAD_WIDTH = 32
 SUMMARY_LAYERS = THALAMIC_LAYERS = 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.ops.affine_scan import affine_scan
-from pipeline.systems.neuromorphic.model.columns import ColumnFeedForward, ColumnLinear, ColumnNorm
+from pipeline.systems.neuromorphic.columns import ColumnFeedForward, ColumnLinear, ColumnNorm
 
 LOW, HIGH = 0.05, 0.95
 """Outside of these a gate counts as saturated."""

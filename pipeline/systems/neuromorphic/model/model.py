@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.data.batch import IGNORED
 from pipeline.lm.loss_head import LossHead
 from pipeline.ops.attention import WindowCarry
+from pipeline.systems.neuromorphic.columns import ColumnLinear, SharedColumnLinear
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory.episodic import EpisodicMemory
 from pipeline.systems.neuromorphic.memory.procedural import ProceduralMemory
 from pipeline.systems.neuromorphic.memory.resets import reset_episodic, reset_procedural
-from pipeline.systems.neuromorphic.model.columns import ColumnLinear, SharedColumnLinear
 from pipeline.systems.neuromorphic.model.decoder import SpatialDecoder
 from pipeline.systems.neuromorphic.model.layer import GatedLayer
 from pipeline.systems.neuromorphic.model.span import Reading, Span
@@ -245,8 +245,8 @@ class NeuromorphicModel(nn.Module):
         """
         last = span.segment_ids[:, -1]
         ended = last != state.segment
-        initial = self.procedural.initial_state(len(last), state.hidden.dtype)
-        procedural = reset_procedural(state.procedural, initial, ended, lifelong=uses.lifelong)
+        initial = self.procedural.initial_rows(state.hidden.dtype)
+        procedural = reset_procedural(state.procedural, *initial, ended, lifelong=uses.lifelong)
         episodic = reset_episodic(state.episodic, ended, lifelong=uses.lifelong)
         surprise = torch.where(ended, 0, state.surprise)
         penalties: dict[str, Tensor] = {}

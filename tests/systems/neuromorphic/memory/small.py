@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.systems.neuromorphic.columns import unit
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory.episodic import EpisodicMemory
 from pipeline.systems.neuromorphic.memory.procedural import ProceduralMemory
-from pipeline.systems.neuromorphic.model.columns import unit
 from pipeline.systems.neuromorphic.state import EpisodicState, ProceduralState
 
 ROWS, TOKENS = 2, 7

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.systems.neuromorphic.columns import ColumnLinear
 from pipeline.systems.neuromorphic.memory.candidates import Candidates
 from pipeline.systems.neuromorphic.memory.episodic import EpisodicMemory
-from pipeline.systems.neuromorphic.model.columns import ColumnLinear
 from pipeline.systems.neuromorphic.state import EpisodicState
 from tests.systems.neuromorphic.memory import small
 from tests.systems.neuromorphic.memory.small import ROWS, TOKENS, random

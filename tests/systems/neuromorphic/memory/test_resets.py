@@ -18,7 +18,7 @@ def emptied():
     memory = small.procedural()
     state = small.procedural_state(memory)
     initial = memory.initial_state(small.ROWS, torch.float64)
-    return state, initial, reset_procedural(state, initial, FIRST)
+    return state, initial, reset_procedural(state, *memory.initial_rows(torch.float64), FIRST)
 
 
 def test_a_reset_leaves_other_streams_the_same_bits(emptied):
@@ -41,7 +41,7 @@ def test_an_emptied_procedural_memory_has_distinct_rows_of_no_strength(emptied):
 def test_lifelong_only_what_is_eligible_is_emptied():
     memory = small.procedural()
     state = small.procedural_state(memory)
-    after = reset_procedural(state, memory.initial_state(small.ROWS, torch.float64), FIRST, lifelong=True)
+    after = reset_procedural(state, *memory.initial_rows(torch.float64), FIRST, lifelong=True)
     for name in ("keys", "values", "strengths"):
         assert same_bits(getattr(after, name), getattr(state, name))
     for name in ("eligible_keys", "eligible_values"):

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.systems.neuromorphic.columns import unit
 from pipeline.systems.neuromorphic.memory.candidates import Candidates
 from pipeline.systems.neuromorphic.memory.slots import chosen_slots, written
-from pipeline.systems.neuromorphic.model.columns import unit
 from pipeline.systems.neuromorphic.state import EpisodicState
 from tests.systems.neuromorphic.memory.small import random
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.batch import IGNORED
+from pipeline.systems.neuromorphic.columns import ColumnFeedForward, ColumnLinear, ColumnNorm
 from pipeline.systems.neuromorphic.memory.procedural import ROUTING_TEMPERATURE, USE
-from pipeline.systems.neuromorphic.model.columns import ColumnFeedForward, ColumnLinear, ColumnNorm
 from pipeline.systems.neuromorphic.model.decoder import Attention, Block
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
 from pipeline.systems.neuromorphic.state import ProceduralState, StreamState, Uses

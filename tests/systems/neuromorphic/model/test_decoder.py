@@ -5,8 +5,8 @@ import dataclasses
 import torch
 
 from pipeline.systems.neuromorphic.model.decoder import SpatialDecoder
-from tests.systems.neuromorphic.model.test_columns import filled
 from tests.systems.neuromorphic.small import SIZES
+from tests.systems.neuromorphic.test_columns import filled
 
 N, P = 2, 3
 S = SIZES.sizes

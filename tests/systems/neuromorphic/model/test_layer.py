@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.systems.neuromorphic.model.layer import GatedLayer
-from tests.systems.neuromorphic.model.test_columns import filled
+from tests.systems.neuromorphic.test_columns import filled
 
 B, N, P, H = 2, 3, 5, 4
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pipeline.systems.neuromorphic.model.columns import (
+from pipeline.systems.neuromorphic.columns import (
     ColumnFeedForward,
     ColumnLinear,
     ColumnNorm,

@@ -183,11 +183,13 @@ def _write_name(path: Path, name: str) -> None:
         os.fsync(handle.fileno())
 
 
-def prune_old(folder: Path, keep: int, saved: int, every: int = 0, *, start: bool = False) -> list[Path]:
+def prune_old(
+    folder: Path, keep: int, saved: int, every: int = 0, *, start: bool = False, ends: Collection[int] = ()
+) -> list[Path]:
     """Takes their names from complete checkpoints up to step `saved` beyond the `keep` newest; returns what may be
     removed. A run that went back to an earlier step leaves later ones alone until it saves them anew. Multiples of
-    `every` keep their names (0: none does for that), and with `start` that of step 0; so does the one that `best`
-    names.
+    `every` keep their names (0: none does for that), and with `start` that of step 0; so do those of the steps `ends`,
+    at which phases ended, and the one that `best` names. None of these counts as one of the `keep`.
 
     What is half removed is never taken for a checkpoint, and removing, which takes time, can wait.
     """
@@ -195,7 +197,7 @@ def prune_old(folder: Path, keep: int, saved: int, every: int = 0, *, start: boo
     pruned, best = [], pointed(folder / BEST)
     for old in ours[:-keep]:
         step = step_of(old)
-        if (every and step % every == 0) or (start and step == 0) or old == best:
+        if (every and step % every == 0) or (start and step == 0) or step in ends or old == best:
             continue
         hidden = _hidden(old, "removed")
         os.replace(old, hidden)

@@ -108,6 +108,36 @@ def test_the_best_takes_the_place_of_no_other(present: set[int], keep: int, ever
     assert left == pruned(present, set(), keep, 60, every, False)[0] | ({best} & present)
 
 
+@pytest.mark.parametrize("keep, left", [(1, [100, 160, 200]), (2, [100, 160, 180, 200])])
+def test_the_ends_of_earlier_phases_are_kept_beside_the_newest(make_run, keep: int, left: list[int]) -> None:
+    run = make_run(keep=keep)
+    run.progress.phase = "A"
+    for step in (50, 100):
+        save(run, step)
+    run.progress.enter("B")
+    for step in (150, 160):
+        save(run, step)
+    assert steps(run) == ([100, 160] if keep == 1 else [100, 150, 160])
+    run.progress.enter("C")
+    # A start goes on from what the checkpoint knows.
+    run.progress = read_progress(save(run, 180))
+    assert run.progress.phase_ends == (100, 160)
+    save(run, 200)
+    assert steps(run) == left
+
+
+@given(STEPS, st.integers(1, 5), st.integers(1, 60), st.sets(st.integers(0, 60), max_size=3))
+def test_ends_of_phases_take_the_place_of_no_other(present: set[int], keep: int, saved: int, ends: set[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for step in present:
+            (folder / f"checkpoint-{step}").mkdir()
+            (folder / f"checkpoint-{step}" / MANIFEST).write_text("{}")
+        prune_old(folder, keep, saved, ends=ends)
+        left = {step_of(path) for path in complete_checkpoints(folder)}
+    assert left == pruned(present, set(), keep, saved, 0, False)[0] | (ends & present)
+
+
 def judged(run: Run, step: int, loss: float) -> Path:
     """A checkpoint that knows of an evaluation at its step."""
     run.progress.step = step

@@ -169,7 +169,10 @@ def point(path: Path, name: str) -> None:
 
 
 def pointed(path: Path) -> Path:
-    """The checkpoint that a file of POINTERS names; any other path as it is."""
+    """The checkpoint that a file of POINTERS names; any other path as it is. `latest.pt`, as trainers name it that save
+    one file, is `latest` where no such file is there."""
+    if path.suffix == ".pt" and path.stem in POINTERS and not path.exists() and path.with_suffix("").is_file():
+        path = path.with_suffix("")
     if path.name not in POINTERS or not path.is_file():
         return path
     name = path.read_text(errors="replace").strip()

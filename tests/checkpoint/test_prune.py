@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint.manifest import BEST, MANIFEST, complete_checkpoints, point, pointed, prune_old, step_of
+from pipeline.checkpoint.manifest import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    complete_checkpoints,
+    point,
+    pointed,
+    prune_old,
+    step_of,
+)  # fmt: skip
 from pipeline.checkpoint.restore import read_progress
 from pipeline.checkpoint.save import Saver
 from pipeline.config import replace
@@ -212,3 +221,14 @@ def test_the_best_of_a_phase_stays_until_the_next_one_has_one(make_run) -> None:
 def test_a_file_that_names_no_checkpoint_is_itself(tmp_path: Path, text: str) -> None:
     (tmp_path / BEST).write_text(text)
     assert pointed(tmp_path / BEST) == tmp_path / BEST and pointed(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("name", [LATEST, BEST])
+def test_a_pointer_is_also_meant_by_the_name_of_one_file(tmp_path: Path, name: str) -> None:
+    single = tmp_path / f"{name}.pt"
+    assert pointed(single) == single, "nothing is there"
+    point(tmp_path / name, "checkpoint-7")
+    assert pointed(single) == pointed(tmp_path / name) == tmp_path / "checkpoint-7"
+    assert pointed(tmp_path / "other.pt") == tmp_path / "other.pt"
+    single.write_bytes(b"a file of its own")
+    assert pointed(single) == single

@@ -8,11 +8,11 @@ import pytest
 
 from pipeline.commands.flags import parse_run
 from pipeline.config import RunConfig
-from pipeline.data_config import RecallConfig
+from pipeline.data_config import RecallConfig, mix_weights
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.systems.neuromorphic.config import PHASES
-from pipeline.systems.neuromorphic.data import DCLM, FINEWEB, TINY_STORIES, phase_data
+from pipeline.systems.neuromorphic.data import DCLM, FINEWEB, SETS, TINY_STORIES, phase_data
 from tests.systems.neuromorphic.harness import created, documents, small
 
 MIX = (f"{FINEWEB}=0.6", f"{DCLM}=0.4")
@@ -43,6 +43,15 @@ def test_a_set_is_chosen_for_all_phases() -> None:
     assert sources(own) == sources(own, held_out=True) == [("my_texts",)] * 3
     with pytest.raises(UserError, match="data-phase"):
         parsed("--data-phase", "Z")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_of_the_guides_has_a_name(name: str) -> None:
+    config = parsed("--data-phase", name)
+    section = phase_data(config, "A")
+    assert sources(config) == [SETS[name].get("dataset") or SETS[name]["mix"]] * 3  # type: ignore[index]
+    if section.mix:
+        assert sum(mix_weights(section.mix).values()) == pytest.approx(1)
 
 
 def test_held_out_documents_are_no_training_documents_of_any_phase(tmp_path: Path) -> None:

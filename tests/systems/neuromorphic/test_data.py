@@ -72,7 +72,8 @@ def test_held_out_documents_are_no_training_documents_of_any_phase(tmp_path: Pat
 def read(loader: StatefulLoader[TokenBatch], steps: int) -> tuple[set[str], set[str], dict[str, Any]]:
     """Of some steps, the documents that begin and those that go on, as far as read; and the loader's state."""
     batches = [batch for _ in range(steps) for batch in loader.next_step()]
-    begun, going_on = set(), set()
+    begun: set[str] = set()
+    going_on: set[str] = set()
     parts = ("input_ids", "segment_ids", "positions")
     joined = [torch.cat([getattr(batch, name) for batch in batches], 1) for name in parts]
     for ids, segments, positions in zip(*joined, strict=True):

@@ -82,7 +82,8 @@ EXPERIMENTS = {
         ("tests/launch/test_export.py",), 8,
     ),
     "compiled": Experiment(
-        "compiled blocks train as others do", ("tests/test_compilation.py", "tests/systems/neuromorphic/test_compile.py"), 6,
+        "compiled blocks train as others do",
+        ("tests/test_compilation.py", "tests/systems/neuromorphic/test_compile.py"), 6,
         "train_alike or compiled_layers",
     ),
     "long_prompt": Experiment(

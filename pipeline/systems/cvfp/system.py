@@ -42,8 +42,12 @@ class CvfpSystem(System[DocumentBatch]):
     histories = HISTORIES
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
         assert isinstance(config.model, CvfpConfig)
+        if config.model.test and not config.phases:
+            # The system has both phases all the same: a checkpoint holds what any of them trains, and another run may
+            # go on with it.
+            config = dataclasses.replace(config, phases=(FIXED_POINT,))
+        super().__init__(config)
         self.sizes = config.model
         self.in_training = FIXED_POINT
         """The phase of which `loader` was asked last."""
@@ -59,7 +63,7 @@ class CvfpSystem(System[DocumentBatch]):
             raise UserError(
                 f"--sequence-length {self.config.sequence_length}: a token is to be followed by another: give 2 or more"
             )
-        if self.sizes.test and self.config.phases not in ((), (FIXED_POINT,)):
+        if self.sizes.test and self.config.phases != (FIXED_POINT,):
             raise UserError(
                 f"--phases {' '.join(self.config.phases)} with --test, which runs {FIXED_POINT} alone: leave one out"
             )
@@ -108,9 +112,7 @@ class CvfpSystem(System[DocumentBatch]):
         steps = self.sizes.fixed_point.iterations * self.data.training(topology).slots
         fixed_point = dataclasses.replace(self.sizes.fixed_point, steps=steps)
         model = dataclasses.replace(self.sizes, vocab=self.documents.vocab, fixed_point=fixed_point)
-        # The system has both phases all the same: a checkpoint holds what any of them trains, and may go on without it.
-        phases = (FIXED_POINT,) if self.sizes.test else self.config.phases
-        return dataclasses.replace(self.config, model=model, phases=phases)
+        return dataclasses.replace(self.config, model=model)
 
     def build(self) -> nn.Module:
         return CvfpModel(self.sizes)

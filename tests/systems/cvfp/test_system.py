@@ -112,6 +112,17 @@ def test_a_plan_counts_what_training_holds() -> None:
     assert device is not None and plan.memory < 2 * 2**30
 
 
+def test_a_plan_of_a_test_has_the_first_phase_alone() -> None:
+    config = cvfp_100k()
+    of_test, of_first = (
+        make_plan(one, PlanOptions(device="T4"))
+        for one in (model_of(config, test=True), dataclasses.replace(config, phases=("fixed_point",)))
+    )
+    assert [entry.phase.name for entry in of_test.counts.phases] == ["fixed_point"]
+    assert (of_test.steps, of_test.hours, of_test.held) == (of_first.steps, of_first.hours, of_first.held)
+    assert 0 < of_test.steps < make_plan(config, PlanOptions(device="T4")).steps
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("cvfp")

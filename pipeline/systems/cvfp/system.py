@@ -155,6 +155,9 @@ class CvfpSystem(System[DocumentBatch]):
         return self.data.held_out(topology)
 
     def begin_phase(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> None:
+        for name, work in self.work.items():
+            if name != phase.name:
+                work.end()
         self.work[phase.name].begin(model, sync_point)
 
     def count(self, batch: DocumentBatch) -> Counts:

@@ -20,6 +20,7 @@ from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.documents import DocumentSet
 from pipeline.systems.cvfp.evaluation import pictures
 from pipeline.systems.cvfp.evaluation.baselines import Measured, Untrained, gaussian_figures, measure, sums_of
+from pipeline.systems.cvfp.evaluation.checks import is_attractor
 from pipeline.systems.cvfp.evaluation.pieces import Piece, Reading, read
 from pipeline.systems.cvfp.evaluation.probe import TUNING, Examples, ProbeResult, classes_of, fit_and_score
 from pipeline.systems.cvfp.evaluation.rank import gaussian_rank, gaussian_values
@@ -60,7 +61,7 @@ class ContextMeasures:
         """Scalars `effective_rank/...` (shares of the width, at equal numbers of tokens: train, val,
         random_init_train, random_init_val, published_init_train, published_init_val, gaussian); `final_diff`,
         `final_diff_relative` (of the norm), `norm`, `spread`, `distance_of_contexts`, `cosine_of_contexts`, `sparsity`,
-        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`; some, and
+        `embedding_cosine` and `identity_cosine`, each also as `.../random_init` and `.../published_init`; most, and
         what `convergence` finds, also as `.../gaussian`; `attractor` (1: all contexts are one, or zero). Curves of
         these. Collective; raises UserError."""
         found = measure(reader, self.reading, self.tokens, sync_point)
@@ -72,12 +73,13 @@ class ContextMeasures:
                 scalars[_beside(key, name)] = value
         gaussian = gaussian_values(found.val.count, width)
         threshold = self.sizes.fixed_point.threshold
-        for key, value in gaussian_figures(found.val.count, width, threshold).items():
+        independent = gaussian_figures(found.val.count, width, threshold)
+        for key, value in independent.items():
             scalars[f"{key}/gaussian"] = value
         scalars["effective_rank/tokens"] = float(found.val.count)
         scalars["attractor"] = float(is_attractor(scalars))
         named = {"trained": found, **{name.replace("_", " "): other for name, other in baselines.items()}}
-        curves = pictures.all_of(named, gaussian, threshold)
+        curves = pictures.all_of(named, gaussian, independent, threshold)
         return Evaluation(scalars, curves)
 
     def suite(self, reader: Reads, sync_point: SyncPoint) -> Evaluation:
@@ -160,11 +162,3 @@ def _beside(scalar: str, baseline: str) -> str:
     """The name of a baseline's scalar."""
     kind, _, data = scalar.partition("/")
     return f"{kind}/{baseline}_{data}" if kind == "effective_rank" else f"{scalar}/{baseline}"
-
-
-def is_attractor(scalars: dict[str, float]) -> bool:
-    """Whether all contexts are about the same one (less than 0.1 apart, cosines above 0.99), or about zero: the checks
-    of the prototype, with the root of the mean squared distance in place of the mean distance, which is not above it.
-    """
-    one = scalars["distance_of_contexts"] < 0.1 and scalars["cosine_of_contexts"] > 0.99
-    return one or scalars["norm"] < 0.1

@@ -117,7 +117,7 @@ def attractor_curve(figures: Mapping[str, Mapping[str, float]]) -> Curve:
     }
     drawn = {name: tuple(_log10(torch.tensor(values, dtype=torch.float64))) for name, values in series.items()}
     return Curve(
-        "Attractor check, held out", "", "log10 of the mean", _numbered(figures), drawn, levels=levels,
+        "Attractor check, held out", "", "log10", _numbered(figures), drawn, levels=levels,
         names=tuple(figures),
     )  # fmt: skip
 

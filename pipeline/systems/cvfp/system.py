@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
+from pipeline.systems.cvfp.evaluation.alike import check_alike
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.evaluation.criteria import verdict
@@ -42,13 +44,14 @@ class CvfpSystem(System[DocumentBatch]):
     histories = HISTORIES
 
     def __init__(self, config: RunConfig) -> None:
-        assert isinstance(config.model, CvfpConfig)
-        if config.model.test and not config.phases:
+        sizes = config.model
+        assert isinstance(sizes, CvfpConfig)
+        if sizes.test and not config.phases:
             # The system has both phases all the same: a checkpoint holds what any of them trains, and another run may
             # go on with it.
             config = dataclasses.replace(config, phases=(FIXED_POINT,))
         super().__init__(config)
-        self.sizes = config.model
+        self.sizes = sizes
         self.in_training = FIXED_POINT
         """The phase of which `loader` was asked last."""
         self.in_reading: DocumentLoader | None = None
@@ -197,8 +200,8 @@ class CvfpSystem(System[DocumentBatch]):
         """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
         return ContextEvaluation(self.config, self.data)
 
-    def check_control(self, other: RunConfig, name: str) -> None:
-        self.contexts.check_control(other, name)
+    def check_control(self, checkpoint: Path, other: RunConfig, control: Path) -> None:
+        check_alike(self.config, checkpoint, other, control)
 
     @torch.no_grad()
     def context_suite(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -376,7 +377,7 @@ def test_after_a_skipped_update_the_distance_counts_no_token_that_has_no_context
 
 
 @pytest.mark.parametrize("layout", [{}, {"rows": 1, "grad_accum": 4}])
-def test_an_evaluation_has_the_rule_of_the_guide_beside_the_exact_one(layout: dict[str, int]) -> None:
+def test_an_evaluation_has_the_rule_of_the_guide_beside_the_exact_one(layout: dict[str, Any]) -> None:
     """Of the contexts that training left behind, and those of the present weights from zero."""
     small = Small(noise=0.0, threshold=0.01)
     small.work.data = Data(small.documents, lambda topology, held_out: small.open(topology, held_out, **layout))

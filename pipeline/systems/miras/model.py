@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
 from pipeline.lm.backbone import build_backbone, rope_of, unrotated
 from pipeline.lm.config import AttentionConfig
-from pipeline.lm.decoder_config import head_dim, norm_eps
+from pipeline.lm.decoder_config import head_dim, kv_heads, norm_eps
 from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
+from pipeline.ops.attention_slots import SlotPlan, plan_slots
+from pipeline.ops.slots import Slots
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import check_attachment, output_gate
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -25,9 +27,10 @@ from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_bac
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
+from pipeline.systems.miras.slots import SlotBranch, SlotHealth
 from pipeline.systems.miras.teacher import Teacher
 
-INSIDE = ("mac", "overflow")
+INSIDE = ("mac", "overflow", "slots")
 """Attachments that work inside of attention."""
 
 
@@ -35,7 +38,7 @@ class LayerCarry(NamedTuple):
     """What a stream carries from one step to the next at one layer; None where the layer has no such part."""
 
     attention: WindowCarry | None
-    memory: MemoryCarry | None
+    memory: MemoryCarry | Slots | None
 
 
 class ModelOutput(NamedTuple):
@@ -45,7 +48,7 @@ class ModelOutput(NamedTuple):
     """None where they were not asked for."""
     predictions: Tensor | None
     carry: list[LayerCarry]
-    health: list[MemoryHealth]
+    health: list[MemoryHealth | SlotHealth]
     distilled: dict[str, Tensor] | None = None
     """Sums over this rank's compared tokens by loss term, where there is a teacher."""
     hidden: Tensor | None = None
@@ -63,9 +66,11 @@ class _Step(NamedTuple):
     """For memories that are context of attention."""
     overflow: OverflowPlan | None
     """For memories of what leaves the window."""
+    slots: SlotPlan | None
+    """For slots; None too where they stay empty."""
     kinds: dict[int, MemoryConfig]
     """The memories that are in use, by layer."""
-    memory: dict[int, tuple[MemoryCarry, MemoryHealth]]
+    memory: dict[int, tuple[MemoryCarry | Slots, MemoryHealth | SlotHealth]]
 
 
 class MirasModel(nn.Module):
@@ -127,6 +132,7 @@ class MirasModel(nn.Module):
             before,
             self._segments(memory_ids, memory_positions, before) if use_memory else None,
             self._overflow(segment_ids, positions, before, written=not emptied) if use_memory else None,
+            self._slots(segment_ids, positions, before, hidden) if use_memory and not emptied else None,
             kinds,
             {},
         )
@@ -177,11 +183,12 @@ class MirasModel(nn.Module):
         def block(hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
             if attachment in INSIDE:
-                beside = (self._context if attachment == "mac" else self._beyond)(index, hidden, step)
+                inside = {"mac": self._context, "overflow": self._beyond, "slots": self._stored}[attachment]
+                beside = inside(index, hidden, step)
             return layers[index](hidden, position_embeddings=no_rotation, attention_call=step.attention, beside=beside)
 
         def remember(hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
-            carry, topology = step.before[index].memory, step.attention.topology
+            carry, topology = _own(step.before[index].memory), step.attention.topology
             return self.memory[str(index)](hidden, step.segment_ids, carry, topology)
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -213,6 +220,8 @@ class MirasModel(nn.Module):
             return ContextBranch(width, head_dim(backbone), memory, eps, recompute=recompute)
         if memory.attachment == "overflow":
             return OverflowBranch(width, memory, eps)
+        if memory.attachment == "slots":
+            return SlotBranch(width, kv_heads(backbone), memory, eps)
         return MemoryBranch(width, memory, eps)
 
     def _context(self, index: int, hidden: Tensor, step: _Step) -> Beside:
@@ -221,7 +230,7 @@ class MirasModel(nn.Module):
         assert isinstance(branch, ContextBranch) and segments is not None
 
         def refine(q: Tensor, _: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
-            carry, topology = step.before[index].memory, step.attention.topology
+            carry, topology = _own(step.before[index].memory), step.attention.topology
             arguments = (ContextTokens(*tokens), q, v, out, step.segment_ids, segments, carry, topology, scale)
             refined, memory, health = branch.core(*arguments)
             step.memory[index] = (memory, health)
@@ -235,12 +244,31 @@ class MirasModel(nn.Module):
         assert isinstance(branch, OverflowBranch) and plan is not None
 
         def refine(q: Tensor, k: Tensor, v: Tensor, out: Tensor, _: float, logits: Tensor) -> Tensor:
-            arguments = (logits, q, k, v, out, plan, step.before[index], step.attention.topology)
+            before = step.before[index]
+            layer_before = (before.attention, _own(before.memory))
+            arguments = (logits, q, k, v, out, plan, layer_before, step.attention.topology)
             refined, memory, health = branch.core(*arguments)
             step.memory[index] = (memory, health)
             return refined
 
         return Beside(tokens=[branch.inputs(hidden)], refine=refine)
+
+    def _stored(self, index: int, hidden: Tensor, step: _Step) -> Beside:
+        """The slots of a layer behind the window of its attention, of hidden [batch, sequence / degree, width]."""
+        branch, plan = self.memory[str(index)], step.slots
+        assert isinstance(branch, SlotBranch)
+        if plan is None:
+            return Beside()
+        slot_plan = plan
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, shift: Tensor) -> Tensor:
+            window, slots = step.before[index]
+            assert slots is None or isinstance(slots, Slots)
+            out, *left = branch(shift, q, k, v, slot_plan, window, slots, step.attention.topology, scale)
+            step.memory[index] = (left[0], left[1])
+            return out  # type: ignore[no-any-return]
+
+        return Beside(tokens=[branch.shift(hidden)], attention=attention)
 
     def _first(self, attachment: str) -> int | None:
         """The first layer with a memory of this kind."""
@@ -252,17 +280,36 @@ class MirasModel(nn.Module):
         first, attention = self._first("overflow"), self.config.attention
         if first is None:
             return None
-        window, memory = before[first]
+        window, memory = before[first].attention, _own(before[first].memory)
         # A memory that starts now, behind a window that does not, has taken in nothing of it.
         known = None if window is None or memory is None else (memory.tail_segments, window.positions)
         plan = plan_overflow(segment_ids, positions, known, window=attention.window, sinks=attention.sinks)
         return dataclasses.replace(plan, written=written)
 
+    def _slots(
+        self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry], hidden: Tensor
+    ) -> SlotPlan | None:
+        first, attention = self._first("slots"), self.config.attention
+        if first is None:
+            return None
+        window, settings = before[first].attention, self.kinds[first].slots
+        return plan_slots(
+            segment_ids,
+            positions,
+            None if window is None else (window.segment_ids, window.positions),
+            rope=self._rope_of_backbone(),
+            window=attention.window,
+            sinks=attention.sinks,
+            slots=settings.count,
+            chunk=settings.chunk,
+            dtype=hidden.dtype,
+        )
+
     def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
         first, memory = self._first("mac"), self.config.memory
         if first is None:
             return None
-        carry = before[first].memory
+        carry = _own(before[first].memory)
         ids = None if carry is None else carry.tail_segments
         return plan_segments(
             segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1
@@ -276,6 +323,16 @@ class MirasModel(nn.Module):
         carry: WindowCarry | None,
         hidden: Tensor,
     ) -> AttentionPlan:
+        rope = self._rope_of_backbone()
+        return plan_attention(attention, self.backbone.config, rope, segment_ids, positions, carry, hidden)
+
+    def _rope_of_backbone(self) -> Rope:
         if self._rope is None:
             self._rope = rope_of(self.backbone)
-        return plan_attention(attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden)
+        return self._rope
+
+
+def _own(carry: MemoryCarry | Slots | None) -> MemoryCarry | None:
+    """The carry of a memory that has a rule."""
+    assert not isinstance(carry, Slots)
+    return carry

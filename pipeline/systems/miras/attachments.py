@@ -27,6 +27,13 @@ def check_attachment(
             f"--model.memory.attachment {config.attachment}: with --model.attention.kind full nothing leaves a window:"
             " give window, or another attachment"
         )
+    if config.attachment == "slots" and config.layers and attention is not None:
+        chunk, window = config.slots.chunk, attention.window
+        if chunk > window:
+            raise UserError(
+                f"--model.memory.slots.chunk {chunk}: what a chunk pushes out of the window is the window's, which is"
+                f" {window} tokens: give no more"
+            )
     width = attention_width(backbone)
     if config.attachment == "mag" and config.layers and width != backbone.hidden_size:
         raise UserError(

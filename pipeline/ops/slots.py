@@ -13,7 +13,10 @@ What is stored is a constant to the gradient, as the keys that a window carries 
 
 from __future__ import annotations
 
+import functools
 import math
+import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +27,7 @@ from pipeline.ops.checks import sum_dtype
 
 
 class Slots(NamedTuple):
-    """The slots of `batch` streams; those in use come first, in the order of their oldest tokens."""
+    """The slots of `batch` streams; those in use come first, in no order."""
 
     keys: Tensor
     """[batch, heads, slots, dim] float32 (float64 for float64 keys): means of keys before RoPE."""
@@ -60,7 +63,9 @@ def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor) -> Slots:
         raise ValueError(f"{tokens} tokens at once into {count} slots: give at most as many")
     present = taken[:, None].to(slots.counts.dtype).expand(-1, k.shape[2], -1)
     counts = torch.cat([slots.counts, present], dim=2)
-    order = _present_first(counts)
+    # A shuffle decides which half a candidate is in: of a text that repeats itself every two tokens, neighbours that
+    # alternate between the halves would put all equal keys into one.
+    order = _present_first(counts, shuffle(counts.shape[2]))
     new_ages = torch.arange(tokens, 0, -1, device=k.device).to(counts.dtype).expand_as(present)
     keys, values, counts, ages = (
         _taken(x, order)
@@ -72,7 +77,6 @@ def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor) -> Slots:
         )
     )
     over = ((counts > 0).sum(2) - count).clamp_min(0)
-    # Neighbours are in different halves; which others are changes as slots in front of them go.
     first, second = slice(0, None, 2), slice(1, None, 2)
     halves = ((keys[:, :, half], counts[:, :, half], ages[:, :, half]) for half in (first, second))
     cost, partner = _merge_costs(*halves)
@@ -117,9 +121,18 @@ def _merge_costs(half: _Half, other: _Half) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _present_first(counts: Tensor) -> Tensor:
-    """Indices [batch, heads, n] that put what is there first, in its order."""
-    return (counts == 0).to(torch.int8).argsort(dim=2, stable=True)
+@functools.cache
+def shuffle(count: int) -> tuple[int, ...]:
+    """Where each of `count` candidates goes before they are halved, always the same."""
+    return tuple(random.Random(0).sample(range(count), count))
+
+
+def _present_first(counts: Tensor, places: Sequence[int] | None = None) -> Tensor:
+    """Indices [batch, heads, n] that put what is there first, in its order or in that of `places` [n]."""
+    absent = (counts == 0).long()
+    if places is not None:
+        absent = absent * len(places) + torch.tensor(places, device=counts.device)
+    return absent.argsort(dim=2, stable=True)
 
 
 def _taken(x: Tensor, order: Tensor) -> Tensor:

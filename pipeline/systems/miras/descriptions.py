@@ -88,7 +88,10 @@ def gap_line(scalars: Mapping[str, float]) -> str:
         return worth
     if math.isnan(scalars["gap/closed"]):
         return f"no gap to full attention, {worth}"
-    return f"gap closed {found('closed', 100, '.1f', ' %')}, {worth}"
+    equal = (
+        f", a window of equal state {found('closed_equal', 100, '.1f', ' %')}" if "gap/closed_equal" in scalars else ""
+    )
+    return f"gap closed {found('closed', 100, '.1f', ' %')}{equal}, {worth}"
 
 
 def health(metrics: Mapping[str, float]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.ops.attention import WindowCarry
 from pipeline.ops.slots import Slots
 from pipeline.system import Carry, CarryEntry
+from pipeline.systems.miras.inside import LayerCarry
 from pipeline.systems.miras.memory import MemoryCarry
-from pipeline.systems.miras.model import LayerCarry
 
 # Where the heads are in each carried tensor; the others are whole on every sequence rank.
 _HEADS = {

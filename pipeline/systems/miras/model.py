@@ -17,28 +17,18 @@ from pipeline.lm.decoder_config import head_dim, kv_heads, norm_eps
 from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.ops.attention_slots import SlotPlan, plan_slots
-from pipeline.ops.slots import Slots
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import check_attachment, output_gate
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
-from pipeline.systems.miras.context_memory import ContextBranch, ContextTokens
+from pipeline.systems.miras.context_memory import ContextBranch
 from pipeline.systems.miras.emptied import split_at_windows
+from pipeline.systems.miras.inside import INSIDE, LayerCarry, Step, beside_attention, own_carry
 from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
 from pipeline.systems.miras.slots import SlotBranch, SlotHealth
 from pipeline.systems.miras.teacher import Teacher
-
-INSIDE = ("mac", "overflow", "slots")
-"""Attachments that work inside of attention."""
-
-
-class LayerCarry(NamedTuple):
-    """What a stream carries from one step to the next at one layer; None where the layer has no such part."""
-
-    attention: WindowCarry | None
-    memory: MemoryCarry | Slots | None
 
 
 class ModelOutput(NamedTuple):
@@ -53,24 +43,6 @@ class ModelOutput(NamedTuple):
     """Sums over this rank's compared tokens by loss term, where there is a teacher."""
     hidden: Tensor | None = None
     """What the output embedding takes, [batch, sequence / degree, width], where there are no labels."""
-
-
-class _Step(NamedTuple):
-    """What the layers of one forward pass share, and what their memories leave."""
-
-    attention: AttentionCall
-    segment_ids: Tensor
-    """Documents as the memories know them."""
-    before: list[LayerCarry]
-    segments: SegmentPlan | None
-    """For memories that are context of attention."""
-    overflow: OverflowPlan | None
-    """For memories of what leaves the window."""
-    slots: SlotPlan | None
-    """For slots; None too where they stay empty."""
-    kinds: dict[int, MemoryConfig]
-    """The memories that are in use, by layer."""
-    memory: dict[int, tuple[MemoryCarry | Slots, MemoryHealth | SlotHealth]]
 
 
 class MirasModel(nn.Module):
@@ -126,7 +98,7 @@ class MirasModel(nn.Module):
         elif emptied:
             before = [carry._replace(memory=None) for carry in before]
         plan = self._plan(attention, segment_ids, positions, before[0].attention, hidden)
-        step = _Step(
+        step = Step(
             AttentionCall(plan, topology, [carry.attention for carry in before]),
             memory_ids,
             before,
@@ -174,7 +146,7 @@ class MirasModel(nn.Module):
         health = [health for _, health in memories if health is not None]
         return ModelOutput(losses, predictions, after, health, distilled, hidden if labels is None else None)
 
-    def _layer(self, index: int, hidden: Tensor, step: _Step) -> Tensor:
+    def _layer(self, index: int, hidden: Tensor, step: Step) -> Tensor:
         """One layer with its memory, of hidden [batch, sequence / degree, width]."""
         layers = self.backbone.model.layers
         attachment = step.kinds[index].attachment if index in step.kinds else None
@@ -183,12 +155,11 @@ class MirasModel(nn.Module):
         def block(hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
             if attachment in INSIDE:
-                inside = {"mac": self._context, "overflow": self._beyond, "slots": self._stored}[attachment]
-                beside = inside(index, hidden, step)
+                beside = beside_attention(self.memory[str(index)], index, hidden, step)
             return layers[index](hidden, position_embeddings=no_rotation, attention_call=step.attention, beside=beside)
 
         def remember(hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
-            carry, topology = _own(step.before[index].memory), step.attention.topology
+            carry, topology = own_carry(step.before[index].memory), step.attention.topology
             return self.memory[str(index)](hidden, step.segment_ids, carry, topology)
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -224,52 +195,6 @@ class MirasModel(nn.Module):
             return SlotBranch(width, kv_heads(backbone), memory, eps)
         return MemoryBranch(width, memory, eps)
 
-    def _context(self, index: int, hidden: Tensor, step: _Step) -> Beside:
-        """The memory of a layer as context of its attention, of hidden [batch, sequence / degree, width]."""
-        branch, segments = self.memory[str(index)], step.segments
-        assert isinstance(branch, ContextBranch) and segments is not None
-
-        def refine(q: Tensor, _: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
-            carry, topology = _own(step.before[index].memory), step.attention.topology
-            arguments = (ContextTokens(*tokens), q, v, out, step.segment_ids, segments, carry, topology, scale)
-            refined, memory, health = branch.core(*arguments)
-            step.memory[index] = (memory, health)
-            return refined
-
-        return Beside(tokens=branch.inputs(hidden), refine=refine)
-
-    def _beyond(self, index: int, hidden: Tensor, step: _Step) -> Beside:
-        """The memory of a layer beyond the window of its attention, of hidden [batch, sequence / degree, width]."""
-        branch, plan = self.memory[str(index)], step.overflow
-        assert isinstance(branch, OverflowBranch) and plan is not None
-
-        def refine(q: Tensor, k: Tensor, v: Tensor, out: Tensor, _: float, logits: Tensor) -> Tensor:
-            before = step.before[index]
-            layer_before = (before.attention, _own(before.memory))
-            arguments = (logits, q, k, v, out, plan, layer_before, step.attention.topology)
-            refined, memory, health = branch.core(*arguments)
-            step.memory[index] = (memory, health)
-            return refined
-
-        return Beside(tokens=[branch.inputs(hidden)], refine=refine)
-
-    def _stored(self, index: int, hidden: Tensor, step: _Step) -> Beside:
-        """The slots of a layer behind the window of its attention, of hidden [batch, sequence / degree, width]."""
-        branch, plan = self.memory[str(index)], step.slots
-        assert isinstance(branch, SlotBranch)
-        if plan is None:
-            return Beside()
-        slot_plan = plan
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, shift: Tensor) -> Tensor:
-            window, slots = step.before[index]
-            assert slots is None or isinstance(slots, Slots)
-            out, *left = branch(shift, q, k, v, slot_plan, window, slots, step.attention.topology, scale)
-            step.memory[index] = (left[0], left[1])
-            return out  # type: ignore[no-any-return]
-
-        return Beside(tokens=[branch.shift(hidden)], attention=attention)
-
     def _first(self, attachment: str) -> int | None:
         """The first layer with a memory of this kind."""
         return next((layer for layer, kind in self.kinds.items() if kind.attachment == attachment), None)
@@ -280,7 +205,7 @@ class MirasModel(nn.Module):
         first, attention = self._first("overflow"), self.config.attention
         if first is None:
             return None
-        window, memory = before[first].attention, _own(before[first].memory)
+        window, memory = before[first].attention, own_carry(before[first].memory)
         # A memory that starts now, behind a window that does not, has taken in nothing of it.
         known = None if window is None or memory is None else (memory.tail_segments, window.positions)
         plan = plan_overflow(segment_ids, positions, known, window=attention.window, sinks=attention.sinks)
@@ -309,7 +234,7 @@ class MirasModel(nn.Module):
         first, memory = self._first("mac"), self.config.memory
         if first is None:
             return None
-        carry = _own(before[first].memory)
+        carry = own_carry(before[first].memory)
         ids = None if carry is None else carry.tail_segments
         return plan_segments(
             segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1
@@ -330,9 +255,3 @@ class MirasModel(nn.Module):
         if self._rope is None:
             self._rope = rope_of(self.backbone)
         return self._rope
-
-
-def _own(carry: MemoryCarry | Slots | None) -> MemoryCarry | None:
-    """The carry of a memory that has a rule."""
-    assert not isinstance(carry, Slots)
-    return carry

@@ -28,7 +28,8 @@ from pipeline.systems.miras.decoding.slots import SlotSteps
 from pipeline.systems.miras.decoding.state import LENGTHS, LayerState, MirasState
 from pipeline.systems.miras.decoding.steps import LayerSteps, MemorySteps, RulePass
 from pipeline.systems.miras.decoding.token import run_token
-from pipeline.systems.miras.model import LayerCarry, MirasModel
+from pipeline.systems.miras.inside import LayerCarry
+from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.overflow import OverflowBranch
 from pipeline.systems.miras.rules import State
 from pipeline.systems.miras.slots import SlotBranch

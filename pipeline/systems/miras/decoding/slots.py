@@ -15,7 +15,7 @@ from pipeline.ops.slots import Slots, store
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.decoding.state import MemoryState
 from pipeline.systems.miras.decoding.steps import LayerSteps, RulePass
-from pipeline.systems.miras.model import LayerCarry
+from pipeline.systems.miras.inside import LayerCarry
 from pipeline.systems.miras.slots import SlotBranch
 
 PENDING_K, PENDING_V = "pending_k", "pending_v"

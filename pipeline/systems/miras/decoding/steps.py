@@ -13,8 +13,8 @@ from pipeline.ops.gates import Gates
 from pipeline.ops.slots import Slots
 from pipeline.systems.miras.config import MemoryConfig
 from pipeline.systems.miras.decoding.state import MemoryState
+from pipeline.systems.miras.inside import LayerCarry
 from pipeline.systems.miras.memory import MemoryCarry
-from pipeline.systems.miras.model import LayerCarry
 from pipeline.systems.miras.rule_step import rule_step
 from pipeline.systems.miras.rules import MemoryRule, State
 from pipeline.systems.miras.step_state import StepState

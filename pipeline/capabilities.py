@@ -273,6 +273,14 @@ class CountsParts(Protocol):
         ...
 
 
+@runtime_checkable
+class StatesParameters(Protocol):
+    """Follows a published model that builds more or less of itself in other phases (`plan RECIPE`)."""
+
+    def published_parameters(self, phase: Phase) -> int | None:
+        """Those that it builds in a phase; None where its sizes are others."""
+
+
 @dataclass(frozen=True)
 class PublishedHours:
     """Training times that others state for a model."""
@@ -289,4 +297,3 @@ class Published(Protocol):
 
     def published_hours(self) -> PublishedHours | None:
         """None where nobody has for these sizes."""
-        ...

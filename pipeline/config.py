@@ -152,7 +152,7 @@ class RunConfig:
     save_at_start: bool = False
     """Save a checkpoint before the first step too: checkpoint-0, with the initial weights, which is kept."""
     keep: int = 2
-    """Complete checkpoints to keep: the newest."""
+    """Complete checkpoints to keep: the newest. Those that ended a phase stay besides, once the next one has begun."""
     keep_every: int = 0
     """Beside the newest, keep the checkpoints whose step is a multiple of this; 0: none."""
     async_save: bool = False

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.capabilities import CountsEpochs
-from pipeline.checkpoint.compatibility import check_resumable, keep_global_batch
+from pipeline.checkpoint.compatibility import check_resumable, check_sizes, keep_global_batch
 from pipeline.checkpoint.trainable import load_average, load_trainable, trainable_names
 from pipeline.compilation import check_compile
 from pipeline.config import RunConfig
@@ -127,6 +127,8 @@ def load_model(
     system.replaced = frozenset[str]().union(*filled)
     system.initialise(model, topology)
     if weights is not None:
+        with shared_errors(topology):
+            check_sizes(config, model, weights)
         load_trainable(model, weights, topology)
         if not raw:
             load_average(model, weights, topology)

@@ -39,6 +39,8 @@ class Progress:
     """Whether its stopping rule has ended it."""
     phases_before: tuple[str, ...] = ()
     """The phases that the run has gone through before this one."""
+    phase_ends: tuple[int, ...] = ()
+    """The steps at which they ended, of those that were gone through since this is written down."""
     tokens: int = 0
     """Counted labels so far, all ranks."""
     skipped: int = 0
@@ -60,7 +62,8 @@ class Progress:
     """The step of the last evaluation that was compared with the best."""
 
     def __post_init__(self) -> None:
-        self.phases_before = tuple(self.phases_before)  # a list in JSON
+        # Lists in JSON.
+        self.phases_before, self.phase_ends = tuple(self.phases_before), tuple(self.phase_ends)
         if self.best_step and not self.best_phase:
             # Saved before the field existed, when each phase began without a best.
             self.best_phase = self.phase
@@ -74,6 +77,7 @@ class Progress:
         """The next step is the first of `phase`."""
         if self.phase:
             self.phases_before = (*self.phases_before, self.phase)
+            self.phase_ends = (*self.phase_ends, self.step)
         self.phase, self.phase_start, self.phase_done, self.rule_met = phase, self.step, False, False
         # What is the best of the phase before stays so until an evaluation of this one is compared.
         self.not_better, self.judged = 0, 0

@@ -82,7 +82,9 @@ EXPERIMENTS = {
         ("tests/launch/test_export.py",), 8,
     ),
     "compiled": Experiment(
-        "compiled blocks train as others do", ("tests/test_compilation.py",), 5, "train_alike",
+        "compiled blocks train as others do",
+        ("tests/test_compilation.py", "tests/systems/neuromorphic/test_compile.py"), 6,
+        "train_alike or compiled_layers",
     ),
     "long_prompt": Experiment(
         "a prompt of a million tokens is read in the memory and at the speed of a short one",

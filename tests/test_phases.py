@@ -137,7 +137,7 @@ def test_progress_counts_through_the_run_and_in_the_phase() -> None:
     progress.enter("B")
     progress.step = 6
     assert (progress.phase_step, progress.phase_start, progress.phase_done) == (2, 4, False)
-    assert progress.phases_before == ("A",)
+    assert (progress.phases_before, progress.phase_ends) == (("A",), (4,))
 
 
 def test_a_system_of_the_tests_has_these_phases() -> None:

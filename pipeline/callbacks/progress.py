@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.callbacks.metrics import perplexity
 from pipeline.callbacks.samples import finite
 from pipeline.callbacks.spikes import SPIKES
 from pipeline.evaluation_result import CHANCE, COUNT, STDERR, TASKS
@@ -30,7 +31,7 @@ LEAST_WAIT = 0.01
 
 class ProgressLines(Callback):
     """Loss, learning rate, gradient norm, tokens/s, peak memory, ETA; MFU only where the device's peak is known, the
-    wait for data only where there is one.
+    wait for data only where there is one. The bar has the perplexity too, where the system measures nats per token.
 
     Evaluations come in the system's words, with its health at the last logged step.
     """
@@ -80,7 +81,9 @@ class ProgressLines(Callback):
             self._print(line)
         if self.bar is not None:
             self.bar.n = record.step
-            self.bar.set_description_str("  ".join([*self._phase(), loss, lr, speed, eta]))
+            # The lines leave it out: it is exp of what they show, and they have no room for it in 100 columns.
+            ppl = [] if record.token_loss is None else [f"ppl {_short(perplexity(record.token_loss))}"]
+            self.bar.set_description_str("  ".join([*self._phase(brief=True), loss, *ppl, lr, speed, eta]))
         self._write(line)
 
     def _progress(self, record: StepRecord) -> str:
@@ -102,10 +105,12 @@ class ProgressLines(Callback):
         # As wide as the last one, so that columns stand under each other.
         return f"step {step}/{self.last}".ljust(len(f"step {self.last}/{self.last}"))
 
-    def _phase(self) -> list[str]:
-        """The phase and the step in it, of a run that has several; the epoch, of a system that counts them."""
+    def _phase(self, *, brief: bool = False) -> list[str]:
+        """The phase and, unless `brief`, the step in it, of a run that has several; the epoch, of a system that counts
+        them."""
         progress, epoch = self.run.progress, self.run.epoch(self.run.progress.step)
-        phase = f"{progress.phase} {progress.phase_step}/{self.run.end_of_phase - progress.phase_start}"
+        step = f"{progress.phase_step}/{self.run.end_of_phase - progress.phase_start}"
+        phase = progress.phase if brief else f"{progress.phase} {step}"
         return [*([phase] if self.run.several else []), *([] if epoch is None else [f"epoch {epoch:.2f}"])]
 
     def on_skip(self, step: int, in_a_row: int, batch: dict[str, Any]) -> None:
@@ -196,6 +201,11 @@ def log_line(run: Run, line: str) -> None:
     # The name of a folder may be no text.
     with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+def _short(ppl: float) -> str:
+    """A perplexity in three digits: 12.2, 32K."""
+    return human_count(ppl) if ppl < 1e15 else f"{ppl:.0e}"
 
 
 def clock(seconds: float) -> str:

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems
+from torch import nn
+
+from pipeline.checkpoint.manifest import RESTORE, manifest_with, problems, read_manifest
+from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.config_file import to_plain, with_moved_keys
-from pipeline.errors import UserError, brief
+from pipeline.errors import UserError, brief, shown
 from pipeline.model_config import MAY_CHANGE
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.weight_files import file_tensors
+from pipeline.parallel.weights import full_shape
 from pipeline.run import Progress
 from pipeline.system import Phase
 
@@ -40,6 +45,37 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take what fits with"
             " --init-from"
+        )
+
+
+def check_sizes(config: RunConfig, model: nn.Module, weights: Path) -> None:
+    """Raises UserError where a checkpoint whose weights `--init-from` takes is of a run of another system, or where a
+    tensor of it is of another size than the parameter of that name, with the field of the model that differs.
+
+    `model` may be sharded, or without storage. Where nothing is known of the run that saved it, nothing is said: the
+    tensors themselves are then refused, by their names.
+    """
+    path = weights / TRAINABLE
+    if not path.is_file() or read_manifest(weights) is None:
+        return
+    sizes = {name: tuple(full_shape(parameter)) for name, parameter in model.named_parameters()}
+    stored = file_tensors(path)
+    other = next((name for name in stored if name in sizes and stored[name].shape != sizes[name]), None)
+    if other is None:
+        return
+    saved = with_moved_keys(read_config(weights), str(weights / "config.yaml"))["model"]
+    if saved.get("system") != config.model.system:
+        raise UserError(
+            f"--init-from {weights} was saved with system {brief(saved.get('system'))}, this run has"
+            f" {config.model.system}: give a checkpoint of the same system"
+        )
+    different = first_difference(saved, config.model, to_plain(config)["model"], "--model")
+    if different is not None:
+        flag, before, now = different
+        there, here = stored[other].shape, sizes[other]
+        raise UserError(
+            f"--init-from {weights} was trained with {flag} {before}, this run has {now}, and its {shown(other)} is"
+            f" {there} in place of {here}: give {flag} {before}, or a checkpoint that was trained with {now}"
         )
 
 

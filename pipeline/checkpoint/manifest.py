@@ -169,7 +169,10 @@ def point(path: Path, name: str) -> None:
 
 
 def pointed(path: Path) -> Path:
-    """The checkpoint that a file of POINTERS names; any other path as it is."""
+    """The checkpoint that a file of POINTERS names; any other path as it is. `latest.pt`, as trainers name it that save
+    one file, is `latest` where no such file is there."""
+    if path.suffix == ".pt" and path.stem in POINTERS and not path.exists() and path.with_suffix("").is_file():
+        path = path.with_suffix("")
     if path.name not in POINTERS or not path.is_file():
         return path
     name = path.read_text(errors="replace").strip()
@@ -183,11 +186,13 @@ def _write_name(path: Path, name: str) -> None:
         os.fsync(handle.fileno())
 
 
-def prune_old(folder: Path, keep: int, saved: int, every: int = 0, *, start: bool = False) -> list[Path]:
+def prune_old(
+    folder: Path, keep: int, saved: int, every: int = 0, *, start: bool = False, ends: Collection[int] = ()
+) -> list[Path]:
     """Takes their names from complete checkpoints up to step `saved` beyond the `keep` newest; returns what may be
     removed. A run that went back to an earlier step leaves later ones alone until it saves them anew. Multiples of
-    `every` keep their names (0: none does for that), and with `start` that of step 0; so does the one that `best`
-    names.
+    `every` keep their names (0: none does for that), and with `start` that of step 0; so do those of the steps `ends`,
+    at which phases ended, and the one that `best` names. None of these counts as one of the `keep`.
 
     What is half removed is never taken for a checkpoint, and removing, which takes time, can wait.
     """
@@ -195,7 +200,7 @@ def prune_old(folder: Path, keep: int, saved: int, every: int = 0, *, start: boo
     pruned, best = [], pointed(folder / BEST)
     for old in ours[:-keep]:
         step = step_of(old)
-        if (every and step % every == 0) or (start and step == 0) or old == best:
+        if (every and step % every == 0) or (start and step == 0) or step in ends or old == best:
             continue
         hidden = _hidden(old, "removed")
         os.replace(old, hidden)

@@ -198,9 +198,9 @@ class Saver:
         pending.work = self._begin(commit_it if self.run.is_main else dict, pending.background)
 
     def _prune(self, step: int) -> list[Path]:
-        config = self.run.config
+        config, ends = self.run.config, self.run.progress.phase_ends
         try:
-            return prune_old(self.folder, config.keep, step, config.keep_every, start=config.save_at_start)
+            return prune_old(self.folder, config.keep, step, config.keep_every, start=config.save_at_start, ends=ends)
         except OSError as error:
             # The save is complete; room that was not made shows when it is needed.
             warnings.warn(f"an old checkpoint was not removed: {error}", stacklevel=2)

@@ -18,8 +18,8 @@ SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
 """Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
 RECORDED = (
     "parallel.sequence", *SOURCES, "output_dir", "output_root", "run_name", "run_id", "grad_accum", "global_batch_size",
-    "global_batch_tokens", "steps", "stop_after", "save_every", "eval_every", "sample_every", "epochs.train",
-    "epochs.save", "epochs.evaluate", "epochs.sample",
+    "global_batch_tokens", "steps", "stop_after", "save_every", "eval_every", "sample_every", "phases", "phase",
+    "epochs.train", "epochs.save", "epochs.evaluate", "epochs.sample",
 )  # fmt: skip
 """Fields whose flags mean more than their value: that a person chose it."""
 PRESET = "--preset"
@@ -95,6 +95,11 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         data = config.data
         parsed = replace(
             parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
+        )
+    if {"phases", "phase"} <= given:
+        raise UserError(
+            f"--phases {' '.join(parsed.phases)} and --phase {parsed.phase} are both given: keep one; --phases names"
+            " the phases of the run, and --phase runs one alone"
         )
     if "steps" in given:
         replaced: dict[str, Any] = {name.removeprefix("model."): None for name in own_steps if name not in given}

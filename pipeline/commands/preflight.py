@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 
+from pipeline.checkpoint.compatibility import check_sizes
 from pipeline.checkpoint.locate import locate_checkpoint
 from pipeline.checkpoint.manifest import pointed
 from pipeline.checkpoint.trainable import TRAINABLE
@@ -38,14 +39,16 @@ def preflight(config: RunConfig, ranks: int) -> None:
     resolved = decide(system, topology, checkpoint)
     config, system = resolved.config, resolved.system
     system.describe("cuda" if on_gpu() else "cpu", precision_of(config))
+    loaded = model_without_storage(config)
     if config.init_from is not None:
-        weights = pointed(config.init_from) / TRAINABLE
-        if weights.is_file():
-            file_tensors(weights)
+        weights = pointed(config.init_from)
+        if (weights / TRAINABLE).is_file():
+            file_tensors(weights / TRAINABLE)
+            check_sizes(config, loaded.model, weights)
         elif checkpoint is None:
             raise UserError(f"--init-from {config.init_from}: no {TRAINABLE} there: give a checkpoint folder")
     # The first step's documents show what a start alone would not: a malformed line, a token id beyond the vocabulary.
-    phases = phases_of(config, model_without_storage(config).phases, checkpoint)
+    phases = phases_of(config, loaded.phases, checkpoint)
     for phase in (phases.current, *phases.after):
         system.loader(phase, topology).next_step()
         system.held_out(phase, topology).next_step()

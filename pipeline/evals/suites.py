@@ -83,6 +83,15 @@ def counts(flag: str, words: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def rising_counts(flag: str, words: str) -> tuple[int, ...]:
+    """Numbers above 0, each larger than the one before it. Raises UserError."""
+    found = counts(flag, words)
+    if list(found) != sorted(set(found)):
+        rising = ",".join(map(str, sorted(set(found))))
+        raise UserError(f"{flag} {shown(words)}: give rising numbers: {flag} {rising}")
+    return found
+
+
 def count(flag: str, words: str) -> int:
     """One number above 0. Raises UserError."""
     found = counts(flag, words)
@@ -215,7 +224,7 @@ SUITES = {
         _lifelong,
         RemembersFacts,
         "has no memory of earlier documents",
-        flags={"--streams": count, "--documents": counts, "--lengths": counts},
+        flags={"--streams": count, "--documents": rising_counts, "--lengths": rising_counts},
     ),
     "peptides": Suite(
         _peptides,

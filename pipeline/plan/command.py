@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.capabilities import CountsParts
+from pipeline.capabilities import CountsParts, StatesParameters
 from pipeline.commands.flags import parse_flags, parse_run, split_flags
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -14,7 +14,7 @@ from pipeline.host.devices import DEVICES, GIB
 from pipeline.plan.advice import MOST_ROWS, Way, largest_batch, ways_to_fit
 from pipeline.plan.estimate import Plan, PlanOptions, make_plan
 from pipeline.plan.scaling import render_scaling
-from pipeline.plan.zero import PhaseCounts
+from pipeline.plan.zero import Counts, PhaseCounts
 from pipeline.system import create_system
 
 OWN = ("ranks", "device", "utilisation", "reserve", "tokens")
@@ -52,7 +52,7 @@ def render(config: RunConfig, options: PlanOptions, tokens: str | None = None) -
         ("parameters", f"{counts.parameters:,}"),
         *((f"  {name}", f"{number:,}") for name, number in _parts(config).items()),
         ("trainable", f"{counts.trainable:,} ({counts.trainable / counts.parameters:.1%})"),
-        *(_phase_row(entry) for entry in counts.phases if len(counts.phases) > 1),
+        *(_phase_row(config, counts, entry) for entry in counts.phases if len(counts.phases) > 1),
         *((name, _gib(size)) for name, size in plan.held.items()),
         (
             "memory per device",
@@ -82,8 +82,13 @@ def _parts(config: RunConfig) -> Mapping[str, int]:
     return parts if len(parts) > 1 else {}
 
 
-def _phase_row(entry: PhaseCounts) -> tuple[str, str]:
-    return f"phase {entry.phase.name}", f"{entry.trainable:,} trained, up to {entry.phase.steps:,} steps"
+def _phase_row(config: RunConfig, counts: Counts, entry: PhaseCounts) -> tuple[str, str]:
+    """What is built in a phase, which is the whole model, and trained; and what others state of it, where they do."""
+    system = create_system(config)
+    stated = system.published_parameters(entry.phase) if isinstance(system, StatesParameters) else None
+    also = "" if stated is None else f" (published: {stated:,})"
+    built = f"{counts.parameters:,} built{also}, {entry.trainable:,} trained"
+    return f"phase {entry.phase.name}", f"{built}, up to {entry.phase.steps:,} steps"
 
 
 def _advice(plan: Plan, options: PlanOptions, ways: Sequence[Way]) -> list[str]:

@@ -8,8 +8,14 @@ from pathlib import Path
 from pipeline.config import AUTO_ID, EvaluationConfig, OptimizerConfig, ReportConfig, RunConfig
 from pipeline.data_config import DataConfig
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+from pipeline.systems.neuromorphic.guide_flags import TOKENIZERS, in_own_flags
 
-TOKENIZER = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+__all__ = [
+    "in_own_flags", "neuromorphic", "neuromorphic_phase_a_to_b", "neuromorphic_phase_a_to_c",
+    "neuromorphic_phase_c_from_ckpt", "neuromorphic_quick_test", "neuromorphic_tiny",
+]  # fmt: skip
+
+TOKENIZER = TOKENIZERS["tinyllama"]
 """Of 32,000 ids."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pty
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.callbacks.progress import ProgressLines, clock
+from pipeline.phases import Phases
 from pipeline.system import Evaluation
 from tests.callbacks.conftest import CountingSystem, NamedSystem
 
@@ -225,9 +227,13 @@ def test_a_terminal_gets_a_bar_and_the_log_the_lines(
     ("step", "changes"),
     [(7, {}), (50_000, {"loss": 11.7654, "tok_s": 1_234_567.0}), (1, {"tok_s": 0.5, "grad_norm": None, "mfu": 0.412})],
 )
+@pytest.mark.parametrize("measured", [True, False])
 def test_the_bar_fits_a_terminal_of_80_columns(
-    make_run, record, monkeypatch: pytest.MonkeyPatch, step: int, changes: dict[str, Any]
+    make_run, record, monkeypatch: pytest.MonkeyPatch, step: int, changes: dict[str, Any], measured: bool
 ) -> None:
+    """`measured`: whether the system's loss has nats per token, whose perplexity is then shown."""
+    if not measured:
+        changes = {**changes, "token_loss": None}
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     with os.fdopen(theirs, "w") as terminal:
@@ -247,7 +253,28 @@ def test_the_bar_fits_a_terminal_of_80_columns(
     for name in (r"\| loss \d+\.\d{4} ", r" lr \d\.\d\de-\d\d ", r" [\d.]+[KM]? tok/s ", r" ETA \d+:\d\d:\d\d\s*$"):
         assert re.search(name, last), last
     bar = re.search(r"\|(.*)\|", last)
-    assert bar is not None and len(bar[1]) >= 10, "something of a bar is left"
+    assert bar is not None and len(bar[1]) >= (3 if measured else 10), "something of a bar is left"
+    ppl = {2.5: "12.2", 11.7654: "129K"}[changes.get("loss", 2.5)]
+    assert (f" ppl {ppl} " in last) is measured and ("ppl" in last) is measured
+
+
+def test_the_bar_names_the_phase_of_several_and_a_perplexity_of_nats_alone(
+    make_run, record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run = make_run(steps=150)
+    run.phases = Phases((run.phase, dataclasses.replace(run.phase, name="next")))
+    lines = ProgressLines(run)
+    lines.on_start()
+    for changes, shown in (
+        ({"loss": 3.0, "token_loss": 2.5}, "train  loss 3.0000  ppl 12.2  lr"),
+        ({"loss": 3.0, "token_loss": None}, "train  loss 3.0000  lr"),
+        ({"token_loss": 800.0}, "ppl inf  lr"),
+        ({"token_loss": 60.0}, "ppl 1e+26  lr"),
+    ):
+        lines.on_step(record(1, **changes))
+        assert lines.bar is not None and shown in lines.bar.desc
+    lines.on_end("stopped")
 
 
 @pytest.mark.parametrize("bar", ["None", "tqdm(total=3)"])

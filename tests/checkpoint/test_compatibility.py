@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
-from pipeline.checkpoint.compatibility import check_resumable
-from pipeline.config import replace
+from pipeline.checkpoint.compatibility import check_resumable, check_sizes
+from pipeline.config import RunConfig, replace
 from pipeline.config_file import to_plain
 from pipeline.data_config import RecallConfig
 from pipeline.errors import UserError
 from pipeline.recipes.miras import miras_recall, miras_tiny
+from pipeline.recipes.neuromorphic import neuromorphic_tiny
 from pipeline.systems.miras.config import MirasConfig
 from tests.checkpoint.small_runs import save
 from tests.checkpoint.whole import change_facts, write_whole
@@ -26,6 +28,26 @@ def test_a_checkpoint_of_another_system_is_refused(make_run) -> None:
     change_facts(folder, system="olmo")
     with pytest.raises(UserError, match=rf"{folder} was saved with system olmo, this run has miras"):
         check_resumable(make_run().config, folder)
+
+
+def test_weights_of_other_sizes_are_refused_by_what_differs_in_the_model(tmp_path: Path, make_run) -> None:
+    def refusal(config: RunConfig) -> str:
+        with pytest.raises(UserError) as refused:
+            check_sizes(config, nn.Linear(4, 2), folder)
+        return str(refused.value)
+
+    config, folder = make_run().config, save(make_run(), 7)
+    check_sizes(config, nn.Linear(3, 2), folder)
+    check_sizes(config, nn.Linear(4, 2), tmp_path / "absent")
+    # Nothing that differs in the model explains it: the tensor is refused by its name, where it is read.
+    check_sizes(config, nn.Linear(4, 2), folder)
+    rule = replace(config, model__memory=dataclasses.replace(config.model.memory, rule="delta"))
+    assert refusal(rule) == (
+        f"--init-from {folder} was trained with --model.memory.rule titans, this run has delta, and its 'weight' is"
+        " (2, 3) in place of (2, 4): give --model.memory.rule titans, or a checkpoint that was trained with delta"
+    )
+    with pytest.raises(UserError, match="was saved with system miras, this run has neuromorphic: give a checkpoint"):
+        check_sizes(neuromorphic_tiny(), nn.Linear(4, 2), folder)
 
 
 @pytest.mark.parametrize("flipped", [1, 128])

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint.manifest import BEST, MANIFEST, complete_checkpoints, point, pointed, prune_old, step_of
+from pipeline.checkpoint.manifest import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    complete_checkpoints,
+    point,
+    pointed,
+    prune_old,
+    step_of,
+)  # fmt: skip
 from pipeline.checkpoint.restore import read_progress
 from pipeline.checkpoint.save import Saver
 from pipeline.config import replace
@@ -108,6 +117,36 @@ def test_the_best_takes_the_place_of_no_other(present: set[int], keep: int, ever
     assert left == pruned(present, set(), keep, 60, every, False)[0] | ({best} & present)
 
 
+@pytest.mark.parametrize("keep, left", [(1, [100, 160, 200]), (2, [100, 160, 180, 200])])
+def test_the_ends_of_earlier_phases_are_kept_beside_the_newest(make_run, keep: int, left: list[int]) -> None:
+    run = make_run(keep=keep)
+    run.progress.phase = "A"
+    for step in (50, 100):
+        save(run, step)
+    run.progress.enter("B")
+    for step in (150, 160):
+        save(run, step)
+    assert steps(run) == ([100, 160] if keep == 1 else [100, 150, 160])
+    run.progress.enter("C")
+    # A start goes on from what the checkpoint knows.
+    run.progress = read_progress(save(run, 180))
+    assert run.progress.phase_ends == (100, 160)
+    save(run, 200)
+    assert steps(run) == left
+
+
+@given(STEPS, st.integers(1, 5), st.integers(1, 60), st.sets(st.integers(0, 60), max_size=3))
+def test_ends_of_phases_take_the_place_of_no_other(present: set[int], keep: int, saved: int, ends: set[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for step in present:
+            (folder / f"checkpoint-{step}").mkdir()
+            (folder / f"checkpoint-{step}" / MANIFEST).write_text("{}")
+        prune_old(folder, keep, saved, ends=ends)
+        left = {step_of(path) for path in complete_checkpoints(folder)}
+    assert left == pruned(present, set(), keep, saved, 0, False)[0] | (ends & present)
+
+
 def judged(run: Run, step: int, loss: float) -> Path:
     """A checkpoint that knows of an evaluation at its step."""
     run.progress.step = step
@@ -182,3 +221,14 @@ def test_the_best_of_a_phase_stays_until_the_next_one_has_one(make_run) -> None:
 def test_a_file_that_names_no_checkpoint_is_itself(tmp_path: Path, text: str) -> None:
     (tmp_path / BEST).write_text(text)
     assert pointed(tmp_path / BEST) == tmp_path / BEST and pointed(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("name", [LATEST, BEST])
+def test_a_pointer_is_also_meant_by_the_name_of_one_file(tmp_path: Path, name: str) -> None:
+    single = tmp_path / f"{name}.pt"
+    assert pointed(single) == single, "nothing is there"
+    point(tmp_path / name, "checkpoint-7")
+    assert pointed(single) == pointed(tmp_path / name) == tmp_path / "checkpoint-7"
+    assert pointed(tmp_path / "other.pt") == tmp_path / "other.pt"
+    single.write_bytes(b"a file of its own")
+    assert pointed(single) == single

@@ -103,6 +103,8 @@ def test_a_control_is_asked_for_before_a_model_is_loaded(tmp_path: Path) -> None
         (["--suite", "recal"], "--suite 'recal': give one of .*recall.*, or leave it out"),
         (["--suite", "recall", "--lengths", "1K"], "--lengths '1K': give whole numbers above 0, such as 1024,16384"),
         (["--suite", "recall", "--lengths", "0"], "--lengths '0': give whole numbers"),
+        (["--suite", "lifelong", "--documents", "2,1"], "^--documents '2,1': give rising numbers: --documents 1,2$"),
+        (["--suite", "lifelong", "--lengths", "64,64"], "--lengths '64,64': give rising numbers: --lengths 64$"),
         (["--suite", "recall", "--queries", "3,4"], "--queries '3,4': give one number"),
         (["--suite"], "--suite needs a value"),
         (

@@ -14,6 +14,8 @@ from pipeline.model_config import MAY_CHANGE, ModelConfig, Suppress, at_least
 PHASES = ("A", "B", "C")
 """A: working and procedural memory; B: episodic memory too; C: both outlive documents (lifelong)."""
 Tier = Literal["a", "a_wide", "b", "c", "tiny"]
+DataPhase = Literal["A", "B", "B-streaming", "B-diverse", "C", "C-synthetic", "D", "E", "longctx"]
+"""Names of sets of documents."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ class NeuromorphicConfig(ModelConfig):
     are not scaled by what is forgotten."""
     lifelong_steps: int | None = field(default=None, metadata=MAY_CHANGE)
     """Steps of phase C in place of those of --steps, which takes its place where it is given."""
-    data_phase: Annotated[Literal["A", "B"] | None, tyro.conf.arg(aliases=["--data-phase"])] = field(
+    data_phase: Annotated[DataPhase | None, tyro.conf.arg(aliases=["--data-phase"])] = field(
         default=None, metadata=MAY_CHANGE
     )
-    """Set of documents that every phase reads where --data names no source. A: TinyStories; B: FineWeb-Edu
-    (sample-10BT) .6 and DCLM .4; without: A in phase A, B in phases B and C."""
-    val_data_phase: Annotated[Literal["A", "B"] | None, tyro.conf.arg(aliases=["--val-data-phase"])] = field(
+    """Set of documents that every phase reads where --data names no source. A: TinyStories; B, B-streaming: FineWeb-Edu
+    .6, DCLM .4; B-diverse: FineWeb-Edu .7, SlimPajama .3; C: FineWeb-Edu .5, DCLM .35, FineMath .15; C-synthetic:
+    Cosmopedia for DCLM; D: FineMath .5, OpenWebMath .5; E: FineWeb-Edu .7, Wikipedia .3; longctx: Wikipedia. Without: A
+    in phase A, B in phases B and C."""
+    val_data_phase: Annotated[DataPhase | None, tyro.conf.arg(aliases=["--val-data-phase"])] = field(
         default=None, metadata=MAY_CHANGE
     )
     """Set whose held-out documents are evaluated, of all phases; without: that of training."""

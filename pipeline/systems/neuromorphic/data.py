@@ -24,16 +24,27 @@ from pipeline.errors import UserError
 from pipeline.lm.held_out_files import open_files
 from pipeline.parallel.topology import Topology
 from pipeline.system import Phase
-from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+from pipeline.systems.neuromorphic.config import DataPhase, NeuromorphicConfig
 
 TINY_STORIES = "roneneldan/TinyStories"
 FINEWEB, DCLM = "HuggingFaceFW/fineweb-edu:sample-10BT", "mlfoundations/dclm-baseline-1.0"
-SETS: Mapping[str, Mapping[str, Any]] = {
+SLIM_PAJAMA, COSMOPEDIA = "DKYoon/SlimPajama-6B", "HuggingFaceTB/cosmopedia:web_samples_v2"
+FINE_MATH, OPEN_WEB_MATH = "HuggingFaceTB/finemath:finemath-4plus", "open-web-math/open-web-math"
+WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
+WEB = (f"{FINEWEB}=0.6", f"{DCLM}=0.4")
+SETS: Mapping[DataPhase, Mapping[str, Any]] = {
     "A": {"dataset": TINY_STORIES},
-    "B": {"mix": (f"{FINEWEB}=0.6", f"{DCLM}=0.4")},
+    "B": {"mix": WEB},
+    "B-streaming": {"mix": WEB},
+    "B-diverse": {"mix": (f"{FINEWEB}=0.7", f"{SLIM_PAJAMA}=0.3")},
+    "C": {"mix": (f"{FINEWEB}=0.5", f"{DCLM}=0.35", f"{FINE_MATH}=0.15")},
+    "C-synthetic": {"mix": (f"{FINEWEB}=0.5", f"{COSMOPEDIA}=0.35", f"{FINE_MATH}=0.15")},
+    "D": {"mix": (f"{FINE_MATH}=0.5", f"{OPEN_WEB_MATH}=0.5")},
+    "E": {"mix": (f"{FINEWEB}=0.7", f"{WIKIPEDIA}=0.3")},
+    "longctx": {"dataset": WIKIPEDIA},
 }
 """Sets of documents by the names of `--data-phase`, as fields of the data section."""
-SET_OF_PHASE = {"A": "A", "B": "B", "C": "B"}
+SET_OF_PHASE: Mapping[str, DataPhase] = {"A": "A", "B": "B", "C": "B"}
 """The set that a phase reads where nothing else is said."""
 
 

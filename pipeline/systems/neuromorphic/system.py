@@ -29,7 +29,7 @@ from pipeline.systems.neuromorphic.evaluation.pictures import panels
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
 from pipeline.systems.neuromorphic.phases import USES, create_phases, run_phases
 from pipeline.systems.neuromorphic.state import Uses
-from pipeline.systems.neuromorphic.weights import initialise, parameter_parts
+from pipeline.systems.neuromorphic.weights import initialise, parameter_parts, published
 
 TERM, STRENGTHS = "cross_entropy", "strengths"
 """Loss terms: of the labels, and the penalty on strengths near their budget, a mean over streams."""
@@ -168,6 +168,10 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
     def parameter_parts(self) -> Mapping[str, int]:
         """Parameters by the part of the model."""
         return parameter_parts(self._without_storage)
+
+    def published_parameters(self, phase: Phase) -> int | None:
+        """As `StatesParameters.published_parameters`."""
+        return published(self._without_storage, phase.name) if self.sizes.as_published else None
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """As `Compiles.blocks`: the recurrent layers."""

@@ -29,6 +29,7 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("columns", ("column_input.", "layers.")),
 )
 """Parts of the model and how the names of their parameters begin; the first that fits has it."""
+WRITES_EPISODES = ("episodic.neuromodulator.", "episodic.novelty.")
 GAINS = ("norm.weight", "norm_weight")
 LEARNED = ("decoder.layers", "decoder.summary", "decoder.kinds", "decoder.columns", "decoder.thalamic")
 
@@ -75,6 +76,12 @@ def is_vector(name: str) -> bool:
 def trained(name: str, phase: str) -> bool:
     """Whether a phase, A, B or C, trains a parameter: in A there is no episodic memory."""
     return phase != "A" or part_of(name) != "episodic memory"
+
+
+def published(model: nn.Module, phase: str) -> int:
+    """Parameters that the published system builds in a phase: what writes episodic memory only from phase B on."""
+    left_out = WRITES_EPISODES if phase == "A" else ()
+    return sum(full_shape(x).numel() for name, x in model.named_parameters() if not name.startswith(left_out))
 
 
 def parameter_parts(model: nn.Module) -> Mapping[str, int]:

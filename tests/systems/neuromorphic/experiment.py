@@ -1,7 +1,8 @@
 """Whether the memories are used: a small model learns to answer questions about facts that its window no longer sees.
 
-Phase B: facts asked for in the document that tells them. Phase C, from there: also in later documents, with memories
-that outlive documents. The facts, their layout and distances are those of `pipeline.systems.neuromorphic.facts`.
+Phase A: one fact, which procedural memory alone holds. Phase B: facts asked for in the document that tells them. Phase
+C, from there: also in later documents, with memories that outlive documents. The facts, their layout and distances are
+those of `pipeline.systems.neuromorphic.facts`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
 from pipeline.systems.neuromorphic.state import EpisodicState, ProceduralState, StreamState, Uses
 from pipeline.systems.neuromorphic.weights import initialise, is_vector
 
+Memory = TypeVar("Memory", ProceduralState, EpisodicState)
 SPAN = WINDOW = 16
 LENGTH = 64
 """Tokens of a step: four spans, through which gradients reach what was written."""
@@ -28,7 +30,7 @@ ONE = FactsConfig(keys=64, values=16, fillers=8, facts=1, within=1, least_distan
 """What the memory says is learned from one fact: where it is alone, whatever is read is about it."""
 WITHIN = dataclasses.replace(ONE, facts=3, within=3, least_tokens=40, most_tokens=52)
 LATER = dataclasses.replace(WITHIN, facts=4, within=2, documents=2)
-
+PHASE_A = Uses(episodic="absent")
 
 RESTART = 16
 """Steps after which new streams begin."""
@@ -117,10 +119,16 @@ def detached(state: StreamState) -> StreamState:
 
 @torch.no_grad()
 def right_answers(
-    model: NeuromorphicModel, task: FactsConfig, uses: Uses, *, tokens: int = 512, rows: int = 32, swapped: bool = False
+    model: NeuromorphicModel,
+    task: FactsConfig,
+    uses: Uses,
+    *,
+    tokens: int = 512,
+    rows: int = 32,
+    swapped: Literal["procedural", "episodic"] | None = None,
 ) -> tuple[float, float]:
     """Share of right answers about facts of the same document and of earlier ones (nan where none is asked for), in
-    held-out text behind its first 64 tokens. swapped: at every span, each stream gets the episodes of another one."""
+    held-out text behind its first 64 tokens. swapped: at every span, each stream gets this memory of another one."""
     length = SPAN if swapped else LENGTH
     loader = FactsLoader(task, sequence_length=length, batch_size=rows, seed=1, held_out=True)
     state = model.initial_state(rows, torch.device("cpu"))
@@ -128,7 +136,7 @@ def right_answers(
     for begun in range(0, tokens, length):
         data = loader.next_step()[0]
         if swapped:
-            state = dataclasses.replace(state, episodic=rolled(state.episodic))
+            state = dataclasses.replace(state, **{swapped: rolled(getattr(state, swapped))})
         out = model(data.input_ids, data.labels, data.segment_ids, data.positions, state, uses, predict=True)
         state = out.state
         for index, about in enumerate((data.documents == 0, data.documents > 0)):
@@ -139,8 +147,9 @@ def right_answers(
     return within, later
 
 
-def rolled(state: EpisodicState) -> EpisodicState:
-    return EpisodicState(state.keys.roll(1, 0), state.values.roll(1, 0), state.strengths.roll(1, 0))
+def rolled(memory: Memory) -> Memory:
+    """A memory whose rows are those of the next stream."""
+    return dataclasses.replace(memory, **{name: rows.roll(1, 0) for name, rows in vars(memory).items()})
 
 
 def similarity(rows: Tensor, strengths: Tensor) -> float:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from pipeline.commands.flags import parse_run
 from pipeline.config import RunConfig
-from pipeline.data_config import RecallConfig
+from pipeline.data.batch import StatefulLoader, TokenBatch
+from pipeline.data_config import RecallConfig, mix_weights
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
+from pipeline.systems.neuromorphic import data
 from pipeline.systems.neuromorphic.config import PHASES
-from pipeline.systems.neuromorphic.data import DCLM, FINEWEB, TINY_STORIES, phase_data
+from pipeline.systems.neuromorphic.data import DCLM, FINEWEB, SETS, TINY_STORIES, phase_data
 from tests.systems.neuromorphic.harness import created, documents, small
 
+STEPS, NAME = 3, 4
+"""Of a phase, few enough for one reading of the documents; and characters of the name of a document."""
 MIX = (f"{FINEWEB}=0.6", f"{DCLM}=0.4")
 
 
@@ -45,11 +52,18 @@ def test_a_set_is_chosen_for_all_phases() -> None:
         parsed("--data-phase", "Z")
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_of_the_guides_has_a_name(name: str) -> None:
+    config = parsed("--data-phase", name)
+    section = phase_data(config, "A")
+    assert sources(config) == [SETS[name].get("dataset") or SETS[name]["mix"]] * 3  # type: ignore[index]
+    if section.mix:
+        assert sum(mix_weights(section.mix).values()) == pytest.approx(1)
+
+
 def test_held_out_documents_are_no_training_documents_of_any_phase(tmp_path: Path) -> None:
     documents(tmp_path / "documents")
     system = created(small(tmp_path, sequence_length=64))
-    import torch
-
     with torch.device("meta"):
         phases = system.phases(system.build())
     texts = {}
@@ -62,6 +76,70 @@ def test_held_out_documents_are_no_training_documents_of_any_phase(tmp_path: Pat
     assert texts["training"] and texts["held out"] and not texts["training"] & texts["held out"]
     # The loader of one phase goes on where that of the one before stood.
     assert [phase.keep_carry for phase in phases] == [False, True, True]
+
+
+def read(loader: StatefulLoader[TokenBatch], steps: int) -> tuple[set[str], set[str], dict[str, Any]]:
+    """Of some steps, the documents that begin and those that go on, as far as read; and the loader's state."""
+    batches = [batch for _ in range(steps) for batch in loader.next_step()]
+    begun: set[str] = set()
+    going_on: set[str] = set()
+    parts = ("input_ids", "segment_ids", "positions")
+    joined = [torch.cat([getattr(batch, name) for batch in batches], 1) for name in parts]
+    for ids, segments, positions in zip(*joined, strict=True):
+        for segment in segments.unique():
+            here = segments == segment
+            text = bytes(ids[here][ids[here] < 256].tolist()).decode()
+            (begun if positions[here][0] == 0 else going_on).add(text)
+    return begun, going_on, loader.state_dict()
+
+
+@pytest.mark.parametrize("own_sets", [False, True], ids=["one set", "sets of the phases"])
+def test_no_document_begins_in_two_phases_or_is_evaluated(
+    own_sets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the engine opens them: the loader of a phase that goes on gets the place of the one before."""
+    changes: dict[str, Any] = {"sequence_length": 64}
+    if own_sets:
+        folders = {name: numbered(tmp_path / name, name) for name in "XYZ"}
+        sets = {"A": {"path": (folders["X"],)}, "B": {"mix": (f"{folders['Y']}=0.6", f"{folders['Z']}=0.4")}}
+        monkeypatch.setattr(data, "SETS", sets)
+        changes["data__path"] = ()
+    else:
+        changes["data__path"] = (numbered(tmp_path / "W", "W"),)
+    system = created(small(tmp_path, **changes))
+    with torch.device("meta"):
+        phases = system.phases(system.build())
+    assert [phase.keep_carry for phase in phases] == [False, not own_sets, True]
+    begun: dict[str, set[str]] = {}
+    held_out: set[str] = set()
+    place: dict[str, Any] = {}
+    for phase in phases:
+        loader = system.loader(phase, Topology())
+        if phase.keep_carry:
+            loader.load_state_dict(place)
+        begun[phase.name], going_on, place = read(loader, STEPS)
+        assert len(names_of(begun[phase.name])) > 15
+        assert bool(going_on) == phase.keep_carry, "what a phase was reading at its end, the next reads on"
+        evaluated, _, _ = read(system.held_out(phase, Topology()), STEPS)
+        held_out |= evaluated
+    names = {phase: names_of(texts) for phase, texts in begun.items()}
+    for one, other in itertools.combinations("ABC", 2):
+        assert not names[one] & names[other], (one, other)
+    assert len(names_of(held_out)) > 10
+    assert not names_of(held_out) & set.union(*names.values())
+
+
+def numbered(folder: Path, name: str, count: int = 200) -> str:
+    """A folder of short documents that begin with a name of their own."""
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:03d}.txt").write_text(f"{name}{number:0{NAME - 1}d} " + "word " * (number % 5))
+    return str(folder)
+
+
+def names_of(texts: set[str]) -> set[str]:
+    """Of documents that were read as far as their names."""
+    return {text[:NAME] for text in texts if len(text) >= NAME}
 
 
 def test_the_vocabulary_is_that_of_what_is_read(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_facts_are_told_beyond_the_window_and_in_later_documents(record_property
     record_property("steps, lifelong", steps)
     ways = {name: dataclasses.replace(uses, lifelong=True) for name, uses in ways.items()}
     found = {name: right_answers(model, LATER, uses) for name, uses in ways.items()}
-    found["swapped"] = right_answers(model, LATER, LIFELONG, swapped=True)
+    found["swapped"] = right_answers(model, LATER, LIFELONG, swapped="episodic")
     seconds = time.monotonic() - begun
     for name, share in within.items():
         record_property(f"right within a document, {name}", round(share, 3))
@@ -63,3 +63,28 @@ def test_facts_are_told_beyond_the_window_and_in_later_documents(record_property
     assert found["without both"][0] <= ABSENT
     assert found["without episodic"][1] <= ABSENT
     assert found["swapped"][1] <= ABSENT
+
+
+@pytest.mark.slow
+def test_procedural_memory_alone_holds_a_fact(record_property) -> None:
+    """In phase A there is no episodic memory, and the question comes when the window no longer sees the fact."""
+    begun = time.monotonic()
+    model, uses = experiment.new_model(experiment.config()), experiment.PHASE_A
+    state, steps = train(model, ONE, uses, most=600, enough=0.95)
+    found = {
+        "all": right_answers(model, ONE, uses)[0],
+        "without procedural": right_answers(model, ONE, dataclasses.replace(uses, procedural="empty"))[0],
+        "procedural of another stream": right_answers(model, ONE, uses, swapped="procedural")[0],
+    }
+    seconds = time.monotonic() - begun
+    for name, share in found.items():
+        record_property(f"right within a document, phase A, {name}", round(share, 3))
+    strengths = state.procedural.strengths.sum(-1).mean().item()
+    record_property("steps, phase A", steps)
+    record_property("sum of the strengths of procedural slots", round(strengths, 4))
+    record_property("seconds, phase A", round(seconds))
+    print(found, f"strengths {strengths:.4f}", f"{seconds:.0f} s on {torch.get_num_threads()} threads")
+
+    assert found["all"] >= LEARNED
+    assert found["without procedural"] <= ABSENT
+    assert found["procedural of another stream"] <= ABSENT

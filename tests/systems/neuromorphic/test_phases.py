@@ -104,8 +104,20 @@ def test_a_phase_with_text_of_its_own_begins_with_empty_streams() -> None:
 
 
 def test_plan_shows_what_is_built_and_what_each_phase_trains() -> None:
-    text = render(parsed("neuromorphic --preset phase_a_to_c"), PlanOptions())
-    assert "phase A" in text and "phase C" in text and "episodic memory" in text
+    text = " ".join(render(parsed("neuromorphic --preset phase_a_to_c"), PlanOptions()).split())
+    for phase, trained, steps in (
+        ("A", "94,203,744", "5,000"),
+        ("B", "102,131,886", "5,000"),
+        ("C", "102,131,886", "2,500"),
+    ):
+        assert f"phase {phase} 102,131,886 built, {trained} trained, up to {steps} steps" in text
+    assert "episodic memory" in text and "published" not in text
+
+
+def test_plan_has_the_published_counts_beside_ours() -> None:
+    text = " ".join(render(parsed("neuromorphic --model.as-published"), PlanOptions()).split())
+    assert "phase A 102,726,510 built (published: 102,704,928), 94,798,368 trained" in text
+    assert "phase B 102,726,510 built (published: 102,726,510), 102,726,510 trained" in text
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class ContextMeasures:
             scalars[f"effective_rank/{name}_train_all"] = self._whole[name]
         scalars["effective_rank/train_all"] = self._whole_rank(reader, sync_point)
         scalars["effective_rank/gaussian_train_all"] = gaussian_rank(tokens, width) / width
-        scalars["tokens/train"] = scalars["effective_rank/train_all_tokens"] = float(tokens)
+        scalars["tokens/train"] = float(tokens)
         scalars["tokens/val"] = float(self.reading.available(training=False))
         probes = {"trained": self.probe(reader, sync_point)}
         for name, published in UNTRAINED.items():

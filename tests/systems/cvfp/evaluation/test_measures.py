@@ -79,7 +79,7 @@ def test_everything_is_written_and_drawn(tmp_path: Path) -> None:
     scalars = json.loads((tmp_path / "evaluation.json").read_text())["scalars"]
     # What is not finite is written as nothing.
     assert [name for name, value in scalars.items() if value is None] == []
-    assert scalars["effective_rank/train_all_tokens"] == suite.reading.available(training=True)
+    assert scalars["tokens/train"] == suite.reading.available(training=True)
     assert set(scalars) >= {
         "probe/context",
         "probe/embedding",

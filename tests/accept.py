@@ -83,8 +83,7 @@ EXPERIMENTS = {
     ),
     "compiled": Experiment(
         "compiled blocks train as others do",
-        ("tests/test_compilation.py", "tests/systems/neuromorphic/test_compile.py"), 6,
-        "train_alike or compiled_layers",
+        ("tests/test_compilation.py", "tests/systems/neuromorphic/test_compile.py"), 6, "train_alike",
     ),
     "long_prompt": Experiment(
         "a prompt of a million tokens is read in the memory and at the speed of a short one",

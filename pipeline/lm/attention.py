@@ -29,6 +29,8 @@ from pipeline.parallel.topology import Topology
 ATTENTION_NAME = "mnemos"
 """The name under which transformers knows our attention."""
 
+Attention = Callable[..., Tensor]
+"""attention(q, k, v, scale, *tokens): the output of attention [batch, sequence, heads / degree, dim]."""
 Refine = Callable[..., Tensor]
 """refine(q, k, v, out, scale, *tokens): another output of attention, like `out` [batch, sequence, heads / degree,
 dim]."""
@@ -40,7 +42,10 @@ class Beside(NamedTuple):
     gate: Tensor | None = None
     """Multiplies the output, [batch, sequence / degree, width]."""
     tokens: Sequence[Tensor] = ()
-    """[batch, sequence / degree, heads, ...] each; exchanged with queries, keys and values, for `refine`."""
+    """[batch, sequence / degree, heads, ...] each; exchanged with queries, keys and values, for `refine` or
+    `attention`."""
+    attention: Attention | None = None
+    """In place of attention to the window, whose carry stays what it is; called as `refine` is."""
     refine: Refine | None = None
     """Called with all of the sequence and this rank's heads; q and k are unrotated."""
 
@@ -79,6 +84,11 @@ class AttentionCall:
         q, k, v, *tokens = to_heads([*(x.transpose(1, 2) for x in (query, key, value)), *beside.tokens], topology)
         if self.plan.kind == "full":
             out = full_attention(q, k, v, self.plan, scale=scaling)
+        elif beside.attention is not None:
+            assert self.plan.carry is not None
+            index = layer_number(module)
+            out = beside.attention(q, k, v, scaling, *tokens)
+            self.after[index] = self.plan.carry.cut(k, v, self.before[index])
         else:
             index = layer_number(module)
             out, self.after[index] = window_attention(q, k, v, self.plan, self.before[index], scale=scaling)

@@ -1,12 +1,13 @@
 """Gap closed: the share of what a window costs that a memory gives back by remembering, not by adapting to the data.
 
-Five mean losses of the same labels, those at document positions from the window on, of held-out documents:
+Mean losses of the same labels, those at document positions from the window on, of held-out documents:
 
     L_window   without memory
     L_full     without memory, with full attention as far as the backbone was trained
     L_memory   the model
     L_emptied  the same weights with nothing in memory from beyond the window
     L_swapped  the same weights with the memory state of another document put in at every border of the window
+    L_equal    without memory, with a window longer by as many keys and values as the memory's state has room for
 
     gap closed            = (min(L_window, L_emptied) - L_memory) / (L_window - L_full)
     worth of remembering  = L_emptied - L_memory
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.documents import DocumentSums
-from pipeline.lm.gap_report import EMPTIED, FULL, MEMORY, SWAPPED, WINDOW, gap_report
+from pipeline.lm.gap_report import EMPTIED, EQUAL, FULL, MEMORY, SWAPPED, WINDOW, gap_report
 from pipeline.lm.held_out import Evaluated
 from pipeline.lm.whole_documents import Document, documents_beyond, group_size, grouped, pieces, rounds
 from pipeline.runtime.sync import SyncPoint
@@ -32,7 +33,7 @@ from pipeline.system import Carry, CarryEntry, Evaluation, Phase, StepContext
 
 @dataclass(frozen=True)
 class GapModes:
-    """How a system is run for the five losses: `StepContext.options` of each."""
+    """How a system is run for the losses: `StepContext.options` of each."""
 
     tokens: int
     """Of the window: that of attention, at whose multiples a memory is emptied."""
@@ -43,12 +44,14 @@ class GapModes:
     """Of the longest document's tokens; None where the backbone was trained at no more than the window."""
     is_state: Callable[[str], bool]
     """Whether an entry of the carry, by its name, is the memory's state: what is swapped."""
+    equal: Mapping[str, Any] | None = None
+    """Of a window without memory whose keys and values take as much room as the window and the memory's state."""
 
 
 def measure_gap(
     system: Evaluated, model: nn.Module, phase: Phase, sync_point: SyncPoint, modes: GapModes
 ) -> Evaluation:
-    """The five losses in all and by position, gap closed and worth of remembering, with their intervals. Collective.
+    """The losses in all and by position, gap closed and worth of remembering, with their intervals. Collective.
 
     Each document has a row of its own from its start. All but the swapped pass take steps of `--sequence-length`
     tokens. The swapped pass takes steps of a window: a rule whose result depends on where its chunks begin is compared
@@ -83,6 +86,8 @@ class _Measure:
         modes, length = self.modes, self.system.config.sequence_length
         for batches, longest in self._batches(documents, length, least=1):
             named = {WINDOW: modes.window, MEMORY: modes.memory, EMPTIED: modes.emptied}
+            if modes.equal is not None:
+                named[EQUAL] = modes.equal
             if modes.full is not None:
                 named[FULL] = modes.full(longest)
             done: list[tuple[Mapping[str, Any], list[Tensor]]] = []

@@ -1,4 +1,4 @@
-"""What the five losses of `gap_closed` say: scalars, and curves by position, with intervals over documents."""
+"""What the losses of `gap_closed` say: scalars, and curves by position, with intervals over documents."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from torch import Tensor
 from pipeline.lm.documents import documents_per_bin, interval
 from pipeline.system import Curve, Evaluation
 
-WINDOW, FULL, MEMORY, EMPTIED, SWAPPED = "window", "full", "memory", "emptied", "swapped"
-"""The five losses."""
+WINDOW, FULL, MEMORY, EMPTIED, SWAPPED, EQUAL = "window", "full", "memory", "emptied", "swapped", "equal"
+"""The losses."""
 LABELS = {
     WINDOW: "window, memory off",
     FULL: "full attention, memory off",
     MEMORY: "memory",
     EMPTIED: "memory emptied at every window",
     SWAPPED: "memory of another document",
+    EQUAL: "window of equal state, memory off",
 }
 """Their curves."""
-CLOSED, WORTH, SWAP = "gap closed", "worth of remembering", "worth of the document's own state"
+CLOSED, CLOSED_EQUAL = "gap closed", "by a window of equal state"
+WORTH, SWAP = "worth of remembering", "worth of the document's own state"
 
 Sums = Mapping[str, Tensor]
 
@@ -58,7 +60,9 @@ def _statistics(sums: Sums) -> dict[str, Callable[[Sums], Found]]:
     if SWAPPED in sums:
         found["swap_cost"] = partial(_found, partial(_difference, SWAPPED, MEMORY))
     if FULL in sums:
-        found["closed"] = _closed_with_interval
+        found["closed"] = partial(_with_interval, _closed)
+        if EQUAL in sums:
+            found["closed_equal"] = partial(_with_interval, _closed_by_equal_state)
     return found
 
 
@@ -86,9 +90,15 @@ def _closed(sums: Sums) -> Tensor:
     return closed.masked_fill(gap <= 0, torch.nan)
 
 
-def _closed_with_interval(sums: Sums) -> Found:
+def _closed_by_equal_state(sums: Sums) -> Tensor:
+    """What a window without memory closes of the gap when it is as much longer as the memory's state is large."""
+    gap = sums[WINDOW] - sums[FULL]
+    return ((sums[WINDOW] - sums[EQUAL]) / gap).masked_fill(gap <= 0, torch.nan)
+
+
+def _with_interval(statistic: Callable[[Sums], Tensor], sums: Sums) -> Found:
     """Without an interval where that of the gap itself reaches 0: the ratio could then be anything."""
-    value, low, high = _found(_closed, sums)
+    value, low, high = _found(statistic, sums)
     at_least, _ = interval(sums, partial(_difference, WINDOW, FULL))
     known = [bottom > 0 for bottom in at_least]
     ends = (tuple(end if sure else math.nan for end, sure in zip(side, known, strict=True)) for side in (low, high))
@@ -131,6 +141,8 @@ def _curves(sums: dict[str, Tensor], window: int, bins: int) -> dict[str, Curve]
         )
     if "closed" in statistics:
         closed = {CLOSED: statistics["closed"]}
+        if "closed_equal" in statistics:
+            closed[CLOSED_EQUAL] = statistics["closed_equal"]
         curves["gap_closed"] = curve(
             "Gap closed by position", "share of the gap between window\nand full attention", closed,
             {"nothing": 0.0, "full attention": 1.0},

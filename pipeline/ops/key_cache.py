@@ -131,6 +131,17 @@ class KeyCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: TokenPlan, scale: float) -> Tensor:
         """Takes in k and v [rows, key-value heads, 1, dim], then the attention of q [rows, heads, 1, dim], like q; q
         and k come before RoPE."""
+        self.take(k, v, plan)
+        if plan.sink_rotation is not None:
+            self.rotated[:, :, : self.sinks] = turn(self.keys[:, :, : self.sinks], *plan.sink_rotation)
+        # The heads of a group are queries of one call: repeated keys would be copies of the window.
+        grouped = turn(q, *plan.rotation).reshape(*k.shape[:2], -1, k.shape[-1])
+        keys, values = self.rotated[:, :, plan.seen], self.values[:, :, plan.seen]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=scale)
+        return out.reshape(q.shape)
+
+    def take(self, k: Tensor, v: Tensor, plan: TokenPlan) -> None:
+        """Takes in k, before RoPE, and v [rows, key-value heads, 1, dim]."""
         self._reserve(plan.slots)
         self.keys[plan.rows, :, plan.place] = k[:, :, 0]
         self.values[plan.rows, :, plan.place] = v[:, :, 0]
@@ -139,13 +150,6 @@ class KeyCache:
             rows, index = plan.new_sinks
             self.keys[rows, :, index] = k[rows, :, 0]
             self.values[rows, :, index] = v[rows, :, 0]
-        if plan.sink_rotation is not None:
-            self.rotated[:, :, : self.sinks] = turn(self.keys[:, :, : self.sinks], *plan.sink_rotation)
-        # The heads of a group are queries of one call: repeated keys would be copies of the window.
-        grouped = turn(q, *plan.rotation).reshape(*k.shape[:2], -1, k.shape[-1])
-        keys, values = self.rotated[:, :, plan.seen], self.values[:, :, plan.seen]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask, scale=scale)
-        return out.reshape(q.shape)
 
     def carry(self, length: int, window: int) -> WindowCarry | None:
         """What a parallel pass goes on with, of rows of `length` tokens each; `window` is that of its attention. None

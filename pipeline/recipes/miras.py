@@ -84,7 +84,7 @@ def miras_tiny() -> RunConfig:
 
 
 def miras_smollm2() -> RunConfig:
-    """SmolLM2-135M, frozen, a window of 256, memory on every second layer: full attention teaches, two cores."""
+    """SmolLM2-135M, frozen, a window of 256 and slots behind it in every layer: full attention teaches, two cores."""
     return RunConfig(
         recipe="miras_smollm2",
         model=MirasConfig(
@@ -94,11 +94,8 @@ def miras_smollm2() -> RunConfig:
                 vocabulary=49152, rope_theta=100_000.0, norm_eps=1e-5,
             ),
             attention=AttentionConfig(window=256, sinks=4),
-            # What closed most of the gap among what was tried: docs/decisions/0026-memory-on-every-second-layer.md.
-            memory=MemoryConfig(
-                layers=tuple(range(0, 30, 2)), attachment="overflow", rule="delta", half_life=(7e3, 7e3),
-                step_size=(0.5, 0.5), key_activation="none",
-            ),
+            # What closed most of the gap among what was tried: docs/decisions/0033-slots-behind-the-window.md.
+            memory=MemoryConfig(layers=tuple(range(30)), attachment="slots"),
             distil="full",
             distillation=DistillationConfig(tokens=640),
         ),

@@ -33,7 +33,10 @@ ROWS, LAST = 4, 9
 """Streams of the run, and its steps: three a phase."""
 GRADIENTS = {"A": (0, 3), "B": (1, 2), "C": (0, 3)}
 """ZeRO stages by phase, stage 3 with every parameter sharded."""
-RUNS: dict[str, dict[str, Any]] = {"zero1": {"zero": "zero1"}, "zero3 bf16": {"zero": "zero3", "precision": "bf16"}}
+RUNS: dict[str, dict[str, Any]] = {
+    "zero1": {"zero": "zero1"},
+    "zero3 bf16": {"zero": "zero3", "precision": "bf16", "save_every": 5},
+}
 PLACES = {"zero1": (2, 6, 8), "zero3 bf16": (5,)}
 """Steps from which a run goes on, over the switches behind them: in A, where B ended, in lifelong mode; in B."""
 ALONE = 5
@@ -58,9 +61,31 @@ def steps(system: System[Any], model: Any, phase: Any, topology: Topology, backw
             }
 
 
-def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -> dict[str, Any]:
-    """The largest relative difference of a parameter's gradient from that of one process without DeepSpeed, which takes
-    all streams as one batch; and of the held-out loss."""
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Of one process without DeepSpeed, which takes all streams as one batch."""
+
+    gradients: dict[str, torch.Tensor | None]
+    """Of what the phase trains."""
+    held_out: float
+
+
+def reference(out: Path, name: str) -> Reference:
+    """What a phase gives in this process alone. Collective: weights are filled together."""
+    system = created(small(out, batch_size=ROWS))
+    model = system.build()
+    system.initialise(model, Topology())
+    phase = next(phase for phase in system.phases(model) if phase.name == name)
+    trained = {name for group in phase.groups for name in group.parameters}
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in trained)
+    steps(system, model, phase, Topology(), lambda loss: loss.backward())
+    gradients = {n: p.grad for n, p in model.named_parameters() if n in trained}
+    return Reference(gradients, system.evaluate(model, phase, SyncPoint(Topology())).scalars["loss"])
+
+
+def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology, alone: Reference) -> dict[str, Any]:
+    """The largest relative difference of a parameter's gradient from that of `alone`; and of the held-out loss."""
     system = created(small(out, zero=zero, batch_size=1, grad_accum=ROWS // topology.data, clip=0.0))
     ds_config = deepspeed_config(system.config)
     with building(ds_config, torch.float32):
@@ -74,31 +99,25 @@ def gradients(out: Path, name: str, stage: int, zero: str, topology: Topology) -
     held_out = system.evaluate(engine.deepspeed, phase, SyncPoint(topology)).scalars["loss"]
     engine.step(1.0)
 
-    alone = created(dataclasses.replace(system.config, batch_size=ROWS, grad_accum=1))
-    plain = alone.build()
-    alone.initialise(plain, Topology())
-    for parameter_name, parameter in plain.named_parameters():
-        parameter.requires_grad_(parameter_name in trained)
-    steps(alone, plain, phase, Topology(), lambda loss: loss.backward())
-    expected = {n: p.grad for n, p in plain.named_parameters() if n in trained}
+    expected = alone.gradients
+    assert found.keys() == expected.keys()
     size = float(torch.nn.utils.get_total_norm([gradient for gradient in expected.values() if gradient is not None]))
     apart: dict[str, float] = {}
     for parameter_name, gradient in expected.items():
         assert gradient is not None, parameter_name
         difference = float((found[parameter_name] - gradient).norm())
         apart[parameter_name] = difference / max(float(gradient.norm()), 1e-4 * size)
-    reference = alone.evaluate(plain, phase, SyncPoint(Topology())).scalars["loss"]
     worst = max(apart, key=apart.__getitem__)
     return {
         "parameter": worst,
         "gradient": apart[worst],
         "unreached": [n for n, gradient in expected.items() if gradient is not None and not gradient.any()],
-        "held out": abs(held_out / reference - 1),
+        "held out": abs(held_out / alone.held_out - 1),
     }
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    return {"batch_size": ROWS // 2, "save_every": 1, "eval_every": 2, "sample_every": 4, "ablate_every": 4, **changes}
+    return {"batch_size": ROWS // 2, "save_every": 1, "eval_every": 4, "sample_every": 4, "ablate_every": 4, **changes}
 
 
 def losses(folder: Path) -> list[list[Any]]:
@@ -138,9 +157,10 @@ def main() -> None:
         dist.barrier()
         found = {"gradients": {}, "resumed": {}}
         for name, stages in GRADIENTS.items():
+            alone = reference(out, name)
             for stage in stages:
                 zero = everything_sharded(out, topology.rank) if stage == 3 else f"zero{stage}"
-                found["gradients"][f"{name} zero{stage}"] = gradients(out, name, stage, zero, topology)
+                found["gradients"][f"{name} zero{stage}"] = gradients(out, name, stage, zero, topology, alone)
         for number, name in enumerate(RUNS):
             found["resumed"][name] = resumed(out, number, name)
             dist.barrier()

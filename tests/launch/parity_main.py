@@ -33,6 +33,7 @@ from pipeline.runtime.ranks import start, stop
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Phase, StepContext, create_system
 from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
+from pipeline.systems.miras.rule_config import SlotsConfig
 from tests.launch.harness import ROOT
 from tests.launch.olmo_cases import MODELS, STEPS, olmo, updates
 
@@ -42,7 +43,7 @@ VOCABULARY = 64
 ACCUMULATIONS = (1, 3)
 CONTEXT = 7
 """Tokens of a segment of mac: not a divisor of the sequence."""
-ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
+ATTACHED = [(attachment, stage) for attachment in ("mal", "mag", "mac", "overflow", "slots") for stage in (1, 3)]
 """Attachments and ZeRO stages; stage 3 with recomputation, and with every parameter sharded, however small."""
 RULES = [("mac", "mlp"), ("residual", "yaad")]
 """Attachments of rules that have parameters of their own, as stage 3 above."""
@@ -50,13 +51,13 @@ RULES = [("mac", "mlp"), ("residual", "yaad")]
 FOUR_RANKS = {
     4: (
         "zero1-accum3", "zero3-accum3", "full-zero1", "frozen-recomputed-zero3", "mal-zero1", "mag-zero3", "mac-zero1",
-        "overflow-zero3", "mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac", "distilled-zero2",
-        "olmo-zero0", "olmo2-zero3", "offload",
+        "overflow-zero3", "slots-zero1", "mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac",
+        "distilled-zero2", "olmo-zero0", "olmo2-zero3", "offload",
     ),
     2: (
         "zero0-accum3", "zero2-accum3", "full-zero1", "frozen-recomputed-zero0", "mal-zero3", "mag-zero1", "mac-zero3",
-        "overflow-zero1", "mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac", "distilled-zero3",
-        "olmo-zero1", "olmo2-zero2", "offload",
+        "overflow-zero1", "slots-zero3", "mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac",
+        "distilled-zero3", "olmo-zero1", "olmo2-zero2", "offload",
     ),
 }  # fmt: skip
 """The cases of four ranks, by sequence degree. What two ranks, that share sequences or rows, do in every case, four do
@@ -104,8 +105,9 @@ def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **o
     config = base(kind, **options)
     assert isinstance(config.model, MirasConfig)
     memory = dataclasses.replace(
-        config.model.memory, attachment=attachment, context=CONTEXT, rule=rule, gradient_chunk=5
-    )
+        config.model.memory, attachment=attachment, context=CONTEXT, rule=rule, gradient_chunk=5,
+        slots=SlotsConfig(count=8, chunk=4),
+    )  # fmt: skip
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 
 

@@ -27,7 +27,9 @@ LAUNCHED = ("2 sequence ranks",)
 """Topologies of ranks of the real launcher, which share nothing; the others are forked."""
 CASES = [f"zero{stage}-accum{accumulation}" for accumulation in (1, 3) for stage in range(4)]
 OTHERS = ["full-zero1", "frozen-recomputed-zero0", "frozen-recomputed-zero3", "offload"]
-ATTACHED = [f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac", "overflow") for stage in (1, 3)]
+ATTACHED = [
+    f"{attachment}-zero{stage}" for attachment in ("mal", "mag", "mac", "overflow", "slots") for stage in (1, 3)
+]
 ATTACHED += ["mac-mlp-zero3", "residual-yaad-zero3", "overflow-beside-mac"]
 OLMO = [f"{kind}-zero{stage}" for kind in MODELS for stage in range(4)]
 DISTILLED = [f"distilled-zero{stage}" for stage in range(4)]
@@ -69,7 +71,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> float:
 @pytest.mark.parametrize("cases", FOUR_RANKS.values(), ids=map(str, FOUR_RANKS))
 def test_four_ranks_do_every_kind_of_work_and_every_stage(cases: tuple[str, ...]) -> None:
     kinds = {kind(case) for case in EVERY}
-    assert set(cases) <= set(EVERY) and {kind(case) for case in cases} == kinds and len(kinds) == 14
+    assert set(cases) <= set(EVERY) and {kind(case) for case in cases} == kinds and len(kinds) == 15
     stages = {stage for case in cases for stage in re.findall(r"zero\d", case)}
     assert stages == {"zero0", "zero1", "zero2", "zero3"}
 
@@ -155,7 +157,7 @@ def test_a_frozen_backbone_has_no_gradient_buffer(one_rank: Path) -> None:
         assert all(name.startswith("memory.") for name in found["gradients"])
 
 
-@pytest.mark.parametrize("kind", ["window", "full", "mal", "mag", "mac", "overflow"])
+@pytest.mark.parametrize("kind", ["window", "full", "mal", "mag", "mac", "overflow", "slots"])
 def test_no_token_changes_an_earlier_loss_or_another_document(one_rank: Path, many_ranks: Path, kind: str) -> None:
     for folder in (one_rank, many_ranks):
         found = json.loads((folder / f"causality-{kind}.json").read_text())

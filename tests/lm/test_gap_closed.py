@@ -1,4 +1,4 @@
-"""Gap closed says what was remembered: of models whose memory is known, the five losses and what follows from them."""
+"""Gap closed says what was remembered: of models whose memory is known, the losses and what follows from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.config import replace
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.gap_closed import GapModes, measure_gap
-from pipeline.lm.gap_report import CLOSED, LABELS, SWAP, WORTH
+from pipeline.lm.gap_report import CLOSED, CLOSED_EQUAL, LABELS, SWAP, WORTH
 from pipeline.lm.whole_documents import Document, grouped, pieces
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import Stopped
@@ -39,6 +39,7 @@ def modes(*, full: bool = True, **changes: Any) -> GapModes:
         "window": {"memory": False},
         "memory": {"memory": True},
         "emptied": {"memory": True, "emptied": True},
+        "equal": {"memory": False, "longer": True},
         "full": (lambda longest: {"memory": False, "full": longest}) if full else None,
     }
     return GapModes(WINDOW, **{**found, **changes}, is_state=lambda name: name == "memory")  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ class Copier(Packed):
 
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> types.SimpleNamespace:
         options = context.options
-        reads = bool(options["memory"]) or "full" in options
+        reads = bool(options["memory"]) or "full" in options or "longer" in options
         rows, length = batch.input_ids.shape
         state = carry["memory"].tensor.clone() if carry else torch.full((rows, PERIOD), -1)
         losses = torch.full((rows, length), UNKNOWN)
@@ -96,7 +97,7 @@ class Copier(Packed):
                 if reads and predicted >= 0:
                     label = int(batch.labels[row, place])
                     nats = CERTAIN if predicted == label else WRONG
-                    skill = self.skill if options["memory"] else 1.0
+                    skill = self.skill if options["memory"] else 0.5 if "longer" in options else 1.0
                     losses[row, place] = UNKNOWN + skill * (nats - UNKNOWN)
         return types.SimpleNamespace(tokens={"losses": losses}, carry={"memory": CarryEntry(state)})
 
@@ -149,6 +150,7 @@ def test_a_model_that_copies_from_its_memory_closes_the_gap_by_its_skill(length:
     assert scalars["gap/loss_full"] == pytest.approx(full)
     assert scalars["gap/loss_memory"] == pytest.approx(memory)
     assert scalars["gap/closed"] == pytest.approx(skill)
+    assert scalars["gap/closed_equal"] == pytest.approx(0.5), "whatever the memory does"
     for end in ("_low", "_high"):
         assert scalars[f"gap/closed{end}"] == pytest.approx(skill), "every document says the same"
     assert scalars["gap/worth"] == pytest.approx(UNKNOWN - memory)
@@ -157,7 +159,7 @@ def test_a_model_that_copies_from_its_memory_closes_the_gap_by_its_skill(length:
     assert scalars["gap/loss_swapped"] > UNKNOWN + 0.5 * skill * (WRONG - UNKNOWN) * 0.9
 
 
-def test_the_curves_have_the_five_losses_and_what_follows_by_position() -> None:
+def test_the_curves_have_every_loss_and_what_follows_by_position() -> None:
     evaluation = measured(Copier(LENGTHS, 40))
     losses = evaluation.curves["loss_beyond_window"]
     assert list(losses.series) == list(LABELS.values()) == list(losses.intervals)
@@ -168,6 +170,7 @@ def test_the_curves_have_the_five_losses_and_what_follows_by_position() -> None:
     for series in losses.series.values():
         assert series[0] == pytest.approx(UNKNOWN)
     closed = evaluation.curves["gap_closed"]
+    assert closed.series[CLOSED_EQUAL][1:] == pytest.approx([0.5] * 4)
     assert closed.series[CLOSED][1:] == pytest.approx([1.0] * 4) and math.isnan(closed.series[CLOSED][0])
     assert all(math.isnan(end) for end in (closed.intervals[CLOSED][0][-1], closed.intervals[CLOSED][1][-1]))
     worth = evaluation.curves["worth_of_remembering"]

@@ -14,11 +14,12 @@ from transformers import PreTrainedConfig
 from pipeline.lm.activations import block_bytes, head_bytes, plan_bytes
 from pipeline.lm.decoder_config import attention_width, kv_width
 from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
+from pipeline.ops.attention_slots import EXTRA
 from pipeline.ops.chunks import span_tokens
 from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
 from pipeline.ops.scan_torch import kept_bytes, recomputes
 from pipeline.systems.miras.activation_step import Step
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import LIKE_ATTENTION, MemoryConfig, MirasConfig
 from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
 from pipeline.systems.miras.rules import empty_read_bytes
 
@@ -44,8 +45,8 @@ def step_bytes(step: Step) -> tuple[int, int]:
     block, block_work = block_bytes(step)
     memories = [(kind.attachment, *memory_bytes(step, kind)) for kind in by_number.values()]
     # What is recomputed at a time: a block, or a memory, or a block with a memory inside of its attention.
-    whole = [kept + work for attachment, kept, work in memories if attachment != "overflow"]
-    whole += [block + kept + work for attachment, kept, work in memories if attachment == "overflow"]
+    whole = [kept + work for attachment, kept, work in memories if attachment not in LIKE_ATTENTION]
+    whole += [block + kept + work for attachment, kept, work in memories if attachment in LIKE_ATTENTION]
     head, head_work = head_bytes(step)
     asked, asking = teacher_bytes(step)
     # The gradients of a block's output, and of the memory that was added to it.
@@ -54,7 +55,7 @@ def step_bytes(step: Step) -> tuple[int, int]:
         kept = hidden * block_inputs(step, first) + plan_bytes(step) + asked
         work = max([block + block_work, *whole])
         return kept, max(gradients + work, head + head_work, asking)
-    added = hidden * sum(attachment != "overflow" for attachment, *_ in memories)
+    added = hidden * sum(attachment not in LIKE_ATTENTION for attachment, *_ in memories)
     kept = learning * block + sum(kept for _, kept, _ in memories) + added + plan_bytes(step)
     branch_work = max((work for *_, work in memories), default=0)
     # The loss has let go of what it kept when the blocks are differentiated.
@@ -87,6 +88,8 @@ def block_inputs(step: Step, first: int) -> int:
 
 def memory_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     """(saved, made beside it) of a layer's memory."""
+    if memory.attachment == "slots":
+        return slot_bytes(step, memory)
     branch = step.tokens * branch_bytes(memory, step.backbone.hidden_size, step.element, step.head_dim)
     scan, scan_work = scan_bytes(step, memory)
     # At the end of its forward pass q, k and v before and after the convolution are there, saved or not; of overflow,
@@ -96,12 +99,34 @@ def memory_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     return branch + scan, max(forward, scan_work)
 
 
+def slot_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
+    """(saved, made beside it) of a layer's slots beside its attention to the window.
+
+    SDPA keeps queries, and keys and values of every chunk, with the dimensions that are added; the maps keep the slots
+    of every chunk and what they made of them. Beside it are gradients of keys or values, as measured.
+    """
+    element, chunk, count = step.element, memory.slots.chunk, memory.slots.count
+    rows, kv = step.rows / step.degree, step.kv_width // memory.head_dim
+    chunks = rows * step.sequence / chunk
+    wide = memory.head_dim + EXTRA
+    seen = step.attention.window + chunk + step.attention.sinks + count
+    keys = element * chunks * kv * wide * seen
+    queries = 2 * element * step.tokens * memory.heads * wide
+    slots = 4 * element * chunks * kv * memory.head_dim * count
+    normed = (8 if element < 4 else 4) * step.backbone.hidden_size * step.tokens
+    return int(2 * keys + queries + slots + normed), int(1.5 * keys + queries)
+
+
 def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:
     """What one stream carries from step to step: keys and values of the window, and float32 states."""
     attention = config.attention
     window = 0 if attention.kind == "full" else 2 * element * kv_width(backbone) * (attention.window + attention.sinks)
     memories = 0
     for kind in by_layer(on_backbone(config, backbone).memory, backbone).values():
+        if kind.attachment == "slots":
+            # Keys, values, counts and ages.
+            memories += 4 * kind.slots.count * kv_width(backbone) // kind.head_dim * (2 * kind.head_dim + 2)
+            continue
         memories += 8 * kind.heads * kind.state_rows * kind.head_dim
         if kind.attachment == "mac":
             # The segment that a step ends in is done again by the next one.

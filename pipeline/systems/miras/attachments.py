@@ -1,7 +1,8 @@
 """How a memory meets its layer: beside it, before it, as a gate of its attention, or inside of its attention.
 
 `residual`, `mal` and `mag` (Titans, arXiv 2501.00663, section 4.2 and 4.3) use the memory branch as it is, and differ
-in where its output goes; see `model.py`. `mac` is in `context_memory.py`, `overflow` in `overflow.py`.
+in where its output goes; see `model.py`. `mac` is in `context_memory.py`, `overflow` in `overflow.py`,
+`slots` in `slots.py`.
 docs/attachments.md has the equations.
 """
 
@@ -14,18 +15,25 @@ from transformers import PreTrainedConfig
 from pipeline.errors import UserError
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import attention_width
-from pipeline.systems.miras.config import MemoryConfig
+from pipeline.systems.miras.config import LIKE_ATTENTION, MemoryConfig
 
 
 def check_attachment(
     config: MemoryConfig, backbone: PreTrainedConfig, attention: AttentionConfig | None = None
 ) -> None:
     """Raises UserError when the memory cannot be attached to this backbone in the way that the config asks for."""
-    if config.attachment == "overflow" and config.layers and attention is not None and attention.kind == "full":
+    if config.attachment in LIKE_ATTENTION and config.layers and attention is not None and attention.kind == "full":
         raise UserError(
-            "--model.memory.attachment overflow: with --model.attention.kind full nothing leaves a window: give window,"
-            " or another attachment"
+            f"--model.memory.attachment {config.attachment}: with --model.attention.kind full nothing leaves a window:"
+            " give window, or another attachment"
         )
+    if config.attachment == "slots" and config.layers and attention is not None:
+        chunk, window = config.slots.chunk, attention.window
+        if chunk > window:
+            raise UserError(
+                f"--model.memory.slots.chunk {chunk}: what a chunk pushes out of the window is the window's, which is"
+                f" {window} tokens: give no more"
+            )
     width = attention_width(backbone)
     if config.attachment == "mag" and config.layers and width != backbone.hidden_size:
         raise UserError(

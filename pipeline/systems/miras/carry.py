@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.ops.attention import WindowCarry
+from pipeline.ops.slots import Slots
 from pipeline.system import Carry, CarryEntry
+from pipeline.systems.miras.inside import LayerCarry
 from pipeline.systems.miras.memory import MemoryCarry
-from pipeline.systems.miras.model import LayerCarry
 
 # Where the heads are in each carried tensor; the others are whole on every sequence rank.
 _HEADS = {
@@ -19,6 +20,10 @@ _HEADS = {
     "memory.memory": 1,
     "memory.momentum": 1,
     "memory.tail": 2,
+    "memory.keys": 1,
+    "memory.values": 1,
+    "memory.counts": 1,
+    "memory.ages": 1,
 }
 
 
@@ -42,5 +47,8 @@ def unpack_carry(carry: Mapping[str, CarryEntry], layers: int) -> list[LayerCarr
         return None if fields[0] is None else kind(*(entry.tensor for entry in fields if entry is not None))
 
     return [
-        LayerCarry(part(index, "attention", WindowCarry), part(index, "memory", MemoryCarry)) for index in range(layers)
+        LayerCarry(
+            part(index, "attention", WindowCarry), part(index, "memory", MemoryCarry) or part(index, "memory", Slots)
+        )
+        for index in range(layers)
     ]

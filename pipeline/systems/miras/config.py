@@ -11,10 +11,25 @@ from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.model_config import MAY_CHANGE, ModelConfig, Suppress, at_least
 from pipeline.ops.gates import MAX_MOMENTUM, STRETCH
 from pipeline.systems.miras.layer_choice import LAYERS, OVERFLOW, Layers, check_words, chosen_layers
-from pipeline.systems.miras.rule_config import MemoraConfig, MlpConfig, MonetaConfig, SwigluConfig, YaadConfig
+from pipeline.systems.miras.rule_config import (
+    MemoraConfig,
+    MlpConfig,
+    MonetaConfig,
+    SlotsConfig,
+    SwigluConfig,
+    YaadConfig,
+)
 
-Attachment = Literal["residual", "mac", "mag", "mal", "overflow"]
+Attachment = Literal["residual", "mac", "mag", "mal", "overflow", "slots"]
 Rule = Literal["titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu"]
+
+LIKE_ATTENTION = ("overflow", "slots")
+"""Attachments whose memories have attention's own heads, and take in what leaves its window."""
+OF_RULES = frozenset(
+    ("rule", "backend", "chunk", "gradient_chunk", "key_activation", "write_gate", "write_penalty", "momentum",
+     "step_size", "half_life", "moneta", "yaad", "memora", "mlp", "swiglu")
+)  # fmt: skip
+"""Fields of `MemoryConfig` that say what a rule does."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,9 @@ class MemoryConfig:
     attachment: Attachment = "residual"
     """How the memory meets its layer. residual: beside it; mac: read as context of its attention, written with what
     attention gave; mag: gates the attention's output; mal: before it (Titans, arXiv 2501.00663, section 4). overflow:
-    takes in what leaves the attention window, and is read beside it; exactly the backbone within the window."""
+    takes in what leaves the attention window, and is read beside it; exactly the backbone within the window. slots:
+    keeps the keys and values that leave the window, merges the nearest where they are too many, and lets attention see
+    them; likewise, and of no rule."""
     overflow_layers: Layers = ()
     """Those of `layers` that are attached as overflow, whatever `attachment` says of the others."""
     share: float = 0.05
@@ -43,9 +60,9 @@ class MemoryConfig:
     context: int = 512
     """Tokens of a segment of mac: attention reads the memory as it was before the segment (docs/attachments.md)."""
     heads: int = 16
-    """Memories per layer; overflow has one per attention head, and does not ask."""
+    """Memories per layer; overflow and slots have those of attention, and do not ask."""
     head_dim: int = 128
-    """Size of a key, and of a value: each memory is head_dim x head_dim. overflow takes that of attention."""
+    """Size of a key, and of a value: each memory is head_dim x head_dim. overflow and slots take that of attention."""
     chunk: int = field(default=64, metadata=MAY_CHANGE)
     """Tokens that one step of the scan of titans and delta takes at a time; the result does not depend on it."""
     gradient_chunk: int = 16
@@ -78,6 +95,7 @@ class MemoryConfig:
     memora: MemoraConfig = field(default_factory=MemoraConfig)
     mlp: MlpConfig = field(default_factory=MlpConfig)
     swiglu: SwigluConfig = field(default_factory=SwigluConfig)
+    slots: SlotsConfig = field(default_factory=SlotsConfig)
 
     @property
     def has_momentum(self) -> bool:
@@ -116,8 +134,14 @@ class MemoryConfig:
             unused.add("gradient_chunk")
         if self.attachment != "mac":
             unused.add("context")
+        if self.attachment != "slots":
+            unused.add("slots")
+        elif not self.overflow_layers:
+            unused |= OF_RULES
+        if self.attachment in LIKE_ATTENTION:
+            unused |= {"heads", "head_dim", "conv", "persistent", "gate_rank"}
         if self.attachment == "overflow":
-            unused |= {"heads", "head_dim", "conv", "persistent", "gate_rank", "overflow_layers"}
+            unused.add("overflow_layers")
         elif not self.overflow_layers:
             unused.add("share")
         return unused

@@ -14,12 +14,12 @@ def memory_line(kinds: Sequence[MemoryConfig], backends: Sequence[str]) -> str:
 
 
 def _kind(memory: MemoryConfig, backend: str) -> str:
+    heads = f"{memory.heads} heads x {memory.head_dim}; backend {backend}"
+    if memory.attachment == "slots":
+        return f"{memory.slots.count} slots in chunks of {memory.slots.chunk}; {layers(memory.layers)}; {heads}"
     chunk = "" if memory.chunk_start is None else f" with gradients by chunks of {memory.chunk_start}"
     segments = f" in segments of {memory.context}" if memory.attachment == "mac" else ""
-    return (
-        f"{memory.rule}{chunk}, {memory.attachment}{segments}; {layers(memory.layers)};"
-        f" {memory.heads} heads x {memory.head_dim}; backend {backend}"
-    )
+    return f"{memory.rule}{chunk}, {memory.attachment}{segments}; {layers(memory.layers)}; {heads}"
 
 
 def distillation_line(sizes: MirasConfig, length: int, trained: int | None) -> str:
@@ -49,7 +49,8 @@ def caption(sizes: MirasConfig) -> str:
     """What tells one run from another in a picture: `window 64, titans on layers 1 and 3`."""
     attention, memory = sizes.attention, sizes.memory
     reach = "full attention" if attention.kind == "full" else f"window {attention.window}"
-    return f"{reach}, {memory.rule} on {layers(memory.layers)}" if memory.layers else f"{reach}, no memory"
+    what = f"{memory.slots.count} slots" if memory.attachment == "slots" else memory.rule
+    return f"{reach}, {what} on {layers(memory.layers)}" if memory.layers else f"{reach}, no memory"
 
 
 def headline(scalars: Mapping[str, float]) -> str:
@@ -87,7 +88,10 @@ def gap_line(scalars: Mapping[str, float]) -> str:
         return worth
     if math.isnan(scalars["gap/closed"]):
         return f"no gap to full attention, {worth}"
-    return f"gap closed {found('closed', 100, '.1f', ' %')}, {worth}"
+    equal = (
+        f", a window of equal state {found('closed_equal', 100, '.1f', ' %')}" if "gap/closed_equal" in scalars else ""
+    )
+    return f"gap closed {found('closed', 100, '.1f', ' %')}{equal}, {worth}"
 
 
 def health(metrics: Mapping[str, float]) -> str:
@@ -100,6 +104,9 @@ def health(metrics: Mapping[str, float]) -> str:
             f"forget {alpha:.2g}, momentum {eta:.2g}, step {theta:.2g}",
             f"half-life {metrics['memory/half_life']:.0f} tokens",
         ]
+    if "memory/slots_used" in metrics:
+        parts.append(f"{100 * metrics['memory/slots_used']:.0f} % of the slots used")
+        parts.append(f"{metrics['memory/tokens_per_slot']:.3g} tokens each")
     if "beyond_window" in metrics:
         parts.append(f"{100 * metrics['beyond_window']:.0f} % beyond the window")
     return " | ".join(parts)

@@ -17,10 +17,12 @@ WINDOWS = 2**20
 EMPTIED: Mapping[str, Any] = {"memory": True, "emptied": True}
 """The options of the pass in which memory holds nothing from beyond what attention sees. Memories that take in every
 token are emptied at every border. `overflow` takes in only what has left the window, so nothing is written to it; its
-share of what attention gives stays, since that is trained too and can adapt the model without remembering."""
+share of what attention gives stays, since that is trained too and can adapt the model without remembering. `slots`
+without a token are the backbone itself: attention to the window alone."""
 
-STATES = ("memory.memory", "memory.momentum")
-"""Ends of the names of what a memory holds, in a carry: (M, S), without the tokens that a convolution still needs."""
+STATES = ("memory.memory", "memory.momentum", "memory.keys", "memory.values", "memory.counts", "memory.ages")
+"""Ends of the names of what a memory holds, in a carry: (M, S), without the tokens that a convolution still needs; or
+slots."""
 
 
 def split_at_windows(segment_ids: Tensor, positions: Tensor, window: int) -> tuple[Tensor, Tensor]:

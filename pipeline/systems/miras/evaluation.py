@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError
 from pipeline.lm.attention import window_edges
-from pipeline.lm.decoder_config import sliding_window
+from pipeline.lm.decoder_config import kv_width, sliding_window
 from pipeline.lm.gap_closed import GapModes, measure_gap
 from pipeline.lm.held_out import Modes
 from pipeline.lm.held_out_files import EvaluatedByFile, evaluate_files
@@ -27,6 +27,7 @@ from pipeline.system import Evaluation, Phase
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.emptied import EMPTIED as EMPTIED_OPTIONS
 from pipeline.systems.miras.emptied import is_state
+from pipeline.systems.miras.layer_kinds import by_layer
 
 ON, OFF, EMPTIED = "memory on", "memory off", "memory emptied"
 RATIO, EMPTIED_RATIO = "memory off / on", "memory emptied / on"
@@ -126,7 +127,7 @@ def check_gap(system: EvaluatedMiras, topology: Topology) -> None:
 
 
 def gap_modes(system: EvaluatedMiras) -> GapModes:
-    """The five losses of a memory."""
+    """How the losses of a memory are measured."""
     attention, length = system.sizes.attention, full_length(system)
 
     def full(longest: int) -> dict[str, Any]:
@@ -142,7 +143,22 @@ def gap_modes(system: EvaluatedMiras) -> GapModes:
         emptied=EMPTIED_OPTIONS,
         full=full if length > attention.window else None,
         is_state=is_state,
+        equal={
+            "memory": False,
+            "attention": dataclasses.replace(attention, window=attention.window + state_tokens(system)),
+        },
     )
+
+
+def state_tokens(system: EvaluatedMiras) -> int:
+    """Tokens whose keys and values, in all layers, are as many numbers as the states of all memories: rounded up."""
+    numbers = 0
+    for kind in by_layer(system.sizes.memory, system.backbone).values():
+        if kind.attachment == "slots":
+            numbers += 2 * kv_width(system.backbone) * (kind.slots.count + kind.slots.chunk)
+        else:
+            numbers += (1 + kind.has_momentum) * kind.heads * kind.state_rows * kind.head_dim
+    return -(-numbers // (system.backbone.num_hidden_layers * 2 * kv_width(system.backbone)))
 
 
 def full_length(system: EvaluatedMiras) -> int:
@@ -157,7 +173,7 @@ def full_length(system: EvaluatedMiras) -> int:
 
 @torch.no_grad()
 def gap_closed(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
-    """The five losses (`pipeline/lm/gap_closed.py`). Raises UserError as `check_gap`; leaves the model's mode."""
+    """The losses (`pipeline/lm/gap_closed.py`). Raises UserError as `check_gap`; leaves the model's mode."""
     check_gap(system, sync_point.topology)
     was_training = model.training
     model.eval()

@@ -6,7 +6,7 @@ import math
 
 from transformers import PreTrainedConfig
 
-from pipeline.lm.decoder_config import attention_width, head_dim
+from pipeline.lm.decoder_config import attention_width, head_dim, kv_heads
 from pipeline.lm.flops import attention_flops, block_flops, causal_reach, head_flops
 from pipeline.lm.pretrained import trained_length
 from pipeline.ops import dual_scan
@@ -44,7 +44,10 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
     head = head_flops(backbone)
     by_number = by_layer(on_backbone(config, backbone).memory, backbone)
     memories = sum(
-        branch_flops(kind, width, head_dim(backbone)) + kind.heads * scan_flops(kind) for kind in by_number.values()
+        slot_flops(kind, backbone)
+        if kind.attachment == "slots"
+        else branch_flops(kind, width, head_dim(backbone)) + kind.heads * scan_flops(kind)
+        for kind in by_number.values()
     )
     forward = backbone.num_hidden_layers * (matrices + attention) + head + memories
     compared = compared_share(config, sequence_length)
@@ -57,7 +60,7 @@ def count_flops(config: MirasConfig, backbone: PreTrainedConfig, sequence_length
         # Of the first memory's own block: nothing beside it, all of it behind it, and what comes after attention.
         if by_number[first].attachment == "mal":
             backward += matrices + 2 * attention
-        elif by_number[first].attachment in ("mag", "mac", "overflow"):
+        elif by_number[first].attachment in ("mag", "mac", "overflow", "slots"):
             backward += 2.0 * (inner * width + 3 * width * backbone.intermediate_size)
     else:
         backward = 0.0
@@ -97,6 +100,16 @@ def branch_flops(memory: MemoryConfig, width: int, attention_dim: int) -> float:
     read = 2.0 * reads * memory.state_rows * dim
     context = 4 * dim * attention_dim + 4 * attention_dim * (memory.persistent + (memory.context + 1) / 2)
     return 2.0 * width * heads * (dim + 3) + heads * (read + context + 14.0 * attention_dim * dim)
+
+
+def slot_flops(memory: MemoryConfig, backbone: PreTrainedConfig) -> float:
+    """Of slots per token, forward: the logits' shift; per chunk, the maps of all slots' keys and values and the
+    distances between two halves of slots and new tokens; attention to the slots and to half a chunk more than the
+    window."""
+    heads, dim, slots, chunk = memory.heads, memory.head_dim, memory.slots.count, memory.slots.chunk
+    shift = 2.0 * heads * (backbone.hidden_size + dim)
+    by_chunk = kv_heads(backbone) * dim * (4.0 * slots * dim + 2 * ((slots + chunk) / 2) ** 2)
+    return shift + by_chunk / chunk + 4.0 * heads * dim * (slots + (chunk + 1) / 2)
 
 
 def scan_flops(memory: MemoryConfig) -> float:

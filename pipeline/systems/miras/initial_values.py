@@ -25,7 +25,9 @@ def initial_value(name: str, shape: torch.Size, config: MirasConfig, generator: 
             return torch.ones(shape)
         case ["o_proj", "weight"] | ["gate_up", "bias"] | [_, "out_gate"] | ["context_gate", _]:
             return torch.zeros(shape)
-        case [_, "q_map" | "k_map" | "share_query" | "step_key"] | ["share_proj", "weight"]:
+        case [_, "q_map" | "k_map" | "share_query" | "step_key"] | ["share_proj", "weight"] | ["shift_proj", _]:
+            return torch.zeros(shape)
+        case [_, "shift_query" | "key_map" | "value_map"]:
             return torch.zeros(shape)
         case [_, "eta_logits"]:
             return torch.full(shape, initial_eta_logit(memory.momentum))

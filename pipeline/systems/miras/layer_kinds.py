@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError
 from pipeline.lm.decoder_config import head_dim
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.config import LIKE_ATTENTION, MemoryConfig, MirasConfig
 from pipeline.systems.miras.layer_choice import LAYERS, OVERFLOW, chosen_layers, shown_layers
 
 
@@ -27,7 +27,9 @@ def on_backbone(config: MirasConfig, backbone: PreTrainedConfig) -> MirasConfig:
         )
     memory = dataclasses.replace(memory, layers=layers, overflow_layers=overflow)
     if memory.attachment == "overflow":
-        memory = dataclasses.replace(_like_attention(memory, backbone), overflow_layers=())
+        memory = dataclasses.replace(memory, overflow_layers=())
+    if memory.attachment in LIKE_ATTENTION:
+        memory = _like_attention(memory, backbone)
     return dataclasses.replace(config, memory=memory)
 
 
@@ -60,8 +62,16 @@ def _like_attention(memory: MemoryConfig, backbone: PreTrainedConfig) -> MemoryC
 
 
 def check_chunks(kinds: Sequence[MemoryConfig], sequence_length: int) -> None:
-    """Raises UserError where a memory of chunks is written and never read within a sequence."""
+    """Raises UserError where a memory of chunks is written and never read within a sequence, or where chunks of slots
+    do not go on from one step to the next."""
     for kind in kinds:
+        if kind.attachment == "slots":
+            if kind.layers and sequence_length % kind.slots.chunk:
+                raise UserError(
+                    f"--model.memory.slots.chunk {kind.slots.chunk} does not divide the --sequence-length"
+                    f" {sequence_length}: chunks go on from step to step: give a divisor"
+                )
+            continue
         chunk = kind.swiglu.gradient_chunk
         # A segment of mac is a chunk at the longest.
         if kind.layers and kind.rule == "swiglu" and kind.attachment != "mac" and chunk >= sequence_length:

@@ -13,29 +13,22 @@ from transformers import PreTrainedConfig
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
 from pipeline.lm.backbone import build_backbone, rope_of, unrotated
 from pipeline.lm.config import AttentionConfig
-from pipeline.lm.decoder_config import head_dim, norm_eps
+from pipeline.lm.decoder_config import head_dim, kv_heads, norm_eps
 from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
+from pipeline.ops.attention_slots import SlotPlan, plan_slots
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import check_attachment, output_gate
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
-from pipeline.systems.miras.context_memory import ContextBranch, ContextTokens
+from pipeline.systems.miras.context_memory import ContextBranch
 from pipeline.systems.miras.emptied import split_at_windows
+from pipeline.systems.miras.inside import INSIDE, LayerCarry, Step, beside_attention, own_carry
 from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
+from pipeline.systems.miras.slots import SlotBranch, SlotHealth
 from pipeline.systems.miras.teacher import Teacher
-
-INSIDE = ("mac", "overflow")
-"""Attachments that work inside of attention."""
-
-
-class LayerCarry(NamedTuple):
-    """What a stream carries from one step to the next at one layer; None where the layer has no such part."""
-
-    attention: WindowCarry | None
-    memory: MemoryCarry | None
 
 
 class ModelOutput(NamedTuple):
@@ -45,27 +38,11 @@ class ModelOutput(NamedTuple):
     """None where they were not asked for."""
     predictions: Tensor | None
     carry: list[LayerCarry]
-    health: list[MemoryHealth]
+    health: list[MemoryHealth | SlotHealth]
     distilled: dict[str, Tensor] | None = None
     """Sums over this rank's compared tokens by loss term, where there is a teacher."""
     hidden: Tensor | None = None
     """What the output embedding takes, [batch, sequence / degree, width], where there are no labels."""
-
-
-class _Step(NamedTuple):
-    """What the layers of one forward pass share, and what their memories leave."""
-
-    attention: AttentionCall
-    segment_ids: Tensor
-    """Documents as the memories know them."""
-    before: list[LayerCarry]
-    segments: SegmentPlan | None
-    """For memories that are context of attention."""
-    overflow: OverflowPlan | None
-    """For memories of what leaves the window."""
-    kinds: dict[int, MemoryConfig]
-    """The memories that are in use, by layer."""
-    memory: dict[int, tuple[MemoryCarry, MemoryHealth]]
 
 
 class MirasModel(nn.Module):
@@ -121,12 +98,13 @@ class MirasModel(nn.Module):
         elif emptied:
             before = [carry._replace(memory=None) for carry in before]
         plan = self._plan(attention, segment_ids, positions, before[0].attention, hidden)
-        step = _Step(
+        step = Step(
             AttentionCall(plan, topology, [carry.attention for carry in before]),
             memory_ids,
             before,
             self._segments(memory_ids, memory_positions, before) if use_memory else None,
             self._overflow(segment_ids, positions, before, written=not emptied) if use_memory else None,
+            self._slots(segment_ids, positions, before, hidden) if use_memory and not emptied else None,
             kinds,
             {},
         )
@@ -168,7 +146,7 @@ class MirasModel(nn.Module):
         health = [health for _, health in memories if health is not None]
         return ModelOutput(losses, predictions, after, health, distilled, hidden if labels is None else None)
 
-    def _layer(self, index: int, hidden: Tensor, step: _Step) -> Tensor:
+    def _layer(self, index: int, hidden: Tensor, step: Step) -> Tensor:
         """One layer with its memory, of hidden [batch, sequence / degree, width]."""
         layers = self.backbone.model.layers
         attachment = step.kinds[index].attachment if index in step.kinds else None
@@ -177,11 +155,11 @@ class MirasModel(nn.Module):
         def block(hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
             if attachment in INSIDE:
-                beside = (self._context if attachment == "mac" else self._beyond)(index, hidden, step)
+                beside = beside_attention(self.memory[str(index)], index, hidden, step)
             return layers[index](hidden, position_embeddings=no_rotation, attention_call=step.attention, beside=beside)
 
         def remember(hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
-            carry, topology = step.before[index].memory, step.attention.topology
+            carry, topology = own_carry(step.before[index].memory), step.attention.topology
             return self.memory[str(index)](hidden, step.segment_ids, carry, topology)
 
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -213,34 +191,9 @@ class MirasModel(nn.Module):
             return ContextBranch(width, head_dim(backbone), memory, eps, recompute=recompute)
         if memory.attachment == "overflow":
             return OverflowBranch(width, memory, eps)
+        if memory.attachment == "slots":
+            return SlotBranch(width, kv_heads(backbone), memory, eps)
         return MemoryBranch(width, memory, eps)
-
-    def _context(self, index: int, hidden: Tensor, step: _Step) -> Beside:
-        """The memory of a layer as context of its attention, of hidden [batch, sequence / degree, width]."""
-        branch, segments = self.memory[str(index)], step.segments
-        assert isinstance(branch, ContextBranch) and segments is not None
-
-        def refine(q: Tensor, _: Tensor, v: Tensor, out: Tensor, scale: float, *tokens: Tensor) -> Tensor:
-            carry, topology = step.before[index].memory, step.attention.topology
-            arguments = (ContextTokens(*tokens), q, v, out, step.segment_ids, segments, carry, topology, scale)
-            refined, memory, health = branch.core(*arguments)
-            step.memory[index] = (memory, health)
-            return refined
-
-        return Beside(tokens=branch.inputs(hidden), refine=refine)
-
-    def _beyond(self, index: int, hidden: Tensor, step: _Step) -> Beside:
-        """The memory of a layer beyond the window of its attention, of hidden [batch, sequence / degree, width]."""
-        branch, plan = self.memory[str(index)], step.overflow
-        assert isinstance(branch, OverflowBranch) and plan is not None
-
-        def refine(q: Tensor, k: Tensor, v: Tensor, out: Tensor, _: float, logits: Tensor) -> Tensor:
-            arguments = (logits, q, k, v, out, plan, step.before[index], step.attention.topology)
-            refined, memory, health = branch.core(*arguments)
-            step.memory[index] = (memory, health)
-            return refined
-
-        return Beside(tokens=[branch.inputs(hidden)], refine=refine)
 
     def _first(self, attachment: str) -> int | None:
         """The first layer with a memory of this kind."""
@@ -252,17 +205,36 @@ class MirasModel(nn.Module):
         first, attention = self._first("overflow"), self.config.attention
         if first is None:
             return None
-        window, memory = before[first]
+        window, memory = before[first].attention, own_carry(before[first].memory)
         # A memory that starts now, behind a window that does not, has taken in nothing of it.
         known = None if window is None or memory is None else (memory.tail_segments, window.positions)
         plan = plan_overflow(segment_ids, positions, known, window=attention.window, sinks=attention.sinks)
         return dataclasses.replace(plan, written=written)
 
+    def _slots(
+        self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry], hidden: Tensor
+    ) -> SlotPlan | None:
+        first, attention = self._first("slots"), self.config.attention
+        if first is None:
+            return None
+        window, settings = before[first].attention, self.kinds[first].slots
+        return plan_slots(
+            segment_ids,
+            positions,
+            None if window is None else (window.segment_ids, window.positions),
+            rope=self._rope_of_backbone(),
+            window=attention.window,
+            sinks=attention.sinks,
+            slots=settings.count,
+            chunk=settings.chunk,
+            dtype=hidden.dtype,
+        )
+
     def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:
         first, memory = self._first("mac"), self.config.memory
         if first is None:
             return None
-        carry = before[first].memory
+        carry = own_carry(before[first].memory)
         ids = None if carry is None else carry.tail_segments
         return plan_segments(
             segment_ids, positions, ids, length=memory.context, taps=memory.conv, grain=memory.chunk_start or 1
@@ -276,6 +248,10 @@ class MirasModel(nn.Module):
         carry: WindowCarry | None,
         hidden: Tensor,
     ) -> AttentionPlan:
+        rope = self._rope_of_backbone()
+        return plan_attention(attention, self.backbone.config, rope, segment_ids, positions, carry, hidden)
+
+    def _rope_of_backbone(self) -> Rope:
         if self._rope is None:
             self._rope = rope_of(self.backbone)
-        return plan_attention(attention, self.backbone.config, self._rope, segment_ids, positions, carry, hidden)
+        return self._rope

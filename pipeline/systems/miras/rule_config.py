@@ -87,6 +87,25 @@ class MlpConfig:
 
 
 @dataclass(frozen=True)
+class SlotsConfig:
+    """The attachment slots: keys and values behind the window, merged where they are too many."""
+
+    count: int = 256
+    """Slots per key-value head. They and the chunk's tokens are the memory's state, twice head_dim numbers each."""
+    chunk: int = 64
+    """Tokens after which what has left the window is stored, at the chunk's end, at multiples of it in a row; it is
+    part of the result. A query sees the window, and what the tokens of its chunk have pushed out of it."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "memory.slots", "count", "chunk")
+        if self.chunk > self.count:
+            raise UserError(
+                f"--model.memory.slots.chunk {self.chunk}: {self.count} slots cannot take so many tokens at once: give"
+                " no more than --model.memory.slots.count"
+            )
+
+
+@dataclass(frozen=True)
 class SwigluConfig:
     """The rule swiglu: SwiGLU fast weights, updated once per large chunk (LaCT, arXiv 2505.23884)."""
 

@@ -27,11 +27,12 @@ from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attach import attach, memory_alone
 from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
-from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.config import LIKE_ATTENTION, MirasConfig
 from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on_backbone
-from pipeline.systems.miras.memory import health_metrics
+from pipeline.systems.miras.memory import MemoryHealth, health_metrics
 from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
+from pipeline.systems.miras.slots import SlotHealth, slot_metrics
 from pipeline.systems.miras.teacher import check_distillation, term_weights
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class MirasSystem(LanguageModelSystem):
     def divided(self) -> dict[str, int]:
         counts = super().divided()
         for kind in self.kinds:
-            # Those of overflow are attention's.
-            if kind.attachment != "overflow":
+            # The others' are attention's.
+            if kind.attachment not in LIKE_ATTENTION:
                 counts["memory heads"] = kind.heads
         return counts
 
@@ -92,7 +93,9 @@ class MirasSystem(LanguageModelSystem):
         attention = self.sizes.attention
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
-        backends = [memory_backend(kind, device_type, dtype) for kind in self.kinds]
+        backends = [
+            "sdpa" if kind.attachment == "slots" else memory_backend(kind, device_type, dtype) for kind in self.kinds
+        ]
         found = {
             "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
             f" {self.backbone.hidden_size},"
@@ -155,7 +158,7 @@ class MirasSystem(LanguageModelSystem):
             if part == "backbone" and not self.sizes.backbone.trainable:
                 continue
             # Gates decide how long a memory lasts: decay would pull them to one half of their range.
-            gate = any(word in name for word in ("alpha_proj", "beta_proj", "share_proj"))
+            gate = any(word in name for word in ("alpha_proj", "beta_proj", "share_proj", "shift_proj"))
             matrix = is_linear_weight(name, parameter) and not gate
             groups.setdefault((part, matrix), []).append(name)
         return [
@@ -186,7 +189,7 @@ class MirasSystem(LanguageModelSystem):
     @property
     def penalised(self) -> bool:
         """Whether there is a penalty on writing."""
-        return bool(self.kinds) and self.sizes.memory.write_penalty > 0
+        return any(kind.attachment != "slots" for kind in self.kinds) and self.sizes.memory.write_penalty > 0
 
     def _comparable(self, batch: TokenBatch) -> Tensor:
         """The tokens at which the teacher can say something that the window does not, [rows, T] bool."""
@@ -213,7 +216,8 @@ class MirasSystem(LanguageModelSystem):
             predict=bool(context.options.get("predict", False)),
             compared=compared,
         )
-        metrics = health_metrics(output.health)
+        metrics = health_metrics([state for state in output.health if isinstance(state, MemoryHealth)])
+        metrics |= slot_metrics([state for state in output.health if isinstance(state, SlotHealth)])
         if self.sizes.attention.kind == "window":
             reach = batch.positions[:, local] >= self.sizes.attention.window
             metrics["beyond_window"] = (reach.sum(), reach.new_full((), reach.numel(), dtype=torch.float64))
@@ -225,7 +229,7 @@ class MirasSystem(LanguageModelSystem):
         """This rank's sum per loss term, times the term's weight."""
         penalty = {}
         if self.penalised and output.health:
-            opened = torch.stack([health.opened for health in output.health]).mean()
+            opened = torch.stack([state.opened for state in output.health if isinstance(state, MemoryHealth)]).mean()
             penalty[WRITE] = self.sizes.memory.write_penalty * opened
         if output.distilled is None:
             assert output.losses is not None

@@ -15,7 +15,7 @@ from pipeline.recipes.miras import miras_64k
 from pipeline.system import Flops, create_system
 from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.flops import attention_reach, count_flops, scan_flops
-from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
+from pipeline.systems.miras.rule_config import MlpConfig, SlotsConfig, SwigluConfig, YaadConfig
 
 TINY = {"trainable": True, "layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 260}
 MEMORY = {"heads": 4, "head_dim": 32, "persistent": 4, "gate_rank": 16, "chunk": 64}
@@ -221,3 +221,14 @@ def test_a_teacher_without_a_divergence_ends_with_the_last_memory_and_so_does_th
     found = flops(dataclasses.replace(make(layers=(0, 2), trainable=False), distil="full", distillation=settings))
     assert found.forward == pytest.approx(student.forward - HEAD + 3 * (BLOCK + 2 * 128 * 1025))
     assert found.backward == pytest.approx(student.backward - HEAD - (BLOCK + 2 * ATTENTION))
+
+
+def test_slots_by_hand() -> None:
+    config = make()
+    memory = dataclasses.replace(config.memory, attachment="slots", slots=SlotsConfig(count=96, chunk=48))
+    count = flops(dataclasses.replace(config, memory=memory))
+    without = flops(dataclasses.replace(config, memory=dataclasses.replace(config.memory, layers=())))
+    shift = 2 * 4 * (128 + 32)
+    maps, distances = 2 * 2 * 96 * 32 * 32 * 4, 2 * 72 * 72 * 32 * 4
+    attention = 4 * 4 * 32 * (96 + 24.5)
+    assert count.forward - without.forward == 2 * (shift + (maps + distances) / 48 + attention)

@@ -17,7 +17,7 @@ from tests.systems.neuromorphic.harness import created, documents, small
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", "AC")
-def test_compiled_layers_give_the_same_losses_and_gradients(phase: str, tmp_path: Path, record_property: Any) -> None:
+def test_compiled_layers_train_alike(phase: str, tmp_path: Path, record_property: Any) -> None:
     """In float32, over two steps of several spans: the second begins with what the first wrote."""
     documents(tmp_path / "documents")
     found: dict[bool, tuple[list[float], dict[str, torch.Tensor]]] = {}

@@ -34,15 +34,15 @@ class BranchSteps(MemorySteps):
         one_document = torch.zeros(1, tokens.shape[1], dtype=torch.int64, device=tokens.device)
         q, k, v = unit_keys(causal_convolution(tokens, one_document, branch.conv), self.config)
         tail.copy_(tokens[:, 1:])
-        read = self.write(q, k, v, logits[..., 0], logits[..., 1], state.running)
+        read = self.write(q, k, v, logits[..., 0], logits[..., 1], state.rule_state)
         return branch.output(branch.found(read, q, self.heads), normed)
 
     def carry(self, state: MemoryState, length: int) -> MemoryCarry:
         tail = state.kept[TAIL]
         ids = torch.zeros(tail.shape[:2], dtype=torch.int64, device=tail.device)
         ids[:, : max(0, tail.shape[1] - length)] = -1
-        return MemoryCarry(*self.rule.finish(state.running), tail, ids)
+        return MemoryCarry(*self.rule.finish(state.rule_state), tail, ids)
 
-    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
+    def taken_over(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
         running = self.running((carry.memory, carry.momentum), within)
         return MemoryState(running, {TAIL: carry.tail.clone()})

@@ -81,7 +81,7 @@ class ContextSteps(MemorySteps):
         value = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
         written = torch.cat([written, core.written(mixed, value, self.heads)], dim=1)
         alpha, beta, _ = tokens.logits.unbind(-1)
-        answer = self.write(*core.rule_inputs(written, ids, self.heads), alpha, beta, state.running)
+        answer = self.write(*core.rule_inputs(written, ids, self.heads), alpha, beta, state.rule_state)
         fresh = [queries[:, -1], written[:, -1], tokens.logits[:, 0, :, :2]]
         kept[TAIL][plan.rows, slot] = torch.cat([x.to(kept[TAIL].dtype) for x in fresh], dim=-1)
         self._end_segments((lengths + 1) % self.config.context == 0, state)
@@ -90,7 +90,7 @@ class ContextSteps(MemorySteps):
     def carry(self, state: MemoryState, length: int) -> MemoryCarry:
         return MemoryCarry(state.kept[MEMORY], state.kept[MOMENTUM], *in_order(state.kept[TAIL], length))
 
-    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
+    def taken_over(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
         dtype = self.core.context_kv.dtype
         kept = {MEMORY: carry.memory.clone(), MOMENTUM: carry.momentum.clone(), TAIL: as_ring(carry.tail, length)}
         kept |= self._pairs(carry.memory.shape[0], self.core.context_kv)
@@ -160,7 +160,7 @@ class ContextSteps(MemorySteps):
         """Where `ended` [rows] bool on the CPU, the memory that the next segment finds is the present one."""
         if not bool(ended.any()):
             return
-        self.rule.close(state.running, ended)
-        rows = ended.nonzero().squeeze(1).to(state.running.memory.device)
-        for name, now in ((MEMORY, state.running.memory), (MOMENTUM, state.running.momentum)):
+        self.rule.close(state.rule_state, ended)
+        rows = ended.nonzero().squeeze(1).to(state.rule_state.memory.device)
+        for name, now in ((MEMORY, state.rule_state.memory), (MOMENTUM, state.rule_state.momentum)):
             state.kept[name].index_copy_(0, rows, now.index_select(0, rows))

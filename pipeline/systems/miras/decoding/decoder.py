@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,12 +24,15 @@ from pipeline.systems.miras.context_memory import ContextBranch
 from pipeline.systems.miras.decoding.branch import BranchSteps
 from pipeline.systems.miras.decoding.context import ContextSteps
 from pipeline.systems.miras.decoding.overflow import OverflowSteps
+from pipeline.systems.miras.decoding.slots import SlotSteps
 from pipeline.systems.miras.decoding.state import LENGTHS, LayerState, MirasState
-from pipeline.systems.miras.decoding.steps import MemorySteps, RulePass
+from pipeline.systems.miras.decoding.steps import LayerSteps, MemorySteps, RulePass
 from pipeline.systems.miras.decoding.token import run_token
-from pipeline.systems.miras.model import LayerCarry, MirasModel
+from pipeline.systems.miras.inside import LayerCarry
+from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.overflow import OverflowBranch
 from pipeline.systems.miras.rules import State
+from pipeline.systems.miras.slots import SlotBranch
 
 PIECE = 1024
 """Tokens that a parallel pass takes at a time, about."""
@@ -57,7 +61,7 @@ class MirasDecoder(Decoder):
         self.sinks = self.attention.sinks if self.attention.kind == "window" else 0
         self.rope = rope_of(backbone)
         self.memories = {index: self._steps(model.memory[str(index)]) for index in model.kinds}
-        self.grain = max((steps.grain for steps in self.memories.values()), default=1)
+        self.grain = math.lcm(*(steps.grain for steps in self.memories.values()))
         self.piece = max(1, piece // self.grain) * self.grain
 
     def empty(self, rows: int) -> MirasState:
@@ -103,12 +107,15 @@ class MirasDecoder(Decoder):
         weight: Tensor = self.model.backbone.model.embed_tokens.weight
         return weight
 
-    def _steps(self, branch: nn.Module) -> MemorySteps:
+    def _steps(self, branch: nn.Module) -> LayerSteps:
         if isinstance(branch, ContextBranch):
             return ContextSteps(branch)
         if isinstance(branch, OverflowBranch):
             assert self.window is not None
             return OverflowSteps(branch, self.window, self.sinks)
+        if isinstance(branch, SlotBranch):
+            assert self.window is not None
+            return SlotSteps(branch, self.window, self.sinks)
         return BranchSteps(branch)  # type: ignore[arg-type]
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -159,11 +166,13 @@ class MirasDecoder(Decoder):
         ids, stepped = ids.to(self._like.device), done
         carry = self._carry(state, length + done) if length + done else None
         within: dict[int, RulePass] = {}
+        before = carry
         rest = tokens - (tokens - done) % self.grain
         while done < tokens:
             # What begins a chunk and does not end it is a pass of its own.
             last = done == rest
             end = tokens if last else min(rest, done + self._piece(length + done))
+            before = carry
             with self._kept_passes() if last else nullcontext(within) as within:
                 hidden, carry = self._pass(ids[:, done:end], carry, length + done)
             keep(hidden)
@@ -173,7 +182,8 @@ class MirasDecoder(Decoder):
             assert left.attention is not None
             layer.attention.load(left.attention, length + tokens, self.rope)
             if left.memory is not None:
-                layer.memory = self.memories[index].loaded(left.memory, length + tokens, within.get(index))
+                began = None if before is None else before[index]
+                layer.memory = self.memories[index].loaded(left, length + tokens, within.get(index), began)
         state.advance(tokens - stepped)
         return torch.cat(found, dim=1)
 
@@ -214,7 +224,7 @@ class MirasDecoder(Decoder):
         handles = [
             steps.module.register_forward_hook(partial(keep, index))
             for index, steps in self.memories.items()
-            if steps.grain > 1
+            if isinstance(steps, MemorySteps) and steps.grain > 1
         ]
         try:
             yield found

@@ -46,13 +46,13 @@ class OverflowSteps(MemorySteps):
         ring[plan.rows, slot] = logits[:, 0, :, 0]
         leaves = (plan.positions >= self.window + self.sinks)[:, None, None]
         queries, keys, values, alpha, beta = self.core.rule_inputs(q, *leaving, beta, leaves, self.heads)
-        read = self.write(queries, keys, values, alpha, beta, state.running)
+        read = self.write(queries, keys, values, alpha, beta, state.rule_state)
         return self.core.mixed(read, attended, q, logits[..., 1], leaves, self.heads)
 
     def carry(self, state: MemoryState, length: int) -> MemoryCarry:
         tail, ids = in_order(state.kept[LOGITS], length)
-        return MemoryCarry(*self.rule.finish(state.running), tail[..., None], ids)
+        return MemoryCarry(*self.rule.finish(state.rule_state), tail[..., None], ids)
 
-    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
+    def taken_over(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
         running = self.running((carry.memory, carry.momentum), within)
         return MemoryState(running, {LOGITS: as_ring(carry.tail.squeeze(-1), length)})

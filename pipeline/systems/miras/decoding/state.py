@@ -22,18 +22,28 @@ RUNNING = "running."
 class MemoryState:
     """One layer's memory of all rows."""
 
-    running: StepState
-    """As the last token left it."""
+    running: StepState | None
+    """Of its rule, as the last token left it; None of slots, which have none."""
     kept: dict[str, Tensor]
     """What the attachment needs besides, rows first in each."""
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**self.kept, **{RUNNING + name: tensor for name, tensor in self.running.tensors().items()}}
+        running = {} if self.running is None else self.running.tensors()
+        return {**self.kept, **{RUNNING + name: tensor for name, tensor in running.items()}}
+
+    @property
+    def rule_state(self) -> StepState:
+        """`running`, of a memory with a rule."""
+        assert self.running is not None
+        return self.running
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> MemoryState:
         """The same with every tensor changed, by its name."""
-        running = {name: change(RUNNING + name, tensor) for name, tensor in self.running.tensors().items()}
-        return MemoryState(StepState(**running), {name: change(name, tensor) for name, tensor in self.kept.items()})
+        running = None
+        if self.running is not None:
+            parts = self.running.tensors()
+            running = StepState(**{name: change(RUNNING + name, tensor) for name, tensor in parts.items()})
+        return MemoryState(running, {name: change(name, tensor) for name, tensor in self.kept.items()})
 
 
 @dataclass

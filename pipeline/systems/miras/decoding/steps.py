@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.ops.gates import Gates
+from pipeline.ops.slots import Slots
 from pipeline.systems.miras.config import MemoryConfig
 from pipeline.systems.miras.decoding.state import MemoryState
+from pipeline.systems.miras.inside import LayerCarry
 from pipeline.systems.miras.memory import MemoryCarry
 from pipeline.systems.miras.rule_step import rule_step
 from pipeline.systems.miras.rules import MemoryRule, State
@@ -26,11 +28,36 @@ class RulePass(NamedTuple):
     gates: Gates
 
 
-class MemorySteps(ABC):
+class LayerSteps(ABC):
+    """One layer's memory, whatever it is."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def grain(self) -> int:
+        """A parallel pass that goes on has to begin at a multiple of so many tokens."""
+
+    @abstractmethod
+    def empty(self, rows: int, like: Tensor) -> MemoryState:
+        """Before any token; `like` has the model's dtype and device."""
+
+    @abstractmethod
+    def carry(self, state: MemoryState, length: int) -> MemoryCarry | Slots:
+        """What a parallel pass goes on with, of rows of `length` tokens each, at least one."""
+
+    @abstractmethod
+    def loaded(self, left: LayerCarry, length: int, within: RulePass | None, before: LayerCarry | None) -> MemoryState:
+        """The state after a parallel pass that left rows of `length` tokens each; `within`: it took the first tokens of
+        a chunk, and no others. `before`: the carry that it began with."""
+
+
+class MemorySteps(LayerSteps):
     """One layer's memory, of a module whose rule and momentum logits are given."""
 
     def __init__(self, config: MemoryConfig, rule: MemoryRule, eta_logits: nn.Parameter | None) -> None:
-        self.config = config
+        super().__init__(config)
         self.module = rule
         self.eta_logits = eta_logits
         self.rule = rule_step(rule)
@@ -38,21 +65,15 @@ class MemorySteps(ABC):
 
     @property
     def grain(self) -> int:
-        """A parallel pass that goes on has to begin at a multiple of so many tokens."""
         return self.config.chunk_start or 1
 
-    @abstractmethod
-    def empty(self, rows: int, like: Tensor) -> MemoryState:
-        """Before any token; `like` has the model's dtype and device."""
+    def loaded(self, left: LayerCarry, length: int, within: RulePass | None, before: LayerCarry | None) -> MemoryState:
+        assert isinstance(left.memory, MemoryCarry)
+        return self.taken_over(left.memory, length, within)
 
     @abstractmethod
-    def carry(self, state: MemoryState, length: int) -> MemoryCarry:
-        """What a parallel pass goes on with, of rows of `length` tokens each, at least one."""
-
-    @abstractmethod
-    def loaded(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
-        """The state after a parallel pass that left rows of `length` tokens each; `within`: it took the first tokens of
-        a chunk, and no others."""
+    def taken_over(self, carry: MemoryCarry, length: int, within: RulePass | None) -> MemoryState:
+        """As `loaded`, of the memory's own carry."""
 
     def begin(self, rows: int, like: Tensor) -> StepState:
         """The rule's state before any token."""

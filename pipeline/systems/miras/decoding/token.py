@@ -17,8 +17,9 @@ from pipeline.systems.miras.context_memory import ContextTokens
 from pipeline.systems.miras.decoding.branch import BranchSteps
 from pipeline.systems.miras.decoding.context import ContextSteps
 from pipeline.systems.miras.decoding.overflow import OverflowSteps
+from pipeline.systems.miras.decoding.slots import SlotSteps, SlotTokenPlan
 from pipeline.systems.miras.decoding.state import MirasState
-from pipeline.systems.miras.decoding.steps import MemorySteps
+from pipeline.systems.miras.decoding.steps import LayerSteps
 from pipeline.systems.miras.model import MirasModel
 
 
@@ -28,13 +29,18 @@ class TokenCall:
 
     plan: TokenPlan
     state: MirasState
-    memories: Mapping[int, MemorySteps]
+    memories: Mapping[int, LayerSteps]
+    slots: SlotTokenPlan | None
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, beside: Beside
     ) -> Tensor:
         index = layer_number(module)
         layer, steps = self.state.layers[index], self.memories.get(index)
+        if isinstance(steps, SlotSteps):
+            assert layer.memory is not None and self.slots is not None
+            arguments = (query, key, value, beside.tokens[0], layer.attention, self.plan, self.slots, layer.memory)
+            return steps.attend(*arguments, scaling).transpose(1, 2)
         # Before the token takes its place.
         leaving = layer.attention.leaving(self.plan) if isinstance(steps, OverflowSteps) else None
         out = layer.attention.attend(query, key, value, self.plan, scaling).transpose(1, 2)
@@ -50,14 +56,16 @@ class TokenCall:
 
 
 def run_token(
-    model: MirasModel, memories: Mapping[int, MemorySteps], ids: Tensor, state: MirasState, rope: Rope
+    model: MirasModel, memories: Mapping[int, LayerSteps], ids: Tensor, state: MirasState, rope: Rope
 ) -> Tensor:
     """Hidden states [rows, 1, width] of ids [rows]; the state takes the tokens in, all but their number."""
     decoder: Any = model.backbone.model
     hidden = decoder.embed_tokens(ids[:, None])
     cache = state.layers[0].attention
     plan = plan_token(state.lengths, rope=rope, window=cache.window, sinks=cache.sinks, like=hidden)
-    call, no_rotation = TokenCall(plan, state, memories), unrotated(hidden)
+    slots = next((steps for steps in memories.values() if isinstance(steps, SlotSteps)), None)
+    slot_plan = None if slots is None else slots.plan(plan, state.lengths, rope, hidden.dtype)
+    call, no_rotation = TokenCall(plan, state, memories, slot_plan), unrotated(hidden)
     for index, block in enumerate(decoder.layers):
         steps, memory = memories.get(index), state.layers[index].memory
         beside, added = Beside(), None
@@ -72,6 +80,8 @@ def run_token(
             beside = Beside(tokens=steps.inputs(hidden))
         elif isinstance(steps, OverflowSteps):
             beside = Beside(tokens=[steps.inputs(hidden)])
+        elif isinstance(steps, SlotSteps):
+            beside = Beside(tokens=[steps.branch.shift(hidden)])
         hidden = block(hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
         hidden = hidden if added is None else hidden + added
     normed: Tensor = decoder.norm(hidden)

@@ -26,13 +26,13 @@ from tests.systems.miras.harness import built
 
 ATTACHMENTS = ("residual", "mal", "mag", "mac", "overflow", "mixed")
 RULES = ("titans", "delta", "moneta", "yaad", "memora", "mlp", "swiglu")
+RULED = [(attachment, rule) for attachment in ATTACHMENTS for rule in RULES] + [("slots", "titans")]
 PARTS = (8, -1, -1, -1, -1, -1, -1, 13, -1, 9, -1, -1, -1)
 """Reads that begin and end within chunks and segments; steps over the borders of both, and to where the window of 10
 has lost first the 2 sinks, then another token."""
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("attachment", ATTACHMENTS)
+@pytest.mark.parametrize(("attachment", "rule"), RULED)
 def test_reads_and_steps_in_turn_equal_the_parallel_pass(attachment: str, rule: str) -> None:
     model, ids = model_of(attachment, rule), texts()
     decoder = MirasDecoder(model)
@@ -42,8 +42,7 @@ def test_reads_and_steps_in_turn_equal_the_parallel_pass(attachment: str, rule: 
     assert state.lengths.tolist() == [TOKENS, TOKENS]
 
 
-@pytest.mark.parametrize("rule", ["titans", "swiglu"])
-@pytest.mark.parametrize("attachment", ATTACHMENTS)
+@pytest.mark.parametrize(("attachment", "rule"), [pair for pair in RULED if pair[1] in ("titans", "swiglu")])
 def test_token_by_token_equals_the_parallel_pass_in_float32(attachment: str, rule: str) -> None:
     model, ids = model_of(attachment, rule, dtype=torch.float32), texts()
     decoder = MirasDecoder(model)
@@ -60,7 +59,7 @@ def test_full_attention_keeps_all_keys(attachment: str, rule: str) -> None:
     assert_close(decoded(decoder, ids, decoder.empty(2), PARTS), parallel_logits(model, ids))
 
 
-@pytest.mark.parametrize("attachment", ["residual", "mac", "overflow"])
+@pytest.mark.parametrize("attachment", ["residual", "mac", "overflow", "slots"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_backbones(family: str, attachment: str) -> None:
     model, ids = model_of(attachment, family=FAMILIES[family]), texts()
@@ -101,7 +100,9 @@ def parts(draw: st.DrawFn) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("attachment", "rule"), [("residual", "swiglu"), ("mixed", "moneta"), ("mixed", "delta")])
+@pytest.mark.parametrize(
+    ("attachment", "rule"), [("residual", "swiglu"), ("mixed", "moneta"), ("mixed", "delta"), ("slots", "titans")]
+)
 def test_wherever_reads_and_steps_begin(attachment: str, rule: str) -> None:
     model, ids = model_of(attachment, rule), texts(1)
     expected = parallel_logits(model, ids)
@@ -131,7 +132,9 @@ def test_the_length_of_a_piece_changes_nothing(piece: int, kind: str, monkeypatc
     assert (decoder._piece(0), decoder._piece(30)) == longest
 
 
-@pytest.mark.parametrize(("attachment", "rule"), [("residual", "swiglu"), ("mixed", "titans"), ("mac", "moneta")])
+@pytest.mark.parametrize(
+    ("attachment", "rule"), [("residual", "swiglu"), ("mixed", "titans"), ("mac", "moneta"), ("slots", "titans")]
+)
 def test_rows_at_different_places_are_apart(attachment: str, rule: str) -> None:
     """Texts that have been read to other lengths are joined, continued together, and as they would be alone."""
     model, ids = model_of(attachment, rule), texts(4)
@@ -174,7 +177,7 @@ def test_a_copy_of_a_row_goes_its_own_way() -> None:
     assert_close(decoder.step(ids[:1, 23], state), expected[:1, 23])
 
 
-@pytest.mark.parametrize("attachment", ["residual", "mixed"])
+@pytest.mark.parametrize("attachment", ["residual", "mixed", "slots"])
 def test_a_windowed_state_does_not_grow_with_the_text(attachment: str) -> None:
     decoder = MirasDecoder(model_of(attachment))
     state = decoder.empty(2)

@@ -14,7 +14,12 @@ from tests.systems.miras.decoding.harness import assert_close, decoded, model_of
 
 @pytest.mark.parametrize(
     ("attachment", "rule", "kind"),
-    [("residual", "swiglu", "window"), ("mixed", "memora", "window"), ("mal", "titans", "full")],
+    [
+        ("residual", "swiglu", "window"),
+        ("mixed", "memora", "window"),
+        ("mal", "titans", "full"),
+        ("slots", "titans", "window"),
+    ],
 )
 def test_a_restored_state_goes_on_bit_for_bit(attachment: str, rule: str, kind: str) -> None:
     model, ids = model_of(attachment, rule, kind=kind), texts(2)

@@ -1,0 +1,229 @@
+"""Windowed attention with a bounded store of what lies behind the window, under one softmax.
+
+Queries come in chunks. A chunk's queries see, of their own document, all tokens from `window` before the chunk on, the
+attention sinks, and the slots (`pipeline.ops.slots`) in which the tokens before those are stored. So a token is stored
+when a whole chunk no longer has it in its window, and until then it is seen at its true distance. The slots stand right
+behind the window: their keys turn with the position before the chunk's first visible token, and the logit of each has
+the logarithm of its tokens added. Where nothing lies behind the window, this is `attention.window_attention`.
+
+All of it is one call of SDPA over [window, sinks, slots]: what is added to logits stands in extra dimensions of queries
+and keys, so that fused kernels need no mask per head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkIndex, WindowCarry, blocks
+from pipeline.ops.rope import Rope, Rotation, rotate, turn
+from pipeline.ops.slots import Slots, store
+
+EXTRA = 8
+"""Dimensions that are added to queries and keys: three are used, and kernels want multiples of eight."""
+EMPTY = -3e4
+"""What stands in the place of the logarithm of no tokens, in units of a key's extra dimension: finite in float16, and
+exp() of it is 0 for every scale of logits in use."""
+
+
+@dataclass(frozen=True, eq=False)
+class SlotPlan:
+    """Which keys the chunks of one step see, and which tokens leave each; shared by all layers."""
+
+    window: int
+    chunk: int
+    mask: Tensor
+    """[batch * chunks, 1, chunk, window + chunk + sinks + slots] additive: 0 where a query sees a key, else -inf."""
+    rotation: Rotation
+    """Of the step's tokens, [batch, tokens, 1, dim / 2]."""
+    carry_rotation: Rotation | None
+    """Of the carried window's tokens."""
+    sinks: SinkIndex | None
+    sink_rotation: Rotation | None
+    """[batch, chunks, sinks, 1, dim / 2]."""
+    slot_rotation: Rotation
+    """[batch, chunks, 1, 1, dim / 2]."""
+    begins_known: Tensor
+    """[batch] bool: the first token goes on with the document of the step before, whose slots are its own."""
+    goes_on: Tensor
+    """[batch, chunks] bool: what follows the chunk belongs to the document of its first token."""
+    stored: Tensor
+    """[batch, chunks, chunk] bool: of the tokens `window` places before a chunk's, which are stored at its end."""
+
+
+def plan_slots(
+    segment_ids: Tensor,
+    positions: Tensor,
+    before: tuple[Tensor, Tensor] | None,
+    *,
+    rope: Rope,
+    window: int,
+    sinks: int,
+    slots: int,
+    chunk: int,
+    dtype: torch.dtype,
+) -> SlotPlan:
+    """The plan of one step.
+
+    Args:
+        segment_ids, positions: [batch, tokens] int64, of the whole sequence; tokens is a multiple of `chunk` in all
+            steps but a stream's last, since chunks begin at its multiples.
+        before: the same of the last `window` tokens before the step [batch, window]; None where there are none.
+        window: tokens before its chunk that a query sees at the least.
+        sinks: first tokens of a document, which are never stored.
+        slots, chunk: how many, and tokens of a chunk. Raises ValueError for fewer slots than tokens of a chunk.
+        dtype: of q, k and v.
+    """
+    if not 0 < chunk <= slots:
+        raise ValueError(f"{slots} slots cannot take a chunk of {chunk} tokens at once: give at least as many")
+    batch, tokens = segment_ids.shape
+    device = segment_ids.device
+    old_ids, old_positions = before or (segment_ids.new_full((batch, window), NO_TOKEN), positions.new_zeros(()))
+    ids = blocks(segment_ids, chunk, PADDING)
+    count = ids.shape[1]
+    places = blocks(positions, chunk, 0)
+    first_ids, first_places = ids[..., 0], places[..., 0]
+    all_ids = torch.cat([old_ids, ids.flatten(1)], dim=1)
+    all_places = torch.cat([old_positions.expand(batch, window), places.flatten(1)], dim=1)
+
+    distance = torch.arange(window, window + chunk, device=device)[:, None] - torch.arange(
+        window + chunk, device=device
+    )
+    band = (ids[..., None] == all_ids.unfold(1, window + chunk, chunk)[:, :, None]) & (distance >= 0)
+    parts = [band]
+    own = (ids == first_ids[..., None])[..., None]
+    sink_index = sink_rotation = None
+    if sinks:
+        first = torch.arange(0, tokens, chunk, device=device)
+        sink_index = SinkIndex.of(first, segment_ids, positions, None if before is None else old_ids, sinks)
+        order = torch.arange(sinks, device=device)
+        behind = first_places[..., None] - order > window
+        parts.append(own & (behind & sink_index.present)[:, :, None])
+        # Beside the slots, right behind the window, as `attention_sinks` has them.
+        sink_rotation = rope.rotation((first_places - window - sinks).clamp_min(0)[..., None] + order, dtype)
+    parts.append(own.expand(-1, -1, -1, slots))
+    seen = torch.cat(parts, dim=-1).flatten(0, 1)[:, None]
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
+
+    # A step's last chunk cannot know what follows: it stores for the document of its last token.
+    next_ids = torch.cat([first_ids[:, 1:], segment_ids[:, -1:]], dim=1)
+    leaving_ids, leaving_places = (x[:, : count * chunk].unflatten(1, (count, chunk)) for x in (all_ids, all_places))
+    # Of a stream's last step, whose chunk need not be whole, nothing else leaves.
+    stored = (leaving_ids == next_ids[..., None]) & (leaving_places >= sinks) & (ids != PADDING)
+    return SlotPlan(
+        window,
+        chunk,
+        mask,
+        rope.rotation(positions, dtype),
+        None if before is None else rope.rotation(old_positions, dtype),
+        sink_index,
+        sink_rotation,
+        rope.rotation((first_places - window - 1).clamp_min(0)[..., None], dtype),
+        old_ids[:, -1] == segment_ids[:, 0],
+        next_ids == first_ids,
+        stored,
+    )
+
+
+def slots_by_chunk(k: Tensor, v: Tensor, plan: SlotPlan, carry: WindowCarry | None, slots: Slots) -> list[Slots]:
+    """The slots as every chunk of a step finds them, and last those after the step.
+
+    k, v [batch, tokens, kv_heads, dim], k before RoPE; `slots` are those of the step before.
+    """
+    found = [slots.where(plan.begins_known)]
+    earlier = [None, None] if carry is None else [carry.k, carry.v]
+    leaving = [
+        blocks(_behind(x.detach(), before, plan.window), plan.chunk, 0).unbind(1)
+        for x, before in zip((k, v), earlier, strict=True)
+    ]
+    for index, (keys, values) in enumerate(zip(*leaving, strict=True)):
+        known = found[-1].where(plan.goes_on[:, index])
+        found.append(store(known, keys, values, plan.stored[:, index]))
+    return found
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SlotPlan,
+    carry: WindowCarry | None,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    shift: Tensor,
+    scale: float,
+) -> Tensor:
+    """The output of attention, like q. Differentiable in all but counts; the carry is a constant.
+
+    Args:
+        q: [batch, tokens, heads, dim], before RoPE.
+        k, v: [batch, tokens, kv_heads, dim], k before RoPE.
+        plan: from `plan_slots`.
+        carry: of the window, from the step before; None where the plan was made without one.
+        keys, values, counts: of the slots that each chunk finds, [batch, chunks, kv_heads, slots, dim] and without dim.
+        shift: [batch, tokens, heads], added to the logits of all slots.
+        scale: of the logits.
+    """
+    batch, tokens, heads, dim = q.shape
+    earlier_k = earlier_v = None
+    if carry is not None:
+        assert plan.carry_rotation is not None
+        earlier_k, earlier_v = rotate(carry.k.to(k.dtype), plan.carry_rotation), carry.v
+    by_chunk = "batch chunks keys heads dim -> (batch chunks) heads keys dim"
+    # In a key's extra dimensions, over the scale: the logarithm of its tokens in two parts, for bfloat16; and what
+    # takes the query's shift.
+    extra = q.new_zeros(*q.shape[:3], EXTRA)
+    extra[..., :2] = 1
+    extra = torch.cat([extra[..., :2], shift[..., None].to(q.dtype), extra[..., 3:]], dim=-1)
+    queries = torch.cat([rotate(q, plan.rotation), extra], dim=-1)
+    queries = rearrange(blocks(queries, plan.chunk, 0), by_chunk)
+    band_k, band_v = (
+        _bands(F.pad(x, (0, EXTRA)), None if before is None else F.pad(before, (0, EXTRA)), plan)
+        for x, before in ((rotate(k, plan.rotation), earlier_k), (v, earlier_v))
+    )
+    parts = [(band_k, band_v)]
+    if plan.sinks is not None:
+        assert plan.sink_rotation is not None
+        sink_k = plan.sinks.gather(k, None if carry is None else carry.sink_k)
+        sink_v = plan.sinks.gather(v, None if carry is None else carry.sink_v)
+        pair = (turn(sink_k, *plan.sink_rotation), sink_v)
+        parts.append(tuple(F.pad(rearrange(x, by_chunk), (0, EXTRA)) for x in pair))  # type: ignore[arg-type]
+    bias = torch.where(counts > 0, counts.clamp_min(1).log() / scale, EMPTY)
+    coarse = bias.to(k.dtype)
+    marks = torch.stack([coarse, (bias - coarse).to(k.dtype), torch.full_like(coarse, 1 / scale)], dim=-1)
+    turned = turn(
+        rearrange(keys.to(k.dtype), "batch chunks heads slots dim -> batch chunks slots heads dim"),
+        *(x for x in plan.slot_rotation),
+    )
+    turned = rearrange(turned, by_chunk)
+    slot_k = torch.cat([turned, F.pad(marks.flatten(0, 1), (0, EXTRA - 3))], dim=-1)
+    parts.append((slot_k, F.pad(values.flatten(0, 1).to(v.dtype), (0, EXTRA))))
+    all_k, all_v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    out = F.scaled_dot_product_attention(
+        queries, all_k, all_v, attn_mask=plan.mask.to(q.dtype), scale=scale, enable_gqa=heads != k.shape[2]
+    )
+    out = rearrange(out[..., :dim], "(batch chunks) heads chunk dim -> batch (chunks chunk) heads dim", batch=batch)
+    return out[:, :tokens]
+
+
+def _behind(x: Tensor, before: Tensor | None, window: int) -> Tensor:
+    """x [batch, tokens, heads, dim] `window` places later, zeros where nothing came before."""
+    if before is None:
+        before = x.new_zeros(x.shape[0], window, *x.shape[2:])
+    return torch.cat([before.to(x.dtype), x], dim=1)[:, : x.shape[1]]
+
+
+def _bands(x: Tensor, before: Tensor | None, plan: SlotPlan) -> Tensor:
+    """x [batch, tokens, heads, dim] as overlapping bands [batch * chunks, heads, window + chunk, dim]."""
+    batch, tokens, heads, dim = x.shape
+    if before is None:
+        before = x.new_zeros(batch, plan.window, heads, dim)
+    x = torch.cat([before.to(x.dtype), x, x.new_zeros(batch, -tokens % plan.chunk, heads, dim)], dim=1)
+    bands = x.unfold(1, plan.window + plan.chunk, plan.chunk)
+    return rearrange(bands, "batch chunks heads dim keys -> (batch chunks) heads keys dim")

@@ -1,0 +1,109 @@
+"""A bounded store of keys and values behind attention's window (the attachment `slots`).
+
+Where `overflow` writes what leaves the window into a memory of fixed shape and mixes what it reads with what attention
+gave, this keeps keys and values themselves, merges the nearest when there are too many (`pipeline.ops.slots`), and
+attention sees them under its own softmax. It works before any training. docs/attachments.md has the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.ops.attention_sinks import WindowCarry
+from pipeline.ops.attention_slots import SlotPlan, slot_attention, slots_by_chunk
+from pipeline.ops.checks import sum_dtype
+from pipeline.ops.gates import GateLinear
+from pipeline.ops.slots import Slots
+from pipeline.parallel.topology import Topology
+from pipeline.systems.miras.config import MemoryConfig
+
+
+class SlotHealth(NamedTuple):
+    """Sums over this rank's streams and key-value heads, for the log."""
+
+    used: Tensor
+    """Slots that hold something."""
+    slots: Tensor
+    """All of them."""
+    stored: Tensor
+    """Tokens that they stand for."""
+
+
+class SlotBranch(nn.Module):
+    """What is learned of a layer's slots; at first they are read as they are.
+
+    Per key-value head, k_s and v_s are read as k_s + k_s D_k and v_s + v_s D_v; per head and token, w x_t + u q_t + b
+    is added to the logits of all slots. D_k, D_v, w, u and b are zero at first.
+    """
+
+    def __init__(self, width: int, kv_heads: int, config: MemoryConfig, norm_eps: float) -> None:
+        super().__init__()
+        self.config, self.norm_eps = config, norm_eps
+        self.shift_proj = GateLinear(width, config.heads)
+        self.shift_query = nn.Parameter(torch.empty(config.heads, config.head_dim))
+        self.key_map = nn.Parameter(torch.empty(kv_heads, config.head_dim, config.head_dim))
+        self.value_map = nn.Parameter(torch.empty(kv_heads, config.head_dim, config.head_dim))
+
+    def shift(self, hidden: Tensor) -> Tensor:
+        """Of hidden [batch, sequence / degree, width]: [batch, sequence / degree, heads, 1] float32."""
+        precise = hidden.to(sum_dtype(hidden))
+        normed = nn.functional.rms_norm(precise, precise.shape[-1:], eps=self.norm_eps)
+        shift: Tensor = self.shift_proj(normed)
+        return shift[..., None]
+
+    def forward(
+        self,
+        shift: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: SlotPlan,
+        window: WindowCarry | None,
+        carry: Slots | None,
+        topology: Topology,
+        scale: float,
+    ) -> tuple[Tensor, Slots, SlotHealth]:
+        """Attention in place of that to the window alone: of `shift` [batch, sequence, heads / degree, 1], attention's
+        q, k (before RoPE), v [batch, sequence, heads or key-value heads / degree, dim], and what the layer carries, the
+        output like q, the slots after the step, and the health."""
+        if carry is None:
+            carry = Slots.empty(k.shape[0], k.shape[2], self.config.slots.count, k.shape[3], k)
+        found = slots_by_chunk(k, v, plan, window, carry)
+        counts = torch.stack([slots.counts for slots in found[:-1]], dim=1)
+        keys, values = (
+            self.read(torch.stack([part.to(k.dtype) for part in parts], dim=1), weight, topology)
+            for parts, weight in (
+                ([slots.keys for slots in found[:-1]], self.key_map),
+                ([slots.values for slots in found[:-1]], self.value_map),
+            )
+        )
+        shift = self.shifted(shift.squeeze(-1), q, topology)
+        out = slot_attention(q, k, v, plan, window, keys, values, counts, shift, scale)
+        return out, found[-1], slot_health(found[-1])
+
+    def read(self, x: Tensor, change: Tensor, topology: Topology) -> Tensor:
+        """Keys or values [..., kv_heads / degree, slots, dim] as they are read."""
+        change = change[topology.heads(change.shape[0])]
+        return x + torch.matmul(x, change.to(x.dtype))
+
+    def shifted(self, shift: Tensor, q: Tensor, topology: Topology) -> Tensor:
+        """What is added to the slots' logits, [batch, tokens, heads / degree], float32."""
+        weight = self.shift_query[topology.heads(self.config.heads)]
+        return shift + torch.einsum("bthd,hd->bth", q, weight.to(q.dtype))
+
+
+def slot_health(slots: Slots) -> SlotHealth:
+    used = slots.counts > 0
+    return SlotHealth(used.sum(), used.new_full((), used.numel(), dtype=torch.float64), slots.counts.sum())
+
+
+def slot_metrics(health: Sequence[SlotHealth]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The health of all slots of a step, each metric as (sum, count); none without any."""
+    if not health:
+        return {}
+    used, slots, stored = (torch.stack([state[index] for state in health]).sum() for index in range(3))
+    return {"memory/slots_used": (used, slots), "memory/tokens_per_slot": (stored, used.clamp_min(1))}

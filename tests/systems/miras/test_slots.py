@@ -1,0 +1,155 @@
+"""The attachment `slots` in a model: the backbone exactly while nothing has left the window, and what is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.lm.config import BackboneConfig
+from pipeline.parallel.topology import Topology
+from pipeline.systems.miras import create
+from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.rule_config import SlotsConfig
+from tests.launch.parity_main import LENGTH, VOCABULARY, attached
+from tests.lm.families import FAMILIES, save_decoder
+from tests.systems.miras.harness import (
+    assert_packed_equals_apart,
+    assert_recomputation_changes_nothing,
+    assert_steps_equal_one,
+    batch,
+    built,
+    differentiated_blocks,
+    run,
+    tokens,
+)
+from tests.systems.miras.test_overflow import SINKS, WINDOW, with_memory
+
+CHUNK = 4
+"""Of the model of the tests, which has 8 slots: a document behind its window fills them in two chunks."""
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return tokens()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.bfloat16, 0.1)], ids=str)
+def test_nothing_changes_until_a_token_has_left_the_window(ids: Tensor, dtype: torch.dtype, error: float) -> None:
+    """Rounded otherwise in bfloat16, as another kernel's blocks do; emptied it is the backbone itself, bit for bit."""
+    system, model = built(attached("slots"), dtype=dtype)
+    part = batch(ids, [WINDOW + SINKS, 3, LENGTH - WINDOW - SINKS - 3])
+    on, off = (run(system, model, part, memory=memory).tokens["losses"][0] for memory in (True, False))
+    inside = part.positions[0] < WINDOW + SINKS
+    assert (on - off)[inside].abs().max() <= error
+    assert (on != off)[~inside & (part.labels[0] >= 0)].double().mean() > 0.9
+    assert torch.equal(run(system, model, part, emptied=True).tokens["losses"][0], off)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_itself_within_the_window_and_learns_beyond_it(name: str, tmp_path: Path, ids: Tensor) -> None:
+    folder = save_decoder(name, tmp_path)
+    config = with_memory(attached("slots", trainable=False), layers=("upper2",), heads=3, head_dim=7)
+    assert isinstance(config.model, MirasConfig)
+    backbone = BackboneConfig(pretrained=str(folder))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+    system, model = built(config, noisy=False, dtype=torch.float32)
+    system.check(Topology())
+    model.backbone.requires_grad_(False)
+    part = batch(ids, [12, LENGTH - 12])
+    output = run(system, model, part)
+    off = run(system, model, part, memory=False).tokens["losses"][0]
+    losses = output.tokens["losses"][0]
+    torch.testing.assert_close(losses[:24], off[:24], rtol=1e-5, atol=1e-5)
+    assert (losses[24:-1] != off[24:-1]).all()
+    output.sums["cross_entropy"].backward()
+    assert all(parameter.grad.any() for parameter in model.memory.parameters())
+
+
+def test_packed_documents_equal_the_same_documents_apart_where_chunks_fall_alike(ids: Tensor) -> None:
+    assert_packed_equals_apart(attached("slots"), ids, [4, 24, 4, 16])
+
+
+def test_a_document_split_over_three_steps_equals_one(ids: Tensor) -> None:
+    system, model = built(attached("slots"))
+    for lengths in ([LENGTH], [7, LENGTH - 7], [5, 3, 40]):
+        for cuts in ((CHUNK, 5 * CHUNK), (16, 32)):
+            assert_steps_equal_one(system, model, batch(ids, lengths), cuts)
+
+
+def test_no_token_changes_an_earlier_loss_or_another_document(ids: Tensor) -> None:
+    system, model = built(attached("slots"))
+    lengths = [20, LENGTH - 20]
+    before, labels = run(system, model, batch(ids, lengths)).tokens["losses"][0], batch(ids, lengths).labels
+    for place in (0, 6, 19, 20, 21, 30, 40):
+        changed = ids.clone()
+        changed[place] = (changed[place] + 1) % VOCABULARY
+        part = dataclasses.replace(batch(changed, lengths), labels=labels)
+        change = (run(system, model, part).tokens["losses"][0] - before).abs()
+        end = 20 if place < 20 else LENGTH
+        assert not change[:place].any() and not change[end:].any()
+        assert (change[place:end][labels[0, place:end] >= 0] > 0).all()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_recomputation_changes_nothing(ids: Tensor, trainable: bool) -> None:
+    assert_recomputation_changes_nothing(attached("slots"), ids, trainable=trainable)
+
+
+def test_a_frozen_backbone_has_no_backward_pass_below_the_first_memory(ids: Tensor) -> None:
+    system, model = built(attached("slots"))
+    model.backbone.requires_grad_(False)
+    assert differentiated_blocks(system, model, ids) == {0: False, 1: True, 2: True}
+
+
+@pytest.mark.parametrize("other", ["residual", "overflow"])
+def test_beside_another_attachment(ids: Tensor, other: str) -> None:
+    config = with_memory(attached("slots"), overflow_layers=(2,))
+    if other == "residual":
+        config = with_memory(attached("slots"), layers=(1,))
+    system, model = built(config)
+    assert [kind.attachment for kind in model.kinds.values()] == ["slots", "overflow"][: len(model.kinds)]
+    assert_steps_equal_one(system, model, batch(ids, [7, LENGTH - 7]), (8, 20))
+    run(system, model, batch(ids, [LENGTH])).sums["cross_entropy"].backward()
+    assert all(parameter.grad.any() for parameter in model.memory.parameters())
+
+
+def test_the_health_is_how_full_the_slots_are(ids: Tensor) -> None:
+    system, model = built(attached("slots"))
+
+    def health(lengths: list[int]) -> tuple[dict[str, float], str]:
+        metrics = run(system, model, batch(ids, lengths)).metrics
+        found = {name: float(value / count) for name, (value, count) in metrics.items()}
+        return found, system.health(found)
+
+    found, line = health([LENGTH])
+    assert found["memory/slots_used"] == 1
+    # The last chunk's window still sees what lies `WINDOW` behind it.
+    assert found["memory/tokens_per_slot"] == pytest.approx((LENGTH - WINDOW - SINKS) / 8)
+    assert line.startswith("100 % of the slots used | 4.5 tokens each")
+    assert health([12] * 4)[0]["memory/slots_used"] == 0
+
+
+def test_what_cannot_be_is_refused(ids: Tensor) -> None:
+    for config, message in (
+        (attached("slots", "full"), "nothing leaves a window"),
+        (with_memory(attached("slots"), slots=SlotsConfig(count=64, chunk=12)), "the window's, which is 10 tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            create(config)
+    with pytest.raises(UserError, match="4 slots cannot take so many tokens at once"):
+        SlotsConfig(count=4, chunk=5)
+    odd = create(with_memory(attached("slots"), slots=SlotsConfig(count=64, chunk=9)))
+    with pytest.raises(UserError, match="does not divide the --sequence-length 48"):
+        odd.check(Topology())
+
+
+def test_rules_settings_are_none_of_its_own() -> None:
+    model: Any = attached("slots").model
+    assert {"rule", "step_size", "heads", "gate_rank"} <= model.memory.ignored_fields
+    assert "slots" not in model.memory.ignored_fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -125,8 +126,8 @@ class JudgesPeptides(Protocol):
 class MeasuresContexts(Protocol):
     """Has context vectors, whose rank and memory are measured (`eval --suite contexts`)."""
 
-    def check_control(self, other: RunConfig, name: str) -> None:
-        """Raises UserError where a run of another config, which the user named `name`, is no control of this one."""
+    def check_control(self, checkpoint: Path, other: RunConfig, control: Path) -> None:
+        """Raises UserError where `control`, a checkpoint of a run of config `other`, is none of this `checkpoint`."""
         ...
 
     def context_suite(

@@ -156,7 +156,7 @@ def _with_control(values: Mapping[str, Any], system: Any, checkpoint: Path, topo
         return values
     with shared_errors(topology):
         config = read_run(values[CONTROL])
-        system.check_control(config, str(values[CONTROL]))
+        system.check_control(checkpoint, config, values[CONTROL])
     return {**values, CONTROL_CONFIG: config}
 
 

@@ -136,7 +136,7 @@ def count_parameters(config: RunConfig) -> Counts:
     trained = frozenset().union(*(names(phase) for phase in loaded.phases))
     phases = tuple(
         PhaseCounts(phase, sum(sizes[name] for name in names(phase)))
-        for phase in pick(config, loaded.phases)
+        for phase in pick(loaded.system.config, loaded.phases)
         if config.phase in (None, phase.name)
     )
     return Counts(sum(sizes.values()), sum(sizes[name] for name in trained), max(sizes.values()), phases)

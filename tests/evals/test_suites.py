@@ -87,14 +87,14 @@ def test_a_control_is_asked_for_before_a_model_is_loaded(tmp_path: Path) -> None
     chosen, _ = pop_suite(["--suite", "contexts", "--control", str(tmp_path)])
     asked = []
 
-    def check_control(config: RunConfig, name: str) -> None:
-        asked.append(config.recipe)
-        raise UserError(f"--control {name}: no")
+    def check_control(checkpoint: Path, config: RunConfig, control: Path) -> None:
+        asked.append((checkpoint, config.recipe))
+        raise UserError(f"--control {control}: no")
 
     system: Any = types.SimpleNamespace(check_control=check_control)
     with pytest.raises(UserError, match=f"--control {tmp_path}: no"):
-        chosen.prepared(system, tmp_path, Topology())
-    assert asked == ["miras_recall"]
+        chosen.prepared(system, tmp_path / "own", Topology())
+    assert asked == [(tmp_path / "own", "miras_recall")]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pipeline.systems.cvfp import costs
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.build import build_loader, list_documents
 from pipeline.systems.cvfp.documents import DocumentBatch, DocumentSet
+from pipeline.systems.cvfp.evaluation.alike import check_alike
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA, HISTORIES, ContextEvaluation
 from pipeline.systems.cvfp.evaluation.criteria import lines as criteria_lines
 from pipeline.systems.cvfp.evaluation.criteria import verdict
@@ -42,9 +44,14 @@ class CvfpSystem(System[DocumentBatch]):
     histories = HISTORIES
 
     def __init__(self, config: RunConfig) -> None:
+        sizes = config.model
+        assert isinstance(sizes, CvfpConfig)
+        if sizes.test and not config.phases:
+            # The system has both phases all the same: a checkpoint holds what any of them trains, and another run may
+            # go on with it.
+            config = dataclasses.replace(config, phases=(FIXED_POINT,))
         super().__init__(config)
-        assert isinstance(config.model, CvfpConfig)
-        self.sizes = config.model
+        self.sizes = sizes
         self.in_training = FIXED_POINT
         """The phase of which `loader` was asked last."""
         self.in_reading: DocumentLoader | None = None
@@ -59,7 +66,7 @@ class CvfpSystem(System[DocumentBatch]):
             raise UserError(
                 f"--sequence-length {self.config.sequence_length}: a token is to be followed by another: give 2 or more"
             )
-        if self.sizes.test and self.config.phases not in ((), (FIXED_POINT,)):
+        if self.sizes.test and self.config.phases != (FIXED_POINT,):
             raise UserError(
                 f"--phases {' '.join(self.config.phases)} with --test, which runs {FIXED_POINT} alone: leave one out"
             )
@@ -108,9 +115,7 @@ class CvfpSystem(System[DocumentBatch]):
         steps = self.sizes.fixed_point.iterations * self.data.training(topology).slots
         fixed_point = dataclasses.replace(self.sizes.fixed_point, steps=steps)
         model = dataclasses.replace(self.sizes, vocab=self.documents.vocab, fixed_point=fixed_point)
-        # The system has both phases all the same: a checkpoint holds what any of them trains, and may go on without it.
-        phases = (FIXED_POINT,) if self.sizes.test else self.config.phases
-        return dataclasses.replace(self.config, model=model, phases=phases)
+        return dataclasses.replace(self.config, model=model)
 
     def build(self) -> nn.Module:
         return CvfpModel(self.sizes)
@@ -153,6 +158,9 @@ class CvfpSystem(System[DocumentBatch]):
         return self.data.held_out(topology)
 
     def begin_phase(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> None:
+        for name, work in self.work.items():
+            if name != phase.name:
+                work.end()
         self.work[phase.name].begin(model, sync_point)
 
     def count(self, batch: DocumentBatch) -> Counts:
@@ -192,8 +200,8 @@ class CvfpSystem(System[DocumentBatch]):
         """What is measured of contexts; figures of untrained weights are kept, as no update changes them."""
         return ContextEvaluation(self.config, self.data)
 
-    def check_control(self, other: RunConfig, name: str) -> None:
-        self.contexts.check_control(other, name)
+    def check_control(self, checkpoint: Path, other: RunConfig, control: Path) -> None:
+        check_alike(self.config, checkpoint, other, control)
 
     @torch.no_grad()
     def context_suite(

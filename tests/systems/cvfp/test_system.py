@@ -112,6 +112,17 @@ def test_a_plan_counts_what_training_holds() -> None:
     assert device is not None and plan.memory < 2 * 2**30
 
 
+def test_a_plan_of_a_test_has_the_first_phase_alone() -> None:
+    config = cvfp_100k()
+    of_test, of_first = (
+        make_plan(one, PlanOptions(device="T4"))
+        for one in (model_of(config, test=True), dataclasses.replace(config, phases=("fixed_point",)))
+    )
+    assert [entry.phase.name for entry in of_test.counts.phases] == ["fixed_point"]
+    assert (of_test.steps, of_test.hours, of_test.held) == (of_first.steps, of_first.hours, of_first.held)
+    assert 0 < of_test.steps < make_plan(config, PlanOptions(device="T4")).steps
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("cvfp")
@@ -198,13 +209,14 @@ def test_a_headline_of_contexts_has_the_baselines_beside_each_figure() -> None:
     first = {"converged": 0.91, "converged_val": 0.92}
     assert system.headline(Evaluation(first)) == "converged 91.00%, held out 92.00%"
     whole = first | {
+        "converged_pass_to_pass": 0.93,
         "converged/random_init": 0.11, "converged_val/random_init": 0.12, "effective_rank/train": 0.81,
         "effective_rank/val": 0.82, "effective_rank/random_init_train": 0.41, "effective_rank/random_init_val": 0.42,
         "effective_rank/gaussian": 0.96, "final_diff": 0.003, "final_diff/random_init": 0.005,
         "final_diff_relative": 0.0001, "final_diff_relative/random_init": 0.0002,
     }  # fmt: skip
     assert system.headline(Evaluation(whole)) == (
-        "converged 91.00% (untrained 11.00%), held out 92.00% (untrained 12.00%)"
+        "converged 91.00% (untrained 11.00%, from pass to pass 93.00%), held out 92.00% (untrained 12.00%)"
         " | effective rank 81.0% (untrained 41.0%, independent numbers 96.0%),"
         " held out 82.0% (untrained 42.0%, independent numbers 96.0%)"
         " | final_diff 0.003 (untrained 0.005), as a share of the norm 0.0001 (untrained 0.0002)"

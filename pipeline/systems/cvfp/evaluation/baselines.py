@@ -96,11 +96,12 @@ def identity_cosine(reader: Reads, vocab: int) -> float:
 def gaussian_figures(tokens: int, width: int, threshold: float) -> dict[str, float]:
     """What contexts of independent standard normal numbers have, two of the same token being independent too: the
     effective rank of `tokens` of them as a share of the width, the mean distance of two, the same as a share of the
-    root mean square norm, the mean square of their difference, and the share of pairs that are nearer than the
-    threshold allows."""
+    root mean square norm, the mean square of their difference, the share of pairs that are nearer than the threshold
+    allows, and what the checks for an identity and for an attractor ask for."""
     half = torch.tensor(width / 2, dtype=torch.float64)
     # |a - b|^2 / 2 is a chi-square number of `width` degrees of freedom.
-    distance = 2 * float(torch.exp(torch.lgamma(half + 0.5) - torch.lgamma(half)))
+    root = float(torch.exp(torch.lgamma(half + 0.5) - torch.lgamma(half)))
+    distance = 2 * root
     near = float(torch.special.gammainc(half, half * threshold / 2))
     return {
         "effective_rank": gaussian_rank(tokens, width) / width,
@@ -110,4 +111,10 @@ def gaussian_figures(tokens: int, width: int, threshold: float) -> dict[str, flo
         "converged_val": near,
         "start_distance": 2.0,
         "start_distance_val": 2.0,
+        "norm": 2**0.5 * root,
+        "spread": width**0.5,
+        "distance_of_contexts": (2 * width) ** 0.5,
+        "cosine_of_contexts": 0.0,
+        "embedding_cosine": 0.0,
+        "identity_cosine": 0.0,
     }

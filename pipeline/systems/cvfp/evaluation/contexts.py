@@ -6,13 +6,12 @@ import torch
 from torch import nn
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError, shown
 from pipeline.evaluation_result import Evaluation, together
 from pipeline.host.hardware import peak_memory
 from pipeline.parallel.collectives import all_gather_object
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.cvfp.config import CvfpConfig
-from pipeline.systems.cvfp.evaluation.control import CONTROL, LABELS, MODEL, compared, differences, right
+from pipeline.systems.cvfp.evaluation.control import CONTROL, LABELS, MODEL, compared, right
 from pipeline.systems.cvfp.evaluation.criteria import criteria_table
 from pipeline.systems.cvfp.evaluation.measures import UNTRAINED, ContextMeasures
 from pipeline.systems.cvfp.evaluation.prediction import nats_by_row
@@ -81,20 +80,6 @@ class ContextEvaluation:
             assert torch.equal(of_control[LABELS], sums[LABELS])
             sums[CONTROL], sums[right(CONTROL)] = of_control[MODEL], of_control[right(MODEL)]
         return compared(sums)
-
-    def check_control(self, other: RunConfig, name: str) -> None:
-        """Raises UserError where a run is not one that was trained alike, on the same documents, without context."""
-        what = f"--control {name}"
-        if not isinstance(other.model, CvfpConfig):
-            raise UserError(f"{what}: is a run of {other.recipe}: give one of {self.config.recipe}")
-        if other.model.prediction.context != "zero":
-            raise UserError(f"{what}: was trained with its contexts: give a run with --model.prediction.context zero")
-        for flag, mine, theirs in differences(self.config, other):
-            if mine != theirs:
-                raise UserError(
-                    f"{what}: has {flag} {shown(theirs)}, where this run has {shown(mine)}: give a run that was trained"
-                    f" alike but for --model.prediction.context zero"
-                )
 
     def _convergence_of(self, name: str, sync_point: SyncPoint) -> dict[str, float]:
         """What `convergence` finds of untrained weights, of the same tokens as of trained ones: once in a process, as

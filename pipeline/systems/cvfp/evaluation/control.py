@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from functools import partial
-from operator import attrgetter
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from pipeline.config import RunConfig
 from pipeline.evaluation_result import Curve, Evaluation
 from pipeline.lm.documents import interval
 
@@ -30,38 +25,6 @@ Sums = Mapping[str, Tensor]
 def right(name: str) -> str:
     """Beside the nats of this name: of how many labels its likeliest token is the right one."""
     return f"right/{name}"
-
-
-ALIKE = (
-    "sequence_length", "seed", "steps", "epochs.train", "lr", "warmup_steps", "weight_decay", "clip", "batch_size",
-    "grad_accum", "global_batch_size", "global_batch_tokens", "optimizer", "precision", "init_from", "phases", "phase",
-    "evaluation.path",
-)  # fmt: skip
-"""Settings of a run that decide what a model is trained on and for how long, and from which weights."""
-ALIKE_MODEL = (
-    "num_samples", "carry", "width", "layers", "decay", "layernorm_mix", "initial_std", "as_published", "embedding",
-    "train_embedding", "fixed_point", "prediction.freeze_context",
-)  # fmt: skip
-
-DERIVED = ("steps",)
-"""Of a section: what the data decides."""
-
-
-def differences(config: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Flag and both values of each setting in which a run and its control have to agree: the data first, of which
-    sections are compared field by field."""
-    model = tuple(f"model.{name}" for name in ALIKE_MODEL)
-    for name in ("data", *ALIKE, *model):
-        mine, theirs = (attrgetter(name)(one) for one in (config, other))
-        if is_dataclass(mine):
-            for part in fields(mine):
-                if part.name in DERIVED:
-                    continue
-                flag = f"--{name}.{part.name}".replace("_", "-")
-                yield flag, getattr(mine, part.name), getattr(theirs, part.name)
-        else:
-            mine, theirs = (str(one) if isinstance(one, Path) else one for one in (mine, theirs))
-            yield f"--{name}".replace("_", "-"), mine, theirs
 
 
 def compared(sums: Sums) -> Evaluation:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pipeline.evaluation_result import Row, Table
+from pipeline.systems.cvfp.evaluation.checks import IDENTITY, LEAST_NORM, LEAST_SPREAD
 
 GUIDE, RUN = "guide", "this project"
 SIGNS: dict[str, Callable[[float, float], bool]] = {">": operator.gt, "<": operator.lt, ">=": operator.ge}
@@ -54,9 +55,11 @@ CRITERIA = (
         "effective_rank/tokens",
     ),
     Criterion("final_diff", "final_diff", "<", 1e-3, GUIDE, _of("final_diff")),
-    Criterion("mean cosine of context before and after", "identity_cosine", "<", 0.95, GUIDE, _of("identity_cosine")),
-    Criterion("mean norm", "norm", ">", 0.1, GUIDE, _of("norm")),
-    Criterion("deviation from the mean context", "spread", ">", 0.1, GUIDE, _of("spread")),
+    Criterion(
+        "mean cosine of context before and after", "identity_cosine", "<", IDENTITY, GUIDE, _of("identity_cosine"),
+    ),
+    Criterion("mean norm", "norm", ">", LEAST_NORM, GUIDE, _of("norm")),
+    Criterion("deviation from the mean context", "spread", ">", LEAST_SPREAD, GUIDE, _of("spread")),
     Criterion("final_diff / norm", "final_diff_relative", "<", 1e-3, RUN, _of("final_diff_relative")),
     Criterion("converged training tokens", "converged", ">=", 0.95, RUN, _of("converged")),
     Criterion(

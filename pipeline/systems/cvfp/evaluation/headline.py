@@ -23,7 +23,8 @@ def _prediction(found: Scalars) -> str:
 
 def _fixed_point(found: Scalars) -> str:
     """A baseline that was not measured, as before there are any, is left out."""
-    converged = _beside(found, "converged", "{:.2%}", {"untrained": "converged/random_init"})
+    beside = {"untrained": "converged/random_init", "from pass to pass": "converged_pass_to_pass"}
+    converged = _beside(found, "converged", "{:.2%}", beside)
     held_out = _beside(found, "converged_val", "{:.2%}", {"untrained": "converged_val/random_init"})
     line = f"converged {converged}, held out {held_out}"
     if "effective_rank/val" in found:

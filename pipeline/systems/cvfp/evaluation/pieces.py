@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ def read(reader: Reads, reading: Reading, tokens: int, sync_point: SyncPoint, *,
 
     With --carry document every document begins at zero. Else the documents are one stream in parts, a row each, which
     are read again from the ends of their left neighbours until these no longer move: as the tokens one after the other,
-    to 1e-4 of the contexts' norm.
+    to 1e-4 of the contexts' norm. A piece is computed when it is asked for, and no other is held.
     """
     device = reader.device
     sequences = reading.chosen(tokens, training=training)
@@ -118,25 +119,31 @@ def _stream(
     # No part is empty: every row but those at the end has at least one token of its own.
     parts = min(reading.rows * topology.data, len(tokens))
     rows = math.ceil(parts / topology.data)
-    ends = [len(tokens) * (part + 1) // parts for part in range(parts)]
-    bounds = list(zip([0, *ends[:-1]], ends, strict=True))[topology.data_rank * rows :][:rows]
-    longest = max(end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True))
+    borders = [len(tokens) * part // parts for part in range(parts + 1)]
+    bounds = list(pairwise(borders))[topology.data_rank * rows :][:rows]
+    longest = max(end - begin for begin, end in pairwise(borders))
     own = [tokens[begin:end] for begin, end in bounds] + [tokens[:0]] * (rows - len(bounds))
     starts = torch.zeros(rows, reader.width, device=device)
-    for _ in range(parts + 1):
-        pieces, context = [], starts
+
+    def once(context: Tensor) -> Iterator[Piece]:
+        """The pieces of a pass from these starts."""
         for first in range(0, longest, reading.length):
             ids, mask = padded([one[first : first + reading.length] for one in own], device)
             sync_point("evaluation")
             contexts = reader.contexts(ids, mask, context)
             part = topology.data_rank * rows + torch.arange(rows, device=device)
             numbers = part + first // reading.length * rows * topology.data
-            pieces.append(Piece(ids, mask, context, contexts, numbers))
+            yield Piece(ids, mask, context, contexts, numbers)
             context = ends_of(contexts, mask.sum(1), context)
-        moved, starts = _borders(context, starts, parts, sync_point, circular=reading.carry == "circular")
+
+    for _ in range(parts + 1):
+        for piece in once(starts):
+            ends = ends_of(piece.contexts, piece.mask.sum(1), piece.starts)
+        moved, starts = _borders(ends, starts, parts, sync_point, circular=reading.carry == "circular")
         if moved < TOLERANCE:
             break
-    yield from pieces
+    # Once more: to keep the pieces of every pass would take as much memory as there are tokens.
+    yield from once(starts)
 
 
 def _borders(

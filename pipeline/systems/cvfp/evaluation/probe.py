@@ -1,8 +1,10 @@
-"""A linear probe: which token stood two places back, read from a context or from the embedding of the token itself."""
+"""A linear probe: which token stood two places back, read from a context or from the embedding of the token itself.
+
+Fitted by normal equations, which are sums over tokens: no token is kept, and none is read twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,25 +21,9 @@ CLASSES = 2048
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 """Penalties that are tried, as shares of the mean eigenvalue of the features' covariance."""
 TUNING = 5
-"""Every fifth row of the fitted ones is kept back to choose the penalty."""
+"""Every fifth row is kept back while the penalty is chosen."""
 BLOCK = 4096
-"""Tokens that are scored at once."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Features [N, D] of this rank's tokens, and the token that stood two places back of each [N]."""
-
-    features: Tensor
-    labels: Tensor
-
-    @classmethod
-    def of(cls, features: Sequence[Tensor], ids: Sequence[Tensor], masks: Sequence[Tensor]) -> Examples:
-        """Of pieces: features [rows, L, D], ids and mask [rows, L] each; the first two tokens of a row have none."""
-        kept = [mask[:, BACK:] for mask in masks]
-        found = [one[:, BACK:][mask] for one, mask in zip(features, kept, strict=True)]
-        labels = [one[:, : max(0, one.shape[1] - BACK)][mask] for one, mask in zip(ids, kept, strict=True)]
-        return cls(torch.cat(found).float(), torch.cat(labels))
+"""Tokens that are worked on at once."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +43,63 @@ def classes_of(tokens: np.ndarray, most: int = CLASSES) -> Tensor:
     return torch.from_numpy(np.argsort(-counts, kind="stable")[: min(most, int((counts > 0).sum()))].copy())
 
 
-def fit_and_score(
-    fitting: Examples, tuning: Examples, held_out: Examples, classes: Tensor, topology: Topology
-) -> ProbeResult:
-    """Least squares from features to one-hot classes with a ridge penalty, in closed form; the class with the highest
-    value is the answer. The penalty is that with the most right answers on `tuning`. Collective."""
-    sums = _Sums.of(fitting, classes).reduce(topology)
-    values, vectors = torch.linalg.eigh(sums.covariance)
-    rotated = vectors.T @ sums.cross
-    scale = float(values.clamp_min(0).mean()) or 1.0
+def examples(features: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of the tokens of a piece that have another two places back in their row, and its id [N]; of
+    features [rows, L, D], ids and mask [rows, L]."""
+    kept = mask[:, BACK:]
+    return features[:, BACK:][kept], ids[:, : max(0, ids.shape[1] - BACK)][kept]
 
-    def weights(ridge: float) -> Tensor:
-        return (vectors @ (rotated / (values.clamp_min(0) + ridge * scale)[:, None])).float()
 
-    right = [_right(tuning, weights(ridge), sums, classes) for ridge in RIDGES]
-    ridge = RIDGES[int(_added(torch.stack(right), topology).argmax())]
-    hits = _right(held_out, weights(ridge), sums, classes)
-    frequent = (held_out.labels == classes[0].to(held_out.labels.device)).sum().double()
-    count = torch.tensor(float(len(held_out.labels)), dtype=torch.float64, device=hits.device)
-    hits, frequent, count = _added(torch.stack([hits, frequent, count]), topology).tolist()
-    total = max(1.0, count)
-    return ProbeResult(hits / total, int(count), frequent / total, ridge)
+class Probe:
+    """From pieces of training rows to least squares from features to one-hot classes, with a ridge penalty."""
+
+    def __init__(self, width: int, classes: Tensor, device: torch.device) -> None:
+        self._fitting, self._tuning = (_Equations(width, classes, device) for _ in range(2))
+
+    def add(self, features: Tensor, ids: Tensor, mask: Tensor, numbers: Tensor) -> None:
+        """Features [rows, L, D] of tokens ids and mask [rows, L], in rows of these `numbers` [rows]."""
+        tuned = numbers % TUNING == TUNING - 1
+        for rows, equations in ((~tuned, self._fitting), (tuned, self._tuning)):
+            equations.add(*examples(features[rows], ids[rows], mask[rows]))
+
+    def fit(self, topology: Topology) -> Readout:
+        """Of all rows, by the penalty that has the least squared error on every fifth of them when it is fitted to the
+        others. Collective."""
+        fitting, tuning = self._fitting.reduce(topology), self._tuning.reduce(topology)
+        solutions = fitting.solved(RIDGES)
+        errors = [tuning.squared_error(*solution) for solution in solutions]
+        ridge = RIDGES[int(torch.stack(errors).argmin())]
+        whole = fitting + tuning
+        ((weights, bias),) = whole.solved((ridge,))
+        return Readout(weights, bias, whole.classes, ridge)
+
+
+class Readout:
+    """A fitted probe, which counts its right answers on pieces of held-out rows: the class with the highest value is
+    the answer."""
+
+    def __init__(self, weights: Tensor, bias: Tensor, classes: Tensor, ridge: float) -> None:
+        """From weights [D, K], bias [K], float64, and the ids of the classes [K]."""
+        self.weights, self.bias, self.classes, self.ridge = weights, bias, classes, ridge
+        self._counts = torch.zeros(3, dtype=torch.float64, device=weights.device)
+        """Right answers, tokens, and those whose token two back is the most frequent class."""
+
+    def score(self, features: Tensor, ids: Tensor, mask: Tensor) -> None:
+        """Adds the tokens of a piece, as `Probe.add` has them."""
+        every, labels = examples(features, ids, mask)
+        index, known = _index(labels, self.classes)
+        for first in range(0, len(index), BLOCK):
+            block = slice(first, first + BLOCK)
+            answers = torch.addmm(self.bias, every[block].double(), self.weights).argmax(-1)
+            self._counts[0] += ((answers == index[block]) & known[block]).sum()
+        self._counts[1] += len(labels)
+        self._counts[2] += (labels == self.classes[0]).sum()
+
+    def result(self, topology: Topology) -> ProbeResult:
+        """Of the tokens of all ranks. Collective."""
+        hits, count, frequent = _added(self._counts.clone(), topology).tolist()
+        total = max(1.0, count)
+        return ProbeResult(hits / total, int(count), frequent / total, self.ridge)
 
 
 def _added(tensor: Tensor, topology: Topology) -> Tensor:
@@ -86,65 +108,64 @@ def _added(tensor: Tensor, topology: Topology) -> Tensor:
     return tensor
 
 
-class _Sums:
-    """Sums over all examples, and what follows from them: means, covariance [D, D], cross-covariance [D, K]."""
+class _Equations:
+    """Sums over tokens of what least squares need, float64: their number, features, products of these [D, D], and by
+    class the number [K] and the features [K, D]. Tokens without a class are in the first three alone."""
 
-    def __init__(self, count: Tensor, total: Tensor, squares: Tensor, cross: Tensor, shares: Tensor) -> None:
-        self._tensors = (count, total, squares, cross, shares)
+    def __init__(self, width: int, classes: Tensor, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    @classmethod
-    def of(cls, examples: Examples, classes: Tensor) -> _Sums:
-        features = examples.features.double()
-        index, known = _index(examples.labels, classes)
-        width, device = features.shape[1], features.device
-        cross = torch.zeros(len(classes), width, dtype=torch.float64, device=device)
-        cross.index_add_(0, index[known], features[known])
-        shares = torch.bincount(index[known], minlength=len(classes)).double()
-        count = torch.tensor(float(len(features)), dtype=torch.float64, device=device)
-        return cls(count, features.sum(0), features.T @ features, cross, shares)
+        self.classes = classes.to(device)
+        self.tensors = (zeros(), zeros(width), zeros(width, width), zeros(len(classes)), zeros(len(classes), width))
 
-    def reduce(self, topology: Topology) -> _Sums:
-        for tensor in self._tensors:
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Features [N, D] and labels [N]."""
+        count, total, products, counts, by_class = self.tensors
+        count += len(labels)
+        index, known = _index(labels, self.classes)
+        counts += torch.bincount(index[known], minlength=len(counts))
+        for first in range(0, len(labels), BLOCK):
+            block = slice(first, first + BLOCK)
+            wide, there = features[block].double(), known[block]
+            total += wide.sum(0)
+            products.addmm_(wide.T, wide)
+            by_class.index_add_(0, index[block][there], wide[there])
+
+    def reduce(self, topology: Topology) -> _Equations:
+        for tensor in self.tensors:
             _added(tensor, topology)
         return self
 
-    @property
-    def count(self) -> Tensor:
-        return self._tensors[0].clamp_min(1)
+    def __add__(self, other: _Equations) -> _Equations:
+        both = _Equations(len(self.tensors[1]), self.classes, self.classes.device)
+        both.tensors = tuple(map(torch.add, self.tensors, other.tensors))  # type: ignore[assignment]
+        return both
 
-    @property
-    def mean(self) -> Tensor:
-        return self._tensors[1] / self.count
+    def solved(self, ridges: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
+        """Weights [D, K] and bias [K] by penalty: of features and one-hot classes about their means."""
+        count, total, products, counts, by_class = self.tensors
+        tokens = count.clamp_min(1)
+        mean, shares = total / tokens, counts / tokens
+        values, vectors = torch.linalg.eigh(products / tokens - torch.outer(mean, mean))
+        values = values.clamp_min(0)
+        rotated = vectors.T @ (by_class.T / tokens - torch.outer(mean, shares))
+        scale = float(values.mean()) or 1.0
+        found = []
+        for ridge in ridges:
+            weights = vectors @ (rotated / (values + ridge * scale)[:, None])
+            found.append((weights, shares - mean @ weights))
+        return found
 
-    @property
-    def shares(self) -> Tensor:
-        """Of the classes [K]."""
-        return self._tensors[4] / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        return self._tensors[2] / self.count - torch.outer(self.mean, self.mean)
-
-    @property
-    def cross(self) -> Tensor:
-        return self._tensors[3].T / self.count - torch.outer(self.mean, self.shares)
+    def squared_error(self, weights: Tensor, bias: Tensor) -> Tensor:
+        """The sum over tokens of |y - x W - b|^2, less that of |y|^2, which no W changes."""
+        count, total, products, counts, by_class = self.tensors
+        of_answers = (weights * (products @ weights)).sum() + 2 * (total @ weights) @ bias + count * (bias @ bias)
+        return of_answers - 2 * ((weights * by_class.T).sum() + counts @ bias)
 
 
 def _index(labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """The class of each label [N], and whether it has one."""
-    classes = classes.to(labels.device)
     places, order = classes.sort()
     found = torch.searchsorted(places, labels).clamp_max(len(places) - 1)
     return order[found], places[found] == labels
-
-
-def _right(examples: Examples, weights: Tensor, sums: _Sums, classes: Tensor) -> Tensor:
-    """Right answers, float64."""
-    index, known = _index(examples.labels, classes)
-    mean, shares = sums.mean.float(), sums.shares.float()
-    right = torch.zeros((), dtype=torch.float64, device=weights.device)
-    for first in range(0, len(index), BLOCK):
-        block = slice(first, first + BLOCK)
-        answers = torch.addmm(shares, examples.features[block] - mean, weights).argmax(-1)
-        right += ((answers == index[block]) & known[block]).sum()
-    return right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,17 +15,32 @@ from pipeline.systems.cvfp.model.reader import Reader, ends_of
 from pipeline.systems.cvfp.phase import DocumentLoader
 from pipeline.systems.cvfp.solve.border import from_the_left
 
+Before = Callable[[DocumentBatch], Tensor | None]
+"""The contexts [rows, L, D] of a batch's tokens in the pass before; None where there was none."""
+
 
 @torch.no_grad()
-def convergence(reader: Reader, loader: DocumentLoader, threshold: float, sync_point: SyncPoint) -> dict[str, float]:
+def convergence(
+    reader: Reader,
+    loader: DocumentLoader,
+    threshold: float,
+    sync_point: SyncPoint,
+    *,
+    before: Before | None = None,
+    goes_on: bool = False,
+) -> dict[str, float]:
     """`converged`: the share of tokens whose contexts from the zero start and from the end of another document (another
     row's piece, of a stream) differ by a mean square below the threshold; `start_distance`: the mean square itself.
 
     With the documents of each stream after those of the stream before it, in a circle, the other document is the one
     before: the same one whatever the ranks and micro-batches are. Of one document in all there is no other, and both
     are NaN. Any weights will do, such as those of `untrained_reader`. Over all ranks. Collective.
+
+    With `before`, where it has any contexts, also `converged_pass_to_pass`, the guide's rule: the share of their tokens
+    whose contexts here differ from them by a mean square below the threshold. Here rows begin at zero, or where a
+    context `goes_on` from row to row at another one's end.
     """
-    names = ("met", "square", "tokens", "documents")
+    names = ("met", "square", "tokens", "documents", "unmoved", "compared")
     sums = {name: torch.zeros((), dtype=torch.float64, device=reader.device) for name in names}
     first: list[DocumentBatch] = []
     ends: list[Tensor] = []
@@ -37,6 +53,11 @@ def convergence(reader: Reader, loader: DocumentLoader, threshold: float, sync_p
         sums["met"] += (squares < threshold).sum()
         sums["square"] += squares.sum(dtype=torch.float64)
         sums["tokens"] += len(squares)
+        previous = None if before is None else before(batch)
+        if previous is not None:
+            moved = ((other if goes_on else one) - previous).square().mean(-1)[batch.mask]
+            sums["unmoved"] += (moved < threshold).sum()
+            sums["compared"] += len(moved)
         return one
 
     for slot in range(loader.slots):
@@ -55,6 +76,8 @@ def convergence(reader: Reader, loader: DocumentLoader, threshold: float, sync_p
     for batch, start in zip(first, others.split([batch.rows for batch in first]), strict=True):
         from_both(batch, start)
     totals = {name: float(value) for name, value in reduce_sums(sums, sync_point.topology, reader.device).items()}
+    passes = {"converged_pass_to_pass": totals["unmoved"] / totals["compared"]} if totals["compared"] else {}
     if totals["documents"] < 2:
-        return {"converged": math.nan, "start_distance": math.nan}
-    return {"converged": totals["met"] / totals["tokens"], "start_distance": totals["square"] / totals["tokens"]}
+        return {"converged": math.nan, "start_distance": math.nan, **passes}
+    tokens = totals["tokens"]
+    return {"converged": totals["met"] / tokens, "start_distance": totals["square"] / tokens, **passes}

@@ -56,6 +56,9 @@ class FixedPoint:
         self._missing: set[int] = set()
         self._slot, self._slots = 0, 1
         self._gradients: tuple[tuple[int, int], tuple[Mapping[str, Tensor], Tensor]] | None = None
+        # By a micro-batch's first stream: of the step that is being made, and of the last one that was.
+        self._leaving: dict[int, Carry] = {}
+        self._carries: dict[int, Carry] = {}
 
     @torch.no_grad()
     def begin(self, model: nn.Module, sync_point: SyncPoint) -> None:
@@ -124,7 +127,7 @@ class FixedPoint:
         if section.noise:
             inputs = inputs + section.noise * noise(batch, width, self.config.seed, way=self.sizes.carry)
         found, exact = in_full(model(batch.ids, inputs, contexts_alone=True).contexts)[mask], contexts[mask]
-        distance, metrics = self._distance(found, exact, before, batch)
+        distance, metrics = self._distance(found, before, batch)
         terms, gradient = self._diversity(model.get_buffer(MOMENTS))
         value = torch.stack(list(terms.values())).sum().to(found) * tokens
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
@@ -139,10 +142,11 @@ class FixedPoint:
         }
         self._add(exact, context.step)
         entry = {f"contexts/{batch.slot}": CarryEntry(contexts)}
+        self._leaving[int(batch.streams[0])] = {**carry, **entry}
         return StepOutput(sums, with_ends(batch, contexts, start, {**carry, **entry}), metrics)
 
     def _distance(
-        self, found: Tensor, exact: Tensor, before: CarryEntry | None, batch: DocumentBatch
+        self, found: Tensor, before: CarryEntry | None, batch: DocumentBatch
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """The sum over tokens of the distance to the pass before, 0 where there is none, and what is said of it."""
         if before is None:
@@ -151,8 +155,7 @@ class FixedPoint:
             return found.new_zeros(()), {}
         previous, tokens = before.tensor[batch.mask], batch.mask.sum()
         distance = distances(found, previous, self.section.distance).sum()
-        moved = distances(exact, previous, "raw") < self.section.threshold
-        return distance, {DISTANCE: (distance.detach(), tokens), "converged_pass_to_pass": (moved.sum(), tokens)}
+        return distance, {DISTANCE: (distance.detach(), tokens)}
 
     def _add(self, contexts: Tensor, step: int) -> None:
         """To the sums of the step; those of one that was abandoned are forgotten."""
@@ -169,13 +172,23 @@ class FixedPoint:
         self._update(model, moments, count * self._slots / self._tokens, momentum=self.section.momentum)
         self._sums = None
         self._missing.discard(self._slot)
+        self._carries, self._leaving = self._leaving, {}
+
+    def end(self) -> None:
+        self._carries, self._leaving = {}, {}
+
+    def _before(self, batch: DocumentBatch) -> Tensor | None:
+        """The contexts of these tokens in the last pass of training that this process knows of."""
+        entry = self._carries.get(int(batch.streams[0]), {}).get(f"contexts/{batch.slot}")
+        return None if entry is None else entry.tensor
 
     def evaluate(self, model: nn.Module, sync_point: SyncPoint) -> Evaluation:
         """The convergence of training and of held-out (`..._val`) documents, whose contexts are found token after token
-        whatever way training takes: what sweeps leave out would look like a start that is not forgotten."""
-        reader = Reader(model, self.sizes.width, exact=True)
-        train, held = (
-            convergence(reader, loader, self.section.threshold, sync_point)
-            for loader in (self.data.training(sync_point.topology), self.data.held_out(sync_point.topology))
-        )
+        whatever way training takes: what sweeps leave out would look like a start that is not forgotten. Of training
+        documents also by the guide's rule, of this pass and the last one of training."""
+        reader, threshold = Reader(model, self.sizes.width, exact=True), self.section.threshold
+        training, held_out = self.data.training(sync_point.topology), self.data.held_out(sync_point.topology)
+        goes_on = self.sizes.carry != "document"
+        train = convergence(reader, training, threshold, sync_point, before=self._before, goes_on=goes_on)
+        held = convergence(reader, held_out, threshold, sync_point)
         return Evaluation({**train, **{f"{name}_val": value for name, value in held.items()}})

@@ -117,6 +117,9 @@ class Prediction:
     def after_step(self, model: nn.Module, context: StepContext) -> None:
         """Nothing."""
 
+    def end(self) -> None:
+        self._frozen = None
+
     @torch.no_grad()
     def _open(self, model: nn.Module, sync_point: SyncPoint) -> FrozenStates | UnwrittenStates:
         """The token states of this rank's rows, computed where one rank has no file of them. Collective."""

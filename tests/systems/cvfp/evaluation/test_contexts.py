@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.config import RunConfig
-from pipeline.errors import UserError
 from pipeline.load import checked_system
 from pipeline.parallel.topology import Topology
-from pipeline.recipes.mimir import mimir_tiny
 from pipeline.systems.cvfp.evaluation import contexts
 from pipeline.systems.cvfp.evaluation.contexts import CRITERIA
 from pipeline.systems.cvfp.evaluation.control import ABLATED, LABELS, MODEL, UNIGRAM
@@ -141,7 +138,6 @@ def test_the_suite_has_the_criteria_and_a_control_of_the_same_labels(folder: Pat
     assert converged["value"] == of_first.scalars["converged"] and converged["random_init"] is not None
     assert converged["wanted"] == ">= 1" and rows["token two back, context / embedding"]["published_init"] is not None
     control, other = made(small(folder, prediction__context="zero"), moved=0.3)
-    system.check_control(control.config, "other")
     found = system.context_suite(model, second, ONE, (control, other)).scalars
     # The same weights, so that a control is no other than the ablation.
     assert found["prediction/ratio_control"] == pytest.approx(found["prediction/ratio_context_zero"])
@@ -150,28 +146,6 @@ def test_the_suite_has_the_criteria_and_a_control_of_the_same_labels(folder: Pat
     assert found["prediction/accuracy_model"] == pytest.approx(found["accuracy"]) and found["accuracy"] > 0
     assert found["prediction/accuracy_unigram"] == pytest.approx(found["unigram_accuracy"])
     assert found["prediction/accuracy_control"] == found["prediction/accuracy_context_zero"]
-
-
-def test_a_run_that_is_no_control_is_named(folder: Path) -> None:
-    config = small(folder, prediction__context="zero")
-    system, _ = made(small(folder))
-    system.check_control(config, "RUN")
-    longer = dataclasses.replace(config, sequence_length=13)
-    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=0.3))
-    for other, message in (
-        (mimir_tiny(), "--control RUN: is a run of mimir_tiny: give one of cvfp_tiny"),
-        (small(folder), "was trained with its contexts: give a run with --model.prediction.context zero"),
-        (longer, "has --sequence-length 13, where this run has 12: give a run that was trained alike but for"),
-        (elsewhere, "has --data.holdout 0.3, where this run has 0.15"),
-        (dataclasses.replace(config, lr=0.5), "has --lr 0.5, where"),
-        (dataclasses.replace(config, seed=7), "has --seed 7, where this run has 0"),
-        (dataclasses.replace(config, batch_size=4), "has --batch-size 4, where this run has 8"),
-        (dataclasses.replace(config, init_from=Path("first")), "has --init-from 'first', where this run has None"),
-        (small(folder, prediction__context="zero", epochs__train=3.0), "has --epochs.train 3.0, where"),
-        (small(folder, prediction__context="zero", model__width=16), "has --model.width 16, where this run has 8"),
-    ):
-        with pytest.raises(UserError, match=message):
-            system.check_control(other, "RUN")
 
 
 def test_criteria_are_judged_where_the_phase_ends(folder: Path) -> None:

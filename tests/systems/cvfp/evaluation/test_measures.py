@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from pipeline.evals.command import render, write
 from pipeline.systems.cvfp.evaluation import measures as module
 from pipeline.systems.cvfp.evaluation.baselines import first_rows, gaussian_figures
-from pipeline.systems.cvfp.evaluation.measures import is_attractor
 from pipeline.systems.cvfp.evaluation.passes import by_position
 from pipeline.systems.cvfp.evaluation.pictures import places
 from pipeline.systems.cvfp.evaluation.pieces import Reading, padded
@@ -73,7 +73,7 @@ def test_everything_is_written_and_drawn(tmp_path: Path) -> None:
     found = suite.suite(model, ONE)
     write(found, tmp_path, {})
     assert {path.stem for path in tmp_path.glob("*.png")} == {
-        "effective_rank", "final_diff", "forgetting", "norms", "probe", "spectrum",
+        "attractor", "effective_rank", "final_diff", "forgetting", "identity", "norms", "probe", "spectrum",
     }  # fmt: skip
     assert "Token two back" in render(found)
     scalars = json.loads((tmp_path / "evaluation.json").read_text())["scalars"]
@@ -88,6 +88,23 @@ def test_everything_is_written_and_drawn(tmp_path: Path) -> None:
     }
     forgetting = json.loads((tmp_path / "forgetting.json").read_text())["series"]
     assert forgetting["trained"][-1] < forgetting["random init"][-1] < forgetting["published init"][-1]
+    checks = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("identity", "attractor")}
+    named = ["trained", "random init", "published init", "independent normal numbers"]
+    assert all(check["names"] == named for check in checks.values())
+    suffixes = ("", "/random_init", "/published_init", "/gaussian")
+    for series, scalar in (
+        ("context before and after the blocks", "identity_cosine"),
+        ("held-out context and embedding", "embedding_cosine"),
+    ):
+        assert checks["identity"]["series"][series] == [scalars[scalar + suffix] for suffix in suffixes]
+    drawn = checks["attractor"]["series"]
+    for series, scalar in (("distance of two contexts", "distance_of_contexts"), ("norm", "norm")):
+        expected = [math.log10(scalars[scalar + suffix]) for suffix in suffixes]
+        assert drawn[series] == pytest.approx(expected, rel=1e-12)
+    apart = [1 - scalars[f"cosine_of_contexts{suffix}"] for suffix in suffixes]
+    assert drawn["1 - cosine of two contexts"] == pytest.approx([math.log10(value) for value in apart], rel=1e-12)
+    # What is an attractor lies below all of the lines.
+    assert sorted(checks["attractor"]["levels"].values()) == pytest.approx([-2, -1])
     assert places(12) == [0, 1, 2, 3, 5, 7, 11] and places(1) == [0] and places(768)[-1] == 767
 
 
@@ -99,6 +116,12 @@ def test_the_gaussian_baseline_is_that_of_drawn_contexts() -> None:
     assert found["final_diff_relative"] == pytest.approx(float(distances.mean()) / 6**0.5, rel=0.01)
     assert found["converged"] == pytest.approx(float((distances.square() / 6 < 0.5).double().mean()), rel=0.1)
     assert 0.95 < found["effective_rank"] < 1
+    assert found["norm"] == pytest.approx(float(drawn.norm(dim=-1).mean()), rel=0.01)
+    assert found["spread"] == pytest.approx(float(drawn[0].square().sum(-1).mean().sqrt()), rel=0.01)
+    apart = float((drawn[0] - drawn[1]).square().sum(-1).mean().sqrt())
+    assert found["distance_of_contexts"] == pytest.approx(apart, rel=0.01)
+    cosine = float(torch.nn.functional.cosine_similarity(drawn[0], drawn[1], dim=-1).mean())
+    assert found["cosine_of_contexts"] == found["identity_cosine"] == pytest.approx(cosine, abs=0.01)
 
 
 def test_several_ranks_measure_what_one_does(tmp_path: Path) -> None:
@@ -117,9 +140,3 @@ def test_several_ranks_measure_what_one_does(tmp_path: Path) -> None:
         assert {name: everyone[0][carry][name] for name in kept} == pytest.approx(
             {name: alone[name] for name in kept}, rel=tolerance, abs=1e-9
         ), carry
-
-
-def test_one_context_for_all_tokens_is_an_attractor() -> None:
-    all_one = {"distance_of_contexts": 0.05, "cosine_of_contexts": 0.999, "norm": 27.0}
-    assert is_attractor(all_one) and not is_attractor({**all_one, "distance_of_contexts": 5.0})
-    assert is_attractor({"distance_of_contexts": 5.0, "cosine_of_contexts": 0.0, "norm": 0.01})

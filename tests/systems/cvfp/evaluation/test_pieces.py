@@ -46,14 +46,14 @@ def test_a_stream_in_parts_is_that_of_the_tokens_one_after_the_other(tokens: int
     assert len(contexts[masks]) == tokens and float(difference.max()) < 1e-3
 
 
-def test_a_stream_that_forgets_nothing_is_read_as_often_as_it_has_parts() -> None:
+def test_a_stream_that_forgets_nothing_is_read_as_often_as_it_has_parts_and_once_more() -> None:
     data, model = documents([1, 24], 1), Recurrence(factor=1.0)
     model.applied = lambda contexts, ids: contexts.double() @ model.recurrent.T + model.embedded(ids)  # type: ignore[method-assign]
     pieces = list(read(model, Reading(data, "stream", 6, 4), 24, ONE, training=False))
     masks, contexts = torch.cat([piece.mask for piece in pieces], 1), torch.cat([piece.contexts for piece in pieces], 1)
     torch.testing.assert_close(contexts[masks], one_after_another(model, [data.tokens[1:]]))
-    # Once for each part, and the tokens one after the other.
-    assert model.calls == 6 + 1
+    # Once for each part until no border moves, for what is given, and the tokens one after the other.
+    assert model.calls == 6 + 1 + 1
 
 
 def test_the_first_token_of_a_ring_goes_on_from_the_last_one() -> None:

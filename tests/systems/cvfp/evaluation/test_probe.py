@@ -5,34 +5,58 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from pipeline.parallel.topology import Topology
-from pipeline.systems.cvfp.evaluation import probe
-from pipeline.systems.cvfp.evaluation.probe import Examples, classes_of, fit_and_score
+from pipeline.systems.cvfp.evaluation import probe as module
+from pipeline.systems.cvfp.evaluation.probe import RIDGES, TUNING, Probe, ProbeResult, Readout, classes_of, examples
 
 ALONE = Topology()
+CPU = torch.device("cpu")
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Features [rows, L, D], ids and mask [rows, L]."""
 
 
-def features(ids: torch.Tensor, back: int, width: int = 24) -> torch.Tensor:
+def features(ids: Tensor, back: int, width: int = 24) -> Tensor:
     """A random vector of the token so many places back [rows, L, width], with an offset."""
     table = torch.randn(16, width, generator=torch.Generator().manual_seed(1))
     return table[ids.roll(back, 1)] + 5
 
 
-def tokens(rows: int, length: int, seed: int) -> torch.Tensor:
+def tokens(rows: int, length: int, seed: int) -> Tensor:
     shares = torch.arange(1.0, 13.0).expand(rows, 12)
     return torch.multinomial(shares, length, replacement=True, generator=torch.Generator().manual_seed(seed))
 
 
-def probed(back: int, noise: float = 0.0) -> probe.ProbeResult:
-    sides = []
-    for seed, rows in ((0, 40), (1, 20), (2, 20)):
-        ids = tokens(rows, 30, seed)
-        mask = torch.arange(30) < torch.arange(11, 11 + rows)[:, None]
-        found = features(ids, back)
-        found = found + noise * torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
-        sides.append(Examples.of([found], [ids], [mask]))
-    return fit_and_score(sides[0], sides[1], sides[2], classes_of(tokens(40, 30, 0).numpy().ravel()), ALONE)
+def side(seed: int, rows: int, back: int, noise: float = 0.0, *, length: int = 30, width: int = 24) -> Rows:
+    """Rows of different lengths."""
+    ids = tokens(rows, length, seed)
+    found = features(ids, back, width)
+    found = found + noise * torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+    return found, ids, torch.arange(length) < torch.arange(11, 11 + rows)[:, None]
+
+
+def fitted(training: Rows, classes: Tensor, piece: int = 7) -> Readout:
+    """In pieces of so many rows."""
+    given, ids, mask = training
+    probe = Probe(given.shape[-1], classes, CPU)
+    for rows in torch.arange(len(ids)).split(piece):
+        probe.add(given[rows], ids[rows], mask[rows], rows)
+    return probe.fit(ALONE)
+
+
+def scored(readout: Readout, held_out: Rows) -> ProbeResult:
+    given, ids, mask = held_out
+    for rows in torch.arange(len(ids)).split(9):
+        readout.score(given[rows], ids[rows], mask[rows])
+    return readout.result(ALONE)
+
+
+def probed(back: int, noise: float = 0.0) -> ProbeResult:
+    training, held_out = side(0, 50, back, noise), side(2, 20, back, noise)
+    return scored(fitted(training, classes_of(training[1].numpy().ravel())), held_out)
 
 
 def test_it_reads_all_where_the_token_is_in_the_features_and_nothing_where_it_is_not() -> None:
@@ -45,48 +69,86 @@ def test_it_reads_all_where_the_token_is_in_the_features_and_nothing_where_it_is
     assert there.accuracy > probed(back=2, noise=3.0).accuracy > elsewhere.accuracy + 0.05
 
 
-def test_the_weights_are_those_of_ridge_regression() -> None:
-    """The answers of a solve of the normal equations with an intercept, for the penalty that was chosen."""
-    ids, mask = tokens(30, 20, 0), torch.ones(30, 20, dtype=torch.bool)
-    noisy = features(ids, 2, 6) + torch.randn(30, 20, 6, generator=torch.Generator().manual_seed(3))
-    examples, classes = Examples.of([noisy], [ids], [mask]), classes_of(ids.numpy().ravel())
-    found = fit_and_score(examples, examples, examples, classes, ALONE)
-    x, y = examples.features.double().numpy(), (examples.labels[:, None] == classes).double().numpy()
+def reference(x: np.ndarray, y: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of features [N, D] with an intercept, as least squares of a longer matrix."""
     centred, target = x - x.mean(0), y - y.mean(0)
-    covariance = centred.T @ centred / len(x)
-    penalty = found.ridge * np.trace(covariance) / 6
-    weights = np.linalg.solve(covariance + penalty * np.eye(6), centred.T @ target / len(x))
-    answers = classes[(centred @ weights + y.mean(0)).argmax(-1)]
-    assert found.accuracy == pytest.approx(float((answers == examples.labels).double().mean()), abs=2e-3)
+    penalty = ridge * np.square(centred).mean() * len(x)
+    longer = np.concatenate([centred, np.sqrt(penalty) * np.eye(x.shape[1])])
+    weights = np.linalg.lstsq(longer, np.concatenate([target, np.zeros((x.shape[1], y.shape[1]))]), rcond=None)[0]
+    return weights, y.mean(0) - x.mean(0) @ weights
 
 
-def test_the_penalty_is_that_which_reads_most_of_what_was_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_hot(rows: Rows, classes: Tensor, chosen: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    x, labels = examples(*(one[chosen] for one in rows))
+    return x.double().numpy(), (labels[:, None] == classes).double().numpy()
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(6, 40), st.sampled_from([0.5, 4.0]), st.integers(1, 11), st.integers(3, 12))
+def test_the_weights_are_those_of_ridge_regression_of_all_rows(rows: int, noise: float, piece: int, most: int) -> None:
+    """The penalty is that with the least squared error on every fifth row, of the others' weights."""
+    training = side(0, rows, 2, noise, length=20, width=6)
+    classes = classes_of(training[1].numpy().ravel(), most)
+    found = fitted(training, classes, piece)
+    tuned = torch.arange(rows) % TUNING == TUNING - 1
+    (x, y), (others, wanted) = one_hot(training, classes, ~tuned), one_hot(training, classes, tuned)
+    errors = []
+    for ridge in RIDGES:
+        weights, bias = reference(x, y, ridge)
+        errors.append(np.square(others @ weights + bias - wanted).sum())
+    assert errors[RIDGES.index(found.ridge)] == pytest.approx(min(errors), rel=1e-9)
+    weights, bias = reference(*one_hot(training, classes, torch.ones(rows, dtype=torch.bool)), found.ridge)
+    assert found.weights.numpy() == pytest.approx(weights, rel=1e-6, abs=1e-9)
+    assert found.bias.numpy() == pytest.approx(bias, rel=1e-6, abs=1e-9)
+
+
+def test_answers_are_those_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, held_out = side(0, 30, 2, 3.0), side(2, 20, 2, 3.0)
+    classes = classes_of(training[1].numpy().ravel())
+    readout = fitted(training, classes)
+    x, y = one_hot(held_out, classes, torch.ones(20, dtype=torch.bool))
+    answers = (x @ readout.weights.numpy() + readout.bias.numpy()).argmax(-1)
+    whole = scored(readout, held_out)
+    assert whole.accuracy == float(y[range(len(y)), answers].mean()) and 0.2 < whole.accuracy < 1
+    # Few tokens at a time.
+    monkeypatch.setattr(module, "BLOCK", 5)
+    assert scored(fitted(training, classes), held_out) == whole
+
+
+def test_more_rows_take_no_more_memory() -> None:
+    """What a probe holds is decided by the width and the number of classes."""
+    held = []
+    for rows in (5, 500):
+        training = side(0, rows, 2, length=12)
+        probe = Probe(24, torch.arange(12), CPU)
+        probe.add(*training, torch.arange(rows))
+        equations = (probe._fitting, probe._tuning)
+        held.append(sum(tensor.numel() for one in equations for tensor in one.tensors))
+    assert held[0] == held[1] == 2 * (1 + 24 + 24**2 + 12 + 12 * 24)
+
+
+def test_where_noise_would_be_fitted_a_larger_penalty_is_chosen() -> None:
     generator = torch.Generator().manual_seed(0)
-    # Fewer tokens than features: without a penalty noise is fitted.
+    # About as many tokens as features.
     table = torch.randn(12, 40, generator=generator)
-    sides = [torch.randint(12, (count,), generator=generator) for count in (41, 400, 400)]
-    examples = [Examples(table[one] + 2 * torch.randn(len(one), 40, generator=generator), one) for one in sides]
-    fitting, tuning, held_out = examples
-    best = fit_and_score(fitting, tuning, held_out, torch.arange(12), ALONE)
-    shares = {}
-    for ridge in probe.RIDGES:
-        monkeypatch.setattr(probe, "RIDGES", (ridge,))
-        shares[ridge] = fit_and_score(fitting, tuning, tuning, torch.arange(12), ALONE).accuracy
-    assert shares[best.ridge] == max(shares.values()) and best.ridge > 1e-6
+    ids = torch.randint(12, (14, 6), generator=generator)
+    noisy = table[ids.roll(2, 1)] + 2 * torch.randn(14, 6, 40, generator=generator)
+    readout = fitted((noisy, ids, torch.ones_like(ids, dtype=torch.bool)), torch.arange(12))
+    assert readout.ridge >= 1e-2
 
 
 def test_tokens_that_are_no_class_count_as_misread() -> None:
     ids = tokens(40, 30, 0)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    examples = Examples.of([features(ids, 2)], [ids], [mask])
+    rows = features(ids, 2), ids, mask
     classes = classes_of(ids.numpy().ravel(), most=4)
     assert len(classes) == 4 and sorted(classes.tolist()) == [8, 9, 10, 11]
-    found = fit_and_score(examples, examples, examples, classes, ALONE)
-    assert found.accuracy <= float(torch.isin(examples.labels, classes).double().mean()) < 1
+    found = scored(fitted(rows, classes), rows)
+    assert found.accuracy <= float(torch.isin(examples(*rows)[1], classes).double().mean()) < 1
 
 
 def test_rows_of_two_tokens_have_no_example() -> None:
     ids, mask = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.bool)
-    assert len(Examples.of([torch.zeros(2, 2, 3)], [ids], [mask]).labels) == 0
-    one = Examples.of([torch.zeros(2, 1, 3)], [ids[:, :1]], [mask[:, :1]])
-    assert one.features.shape == (0, 3) and one.labels.shape == (0,)
+    assert len(examples(torch.zeros(2, 2, 3), ids, mask)[1]) == 0
+    given, labels = examples(torch.zeros(2, 1, 3), ids[:, :1], mask[:, :1])
+    assert given.shape == (0, 3) and labels.shape == (0,)

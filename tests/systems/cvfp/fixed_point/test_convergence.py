@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
+from pipeline.systems.cvfp.documents import DocumentBatch
 from pipeline.systems.cvfp.fixed_point import convergence as module
 from pipeline.systems.cvfp.fixed_point.convergence import convergence
 from pipeline.systems.cvfp.solve import border
@@ -88,6 +89,40 @@ def test_ranks_measure_what_one_does() -> None:
             found = ranks.run(work)
         for values in found:
             assert values.tolist() == pytest.approx(list(whole.values()), rel=1e-9)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_rule_of_the_guide_compares_with_the_contexts_of_the_pass_before(goes_on: bool) -> None:
+    """A document at a time; those of one slot had no pass before."""
+    small, reader = Small(), Recurrence(width=WIDTH, vocab=13, factor=0.9)
+    trained = Recurrence(width=WIDTH, vocab=13, factor=0.6)
+
+    def before(batch: DocumentBatch) -> Tensor | None:
+        return None if batch.slot == 1 else trained.contexts(batch.ids, batch.mask)
+
+    loader = small.open(ONE)
+    batches = [loader.next_step()[0] for _ in range(loader.slots)]
+    ends = {}
+    for batch in batches:
+        for row, length in enumerate(batch.lengths.tolist()):
+            if length:
+                ids = batch.ids[row : row + 1, :length]
+                ends[row, batch.slot] = reader.contexts(ids, torch.ones_like(ids, dtype=torch.bool))[0, -1:]
+    order = sorted(ends)
+    squares = []
+    for number, (row, slot) in enumerate(order):
+        if slot != 1:
+            ids = batches[slot].ids[row : row + 1, : batches[slot].lengths[row]]
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            start = ends[order[number - 1]] if goes_on else None
+            squares.append((reader.contexts(ids, mask, start) - trained.contexts(ids, mask)).square().mean(-1)[0])
+    expected = torch.cat(squares) < 0.01
+    plain = measured(small, reader, 0.01)
+    found = convergence(reader, small.open(ONE), 0.01, SyncPoint(ONE), before=before, goes_on=goes_on)  # type: ignore[arg-type]
+    assert found.pop("converged_pass_to_pass") == pytest.approx(float(expected.double().mean()), abs=1e-12)
+    assert 0 < expected.sum() < len(expected)
+    # What does not depend on a pass before is as without it.
+    assert found == plain
 
 
 def test_weights_that_were_never_trained_are_measured_alike() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from pipeline.systems.cvfp.fixed_point import phase as module
 from pipeline.systems.cvfp.fixed_point.diversity import diversity_gradient, diversity_terms
 from pipeline.systems.cvfp.fixed_point.phase import DISTANCE, DIVERSITY
 from pipeline.systems.cvfp.model.reader import shifted
-from pipeline.systems.cvfp.phase import FIXED_POINT
+from pipeline.systems.cvfp.phase import FIXED_POINT, Data
 from tests.systems.cvfp.fixed_point.small import LENGTHS, ONE, ROWS, WIDTH, Small
 
 
@@ -104,7 +105,7 @@ def test_micro_batches_and_ranks_change_nothing() -> None:
     stream, see tests/launch: what crosses a border takes ranks."""
     whole = Small()
     expected = passes(whole, 3)
-    assert {DISTANCE, "converged_pass_to_pass", "norm", f"{DIVERSITY}/log_det"} <= expected[-1][1].keys()
+    assert {DISTANCE, "norm", f"{DIVERSITY}/log_det"} <= expected[-1][1].keys()
     for layout in (
         {"rows": 1, "grad_accum": 4},
         {"rows": 2, "data_degree": 2},
@@ -373,6 +374,39 @@ def test_after_a_skipped_update_the_distance_counts_no_token_that_has_no_context
             carry = output.carry
             small.work.after_step(small.model, StepContext(ONE, 0, FIXED_POINT, step))
     assert [bool(count) for count in counts] == [False] * 3 + [True, False, True] + [True] * 3
+
+
+@pytest.mark.parametrize("layout", [{}, {"rows": 1, "grad_accum": 4}])
+def test_an_evaluation_has_the_rule_of_the_guide_beside_the_exact_one(layout: dict[str, Any]) -> None:
+    """Of the contexts that training left behind, and those of the present weights from zero."""
+    small = Small(noise=0.0, threshold=0.01)
+    small.work.data = Data(small.documents, lambda topology, held_out: small.open(topology, held_out, **layout))
+    loader, carries = small.open(ONE, **layout), {}  # type: ignore[var-annotated]
+
+    def found() -> float | None:
+        return small.work.evaluate(small.model, SyncPoint(ONE)).scalars.get("converged_pass_to_pass")
+
+    small.begin()
+    assert found() is None
+    for step in range(1, loader.slots + 1):
+        small.step([loader], carries, step)
+    # All of the first pass began at zero, and no weight has moved.
+    assert found() == 1
+    with torch.no_grad():
+        first_weight(small).mul_(1.5)
+    # What a step that the engine skips would leave behind are the present weights' contexts.
+    for micro, batch in enumerate(loader.next_step()):
+        small.work.forward(small.model, batch, carries[0, micro], StepContext(ONE, 0, FIXED_POINT, step + 1))
+    moved, again = [], small.open(ONE, **layout)
+    for slot in range(again.slots):
+        for micro, batch in enumerate(again.next_step()):
+            exact = contexts_of(small, batch.ids, torch.zeros(batch.rows, WIDTH, dtype=torch.float64))
+            left = carries[0, micro][f"contexts/{slot}"].tensor
+            moved.append((exact - left).square().mean(-1)[batch.mask])
+    near = torch.cat(moved) < 0.01
+    assert found() == pytest.approx(float(near.double().mean()), abs=1e-12) and 0 < near.sum() < len(near)
+    small.work.end()
+    assert found() is None
 
 
 def test_the_determinant_is_taken_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkIndex, WindowCarry, blocks
 from pipeline.ops.rope import Rope, Rotation, rotate, turn
-from pipeline.ops.slots import Slots, store
+from pipeline.ops.slots import Slots, shuffle, store
 
 EXTRA = 8
 """Dimensions that are added to queries and keys: three are used, and kernels want multiples of eight."""
@@ -54,6 +54,8 @@ class SlotPlan:
     """[batch, chunks] bool: what follows the chunk belongs to the document of its first token."""
     stored: Tensor
     """[batch, chunks, chunk] bool: of the tokens `window` places before a chunk's, which are stored at its end."""
+    order: Tensor
+    """[slots + chunk] int64: `pipeline.ops.slots.shuffle`, on the device."""
 
 
 def plan_slots(
@@ -91,9 +93,8 @@ def plan_slots(
     all_ids = torch.cat([old_ids, ids.flatten(1)], dim=1)
     all_places = torch.cat([old_positions.expand(batch, window), places.flatten(1)], dim=1)
 
-    distance = torch.arange(window, window + chunk, device=device)[:, None] - torch.arange(
-        window + chunk, device=device
-    )
+    reach = torch.arange(window + chunk, device=device)
+    distance = reach[window:, None] - reach
     band = (ids[..., None] == all_ids.unfold(1, window + chunk, chunk)[:, :, None]) & (distance >= 0)
     parts = [band]
     own = (ids == first_ids[..., None])[..., None]
@@ -127,6 +128,7 @@ def plan_slots(
         old_ids[:, -1] == segment_ids[:, 0],
         next_ids == first_ids,
         stored,
+        torch.tensor(shuffle(slots + chunk), device=device),
     )
 
 
@@ -143,7 +145,7 @@ def slots_by_chunk(k: Tensor, v: Tensor, plan: SlotPlan, carry: WindowCarry | No
     ]
     for index, (keys, values) in enumerate(zip(*leaving, strict=True)):
         known = found[-1].where(plan.goes_on[:, index])
-        found.append(store(known, keys, values, plan.stored[:, index]))
+        found.append(store(known, keys, values, plan.stored[:, index], plan.order))
     return found
 
 
@@ -178,11 +180,8 @@ def slot_attention(
     by_chunk = "batch chunks keys heads dim -> (batch chunks) heads keys dim"
     # In a key's extra dimensions, over the scale: the logarithm of its tokens in two parts, for bfloat16; and what
     # takes the query's shift.
-    extra = q.new_zeros(*q.shape[:3], EXTRA)
-    extra[..., :2] = 1
-    extra = torch.cat([extra[..., :2], shift[..., None].to(q.dtype), extra[..., 3:]], dim=-1)
-    queries = torch.cat([rotate(q, plan.rotation), extra], dim=-1)
-    queries = rearrange(blocks(queries, plan.chunk, 0), by_chunk)
+    marked = torch.cat([rotate(q, plan.rotation), q.new_ones(*q.shape[:3], 2), shift[..., None].to(q.dtype)], dim=-1)
+    queries = rearrange(blocks(F.pad(marked, (0, EXTRA - 3)), plan.chunk, 0), by_chunk)
     band_k, band_v = (
         _bands(F.pad(x, (0, EXTRA)), None if before is None else F.pad(before, (0, EXTRA)), plan)
         for x, before in ((rotate(k, plan.rotation), earlier_k), (v, earlier_v))
@@ -192,14 +191,15 @@ def slot_attention(
         assert plan.sink_rotation is not None
         sink_k = plan.sinks.gather(k, None if carry is None else carry.sink_k)
         sink_v = plan.sinks.gather(v, None if carry is None else carry.sink_v)
-        pair = (turn(sink_k, *plan.sink_rotation), sink_v)
-        parts.append(tuple(F.pad(rearrange(x, by_chunk), (0, EXTRA)) for x in pair))  # type: ignore[arg-type]
+        sink_k = turn(sink_k, *plan.sink_rotation)
+        sink_k, sink_v = (F.pad(rearrange(x, by_chunk), (0, EXTRA)) for x in (sink_k, sink_v))
+        parts.append((sink_k, sink_v))
     bias = torch.where(counts > 0, counts.clamp_min(1).log() / scale, EMPTY)
     coarse = bias.to(k.dtype)
     marks = torch.stack([coarse, (bias - coarse).to(k.dtype), torch.full_like(coarse, 1 / scale)], dim=-1)
     turned = turn(
         rearrange(keys.to(k.dtype), "batch chunks heads slots dim -> batch chunks slots heads dim"),
-        *(x for x in plan.slot_rotation),
+        *plan.slot_rotation,
     )
     turned = rearrange(turned, by_chunk)
     slot_k = torch.cat([turned, F.pad(marks.flatten(0, 1), (0, EXTRA - 3))], dim=-1)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,9 +50,9 @@ class Slots(NamedTuple):
 
 
 @torch.no_grad()
-def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor) -> Slots:
+def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor, order: Tensor) -> Slots:
     """The slots after tokens with keys and values k, v [batch, tokens, heads, dim], where `taken` [batch, tokens] bool
-    says so.
+    says so; `order` is `shuffle` of as many as slots and tokens, on their device.
 
     As many pairs are merged as there are tokens too many. Raises ValueError for more tokens than slots: every merge
     takes one of two halves away.
@@ -65,10 +64,10 @@ def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor) -> Slots:
     counts = torch.cat([slots.counts, present], dim=2)
     # A shuffle decides which half a candidate is in: of a text that repeats itself every two tokens, neighbours that
     # alternate between the halves would put all equal keys into one.
-    order = _present_first(counts, shuffle(counts.shape[2]))
+    halved = _present_first(counts, order)
     new_ages = torch.arange(tokens, 0, -1, device=k.device).to(counts.dtype).expand_as(present)
     keys, values, counts, ages = (
-        _taken(x, order)
+        _taken(x, halved)
         for x in (
             torch.cat([slots.keys, k.transpose(1, 2).to(slots.keys.dtype)], dim=2),
             torch.cat([slots.values, v.transpose(1, 2).to(slots.values.dtype)], dim=2),
@@ -98,8 +97,8 @@ def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor) -> Slots:
         _woven(x[..., None], y[..., None])
         for x, y in ((counts[:, :, first] - gone, total), (ages[:, :, first], youngest))
     ]
-    order = _present_first(merged[2].squeeze(-1))[..., :count]
-    found = [_taken(x, order) for x in merged]
+    kept = _present_first(merged[2].squeeze(-1))[..., :count]
+    found = [_taken(x, kept) for x in merged]
     keys, values, counts, ages = (x.where(found[2] > 0, 0) for x in found)
     return Slots(keys, values, counts.squeeze(-1), ages.squeeze(-1))
 
@@ -117,8 +116,8 @@ def _merge_costs(half: _Half, other: _Half) -> tuple[Tensor, Tensor]:
     n, m = counts[..., None], other_counts[..., None, :]
     age = torch.minimum(ages[..., None], other_ages[..., None, :])
     cost = distance * (n * m / (n + m).clamp_min(1)) / (age + 1)
-    found: tuple[Tensor, Tensor] = tuple(cost.masked_fill((n == 0) | (m == 0), math.inf).min(dim=-1))  # type: ignore[assignment]
-    return found
+    least, partner = cost.masked_fill((n == 0) | (m == 0), math.inf).min(dim=-1)
+    return least, partner
 
 
 @functools.cache
@@ -127,11 +126,11 @@ def shuffle(count: int) -> tuple[int, ...]:
     return tuple(random.Random(0).sample(range(count), count))
 
 
-def _present_first(counts: Tensor, places: Sequence[int] | None = None) -> Tensor:
+def _present_first(counts: Tensor, places: Tensor | None = None) -> Tensor:
     """Indices [batch, heads, n] that put what is there first, in its order or in that of `places` [n]."""
     absent = (counts == 0).long()
     if places is not None:
-        absent = absent * len(places) + torch.tensor(places, device=counts.device)
+        absent = absent * len(places) + places
     return absent.argsort(dim=2, stable=True)
 
 

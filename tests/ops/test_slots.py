@@ -17,6 +17,10 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def order(count: int) -> Tensor:
+    return torch.tensor(shuffle(count))
+
+
 def filled(slots: int, tokens: int, rounds: int, seed: int) -> tuple[Slots, Tensor, Tensor, Tensor]:
     """The slots after so many rounds, and all keys, values and what was taken of them."""
     generator = torch.Generator().manual_seed(seed)
@@ -25,7 +29,7 @@ def filled(slots: int, tokens: int, rounds: int, seed: int) -> tuple[Slots, Tens
     found = Slots.empty(BATCH, HEADS, slots, DIM, k)
     for start in range(0, rounds * tokens, tokens):
         part = slice(start, start + tokens)
-        found = store(found, k[:, part], v[:, part], taken[:, part])
+        found = store(found, k[:, part], v[:, part], taken[:, part], order(slots + tokens))
     return found, k, v, taken
 
 
@@ -60,11 +64,11 @@ def test_while_there_is_room_every_token_has_a_slot_of_its_own() -> None:
 def test_equal_keys_are_merged_first() -> None:
     """Five kinds of keys, each many times: five slots and a few more hold them without an error."""
     kinds = noise(5, DIM, seed=3)
-    order = torch.randint(5, (96,), generator=torch.Generator().manual_seed(4))
+    drawn = torch.randint(5, (96,), generator=torch.Generator().manual_seed(4))
     found = Slots.empty(1, 1, 16, DIM, kinds)
-    for part in order.split(8):
+    for part in drawn.split(8):
         keys = kinds[part][None, :, None]
-        found = store(found, keys, keys, torch.ones(1, 8, dtype=torch.bool))
+        found = store(found, keys, keys, torch.ones(1, 8, dtype=torch.bool), order(24))
     nearest = torch.cdist(found.keys[0, 0], kinds).min(1).values
     assert nearest.max() < 1e-9
     assert found.counts.sum() == 96
@@ -74,7 +78,7 @@ def test_the_younger_a_key_the_longer_it_stays_alone() -> None:
     k = noise(1, 256, HEADS, DIM, seed=5)
     found = Slots.empty(1, HEADS, 64, DIM, k)
     for part in k.split(8, dim=1):
-        found = store(found, part, part, torch.ones(1, 8, dtype=torch.bool))
+        found = store(found, part, part, torch.ones(1, 8, dtype=torch.bool), order(72))
     alone = found.ages[found.counts == 1]
     young, old = (int(((alone > low) & (alone <= low + 32)).sum()) for low in (0, 128))
     assert young > 0.5 * 32 * HEADS and old < 0.25 * 32 * HEADS
@@ -90,7 +94,7 @@ def test_rows_are_forgotten_apart() -> None:
 def test_more_tokens_than_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="9 tokens at once into 8 slots"):
         store(Slots.empty(1, 1, 8, 2, torch.zeros(1)), torch.zeros(1, 9, 1, 2), torch.zeros(1, 9, 1, 2),
-              torch.ones(1, 9, dtype=torch.bool))  # fmt: skip
+              torch.ones(1, 9, dtype=torch.bool), order(17))  # fmt: skip
 
 
 def test_the_shuffle_is_a_permutation_and_always_the_same() -> None:

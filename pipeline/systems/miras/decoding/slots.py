@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.ops.key_cache import KeyCache, TokenPlan
 from pipeline.ops.rope import Rope, Rotation, turn
-from pipeline.ops.slots import Slots, store
+from pipeline.ops.slots import Slots, shuffle, store
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.decoding.state import MemoryState
 from pipeline.systems.miras.decoding.steps import LayerSteps, RulePass
@@ -33,6 +33,8 @@ class SlotTokenPlan:
     """[rows] bool on the CPU: the token is its chunk's last."""
     stored: Tensor
     """[rows, chunk] bool: of the pending tokens, those that are stored then."""
+    order: Tensor
+    """[slots + chunk] int64: `pipeline.ops.slots.shuffle`, on the device."""
     mask: Tensor
     """[rows, 1, 1, ring + chunk + sinks] additive: 0 where a row sees a key, else -inf."""
     pending: Rotation
@@ -84,6 +86,7 @@ class SlotSteps(LayerSteps):
             offset,
             lengths % chunk == chunk - 1,
             leaving >= self.sinks,
+            torch.tensor(shuffle(self.config.slots.count + chunk), device=device),
             mask[:, None, None],
             rotation(leaving),
             rotation((first - self.window - self.sinks).clamp_min(0) + sinks),
@@ -139,7 +142,7 @@ class SlotSteps(LayerSteps):
 
     def _store(self, slots: Slots, plan: SlotTokenPlan, kept: dict[str, Tensor]) -> None:
         """What is pending goes into the slots of rows whose chunk has ended."""
-        after = store(slots, kept[PENDING_K], kept[PENDING_V], plan.stored)
+        after = store(slots, kept[PENDING_K], kept[PENDING_V], plan.stored, plan.order)
         rows = plan.ended.nonzero().squeeze(1).to(plan.offset.device)
         for name, x in _kept(after).items():
             kept[name].index_copy_(0, rows, x.index_select(0, rows))

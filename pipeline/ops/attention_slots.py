@@ -2,9 +2,9 @@
 
 Queries come in chunks. A chunk's queries see, of their own document, all tokens from `window` before the chunk on, the
 attention sinks, and the slots (`pipeline.ops.slots`) in which the tokens before those are stored. So a token is stored
-when a whole chunk no longer has it in its window, and until then it is seen at its true distance. The slots stand right
-behind the window: their keys turn with the position before the chunk's first visible token, and the logit of each has
-the logarithm of its tokens added. Where nothing lies behind the window, this is `attention.window_attention`.
+when a whole chunk no longer has it in its window. Its distance is the true one until then, and in a slot that of the
+slot's newest token, up to a reach that is to lie within what the backbone was trained for. The logit of a slot has the
+logarithm of its tokens added. Where nothing lies behind the window, this is `attention.window_attention`.
 
 All of it is one call of SDPA over [window, sinks, slots]: what is added to logits stands in extra dimensions of queries
 and keys, so that fused kernels need no mask per head.
@@ -13,7 +13,7 @@ and keys, so that fused kernels need no mask per head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkIndex, WindowCarry, blocks
-from pipeline.ops.rope import Rope, Rotation, rotate, turn
+from pipeline.ops.rope import Rope, Rotation, one_after_another, rotate, turn
 from pipeline.ops.slots import Slots, shuffle, store
 
 EXTRA = 8
@@ -47,7 +47,10 @@ class SlotPlan:
     sink_rotation: Rotation | None
     """[batch, chunks, sinks, 1, dim / 2]."""
     slot_rotation: Rotation
-    """[batch, chunks, 1, 1, dim / 2]."""
+    """Of the position before all that a chunk has in its window, [batch, chunks, 1, 1, dim / 2], plus one: a slot turns
+    back from it by its age."""
+    back: Rotation
+    """By age, [reach + 1, dim / 2]."""
     begins_known: Tensor
     """[batch] bool: the first token goes on with the document of the step before, whose slots are its own."""
     goes_on: Tensor
@@ -56,6 +59,14 @@ class SlotPlan:
     """[batch, chunks, chunk] bool: of the tokens `window` places before a chunk's, which are stored at its end."""
     order: Tensor
     """[slots + chunk] int64: `pipeline.ops.slots.shuffle`, on the device."""
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    """What `grouped` has made."""
+
+    def grouped(self, group: int) -> Tensor:
+        """The mask of `group` heads that follow each other as queries of one."""
+        if group not in self.masks:
+            self.masks[group] = self.mask.repeat(1, 1, group, 1)
+        return self.masks[group]
 
 
 def plan_slots(
@@ -68,6 +79,7 @@ def plan_slots(
     sinks: int,
     slots: int,
     chunk: int,
+    reach: int,
     dtype: torch.dtype,
 ) -> SlotPlan:
     """The plan of one step.
@@ -79,6 +91,7 @@ def plan_slots(
         window: tokens before its chunk that a query sees at the least.
         sinks: first tokens of a document, which are never stored.
         slots, chunk: how many, and tokens of a chunk. Raises ValueError for fewer slots than tokens of a chunk.
+        reach: positions behind the window at which a slot stands at the most, however old.
         dtype: of q, k and v.
     """
     if not 0 < chunk <= slots:
@@ -93,8 +106,8 @@ def plan_slots(
     all_ids = torch.cat([old_ids, ids.flatten(1)], dim=1)
     all_places = torch.cat([old_positions.expand(batch, window), places.flatten(1)], dim=1)
 
-    reach = torch.arange(window + chunk, device=device)
-    distance = reach[window:, None] - reach
+    offsets = torch.arange(window + chunk, device=device)
+    distance = offsets[window:, None] - offsets
     band = (ids[..., None] == all_ids.unfold(1, window + chunk, chunk)[:, :, None]) & (distance >= 0)
     parts = [band]
     own = (ids == first_ids[..., None])[..., None]
@@ -124,7 +137,8 @@ def plan_slots(
         None if before is None else rope.rotation(old_positions, dtype),
         sink_index,
         sink_rotation,
-        rope.rotation((first_places - window - 1).clamp_min(0)[..., None], dtype),
+        rope.rotation((first_places - window)[..., None], dtype),
+        rope.back(reach, device, dtype),
         old_ids[:, -1] == segment_ids[:, 0],
         next_ids == first_ids,
         stored,
@@ -158,17 +172,19 @@ def slot_attention(
     keys: Tensor,
     values: Tensor,
     counts: Tensor,
+    ages: Tensor,
     shift: Tensor,
     scale: float,
 ) -> Tensor:
-    """The output of attention, like q. Differentiable in all but counts; the carry is a constant.
+    """The output of attention, like q. Differentiable in all but counts and ages; the carry is a constant.
 
     Args:
         q: [batch, tokens, heads, dim], before RoPE.
         k, v: [batch, tokens, kv_heads, dim], k before RoPE.
         plan: from `plan_slots`.
         carry: of the window, from the step before; None where the plan was made without one.
-        keys, values, counts: of the slots that each chunk finds, [batch, chunks, kv_heads, slots, dim] and without dim.
+        keys, values, counts, ages: of the slots that each chunk finds, [batch, chunks, kv_heads, slots, dim], the last
+            two without dim.
         shift: [batch, tokens, heads], added to the logits of all slots.
         scale: of the logits.
     """
@@ -197,19 +213,23 @@ def slot_attention(
     bias = torch.where(counts > 0, counts.clamp_min(1).log() / scale, EMPTY)
     coarse = bias.to(k.dtype)
     marks = torch.stack([coarse, (bias - coarse).to(k.dtype), torch.full_like(coarse, 1 / scale)], dim=-1)
-    turned = turn(
-        rearrange(keys.to(k.dtype), "batch chunks heads slots dim -> batch chunks slots heads dim"),
-        *plan.slot_rotation,
-    )
-    turned = rearrange(turned, by_chunk)
+    turned = turn(keys.to(k.dtype), *slot_rotation(plan.slot_rotation, plan.back, ages)).flatten(0, 1)
     slot_k = torch.cat([turned, F.pad(marks.flatten(0, 1), (0, EXTRA - 3))], dim=-1)
     parts.append((slot_k, F.pad(values.flatten(0, 1).to(v.dtype), (0, EXTRA))))
     all_k, all_v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    out = F.scaled_dot_product_attention(
-        queries, all_k, all_v, attn_mask=plan.mask.to(q.dtype), scale=scale, enable_gqa=heads != k.shape[2]
-    )
-    out = rearrange(out[..., :dim], "(batch chunks) heads chunk dim -> batch (chunks chunk) heads dim", batch=batch)
-    return out[:, :tokens]
+    # A key-value head's queries as those of one head: its keys need no copies, and products are larger.
+    kv_heads, group = k.shape[2], heads // k.shape[2]
+    queries = queries.unflatten(1, (kv_heads, group)).flatten(2, 3)
+    out = F.scaled_dot_product_attention(queries, all_k, all_v, attn_mask=plan.grouped(group), scale=scale)
+    by_token = "(batch chunks) kv_heads (group chunk) dim -> batch (chunks chunk) (kv_heads group) dim"
+    return rearrange(out[..., :dim], by_token, batch=batch, group=group)[:, :tokens]
+
+
+def slot_rotation(place: Rotation, back: Rotation, ages: Tensor) -> Rotation:
+    """How keys of slots turn: `place` [..., 1, 1, dim / 2] turned back by their ages [..., kv_heads, slots], `back` is
+    of `Rope.back`."""
+    index = ages.long().clamp_max(back.cos.shape[0] - 1)
+    return one_after_another(place, Rotation(back.cos[index], back.sin[index]))
 
 
 def _behind(x: Tensor, before: Tensor | None, window: int) -> Tensor:

@@ -6,7 +6,7 @@ and a document may go on in the next step. Angles are float64: at position 1e6 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,16 @@ class Rope:
         table = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return Rotation(cos.to(table), sin.to(table))
+
+    def back(self, reach: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Rotation:
+        """Turns by 0 to `reach` positions back, to be put after another rotation: [reach + 1, dim / 2]."""
+        turns = replace(self, attention_scaling=1.0).rotation(-torch.arange(reach + 1, device=device), dtype)
+        return Rotation(*(x.squeeze(1) for x in turns))
+
+
+def one_after_another(first: Rotation, second: Rotation) -> Rotation:
+    """The rotation that two, which broadcast together, come to."""
+    return Rotation(first.cos * second.cos - first.sin * second.sin, first.sin * second.cos + first.cos * second.sin)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

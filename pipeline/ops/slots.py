@@ -5,8 +5,9 @@ logarithm of the number of tokens that it stands for added to its logit: exact w
 (Transformer-VQ, arXiv 2309.16354, does the same with a learned codebook). Which keys are merged is Ward's criterion (J.
 Am. Stat. Assoc. 58, 1963): the pair that adds least to the sum of squared distances of keys from their slot's mean,
 found among pairs of two halves of the candidates as token merging does (arXiv 2210.09461), so that a round of merges is
-one matrix of distances. The criterion is divided by the pair's age: without that new keys, each of one token, are the
-cheapest to merge, and what lies right behind the window is blurred first. So resolution falls with distance.
+one matrix of distances. The criterion is divided by the root of the pair's age: without that new keys, each of one
+token, are the cheapest to merge, and what lies right behind the window is blurred first. So resolution falls with
+distance.
 
 What is stored is a constant to the gradient, as the keys that a window carries between steps are.
 """
@@ -115,7 +116,7 @@ def _merge_costs(half: _Half, other: _Half) -> tuple[Tensor, Tensor]:
     distance = (squares - 2 * keys @ others.transpose(-1, -2)).clamp_min(0)
     n, m = counts[..., None], other_counts[..., None, :]
     age = torch.minimum(ages[..., None], other_ages[..., None, :])
-    cost = distance * (n * m / (n + m).clamp_min(1)) / (age + 1)
+    cost = distance * (n * m / (n + m).clamp_min(1)) / (age + 1).sqrt()
     least, partner = cost.masked_fill((n == 0) | (m == 0), math.inf).min(dim=-1)
     return least, partner
 

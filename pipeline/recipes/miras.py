@@ -16,7 +16,7 @@ from pipeline.config import (
 from pipeline.data_config import DataConfig, RecallConfig
 from pipeline.lm.config import SMOLLM2, AttentionConfig, BackboneConfig
 from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig, Rule
-from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig
+from pipeline.systems.miras.rule_config import MlpConfig, SlotsConfig, SwigluConfig
 
 DOLMA = DataConfig(dataset="allenai/dolma3_mix-6T-1025", tokenizer="allenai/OLMo-2-0425-1B", min_tokens=8192)
 
@@ -95,7 +95,9 @@ def miras_smollm2() -> RunConfig:
             ),
             attention=AttentionConfig(window=256, sinks=4),
             # What closed most of the gap among what was tried: docs/decisions/0033-slots-behind-the-window.md.
-            memory=MemoryConfig(layers=tuple(range(30)), attachment="slots"),
+            memory=MemoryConfig(
+                layers=tuple(range(30)), attachment="slots", slots=SlotsConfig(count=512, reach=7680)
+            ),
             distil="full",
             distillation=DistillationConfig(tokens=640),
         ),

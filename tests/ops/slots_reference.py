@@ -36,7 +36,7 @@ def stored(slots: list[Slot], tokens: list[Slot], limit: int, chunk: int, now: i
     def cost(one: Slot, other: Slot) -> float:
         apart = float((one.key - other.key).square().sum())
         age = now - max(one.newest, other.newest)
-        return apart * one.count * other.count / (one.count + other.count) / (age + 1)
+        return apart * one.count * other.count / (one.count + other.count) / math.sqrt(age + 1)
 
     cheapest = [min(range(len(second)), key=lambda j, one=one: cost(one, second[j])) for one in first if second]  # type: ignore[misc]
     order = sorted(range(len(cheapest)), key=lambda i: cost(first[i], second[cheapest[i]]))
@@ -71,6 +71,7 @@ def attention(
     sinks: int,
     slots: int,
     chunk: int,
+    reach: int,
     scale: float,
 ) -> tuple[Tensor, list[Slot]]:
     """Of one head and one document: q, k, v [tokens, dim] before RoPE and shift [tokens]; the document begins at place
@@ -96,7 +97,7 @@ def attention(
             logits.append(float(rotated(q[token], token, frequencies) @ rotated(k[j], place, frequencies)) * scale)
             values.append(v[j])
         for slot in held if first > 0 else []:
-            key = rotated(slot.key, first - window - 1, frequencies)
+            key = rotated(slot.key, max(slot.newest, first - window - reach), frequencies)
             logit = float(rotated(q[token], token, frequencies) @ key) * scale
             logits.append(logit + math.log(slot.count) + float(shift[token]))
             values.append(slot.value)

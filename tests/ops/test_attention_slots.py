@@ -14,8 +14,9 @@ from pipeline.ops.slots import Slots
 from tests.ops import slots_reference
 
 HEADS, KV_HEADS, DIM, WINDOW, SLOTS, CHUNK = 4, 2, 8, 6, 5, 3
+SIZES = {"window": WINDOW, "slots": SLOTS, "chunk": CHUNK, "reach": 11}
 SCALE = DIM**-0.5
-ROPE = Rope(100.0 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))
+ROPE = Rope(100.0 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM), attention_scaling=1.2)
 
 
 def inputs(tokens: int, seed: int = 0) -> dict[str, Tensor]:
@@ -34,9 +35,7 @@ def row(lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 def plans(segments: Tensor, positions: Tensor, carry: WindowCarry | None, sinks: int, dtype: torch.dtype) -> Any:
     before = None if carry is None else (carry.segment_ids, carry.positions)
-    own = plan_slots(
-        segments, positions, before, rope=ROPE, window=WINDOW, sinks=sinks, slots=SLOTS, chunk=CHUNK, dtype=dtype
-    )
+    own = plan_slots(segments, positions, before, rope=ROPE, sinks=sinks, dtype=dtype, **SIZES)
     window = plan_window_attention(
         segments, positions, rope=ROPE, window=WINDOW, sinks=sinks, carry=carry, backend="sdpa", dtype=dtype
     )
@@ -55,9 +54,8 @@ def attended(
         q, k, v, shift = (x[name][:, start:end] for name in ("q", "k", "v", "shift"))
         own, window = plans(segments[:, start:end], positions[:, start:end], carry, sinks, q.dtype)
         found = slots_by_chunk(k, v, own, carry, slots)
-        keys, values, counts = (torch.stack([getattr(one, name) for one in found[:-1]], dim=1) for name in
-                                ("keys", "values", "counts"))  # fmt: skip
-        outs.append(slot_attention(q, k, v, own, carry, keys, values, counts, shift, SCALE))
+        slots_found = [torch.stack(x, dim=1) for x in zip(*found[:-1], strict=True)]
+        outs.append(slot_attention(q, k, v, own, carry, *slots_found, shift, SCALE))
         _, carry = window_attention(q, k, v, window, carry)
         slots = found[-1]
     return torch.cat(outs, dim=1), slots
@@ -75,7 +73,7 @@ def test_it_is_the_token_loop(lengths: list[int], sinks: int) -> None:
             own = head // (HEADS // KV_HEADS)
             expected, _ = slots_reference.attention(
                 x["q"][0, part, head], x["k"][0, part, own], x["v"][0, part, own], x["shift"][0, part, head], start,
-                frequencies=ROPE.inverse_frequencies, window=WINDOW, sinks=sinks, slots=SLOTS, chunk=CHUNK, scale=SCALE,
+                frequencies=ROPE.inverse_frequencies, sinks=sinks, scale=SCALE * ROPE.attention_scaling**2, **SIZES,
             )  # fmt: skip
             torch.testing.assert_close(found[0, part, head], expected, rtol=1e-10, atol=1e-10)
         start += length
@@ -110,14 +108,10 @@ def test_equal_keys_in_one_slot_are_full_attention_to_each() -> None:
     kinds = torch.arange(tokens) % 2
     x["k"], x["v"] = x["k"][:, kinds], x["v"][:, kinds]
     segments, positions = row([tokens])
-    plan = plan_slots(
-        segments, positions, None, rope=still, window=WINDOW, sinks=0, slots=SLOTS, chunk=CHUNK, dtype=torch.float64
-    )
+    plan = plan_slots(segments, positions, None, rope=still, sinks=0, dtype=torch.float64, **SIZES)
     found = slots_by_chunk(x["k"], x["v"], plan, None, Slots.empty(1, KV_HEADS, SLOTS, DIM, x["k"]))
-    keys, values, counts = (
-        torch.stack([getattr(one, name) for one in found[:-1]], dim=1) for name in ("keys", "values", "counts")
-    )
-    out = slot_attention(x["q"], x["k"], x["v"], plan, None, keys, values, counts, torch.zeros_like(x["shift"]), SCALE)
+    slots = [torch.stack(part, dim=1) for part in zip(*found[:-1], strict=True)]
+    out = slot_attention(x["q"], x["k"], x["v"], plan, None, *slots, torch.zeros_like(x["shift"]), SCALE)
     q, k, v = (value.transpose(1, 2) for value in (x["q"], x["k"], x["v"]))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-10, atol=1e-10)
@@ -146,4 +140,6 @@ def test_gradients_and_values_of_lower_precisions_are_near_those_of_float64(dtyp
 def test_fewer_slots_than_tokens_of_a_chunk_are_refused() -> None:
     segments, positions = row([8])
     with pytest.raises(ValueError, match="2 slots cannot take a chunk of 3 tokens"):
-        plan_slots(segments, positions, None, rope=ROPE, window=4, sinks=0, slots=2, chunk=3, dtype=torch.float32)
+        plan_slots(
+            segments, positions, None, rope=ROPE, window=4, sinks=0, slots=2, chunk=3, reach=4, dtype=torch.float32
+        )

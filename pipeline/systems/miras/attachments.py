@@ -50,6 +50,19 @@ def check_attachment(
         )
 
 
+def check_reach(config: MemoryConfig, window: int, trained: int | None) -> None:
+    """Raises UserError when slots would stand further from a query than the backbone was `trained` for, in tokens."""
+    if config.attachment != "slots" or not config.layers or trained is None:
+        return
+    most = trained - window - config.slots.chunk
+    if config.slots.reach > most:
+        raise UserError(
+            f"--model.memory.slots.reach {config.slots.reach}: beyond the window of {window} and a chunk of"
+            f" {config.slots.chunk} it is further than the {trained} positions of the backbone: "
+            + (f"give at most {most}" if most > 0 else "give a shorter --model.attention.window")
+        )
+
+
 def output_gate(logits: Tensor) -> Tensor:
     """The gate that is one where its logits are zero: 2 sigmoid(logits)."""
     return 2 * torch.sigmoid(logits)

@@ -226,6 +226,7 @@ class MirasModel(nn.Module):
             window=attention.window,
             sinks=attention.sinks,
             slots=settings.count,
+            reach=settings.reach,
             chunk=settings.chunk,
             dtype=hidden.dtype,
         )

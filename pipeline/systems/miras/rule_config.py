@@ -95,9 +95,12 @@ class SlotsConfig:
     chunk: int = 64
     """Tokens after which what has left the window is stored, at the chunk's end, at multiples of it in a row; it is
     part of the result. A query sees the window, and what the tokens of its chunk have pushed out of it."""
+    reach: int = 2048
+    """Positions behind the window at which a slot stands at the most; nearer, it is at its newest token's. With the
+    window and the chunk, no more than the backbone was trained for."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "memory.slots", "count", "chunk")
+        at_least(1, self, "memory.slots", "count", "chunk", "reach")
         if self.chunk > self.count:
             raise UserError(
                 f"--model.memory.slots.chunk {self.chunk}: {self.count} slots cannot take so many tokens at once: give"

@@ -73,7 +73,9 @@ class SlotBranch(nn.Module):
         if carry is None:
             carry = Slots.empty(k.shape[0], k.shape[2], self.config.slots.count, k.shape[3], k)
         found = slots_by_chunk(k, v, plan, window, carry)
-        counts = torch.stack([slots.counts for slots in found[:-1]], dim=1)
+        counts, ages = (
+            torch.stack(x, dim=1) for x in zip(*((one.counts, one.ages) for one in found[:-1]), strict=True)
+        )
         keys, values = (
             self.read(torch.stack([part.to(k.dtype) for part in parts], dim=1), weight, topology)
             for parts, weight in (
@@ -82,7 +84,7 @@ class SlotBranch(nn.Module):
             )
         )
         shift = self.shifted(shift.squeeze(-1), q, topology)
-        out = slot_attention(q, k, v, plan, window, keys, values, counts, shift, scale)
+        out = slot_attention(q, k, v, plan, window, keys, values, counts, ages, shift, scale)
         return out, found[-1], slot_health(found[-1])
 
     def read(self, x: Tensor, change: Tensor, topology: Topology) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
@@ -147,6 +148,19 @@ def test_what_cannot_be_is_refused(ids: Tensor) -> None:
     odd = create(with_memory(attached("slots"), slots=SlotsConfig(count=64, chunk=9)))
     with pytest.raises(UserError, match="does not divide the --sequence-length 48"):
         odd.check(Topology())
+
+
+def test_slots_stand_no_further_than_the_backbone_was_trained_for(tmp_path: Path) -> None:
+    folder = save_decoder("llama", tmp_path)
+    config = attached("slots")
+    assert isinstance(config.model, MirasConfig)
+    trained = AutoConfig.from_pretrained(folder).max_position_embeddings
+    most = trained - WINDOW - CHUNK
+    model = dataclasses.replace(config.model, backbone=BackboneConfig(pretrained=str(folder)))
+    config = dataclasses.replace(config, model=model)
+    create(with_memory(config, slots=SlotsConfig(count=8, chunk=CHUNK, reach=most)))
+    with pytest.raises(UserError, match=f"reach {most + 1}: .*further than the {trained} positions.*at most {most}$"):
+        create(with_memory(config, slots=SlotsConfig(count=8, chunk=CHUNK, reach=most + 1)))
 
 
 def test_rules_settings_are_none_of_its_own() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.attention_slots import slot_rotation
 from pipeline.ops.key_cache import KeyCache, TokenPlan
 from pipeline.ops.rope import Rope, Rotation, turn
 from pipeline.ops.slots import Slots, shuffle, store
@@ -42,7 +43,9 @@ class SlotTokenPlan:
     sinks: Rotation
     """[rows, 1, sinks, dim / 2]."""
     slots: Rotation
-    """[rows, 1, 1, dim / 2]."""
+    """[rows, 1, 1, dim / 2]: as `pipeline.ops.attention_slots.SlotPlan` has it."""
+    back: Rotation
+    """[reach + 1, dim / 2]."""
 
 
 class SlotSteps(LayerSteps):
@@ -90,7 +93,8 @@ class SlotSteps(LayerSteps):
             mask[:, None, None],
             rotation(leaving),
             rotation((first - self.window - self.sinks).clamp_min(0) + sinks),
-            rotation(first - self.window - 1),
+            rope.rotation(first - self.window, dtype),
+            rope.back(self.config.slots.reach, device, dtype),
         )
 
     def attend(
@@ -120,7 +124,7 @@ class SlotSteps(LayerSteps):
                 cache.rotated[:, :, ring],
                 turn(kept[PENDING_K].transpose(1, 2), *plan.pending),
                 turn(cache.keys[:, :, : cache.sinks], *plan.sinks),
-                turn(keys, *plan.slots),
+                turn(keys, *slot_rotation(plan.slots, plan.back, slots.ages)),
             ],
             dim=2,
         )

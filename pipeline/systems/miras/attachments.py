@@ -19,9 +19,13 @@ from pipeline.systems.miras.config import LIKE_ATTENTION, MemoryConfig
 
 
 def check_attachment(
-    config: MemoryConfig, backbone: PreTrainedConfig, attention: AttentionConfig | None = None
+    config: MemoryConfig,
+    backbone: PreTrainedConfig,
+    attention: AttentionConfig | None = None,
+    trained: int | None = None,
 ) -> None:
-    """Raises UserError when the memory cannot be attached to this backbone in the way that the config asks for."""
+    """Raises UserError when the memory cannot be attached to this backbone, `trained` for so many positions where
+    that is known, in the way that the config asks for."""
     if config.attachment in LIKE_ATTENTION and config.layers and attention is not None and attention.kind == "full":
         raise UserError(
             f"--model.memory.attachment {config.attachment}: with --model.attention.kind full nothing leaves a window:"
@@ -34,6 +38,8 @@ def check_attachment(
                 f"--model.memory.slots.chunk {chunk}: what a chunk pushes out of the window is the window's, which is"
                 f" {window} tokens: give no more"
             )
+        if trained is not None:
+            _check_reach(config, window, trained)
     width = attention_width(backbone)
     if config.attachment == "mag" and config.layers and width != backbone.hidden_size:
         raise UserError(
@@ -50,10 +56,7 @@ def check_attachment(
         )
 
 
-def check_reach(config: MemoryConfig, window: int, trained: int | None) -> None:
-    """Raises UserError when slots would stand further from a query than the backbone was `trained` for, in tokens."""
-    if config.attachment != "slots" or not config.layers or trained is None:
-        return
+def _check_reach(config: MemoryConfig, window: int, trained: int) -> None:
     most = trained - window - config.slots.chunk
     if config.slots.reach > most:
         raise UserError(

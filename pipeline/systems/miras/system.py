@@ -25,7 +25,7 @@ from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
 from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attach import attach, memory_alone
-from pipeline.systems.miras.attachments import check_attachment, check_reach
+from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import LIKE_ATTENTION, MirasConfig
 from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on_backbone
@@ -53,8 +53,7 @@ class MirasSystem(LanguageModelSystem):
         self.sizes = on_backbone(config.model, self.backbone)
         self.kinds = kinds_of_memory(self.sizes.memory, self.backbone)
         for kind in self.kinds:
-            check_attachment(kind, self.backbone, self.sizes.attention)
-            check_reach(kind, self.sizes.attention.window, trained_length(self.sizes.backbone))
+            check_attachment(kind, self.backbone, self.sizes.attention, trained_length(self.sizes.backbone))
         check_window(self.sizes.attention, self.backbone, config.sequence_length)
         self.trained_length = self._trained_length()
         if self.sizes.distil == "full":

@@ -54,6 +54,7 @@ class SlotSteps(LayerSteps):
     def __init__(self, branch: SlotBranch, window: int, sinks: int) -> None:
         super().__init__(branch.config)
         self.branch, self.window, self.sinks = branch, window, sinks
+        self._back: Rotation | None = None
 
     @property
     def grain(self) -> int:
@@ -94,8 +95,14 @@ class SlotSteps(LayerSteps):
             rotation(leaving),
             rotation((first - self.window - self.sinks).clamp_min(0) + sinks),
             rope.rotation(first - self.window, dtype),
-            rope.back(self.config.slots.reach, device, dtype),
+            self._turns_back(rope, device, dtype),
         )
+
+    def _turns_back(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> Rotation:
+        # As long as the reach: made once, not at every token.
+        if self._back is None:
+            self._back = rope.back(self.config.slots.reach, device, dtype)
+        return self._back
 
     def attend(
         self,

@@ -103,7 +103,8 @@ def slot_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     """(saved, made beside it) of a layer's slots beside its attention to the window.
 
     SDPA keeps queries, and keys and values of every chunk, with the dimensions that are added; the maps keep the slots
-    of every chunk and what they made of them. Beside it are gradients of keys or values, as measured.
+    of every chunk and what they made of them, RoPE a cosine and a sine of every slot's place. Beside it are gradients
+    of keys or values, as measured.
     """
     element, chunk, count = step.element, memory.slots.chunk, memory.slots.count
     rows, kv = step.rows / step.degree, step.kv_width // memory.head_dim
@@ -113,8 +114,9 @@ def slot_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     keys = element * chunks * kv * wide * seen
     queries = 2 * element * step.tokens * memory.heads * wide
     slots = 4 * element * chunks * kv * memory.head_dim * count
+    turns = max(element, 4) * chunks * kv * memory.head_dim * count
     normed = (8 if element < 4 else 4) * step.backbone.hidden_size * step.tokens
-    return int(2 * keys + queries + slots + normed), int(1.5 * keys + queries)
+    return int(2 * keys + queries + slots + turns + normed), int(1.5 * keys + queries)
 
 
 def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:

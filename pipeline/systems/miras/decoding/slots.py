@@ -22,6 +22,8 @@ from pipeline.systems.miras.slots import SlotBranch
 PENDING_K, PENDING_V = "pending_k", "pending_v"
 """[rows, chunk, key-value heads, dim]: what the chunk's tokens have pushed out of the window, keys before RoPE."""
 SLOTS = "slots."
+READ_K, READ_V = "read_k", "read_v"
+"""[rows, key-value heads, slots, dim]: the slots as a chunk's queries see them, keys after RoPE."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,8 @@ class SlotTokenPlan:
     """[rows] int64: the token's place in its chunk."""
     ended: Tensor
     """[rows] bool on the CPU: the token is its chunk's last."""
+    begins: bool
+    """A row's token is its chunk's first, whose slots and their place are new."""
     stored: Tensor
     """[rows, chunk] bool: of the pending tokens, those that are stored then."""
     order: Tensor
@@ -89,6 +93,7 @@ class SlotSteps(LayerSteps):
         return SlotTokenPlan(
             offset,
             lengths % chunk == chunk - 1,
+            bool((lengths % chunk == 0).any()),
             leaving >= self.sinks,
             torch.tensor(shuffle(self.config.slots.count + chunk), device=device),
             mask[:, None, None],
@@ -122,21 +127,28 @@ class SlotSteps(LayerSteps):
         for name, leaving in zip((PENDING_K, PENDING_V), cache.leaving(token), strict=True):
             kept[name][token.rows, plan.offset] = leaving[:, 0]
         cache.take(k, v, token)
-        slots = _slots(kept)
-        keys = branch.read(slots.keys.to(k.dtype), branch.key_map, whole)
-        values = branch.read(slots.values.to(v.dtype), branch.value_map, whole)
+        slots, made = _slots(kept), state.made
+        if plan.begins or not made:
+            keys = branch.read(slots.keys.to(k.dtype), branch.key_map, whole)
+            made[READ_K] = turn(keys, *slot_rotation(plan.slots, plan.back, slots.ages))
+            made[READ_V] = branch.read(slots.values.to(v.dtype), branch.value_map, whole)
         ring = slice(cache.sinks, cache.sinks + token.slots)
         all_k = torch.cat(
             [
                 cache.rotated[:, :, ring],
                 turn(kept[PENDING_K].transpose(1, 2), *plan.pending),
                 turn(cache.keys[:, :, : cache.sinks], *plan.sinks),
-                turn(keys, *slot_rotation(plan.slots, plan.back, slots.ages)),
+                made[READ_K],
             ],
             dim=2,
         )
         all_v = torch.cat(
-            [cache.values[:, :, ring], kept[PENDING_V].transpose(1, 2), cache.values[:, :, : cache.sinks], values],
+            [
+                cache.values[:, :, ring],
+                kept[PENDING_V].transpose(1, 2),
+                cache.values[:, :, : cache.sinks],
+                made[READ_V],
+            ],
             dim=2,
         )
         grouped = turn(q, *token.rotation).reshape(*k.shape[:2], -1, k.shape[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,6 +26,8 @@ class MemoryState:
     """Of its rule, as the last token left it; None of slots, which have none."""
     kept: dict[str, Tensor]
     """What the attachment needs besides, rows first in each."""
+    made: dict[str, Tensor] = field(default_factory=dict)
+    """What it has made of these, and makes again where it is missing: not of a copy, and not in a file."""
 
     def tensors(self) -> dict[str, Tensor]:
         running = {} if self.running is None else self.running.tensors()

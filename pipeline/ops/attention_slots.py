@@ -118,7 +118,7 @@ def plan_slots(
         order = torch.arange(sinks, device=device)
         behind = first_places[..., None] - order > window
         parts.append(own & (behind & sink_index.present)[:, :, None])
-        # Beside the slots, right behind the window, as `attention_sinks` has them.
+        # Right behind the window, as `attention_sinks` has them.
         sink_rotation = rope.rotation((first_places - window - sinks).clamp_min(0)[..., None] + order, dtype)
     parts.append(own.expand(-1, -1, -1, slots))
     seen = torch.cat(parts, dim=-1).flatten(0, 1)[:, None]

@@ -99,20 +99,21 @@ def miras_smollm2() -> RunConfig:
                 layers=tuple(range(30)), attachment="slots", slots=SlotsConfig(count=512, reach=7680)
             ),
             distil="full",
-            distillation=DistillationConfig(tokens=640),
+            distillation=DistillationConfig(tokens=1280),
         ),
-        steps=200,
-        warmup_steps=8,
-        sequence_length=2048,
+        # Within 2K tokens an untrained memory leaves little to learn.
+        steps=48,
+        warmup_steps=4,
+        sequence_length=4096,
         batch_size=1,
-        lr=5e-3,
+        lr=1e-3,
         zero="zero1",
         precision="bf16",
-        save_every=40,
-        eval_every=120,
+        save_every=16,
+        eval_every=48,
         output_dir=Path("outputs/miras_smollm2"),
-        data=DataConfig(tokenizer=SMOLLM2, min_tokens=512),
-        evaluation=EvaluationConfig(steps=1, batch_size=4),
+        data=DataConfig(tokenizer=SMOLLM2, min_tokens=3000),
+        evaluation=EvaluationConfig(steps=1, batch_size=1),
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def miras_smollm2_short() -> RunConfig:
         sequence_length=768,
         save_every=0,
         eval_every=12,
-        evaluation__steps=1,
+        data__min_tokens=512,
         output_dir=Path("outputs/miras_smollm2_short"),
     )
 

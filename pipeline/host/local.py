@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import importlib.util
 import itertools
 import math
 import os
+import random
 import re
 import shutil
 import socket
@@ -103,9 +105,14 @@ class LocalHost:
         return None
 
     def free_port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
+        """A port that nothing listens on, and that no connection is given before rank 0 has loaded torch and listens:
+        one below those that systems choose from by themselves (32768 on Linux, 49152 elsewhere)."""
+        for _ in range(100):
+            port = random.SystemRandom().randrange(16384, 32768)
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return port
+        raise UserError("100 ports between 16384 and 32767 are all in use: give --master_port")
 
     def unreachable(self, hosts: Sequence[str], ssh_port: int | None) -> list[str]:
         """The hosts that ssh cannot log in to without a password."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.host.local import LocalHost
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return LocalHost(os.environ).free_port()
 
 
 def environment() -> dict[str, str]:

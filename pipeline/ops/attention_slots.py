@@ -47,7 +47,7 @@ class SlotPlan:
     sink_rotation: Rotation | None
     """[batch, chunks, sinks, 1, dim / 2]."""
     slot_rotation: Rotation
-    """Of the position before all that a chunk has in its window, [batch, chunks, 1, 1, dim / 2], plus one: a slot turns
+    """Of the position of the first token that a chunk has in its window, [batch, chunks, 1, 1, dim / 2]: a slot turns
     back from it by its age."""
     back: Rotation
     """By age, [reach + 1, dim / 2]."""

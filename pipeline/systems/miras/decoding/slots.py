@@ -58,7 +58,7 @@ class SlotSteps(LayerSteps):
     def __init__(self, branch: SlotBranch, window: int, sinks: int) -> None:
         super().__init__(branch.config)
         self.branch, self.window, self.sinks = branch, window, sinks
-        self._back: Rotation | None = None
+        self._constants: tuple[Tensor, Rotation] | None = None
 
     @property
     def grain(self) -> int:
@@ -87,6 +87,8 @@ class SlotSteps(LayerSteps):
         )
         mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
 
+        shuffled, back = self._same_for_all(rope, device, dtype)
+
         def rotation(places: Tensor) -> Rotation:
             return Rotation(*(x.transpose(1, 2) for x in rope.rotation(places.clamp_min(0), dtype)))
 
@@ -95,19 +97,21 @@ class SlotSteps(LayerSteps):
             lengths % chunk == chunk - 1,
             bool((lengths % chunk == 0).any()),
             leaving >= self.sinks,
-            torch.tensor(shuffle(self.config.slots.count + chunk), device=device),
+            shuffled,
             mask[:, None, None],
             rotation(leaving),
             rotation((first - self.window - self.sinks).clamp_min(0) + sinks),
             rope.rotation(first - self.window, dtype),
-            self._turns_back(rope, device, dtype),
+            back,
         )
 
-    def _turns_back(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> Rotation:
-        # As long as the reach: made once, not at every token.
-        if self._back is None:
-            self._back = rope.back(self.config.slots.reach, device, dtype)
-        return self._back
+    def _same_for_all(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Rotation]:
+        """The shuffle of the slots and their turns back, made once and not at every token."""
+        if self._constants is None:
+            settings = self.config.slots
+            order = torch.tensor(shuffle(settings.count + settings.chunk), device=device)
+            self._constants = order, rope.back(settings.reach, device, dtype)
+        return self._constants
 
     def attend(
         self,

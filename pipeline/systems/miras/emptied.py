@@ -6,10 +6,12 @@ adapting to the data, not by remembering.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+from pipeline.systems.miras.config import MemoryConfig
 
 WINDOWS = 2**20
 """Windows that a document has at the most, for ids that stay apart."""
@@ -20,9 +22,18 @@ token are emptied at every border. `overflow` takes in only what has left the wi
 share of what attention gives stays, since that is trained too and can adapt the model without remembering. `slots`
 without a token are the backbone itself: attention to the window alone."""
 
+WITHOUT: Mapping[str, Any] = {"memory": False}
+"""The options of the pass without memory."""
+
 STATES = ("memory.memory", "memory.momentum", "memory.keys", "memory.values", "memory.counts", "memory.ages")
 """Ends of the names of what a memory holds, in a carry: (M, S), without the tokens that a convolution still needs; or
 slots."""
+
+
+def emptied_options(kinds: Iterable[MemoryConfig]) -> Mapping[str, Any]:
+    """The options of the emptied pass of these memories: where all are `slots`, that without memory, which is the same
+    and is measured anyway."""
+    return WITHOUT if all(kind.attachment == "slots" for kind in kinds) else EMPTIED
 
 
 def split_at_windows(segment_ids: Tensor, positions: Tensor, window: int) -> tuple[Tensor, Tensor]:

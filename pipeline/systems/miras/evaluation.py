@@ -26,7 +26,7 @@ from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation, Phase
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.emptied import EMPTIED as EMPTIED_OPTIONS
-from pipeline.systems.miras.emptied import is_state
+from pipeline.systems.miras.emptied import WITHOUT, emptied_options, is_state
 from pipeline.systems.miras.layer_kinds import by_layer
 
 ON, OFF, EMPTIED = "memory on", "memory off", "memory emptied"
@@ -45,7 +45,7 @@ def evaluation_modes(memory: MemoryConfig) -> Modes:
     """The model with its memory, and where it has any: without one, and with nothing in it from beyond the window."""
     if not memory.layers:
         return {ON: {"memory": True}}
-    return {ON: {"memory": True}, OFF: {"memory": False}, EMPTIED: EMPTIED_OPTIONS}
+    return {ON: {"memory": True}, OFF: WITHOUT, EMPTIED: EMPTIED_OPTIONS}
 
 
 @torch.no_grad()
@@ -138,9 +138,9 @@ def gap_modes(system: EvaluatedMiras) -> GapModes:
 
     return GapModes(
         attention.window,
-        window={"memory": False},
+        window=WITHOUT,
         memory={"memory": True},
-        emptied=EMPTIED_OPTIONS,
+        emptied=emptied_options(by_layer(system.sizes.memory, system.backbone).values()),
         full=full if length > attention.window else None,
         is_state=is_state,
         equal={

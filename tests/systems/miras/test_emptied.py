@@ -21,9 +21,9 @@ from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall, miras_tiny
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Phase
-from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.context_memory import ContextTokens
-from pipeline.systems.miras.emptied import split_at_windows
+from pipeline.systems.miras.emptied import EMPTIED, WITHOUT, emptied_options, split_at_windows
 from pipeline.systems.miras.evaluation import check_gap, full_length, gap_modes
 from pipeline.systems.miras.memory import MemoryCarry
 from pipeline.systems.miras.model import MirasModel
@@ -244,6 +244,12 @@ def test_full_attention_is_full_as_far_as_the_backbone_was_trained() -> None:
     torch.testing.assert_close(found[:30], expected[:30], rtol=1e-9, atol=1e-9)
     assert (found[30:-1] - expected[30:-1]).abs().min() > 1e-9
     assert modes.full(12)["attention"].window == 12, "no larger than the documents are"
+
+
+def test_slots_alone_are_emptied_by_leaving_them_out() -> None:
+    slots, overflow = MemoryConfig(attachment="slots"), MemoryConfig(attachment="overflow")
+    assert emptied_options([slots, slots]) == WITHOUT
+    assert emptied_options([slots, overflow]) == emptied_options([overflow]) == EMPTIED
 
 
 def test_pieces_of_a_document_are_told_apart_in_every_step() -> None:

@@ -111,8 +111,8 @@ class RunConfig:
     """The system and its sizes."""
     steps: Annotated[int, tyro.conf.arg(aliases=["--max-steps", "--max-steps-override", "--max-duration"])]
     """Optimizer updates in the whole schedule, or in each phase that has no number of its own where there are several;
-    steps are counted from 1. --max-duration also takes tokens (4e12T); beside --steps, or a stop of the recipe's or
-    file's own, it is --stop-after."""
+    steps are counted from 1. 0, where there is one phase: the model is evaluated and saved as it begins. --max-duration
+    also takes tokens (4e12T); beside --steps, or a stop of the recipe's or file's own, it is --stop-after."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["--bs", "--device-train-microbatch-size"])]
     """Sequences per data rank and micro-batch."""
     sequence_length: Annotated[int, tyro.conf.arg(aliases=["--max-seq-length"])]
@@ -194,7 +194,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         positive = {
-            "--steps": self.steps,
             "--batch-size": self.batch_size,
             "--sequence-length": self.sequence_length,
             "--grad-accum": self.grad_accum,
@@ -219,6 +218,7 @@ class RunConfig:
             if not 0 < value < math.inf:
                 raise UserError(f"{flag} is {value}: give a value above 0")
         at_least_zero = {
+            "--steps": self.steps,
             "--save-every": self.save_every,
             "--keep-every": self.keep_every,
             "--eval-every": self.eval_every,

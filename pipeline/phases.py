@@ -98,6 +98,16 @@ def _by_age(
 
 def pick(config: RunConfig, phases: Sequence[Phase]) -> tuple[Phase, ...]:
     """The phases that a run is made of: those of `--phases`, or all of the system's. Raises UserError."""
+    picked = _named(config, phases)
+    if not config.steps and (len(picked) > 1 or picked[0].steps):
+        raise UserError(
+            "--steps 0 saves a model as it begins, in a run of one phase whose length is --steps; this run has"
+            f" {', '.join(f'{phase.name} ({phase.steps:,} steps)' for phase in picked)}: give a number of steps"
+        )
+    return picked
+
+
+def _named(config: RunConfig, phases: Sequence[Phase]) -> tuple[Phase, ...]:
     known = [phase.name for phase in phases]
     assert len(set(known)) == len(known), f"two phases have the same name: {known}"
     for flag, wanted in (("--phases", config.phases), ("--phase", () if config.phase is None else (config.phase,))):

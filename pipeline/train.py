@@ -103,7 +103,7 @@ class Trainer:
                 self._save()
         meter.begun = time.perf_counter()
         last = min(self.run.end_of_phase, config.stop_after or self.run.end_of_phase)
-        if self.from_elsewhere and (progress.step >= last or progress.phase_done):
+        if (self.from_elsewhere or self.saved is None) and (progress.step >= last or progress.phase_done):
             # No step will: what it stands at is saved here too, as these ranks hold it.
             self._save()
         while progress.step < last and not progress.phase_done:

@@ -22,7 +22,7 @@ def config() -> RunConfig:
 @pytest.mark.parametrize(
     "flag, changes",
     [
-        ("--steps", {"steps": 0}),
+        ("--steps", {"steps": -1}),
         ("--batch-size", {"batch_size": 0}),
         ("--sequence-length", {"sequence_length": 0}),
         ("--grad-accum", {"grad_accum": 0}),

@@ -56,6 +56,17 @@ def test_a_split_group_keeps_its_settings() -> None:
     assert {(part.lr_scale, part.weight_decay) for part in phases.current.groups} == {(0.5, 0.1)}
 
 
+def test_no_steps_are_of_one_phase_whose_length_is_steps() -> None:
+    nothing = config(steps=0)
+    assert pick(nothing, [phase("A", "p", steps=0)]) == (phase("A", "p", steps=0),)
+    for phases, named in (
+        ([phase("A", "p", steps=0), phase("B", "p", steps=0)], r"A \(0 steps\), B \(0 steps\): give a number of steps"),
+        ([phase("A", "p", steps=5)], r"A \(5 steps\): give a number of steps"),
+    ):
+        with pytest.raises(UserError, match=named):
+            pick(nothing, phases)
+
+
 def test_a_run_goes_on_to_what_follows_unless_one_phase_was_asked_for() -> None:
     assert [phase.name for phase in Phases(ABC, 0).after] == ["B", "C"]
     assert Phases(ABC, 0, alone=True).after == ()

@@ -47,19 +47,22 @@ def repeated_passages(
     gaps = [PASSAGE * 2**index for index in range(32) if PASSAGE * (2**index + 2) <= length]
     if not gaps:
         return None
-    context = StepContext(sync_point.topology, system.config.seed, "evaluation", 1)
-    local = sync_point.topology.shard(length)
+    topology = sync_point.topology
+    context, grain = StepContext(topology, system.config.seed, "evaluation", 1), PASSAGE * topology.sequence
     documents = DocumentSums(len(gaps))
     for mode, options in modes.items():
         for index, gap in enumerate(gaps):
             # The filler is the text that follows the passage, and the passage then comes again.
             start = PASSAGE + gap
-            ids = torch.cat([tokens[:, :start], tokens[:, :PASSAGE], tokens[:, start : length - PASSAGE]], dim=1)
+            # What follows the copy has no part in it.
+            used = min(length, -(-(start + PASSAGE) // grain) * grain)
+            local = topology.shard(used)
+            ids = torch.cat([tokens[:, :start], tokens[:, :PASSAGE], tokens[:, start : used - PASSAGE]], dim=1)
             labels = torch.full_like(ids, IGNORED)
             # The first few tokens of the copy only show that it is one.
             for copy in (0, start):
                 labels[:, copy + CUE : copy + PASSAGE - 1] = ids[:, CUE + 1 : PASSAGE]
-            positions = torch.arange(length).expand(rows, -1)
+            positions = torch.arange(used).expand(rows, -1)
             batch = TokenBatch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
             # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
             sync_point("evaluation")

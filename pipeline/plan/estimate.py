@@ -92,8 +92,9 @@ def make_plan(config: RunConfig, options: PlanOptions, counts: Counts | None = N
     stretches: list[tuple[int, Phase | None]] = [(entry.phase.steps, entry.phase) for entry in counts.phases]
     stretches = stretches or [(config.steps, None)]
     steps = sum(count for count, _ in stretches)
-    # Of the mean step: phases may train more or less of the model.
-    flops = sum(count * system.flops(config.sequence_length, phase).total for count, phase in stretches) / steps
+    # Of the mean step: phases may train more or less of the model. Of a run that makes none, what one would take.
+    shares = [(count / steps if steps else 1 / len(stretches), phase) for count, phase in stretches]
+    flops = sum(share * system.flops(config.sequence_length, phase).total for share, phase in shares)
     tokens = config.batch_size * config.grad_accum * topology.data * config.sequence_length
     tflops = device.float32 if element == 4 else device.tflops
     tok_s = options.utilisation * options.ranks * tflops * 1e12 / flops

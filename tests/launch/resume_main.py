@@ -83,7 +83,11 @@ def from_start(out: Path, data: Path) -> dict[str, object]:
         runs = [first, second]
         if stage == STAGES[0]:  # saving is the same code in each
             train(base(third, data, **same))
-            runs.append(third)
+            # A run of no steps holds the model as it begins, and goes on from there.
+            untrained = out / f"untrained{stage}"
+            for steps in (0, 2):
+                train(base(untrained, data, **{**same, "steps": steps}))
+            runs += [third, untrained]
         ended = out / f"ended{stage}"
         if stage == STAGES[-1]:
             # No step is left of it: what it stands at is saved in its own folder, and nothing the second time.
@@ -98,6 +102,7 @@ def from_start(out: Path, data: Path) -> dict[str, object]:
                 "differences": [difference for other in last[1:] for difference in differences(last[0], other)],
                 "losses": losses,
                 "ended": sorted(path.name for path in ended.glob("checkpoints/*")),
+                "untrained": sorted(path.name for path in (out / f"untrained{stage}").glob("checkpoints/*")),
                 "changed": unlike(last[1], ended / "checkpoints" / "checkpoint-2") if ended.exists() else [],
             }
         dist.barrier()

@@ -67,8 +67,10 @@ def test_a_resume_from_the_checkpoint_of_the_start_is_a_fresh_start(folder: Path
     assert found["resumed"] == ["checkpoint-2", "latest"]
     assert found["differences"] == []
     begun, *others = found["losses"]
-    assert len(others) == (2 if stage == STAGES[0] else 1)
+    assert len(others) == (3 if stage == STAGES[0] else 1)
     assert len(begun) == 4 and all(other == begun for other in others), "of an evaluation, two steps and an evaluation"
+    # Of no steps, then two more.
+    assert found["untrained"] == (["checkpoint-0", "checkpoint-2", "latest"] if stage == STAGES[0] else [])
     # One with no step left saves what it stands at in its own folder.
     assert found["ended"] == (["checkpoint-2", "latest"] if stage == STAGES[-1] else []) and found["changed"] == []
 

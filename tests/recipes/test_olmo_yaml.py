@@ -261,7 +261,7 @@ def test_sizes_of_the_file_are_the_models(tmp_path: Path) -> None:
         ({"max_duration": 1.5}, "max_duration is '1.5': give a whole number, 0 or more"),
         ({"max_duration": 10**400}, "max_duration is '10.*0': give a number"),
         ({"max_duration": None}, "max_duration is 'None': give a number"),
-        ({"max_duration": 0}, "--steps is 0: give a value above 0"),
+        ({"max_duration": -1}, "max_duration is '-1': give a whole number, 0 or more"),
         ({"scheduler": {"t_warmup": 0.5}}, "scheduler.t_warmup is '0.5': give a whole number"),
         ({"scheduler": {"t_max": math.nan}}, "scheduler.t_max is 'nan': give a number"),
         ({"scheduler": {"alpha_f": math.inf}}, "scheduler.alpha_f is inf: give a number"),

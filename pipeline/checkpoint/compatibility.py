@@ -43,8 +43,8 @@ def check_resumable(config: RunConfig, checkpoint: Path) -> None:
     if different is not None:
         flag, before, now = different
         raise UserError(
-            f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take what fits with"
-            " --init-from"
+            f"{checkpoint} was trained with {flag} {before}, this run has {now}: give the same, or take its weights,"
+            " where their sizes are the same, with --init-from"
         )
 
 

@@ -131,5 +131,22 @@ class NeuromorphicConfig(ModelConfig):
             raise UserError(
                 f"--model.columns {sizes.columns} does not divide the width {sizes.width}: give a divisor of it"
             )
+        for heads, width, what in (
+            ("working_heads", sizes.working_width, "working width"),
+            ("decoder_heads", sizes.decoder_width, "width of the decoder"),
+        ):
+            count = getattr(sizes, heads)
+            if width % count:
+                flag = heads.replace("_", "-")
+                raise UserError(f"--model.{flag} {count} does not divide the {what} {width}: give a divisor of it")
+        if sizes.working_width // sizes.working_heads % 2:
+            raise UserError(
+                f"--model.working-width {sizes.working_width}: a head of {sizes.working_width // sizes.working_heads}"
+                f" cannot be turned by its position, which takes pairs: give a multiple of {2 * sizes.working_heads}"
+            )
+        for name in ("eligibility_decay", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--model.{flag} is {getattr(self, name)}: give a factor from 0 to 1")
         if self.span > sizes.window:
             raise UserError(f"--model.span {self.span} is longer than the window of {sizes.window}: give at most that")

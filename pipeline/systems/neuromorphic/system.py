@@ -78,13 +78,14 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
         return self.with_vocabulary()
 
     def _check_beginning(self) -> None:
-        """Phase C alone trains on from an episodic memory that has been trained."""
-        first, weights = self.run_phases()[0], self.config.init_from
-        if first != "C" or self.config.resume not in ("auto", "must", "never"):
+        """Phase C goes on from an episodic memory that has been trained."""
+        phases, weights = self.run_phases(), self.config.init_from
+        if "C" not in phases or "B" in phases or self.config.resume not in ("auto", "must", "never"):
             return
+        given = f"--phases {' '.join(phases)}"
         fix = "name a checkpoint of phase B or C with --init-from, or --resume one that ended B with --phase C"
         if weights is None:
-            raise UserError(f"--phases C: it goes on from weights with a trained episodic memory: {fix}")
+            raise UserError(f"{given}: it goes on from weights with a trained episodic memory: {fix}")
         folder = pointed(weights)
         if (folder / TRAINER_STATE).is_file() and read_progress(folder).phase == "A":
             raise UserError(f"--init-from {weights} is of phase A, which trains no episodic memory: {fix}")

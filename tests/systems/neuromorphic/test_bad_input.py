@@ -49,9 +49,37 @@ FLAGS = {
         "neuromorphic_tiny --phases C",
         "--phases C: it goes on from weights with a trained episodic memory: name a checkpoint of phase B or C with",
     ),
+    "phase C behind A alone": (
+        "neuromorphic_tiny --phases A C",
+        "--phases A C: it goes on from weights with a trained episodic memory: name a checkpoint of phase B or C with",
+    ),
     "a span that is longer than the window": (
         "neuromorphic_tiny --model.span 128",
         "--model.span 128 is longer than the window of 64: give at most that",
+    ),
+    "heads that do not divide their width": (
+        "neuromorphic_tiny --n-heads-decoder 3",
+        "--model.decoder-heads 3 does not divide the width of the decoder 64: give a divisor of it",
+    ),
+    "a width that its heads do not divide": (
+        "neuromorphic_tiny --d-dec 65",
+        "--model.decoder-heads 2 does not divide the width of the decoder 65: give a divisor of it",
+    ),
+    "heads of the working memory": (
+        "neuromorphic_tiny --model.working-heads 5",
+        "--model.working-heads 5 does not divide the working width 32: give a divisor of it",
+    ),
+    "a head of an odd width": (
+        "neuromorphic_tiny --model.working-width 34",
+        "--model.working-width 34: a head of 17 cannot be turned by its position, which takes pairs: give a multiple of 4",
+    ),
+    "a factor that is none": (
+        "neuromorphic_tiny --model.eligibility-decay=-3",
+        "--model.eligibility-decay is -3.0: give a factor from 0 to 1",
+    ),
+    "strengths that would grow": (
+        "neuromorphic_tiny --model.decay 7",
+        "--model.decay is 7.0: give a factor from 0 to 1",
     ),
     "a batch that the ranks do not divide": (
         "neuromorphic_tiny --global-batch-size 12 --batch-size 8",
@@ -108,7 +136,9 @@ def test_flags_that_cannot_be(refused: Refused, words: str, line: str) -> None:
 def test_a_checkpoint_of_another_tier(refused: Refused) -> None:
     folder = checkpoint("B", done=True)
     line = refused(f"neuromorphic_tiny --tier a --resume {folder.with_name('latest.pt')}")
-    assert line.startswith(f"{folder} was trained with --model.tier tiny, this run has a: give the same, or")
+    assert line.startswith(
+        f"{folder} was trained with --model.tier tiny, this run has a: give the same, or take its weights, where"
+    )
     line = refused(f"neuromorphic_tiny --tier a --init-from {folder.with_name('latest')}")
     assert line.startswith(f"--init-from {folder} was trained with --model.tier tiny, this run has a, and its ")
     assert line.endswith(": give --model.tier tiny, or a checkpoint that was trained with a")

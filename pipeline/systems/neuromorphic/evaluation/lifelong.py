@@ -79,6 +79,8 @@ class Lifelong:
         count = math.ceil(options.streams / topology.data)
         self.numbers = range(topology.data_rank * count, (topology.data_rank + 1) * count)
         self.streams = [probes.stream(number) for number in self.numbers]
+        # Of all ranks: lengths, and where a question stands, are the same on each.
+        self.told = [len(probes.stream(number).told) for number in range(topology.data * count)]
         self.device = next(model.parameters()).device
         self.ways = tuple(way for way in ablations_of(uses) if count > 1 or not way.swapped)
 
@@ -112,7 +114,7 @@ class Lifelong:
 
     def _lengths(self) -> list[int]:
         """Tokens of documents, each a whole number of spans that has room for what is told."""
-        longest = max(len(self.probes.stream(number).told) for number in range(self.options.streams))
+        longest = max(self.told)
         least = self._spans(longest + self.model.sizes.window)
         wanted = self.options.lengths or (least, 2 * least)
         if self._spans(wanted[0]) <= longest:
@@ -125,7 +127,7 @@ class Lifelong:
     def _read(self, domain: str, length: int, ways: Sequence[Ablation]) -> Iterator[Answers]:
         """Reads as many documents as there are, and asks at the end of some."""
         reading = Reading(self.model, self.model.span, self.uses, [way for way in ways if not way.swapped])
-        since = length - int(np.mean([len(stream.told) for stream in self.streams]))
+        since = length - int(np.mean(self.told))
         for document in range(max(self.options.documents) + 1):
             self.sync_point(f"lifelong: {domain}, document {document + 1} of {length} tokens")
             reading.read(self._document(domain, document, length))

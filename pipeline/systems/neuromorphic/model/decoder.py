@@ -31,7 +31,7 @@ class SpatialDecoder(nn.Module):
         super().__init__()
         sizes, published = config.sizes, config.as_published
         columns, width, inner = sizes.columns, sizes.column_width, sizes.decoder_width
-        heads = max(1, width // COLUMN_HEAD_WIDTH)
+        heads = next(heads for heads in range(max(1, width // COLUMN_HEAD_WIDTH), 0, -1) if width % heads == 0)
         self.layers = nn.Parameter(torch.empty(columns, sizes.layers, width))
         self.summary = nn.Parameter(torch.empty(columns, width))
         self.summary_blocks = nn.ModuleList(

@@ -16,6 +16,7 @@ from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
+from pipeline.systems.neuromorphic.evaluation import lifelong as lifelong_module
 from pipeline.systems.neuromorphic.evaluation.ablations import ALL, BOTH, NOTHING, Ablation, Reading, ablations_of
 from pipeline.systems.neuromorphic.evaluation.lifelong import Answers, Lifelong, Options
 from pipeline.systems.neuromorphic.evaluation.probes import Asked, TextFacts, TokenFacts
@@ -74,6 +75,13 @@ class Exact(nn.Module):
         return SimpleNamespace(losses=losses, hidden=hidden, state=after, predictions=None)
 
 
+class Quiet(SyncPoint):
+    """Of a rank that is alone here."""
+
+    def __call__(self, *_: Any, **__: Any) -> dict[str, float]:
+        return {}
+
+
 def shares(answers: list[Answers]) -> dict[tuple[str, str, int, int], float]:
     return {(a.way, a.domain, a.documents, a.tokens): a.right / a.questions for a in answers}
 
@@ -106,6 +114,32 @@ def test_what_is_remembered_is_found_and_what_is_left_out_is_not() -> None:
     assert {(a.way, a.documents, a.tokens) for a in found if a.domain == "fillers 1"} == {
         (NOTHING, 0, 16), (NOTHING, 1, 40), (NOTHING, 3, 88),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_ask_at_the_same_places(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told differs in length: the mean of one rank's streams is not another's."""
+    tokenizer = ByteTokenizer()
+    probes = TextFacts(tokenizer.encode, tokenizer.eos_id, [tokenizer.encode("Held out text. " * 99)], 0)
+    model: Any = SimpleNamespace(span=64, sizes=SimpleNamespace(window=64), parameters=lambda: iter([torch.zeros(1)]))
+    parts: list[list[Answers]] = []
+
+    def gather(topology: Topology, own: list[Answers]) -> list[list[Answers]]:
+        parts.append(own)
+        return list(parts)
+
+    monkeypatch.setattr(lifelong_module, "all_gather_object", gather)
+    monkeypatch.setattr(Reading, "read", lambda *_: None)
+    monkeypatch.setattr(Lifelong, "_ask", lambda self, *_: (0, len(self.streams)))
+    means = set()
+    for rank in range(world):
+        sync = Quiet(Topology(rank=rank, world=world))
+        lifelong = Lifelong(model, Uses(lifelong=True), probes, Options(streams=16, documents=(0, 1)), sync)
+        means.add(int(np.mean([len(stream.told) for stream in lifelong.streams])))
+        merged = lifelong.run()
+    assert len(means) > 1, "the streams of ranks are alike: choose others"
+    assert len({tuple((a.way, a.domain, a.documents, a.tokens) for a in part) for part in parts}) == 1
+    assert {answer.questions for answer in merged} == {-(-16 // world) * world}
 
 
 def test_memories_that_end_with_a_document_know_nothing_later() -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
+from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.model.decoder import SpatialDecoder
 from tests.systems.neuromorphic.small import SIZES
 from tests.systems.neuromorphic.test_columns import filled
@@ -43,3 +45,9 @@ def test_as_published_the_attention_of_one_query_to_itself_is_its_value() -> Non
     alone = decoder.blocks[0].alone
     query = torch.randn(1, N, P, 1, S.decoder_width, dtype=torch.float64)
     torch.testing.assert_close(alone(query, query), alone.output(alone.value(query)))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(128, 4), (112, 2), (37, 1), (24, 1)])
+def test_a_column_has_as_many_heads_as_divide_its_width(width: int, heads: int) -> None:
+    decoder = SpatialDecoder(NeuromorphicConfig(tier="tiny", columns=1, width=width))
+    assert all(block.attention.heads == heads for block in decoder.summary_blocks)

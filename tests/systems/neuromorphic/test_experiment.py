@@ -17,11 +17,17 @@ LEARNED, ABSENT = 0.9, 0.2
 LIFELONG = Uses(lifelong=True)
 
 
-def test_written_rows_differ_after_200_spans_of_training() -> None:
-    """The prototype's: .99998 of procedural, .98 of episodic memory."""
-    model = experiment.new_model(experiment.config())
-    state, steps = train(model, WITHIN, Uses(), most=50, batch=4, restart=1000)
+@pytest.mark.parametrize("lifelong", [False, True])
+def test_written_rows_differ_after_200_spans_of_training(lifelong: bool) -> None:
+    """The prototype's: .99998 of procedural, .98 of episodic memory. Where memories are lifelong, all 200 spans have
+    written to them; else those of a document of three spans."""
+    sizes = experiment.config()
+    model = experiment.new_model(sizes)
+    task, uses = (LATER, LIFELONG) if lifelong else (WITHIN, Uses())
+    state, steps = train(model, task, uses, most=50, batch=4, restart=1000)
     assert steps * experiment.LENGTH // experiment.SPAN == 200
+    written = (state.episodic.strengths > 0).sum(-1)
+    assert written.min() >= (sizes.sizes.episodes if lifelong else sizes.sizes.candidates)
     found = experiment.similarities(state)
     assert len(found) == 4
     for name, cosine in found.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.systems.neuromorphic.columns import ColumnFeedForward, ColumnLinear, SharedColumnLinear, unit
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory.candidates import Candidates
+from pipeline.systems.neuromorphic.memory.centred import centred
 from pipeline.systems.neuromorphic.memory.neuromodulators import EpisodicNeuromodulator
 from pipeline.systems.neuromorphic.memory.slots import chosen_slots, written
 from pipeline.systems.neuromorphic.state import EpisodicState
@@ -28,8 +29,9 @@ class EpisodicMemory(nn.Module):
     Changed against the prototype: a candidate is written to one slot, and all of a span at once (there: each smeared
     over all slots, one after the other); strengths are in the retrieval's logits; novelty compares surprise / (surprise
     + ln vocabulary) and 1 - cosine, both 0 to 1; cosines enter the logits times sqrt(E), as products of vectors of unit
-    variance do; an episode that a new one replaces leaves nothing, also where it has the same key, and only its
-    strength adds up (there: a running mean, in which what was told first outweighs what is told now).
+    variance do; values are without what all tokens of the span have in common; an episode that a new one replaces
+    leaves nothing, also where it has the same key, and only its strength adds up (there: a running mean, in which what
+    was told first outweighs what is told now).
     """
 
     def __init__(self, config: NeuromorphicConfig) -> None:
@@ -83,10 +85,11 @@ class EpisodicMemory(nn.Module):
     ) -> Candidates:
         """The C tokens of a span that are most novel to each column.
 
-        k = unit(W_k [x ; y_wm]), v = W_v output. Novelty w s / (s + ln vocabulary) + (1 - w) (1 - the highest cosine
-        with an episode), w = sigmoid(W_nov [x ; y_wm]); without episodes the first term alone, w = 1. x, y_wm
-        [N, P, D]; outputs [B, N, P, H] of the last layer; surprise [N, P] nats of predicting the next token; valid
-        [N, P] bool: tokens that may become episodes. Cosines enter novelty without gradient.
+        k = unit(W_k [x ; y_wm]), v = W_v (output - the mean over valid tokens), as published W_v output. Novelty
+        w s / (s + ln vocabulary) + (1 - w) (1 - the highest cosine with an episode), w = sigmoid(W_nov [x ; y_wm]);
+        without episodes the first term alone, w = 1. x, y_wm [N, P, D]; outputs [B, N, P, H] of the last layer;
+        surprise [N, P] nats of predicting the next token; valid [N, P] bool: tokens that may become episodes. Cosines
+        enter novelty without gradient.
         """
         kept = state.keys.dtype
         both = torch.cat([x, y_wm], -1)
@@ -106,6 +109,8 @@ class EpisodicMemory(nn.Module):
             ranked = novelty.masked_fill(~valid, -1).sort(dim=-1, descending=True, stable=True).indices
             positions = ranked[..., : self.most]
         rows = positions.unsqueeze(-1)
+        if not self.config.as_published:
+            outputs = centred(outputs, valid)
         chosen_outputs = outputs.gather(2, rows.expand(-1, -1, -1, outputs.shape[-1]))
         return Candidates(
             keys=rearrange(keys.gather(2, rows.expand(-1, -1, -1, self.width)), "b n c e -> n b c e"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.systems.neuromorphic.columns import ColumnFeedForward, ColumnLinear, unit
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+from pipeline.systems.neuromorphic.memory.centred import centred
 from pipeline.systems.neuromorphic.memory.neuromodulators import ProceduralNeuromodulator
 from pipeline.systems.neuromorphic.memory.resets import distinct_rows
 from pipeline.systems.neuromorphic.state import ProceduralState
@@ -77,18 +78,19 @@ class ProceduralMemory(nn.Module):
         return self.readout[layer](weights @ values)
 
     def eligibility(
-        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], gate: Tensor, state: ProceduralState
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], gate: Tensor, counted: Tensor, state: ProceduralState
     ) -> ProceduralState:
         """The state with eligibility after the tokens of a span.
 
-        e_K = rho^P e_K + sum_t rho^(P-1-t) g_t w_t k_t, e_V likewise, with k_t = unit(W_k input_t), v_t = W_v output_t
-        and w_t over slots: softmax((K_i . k_t - a_i / 2) / ROUTING_TEMPERATURE); 1 for all slots if as published.
-        inputs, outputs: L of [B, N, P, H]; gate [N, P]: clamp(surprise / 5, 0, 1), 0 for tokens that do not count.
-        A span may be given in parts: the result is the same.
+        e_K = rho^P e_K + sum_t rho^(P-1-t) g_t w_t k_t, e_V likewise, with k_t = unit(W_k input_t), v_t = W_v (output_t
+        - the mean over counted tokens) and w_t over slots: softmax((K_i . k_t - a_i / 2) / ROUTING_TEMPERATURE); if as
+        published, 1 for all slots, and the mean stays. inputs, outputs: L of [B, N, P, H]; gate [N, P]: clamp(surprise
+        / 5, 0, 1), 0 for tokens that do not count; counted [N, P] bool.
         """
         kept = state.keys.dtype
         keys = unit(self.key(_instances(inputs)).to(kept))
-        values = self.value(_instances(outputs)).to(kept)
+        said = _instances(outputs)
+        values = self.value(said if self.config.as_published else centred(said, counted)).to(kept)
         tokens = gate.shape[1]
         rho = self.config.eligibility_decay
         ages = torch.arange(tokens - 1, -1, -1, device=gate.device, dtype=kept)

@@ -259,7 +259,7 @@ class NeuromorphicModel(nn.Module):
             if uses.procedural == "on":
                 gate = (nats / SURPRISING).clamp(0, 1)
                 inputs, outputs = reading.layers[:-1], reading.layers[1:]
-                procedural = self.procedural.eligibility(inputs, outputs, gate, procedural)
+                procedural = self.procedural.eligibility(inputs, outputs, gate, counted, procedural)
                 procedural, found = self.procedural.commit(procedural, surprise)
                 penalties["procedural"] = self.procedural.penalty(procedural) * len(last)
                 if statistics:

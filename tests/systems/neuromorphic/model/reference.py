@@ -95,6 +95,8 @@ class Reference:
         self.eligible: ProceduralState = self.state.procedural
         self.before = int(self.state.segment)
         self.tokens: list[tuple[Tensor, Tensor, list[Tensor], int, int, Tensor]] = []
+        self.outputs: list[list[list[Tensor]]] = []
+        self.shares = torch.zeros_like(self.eligible.strengths)
 
     def _layers(self) -> range:
         return range(self.model.sizes.layers)
@@ -125,6 +127,7 @@ class Reference:
             loss = logits.logsumexp(0) - logits[label]
         self.losses.append(loss)
         self._eligible(layers, loss.detach(), document, same)
+        self.outputs.append(layers[1:])
         self.tokens.append((x, working, layers[-1], document, label, loss.detach()))
         self.before = document
         self.at += 1
@@ -218,6 +221,7 @@ class Reference:
         keys, values = state.eligible_keys.clone(), state.eligible_values.clone()
         if document != self.before:
             keys, values = torch.zeros_like(keys), torch.zeros_like(values)
+            self.shares = torch.zeros_like(self.shares)
         gate = min(max(float(loss) / 5, 0.0), 1.0)
         for la in self._layers():
             for b in range(self.model.sizes.columns):
@@ -228,6 +232,7 @@ class Reference:
                 rho = config.eligibility_decay
                 keys[0, la, b] = rho * keys[0, la, b] + gate * share[:, None] * k
                 values[0, la, b] = rho * values[0, la, b] + gate * share[:, None] * v
+                self.shares[0, la, b] = rho * self.shares[0, la, b] + gate * share
         self.eligible = dataclasses.replace(state, eligible_keys=keys, eligible_values=values)
 
     def _end(self) -> None:
@@ -243,6 +248,8 @@ class Reference:
         nats = torch.stack(losses)[None] * counted
         surprise = nats.sum(1) / counted.sum(1).clamp(min=1)
         if uses.procedural == "on":
+            if counted.any() and not model.config.as_published:
+                procedural = self._without_mean(procedural, counted[0])
             procedural, _ = model.procedural.commit(procedural, surprise)
         if uses.episodic == "on":
             outputs = torch.stack([torch.stack(top) for top in tops], 1)[:, None]
@@ -252,6 +259,17 @@ class Reference:
         hidden = torch.stack([torch.stack(row) for row in self.hidden])[None]
         self.state = StreamState(hidden, surprise, torch.tensor([last]), None, procedural, episodic)
         self._begin()
+
+    def _without_mean(self, procedural: ProceduralState, counted: Tensor) -> ProceduralState:
+        """What is eligible without W_v of the mean output of the counted tokens, in the shares that tokens have."""
+        values, columns = procedural.eligible_values.clone(), self.model.sizes.columns
+        for la in self._layers():
+            for b in range(columns):
+                said = torch.stack([outputs[la][b] for outputs, n in zip(self.outputs, counted, strict=True) if n])
+                module, i = self.model.procedural.value, la * columns + b
+                common = linear(module, i, said.mean(0)) - module.bias[i]
+                values[0, la, b] -= self.shares[0, la, b][:, None] * common
+        return dataclasses.replace(procedural, eligible_values=values)
 
 
 def _mean(state) -> Tensor:

@@ -172,17 +172,20 @@ def test_spans_that_are_computed_again_give_the_same_gradients() -> None:
 
 @torch.no_grad()
 def test_bfloat16_keeps_its_state_in_float32() -> None:
-    rows = text([[], [6]], tokens=16)
-    wide, narrow = NeuromorphicModel(CONFIG), NeuromorphicModel(CONFIG)
-    for made in (wide, narrow):
-        initialise(made, 0)
-    narrow = narrow.bfloat16()
-    first = narrow(*(x[:, :8] for x in rows))
-    out, exact = narrow(*(x[:, 8:] for x in rows), first.state), wide(*rows)
-    assert all(x.dtype in (torch.float32, torch.int64) for x in named(out.state).values())
-    assert exact.losses is not None and out.losses is not None and out.losses.dtype == torch.float32
-    off = (out.losses - exact.losses[:, 8:]).abs()
-    assert float(off.max()) < 0.03 and float(off.mean()) < 0.01
+    """What is written is what differs between tokens, which at first is little: rounding shows more in it than in
+    what they have in common."""
+    rows, off = text([[], [6]], tokens=16), []
+    for seed in range(6):
+        wide, narrow = NeuromorphicModel(CONFIG), NeuromorphicModel(CONFIG)
+        for made in (wide, narrow):
+            initialise(made, seed)
+        narrow = narrow.bfloat16()
+        first = narrow(*(x[:, :8] for x in rows))
+        out, exact = narrow(*(x[:, 8:] for x in rows), first.state), wide(*rows)
+        assert all(x.dtype in (torch.float32, torch.int64) for x in named(out.state).values())
+        assert exact.losses is not None and out.losses is not None and out.losses.dtype == torch.float32
+        off.append((out.losses - exact.losses[:, 8:]).abs())
+    assert float(torch.stack(off).max()) < 0.1 and float(torch.stack(off).mean()) < 0.015
 
 
 @torch.no_grad()

@@ -1,0 +1,23 @@
+"""What tokens have in common is taken from each, of those that count."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.systems.neuromorphic.memory.centred import centred
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**9 - 1), st.integers(0, 99))
+def test_the_mean_of_counted_tokens_is_left_out(rows: int, tokens: int, mask: int, seed: int) -> None:
+    x = torch.randn(2, rows, tokens, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    counted = torch.tensor([bool(mask >> t & 1) for t in range(tokens)]).expand(rows, -1)
+    found = centred(x, counted)
+    if not counted.any():
+        assert torch.equal(found, x)
+        return
+    torch.testing.assert_close(found[:, :, counted[0]].mean(2), torch.zeros(2, rows, 3, dtype=torch.float64))
+    # What all have in common changes nothing.
+    torch.testing.assert_close(centred(x + torch.randn(2, rows, 1, 3), counted), found)
+    torch.testing.assert_close(found - x, (found - x)[:, :, :1].expand_as(x))

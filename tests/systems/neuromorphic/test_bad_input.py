@@ -71,8 +71,7 @@ FLAGS = {
     ),
     "a head of an odd width": (
         "neuromorphic_tiny --model.working-width 34",
-        "--model.working-width 34: a head of 17 cannot be turned by its position, which takes pairs: give a multiple"
-        " of 4",
+        "--model.working-width 34: a head of 17 cannot be turned by its position, which takes pairs: give",
     ),
     "a factor that is none": (
         "neuromorphic_tiny --model.eligibility-decay=-3",

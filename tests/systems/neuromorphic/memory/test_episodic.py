@@ -214,3 +214,22 @@ def test_bfloat16_weights_leave_the_state_in_float32():
     assert read.dtype == torch.bfloat16
     assert {after.keys.dtype, after.values.dtype, after.strengths.dtype} == {torch.float32}
     assert memory.initial_state(2).keys.dtype == torch.float32
+
+
+def test_decay_lets_gradients_through_to_earlier_strengths():
+    """Two spans without candidates: a later read depends on the first strengths by decay^2."""
+    memory = small.episodic()
+    with torch.no_grad():
+        memory.neuromodulator.heads.weight.zero_()  # its outputs are those of its bias, whatever it is told
+    decay = 0.99 + 0.0099 * torch.sigmoid(memory.neuromodulator.heads.bias[:, 3].detach())
+    state = small.episodic_state(memory)
+    begun = state.strengths.requires_grad_()
+    for _ in range(2):
+        candidates = candidates_of(memory, state, torch.zeros_like(ALIVE))
+        state, _ = memory.write(candidates, state, torch.zeros(ROWS, dtype=torch.float64))
+    factors = (decay**2)[:, None].expand_as(begun)
+    close(state.strengths, factors * begun)
+    weights = random(*begun.shape, seed=6)
+    (found,) = torch.autograd.grad((weights * state.strengths).sum(), begun)
+    there = begun.detach() > 0
+    close(found[there], (weights * factors)[there])

@@ -194,6 +194,28 @@ def test_gradients_of_what_is_read_later_reach_every_parameter(memory, spans):
         assert gradient.abs().max() > 0, name
 
 
+def test_decay_lets_gradients_through_to_earlier_strengths():
+    """Two spans in which nobody is surprised: a later read depends on the first strengths by (decay (1 - p (1 - l)))^2.
+    The prototype cut the gradient at each span."""
+    memory = small.procedural()
+    with torch.no_grad():
+        memory.neuromodulator.heads.weight.zero_()  # p and lambda are those of its bias, whatever it is told
+    bias = memory.neuromodulator.heads.bias.detach()
+    p, retention = torch.sigmoid(bias[:, 0]), 0.999 + 0.001 * torch.sigmoid(bias[:, 1])
+    begun = small.procedural_state(memory, strength=0.1)
+    nothing = torch.zeros_like(begun.eligible_keys)
+    strengths = begun.strengths.requires_grad_()
+    state = dataclasses.replace(begun, eligible_keys=nothing, eligible_values=nothing)
+    for _ in range(2):
+        state, _ = memory.commit(state, torch.zeros(ROWS, dtype=torch.float64))
+    factor = (0.999 * (1 - p * (1 - retention))) ** 2
+    factors = factor.reshape(LAYERS, COLUMNS, 1).expand_as(strengths)
+    torch.testing.assert_close(state.strengths, factors * strengths, atol=1e-7, rtol=1e-7)
+    weights = random(*strengths.shape, seed=5)
+    (found,) = torch.autograd.grad((weights * state.strengths).sum(), strengths)
+    torch.testing.assert_close(found, weights * factors, atol=1e-7, rtol=1e-7)
+
+
 def test_the_penalty_is_what_exceeds_nine_tenths_of_the_budget(memory):
     state = small.procedural_state(memory)
     strengths = torch.zeros_like(state.strengths)

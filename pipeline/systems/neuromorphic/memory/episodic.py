@@ -172,6 +172,6 @@ class EpisodicMemory(nn.Module):
         strengths = state.strengths.detach()
         values = {
             "S_mean": strengths.mean(-1), "S_max": strengths.amax(-1), "S_sum": strengths.sum(-1),
-            "nonzero": (strengths > 0).to(strengths.dtype).mean(-1), "budget_util": strengths.sum(-1) / BUDGET,
+            "nonzero": (strengths > 0).to(strengths.dtype).mean(-1),
         }  # fmt: skip
         return {name: value.mean(0) for name, value in values.items()}

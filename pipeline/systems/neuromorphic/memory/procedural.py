@@ -142,7 +142,7 @@ class ProceduralMemory(nn.Module):
         )
         by_instance = {
             "commit_rate": p, "gain": gain, "retention": retention, "temperature": temperature,
-            "written": alpha.sum(-1), "eligibility_norm": norms.mean(-1),
+            "written": alpha.sum(-1),
         }  # fmt: skip
         return committed, {
             name: rearrange(value.detach().mean(-1), "(l b) -> l b", l=self.layers)
@@ -166,7 +166,6 @@ class ProceduralMemory(nn.Module):
         values = {
             "a_mean": strengths.mean(-1), "a_max": strengths.amax(-1), "a_sum": strengths.sum(-1),
             "nonzero": (strengths > 0).to(strengths.dtype).mean(-1), "elig_norm": norms.mean(-1),
-            "budget_util": strengths.sum(-1) / BUDGET,
         }  # fmt: skip
         return {name: value.mean(0) for name, value in values.items()}
 

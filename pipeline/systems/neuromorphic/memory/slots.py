@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.systems.neuromorphic.memory.candidates import Candidates
@@ -68,7 +67,8 @@ def written(candidates: Candidates, slots: Slots, state: EpisodicState, gain: Te
     later = candidates.positions.unsqueeze(-2) > candidates.positions.unsqueeze(-1)
     last = slots.written & ~(same & later & slots.written.unsqueeze(-2)).any(-1)
     # A product with one-hot rows and not scatter_add, which on CUDA adds in any order.
-    one_hot = F.one_hot(slots.index, state.strengths.shape[-1]).to(amount.dtype).transpose(-1, -2)
+    places = torch.arange(state.strengths.shape[-1], device=slots.index.device)
+    one_hot = (slots.index.unsqueeze(-2) == places.unsqueeze(-1)).to(amount.dtype)
     of_last = one_hot * last.unsqueeze(-2)
     touched = of_last.sum(-1) > 0
     replaced = (one_hot @ (slots.written & ~slots.matched).to(amount.dtype).unsqueeze(-1)).squeeze(-1) > 0

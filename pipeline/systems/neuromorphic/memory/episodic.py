@@ -73,8 +73,9 @@ class EpisodicMemory(nn.Module):
         least = torch.finfo(x.dtype).min
         with torch.no_grad():
             present = matches.masked_fill(~there, least)
-            limit = present.topk(min(self.retrieved, self.episodes), dim=-1).values[..., -1:]
-            read = (present >= limit) & there
+            # By place and not by value: in bfloat16 several may be as high as the last of them.
+            best = present.topk(min(self.retrieved, self.episodes), dim=-1).indices
+            read = torch.zeros_like(present, dtype=torch.bool).scatter(-1, best, True) & there
         logits = matches + self.context(x) @ values.transpose(-1, -2) / scale
         weights = torch.softmax(logits.masked_fill(~read, least), -1)
         weights = weights * (read & alive[:, :, None]).to(x.dtype)

@@ -92,6 +92,29 @@ def test_strengths_decide_between_episodes_of_one_key():
     assert errors[0] > 10 * errors[1] > 1e5 * errors[2] > 0
 
 
+def test_of_episodes_that_match_alike_no_more_are_read_than_are_retrieved():
+    memory = small.episodic().bfloat16()
+    with torch.no_grad():
+        memory.context.weight.zero_()
+        memory.context.bias.zero_()
+    state = small.episodic_state(memory, memory.episodes)
+    same = state.keys[..., :1, :].expand_as(state.keys).float()
+    one = torch.zeros_like(state.values).float()
+    one[..., 0, 0] = 1
+    weights = []
+    for m in range(memory.episodes):
+        # What is read of episode m: its weight, in the first number of what goes into the read-out.
+        alone = EpisodicState(same, one.roll(m, -2), torch.ones_like(state.strengths).float())
+        seen = []
+        handle = memory.readout.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        memory.read(X.bfloat16(), Y_WM.bfloat16(), alone, ALIVE)
+        handle.remove()
+        weights.append(seen[0][..., 0])
+    found = torch.stack(weights, -1).float()
+    assert ((found > 0).sum(-1) == memory.retrieved).all()
+    torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]), atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_keys_and_values_are_of_the_most_novel_tokens(published):
     memory = small.episodic(as_published=published)

@@ -7,8 +7,10 @@ import signal
 from hypothesis import settings
 
 from pipeline.host.hardware import choose_accelerator
+from tests.unsynced import leave_files_to_the_cache
 
 choose_accelerator()
+leave_files_to_the_cache()
 
 # How long an example takes is the machine's affair, which may be doing something else.
 settings.register_profile("no deadline", deadline=None)

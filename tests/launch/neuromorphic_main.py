@@ -35,8 +35,11 @@ GRADIENTS = {"A": (0, 3), "B": (1, 2), "C": (0, 3)}
 """ZeRO stages by phase, stage 3 with every parameter sharded."""
 RUNS: dict[str, dict[str, Any]] = {
     "zero1": {"zero": "zero1"},
-    "zero3 bf16": {"zero": "zero3", "precision": "bf16", "save_every": 5},
-}
+    "zero3 bf16": {
+        "zero": "zero3", "precision": "bf16", "save_every": 5, "model__layers": 1, "evaluation__steps": 1,
+    },
+}  # fmt: skip
+"""States of several layers are those of the first; what shards and rounds, the second, is slow by the layer."""
 PLACES = {"zero1": (2, 6, 8), "zero3 bf16": (5,)}
 """Steps from which a run goes on, over the switches behind them: in A, where B ended, in lifelong mode; in B."""
 ALONE = 5
@@ -128,8 +131,10 @@ def losses(folder: Path) -> list[list[Any]]:
 def resumed(out: Path, number: int, name: str) -> dict[str, Any]:
     """In what runs that go on from several places differ from one in a piece, which evaluates and samples more."""
     straight, changes = out / f"straight{number}", settings(**RUNS[name])
-    # As rarely as can be: where a phase ends.
-    unwatched = {**changes, "eval_every": 0, "sample_every": 0, "ablate_every": 0, "save_every": 4}
+    # As rarely and little as can be: where a phase ends.
+    unwatched = {
+        **changes, "eval_every": 0, "sample_every": 0, "ablate_every": 0, "save_every": 4, "evaluation__steps": 1,
+    }  # fmt: skip
     train(small(out, output_dir=straight, **changes))
     others = {}
     for step in PLACES[name]:

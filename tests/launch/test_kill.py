@@ -5,6 +5,7 @@ Every restart goes on from a complete checkpoint on all ranks, and the run ends 
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import time
@@ -20,6 +21,7 @@ from tests.launch.forked import Forked, forked
 from tests.launch.harness import Started
 from tests.launch.kill_main import RANKS, words
 from tests.launch.test_stop import latest, losses, steps
+from tests.unsynced import SYNCED
 
 STEPS_PER_KILL = 4
 LONGEST = 0.9
@@ -30,7 +32,7 @@ LAUNCHED = 5
 
 
 def kill(
-    folder: Path, stage: int, last: int, draw: random.Random, more: list[str], start: type[Started | Forked]
+    folder: Path, stage: int, last: int, draw: random.Random, more: list[str], start: Callable[..., Started | Forked]
 ) -> str:
     """Starts or resumes a run, and kills a rank at a random moment after its first new step; says what that met: a
     save, the removal of an old checkpoint, a step, or nothing any more."""
@@ -69,7 +71,8 @@ def survive(kills: int, folder: Path, seed: int) -> Counter[str]:
     for stage, count in share.items():
         for index in range(count):
             more = ["--async-save"] if index % 2 else []
-            start = Forked if met.total() % LAUNCHED else Started
+            # Else there would hardly be a save to meet.
+            start = functools.partial(Forked, **{SYNCED: "1"}) if met.total() % LAUNCHED else Started
             met[kill(folder / f"killed{stage}", stage, lasts[stage], draw, more, start)] += 1
             print(f"zero{stage}, {index + 1} of {count}: {dict(met)}", flush=True)
     assert met["save"] >= kills // 10 and met["step"] >= kills // 10 and met["nothing"] <= kills // 5, met
@@ -99,7 +102,9 @@ def test_a_hundred_kills_cost_no_bit(tmp_path: Path, record_property: Callable[[
 
 def survive_switches(kills: int, folder: Path, seed: int) -> Counter[str]:
     """Kills around the switches of runs of three phases; returns how often a kill met what."""
-    done = forked(1, "tests.launch.phases_kill_main", str(folder), str(kills), str(seed), timeout=60 + 15 * kills)
+    done = forked(
+        1, "tests.launch.phases_kill_main", str(folder), str(kills), str(seed), timeout=60 + 15 * kills, **{SYNCED: "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "result.json").read_text())
     assert {run: wrong for run, wrong in found["wrong"].items() if wrong} == {}

@@ -15,6 +15,8 @@ setup:
 # One thread: tests start several ranks at once, and tiny tensors gain nothing from more. What starts ranks runs apart, in
 # two processes: more would keep ranks waiting for a core, and one leaves cores idle while a launcher waits.
 test: export OMP_NUM_THREADS ?= 1
+# A hundred processes import the same modules: bytecode is kept, also where the shell forbids it.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
 	@$(PYTHON) -m pytest --ignore tests/launch -n auto --maxprocesses 8 --dist loadfile; others=$$?; \
 	$(PYTHON) -m pytest tests/launch -n 2 --dist loadfile --no-loadscope-reorder && exit $$others

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,9 +22,6 @@ READS = {
 """Operators whose result, or its shape, is known once the device is done."""
 COPIES = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu", Tensor.__array__: "__array__"}
 """Methods that read a tensor by another way than an operator."""
-CHECKED_ON_CPU = ("one_hot",)
-"""Functions of torch.nn.functional that look at their values on a CPU, to check them, and on a CUDA device do not (with
-`num_classes` given, and of no empty tensor)."""
 
 
 class HostRead(AssertionError):
@@ -41,35 +35,21 @@ class NoHostReads(TorchDispatchMode):
         super().__init__()
         self.seen: set[str] = set()
         """Names of all operators."""
-        self._checking = False
-        self._others = ExitStack()
+        self._copies = _NoCopies()
 
     def __enter__(self) -> NoHostReads:
         super().__enter__()
-        self._others.enter_context(_NoCopies())
-        # Not by a TorchFunctionMode: there is none while a backward pass computes a part again.
-        for name in CHECKED_ON_CPU:
-            self._others.enter_context(mock.patch.object(F, name, self._let_through(getattr(F, name))))
+        self._copies.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._others.close()
+        self._copies.__exit__(*error)
         super().__exit__(*error)
-
-    def _let_through(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def checked(*args: Any, **kwargs: Any) -> Tensor:
-            self._checking = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._checking = False
-
-        return checked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         name = func.overloadpacket.__name__
         self.seen.add(name)
-        if name in READS and not self._checking:
+        if name in READS:
             raise HostRead(name)
         if name == "repeat_interleave" and "output_size" not in (kwargs or {}):
             raise HostRead(name)

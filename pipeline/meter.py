@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.callbacks.base import StepRecord
 from pipeline.engine import StepResult
+from pipeline.event_counts import EventCounts
 from pipeline.gradient_norms import gradient_norms
 from pipeline.host.hardware import peak_flops, peak_memory, utilisation
 from pipeline.parallel.loss import reduce_sums
@@ -26,6 +27,7 @@ class Meter:
         self.flops = run.system.flops(run.config.sequence_length, run.phase).total
         self.peak = peak_flops(run.config.report.peak_tflops)
         self.by_step = run.phase.until is not None
+        self.events = EventCounts(run)
         self._clear()
 
     def _clear(self) -> None:
@@ -103,6 +105,7 @@ class Meter:
         """Reduces over ranks and starts anew. Collective. Updates the run's tokens and elapsed time."""
         run, elapsed = self.run, self.seconds()
         loss, metrics = self._reduce(self.sums, self.counts)
+        metrics |= self.events.metrics()
         # Bytes are whole in float64.
         largest = torch.tensor([float(peak_memory()), self.waited], dtype=torch.float64, device=run.device)
         if run.topology.world > 1:

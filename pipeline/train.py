@@ -159,6 +159,7 @@ class Trainer:
             meter.add_gradients()
         self.saver.release()
         result = self.engine.step(self.run.lr_multiple(step))
+        meter.events.add(result)
         if not result.skipped:
             # The state that a skipped step left behind may be what made it non-finite: the streams go on without it.
             self.carries = carries

@@ -13,7 +13,7 @@ LAYERS = (
     ("config", "precision", "schedule", "run_name", "durations", "global_batch"),
     ("parallel", "ops", "data"),
     ("runtime",),
-    ("evaluation_result", "heat_map", "panel", "system"),
+    ("evaluation_result", "heat_map", "panel", "system", "update_events"),
     ("capabilities", "lm"),
     (
         "ds_config",
@@ -28,6 +28,7 @@ LAYERS = (
         "compilation",
         "intervals",
         "gradient_norms",
+        "event_counts",
     ),
     ("downstream", "load", "run_folder", "skipped_updates", "update_watch"),
     ("create_run", "end_run", "evaluations"),

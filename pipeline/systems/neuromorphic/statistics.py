@@ -9,6 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from pipeline.data.batch import IGNORED, TokenBatch
+from pipeline.parallel.loss import reduce_sums
+from pipeline.parallel.topology import Topology
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.memory import episodic, procedural
 from pipeline.systems.neuromorphic.model.model import NeuromorphicOutput
@@ -76,20 +78,15 @@ def step_metrics(
     ids, labels, segments = batch.input_ids, batch.labels, batch.segment_ids
     tokens = _number(ids.numel(), ids)
     counted = labels != IGNORED
-    first = torch.full_like(segments[:, 0], -1) if before is None else before.segment
-    resets = torch.cat([first[:, None], segments[:, :-1]], 1) != segments
     spans = rearrange(segments, "n (s p) -> n s p", p=span)
     current = spans == spans[..., -1:]
     valid = (current & rearrange(counted, "n (s p) -> n s p", p=span)).sum()
     found: Metrics = {
+        **token_shares(batch, before, eos_id),
         "valid_tokens": (counted.sum(), _number(1, ids)),
-        "valid_fraction": (counted.sum(), tokens),
-        "reset_fraction": (resets.sum(), tokens),
         "mean_span_valid_tokens": (valid, tokens / span),
         "warn_low_valid_fraction": _flag(counted.sum() / tokens < LOW_VALID),
     }
-    if eos_id is not None:
-        found["eot_input_fraction"] = ((ids == eos_id).sum(), tokens)
     penalty = sum((value.detach() for value in output.penalties.values()), _number(0, ids))
     found["reg"] = (config.strength_penalty * penalty, _number(batch.rows, ids))
     saturated = _number(0, ids)
@@ -108,6 +105,40 @@ def step_metrics(
                 found[f"{name}_persistence"] = _persistence(getattr(before, memory).strengths, strengths)
     found["warn_memory_saturation"] = _flag(saturated > SATURATED)
     return found
+
+
+def token_shares(batch: TokenBatch, before: StreamState | None, eos_id: int | None) -> Metrics:
+    """Shares of the tokens of a step: with a counted label, that begin a document, that end one. Arguments as those of
+    `step_metrics`; without `eos_id` the last is left out."""
+    ids, segments = batch.input_ids, batch.segment_ids
+    tokens = _number(ids.numel(), ids)
+    first = torch.full_like(segments[:, 0], -1) if before is None else before.segment
+    resets = torch.cat([first[:, None], segments[:, :-1]], 1) != segments
+    found = {"valid_fraction": (batch.labels != IGNORED, tokens), "reset_fraction": (resets, tokens)}
+    if eos_id is not None:
+        found["eot_input_fraction"] = (ids == eos_id, tokens)
+    return {name: (where.sum(), count) for name, (where, count) in found.items()}
+
+
+class HeldOutShares:
+    """Shares of the tokens of an evaluation, which its `forward` adds up."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, shares: Metrics) -> None:
+        """Of a micro-batch, as `token_shares` gives them."""
+        for name, pair in shares.items():
+            for part, value in zip(("sum", "count"), pair, strict=True):
+                key = f"{part}/{name}"
+                self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value
+
+    def means(self, topology: Topology) -> dict[str, float]:
+        """Over all ranks. Collective."""
+        device = next(iter(self._sums.values())).device
+        totals = reduce_sums(self._sums, topology, device)
+        names = [key.removeprefix("sum/") for key in totals if key.startswith("sum/")]
+        return {name: float(totals[f"sum/{name}"] / totals[f"count/{name}"]) for name in names}
 
 
 def _persistence(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

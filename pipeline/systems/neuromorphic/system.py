@@ -29,6 +29,7 @@ from pipeline.systems.neuromorphic.evaluation.pictures import panels
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
 from pipeline.systems.neuromorphic.phases import USES, create_phases, run_phases
 from pipeline.systems.neuromorphic.state import Uses
+from pipeline.systems.neuromorphic.statistics import HeldOutShares, token_shares
 from pipeline.systems.neuromorphic.weights import initialise, parameter_parts, published
 
 TERM, STRENGTHS = "cross_entropy", "strengths"
@@ -109,6 +110,8 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         options = context.options
         before = unpack_carry(carry)
+        if "shares" in options:
+            options["shares"].add(token_shares(batch, before, self.eos_id))
         output = model(
             batch.input_ids, batch.labels, batch.segment_ids, batch.positions, before,
             options.get("uses") or self.uses(context.phase),
@@ -133,12 +136,19 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
         model.eval()
         try:
             edges = {"working memory": float(self.sizes.sizes.window)}
-            modes = {AS_TRAINED: {"uses": self.uses(phase.name)}}
+            uses, shares = self.uses(phase.name), HeldOutShares()
+            modes = {AS_TRAINED: {"uses": uses, "shares": shares}}
             found = evaluate_perplexity(self, model, phase, sync_point, modes, edges=edges, ratios={})
         finally:
             model.train(was_training)
         files = evaluate_files(self, model, sync_point)
-        return dataclasses.replace(found, scalars={**found.scalars, **files.scalars})
+        read = {
+            "pm_enabled": float(uses.procedural == "on"),
+            "em_enabled": float(uses.episodic == "on"),
+            "steps_done": float(self.config.evaluation.steps),
+            **shares.means(sync_point.topology),
+        }
+        return dataclasses.replace(found, scalars={**found.scalars, **read, **files.scalars})
 
     def headline(self, evaluation: Evaluation) -> str:
         found = evaluation.scalars

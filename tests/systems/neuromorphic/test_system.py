@@ -14,6 +14,7 @@ from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext, System
+from pipeline.update_events import NamesEvents, UpdateEvents
 from tests.systems.neuromorphic.harness import created, documents, small
 
 CONTEXT = StepContext(Topology(), 0, "B", 1)
@@ -107,6 +108,32 @@ def test_measures_are_there_where_they_are_asked_for(system: System[Any]) -> Non
     assert {"valid_fraction", "reset_fraction", "reg"} <= set(light) < set(heavy)
     assert "pm_commit_rate_mean" in heavy and "em_gain_mean" in heavy
     assert all(torch.isfinite(total) and count > 0 for total, count in heavy.values())
+
+
+@pytest.mark.parametrize("phase", ["A", "B", "C"])
+def test_an_evaluation_says_what_it_read_and_with_which_memories(system: System[Any], phase: str) -> None:
+    model = built(system, torch.float32)
+    chosen = next(found for found in system.phases(model) if found.name == phase)
+    found = system.evaluate(model, chosen, SyncPoint(Topology())).scalars
+    assert (found["pm_enabled"], found["em_enabled"], found["steps_done"]) == (1, phase != "A", 2)
+    loader = system.held_out(chosen, Topology())
+    steps = [loader.next_step()[0] for _ in range(2)]
+    ids, labels, segments = (
+        torch.cat([getattr(batch, name) for batch in steps], 1) for name in ("input_ids", "labels", "segment_ids")
+    )
+    before = torch.cat([torch.full_like(segments[:, :1], -1), segments[:, :-1]], 1)
+    assert found["valid_fraction"] == pytest.approx(found["labels"] / ids.numel())
+    assert found["valid_fraction"] == pytest.approx(float((labels != IGNORED).double().mean()))
+    assert found["reset_fraction"] == pytest.approx(float((before != segments).double().mean()))
+    assert found["eot_input_fraction"] == pytest.approx(float((ids == system.end_of_document()).double().mean()))
+    assert found["eot_input_fraction"] > 0
+
+
+def test_events_of_updates_have_the_names_of_the_reference(system: System[Any]) -> None:
+    assert isinstance(system, NamesEvents)
+    found = system.event_metrics(UpdateEvents(0.5, 2, 7))
+    assert found == {"warn_high_grad_norm": 0.5, "nan_grad_steps": 2, "stream_restarts_total": 7}
+    assert "stream_restarts_total" not in system.event_metrics(UpdateEvents(0.5, 2, None))
 
 
 def test_held_out_numbers_come_again_and_leave_the_model_alone(system: System[Any]) -> None:

@@ -28,6 +28,7 @@ from pipeline.systems.neuromorphic.evaluation.report import evaluation_of
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel, NeuromorphicOutput
 from pipeline.systems.neuromorphic.samples import NAME, held_out_texts, text_samples
 from pipeline.systems.neuromorphic.state import StreamState, Uses
+from pipeline.update_events import UpdateEvents
 
 HELD_OUT_STEPS = 8
 """Held-out steps whose text stands around the facts of the lifelong suite."""
@@ -67,6 +68,11 @@ class Measures:
         """The metrics of a step: what costs next to nothing, and what the model measured where it was asked to."""
         found = statistics.step_metrics(batch, before, output, self.uses(context.phase), self.sizes, self.eos_id)
         return found | statistics.named_statistics(output.statistics)
+
+    def event_metrics(self, events: UpdateEvents) -> Mapping[str, float]:
+        """As `NamesEvents.event_metrics`."""
+        found = {"warn_high_grad_norm": events.high_norms, "nan_grad_steps": float(events.skipped)}
+        return found if events.restarts is None else {**found, "stream_restarts_total": float(events.restarts)}
 
     def health(self, metrics: Mapping[str, float]) -> str:
         """As `System.health`: how full the memories are, what is written, and what a logged step warns of."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.callbacks.metrics import read_rows
+from pipeline.checkpoint.loader_state import LOADER_STATE
 from pipeline.cli import without_local_rank
 from pipeline.ds_config import deepspeed_config
 from pipeline.engine import Engine, building
@@ -128,6 +129,20 @@ def losses(folder: Path) -> list[list[Any]]:
     return [[row["step"], row["phase"], row["loss"]] for row in rows if row["mode"] == "train"]
 
 
+EVENTS = ("grad_norm", "warn_high_grad_norm", "nan_grad_steps", "stream_restarts_total")
+
+
+def events(folder: Path) -> list[list[Any]]:
+    """Of every row of training with a checkpoint: EVENTS, and the restarts of streams that the checkpoint has."""
+    found = []
+    for row in read_rows(folder / "metrics.jsonl"):
+        state = folder / "checkpoints" / f"checkpoint-{row['step']}" / LOADER_STATE
+        if row["mode"] == "train" and state.is_file():
+            cursors = json.loads(state.read_text())["streams"].values()
+            found.append([*(row[name] for name in EVENTS), sum(cursor["epoch"] for cursor in cursors)])
+    return found
+
+
 def resumed(out: Path, number: int, name: str) -> dict[str, Any]:
     """In what runs that go on from several places differ from one in a piece, which evaluates and samples more."""
     straight, changes = out / f"straight{number}", settings(**RUNS[name])
@@ -145,7 +160,7 @@ def resumed(out: Path, number: int, name: str) -> dict[str, Any]:
         return {}
     last = f"checkpoints/checkpoint-{LAST}"
     found = {place: unlike(straight / last, other / last) for place, other in others.items()}
-    return {"differences": found, "losses": losses(straight)}
+    return {"differences": found, "losses": losses(straight), "events": events(straight)}
 
 
 def main() -> None:

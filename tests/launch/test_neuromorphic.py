@@ -44,6 +44,14 @@ def test_a_resume_anywhere_costs_no_bit(found: dict[str, Any], run: str) -> None
     assert phases == [[step, "ABC"[(step - 1) // 3]] for step in range(1, LAST + 1)]
 
 
+def test_rows_have_the_events_of_updates_and_streams(found: dict[str, Any]) -> None:
+    events = found["resumed"]["zero1"]["events"]
+    assert len(events) == LAST, "a row and a checkpoint of every step"
+    for norm, high, skipped, restarts, saved in events:
+        assert high == (norm >= 0.95) and skipped == 0 and restarts == saved
+    assert any(high for _, high, *_ in events)
+
+
 def test_a_resume_on_another_number_of_ranks_gives_the_same_losses(folder: Path, found: dict[str, Any]) -> None:
     alone = json.loads((folder / "result-1.json").read_text())["losses"]
     straight = found["resumed"]["zero1"]["losses"][ALONE:]

@@ -192,7 +192,7 @@ def test_a_recipe_that_is_no_name_is_refused(file: Path) -> None:
 
 def test_a_value_that_the_config_refuses_keeps_its_own_reason_after_the_file(file: Path) -> None:
     file.write_text("recipe: miras_tiny\nsteps: -3\n")
-    with pytest.raises(UserError, match=rf"--config {file}: --steps is -3: give a value above 0"):
+    with pytest.raises(UserError, match=rf"--config {file}: --steps is -3: give 0 or more"):
         load_config(file, RECIPES)
 
 

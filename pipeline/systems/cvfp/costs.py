@@ -7,6 +7,10 @@ from pipeline.system import Flops
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.phase import PREDICTION
 
+KEPT_NUMBERS, KEPT_BYTES = 2, 2
+"""What a block keeps of each channel for its gradient: the sum of each stream before the norms, and a byte of each
+rectified number."""
+
 
 def block_flops(sizes: CvfpConfig) -> float:
     """Of one token through all blocks, forward: two for every multiply-add of a [2D, 2D] matrix."""
@@ -34,19 +38,20 @@ def activation_bytes(
     """What a rank holds in training of its share of `documents` (None: of `num_samples`) among `data` ranks, and of a
     micro-batch, at `element` bytes a number.
 
-    A block keeps its inputs, the sum of each stream before its norm, and the rectified output: 6 numbers of each
-    channel, and float32 statistics of two norms. Contexts of the pass before are float32, one a token.
+    A block keeps `KEPT_NUMBERS` and `KEPT_BYTES` of each channel (model/frugal.py); behind the last one are the two
+    streams that the loss reads, and float32 statistics of their norms. Contexts of the pass before are float32, one a
+    token.
     """
     rows, length, width = config.batch_size, config.sequence_length, sizes.width
     tokens = rows * length
     of_all = documents if documents is not None else sizes.num_samples
     contexts = {} if of_all is None else {"contexts": 4 * width * length * -(-of_all // data)}
-    kept = sizes.layers * tokens * (6 * width * element + 16)
-    # The loss in chunks: logits and their gradient of one chunk, float32.
+    kept = sizes.layers * tokens * width * (KEPT_NUMBERS * element + KEPT_BYTES) + tokens * (2 * width * element + 16)
+    # A block's backward pass: gradients of both sums, of what was added, and of both streams, and these again.
     return {
         **contexts,
         "kept activations": kept,
-        "working set": 4 * tokens * width * element,
+        "working set": 8 * tokens * width * element,
         # Their average, float32; their sum of the step, its gradient and a product on the way, float64.
         "second moments": (4 + 3 * 8) * width**2,
     }

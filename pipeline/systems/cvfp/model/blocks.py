@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.systems.cvfp.model.frugal import applied
 from pipeline.systems.cvfp.model.packed import packed_relu
 from pipeline.systems.cvfp.solve.transition import Solved, Solver
 
@@ -33,6 +34,10 @@ class Block(nn.Module):
         self.norm_context = nn.LayerNorm(width)
         self.norm_token = nn.LayerNorm(width)
         self.decay, self.mix = decay, mix
+
+    def mixed(self, total: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """What goes on of the sum of a stream, whose norm this is [..., D]."""
+        return self._mixed(total, norm(total))
 
     def _mixed(self, total: Tensor, normed: Tensor) -> Tensor:
         return normed if self.mix == 1 else torch.lerp(total, normed, self.mix)
@@ -106,6 +111,9 @@ class Blocks(nn.ModuleList):
             if mask is None:
                 mask = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
             return solve(BlocksTransition(self, embedded.shape[1]), embedded, contexts, mask, initial)
+        if torch.is_grad_enabled():
+            found, states = applied(self.in_order(), contexts, embedded, last_token=not contexts_alone)
+            return found, None if contexts_alone else states
         if contexts_alone:
             return BlocksTransition(self, 0)(contexts, embedded), None
         token = embedded

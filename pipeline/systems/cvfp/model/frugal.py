@@ -1,0 +1,107 @@
+"""Applications of blocks in training that keep less for the backward pass than PyTorch's own operations do.
+
+Of each block the sums of both streams before its norms are kept, and a byte for each rectified number. The norms are
+computed again in the backward pass: element by element, which takes little time beside the matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from pipeline.systems.cvfp.model.blocks import Block
+
+Norms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Weight and bias of the context's norm, then of the token's; None where what enters has been normed."""
+
+
+def applied(blocks: Sequence[Block], context: Tensor, token: Tensor, *, last_token: bool) -> tuple[Tensor, Tensor]:
+    """Both streams [..., D] after all blocks, as `Block.forward` computes them; without `last_token` the last block
+    leaves the sum of the token stream out, and the second tensor has no numbers."""
+    shape, width = context.shape, context.shape[-1]
+    sums = context.reshape(-1, width), token.reshape(-1, width)
+    norms: Norms = (None, None, None, None)
+    for block in blocks:
+        wanted = last_token or block is not blocks[-1]
+        norm, linear = block.norm_context, block.linear
+        numbers = (block.decay, block.mix, norm.eps, wanted)
+        sums = _Layer.apply(*sums, *norms, linear.weight, linear.bias, numbers)  # type: ignore[no-untyped-call]
+        norms = (norm.weight, norm.bias, block.norm_token.weight, block.norm_token.bias)
+    last, (of_context, of_token) = blocks[-1], sums
+    context = last.mixed(of_context, last.norm_context).view(shape)
+    return context, last.mixed(of_token, last.norm_token).view(shape) if last_token else of_token
+
+
+def _normed(total: Tensor, weight: Tensor | None, bias: Tensor | None, mix: float, eps: float) -> Tensor:
+    if weight is None:
+        return total
+    normed = torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    return normed if mix == 1 else torch.lerp(total, normed, mix)
+
+
+class _Layer(torch.autograd.Function):
+    """The norms of the block before and the linear layer of this one, from sums to sums [tokens, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, context: Tensor, token: Tensor, norm_context: Tensor | None, bias_context: Tensor | None,
+        norm_token: Tensor | None, bias_token: Tensor | None, weight: Tensor, bias: Tensor,
+        numbers: tuple[float, float, float, bool],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        decay, mix, eps, token_wanted = numbers
+        width = context.shape[-1]
+        old = _normed(context, norm_context, bias_context, mix, eps)
+        state = _normed(token, norm_token, bias_token, mix, eps)
+        rows = 2 * width if token_wanted else width
+        of_context, of_token = weight[:rows].split(width, dim=1)
+        added = torch.addmm(bias[:rows], old, of_context.T).addmm_(state, of_token.T).relu_()
+        ctx.numbers = numbers
+        ctx.save_for_backward(
+            context, token, norm_context, bias_context, norm_token, bias_token, weight, added > 0
+        )
+        new = torch.add(added[:, :width], old, alpha=decay)
+        return new, state + added[:, width:] if token_wanted else new.new_empty(0)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, of_new: Tensor, of_sum: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, weight, positive = ctx.saved_tensors
+        decay, mix, eps, token_wanted = ctx.numbers
+        width, rows = of_new.shape[-1], positive.shape[-1]
+        # Not the tensors themselves: their gradients are those of this function alone.
+        leaves = [
+            None if tensor is None else tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        with torch.enable_grad():
+            old = _normed(leaves[0], leaves[2], leaves[3], mix, eps)
+            state = _normed(leaves[1], leaves[4], leaves[5], mix, eps)
+        of_added = torch.cat([of_new, of_sum], dim=1) if token_wanted else of_new.clone()
+        of_added.mul_(positive)
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[6]:
+            of_weight = torch.zeros_like(weight) if rows < len(weight) else torch.empty_like(weight)
+            for stream, part in zip((old, state), of_weight[:rows].split(width, dim=1), strict=True):
+                torch.mm(of_added.T, stream.detach(), out=part)
+        if ctx.needs_input_grad[7]:
+            of_bias = of_added.new_zeros(len(weight))
+            of_bias[:rows] = of_added.sum(0)
+        outputs, gradients = [], []
+        for stream, beside, part, factor in (
+            (old, of_new, weight[:rows, :width], decay),
+            (state, of_sum if token_wanted else None, weight[:rows, width:], 1.0),
+        ):
+            if stream.requires_grad:
+                gradient = of_added @ part
+                outputs.append(stream)
+                gradients.append(gradient if beside is None else gradient.add_(beside, alpha=factor))
+        del of_added, positive
+        asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(outputs, asked, gradients) if asked else ())
+        into = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+        return (*into, of_weight, of_bias, None)

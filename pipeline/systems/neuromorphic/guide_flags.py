@@ -23,7 +23,8 @@ CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 
 def in_own_flags(words: Sequence[str]) -> list[str]:
     """The words with --save-dir and --metrics-file in the form of --output-dir, --phases A,B of --phases A B, short
-    names of tokenizers as those of the hub, and --no-snapshot as --model.no-decoder. Raises UserError for what cannot be said here, with the flag to use."""
+    names of tokenizers as those of the hub, and --no-snapshot as --model.no-decoder. Raises UserError for what cannot
+    be said here, with the flag to use."""
     folders: dict[str, tuple[str, Path]] = {}
     rest: list[str] = []
     pending = list(words)

@@ -63,7 +63,7 @@ TIERS: dict[str, Sizes] = {
 class NeuromorphicConfig(ModelConfig):
     """Columns of gated recurrent layers with a working, a procedural and an episodic memory."""
 
-    common: ClassVar[tuple[str, ...]] = ("tier", "span", "as_published", "data_phase", "val_data_phase")
+    common: ClassVar[tuple[str, ...]] = ("tier", "span", "as_published", "decoder", "data_phase", "val_data_phase")
     own_steps: ClassVar[tuple[str, ...]] = ("lifelong_steps",)
     system: Suppress[str] = "neuromorphic"
     tier: Annotated[Tier, tyro.conf.arg(aliases=["--tier"])] = "b"
@@ -75,6 +75,9 @@ class NeuromorphicConfig(ModelConfig):
     as_published: bool = False
     """The published structure: no positions in the working memory, one eligibility for all slots, recurrent inputs that
     are not scaled by what is forgotten."""
+    decoder: bool = True
+    """Whether the head reads the spatial decoder, which sums up columns and memories; without it, the columns' outputs
+    alone."""
     lifelong_steps: int | None = field(default=None, metadata=MAY_CHANGE)
     """Steps of phase C in place of those of --steps, which takes its place where it is given."""
     data_phase: Annotated[DataPhase | None, tyro.conf.arg(aliases=["--data-phase"])] = field(

@@ -30,10 +30,11 @@ def part_flops(config: NeuromorphicConfig) -> dict[str, float]:
     flops["procedural memory"] += instances * slots * width * (4 + 2 + 4)
     # Cosines, the context's scores and the values of a read; the nearest episode of a candidate.
     flops[EPISODIC] += 2 * 4 * sizes.columns * sizes.episodes * sizes.episodic_width
-    keys = sizes.columns * sizes.layers * width * 2  # of the summaries' two layers
-    keys += sizes.thalamic_tokens * (sizes.columns + 3) * sizes.decoder_width * 2
-    keys += sizes.thalamic_tokens * sizes.decoder_width * sizes.decoder_layers
-    flops["decoder"] += 4 * keys
+    if config.decoder:
+        keys = sizes.columns * sizes.layers * width * 2  # of the summaries' two layers
+        keys += sizes.thalamic_tokens * (sizes.columns + 3) * sizes.decoder_width * 2
+        keys += sizes.thalamic_tokens * sizes.decoder_width * sizes.decoder_layers
+        flops["decoder"] += 4 * keys
     return flops
 
 
@@ -61,8 +62,12 @@ def activation_bytes(
     spans = -(-tokens // span)
     instance, slots = sizes.layers * sizes.width, sizes.layers * sizes.columns * sizes.slots
     per_token = instance * (25 * element + 5 * 4) + 2.3 * slots * element + 27 * sizes.width * element
-    per_token += 12 * sizes.decoder_width * (2 * sizes.thalamic_tokens + sizes.decoder_layers) * element
-    per_token += 5 * sizes.decoder_width * (sizes.columns + 3) * element
+    if config.decoder:
+        per_token += 12 * sizes.decoder_width * (2 * sizes.thalamic_tokens + sizes.decoder_layers) * element
+        per_token += 5 * sizes.decoder_width * (sizes.columns + 3) * element
+    else:
+        # The summaries of the columns, which the terms of layers and width have in them.
+        per_token -= (7.5 * instance + 17 * sizes.width) * element
     per_span = 4.0 * 11 * slots * sizes.column_width
     if phase != "A":
         scores = sizes.columns * sizes.episodes

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.checkpoint.loader_state import read_loader_state
+from pipeline.checkpoint.manifest import pointed
 from pipeline.config import RunConfig, replace
 from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.data.build import Listings, build_loader, build_source, list_data
@@ -24,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.lm.held_out_files import open_files
 from pipeline.parallel.topology import Topology
 from pipeline.system import Phase
-from pipeline.systems.neuromorphic.config import DataPhase, NeuromorphicConfig
+from pipeline.systems.neuromorphic.config import PHASES, DataPhase, NeuromorphicConfig
 
 TINY_STORIES = "roneneldan/TinyStories"
 FINEWEB, DCLM = "HuggingFaceFW/fineweb-edu:sample-10BT", "mlfoundations/dclm-baseline-1.0"
@@ -72,6 +76,8 @@ class PhaseText:
         self._held_out: dict[DataConfig, StatefulLoader[TokenBatch]] = {}
         self._named: dict[str, StatefulLoader[TokenBatch]] | None = None
         self._byte_lengths: tuple[Tensor | None] | None = None
+        self.begins: str | None = None
+        """Where a run of later phases alone begins to read, for its log."""
 
     def run_phases(self) -> tuple[str, ...]:
         """Names of the phases of the run, in their order."""
@@ -91,7 +97,10 @@ class PhaseText:
         """As `System.loader`."""
         # Opened before the first step: not the first evaluation, an hour later, is to find that a file is not there.
         self.file_loaders(topology)
-        return self._open(phase_data(self.config, phase.name), topology, held_out=False)
+        opened = self._open(phase_data(self.config, phase.name), topology, held_out=False)
+        if phase.name == self.run_phases()[0] != PHASES[0] and self.config.init_from is not None:
+            self.begins = _behind(opened, self.config.init_from)
+        return opened
 
     def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
         """As `System.held_out`: opened once, so that what it has read stays read."""
@@ -173,3 +182,20 @@ class PhaseText:
         if lengths is None or lengths.numel() >= self.sizes.vocab:
             return lengths
         return F.pad(lengths, (0, self.sizes.vocab - lengths.numel()))
+
+
+def _behind(loader: StatefulLoader[TokenBatch], weights: Path) -> str | None:
+    """Moves a loader to where that of the checkpoint `weights` stood, if it read the same data in the same streams; in
+    words, where it begins. None: the checkpoint has no position, or one in other data."""
+    state = read_loader_state(pointed(weights))
+    saved, here = state.get("fingerprint"), json.loads(json.dumps(loader.state_dict()["fingerprint"]))
+    if saved == here:
+        loader.load_state_dict(state)
+        return f"behind what {weights} has read"
+    if not isinstance(saved, dict) or saved.get("source") != here.get("source"):
+        return None
+    changed = ", ".join(key for key in here if saved.get(key) != here[key])
+    return (
+        f"from the start, which {weights} has read too: its position is one of other settings ({changed}); give the"
+        " same to read on behind it"
+    )

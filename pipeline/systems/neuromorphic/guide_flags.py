@@ -14,14 +14,17 @@ TOKENIZERS = {
     "gpt-neox": "EleutherAI/gpt-neox-20b",
 }
 """The prototype's short names of tokenizers whose name on the hub is another one."""
+DECODER = {"--snapshot": "--model.decoder", "--no-snapshot": "--model.no-decoder"}
+"""The prototype's switch of the spatial decoder."""
 FOLDERS = ("--output-dir", "--output-root", "--run-name", "--run-id")
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 """Where a run directory has its checkpoints and its metrics."""
 
 
 def in_own_flags(words: Sequence[str]) -> list[str]:
-    """The words with --save-dir and --metrics-file in the form of --output-dir, --phases A,B of --phases A B, and short
-    names of tokenizers as those of the hub. Raises UserError for what cannot be said here, with the flag to use."""
+    """The words with --save-dir and --metrics-file in the form of --output-dir, --phases A,B of --phases A B, short
+    names of tokenizers as those of the hub, and --no-snapshot as --model.no-decoder. Raises UserError for what cannot
+    be said here, with the flag to use."""
     folders: dict[str, tuple[str, Path]] = {}
     rest: list[str] = []
     pending = list(words)
@@ -34,16 +37,13 @@ def in_own_flags(words: Sequence[str]) -> list[str]:
                 raise UserError(f"{flag} needs a value")
             value = value if equals else pending.pop(0)
             folders[flag] = (value, _run_directory(flag, value))
-        elif flag == "--no-snapshot":
-            raise UserError(
-                "--no-snapshot: the model always has the spatial decoder: leave it out; --decoder-layers 1 and a small"
-                " --d-dec make it small"
-            )
+        elif flag in DECODER and not equals:
+            rest.append(DECODER[flag])
         elif flag in ("--tokenizer", "--data.tokenizer") and (equals or pending):
             rest += [flag, _tokenizer(value if equals else pending.pop(0))]
         elif flag == "--phases" and (equals or pending):
             rest += [flag, *(value if equals else pending.pop(0)).split(",")]
-        elif flag != "--snapshot":
+        else:
             rest.append(word)
     return [*rest, *_output_directory(folders, rest)]
 

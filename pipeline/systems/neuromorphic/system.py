@@ -166,6 +166,7 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
             "memories": f"working memory of {sizes.window} tokens, procedural memory of {sizes.slots} slots a layer,"
             f" episodic memory of {sizes.episodes} episodes a column; written every {self.sizes.span} tokens, credit"
             f" through {self.config.sequence_length} tokens",
+            **({"data begins": self.begins} if self.begins else {}),
         }
 
     def caption(self) -> str:

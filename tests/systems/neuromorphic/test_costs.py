@@ -23,16 +23,18 @@ def tokens(config: NeuromorphicConfig, rows: int, length: int) -> tuple[Tensor, 
     return ids, ids, torch.zeros_like(ids), torch.arange(length).expand(rows, length)
 
 
-@pytest.mark.parametrize("phase", USES)
-def test_flops_are_those_of_the_products_that_a_pass_makes(phase: str) -> None:
-    model = NeuromorphicModel(SIZES)
+@pytest.mark.parametrize(
+    ("config", "phase"), [(SIZES, "A"), (SIZES, "B"), (dataclasses.replace(SIZES, decoder=False), "B")]
+)
+def test_flops_are_those_of_the_products_that_a_pass_makes(config: NeuromorphicConfig, phase: str) -> None:
+    model = NeuromorphicModel(config)
     initialise(model, 0)
     model.requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*tokens(SIZES, 2, 128), None, USES[phase])
+        model(*tokens(config, 2, 128), None, USES[phase])
     # Not counted in `flops`: what happens once a span, and the window's blocks beyond the window.
-    assert counter.get_total_flops() / 256 == pytest.approx(flops(SIZES, phase).forward, rel=0.06)
-    assert flops(SIZES, phase).backward == 2 * flops(SIZES, phase).forward
+    assert counter.get_total_flops() / 256 == pytest.approx(flops(config, phase).forward, rel=0.06)
+    assert flops(config, phase).backward == 2 * flops(config, phase).forward
 
 
 def test_a_token_of_tier_b_costs_about_what_the_reference_says() -> None:
@@ -67,6 +69,7 @@ def test_what_a_step_keeps_is_about_what_autograd_saves(phase: str) -> None:
         (SIZES, 2, 128, torch.float32),
         (dataclasses.replace(SIZES, layers=5, columns=4), 1, 64, torch.bfloat16),
         (dataclasses.replace(SIZES, episodes=128, episodic_width=48, decoder_width=128, span=32), 3, 64, torch.float32),
+        (dataclasses.replace(SIZES, layers=5, columns=4, decoder=False), 1, 64, torch.bfloat16),
     )
     for config, rows, length, dtype in cases:
         found = activation_bytes(config, rows, length, dtype.itemsize, phase=phase)

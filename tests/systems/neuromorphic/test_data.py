@@ -18,6 +18,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.systems.neuromorphic import data
 from pipeline.systems.neuromorphic.config import PHASES
 from pipeline.systems.neuromorphic.data import DCLM, FINEWEB, SETS, TINY_STORIES, phase_data
+from pipeline.systems.neuromorphic.system import NeuromorphicSystem
 from tests.systems.neuromorphic.harness import created, documents, small
 
 STEPS, NAME = 3, 4
@@ -127,6 +128,41 @@ def test_no_document_begins_in_two_phases_or_is_evaluated(
         assert not names[one] & names[other], (one, other)
     assert len(names_of(held_out)) > 10
     assert not names_of(held_out) & set.union(*names.values())
+
+
+def test_later_phases_from_weights_alone_read_on_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The position is the checkpoint's where data and streams are; else the log says why it is not."""
+    changes = {"data__path": (numbered(tmp_path / "W", "W"),), "sequence_length": 64}
+    weights = tmp_path / "weights"
+    first = created(small(tmp_path, **changes, phases=("A", "B")))
+    with torch.device("meta"):
+        phases = {phase.name: phase for phase in first.phases(first.build())}
+    loader = first.loader(phases["B"], Topology())
+    begun, _, place = read(loader, STEPS)
+    expected = [batch.input_ids for batch in loader.next_step()]
+    monkeypatch.setattr(data, "read_loader_state", lambda folder: place if folder == weights else {})
+    monkeypatch.setattr(NeuromorphicSystem, "_check_beginning", lambda self: None)
+
+    def opened(phase: str, **more: Any) -> tuple[StatefulLoader[TokenBatch], str]:
+        system = created(small(tmp_path, **changes, init_from=weights, **more))
+        found = system.loader(phases[phase], Topology())
+        return found, system.describe("cpu", torch.float32).get("data begins", "")
+
+    loader, said = opened("C", phases=("C",))
+    assert said == f"behind what {weights} has read"
+    assert all(map(torch.equal, expected, [batch.input_ids for batch in loader.next_step()]))
+    later, _, _ = read(loader, STEPS - 1)
+    assert later and not names_of(later) & names_of(begun)
+    loader, said = opened("C", phases=("C",), seed=1)
+    assert said.startswith(f"from the start, which {weights} has read too") and "(seed)" in said
+    # A run that begins with phase A begins its data, and a later phase of a run is moved by the engine.
+    for phase, run in (("A", ("A", "B")), ("C", ("B", "C"))):
+        loader, said = opened(phase, phases=run)
+        again, _, _ = read(loader, STEPS)
+        assert said == "" and again == begun
+    # Of other documents there is no position.
+    changes["data__path"] = (numbered(tmp_path / "V", "V"),)
+    assert opened("C", phases=("C",))[1] == ""
 
 
 def numbered(folder: Path, name: str, count: int = 200) -> str:

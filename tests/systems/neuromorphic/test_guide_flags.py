@@ -31,6 +31,7 @@ def parsed(words: str) -> RunConfig:
         ("--tokenizer=smollm", "--tokenizer HuggingFaceTB/SmolLM2-135M"),
         ("--tokenizer gpt2", "--data.tokenizer gpt2"),
         ("--snapshot --bs 48", "--bs 48"),
+        ("--no-snapshot --bs 48", "--model.no-decoder --bs 48"),
     ],
 )
 def test_what_they_mean(words: str, meant: str) -> None:
@@ -51,7 +52,6 @@ def test_a_run_directory_that_is_named_has_no_id() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--no-snapshot", "--no-snapshot: the model always has the spatial decoder: leave it out"),
         ("--metrics-file m.jsonl", "--metrics-file 'm.jsonl': a run has its metrics in metrics.jsonl of its folder"),
         (
             "--save-dir a --metrics-file b/metrics.jsonl",

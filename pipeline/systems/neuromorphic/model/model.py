@@ -82,7 +82,7 @@ class NeuromorphicModel(nn.Module):
         )
         self.procedural = ProceduralMemory(config)
         self.episodic = EpisodicMemory(config)
-        self.decoder = SpatialDecoder(config)
+        self.decoder = SpatialDecoder(config) if config.decoder else None
         self.head = LossHead(width, config.vocab, bias=False)
 
     def initial_state(self, rows: int, device: torch.device, dtype: torch.dtype = torch.float32) -> StreamState:
@@ -218,12 +218,15 @@ class NeuromorphicModel(nn.Module):
             if statistics:
                 gates.append(found.statistics())
 
-        # Of each token: what the memories hold, as far as it may read them.
-        weighted = self.procedural.summary(state.procedural).to(dtype)[:, None] * procedural_alive[..., None]
-        recalled = None
-        if uses.episodic != "absent":
-            recalled = self.episodic.summary(state.episodic).to(dtype)[:, None] * episodic_alive[..., None]
-        decoded = self.decoder(torch.stack(layers[1:]), weighted, recalled, span.working)
+        if self.decoder is None:
+            decoded = rearrange(layers[-1], "b n p h -> n p (b h)")
+        else:
+            # Of each token: what the memories hold, as far as it may read them.
+            weighted = self.procedural.summary(state.procedural).to(dtype)[:, None] * procedural_alive[..., None]
+            recalled = None
+            if uses.episodic != "absent":
+                recalled = self.episodic.summary(state.episodic).to(dtype)[:, None] * episodic_alive[..., None]
+            decoded = self.decoder(torch.stack(layers[1:]), weighted, recalled, span.working)
         measures = {name: torch.stack([found[name] for found in gates]) for name in (gates[0] if gates else ())}
         return Reading(decoded, tuple(layers), torch.stack(after, dim=1), measures)
 

@@ -160,6 +160,24 @@ def test_every_parameter_that_a_phase_trains_has_a_gradient(phase: str) -> None:
             assert float(parameter.grad.abs().max()) > 1e-10, name
 
 
+def test_without_a_decoder_the_head_reads_the_columns_outputs_and_every_parameter_is_trained() -> None:
+    config = dataclasses.replace(CONFIG, decoder=False)
+    made, rows, with_one = small_model(config=config), text([[], [6]]), model()
+    assert not any(name.startswith("decoder.") for name, _ in made.named_parameters())
+    made.load_state_dict({name: x for name, x in with_one.state_dict().items() if not name.startswith("decoder.")})
+    # Of the decoder's query, which reads the top layer of the columns side by side.
+    tops: list[Tensor] = []
+    handle = with_one.decoder.query.register_forward_pre_hook(lambda _, inputs: tops.append(inputs[0].detach()))
+    with torch.no_grad():
+        with_one(*(x[:, :P] for x in rows))
+    handle.remove()
+    hidden, _ = decoded(made, *(x[:, :P] for x in rows))
+    assert torch.equal(hidden, tops[0])
+    out = made(*rows)
+    (out.losses.sum() + sum(out.penalties.values())).backward()
+    assert all(bool((parameter.grad != 0).any()) for parameter in made.parameters())
+
+
 def test_spans_that_are_computed_again_give_the_same_gradients() -> None:
     rows, found = text([[], [6]]), []
     for again in (False, True):

@@ -61,9 +61,7 @@ class _Layer(torch.autograd.Function):
         of_context, of_token = weight[:rows].split(width, dim=1)
         added = torch.addmm(bias[:rows], old, of_context.T).addmm_(state, of_token.T).relu_()
         ctx.numbers = numbers
-        ctx.save_for_backward(
-            context, token, norm_context, bias_context, norm_token, bias_token, weight, added > 0
-        )
+        ctx.save_for_backward(context, token, norm_context, bias_context, norm_token, bias_token, weight, added > 0)
         new = torch.add(added[:, :width], old, alpha=decay)
         return new, state + added[:, width:] if token_wanted else new.new_empty(0)
 

@@ -15,11 +15,7 @@ from pipeline.systems.cvfp.solve.transition import Solved, Solver
 
 def relu_of(context: Tensor, token: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """ReLU(W [c; u] + b) of both streams [..., D]."""
-    if context.requires_grad or not token.requires_grad:
-        return F.linear(torch.cat([context, token], dim=-1), weight, bias).relu_()
-    # Contexts that enter from outside have no gradient: a product of both would compute it with the tokens'.
-    of_context, of_token = weight.chunk(2, dim=1)
-    return (F.linear(context, of_context, bias) + F.linear(token, of_token)).relu_()
+    return F.linear(torch.cat([context, token], dim=-1), weight, bias).relu_()
 
 
 class Block(nn.Module):

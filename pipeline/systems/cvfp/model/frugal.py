@@ -30,7 +30,7 @@ def applied(blocks: Sequence[Block], context: Tensor, token: Tensor, *, last_tok
         wanted = last_token or block is not blocks[-1]
         norm, linear = block.norm_context, block.linear
         numbers = (block.decay, block.mix, norm.eps, wanted)
-        sums = _Layer.apply(*sums, *norms, linear.weight, linear.bias, numbers)  # type: ignore[no-untyped-call]
+        sums = _Layer.apply(*sums, *norms, linear.weight, linear.bias, numbers)
         norms = (norm.weight, norm.bias, block.norm_token.weight, block.norm_token.bias)
     last, (of_context, of_token) = blocks[-1], sums
     context = last.mixed(of_context, last.norm_context).view(shape)
@@ -66,13 +66,13 @@ class _Layer(torch.autograd.Function):
         return new, state + added[:, width:] if token_wanted else new.new_empty(0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, of_new: Tensor, of_sum: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, weight, positive = ctx.saved_tensors
         decay, mix, eps, token_wanted = ctx.numbers
         width, rows = of_new.shape[-1], positive.shape[-1]
         # Not the tensors themselves: their gradients are those of this function alone.
-        leaves = [
+        leaves: list[Any] = [
             None if tensor is None else tensor.detach().requires_grad_(needed)
             for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]

@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_blocks_one_after_the_other(
     both = []
     for streams in (found, (context, None if alone else token)):
         value = sum((slope * s).sum() for slope, s in zip(slopes, streams, strict=True) if s is not None)
-        both.append(torch.autograd.grad(value, asked, allow_unused=True))  # type: ignore[arg-type]
+        both.append(torch.autograd.grad(value, asked, allow_unused=True))
     for one, other in zip(found, (context, token), strict=True):
         if one is not None:
             torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)

@@ -1,4 +1,7 @@
-"""Decodes token by token: memories are read as at the start of the span, and written at its end, as in training."""
+"""Decodes token by token: memories are read as at the start of the span, and written at its end, as in training.
+
+Each token goes through the model once: a write takes what was kept of the span's tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +9,21 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from pipeline.data.batch import IGNORED
 from pipeline.lm.decoding import Decoder, DecodingState
 from pipeline.ops.attention import empty_carry
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
+from pipeline.systems.neuromorphic.model.span import Reading, Span
 from pipeline.systems.neuromorphic.state import StreamState, Uses
-from pipeline.systems.neuromorphic.stream_tensors import named, rows_of, stream_state, with_rows
+from pipeline.systems.neuromorphic.stream_tensors import rows_of, with_rows
+from pipeline.systems.neuromorphic.text_state import HELD, LENGTHS, TextState
 
 PIECE = 1024
 """Tokens that a parallel pass takes at a time, about."""
-LENGTHS, HELD, BEGIN = "lengths", "held", "begin."
-
-
-@dataclasses.dataclass
-class TextState(DecodingState):
-    """What is kept of texts, of the same size however long they are.
-
-    A span is written when the first token behind it is known, which its last token was to predict.
-    """
-
-    begin: StreamState
-    """Before the span that each text is in."""
-    read: StreamState
-    """`hidden`, `working` and `segment` after the last token; the memories are those of `begin`."""
-    ids: Tensor
-    """[rows, P]: the tokens of the span so far."""
-    segments: Tensor
-    """[rows, P]."""
-    positions: Tensor
-    """[rows, P]."""
-    segment: Tensor
-    """[rows]: the document of the next token."""
-    position: Tensor
-    """[rows]: its place in it."""
-    read_tokens: Tensor
-    """[rows] int64 on the CPU: tokens so far."""
-    held: Tensor
-    """[rows] int64 on the CPU: tokens of the span that are not written yet, 0 to P."""
-
-    @property
-    def rows(self) -> int:
-        return len(self.read_tokens)
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.read_tokens
-
-    def tensors(self) -> dict[str, Tensor]:
-        now = {f"read.{name}": tensor for name, tensor in named(self.read).items() if _is_read(name)}
-        buffers = {name: getattr(self, name) for name in BUFFERS}
-        begin = {f"{BEGIN}{name}": tensor for name, tensor in named(self.begin).items()}
-        return {LENGTHS: self.read_tokens, HELD: self.held, **buffers, **begin, **now}
-
-    @staticmethod
-    def of(tensors: Mapping[str, Tensor]) -> TextState:
-        """The inverse of `tensors`."""
-        begin = {name.removeprefix(BEGIN): tensor for name, tensor in tensors.items() if name.startswith(BEGIN)}
-        now = begin | {name.removeprefix("read."): t for name, t in tensors.items() if name.startswith("read.")}
-        buffers = {name: tensors[name] for name in BUFFERS}
-        counts = {"read_tokens": tensors[LENGTHS].cpu(), "held": tensors[HELD].cpu()}
-        return TextState(stream_state(begin), stream_state(now), **counts, **buffers)
-
-    def become(self, other: TextState) -> None:
-        """Takes all that `other` has."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(other, field.name))
-
-
-BUFFERS = ("ids", "segments", "positions", "segment", "position")
-
-
-def _is_read(name: str) -> bool:
-    return name in ("hidden", "segment") or name.startswith("working.")
 
 
 class NeuromorphicDecoder(Decoder):
@@ -98,17 +42,20 @@ class NeuromorphicDecoder(Decoder):
         heads, width = sizes.working_heads, sizes.working_width // sizes.working_heads
         working = empty_carry(rows, sizes.window, 0, heads, width, wide, device)
         begin = dataclasses.replace(self.model.initial_state(rows, device, wide), working=working)
-        buffer = torch.zeros(rows, self.span, dtype=torch.int64, device=device)
+        ids = torch.zeros(rows, self.span, dtype=torch.int64, device=device)
+        x = torch.zeros(rows, self.span, sizes.width, dtype=wide, device=device)
+        layers = x.new_zeros(rows, self.span, sizes.layers + 1, sizes.columns, sizes.column_width)
+        nats, behind = x.new_zeros(rows, self.span), x.new_zeros(rows, self.vocab_size)
         zero = torch.zeros(rows, dtype=torch.int64)
-        return TextState(begin, begin, buffer, buffer, buffer, buffer[:, 0], buffer[:, 0], zero, zero)
+        return TextState(begin, begin, ids, ids, x, x, layers, nats, behind, ids[:, 0], ids[:, 0], zero, zero)
 
     @torch.no_grad()
     def read(self, ids: Tensor, state: DecodingState) -> Tensor:
-        return self._logits(self._read(ids, _own(state), every=False))[:, -1]
+        return self._read(ids, _own(state), every=False)[:, -1]
 
     @torch.no_grad()
     def logits(self, ids: Tensor, state: DecodingState) -> Tensor:
-        return self._logits(self._read(ids, _own(state), every=True))
+        return self._read(ids, _own(state), every=True)
 
     @torch.no_grad()
     def step(self, ids: Tensor, state: DecodingState) -> Tensor:
@@ -117,7 +64,7 @@ class NeuromorphicDecoder(Decoder):
             raise ValueError(f"ids are {list(ids.shape)}; expected one per row, {[own.rows]}")
         ids = ids.to(self._like.device)
         self._write(ids, own)
-        return self._logits(self._part(ids.unsqueeze(1), own))[:, 0]
+        return self._part(ids.unsqueeze(1), own, every=False)[:, 0]
 
     @torch.no_grad()
     def select(self, state: DecodingState, rows: Tensor) -> TextState:
@@ -153,7 +100,7 @@ class NeuromorphicDecoder(Decoder):
         return found if found.dtype == torch.float64 else found.float()
 
     def _read(self, ids: Tensor, state: TextState, *, every: bool) -> Tensor:
-        """What the head reads of every token, or of the last ones at the least, of ids [rows, tokens]."""
+        """Logits [rows, tokens, vocabulary] of ids [rows, tokens]; those of the last token alone unless `every`."""
         if ids.dim() != 2 or ids.shape[0] != state.rows or ids.shape[1] == 0:
             raise ValueError(f"ids are {list(ids.shape)}; expected [{state.rows}, tokens] with a token")
         ids, held = ids.to(self._like.device), state.held % self.span
@@ -164,7 +111,7 @@ class NeuromorphicDecoder(Decoder):
         groups = [(held == place).nonzero().squeeze(1) for place in places]
         parts = [self.select(state, rows) for rows in groups]
         found = [
-            self._read_alike(ids[rows.to(ids.device)], part, every=every)[:, -ids.shape[1] if every else -1 :]
+            self._read_alike(ids[rows.to(ids.device)], part, every=every)
             for rows, part in zip(groups, parts, strict=True)
         ]
         order = torch.cat(groups).argsort()
@@ -184,8 +131,9 @@ class NeuromorphicDecoder(Decoder):
                 self._spans(ids[:, done : done + whole * self.span + 1], state)
                 done += whole * self.span
                 continue
-            part = self._part(ids[:, done : done + room], state)
-            found = [*found, part] if every else [part]
+            part = ids[:, done : done + room]
+            logits = self._part(part, state, every=every)
+            found = [*found, logits] if every else [logits]
             done += part.shape[1]
         return torch.cat(found, dim=1)
 
@@ -213,30 +161,54 @@ class NeuromorphicDecoder(Decoder):
         state.segment, state.position = counts[:, -1], positions[:, -1]
         return counts[:, :-1], positions[:, :-1]
 
-    def _part(self, ids: Tensor, state: TextState) -> Tensor:
-        """What the head reads of ids [rows, tokens], which fit into the spans that the texts are in."""
+    def _part(self, ids: Tensor, state: TextState, *, every: bool) -> Tensor:
+        """As `_read`, of ids [rows, tokens] that fit into the spans that the texts are in."""
         segments, positions = self._documents(ids, state)
         before = _with_memories(state.begin, state.read, state.begin.segment)
         span, working = self.model.spread(ids, segments, positions, before, self.uses)
         reading = self.model.read(span, before, self.uses, state.read.segment)
         state.read = dataclasses.replace(before, hidden=reading.hidden, working=working, segment=segments[:, -1])
+        if every:
+            logits = self._logits(reading.decoded)
+            nats = cross_entropy(rearrange(logits[:, :-1], "n t v -> n v t"), ids[:, 1:], reduction="none")
+        else:
+            logits = self._logits(reading.decoded[:, -1:])
+            nats = logits.new_zeros(state.rows, 0)
+            if ids.shape[1] > 1:
+                nats, _ = self.model.head(reading.decoded[:, :-1], ids[:, 1:])
+        layers = rearrange(torch.stack(reading.layers), "l b n t h -> n t l b h")
         places = state.held.to(ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        for name, new in (("ids", ids), ("segments", segments), ("positions", positions)):
-            setattr(state, name, getattr(state, name).scatter(1, places, new))
+        rows = torch.arange(state.rows, device=ids.device)[:, None]
+        kept = {"ids": ids, "segments": segments, "x": span.x, "says": span.working, "layers": layers}
+        for name, new in kept.items():
+            old = getattr(state, name)
+            setattr(state, name, old.index_put((rows, places), new.to(old.dtype)))
+        state.nats = state.nats.index_put((rows, places[:, :-1]), nats.to(state.nats.dtype))
+        # A copy: the caller may change what it gets.
+        state.behind = logits[:, -1].clone()
         state.read_tokens, state.held = state.read_tokens + ids.shape[1], state.held + ids.shape[1]
-        return reading.decoded
+        return logits
 
     def _write(self, ids: Tensor, state: TextState) -> None:
-        """Writes the spans that are full; ids [rows] are the tokens behind them."""
+        """Takes in how surprising ids [rows] are, which come next, and writes the spans that they stand behind."""
+        held = state.held.to(ids.device)[:, None]
+        last = (held - 1).clamp(min=0)
+        nats = cross_entropy(state.behind, ids, reduction="none")[:, None]
+        state.nats = state.nats.scatter(1, last, torch.where(held > 0, nats, state.nats.gather(1, last)))
         full = (state.held == self.span).nonzero().squeeze(1)
         if not len(full):
             return
         state.held = state.held.index_fill(0, full, 0)
         full = full.to(ids.device)
-        begin = rows_of(state.begin, full)
-        read, segments, positions = (x[full] for x in (state.ids, state.segments, state.positions))
-        labels = self._labels(torch.cat([read, ids[full, None]], dim=1))
-        written = self.model(read, labels, segments, positions, begin, self.uses).state
+        begin, read = rows_of(state.begin, full), rows_of(_with_memories(state.begin, state.read), full)
+        labels = self._labels(torch.cat([state.ids[full], ids[full, None]], dim=1))
+        # A write reads neither the columns' inputs but the first layer's, nor the decoder's output.
+        x, says, made = (kept[full].to(self._like.dtype) for kept in (state.x, state.says, state.layers))
+        nothing, layers = x.new_empty(0), tuple(rearrange(made, "n t l b h -> l b n t h"))
+        span = Span(x, says, layers[0], nothing, state.segments[full])
+        reading = Reading(nothing, layers, read.hidden, {})
+        written = self.model.write(span, reading, state.nats[full], labels, begin, self.uses).state
+        written = dataclasses.replace(written, working=read.working)
         if len(full) == state.rows:
             state.begin = state.read = written
         else:

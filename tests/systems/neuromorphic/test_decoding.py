@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,7 +130,59 @@ def test_without_an_end_a_text_is_one_document(model, ids: Tensor) -> None:
     state = decoder.empty(3)
     decoder.read(ids, state)
     assert state.segments.unique().tolist() == [0]
-    assert state.positions[0].tolist() == list(range(TOKENS - SPAN, TOKENS))
+    assert state.position.tolist() == [TOKENS] * 3
+
+
+@pytest.mark.parametrize("uses", USES[:4])
+def test_greedy_decoding_goes_on_as_the_span_path_would(model, ids: Tensor, uses: Uses) -> None:
+    """The reference computes each text anew from its start for every token, with spans of training.
+
+    Not without working memory: a token that comes again, as the likeliest does, then has the same key again, and which
+    of equal episodes is read or written is a matter of rounding.
+    """
+    decoder = NeuromorphicDecoder(model, uses, eos_id=EOS)
+    state, texts = decoder.empty(3), ids[:, :11]
+    logits = decoder.read(texts, state)
+    for _ in range(2 * SPAN + 3):
+        filled = torch.nn.functional.pad(texts, (0, -texts.shape[1] % SPAN), value=1)
+        wanted = spans(model, filled, uses)[0][:, texts.shape[1] - 1]
+        torch.testing.assert_close(logits, wanted)
+        assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
+        texts = torch.cat([texts, logits.argmax(-1, keepdim=True)], 1)
+        logits = decoder.step(texts[:, -1], state)
+
+
+def test_each_token_goes_through_each_module_once(model, ids: Tensor) -> None:
+    counts: dict[str, int] = {}
+
+    def counting(name: str, tokens: Callable[[Tensor], int]) -> Callable[..., None]:
+        return lambda _, inputs: counts.update({name: counts.get(name, 0) + tokens(inputs[0])})
+
+    modules = {
+        "embedding": (model.embedding, Tensor.numel),
+        "working memory": (model.working, lambda x: x.shape[0] * x.shape[1]),
+        "decoder": (model.decoder, lambda layers: layers.shape[2] * layers.shape[3]),
+        "head": (model.head, lambda hidden: hidden.shape[0] * hidden.shape[1]),
+        **{f"layer {number}": (layer, lambda x: x.shape[1] * x.shape[2]) for number, layer in enumerate(model.layers)},
+    }
+    hooks = [module.register_forward_pre_hook(counting(name, tokens)) for name, (module, tokens) in modules.items()]
+    try:
+        decoder = NeuromorphicDecoder(model, Uses(lifelong=True), eos_id=EOS)
+        state = decoder.empty(3)
+        decoder.read(ids[:, : 2 * SPAN + 3], state)
+        for t in range(2 * SPAN + 3, TOKENS):
+            decoder.step(ids[:, t], state)
+        assert counts == dict.fromkeys(modules, 3 * TOKENS)
+        # Rows whose spans end at different places, and the logits of all tokens.
+        parts = [decoder.empty(1) for _ in range(3)]
+        counts.clear()
+        for row, part in enumerate(parts):
+            decoder.logits(ids[row : row + 1, : 5 + row], part)
+        decoder.logits(ids[:, :30], decoder.join(parts))
+        assert counts == dict.fromkeys(modules, 5 + 6 + 7 + 3 * 30)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize(

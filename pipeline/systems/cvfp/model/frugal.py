@@ -7,14 +7,13 @@ computed again in the backward pass: element by element, which takes little time
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from pipeline.systems.cvfp.model.blocks import Block
+from pipeline.systems.cvfp.model.block import Block
 
 Norms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Weight and bias of the context's norm, then of the token's; None where what enters has been normed."""

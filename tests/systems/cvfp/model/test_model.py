@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
 from pipeline.systems.cvfp.config import CvfpConfig, SolveConfig
-from pipeline.systems.cvfp.model.blocks import relu_of
+from pipeline.systems.cvfp.model.block import relu_of
 from pipeline.systems.cvfp.model.model import CvfpModel, parameter_parts
 from pipeline.systems.cvfp.model.reader import Reader
 from pipeline.systems.cvfp.model.weights import initialise

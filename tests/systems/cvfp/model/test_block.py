@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.systems.cvfp.model.blocks import relu_of
+from pipeline.systems.cvfp.model.block import relu_of
 from tests.systems.cvfp.small import WIDTH, rows, small
 
 

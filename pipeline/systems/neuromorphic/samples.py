@@ -14,7 +14,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation_result import Continuation, Continuations
 from pipeline.lm.decoding import Decoder
 from pipeline.lm.sampling import Sampling
-from pipeline.parallel.collectives import broadcast_object
+from pipeline.parallel.collectives import all_gather_object
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.system import StepContext
 
@@ -28,9 +28,9 @@ STEPS = 8
 
 
 def held_out_texts(loader: StatefulLoader[Text], eos_id: int, sync_point: SyncPoint) -> list[np.ndarray]:
-    """TEXTS stretches of held-out streams from their start, whose last PROMPT + WRITTEN tokens are of one document; the
-    same on every rank. What comes before them, a step at the least, is what the memories have to go by. Fewer, maybe
-    none, where documents are too short. Collective."""
+    """TEXTS stretches of held-out streams from their start, whose last PROMPT + WRITTEN tokens are of one document; of
+    the streams of all ranks, and the same on every rank and number of ranks. What comes before them, a step at the
+    least, is what the memories have to go by. Fewer, maybe none, where documents are too short. Collective."""
     rows: dict[int, list[np.ndarray]] = {}
     found: dict[int, np.ndarray] = {}
     for step in range(STEPS):
@@ -42,12 +42,15 @@ def held_out_texts(loader: StatefulLoader[Text], eos_id: int, sync_point: SyncPo
             place = _place(parts[-1], eos_id) if step and stream not in found else None
             if place is not None:
                 found[stream] = np.concatenate([before, parts[-1][: place + PROMPT + WRITTEN]])
-        enough = broadcast_object(sync_point.topology, len(found) >= min(TEXTS, len(rows)))
-        if enough:
+        # By stream: the ranks of a sequence have the same ones.
+        everyone = all_gather_object(sync_point.topology, (set(found), set(rows)))
+        with_text, streams = (set().union(*sets) for sets in zip(*everyone, strict=True))
+        if len(with_text) >= min(TEXTS, len(streams)):
             break
-    texts = [found[stream] for stream in sorted(found)[:TEXTS]]
-    shared: list[np.ndarray] = broadcast_object(sync_point.topology, texts)
-    return shared
+    chosen = sorted(with_text)[:TEXTS]
+    own = {stream: found[stream] for stream in chosen if stream in found}
+    shared = {stream: text for part in all_gather_object(sync_point.topology, own) for stream, text in part.items()}
+    return [shared[stream] for stream in chosen]
 
 
 def _place(ids: np.ndarray, eos_id: int) -> int | None:

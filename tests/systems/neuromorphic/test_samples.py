@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -32,6 +34,13 @@ class Seen(NeuromorphicDecoder):
         return self.state
 
 
+class Alone(SyncPoint):
+    """Of a rank that no other waits for here."""
+
+    def __call__(self, *_, **__):
+        return {}
+
+
 def context(step: int = 200) -> StepContext:
     return StepContext(Topology(), 3, "B", step)
 
@@ -55,6 +64,35 @@ def test_texts_have_a_context_and_end_within_one_document(texts: list[np.ndarray
         assert len(text) >= 96 + PROMPT + WRITTEN
         assert any(np.array_equal(text, stream[: len(text)]) for stream in streams)
         assert EOS not in text[-PROMPT - WRITTEN :]
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 2), (3, 1), (4, 1)])
+def test_ranks_find_the_texts_that_one_rank_finds(world: int, batch_size: int, monkeypatch) -> None:
+    """A rank of one row has one text at most: the others are of other ranks."""
+    barrier, given = threading.Barrier(world, timeout=20), [None] * world
+
+    def gather(topology: Topology, value):
+        if topology.world == 1:
+            return [value]
+        given[topology.rank] = value
+        barrier.wait()
+        everyone = list(given)
+        barrier.wait()
+        return everyone
+
+    monkeypatch.setattr(module, "all_gather_object", gather)
+
+    def texts_of(rank: int, world: int, batch_size: int) -> list[np.ndarray]:
+        layout = {"data_rank": rank, "data_degree": world, "batch_size": batch_size}
+        loader = FactsLoader(TASK, sequence_length=96, held_out=True, **layout)
+        return held_out_texts(loader, EOS, Alone(Topology(rank=rank, world=world)))
+
+    one = texts_of(0, 1, world * batch_size)
+    with ThreadPoolExecutor(world) as ranks:
+        found = list(ranks.map(lambda rank: texts_of(rank, world, batch_size), range(world)))
+    assert len(one) == 3
+    for texts in found:
+        assert [text.tolist() for text in texts] == [text.tolist() for text in one]
 
 
 def test_short_documents_give_no_text() -> None:

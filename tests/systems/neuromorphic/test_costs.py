@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+from pipeline.recipes.neuromorphic import neuromorphic, neuromorphic_tiny
+from pipeline.systems.neuromorphic.config import TIERS, NeuromorphicConfig, Tier
 from pipeline.systems.neuromorphic.costs import activation_bytes, flops, part_flops, state_numbers
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
+from pipeline.systems.neuromorphic.phases import steps_of
 from pipeline.systems.neuromorphic.state import Uses
 from pipeline.systems.neuromorphic.stream_tensors import named
 from pipeline.systems.neuromorphic.weights import PARTS, initialise
@@ -42,6 +46,24 @@ def test_a_token_of_tier_b_costs_about_what_the_reference_says() -> None:
     assert set(part_flops(config)) == {part for part, _ in PARTS}
     assert flops(config, "B").total == pytest.approx(0.57e9, rel=0.1)
     assert flops(config, "A").total < flops(config, "B").total == flops(config).total
+
+
+def test_the_page_says_what_a_token_costs_in_each_phase() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "neuromorphic.md").read_text().splitlines()
+    found = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in page if line.count("|") == len(TIERS) + 2}
+    rows: dict[str, list[str]] = {"A": [], "B": [], "mean": []}
+    for tier in get_args(Tier):
+        run = neuromorphic_tiny() if tier == "tiny" else neuromorphic()
+        vocab = 260 if tier == "tiny" else 32000
+        costs = {phase: flops(NeuromorphicConfig(tier=tier, vocab=vocab), phase).total for phase in "ABC"}
+        assert costs["B"] == costs["C"]
+        steps = {phase: steps_of(run, phase) for phase in costs}
+        mean = sum(costs[phase] * steps[phase] for phase in costs) / sum(steps.values())
+        for row, cost in (("A", costs["A"]), ("B", costs["B"]), ("mean", mean)):
+            rows[row].append(f" {cost / 1e9:.3f} ")
+    assert found["GFLOP a token, forward and backward, phase A"] == rows["A"]
+    assert found["the same, phases B and C"] == rows["B"]
+    assert found["the same, mean of all steps, as `plan` prints it"] == rows["mean"]
 
 
 def saved(config: NeuromorphicConfig, rows: int, length: int, dtype: torch.dtype, phase: str) -> int:

@@ -159,7 +159,10 @@ class EpisodicMemory(nn.Module):
         }
 
     def penalty(self, state: EpisodicState) -> Tensor:
-        """Scalar: of the mean over rows of what the strengths exceed .9 of their budget by, summed over columns."""
+        """Scalar: of the mean over rows of what the strengths exceed .9 of their budget by, summed over columns.
+
+        Of strengths that are scaled to their budget, as published: constant, without gradient, where that is reached.
+        """
         return torch.relu(state.strengths.sum(-1) - FULL * BUDGET).mean(0).sum()
 
     def summary(self, state: EpisodicState) -> Tensor:

@@ -150,7 +150,10 @@ class ProceduralMemory(nn.Module):
         }
 
     def penalty(self, state: ProceduralState) -> Tensor:
-        """Scalar: of the mean over rows of what the strengths exceed .9 of their budget by, summed over instances."""
+        """Scalar: of the mean over rows of what the strengths exceed .9 of their budget by, summed over instances.
+
+        Of strengths that are scaled to their budget, as published: constant, without gradient, where that is reached.
+        """
         return torch.relu(state.strengths.sum(-1) - FULL * BUDGET).mean(0).sum()
 
     def summary(self, state: ProceduralState) -> Tensor:

@@ -21,3 +21,13 @@ def test_the_mean_of_counted_tokens_is_left_out(rows: int, tokens: int, mask: in
     # What all have in common changes nothing.
     torch.testing.assert_close(centred(x + torch.randn(2, rows, 1, 3), counted), found)
     torch.testing.assert_close(found - x, (found - x)[:, :, :1].expand_as(x))
+
+
+def test_a_large_mean_costs_bfloat16_no_more_than_the_rounding_of_the_result() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (8 + torch.randn(2, 3, 7, 5, generator=generator)).bfloat16()
+    counted = torch.rand(3, 7, generator=generator) < 0.7
+    assert bool(counted.any(-1).all())
+    found = centred(x, counted)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), centred(x.double(), counted), rtol=2**-8, atol=1e-5)

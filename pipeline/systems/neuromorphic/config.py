@@ -10,6 +10,7 @@ import tyro
 
 from pipeline.errors import UserError
 from pipeline.model_config import MAY_CHANGE, ModelConfig, Suppress, at_least
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 
 PHASES = ("A", "B", "C")
 """A: working and procedural memory; B: episodic memory too; C: both outlive documents (lifelong)."""
@@ -113,6 +114,8 @@ class NeuromorphicConfig(ModelConfig):
     thalamic_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--thalamic-tokens"])] = None
     strength_penalty: float = field(default=0.01, metadata=MAY_CHANGE)
     """Weight of what the strengths of a memory exceed 0.9 of their budget by."""
+    facts: FactsConfig | None = None
+    """The synthetic facts task in place of documents."""
 
     @property
     def sizes(self) -> Sizes:

@@ -29,6 +29,8 @@ from pipeline.lm.held_out_files import open_files
 from pipeline.parallel.topology import Topology
 from pipeline.system import Phase
 from pipeline.systems.neuromorphic.config import PHASES, DataPhase, NeuromorphicConfig
+from pipeline.systems.neuromorphic.facts import EOS, FactsLoader
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 
 TINY_STORIES = "roneneldan/TinyStories"
 FINEWEB, DCLM = "HuggingFaceFW/fineweb-edu:sample-10BT", "mlfoundations/dclm-baseline-1.0"
@@ -63,6 +65,13 @@ def phase_data(config: RunConfig, phase: str, *, held_out: bool = False) -> Data
     return dataclasses.replace(data, **SETS[name])
 
 
+def phase_reads(config: RunConfig, phase: str, *, held_out: bool = False) -> DataConfig | FactsConfig:
+    """What a phase A, B or C reads: documents of a data section, or facts. Outside of all: as phase C."""
+    assert isinstance(config.model, NeuromorphicConfig)
+    facts = config.model.facts
+    return phase_data(config, phase, held_out=held_out) if facts is None else facts.of_phase(phase)
+
+
 class PhaseText:
     """A part of the system class: what it reads, each source of documents opened once."""
 
@@ -73,7 +82,7 @@ class PhaseText:
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self._sources: dict[DataConfig, Source] = {}
-        self._held_out: dict[DataConfig, StatefulLoader[TokenBatch]] = {}
+        self._held_out: dict[DataConfig | FactsConfig, StatefulLoader[TokenBatch]] = {}
         self._named: dict[str, StatefulLoader[TokenBatch]] | None = None
         self._byte_lengths: tuple[Tensor | None] | None = None
         self.begins: str | None = None
@@ -84,7 +93,9 @@ class PhaseText:
         raise NotImplementedError
 
     def list_data(self, *, ask_servers: bool = False) -> dict[DataConfig, Listings]:
-        """As `System.list_data`: of each data section that a phase of the run has."""
+        """As `System.list_data`: of each data section that a phase of the run has. Facts are made up: none."""
+        if self.sizes.facts is not None:
+            return {}
         sections = [
             phase_data(self.config, phase, held_out=side) for phase in self.run_phases() for side in (False, True)
         ]
@@ -97,21 +108,24 @@ class PhaseText:
         """As `System.loader`."""
         # Opened before the first step: not the first evaluation, an hour later, is to find that a file is not there.
         self.file_loaders(topology)
-        opened = self._open(phase_data(self.config, phase.name), topology, held_out=False)
+        opened = self._open(phase, topology, held_out=False)
         if phase.name == self.run_phases()[0] != PHASES[0] and self.config.init_from is not None:
             self.begins = _behind(opened, self.config.init_from)
         return opened
 
     def held_out(self, phase: Phase, topology: Topology) -> StatefulLoader[TokenBatch]:
         """As `System.held_out`: opened once, so that what it has read stays read."""
-        section = phase_data(self.config, phase.name, held_out=True)
-        if section not in self._held_out:
-            self._held_out[section] = self._open(section, topology, held_out=True)
+        what = phase_reads(self.config, phase.name, held_out=True)
+        if what not in self._held_out:
+            self._held_out[what] = self._open(phase, topology, held_out=True)
         else:
-            self._held_out[section].reset()
-        return self._held_out[section]
+            self._held_out[what].reset()
+        return self._held_out[what]
 
-    def _open(self, section: DataConfig, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
+    def _open(self, phase: Phase, topology: Topology, *, held_out: bool) -> StatefulLoader[TokenBatch]:
+        section = phase_reads(self.config, phase.name, held_out=held_out)
+        if isinstance(section, FactsConfig):
+            return self._facts(section, topology, held_out=held_out)
         config, files = dataclasses.replace(self.config, data=section), self._listed(section)
         if section.recall is None and not section.tokens and section not in self._sources:
             self._sources[section] = build_source(config, files)
@@ -122,6 +136,20 @@ class PhaseText:
             held_out=held_out,
             files=files,
             source=self._sources.get(section),
+        )
+
+    def _facts(self, task: FactsConfig, topology: Topology, *, held_out: bool) -> FactsLoader:
+        config = self.config
+        rows = config.evaluation.batch_size if held_out else 0
+        return FactsLoader(
+            task,
+            sequence_length=config.sequence_length,
+            batch_size=rows or config.batch_size,
+            grad_accum=1 if held_out else config.grad_accum,
+            data_rank=topology.data_rank,
+            data_degree=topology.data,
+            seed=config.seed,
+            held_out=held_out,
         )
 
     def _listed(self, section: DataConfig) -> Listings | None:
@@ -137,10 +165,14 @@ class PhaseText:
         return self._named
 
     def with_vocabulary(self) -> RunConfig:
-        """The config with a model of as many ids as the data has: those of the tokenizer of documents, or of the recall
-        task. Of token files it is what `--model.vocab` says."""
+        """The config with a model of as many ids as the data has: those of the tokenizer of documents, or of a
+        synthetic task. Of token files it is what `--model.vocab` says. Raises UserError where the run has facts and
+        documents."""
         data, vocab = self.config.data, self.sizes.vocab
-        if data.recall is not None:
+        if self.sizes.facts is not None:
+            check_facts_alone(data)
+            vocab = self.sizes.facts.vocab
+        elif data.recall is not None:
             vocab = data.recall.vocab_size
         elif not data.tokens:
             vocab = self.tokenizer().vocab_size
@@ -150,8 +182,9 @@ class PhaseText:
         """That of the run's data. `makers`: of its token files, as `makers_of`; None: their sidecars say it. Raises
         UserError where the data is no text, or its tokenizer is not known."""
         data = self.config.data
-        if data.recall is not None:
-            raise UserError("it was trained on the recall task, whose ids stand for no text: give another model")
+        if data.recall is not None or self.sizes.facts is not None:
+            task = "facts task" if data.recall is None else "recall task"
+            raise UserError(f"it was trained on the {task}, whose ids stand for no text: give another model")
         if makers is None and data.tokens:
             listed = self._listed(data)
             listed = listed if isinstance(listed, TokenListing) else list_token_data(data)
@@ -161,6 +194,8 @@ class PhaseText:
     def end_of_document(self) -> int | None:
         """The id that ends a document; None where the data does not say."""
         data = self.config.data
+        if self.sizes.facts is not None:
+            return EOS
         if data.recall is not None:
             return None
         try:
@@ -174,6 +209,8 @@ class PhaseText:
 
     def byte_lengths(self) -> Tensor | None:
         """Bytes of text that each token id stands for; None where that is not known."""
+        if self.sizes.facts is not None:
+            return None
         # Its tokenizer is loaded for it, and evaluations ask again.
         if self._byte_lengths is None:
             data = self.config.data
@@ -182,6 +219,16 @@ class PhaseText:
         if lengths is None or lengths.numel() >= self.sizes.vocab:
             return lengths
         return F.pad(lengths, (0, self.sizes.vocab - lengths.numel()))
+
+
+def check_facts_alone(data: DataConfig) -> None:
+    """Raises UserError where the section names a source: facts are read in place of documents."""
+    for name in ("path", "dataset", "mix", "tokens", "held_out_tokens", "recall"):
+        if getattr(data, name):
+            raise UserError(
+                f"--data.{name.replace('_', '-')} and the facts task are both given: leave out one of them, the"
+                " facts with --model.facts None"
+            )
 
 
 def _behind(loader: StatefulLoader[TokenBatch], weights: Path) -> str | None:

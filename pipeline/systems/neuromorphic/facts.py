@@ -9,7 +9,7 @@ lies between is the distance. No key is told again before the last question abou
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,85 +18,11 @@ from torch import Tensor
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.data.generated import GeneratedDocuments
 from pipeline.data.long_recall import generator
-from pipeline.errors import UserError
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 
 EOS = 0
 NONE = -1
 """Distance of a token that asks for nothing."""
-
-
-@dataclass(frozen=True)
-class FactsConfig:
-    """Which facts are told, and how far away they are asked for. Raises UserError where they do not fit."""
-
-    keys: int = 64
-    values: int = 16
-    """A guess is right once in so many."""
-    fillers: int = 16
-    """Of a domain."""
-    domains: int = 1
-    """Sets of fillers; a document has those of one."""
-    facts: int = 4
-    """That a document tells."""
-    within: int = 4
-    """Of these, asked for in the same document; the others in a later one."""
-    documents: int = 0
-    """A later question comes at most so many documents on; 0: there is none."""
-    least_distance: int = 80
-    """Tokens from a fact's value to the question about it in the same document, at least: beyond the window."""
-    least_tokens: int = 192
-    """Of a document, with its end."""
-    most_tokens: int = 256
-    labels: Literal["all", "facts"] = "all"
-    """all: every token is predicted; facts: only those behind a key or a value."""
-
-    def __post_init__(self) -> None:
-        if min(self.keys, self.values, self.fillers, self.domains, self.facts, self.least_distance) < 1:
-            raise UserError("facts: keys, values, fillers, domains, facts and distances are 1 or more: raise them")
-        if not 0 <= self.within <= self.facts or self.documents < 0:
-            raise UserError(f"facts: of {self.facts} facts, {self.within} cannot be asked for: give 0 to {self.facts}")
-        if self.within < self.facts and not self.documents:
-            raise UserError(f"facts: {self.later} of a document are asked for in none: give documents of 1 or more")
-        if self.keys < 2 * self._told_in_turn:
-            raise UserError(f"facts: {self.keys} keys would be told again too soon: give {2 * self._told_in_turn}")
-        if self.least_tokens > self.most_tokens or self.least_tokens < self.least_room:
-            raise UserError(
-                f"facts: documents of {self.least_tokens} to {self.most_tokens} tokens have no room for the questions:"
-                f" give {self.least_room} or more"
-            )
-
-    @property
-    def later(self) -> int:
-        """Facts of a document that are asked for in later ones."""
-        return self.facts - self.within
-
-    @property
-    def turn(self) -> int:
-        """Documents that draw their keys together; every other turn has the other half of the keys."""
-        return max(1, self.documents)
-
-    @property
-    def _told_in_turn(self) -> int:
-        return self.facts * self.turn
-
-    @property
-    def least_room(self) -> int:
-        """Tokens of the shortest document that has room for all its questions."""
-        questions = max(self.least_distance + 2 * self.within, 2 * (self.within + self.later * self.documents))
-        return 2 * self.facts + questions + 4
-
-    @property
-    def first_value(self) -> int:
-        return 1 + self.keys
-
-    @property
-    def first_filler(self) -> int:
-        return self.first_value + self.values
-
-    @property
-    def vocab(self) -> int:
-        """Token ids there are: the end of a document, keys, values, fillers."""
-        return self.first_filler + self.domains * self.fillers
 
 
 @dataclass(frozen=True)
@@ -123,9 +49,12 @@ def told(task: FactsConfig, document: int, *key: object) -> Told:
     draw = generator("facts", document, *key)
     lags = np.zeros(task.facts, np.int64)
     lags[task.within :] = draw.integers(1, task.documents + 1, task.later) if task.later else 0
+    if task.fewest is not None:
+        count = int(draw.integers(task.fewest, task.facts + 1))
+        keys, lags = keys[:count], lags[:count]
     return Told(
         keys,
-        task.first_value + draw.integers(task.values, size=task.facts),
+        task.first_value + draw.integers(task.values, size=len(keys)),
         draw.permutation(lags),
         int(draw.integers(task.least_tokens, task.most_tokens + 1)),
         int(draw.integers(task.domains)),
@@ -222,8 +151,8 @@ class FactsLoader(GeneratedDocuments):
         super().__init__("facts", asdict(config), **layout)
         self.config = config
 
-    def next_step(self) -> list[FactsBatch]:
-        """The micro-batches of one optimizer step, on the CPU."""
+    def next_step(self) -> list[TokenBatch]:
+        """The micro-batches of one optimizer step, on the CPU, each a `FactsBatch`."""
         rows = [self._next_row(stream) for stream in self.local_streams]
         return [FactsBatch(*parts) for parts in self._micro_batches(rows)]
 

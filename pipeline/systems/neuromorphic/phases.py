@@ -9,7 +9,7 @@ from torch import nn
 from pipeline.config import RunConfig
 from pipeline.system import ParameterGroup, Phase
 from pipeline.systems.neuromorphic.config import PHASES, NeuromorphicConfig
-from pipeline.systems.neuromorphic.data import phase_data
+from pipeline.systems.neuromorphic.data import phase_reads
 from pipeline.systems.neuromorphic.state import Uses
 from pipeline.systems.neuromorphic.weights import is_vector, trained
 
@@ -40,7 +40,7 @@ def create_phases(config: RunConfig, model: nn.Module) -> Sequence[Phase]:
     before = dict(zip(order[1:], order, strict=False))
     found = []
     for phase in PHASES:
-        same = phase in before and phase_data(config, before[phase]) == phase_data(config, phase)
+        same = phase in before and phase_reads(config, before[phase]) == phase_reads(config, phase)
         groups = _groups((name for name in names if trained(name, phase)), config.weight_decay)
         found.append(Phase(phase, steps_of(config, phase), groups, keep_carry=same))
     return found

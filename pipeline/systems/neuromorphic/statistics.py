@@ -12,6 +12,7 @@ from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.parallel.loss import reduce_sums
 from pipeline.parallel.topology import Topology
 from pipeline.systems.neuromorphic.config import NeuromorphicConfig
+from pipeline.systems.neuromorphic.facts import FactsBatch
 from pipeline.systems.neuromorphic.memory import episodic, procedural
 from pipeline.systems.neuromorphic.model.model import NeuromorphicOutput
 from pipeline.systems.neuromorphic.state import StreamState, Uses
@@ -30,6 +31,8 @@ MEANS = (
     "em_gain", "em_decay", "em_temperature", "em_aversion", "em_written", "em_matched",
 )  # fmt: skip
 """Measures whose mean over layers and columns is a metric NAME_mean."""
+FACTS_RIGHT = ("facts_right", "facts_right_later")
+"""Shares of right answers of the facts task: about facts of the same document, and of earlier ones."""
 LOW_VALID, SATURATED = 0.5, 0.95
 """Below this share of labels, and above this use of a memory's budget or share of saturated gates, a step warns."""
 
@@ -120,6 +123,15 @@ def token_shares(batch: TokenBatch, before: StreamState | None, eos_id: int | No
     return {name: (where.sum(), count) for name, (where, count) in found.items()}
 
 
+def right_answers(batch: FactsBatch, predictions: Tensor) -> Metrics:
+    """Shares of right answers, by name: of questions about facts of the same document, and about those of earlier
+    ones. predictions: [rows, T] token ids."""
+    right, lag = predictions == batch.labels, batch.documents
+    return {
+        name: ((right & about).sum(), about.sum()) for name, about in zip(FACTS_RIGHT, (lag == 0, lag > 0), strict=True)
+    }
+
+
 class HeldOutShares:
     """Shares of the tokens of an evaluation, which its `forward` adds up."""
 
@@ -127,18 +139,20 @@ class HeldOutShares:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, shares: Metrics) -> None:
-        """Of a micro-batch, as `token_shares` gives them."""
+        """Of a micro-batch, as `token_shares` and `right_answers` give them."""
         for name, pair in shares.items():
             for part, value in zip(("sum", "count"), pair, strict=True):
                 key = f"{part}/{name}"
                 self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value
 
     def means(self, topology: Topology) -> dict[str, float]:
-        """Over all ranks. Collective."""
+        """Over all ranks, without those of no tokens. Collective."""
         device = next(iter(self._sums.values())).device
         totals = reduce_sums(self._sums, topology, device)
         names = [key.removeprefix("sum/") for key in totals if key.startswith("sum/")]
-        return {name: float(totals[f"sum/{name}"] / totals[f"count/{name}"]) for name in names}
+        return {
+            name: float(totals[f"sum/{name}"] / totals[f"count/{name}"]) for name in names if totals[f"count/{name}"]
+        }
 
 
 def _persistence(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

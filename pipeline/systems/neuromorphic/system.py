@@ -26,10 +26,11 @@ from pipeline.systems.neuromorphic.config import PHASES, NeuromorphicConfig
 from pipeline.systems.neuromorphic.data import PhaseText
 from pipeline.systems.neuromorphic.evaluation.measures import Measures
 from pipeline.systems.neuromorphic.evaluation.pictures import panels
+from pipeline.systems.neuromorphic.facts import FactsBatch
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel
 from pipeline.systems.neuromorphic.phases import USES, create_phases, run_phases
 from pipeline.systems.neuromorphic.state import Uses
-from pipeline.systems.neuromorphic.statistics import HeldOutShares, token_shares
+from pipeline.systems.neuromorphic.statistics import FACTS_RIGHT, HeldOutShares, right_answers, token_shares
 from pipeline.systems.neuromorphic.weights import initialise, parameter_parts, published
 
 TERM, STRENGTHS = "cross_entropy", "strengths"
@@ -110,15 +111,18 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
     def forward(self, model: nn.Module, batch: TokenBatch, carry: Carry, context: StepContext) -> StepOutput:
         options = context.options
         before = unpack_carry(carry)
-        if "shares" in options:
-            options["shares"].add(token_shares(batch, before, self.eos_id))
         output = model(
             batch.input_ids, batch.labels, batch.segment_ids, batch.positions, before,
             options.get("uses") or self.uses(context.phase),
-            predict=bool(options.get("predict", False)),
+            predict=bool(options.get("predict", False)) or ("shares" in options and isinstance(batch, FactsBatch)),
             statistics=context.heavy_metrics,
             checkpointing=self.config.activation_checkpointing and model.training,
         )  # fmt: skip
+        if "shares" in options:
+            options["shares"].add(token_shares(batch, before, self.eos_id))
+            if isinstance(batch, FactsBatch):
+                assert output.predictions is not None
+                options["shares"].add(right_answers(batch, output.predictions))
         zero = torch.zeros((), device=batch.input_ids.device)
         penalty = self.sizes.strength_penalty * sum(output.penalties.values(), zero)
         tokens = {"losses": output.losses, "predictions": output.predictions}
@@ -131,7 +135,8 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
-        """Held-out loss, perplexity and bits per byte from empty memories, which are written as in training."""
+        """Held-out loss, perplexity, bits per byte, and right answers of the facts task, from empty memories, which are
+        written as in training."""
         was_training = model.training
         model.eval()
         try:
@@ -154,6 +159,7 @@ class NeuromorphicSystem(PhaseText, Measures, System[TokenBatch]):
         found = evaluation.scalars
         shown = [f"val {found['loss']:.3f}", f"ppl {found['ppl']:.2f}"]
         shown += [f"{found['bpb']:.2f} bpb"] if "bpb" in found else []
+        shown += [f"{name.replace('_', ' ')} {found[name]:.1%}" for name in FACTS_RIGHT if name in found]
         shown += [f"{name} {value:.4g}" for name, value in found.items() if name.endswith("/loss")]
         return " | ".join(shown)
 

@@ -27,7 +27,7 @@ Refused = Callable[..., str]
 FLAGS = {
     "a preset that does not exist": (
         "neuromorphic --preset fast",
-        "--preset 'fast': no recipe is called 'neuromorphic_fast': give phase_a_to_b or phase_a_to_c or phase_c_from",
+        "--preset 'fast': no recipe is called 'neuromorphic_fast': give facts or phase_a_to_b or phase_a_to_c or",
     ),
     "a tier that does not exist": (
         "neuromorphic --tier d",

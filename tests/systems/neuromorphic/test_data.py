@@ -14,10 +14,15 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import StatefulLoader, TokenBatch
 from pipeline.data_config import RecallConfig, mix_weights
 from pipeline.errors import UserError
+from pipeline.lm.held_out import run_held_out
 from pipeline.parallel.topology import Topology
+from pipeline.runtime.sync import SyncPoint
+from pipeline.system import create_system
 from pipeline.systems.neuromorphic import data
 from pipeline.systems.neuromorphic.config import PHASES
 from pipeline.systems.neuromorphic.data import DCLM, FINEWEB, SETS, TINY_STORIES, phase_data
+from pipeline.systems.neuromorphic.facts import EOS, FactsBatch, FactsLoader
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 from pipeline.systems.neuromorphic.system import NeuromorphicSystem
 from tests.systems.neuromorphic.harness import created, documents, small
 
@@ -187,3 +192,69 @@ def test_the_vocabulary_is_that_of_what_is_read(tmp_path: Path) -> None:
     assert system.sizes.vocab == task.vocab_size and system.eos_id is None
     with pytest.raises(UserError, match="ids stand for no text"):
         system.tokenizer()
+
+
+TASK = FactsConfig(
+    keys=12, values=4, fillers=4, facts=2, within=1, documents=1, least_distance=14, least_tokens=26, most_tokens=30
+)
+
+
+def facts_run(folder: Path, **changes: Any) -> RunConfig:
+    return small(folder, **({"data__path": (), "model__facts": TASK} | changes))
+
+
+def test_facts_are_read_in_place_of_documents(tmp_path: Path) -> None:
+    """Of each phase its own, held out others, with the vocabulary of the task; no text is behind the ids."""
+    system = created(facts_run(tmp_path, sequence_length=64))
+    assert system.list_data() == {} and system.sizes.vocab == TASK.vocab and system.eos_id == EOS
+    assert system.byte_lengths() is None
+    with pytest.raises(UserError, match="trained on the facts task, whose ids stand for no text"):
+        system.tokenizer()
+    with torch.device("meta"):
+        phases = system.phases(system.build())
+    # The questions of a phase are others than those before: it begins with empty streams.
+    assert not any(phase.keep_carry for phase in phases)
+    read = {}
+    for phase in phases:
+        for side, open_loader in (("training", system.loader), ("held out", system.held_out)):
+            loader = open_loader(phase, Topology())
+            assert isinstance(loader, FactsLoader) and loader.config == TASK.of_phase(phase.name)
+            (batch,) = loader.next_step()
+            assert isinstance(batch, FactsBatch) and batch.rows == system.config.batch_size
+            read[phase.name, side] = batch.input_ids
+        assert not torch.equal(read[phase.name, "training"], read[phase.name, "held out"])
+        # An evaluation begins anew.
+        (again,) = system.held_out(phase, Topology()).next_step()
+        assert torch.equal(again.input_ids, read[phase.name, "held out"])
+    rows = created(facts_run(tmp_path, sequence_length=64, evaluation__batch_size=2, grad_accum=3))
+    assert [batch.rows for batch in rows.held_out(phases[0], Topology()).next_step()] == [2]
+    assert [batch.rows for batch in rows.loader(phases[0], Topology()).next_step()] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "source", [{"data__path": ("documents",)}, {"data__dataset": "stdlib"}, {"data__recall": RecallConfig()}]
+)
+def test_facts_and_documents_are_not_both_read(source: dict[str, Any], tmp_path: Path) -> None:
+    system = create_system(facts_run(tmp_path, **source))
+    name = next(iter(source)).removeprefix("data__")
+    with pytest.raises(UserError, match=f"--data.{name} and the facts task are both given: leave out one of them"):
+        system.settled(Topology())
+
+
+@pytest.mark.parametrize("phase, names", [("B", {"facts_right"}), ("C", {"facts_right", "facts_right_later"})])
+def test_an_evaluation_counts_right_answers(phase: str, names: set[str], tmp_path: Path) -> None:
+    """As those of the predictions themselves, and in the headline."""
+    system = created(facts_run(tmp_path, sequence_length=64, evaluation__steps=3))
+    model = system.build()
+    system.initialise(model, Topology())
+    chosen = next(p for p in system.phases(model) if p.name == phase)
+    sync_point = SyncPoint(Topology())
+    found = system.evaluate(model, chosen, sync_point)
+    right = {name: value for name, value in found.scalars.items() if name.startswith("facts_right")}
+    assert right.keys() == names
+    batches = run_held_out(system, model, chosen, sync_point, {"uses": system.uses(phase), "predict": True})
+    for name, asks in {"facts_right": lambda lag: lag == 0, "facts_right_later": lambda lag: lag > 0}.items():
+        if name in names:
+            pairs = [(predicted == batch.labels)[asks(batch.documents)] for batch, _, predicted in batches]
+            assert right[name] == pytest.approx(float(torch.cat(pairs).float().mean()))
+            assert f"{name.replace('_', ' ')} {right[name]:.1%}" in system.headline(found)

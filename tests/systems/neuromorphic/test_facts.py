@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.batch import IGNORED
 from pipeline.errors import UserError
-from pipeline.systems.neuromorphic.facts import EOS, NONE, FactsBatch, FactsConfig, FactsLoader
+from pipeline.systems.neuromorphic.facts import EOS, NONE, FactsBatch, FactsLoader, told
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 
 TASK = FactsConfig(facts=4, within=2, documents=3, least_distance=20, least_tokens=60, most_tokens=90, domains=2)
 
@@ -39,7 +40,8 @@ def test_every_question_is_of_a_fact_told_once(
 ) -> None:
     within = min(facts, within) if documents else facts
     keys = 2 * facts * max(1, documents)
-    task = FactsConfig(keys, 16, 7, 2, facts, within, documents, distance, 10**4, 10**4)
+    fewest = None if seed % 2 else 1 + seed % facts
+    task = FactsConfig(keys, 16, 7, 2, facts, fewest, within, documents, distance, 10**4, 10**4)
     task = dataclasses.replace(task, least_tokens=task.least_room, most_tokens=task.least_room + extra)
     batch = text(loader(task, seed=seed, batch_size=1), 12)
     ids, labels, segments = (x[0].tolist() for x in (batch.input_ids, batch.labels, batch.segment_ids))
@@ -84,6 +86,15 @@ def test_values_and_domains_are_all_drawn() -> None:
     assert values.max() < 2 * values.min()
 
 
+def test_documents_tell_different_numbers_of_facts() -> None:
+    task = dataclasses.replace(TASK, fewest=1)
+    counts = [len(told(task, document, "a").keys) for document in range(400)]
+    assert set(counts) == {1, 2, 3, 4} and min(np.bincount(counts)[1:]) > 70
+    batch = text(loader(task, batch_size=1), 100)
+    assert (batch.documents == 0).any() and (batch.documents > 0).any()
+    assert {len(told(TASK, document, "a").keys) for document in range(20)} == {4}
+
+
 def test_labels_of_facts_alone_are_behind_keys_and_values() -> None:
     batch = text(loader(dataclasses.replace(TASK, labels="facts")), 8)
     counted = batch.labels != IGNORED
@@ -124,14 +135,35 @@ def test_the_position_is_exact_on_any_layout() -> None:
         loader(dataclasses.replace(TASK, facts=3), batch_size=4).load_state_dict(state)
 
 
+def test_each_phase_has_its_questions() -> None:
+    """Of one fact, of all in the same document, and of later ones; documents of the first two have just the room."""
+    phases = {phase: TASK.of_phase(phase) for phase in "ABC"}
+    assert phases["C"] is TASK
+    varied = dataclasses.replace(TASK, fewest=2)
+    assert [varied.of_phase(phase).fewest for phase in "ABC"] == [None, 2, 2]
+    assert {phase: (task.facts, task.within, task.documents) for phase, task in phases.items()} == {
+        "A": (1, 1, 0), "B": (4, 4, 0), "C": (4, 2, 3)
+    }  # fmt: skip
+    for task in phases.values():
+        assert task.vocab == TASK.vocab and task.most_tokens - task.least_tokens == 30
+    for phase in "AB":
+        assert phases[phase].least_tokens == phases[phase].least_room
+        asked = text(loader(phases[phase], batch_size=1), 20).documents
+        assert (asked == 0).any() and not (asked > 0).any()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"keys": 23}, "told again"),
-        ({"within": 5}, "of 4 facts, 5 cannot"),
-        ({"documents": 0}, "asked for in none"),
-        ({"least_tokens": 35}, "no room"),
-        ({"values": 0}, "1 or more"),
+        ({"keys": 23}, "--model.facts.keys is 23: a key would be told again before it is asked for: give 24 or more"),
+        ({"within": 5}, "--model.facts.within is 5: a document tells 4: give at most that"),
+        ({"documents": 0}, "--model.facts.documents is 0, and 2 of the 4 facts of a document are asked for in a later"),
+        ({"least_tokens": 35}, "--model.facts.least-tokens is 35: a document has no room for its questions: give 36"),
+        ({"most_tokens": 59}, "--model.facts.most-tokens is 59: give --model.facts.least-tokens, 60, or more"),
+        ({"values": 0}, "--model.facts.values is 0: give 1 or more"),
+        ({"fewest": 0}, "--model.facts.fewest is 0: a document tells up to 4: give 1 to 4"),
+        ({"fewest": 5}, "--model.facts.fewest is 5: a document tells up to 4: give 1 to 4"),
+        ({"documents": -1}, "--model.facts.documents is -1: give 0 or more"),
     ],
 )
 def test_refusals(changed: dict, message: str) -> None:

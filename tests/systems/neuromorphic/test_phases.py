@@ -123,7 +123,10 @@ def test_plan_has_the_published_counts_beside_ours() -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("neuromorphic --preset fast", "--preset 'fast': no recipe is called 'neuromorphic_fast': give phase_a_to_b"),
+        (
+            "neuromorphic --preset fast",
+            "--preset 'fast': no recipe is called 'neuromorphic_fast': give facts or",
+        ),
         ("neuromorphic --tier z", "--tier"),
         ("neuromorphic --tier a --model.span 512", "--model.span 512 is longer than the window of 256"),
         ("neuromorphic --model.span 0", "--model.span is 0: give 1 or more"),

@@ -16,7 +16,8 @@ from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.neuromorphic import samples as module
 from pipeline.systems.neuromorphic.decoding import NeuromorphicDecoder
-from pipeline.systems.neuromorphic.facts import FactsConfig, FactsLoader
+from pipeline.systems.neuromorphic.facts import FactsLoader
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 from pipeline.systems.neuromorphic.samples import PROMPT, WRITTEN, held_out_texts, text_samples
 from pipeline.systems.neuromorphic.state import Uses
 from tests.systems.neuromorphic.small import EOS, SIZES, small_model

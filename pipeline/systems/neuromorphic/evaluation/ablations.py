@@ -15,7 +15,9 @@ from pipeline.data.batch import IGNORED, StatefulLoader, TokenBatch
 from pipeline.parallel.loss import reduce_sums
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.system import Evaluation
+from pipeline.systems.neuromorphic.facts import FactsBatch
 from pipeline.systems.neuromorphic.state import EpisodicState, ProceduralState, StreamState, Uses
+from pipeline.systems.neuromorphic.statistics import HeldOutShares, right_answers
 
 NOTHING = "nothing"
 """What the model as it is lacks."""
@@ -102,12 +104,13 @@ class Reading:
 def ablate(
     model: nn.Module, loader: StatefulLoader[Text], steps: int, span: int, uses: Uses, sync_point: SyncPoint
 ) -> dict[str, Evaluation]:
-    """The held-out loss of the next `steps` steps of the loader, by what is left out, from streams that have read
-    nothing; the streams of training are not touched. Of micro-batches of one row nothing is swapped. Collective; the
-    model is to be in evaluation mode."""
+    """The held-out loss, and right answers of the facts task, of the next `steps` steps of the loader, by what is left
+    out, from streams that have read nothing; the streams of training are not touched. Of micro-batches of one row
+    nothing is swapped. Collective; the model is to be in evaluation mode."""
     device = next(model.parameters()).device
     readings: dict[int, Reading] = {}
     sums: dict[str, Tensor] = {}
+    answers: dict[str, HeldOutShares] = {}
     ways = ablations_of(uses)
     for _ in range(steps):
         for micro, batch in enumerate(next_step(loader, sync_point, "ablation")):
@@ -118,14 +121,19 @@ def ablate(
             there = batch.to(device)
             counted = there.labels != IGNORED
             sums["labels"] = sums.get("labels", 0) + counted.sum().double()
-            for name, losses in readings[micro].read(there)["losses"].items():
+            found = readings[micro].read(there, predict=isinstance(there, FactsBatch))
+            if isinstance(there, FactsBatch):
+                for name, predictions in found["predictions"].items():
+                    answers.setdefault(name, HeldOutShares()).add(right_answers(there, predictions))
+            for name, losses in found["losses"].items():
                 nats = losses.double().masked_fill(~counted, 0).sum()
                 sums[name] = sums.get(name, 0) + nats
     totals = {name: float(value) for name, value in reduce_sums(sums, sync_point.topology, device).items()}
     labels = max(1.0, totals.pop("labels"))
     means = {name: value / labels for name, value in totals.items()}
+    right = {name: shares.means(sync_point.topology) for name, shares in answers.items()}
     return {
-        way.name: Evaluation({"loss": means[way.name], "ppl": perplexity(means[way.name])})
+        way.name: Evaluation({"loss": means[way.name], "ppl": perplexity(means[way.name]), **right.get(way.name, {})})
         for way in ways
         if way.name in means
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.decoding import NeuromorphicDecoder
 from pipeline.systems.neuromorphic.evaluation import ablations
 from pipeline.systems.neuromorphic.evaluation.lifelong import Lifelong, Options
-from pipeline.systems.neuromorphic.evaluation.probes import TextFacts
+from pipeline.systems.neuromorphic.evaluation.probes import Probes, TextFacts, TokenFacts
 from pipeline.systems.neuromorphic.evaluation.report import evaluation_of
 from pipeline.systems.neuromorphic.model.model import NeuromorphicModel, NeuromorphicOutput
 from pipeline.systems.neuromorphic.samples import NAME, held_out_texts, text_samples
@@ -93,7 +94,7 @@ class Measures:
         self, model: nn.Module, phase: Phase, context: StepContext, sync_point: SyncPoint
     ) -> Mapping[str, Sample]:
         """As `Samples.samples`: held-out texts that the model goes on with; none where the ids stand for no text."""
-        if self.eos_id is None:
+        if self.eos_id is None or self.sizes.facts is not None:
             return {}
         was_training = model.training
         with shared_errors(sync_point.topology):
@@ -136,17 +137,25 @@ class Measures:
         if "documents" in options:
             # In the document that tells the facts they are asked for as well.
             options["documents"] = (0, *options["documents"])
-        chosen, topology, was_training = Options(**options), sync_point.topology, model.training
-        with shared_errors(topology):
-            loader, tokenizer = self.held_out(phase, topology), self.tokenizer()
-        held_out = _streams(loader, sync_point)
-        probes = TextFacts(tokenizer.encode, tokenizer.eos_id, held_out, self.config.seed)
+        chosen, was_training = Options(**options), model.training
+        probes = self._probes(phase, sync_point)
         model.eval()
         try:
             answers = Lifelong(_whole(model), self.uses(phase.name), probes, chosen, sync_point).run()
         finally:
             model.train(was_training)
         return evaluation_of(answers, probes.domains[0], probes.chance)
+
+    def _probes(self, phase: Phase, sync_point: SyncPoint) -> Probes:
+        """Facts as the model was trained on, or sentences in held-out text. Collective."""
+        facts, topology = self.sizes.facts, sync_point.topology
+        if facts is not None:
+            # Of as many as a document may tell: the same number in every stream.
+            return TokenFacts(dataclasses.replace(facts, fewest=None), self.config.seed)
+        with shared_errors(topology):
+            loader, tokenizer = self.held_out(phase, topology), self.tokenizer()
+        held_out = _streams(loader, sync_point)
+        return TextFacts(tokenizer.encode, tokenizer.eos_id, held_out, self.config.seed)
 
 
 def _streams(loader: StatefulLoader[TokenBatch], sync_point: SyncPoint) -> list[np.ndarray]:

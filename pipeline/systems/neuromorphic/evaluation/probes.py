@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.data.long_recall import generator
 from pipeline.data.text_tasks import CANDIDATES, Encode, common_words, needles, story
-from pipeline.systems.neuromorphic.facts import EOS, FactsConfig, told
+from pipeline.systems.neuromorphic.facts import EOS, told
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 
 WORDS = (
     "amber anchor apron arrow basket beacon bottle branch bridge butter candle carpet castle cherry circle copper"

@@ -23,7 +23,8 @@ from pipeline.systems.neuromorphic.evaluation.ablations import (
     ablations_of,
     of_another,
 )
-from pipeline.systems.neuromorphic.facts import FactsConfig, FactsLoader
+from pipeline.systems.neuromorphic.facts import FactsLoader
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 from pipeline.systems.neuromorphic.state import EpisodicState, ProceduralState, StreamState, Uses
 
 TASK = FactsConfig(facts=2, within=2, least_distance=8, least_tokens=30, most_tokens=40)
@@ -69,7 +70,7 @@ class Arithmetic(nn.Module):
         }  # fmt: skip
         return SimpleNamespace(
             losses=(1 + cost)[:, None] * (labels != IGNORED),
-            predictions=ids,
+            predictions=torch.where((cost > 0)[:, None], ids, labels),
             state=dataclasses.replace(state, hidden=after, **written),
         )
 
@@ -79,6 +80,17 @@ def found(uses: Uses, rows: int = 3, steps: int = 2) -> tuple[dict[str, float], 
     loader = FactsLoader(TASK, sequence_length=32, batch_size=rows, held_out=True)
     evaluations = ablate(model, loader, steps, 8, uses, SyncPoint(Topology()))
     return {name: evaluation.scalars["loss"] for name, evaluation in evaluations.items()}, model
+
+
+def test_right_answers_of_facts_are_those_of_each_way() -> None:
+    """The stand-in answers every question while it lacks nothing, and none while it does."""
+    loader = FactsLoader(TASK, sequence_length=32, batch_size=3, held_out=True)
+    evaluations = ablate(Arithmetic(), loader, 2, 8, Uses(), SyncPoint(Topology()))
+    right = {name: evaluation.scalars["facts_right"] for name, evaluation in evaluations.items()}
+    assert right.pop(NOTHING) == 1
+    # In its first span a stream has nothing that could be swapped, and asks for nothing.
+    assert set(right.values()) == {0.0}
+    assert all("facts_right_later" not in evaluation.scalars for evaluation in evaluations.values())
 
 
 @pytest.mark.parametrize("lifelong", [False, True])

@@ -21,7 +21,8 @@ from pipeline.systems.neuromorphic.evaluation.ablations import ALL, BOTH, NOTHIN
 from pipeline.systems.neuromorphic.evaluation.lifelong import Answers, Lifelong, Options
 from pipeline.systems.neuromorphic.evaluation.probes import Asked, TextFacts, TokenFacts
 from pipeline.systems.neuromorphic.evaluation.report import evaluation_of
-from pipeline.systems.neuromorphic.facts import EOS, FactsConfig
+from pipeline.systems.neuromorphic.facts import EOS
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 from pipeline.systems.neuromorphic.state import EpisodicState, ProceduralState, StreamState, Uses
 from pipeline.systems.neuromorphic.stream_tensors import rows_of
 from tests.systems.neuromorphic.small import SIZES, documents, small_model

@@ -20,8 +20,11 @@ from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Phase, StepContext
 from pipeline.systems.neuromorphic import samples as sampling
 from pipeline.systems.neuromorphic.decoding import NeuromorphicDecoder
+from pipeline.systems.neuromorphic.evaluation import measures
 from pipeline.systems.neuromorphic.evaluation.measures import Measures
-from pipeline.systems.neuromorphic.facts import FactsConfig, FactsLoader
+from pipeline.systems.neuromorphic.evaluation.probes import TokenFacts
+from pipeline.systems.neuromorphic.facts import FactsLoader
+from pipeline.systems.neuromorphic.facts_config import FactsConfig
 from pipeline.systems.neuromorphic.state import Uses
 from tests.systems.neuromorphic.small import SIZES, small_model
 
@@ -98,6 +101,20 @@ def test_what_is_measured_in_training_leaves_the_model_as_it_was(model: Any, mon
     found = system.lifelong_suite(engine, PHASE, sync_point, streams=1, documents=(1,), lengths=(240,))
     assert found.curves["lifelong_documents"].x == (0, 1) and "lifelong/EM_off/documents_1" in found.scalars
     assert engine.training
+
+
+def test_a_model_of_facts_is_asked_for_facts_and_draws_no_text(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, context = Measured(), StepContext(Topology(), 3, "C", 7)
+    task = dataclasses.replace(TASK, fewest=1)
+    system.sizes = dataclasses.replace(CONFIG, facts=task)
+    asked: list[Any] = []
+    monkeypatch.setattr(measures, "TokenFacts", lambda *words: asked.append(words) or TokenFacts(*words))
+    found = system.lifelong_suite(model, PHASE, SyncPoint(Topology()), streams=2, documents=(1,))
+    assert asked == [(dataclasses.replace(task, fewest=None), 3)], "as many as a document may tell"
+    (rows,) = found.tables.values()
+    assert {row["chance"] for row in rows} == {1 / task.values}
+    assert {row["questions"] for row in rows} == {2 * task.facts}
+    assert system.samples(model, PHASE, context, SyncPoint(Topology())) == {}
 
 
 def test_text_is_generated_with_the_memories_of_the_phase(model: Any, tmp_path: Path) -> None:

@@ -112,7 +112,14 @@ def neuromorphic_facts() -> RunConfig:
             episodic_width=64,
             lifelong_steps=250,
             facts=FactsConfig(
-                fillers=8, fewest=1, within=2, documents=2, least_distance=20, least_tokens=40, most_tokens=52
+                fillers=8,
+                domains=2,
+                fewest=1,
+                within=2,
+                documents=2,
+                least_distance=20,
+                least_tokens=40,
+                most_tokens=52,
             ),
         ),
         # A procedural memory that phase A has trained answers some questions, and what is left teaches episodic memory

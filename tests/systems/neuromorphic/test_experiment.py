@@ -17,6 +17,7 @@ import pytest
 from pipeline.callbacks.metrics import read_rows
 from pipeline.recipes.neuromorphic import neuromorphic_facts
 from pipeline.systems.neuromorphic.state import Uses
+from tests.accept import KEPT
 from tests.launch.harness import single
 from tests.systems.neuromorphic.experiment import similarities, trained_on_facts
 
@@ -42,6 +43,12 @@ def test_written_rows_differ_after_200_spans_of_training(lifelong: bool) -> None
         assert cosine < 0.5, (name, found)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    kept = os.environ.get(KEPT)
+    return Path(kept) if kept else tmp_path
+
+
 def trained(run: Path, *flags: str) -> dict[str, dict[str, dict[str, float]]]:
     """Trains the recipe into a folder; the last ablations of each phase, by what is left out."""
     done = single("pipeline", "train", "neuromorphic_facts", *flags, "--output-dir", str(run), timeout=3600, **THREADS)
@@ -60,8 +67,8 @@ def recorded(record_property: Record, phase: str, found: dict[str, dict[str, flo
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * 3600)
-def test_facts_are_known_beyond_the_window_and_in_later_documents(tmp_path: Path, record_property: Record) -> None:
-    run = tmp_path / "run"
+def test_facts_are_known_beyond_the_window_and_in_later_documents(folder: Path, record_property: Record) -> None:
+    run = folder / "run"
     phases = trained(run)
     within, lifelong = phases["B"], phases["C"]
     recorded(record_property, "B", within, WITHIN, "of the same document")
@@ -91,9 +98,9 @@ def test_facts_are_known_beyond_the_window_and_in_later_documents(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_procedural_memory_alone_holds_a_fact(tmp_path: Path, record_property: Record) -> None:
+def test_procedural_memory_alone_holds_a_fact(folder: Path, record_property: Record) -> None:
     """In phase A there is no episodic memory, and the question comes when the window no longer sees the fact."""
-    found = trained(tmp_path / "run", "--phases", "A")["A"]
+    found = trained(folder / "phase-a", "--phases", "A")["A"]
     recorded(record_property, "A", found, WITHIN, "of the same document")
     assert found["nothing"][WITHIN] >= LEARNED
     assert found["PM"][WITHIN] <= ABSENT

@@ -225,10 +225,8 @@ def check_facts_alone(data: DataConfig) -> None:
     """Raises UserError where the section names a source: facts are read in place of documents."""
     for name in ("path", "dataset", "mix", "tokens", "held_out_tokens", "recall"):
         if getattr(data, name):
-            raise UserError(
-                f"--data.{name.replace('_', '-')} and the facts task are both given: leave out one of them, the"
-                " facts with --model.facts None"
-            )
+            flag = f"--data.{name.replace('_', '-')}"
+            raise UserError(f"{flag}: facts are read in place of documents: leave it out, or take another recipe")
 
 
 def _behind(loader: StatefulLoader[TokenBatch], weights: Path) -> str | None:

@@ -237,7 +237,7 @@ def test_facts_are_read_in_place_of_documents(tmp_path: Path) -> None:
 def test_facts_and_documents_are_not_both_read(source: dict[str, Any], tmp_path: Path) -> None:
     system = create_system(facts_run(tmp_path, **source))
     name = next(iter(source)).removeprefix("data__")
-    with pytest.raises(UserError, match=f"--data.{name} and the facts task are both given: leave out one of them"):
+    with pytest.raises(UserError, match=f"--data.{name}: facts are read in place of documents: leave it out, or"):
         system.settled(Topology())
 
 

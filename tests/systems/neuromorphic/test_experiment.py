@@ -78,14 +78,18 @@ def test_facts_are_known_beyond_the_window_and_in_later_documents(folder: Path, 
     done = single("pipeline", *words, timeout=3600, **THREADS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     (written,) = (run / "evals").glob("*/lifelong/evaluation.json")
-    (rows,) = json.loads(written.read_text())["tables"].values()
-    shortest = min(row["tokens"] for row in rows)
-    by_place: dict[tuple[str, int], float] = {}
-    for row in sorted(rows, key=lambda row: -row["tokens"]):
-        by_place[row["memories"], row["documents"]] = row["right"]
-    for (way, documents), right in by_place.items():
-        record_property(f"lifelong evaluation, {way}, {documents} documents later", f"{right:.1%}")
-    record_property("questions of a share, chance, least tokens", [rows[0]["questions"], rows[0]["chance"], shortest])
+    rows = json.loads(written.read_text())["lifelong"]
+    shortest = {row["documents"]: row["tokens"] for row in reversed(rows)}
+    right: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["domain"] == rows[0]["domain"] and row["tokens"] == shortest[row["documents"]]:
+            right.setdefault(row["memories"], {})[row["documents"]] = row["right"]
+    for way, shares in right.items():
+        shown = ", ".join(f"{share:.1%} after {documents}" for documents, share in shares.items())
+        record_property(f"lifelong evaluation, {way}, by documents", shown)
+    other = {row["documents"]: row["right"] for row in rows if row["domain"] != rows[0]["domain"]}
+    record_property("lifelong evaluation, all on, after documents of another domain", other[max(other)])
+    record_property("questions of a share, chance", [rows[0]["questions"], rows[0]["chance"]])
     print(json.dumps(phases, indent=1))
 
     assert within["nothing"][WITHIN] >= LEARNED
@@ -94,6 +98,8 @@ def test_facts_are_known_beyond_the_window_and_in_later_documents(folder: Path, 
     assert lifelong["PM and EM"][WITHIN] <= ABSENT
     assert lifelong["EM"][LATER] <= ABSENT
     assert lifelong["own EM"][LATER] <= ABSENT
+    assert min(right["all on"].values()) >= LEARNED
+    assert max(max(right[way].values()) for way in ("EM off", "EM of another stream")) <= ABSENT
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ class CvfpConfig(ModelConfig):
     document; circular: as stream, and the first token goes on from the last one of the pass before. Token after token,
     each row is a part of the stream, and begins at the end that its left neighbour had in the pass before; with jacobi
     or newton the rows of a step follow each other, and what crosses their borders moves with every sweep."""
-    decay: Annotated[float, tyro.conf.arg(aliases=["--context-decay"])] = 0.3
+    decay: Annotated[float, tyro.conf.arg(aliases=["--context-decay"])] = 0.5
     """Factor of the context that goes into a block's sum with what it adds: smaller forgets sooner."""
     layernorm_mix: Annotated[float, tyro.conf.arg(aliases=["--layernorm-mix"])] = 1.0
     """m: what goes on from a block is (1 - m) x the sum of a stream + m x its LayerNorm."""

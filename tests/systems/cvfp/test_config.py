@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.systems.cvfp.config import CvfpConfig, PredictionConfig, SolveConfig
 
 IGNORED: dict[str, dict[str, Any]] = {
-    "--model.decay 0.5 with --model.as-published": {"as_published": True, "decay": 0.5},
+    "--model.decay 0.3 with --model.as-published": {"as_published": True, "decay": 0.3},
     "--model.initial-std 0.1 with --model.as-published": {"as_published": True, "initial_std": 0.1},
     "--model.train-embedding with --freeze-context": {
         "train_embedding": True, "prediction": PredictionConfig(freeze_context=True),

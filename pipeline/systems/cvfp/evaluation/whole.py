@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.runtime.sync import SyncPoint
 from pipeline.systems.cvfp.evaluation.pieces import Reading, read
-from pipeline.systems.cvfp.evaluation.probe import Probe, ProbeResult, classes_of
+from pipeline.systems.cvfp.evaluation.probe import MOST, Probe, ProbeResult, classes_of
 from pipeline.systems.cvfp.evaluation.reader import Reads
 from pipeline.systems.cvfp.evaluation.sums import ContextSums
 
@@ -35,13 +36,15 @@ class Whole:
 
 
 def measure_whole(reader: Reads, reading: Reading, sync_point: SyncPoint) -> Whole:
-    """One pass over all training tokens, whose sums give the effective rank and both probes, and one over all held-out
-    ones, on which the probes are scored. Of documents nothing is kept but sums, whatever their number. Collective."""
+    """One pass over all training tokens, whose sums give the effective rank, and one over all held-out ones, on which
+    both probes are scored. These are fitted to all training tokens, or every k-th row of them; of more documents no
+    more is kept. Collective."""
     topology = sync_point.topology
     available = {training: reading.available(training=training) for training in (True, False)}
     classes = classes_of(np.concatenate(reading.chosen(available[True], training=True)))
     sums = ContextSums(reader.width, reader.device)
-    probes = [Probe(reader.width, classes, reader.device) for _ in range(2)]
+    every = math.ceil(available[True] / MOST)
+    probes = [Probe(reader.width, classes, reader.device, every) for _ in range(2)]
     for piece in read(reader, reading, available[True], sync_point, training=True):
         sums.add(piece.contexts[piece.mask])
         for probe, features in zip(probes, (piece.contexts, reader.embedded(piece.ids)), strict=True):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.systems.cvfp.evaluation import whole
 from pipeline.systems.cvfp.evaluation.pieces import padded
+from pipeline.systems.cvfp.evaluation.probe import Probe, classes_of
 from pipeline.systems.cvfp.evaluation.rank import effective_rank
 from pipeline.systems.cvfp.evaluation.whole import measure_whole
 from tests.systems.cvfp.evaluation.reading import CARRIES, ONE, Recurrence, measures
@@ -31,32 +33,25 @@ def test_all_tokens_are_read_once() -> None:
     assert found.context.count == found.embedding.count == sum(max(0, len(one) - 2) for one in held_out)
 
 
-def test_the_probes_are_fitted_to_all_training_tokens() -> None:
-    """Answers are those of ridge regression of all contexts at once."""
+def test_the_probes_are_fitted_to_all_training_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are those of a probe that has all contexts at once; beyond the most tokens, of every k-th row."""
     suite, model = measures(factor=0.9)
-    found = measure_whole(model, suite.reading, ONE)
     sides = [[suite.documents.document(index)[:12] for index in numbers] for numbers in (range(17), range(17, 24))]
-    counts = np.bincount(np.concatenate(sides[0]))
-    classes = np.argsort(-counts, kind="stable")[: (counts > 0).sum()]
-    for result, features in (
-        (found.context, one_after_another),
-        (found.embedding, lambda model, texts: [model.embedded(torch.from_numpy(one.astype("i8"))) for one in texts]),
-    ):
-        (x, labels), (other, wanted) = (
-            (
-                np.concatenate([one[2:].numpy() for one in features(model, texts)]),
-                np.concatenate([one[:-2] for one in texts]),
-            )
-            for texts in sides
-        )
-        y = (labels[:, None] == classes).astype(float)
-        centred = x - x.mean(0)
-        covariance = centred.T @ centred / len(x)
-        penalty = result.ridge * np.trace(covariance) / 8 * np.eye(8)
-        weights = np.linalg.solve(covariance + penalty, centred.T @ (y - y.mean(0)) / len(x))
-        answers = classes[((other - x.mean(0)) @ weights + y.mean(0)).argmax(-1)]
-        assert result.accuracy == pytest.approx(float((answers == wanted).mean()), abs=1e-12)
-        assert result.most_frequent == pytest.approx(float((wanted == classes[0]).mean()), abs=1e-12)
+    classes = classes_of(np.concatenate(sides[0]))
+    (ids, mask), (other, there) = (padded(side, model.device) for side in sides)
+    available = suite.reading.available(training=True)
+    for most, every in ((available, 1), (available - 1, 2)):
+        monkeypatch.setattr(whole, "MOST", most)
+        found = measure_whole(model, suite.reading, ONE)
+        for result, features in (
+            (found.context, model.contexts),
+            (found.embedding, lambda ids, mask: model.embedded(ids)),
+        ):
+            probe = Probe(8, classes, model.device, every)
+            probe.add(features(ids, mask), ids, mask, torch.arange(17))
+            readout = probe.fit(ONE.topology)
+            readout.score(features(other, there), other, there)
+            assert result == readout.result(ONE.topology)
 
 
 @pytest.mark.parametrize("carry", CARRIES)

@@ -118,16 +118,21 @@ def miras_smollm2() -> RunConfig:
 
 
 def miras_smollm2_short() -> RunConfig:
-    """miras_smollm2 for a test: 12 steps of 768 tokens, evaluated at the end on as little."""
+    """miras_smollm2 for a test: 12 steps of 2,048 tokens, evaluated at the end on as little."""
+    run = miras_smollm2()
+    assert isinstance(run.model, MirasConfig)
+    # Fewer slots than tokens behind the window: where all have room there is nothing to learn.
+    memory = dataclasses.replace(run.model.memory, slots=SlotsConfig(count=128, reach=1792))
     return replace(
-        miras_smollm2(),
+        run,
         recipe="miras_smollm2_short",
+        model__memory=memory,
         steps=12,
         warmup_steps=2,
-        sequence_length=768,
+        sequence_length=2048,
         save_every=0,
         eval_every=12,
-        data__min_tokens=512,
+        data__min_tokens=1536,
         output_dir=Path("outputs/miras_smollm2_short"),
     )
 

@@ -42,7 +42,7 @@ def initialise(
             bound = 1 / math.sqrt(sizes.width)
             return torch.empty(shape).uniform_(-bound, bound, generator=generator)
         scale = RANDOM_EMBEDDING_STD if name == EMBEDDING else std if name.endswith("weight") else BIAS_STD
-        return scale * torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).mul_(scale)
 
     given = sizes.embedding is not None
     fill(model, value, [name for name, _ in model.named_parameters() if not (given and name == EMBEDDING)])

@@ -46,14 +46,14 @@ def untrained_reader(model: nn.Module, sizes: CvfpConfig, seed: int, *, publishe
 
 def _given(model: CvfpModel) -> Tensor:
     """The model's embedding, float32."""
-    weight = model.embedding.weight
+    (weight,) = model.embedding.parameters()
     with gathered([weight]):
         return (weight.detach().clone() if is_sharded(weight) else weight.detach()).float()
 
 
 def _random(model: CvfpModel, sizes: CvfpConfig, seed: int) -> Tensor:
     """The random embedding that seed and sizes decide: the model's own, where that is still the one."""
-    weight = model.embedding.weight
+    (weight,) = model.embedding.parameters()
     made = initial_value(sizes, seed, EMBEDDING, full_shape(weight)).to(weight.device)
     same = not is_sharded(weight) and weight.dtype == made.dtype and torch.equal(weight, made)
     return weight.detach() if same else made

@@ -47,11 +47,12 @@ def activation_bytes(
     of_all = documents if documents is not None else sizes.num_samples
     contexts = {} if of_all is None else {"contexts": 4 * width * length * -(-of_all // data)}
     kept = sizes.layers * tokens * width * (KEPT_NUMBERS * element + KEPT_BYTES) + tokens * (2 * width * element + 16)
-    # A block's backward pass: gradients of both sums, of what was added, and of both streams, and these again.
+    # A block's backward pass: gradients of both sums, and of what was added to them; of one stream at a time what
+    # entered, its gradient, and that of the sum before its norm.
     return {
         **contexts,
         "kept activations": kept,
-        "working set": 8 * tokens * width * element,
+        "working set": 7 * tokens * width * element,
         # Their average, float32; their sum of the step, its gradient and a product on the way, float64.
         "second moments": (4 + 3 * 8) * width**2,
     }

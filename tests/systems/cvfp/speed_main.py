@@ -1,14 +1,19 @@
 """Started by test_speed.py: steps of the first phase on the engine, and the matrix products that they consist of.
 
 Usage: speed_main OUT TOKENIZER DOCUMENTS WIDTH LAYERS. Writes OUT/result.json.
+
+The products have a process of their own, with as many threads, which waits while a step is made and works while this
+one waits: their tensors are none of a step's, and would count in the peak of its memory.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -65,6 +70,18 @@ def seconds(what: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
+def take_turns(pipe: Connection, threads: int, rows: int, length: int, sizes: CvfpConfig) -> None:
+    """Seconds of each of the products whenever `pipe` asks for them, until it says False; a first answer says that they
+    have been computed once."""
+    torch.set_num_threads(threads)
+    parts = products(rows, length, sizes)
+    for what in parts.values():
+        what()
+    pipe.send(True)
+    while pipe.recv():
+        pipe.send({name: seconds(what) for name, what in parts.items()})
+
+
 if __name__ == "__main__":
     out, tokenizer = Path(sys.argv[1]), sys.argv[2]
     documents, width, layers = map(int, sys.argv[3:6])
@@ -89,13 +106,23 @@ if __name__ == "__main__":
     # The first pass has no distance to a pass before.
     for number in range(1, slots + 3):
         step(number)
-    parts = products(config.batch_size, config.sequence_length, sizes)
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    numbers = (torch.get_num_threads(), config.batch_size, config.sequence_length, sizes)
+    beside = context.Process(target=take_turns, args=(end, *numbers), daemon=True)
+    beside.start()
+    end.close()
+    # No step is timed while it starts, and none of its turns is its first.
+    pipe.recv()
     tokens = run.progress.tokens
     for number in range(slots + 3, 2 * slots + 3):
         # In turn: minutes later the machine may be another one.
         found["engine"].append(seconds(lambda: step(number)))  # noqa: B023 - called at once
-        for name, what in parts.items():
-            found.setdefault(name, []).append(seconds(what))
+        pipe.send(True)
+        for name, taken in pipe.recv().items():
+            found.setdefault(name, []).append(taken)
+    pipe.send(False)
+    beside.join()
     peak_of_steps = peak_memory()
     run.system.evaluate(run.engine.deepspeed, run.phase, sync_point)
     facts = {

@@ -35,3 +35,20 @@ def test_contexts_are_those_before_training(tmp_path: Path, given: str) -> None:
     published = untrained_reader(model, sizes, 5, published=True)
     blocks = published.model.blocks
     assert blocks[0].decay == 1.0 and 0.08 < float(blocks[0].linear.weight.std()) < 0.12  # type: ignore[index,union-attr]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_embedding_that_was_not_trained_is_not_there_twice(tmp_path: Path, given: bool) -> None:
+    save_file({"wte.weight": torch.randn(9, 6)}, tmp_path / "model.safetensors")
+    sizes = CvfpConfig(width=6, layers=2, vocab=9, embedding=str(tmp_path) if given else None)
+    model = CvfpModel(sizes)
+    initialise(model, sizes, 5, Topology())
+    for published in (False, True):
+        other = untrained_reader(model, sizes, 5, published=published).model
+        assert isinstance(other, CvfpModel)
+        assert other.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
+        assert not other.embedding.weight.requires_grad and model.embedding.weight.requires_grad
+        # Another seed's is another one, and is made anew.
+        other = untrained_reader(model, sizes, 6, published=published).model
+        assert isinstance(other, CvfpModel)
+        assert torch.equal(other.embedding.weight, model.embedding.weight) == given

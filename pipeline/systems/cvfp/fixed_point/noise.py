@@ -32,7 +32,8 @@ def noise(batch: DocumentBatch, width: int, seed: int, *, way: str) -> Tensor:
         generator = np.random.Philox(counter=(first * blocks - 1) % 2**256, key=key)
         row[:] = generator.random_raw(length * blocks * 4).view(np.uint32).reshape(length, -1)
     # Of 24 bits, which float32 has: never 0, whose logarithm is none.
-    uniform = (torch.from_numpy((drawn >> 8).view(np.int32)).float() + 0.5) / 2**24
+    drawn >>= 8
+    uniform = torch.from_numpy(drawn.view(np.int32)).float().add_(0.5).div_(2**24)
     first_half, second_half = uniform[..., : BLOCK * blocks // 2], uniform[..., BLOCK * blocks // 2 :]
     # Box and Muller (Annals of Mathematical Statistics 29, 1958).
     radius, angle = (-2 * first_half.log()).sqrt(), 2 * math.pi * second_half

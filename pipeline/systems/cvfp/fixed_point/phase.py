@@ -18,6 +18,7 @@ from pipeline.systems.cvfp.documents import DocumentBatch
 from pipeline.systems.cvfp.fixed_point.convergence import convergence
 from pipeline.systems.cvfp.fixed_point.distances import distances
 from pipeline.systems.cvfp.fixed_point.diversity import diversity_gradient, separable
+from pipeline.systems.cvfp.fixed_point.lasting import lasting
 from pipeline.systems.cvfp.fixed_point.noise import noise
 from pipeline.systems.cvfp.fixed_point.statistics import ContextSums
 from pipeline.systems.cvfp.model.reader import Reader, in_full, shifted
@@ -122,25 +123,28 @@ class FixedPoint:
         initial = None if before is None else before.tensor
         solved = solve_rows(reader, batch, start, self.sizes, context.topology, initial)
         self._warned = self._warned or warn_unsettled(solved, self.sizes, context.topology)
-        contexts, start = in_full(solved.contexts), in_full(solved.start)
+        contexts, start = lasting(in_full(solved.contexts)), in_full(solved.start)
+        sweeps, residual = solved.sweeps, solved.residual
+        # Before the activations of the blocks, beside which there is to be as little as can be.
+        del solved
+        norms = self._add(contexts[mask], context.step)
         inputs = shifted(contexts, start)
         if section.noise:
-            inputs = inputs + section.noise * noise(batch, width, self.config.seed, way=self.sizes.carry)
-        found, exact = in_full(model(batch.ids, inputs, contexts_alone=True).contexts)[mask], contexts[mask]
+            inputs += section.noise * noise(batch, width, self.config.seed, way=self.sizes.carry)
+        found = in_full(model(batch.ids, inputs, contexts_alone=True).contexts)[mask]
         distance, metrics = self._distance(found, before, batch)
         terms, gradient = self._diversity(model.get_buffer(MOMENTS))
         value = torch.stack(list(terms.values())).sum().to(found) * tokens
         metrics |= {f"{DIVERSITY}/{name}": (term * tokens, tokens) for name, term in terms.items()}
-        metrics["norm"] = (exact.norm(dim=-1).sum(), tokens)
+        metrics["norm"] = (norms, tokens)
         if self.sizes.solve.way != "sequential":
-            for name, number in (("sweeps", solved.sweeps), ("residual", solved.residual)):
+            for name, number in (("sweeps", sweeps), ("residual", residual)):
                 metrics[name] = (torch.full_like(distance, number), torch.ones_like(tokens))
         weight = section.diversity_weight
         sums = {
             DIVERSITY: weight * (separable(found, gradient).sum() + value),
             DISTANCE: (1 - weight) * distance,
         }
-        self._add(exact, context.step)
         entry = {f"contexts/{batch.slot}": CarryEntry(contexts)}
         self._leaving[int(batch.streams[0])] = {**carry, **entry}
         return StepOutput(sums, with_ends(batch, contexts, start, {**carry, **entry}), metrics)
@@ -157,11 +161,12 @@ class FixedPoint:
         distance = distances(found, previous, self.section.distance).sum()
         return distance, {DISTANCE: (distance.detach(), tokens)}
 
-    def _add(self, contexts: Tensor, step: int) -> None:
-        """To the sums of the step; those of one that was abandoned are forgotten."""
+    def _add(self, contexts: Tensor, step: int) -> Tensor:
+        """To the sums of the step; those of one that was abandoned are forgotten. Returns the sum of their norms."""
         if self._sums is None or self._step != step:
             self._sums, self._step = ContextSums(self.sizes.width, contexts.device), step
         self._sums.add(contexts)
+        return contexts.norm(dim=-1).sum()
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, context: StepContext) -> None:

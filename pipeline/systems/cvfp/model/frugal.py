@@ -70,35 +70,44 @@ class _Layer(torch.autograd.Function):
         *inputs, weight, positive = ctx.saved_tensors
         decay, mix, eps, token_wanted = ctx.numbers
         width, rows = of_new.shape[-1], positive.shape[-1]
-        # Not the tensors themselves: their gradients are those of this function alone.
-        leaves: list[Any] = [
-            None if tensor is None else tensor.detach().requires_grad_(needed)
-            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        with torch.enable_grad():
-            old = _normed(leaves[0], leaves[2], leaves[3], mix, eps)
-            state = _normed(leaves[1], leaves[4], leaves[5], mix, eps)
+        needed = ctx.needs_input_grad
         of_added = torch.cat([of_new, of_sum], dim=1) if token_wanted else of_new.clone()
         of_added.mul_(positive)
+        del positive
         of_weight = of_bias = None
-        if ctx.needs_input_grad[6]:
+        if needed[6]:
             of_weight = torch.zeros_like(weight) if rows < len(weight) else torch.empty_like(weight)
-            for stream, part in zip((old, state), of_weight[:rows].split(width, dim=1), strict=True):
-                torch.mm(of_added.T, stream.detach(), out=part)
-        if ctx.needs_input_grad[7]:
+        if needed[7]:
             of_bias = of_added.new_zeros(len(weight))
             of_bias[:rows] = of_added.sum(0)
-        outputs, gradients = [], []
-        for stream, beside, part, factor in (
-            (old, of_new, weight[:rows, :width], decay),
-            (state, of_sum if token_wanted else None, weight[:rows, width:], 1.0),
+        found: dict[int, Tensor] = {}
+        # One stream after the other, since each takes as much again while it is worked on.
+        for places, part, beside, factor in (
+            ((0, 2, 3), slice(width), of_new, decay),
+            ((1, 4, 5), slice(width, None), of_sum if token_wanted else None, 1.0),
         ):
+            # Not the tensors themselves: their gradients are those of this function alone.
+            leaves: list[Any] = [
+                None if inputs[place] is None else inputs[place].detach().requires_grad_(needed[place])
+                for place in places
+            ]
+            with torch.enable_grad():
+                stream = _normed(leaves[0], leaves[1], leaves[2], mix, eps)
+            if of_weight is not None:
+                torch.mm(of_added.T, stream.detach(), out=of_weight[:rows, part])
             if stream.requires_grad:
-                gradient = of_added @ part
-                outputs.append(stream)
-                gradients.append(gradient if beside is None else gradient.add_(beside, alpha=factor))
-        del of_added, positive
-        asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        found = iter(torch.autograd.grad(outputs, asked, gradients) if asked else ())
-        into = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
-        return (*into, of_weight, of_bias, None)
+                gradient = of_added @ weight[:rows, part]
+                if beside is not None:
+                    gradient.add_(beside, alpha=factor)
+                if part.stop is None:
+                    del of_added
+                asked = {
+                    place: leaf
+                    for place, leaf in zip(places, leaves, strict=True)
+                    if leaf is not None and leaf.requires_grad
+                }
+                gradients = torch.autograd.grad(stream, list(asked.values()), gradient)
+                found.update(zip(asked, gradients, strict=True))
+                del gradient, gradients
+            del leaves, stream
+        return (*(found.get(place) for place in range(len(inputs))), of_weight, of_bias, None)

@@ -32,22 +32,27 @@ def initialise(
 
     `replaced`: parameters that a checkpoint fills after this, whose files need not be there.
     """
-    std = PUBLISHED_STD if sizes.as_published else sizes.initial_std
 
     def value(name: str, shape: torch.Size) -> Tensor:
-        generator = generator_for(seed, name)
-        if "norm" in name:
-            return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-        if name.startswith("head."):
-            bound = 1 / math.sqrt(sizes.width)
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        scale = RANDOM_EMBEDDING_STD if name == EMBEDDING else std if name.endswith("weight") else BIAS_STD
-        return scale * torch.randn(shape, generator=generator)
+        return initial_value(sizes, seed, name, shape)
 
     given = sizes.embedding is not None
     fill(model, value, [name for name, _ in model.named_parameters() if not (given and name == EMBEDDING)])
     if given and EMBEDDING not in replaced:
         _load_embedding(model, str(sizes.embedding), topology)
+
+
+def initial_value(sizes: CvfpConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
+    """A random parameter, float32, as seed and name decide it."""
+    generator = generator_for(seed, name)
+    if "norm" in name:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    if name.startswith("head."):
+        bound = 1 / math.sqrt(sizes.width)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    std = PUBLISHED_STD if sizes.as_published else sizes.initial_std
+    scale = RANDOM_EMBEDDING_STD if name == EMBEDDING else std if name.endswith("weight") else BIAS_STD
+    return torch.randn(shape, generator=generator).mul_(scale)
 
 
 def _load_embedding(model: nn.Module, name: str, topology: Topology) -> None:

@@ -99,6 +99,9 @@ def neuromorphic_tiny() -> RunConfig:
 
 def neuromorphic_facts() -> RunConfig:
     """A small model that learns what it is told: facts asked for beyond its window, and lifelong in later documents."""
+    task = FactsConfig(
+        fillers=8, domains=2, fewest=1, within=2, documents=2, least_distance=20, least_tokens=40, most_tokens=52
+    )
     return dataclasses.replace(
         neuromorphic_tiny(),
         recipe="neuromorphic_facts",
@@ -111,16 +114,8 @@ def neuromorphic_facts() -> RunConfig:
             episodes=128,
             episodic_width=64,
             lifelong_steps=250,
-            facts=FactsConfig(
-                fillers=8,
-                domains=2,
-                fewest=1,
-                within=2,
-                documents=2,
-                least_distance=20,
-                least_tokens=40,
-                most_tokens=52,
-            ),
+            facts=task,
+            vocab=task.vocab,
         ),
         # A procedural memory that phase A has trained answers some questions, and what is left teaches episodic memory
         # little: after 400 steps of A and of B each, 38 % of the answers were right.

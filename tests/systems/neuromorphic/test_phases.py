@@ -17,9 +17,10 @@ from pipeline.parallel.topology import Topology
 from pipeline.phases import names
 from pipeline.plan.command import render
 from pipeline.plan.estimate import PlanOptions
-from pipeline.recipes.neuromorphic import neuromorphic, neuromorphic_tiny
+from pipeline.recipes.neuromorphic import neuromorphic, neuromorphic_facts, neuromorphic_tiny
 from pipeline.schedule import lr_multiple, schedule_of
 from pipeline.system import create_system
+from pipeline.systems.neuromorphic.config import NeuromorphicConfig
 from pipeline.systems.neuromorphic.weights import is_vector, part_of
 from tests.systems.neuromorphic.harness import created, documents, small
 
@@ -47,6 +48,12 @@ def planned(words: str) -> dict[str, int]:
 )
 def test_steps_of_a_preset_and_of_flags(words: str, steps: dict[str, int]) -> None:
     assert planned(words) == steps
+
+
+def test_a_plan_of_facts_has_the_vocabulary_of_the_task() -> None:
+    sizes = neuromorphic_facts().model
+    assert isinstance(sizes, NeuromorphicConfig) and sizes.facts is not None
+    assert sizes.vocab == sizes.facts.vocab == 97
 
 
 def test_the_guides_commands_are_understood() -> None:

@@ -88,14 +88,13 @@ class Probe:
         for features in self._features:
             features.copy_((features.double() - mean) @ whiten)
         weights = torch.zeros(self.width + 1, len(self.classes), device=self.classes.device)
-        moments = torch.zeros(2, *weights.shape, device=weights.device)
-        for update, numbers in enumerate(batches := self._batches(topology), 1):
-            gradient = self._gradient(weights, numbers, topology)
-            gradient[:-1] += PENALTY * weights[:-1]
-            moments[0].lerp_(gradient, 0.1)
-            moments[1].lerp_(gradient.square(), 0.001)
-            rate = RATE * (1 - (update - 1) / len(batches)) / (1 - 0.9**update)
-            weights -= rate * moments[0] / ((moments[1] / (1 - 0.999**update)).sqrt() + 1e-8)
+        optimizer, batches = torch.optim.Adam([weights], lr=RATE), self._batches(topology)
+        for made, numbers in enumerate(batches):
+            weights.grad = self._gradient(weights, numbers, topology)
+            weights.grad[:-1] += PENALTY * weights[:-1]
+            optimizer.param_groups[0]["lr"] = RATE * (1 - made / len(batches))
+            optimizer.step()
+        weights.grad = None
         self._features.clear()
         linear = whiten @ weights[:-1].double()
         return Readout(linear, weights[-1].double() - mean @ linear, self.classes)

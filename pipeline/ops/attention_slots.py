@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkIndex, WindowCarry, blocks
 from pipeline.ops.rope import Rope, Rotation, one_after_another, rotate, turn
-from pipeline.ops.slots import Slots, shuffle, store
+from pipeline.ops.slots import Slots, SlotsByChunk, shuffle
+from pipeline.ops.store_slots import Backend, store_slots
 
 EXTRA = 8
 """Dimensions that are added to queries and keys: three are used, and kernels want multiples of eight."""
@@ -146,21 +147,18 @@ def plan_slots(
     )
 
 
-def slots_by_chunk(k: Tensor, v: Tensor, plan: SlotPlan, carry: WindowCarry | None, slots: Slots) -> list[Slots]:
-    """The slots as every chunk of a step finds them, and last those after the step.
+def slots_by_chunk(
+    k: Tensor, v: Tensor, plan: SlotPlan, carry: WindowCarry | None, slots: Slots, backend: Backend = "auto"
+) -> SlotsByChunk:
+    """The slots as every chunk of a step finds them, and those after the step.
 
     k, v [batch, tokens, kv_heads, dim], k before RoPE; `slots` are those of the step before.
     """
-    found = [slots.where(plan.begins_known)]
-    earlier = [None, None] if carry is None else [carry.k, carry.v]
-    leaving = [
-        blocks(_behind(x.detach(), before, plan.window), plan.chunk, 0).unbind(1)
-        for x, before in zip((k, v), earlier, strict=True)
-    ]
-    for index, (keys, values) in enumerate(zip(*leaving, strict=True)):
-        known = found[-1].where(plan.goes_on[:, index])
-        found.append(store(known, keys, values, plan.stored[:, index], plan.order))
-    return found
+    earlier_k, earlier_v = (None, None) if carry is None else (carry.k, carry.v)
+    leaving_k = blocks(_behind(k.detach(), earlier_k, plan.window), plan.chunk, 0)
+    leaving_v = blocks(_behind(v.detach(), earlier_v, plan.window), plan.chunk, 0)
+    known = slots.where(plan.begins_known)
+    return store_slots(known, leaving_k, leaving_v, plan.stored, plan.goes_on, plan.order, backend=backend)
 
 
 def slot_attention(

@@ -54,10 +54,9 @@ def attended(
         q, k, v, shift = (x[name][:, start:end] for name in ("q", "k", "v", "shift"))
         own, window = plans(segments[:, start:end], positions[:, start:end], carry, sinks, q.dtype)
         found = slots_by_chunk(k, v, own, carry, slots)
-        slots_found = [torch.stack(x, dim=1) for x in zip(*found[:-1], strict=True)]
-        outs.append(slot_attention(q, k, v, own, carry, *slots_found, shift, SCALE))
+        outs.append(slot_attention(q, k, v, own, carry, *found[:4], shift, SCALE))
         _, carry = window_attention(q, k, v, window, carry)
-        slots = found[-1]
+        slots = found.after
     return torch.cat(outs, dim=1), slots
 
 
@@ -110,8 +109,7 @@ def test_equal_keys_in_one_slot_are_full_attention_to_each() -> None:
     segments, positions = row([tokens])
     plan = plan_slots(segments, positions, None, rope=still, sinks=0, dtype=torch.float64, **SIZES)
     found = slots_by_chunk(x["k"], x["v"], plan, None, Slots.empty(1, KV_HEADS, SLOTS, DIM, x["k"]))
-    slots = [torch.stack(part, dim=1) for part in zip(*found[:-1], strict=True)]
-    out = slot_attention(x["q"], x["k"], x["v"], plan, None, *slots, torch.zeros_like(x["shift"]), SCALE)
+    out = slot_attention(x["q"], x["k"], x["v"], plan, None, *found[:4], torch.zeros_like(x["shift"]), SCALE)
     q, k, v = (value.transpose(1, 2) for value in (x["q"], x["k"], x["v"]))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-10, atol=1e-10)

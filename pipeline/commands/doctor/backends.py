@@ -56,7 +56,14 @@ def kernel_facts(device: str) -> dict[str, Any]:
     try:
         import torch
 
-        from pipeline.ops import affine_scan_native, memory_step_native, miras_scan, native, scan_native
+        from pipeline.ops import (
+            affine_scan_native,
+            memory_step_native,
+            miras_scan,
+            native,
+            scan_native,
+            store_slots_native,
+        )
     except Exception as error:
         for library in libraries.values():
             library["state"] = f"not loaded: torch does not load ({type(error).__name__})"
@@ -75,6 +82,8 @@ def kernel_facts(device: str) -> dict[str, Any]:
                     affine_scan_native.why_not(where, dtype, dtype)
                     for key_dim in memory_step_native.KEY_DIMS:
                         memory_step_native.why_not(where, dtype, key_dim)
+                    if kind == "cpu":
+                        store_slots_native.why_not(dtype)
             except (DeviceLostError, RuntimeError) as error:  # no other check can run there
                 report["lost"][where] = str(error).partition("\n")[0]
     report["checks"] = [check._asdict() for check in native.kernel_checks()]

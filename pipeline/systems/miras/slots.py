@@ -18,6 +18,7 @@ from pipeline.ops.attention_slots import SlotPlan, slot_attention, slots_by_chun
 from pipeline.ops.checks import sum_dtype
 from pipeline.ops.gates import GateLinear
 from pipeline.ops.slots import Slots
+from pipeline.ops.store_slots import Backend
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
 
@@ -72,20 +73,13 @@ class SlotBranch(nn.Module):
         output like q, the slots after the step, and the health."""
         if carry is None:
             carry = Slots.empty(k.shape[0], k.shape[2], self.config.slots.count, k.shape[3], k)
-        found = slots_by_chunk(k, v, plan, window, carry)
-        counts, ages = (
-            torch.stack(x, dim=1) for x in zip(*((one.counts, one.ages) for one in found[:-1]), strict=True)
-        )
-        keys, values = (
-            self.read(torch.stack([part.to(k.dtype) for part in parts], dim=1), weight, topology)
-            for parts, weight in (
-                ([slots.keys for slots in found[:-1]], self.key_map),
-                ([slots.values for slots in found[:-1]], self.value_map),
-            )
-        )
+        backend: Backend = "torch" if self.config.backend == "torch" else "auto"
+        found = slots_by_chunk(k, v, plan, window, carry, backend)
+        keys = self.read(found.keys, self.key_map, topology)
+        values = self.read(found.values, self.value_map, topology)
         shift = self.shifted(shift.squeeze(-1), q, topology)
-        out = slot_attention(q, k, v, plan, window, keys, values, counts, ages, shift, scale)
-        return out, found[-1], slot_health(found[-1])
+        out = slot_attention(q, k, v, plan, window, keys, values, found.counts, found.ages, shift, scale)
+        return out, found.after, slot_health(found.after)
 
     def read(self, x: Tensor, change: Tensor, topology: Topology) -> Tensor:
         """Keys or values [..., kv_heads / degree, slots, dim] as they are read."""

@@ -1,0 +1,316 @@
+// store_slots for CPU tensors: checks, and the streams' heads for torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <vector>
+
+#include "common/cpu/isa.h"
+#include "store_slots/cpu/kernels.h"
+
+namespace mnemos::store_slots {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Step {
+  int64_t batch, chunks, tokens, heads, slots;
+  int dim;
+  const bool *taken, *goes_on;
+  const int64_t* order;
+  float *keys, *values, *counts, *ages;
+  float *found_counts, *found_ages;
+};
+
+float as_float(float x) { return x; }
+float as_float(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void put(float x, float& to) { to = x; }
+void put(float x, uint16_t& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // To nearest, ties to even. A NaN would round to infinity.
+  to = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// What is in a slot, or a token that may come into one.
+struct Candidate {
+  const float *key, *value;
+  float count, age;
+};
+
+// The slots of one stream and head: those in use come first.
+struct Stored {
+  std::vector<float> keys, values, counts, ages;
+  Stored(int64_t slots, int dim) : keys(slots * dim), values(slots * dim), counts(slots), ages(slots) {}
+};
+
+class HalfOf {
+ public:
+  HalfOf(int64_t most, int dim)
+      : keys_(most), counts_(padded(most), 1.0f), roots_(padded(most), 1.0f),
+        packed_(static_cast<size_t>(padded(most)) * dim), squares_(padded(most)) {}
+
+  // Every second of the candidates, from `first` on.
+  Half of(const std::vector<Candidate>& candidates, size_t first) {
+    int count = 0;
+    for (size_t i = first; i < candidates.size(); i += 2, ++count) {
+      keys_[count] = candidates[i].key;
+      counts_[count] = 1 / candidates[i].count;
+      roots_[count] = 1 / std::sqrt(candidates[i].age + 1);
+    }
+    return {count, keys_.data(), counts_.data(), roots_.data(), packed_.data(), squares_.data()};
+  }
+
+ private:
+  std::vector<const float*> keys_;
+  std::vector<float> counts_, roots_, packed_, squares_;
+};
+
+// One stream's head: all chunks of the step, one after the other.
+template <class T>
+class Store {
+ public:
+  Store(const Step& p, const void* k, const void* v, void* found_keys, void* found_values, Nearest nearest)
+      : p_(p), k_(static_cast<const T*>(k)), v_(static_cast<const T*>(v)), found_keys_(static_cast<T*>(found_keys)),
+        found_values_(static_cast<T*>(found_values)), nearest_(nearest), now_(p.slots, p.dim), next_(p.slots, p.dim),
+        token_keys_(p.tokens * p.dim), token_values_(p.tokens * p.dim), half_(p.slots + p.tokens),
+        first_(half_, p.dim), second_(half_, p.dim), cost_(half_), partner_(half_) {
+    by_place_.resize(half_);
+    for (int64_t i = 0; i < half_; ++i) by_place_[p.order[i]] = i;
+  }
+
+  void run(int64_t row, int64_t head) {
+    const int64_t at = (row * p_.heads + head) * p_.slots;
+    copy(p_.keys + at * p_.dim, now_.keys);
+    copy(p_.values + at * p_.dim, now_.values);
+    copy(p_.counts + at, now_.counts);
+    copy(p_.ages + at, now_.ages);
+    for (int64_t chunk = 0; chunk < p_.chunks; ++chunk) {
+      const int64_t index = row * p_.chunks + chunk;
+      give((index * p_.heads + head) * p_.slots);
+      if (!p_.goes_on[index]) std::fill(now_.counts.begin(), now_.counts.end(), 0.0f);
+      gather(index, head);
+      if (static_cast<int64_t>(candidates_.size()) > p_.slots) choose();
+      move();
+      std::swap(now_, next_);
+    }
+    std::copy(now_.keys.begin(), now_.keys.end(), p_.keys + at * p_.dim);
+    std::copy(now_.values.begin(), now_.values.end(), p_.values + at * p_.dim);
+    std::copy(now_.counts.begin(), now_.counts.end(), p_.counts + at);
+    std::copy(now_.ages.begin(), now_.ages.end(), p_.ages + at);
+  }
+
+ private:
+  static void copy(const float* from, std::vector<float>& to) { std::copy(from, from + to.size(), to.begin()); }
+
+  // What a chunk finds.
+  void give(int64_t at) const {
+    for (size_t i = 0; i < now_.keys.size(); ++i) put(now_.keys[i], found_keys_[at * p_.dim + i]);
+    for (size_t i = 0; i < now_.values.size(); ++i) put(now_.values[i], found_values_[at * p_.dim + i]);
+    std::copy(now_.counts.begin(), now_.counts.end(), p_.found_counts + at);
+    std::copy(now_.ages.begin(), now_.ages.end(), p_.found_ages + at);
+  }
+
+  // All that is there, in the order in which it is halved.
+  void gather(int64_t index, int64_t head) {
+    for (int64_t t = 0; t < p_.tokens; ++t) {
+      const int64_t from = ((index * p_.tokens + t) * p_.heads + head) * p_.dim;
+      for (int i = 0; i < p_.dim; ++i) token_keys_[t * p_.dim + i] = as_float(k_[from + i]);
+      for (int i = 0; i < p_.dim; ++i) token_values_[t * p_.dim + i] = as_float(v_[from + i]);
+    }
+    candidates_.clear();
+    gone_.clear();
+    const bool* taken = p_.taken + index * p_.tokens;
+    for (int64_t i : by_place_) {
+      const int64_t token = i - p_.slots;
+      if (token >= 0) {
+        if (!taken[token]) continue;
+        const float age = static_cast<float>(p_.tokens - token);
+        candidates_.push_back({&token_keys_[token * p_.dim], &token_values_[token * p_.dim], 1.0f, age});
+      } else if (now_.counts[i] > 0) {
+        const float age = now_.ages[i] + static_cast<float>(p_.tokens);
+        candidates_.push_back({&now_.keys[i * p_.dim], &now_.values[i * p_.dim], now_.counts[i], age});
+      }
+    }
+  }
+
+  // The cheapest merges, as many as there are candidates too many: pairs of what goes and where to.
+  void choose() {
+    const size_t over = candidates_.size() - p_.slots;
+    const Half first = first_.of(candidates_, 0), second = second_.of(candidates_, 1);
+    nearest_(first, second, p_.dim, cost_.data(), partner_.data());
+    chosen_.resize(first.count);
+    for (int i = 0; i < first.count; ++i) chosen_[i] = i;
+    const auto cheaper = [&](int i, int j) { return cost_[i] != cost_[j] ? cost_[i] < cost_[j] : i < j; };
+    std::nth_element(chosen_.begin(), chosen_.begin() + over - 1, chosen_.end(), cheaper);
+    std::sort(chosen_.begin(), chosen_.begin() + over);
+    for (size_t i = 0; i < over; ++i) gone_.push_back({2 * chosen_[i], 2 * partner_[chosen_[i]] + 1});
+  }
+
+  // What is left goes into the slots, in its order.
+  void move() {
+    const int dim = p_.dim;
+    place_.assign(candidates_.size(), 0);
+    for (const Merge& merge : gone_) place_[merge.what] = kGone;
+    int64_t slot = 0;
+    for (size_t i = 0; i < candidates_.size(); ++i) {
+      if (place_[i] == kGone) continue;
+      const Candidate& x = candidates_[i];
+      std::copy(x.key, x.key + dim, &next_.keys[slot * dim]);
+      std::copy(x.value, x.value + dim, &next_.values[slot * dim]);
+      next_.counts[slot] = x.count;
+      next_.ages[slot] = x.age;
+      place_[i] = slot++;
+    }
+    std::fill(next_.keys.begin() + slot * dim, next_.keys.end(), 0.0f);
+    std::fill(next_.values.begin() + slot * dim, next_.values.end(), 0.0f);
+    std::fill(next_.counts.begin() + slot, next_.counts.end(), 0.0f);
+    std::fill(next_.ages.begin() + slot, next_.ages.end(), 0.0f);
+    // Sums in place of means, until all that goes into a slot is there.
+    for (const Merge& merge : gone_) {
+      const int64_t to = place_[merge.into];
+      const Candidate &x = candidates_[merge.what], &y = candidates_[merge.into];
+      const bool begins = next_.counts[to] == y.count;
+      add(x.key, x.count, begins ? y.count : 1, &next_.keys[to * dim]);
+      add(x.value, x.count, begins ? y.count : 1, &next_.values[to * dim]);
+      next_.counts[to] += x.count;
+      next_.ages[to] = std::min(next_.ages[to], x.age);
+    }
+    for (const Merge& merge : gone_) {
+      const int64_t to = place_[merge.into];
+      if (to == kGone) continue;
+      for (int i = 0; i < dim; ++i) next_.keys[to * dim + i] /= next_.counts[to];
+      for (int i = 0; i < dim; ++i) next_.values[to * dim + i] /= next_.counts[to];
+      // Once each.
+      place_[merge.into] = kGone;
+    }
+  }
+
+  void add(const float* x, float count, float scale, float* to) const {
+    for (int i = 0; i < p_.dim; ++i) to[i] = to[i] * scale + x[i] * count;
+  }
+
+  struct Merge {
+    int what, into;
+  };
+  static constexpr int64_t kGone = -1;
+
+  const Step& p_;
+  const T *k_, *v_;
+  T *found_keys_, *found_values_;
+  Nearest nearest_;
+  Stored now_, next_;
+  std::vector<float> token_keys_, token_values_;
+  int64_t half_;
+  HalfOf first_, second_;
+  std::vector<float> cost_;
+  std::vector<int32_t> partner_;
+  std::vector<int64_t> by_place_, place_;
+  std::vector<Candidate> candidates_;
+  std::vector<int> chosen_;
+  std::vector<Merge> gone_;
+};
+
+Nearest nearest() {
+  switch (cpu_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512:
+      return nearest_avx512();
+    case Isa::avx2:
+      return nearest_avx2();
+#endif
+    default:
+      return nearest_generic();
+  }
+}
+
+void check(const Tensor& x, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "store_slots: ", name, " has an unexpected dtype");
+  STD_TORCH_CHECK(x.is_contiguous(), "store_slots: ", name, " is not contiguous");
+  const auto sizes = x.sizes();
+  STD_TORCH_CHECK(
+      std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), "store_slots: ", name,
+      " has an unexpected shape");
+}
+
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+void store_slots(
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& taken,
+    const Tensor& goes_on,
+    const Tensor& order,
+    const Tensor& keys,
+    const Tensor& values,
+    const Tensor& counts,
+    const Tensor& ages,
+    const Tensor& found_keys,
+    const Tensor& found_values,
+    const Tensor& found_counts,
+    const Tensor& found_ages) {
+  const ScalarType dtype = k.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "store_slots: k must be float32 or bfloat16");
+  STD_TORCH_CHECK(k.dim() == 5, "store_slots: k must be [batch, chunks, tokens, heads, dim]");
+  STD_TORCH_CHECK(keys.dim() == 4, "store_slots: keys must be [batch, heads, slots, dim]");
+  const int64_t batch = k.size(0), chunks = k.size(1), tokens = k.size(2), heads = k.size(3), dim = k.size(4);
+  const int64_t slots = keys.size(2);
+  STD_TORCH_CHECK(dim > 0 && dim % kDimMultiple == 0, "store_slots: dim must be a multiple of 16");
+  STD_TORCH_CHECK(0 < tokens && tokens <= slots, "store_slots: a chunk has more tokens than there are slots");
+  check(k, "k", dtype, {batch, chunks, tokens, heads, dim});
+  check(v, "v", dtype, {batch, chunks, tokens, heads, dim});
+  check(taken, "taken", ScalarType::Bool, {batch, chunks, tokens});
+  check(goes_on, "goes_on", ScalarType::Bool, {batch, chunks});
+  check(order, "order", ScalarType::Long, {slots + tokens});
+  check(keys, "keys", ScalarType::Float, {batch, heads, slots, dim});
+  check(values, "values", ScalarType::Float, {batch, heads, slots, dim});
+  check(counts, "counts", ScalarType::Float, {batch, heads, slots});
+  check(ages, "ages", ScalarType::Float, {batch, heads, slots});
+  check(found_keys, "found_keys", dtype, {batch, chunks, heads, slots, dim});
+  check(found_values, "found_values", dtype, {batch, chunks, heads, slots, dim});
+  check(found_counts, "found_counts", ScalarType::Float, {batch, chunks, heads, slots});
+  check(found_ages, "found_ages", ScalarType::Float, {batch, chunks, heads, slots});
+  const auto* places = static_cast<const int64_t*>(order.const_data_ptr());
+  std::vector<bool> seen(slots + tokens);
+  for (int64_t i = 0; i < slots + tokens; ++i) {
+    const bool fits = places[i] >= 0 && places[i] < slots + tokens && !seen[places[i]];
+    STD_TORCH_CHECK(fits, "store_slots: order is no permutation");
+    seen[places[i]] = true;
+  }
+  const Step p{
+      batch, chunks, tokens, heads, slots, static_cast<int>(dim), static_cast<const bool*>(taken.const_data_ptr()),
+      static_cast<const bool*>(goes_on.const_data_ptr()), places, floats(keys), floats(values), floats(counts),
+      floats(ages), floats(found_counts), floats(found_ages)};
+  const Nearest kernel = nearest();
+  torch::stable::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    const auto all = [&](auto store) {
+      for (int64_t unit = begin; unit < end; ++unit) store.run(unit / heads, unit % heads);
+    };
+    void *to_k = found_keys.mutable_data_ptr(), *to_v = found_values.mutable_data_ptr();
+    if (dtype == ScalarType::BFloat16)
+      all(Store<uint16_t>(p, k.const_data_ptr(), v.const_data_ptr(), to_k, to_v, kernel));
+    else
+      all(Store<float>(p, k.const_data_ptr(), v.const_data_ptr(), to_k, to_v, kernel));
+  });
+}
+
+}  // namespace
+}  // namespace mnemos::store_slots
+
+STABLE_TORCH_LIBRARY_IMPL(mnemos, CPU, m) { m.impl("store_slots", TORCH_BOX(&mnemos::store_slots::store_slots)); }

@@ -84,12 +84,12 @@ class _Measure:
     def chains(self, documents: list[Document]) -> None:
         """All losses but the swapped one, over the whole documents."""
         modes, length = self.modes, self.system.config.sequence_length
-        for batches, longest in self._batches(documents, length, least=1):
+        for batches, sizes in self._batches(documents, length, least=1):
             named = {WINDOW: modes.window, MEMORY: modes.memory, EMPTIED: modes.emptied}
             if modes.equal is not None:
                 named[EQUAL] = modes.equal
             if modes.full is not None:
-                named[FULL] = modes.full(longest)
+                named[FULL] = modes.full(sizes[0])
             done: list[tuple[Mapping[str, Any], list[Tensor]]] = []
             for name, options in named.items():
                 # An attachment that is emptied by being left out need not be run twice.
@@ -102,11 +102,7 @@ class _Measure:
 
     def swapped(self, documents: list[Document]) -> None:
         """Each document of a group reads, window after window, from the state that the one before it had there."""
-        for batches, _ in self._batches(documents, self.modes.tokens, least=2):
-            sizes = (batches[0].segment_ids.new_zeros(batches[0].rows)).tolist()
-            for batch in batches:
-                same = (batch.segment_ids == batches[0].segment_ids[:, :1]).sum(1).tolist()
-                sizes = [size + more for size, more in zip(sizes, same, strict=True)]
+        for batches, sizes in self._batches(documents, self.modes.tokens, least=2):
             kept: dict[str, Tensor] = {}
             own: Carry = {}
             swapped: Carry = {}
@@ -121,21 +117,25 @@ class _Measure:
                 self._add(batch, SWAPPED, losses)
                 # A document that has ended gives on what it had at its last border.
                 border = (index + 1) * self.modes.tokens
-                alive = torch.tensor([size >= border for size in sizes], device=losses.device)
+                alive = sum(size >= border for size in sizes)
                 for name, entry in own.items():
                     if self.modes.is_state(name):
-                        rows = alive.view([-1 if axis == entry.streams else 1 for axis in range(entry.tensor.dim())])
-                        kept[name] = torch.where(rows, entry.tensor, kept.get(name, entry.tensor))
+                        kept.setdefault(name, entry.tensor.clone())
+                        kept[name].narrow(entry.streams, 0, alive).copy_(entry.tensor.narrow(entry.streams, 0, alive))
 
     @staticmethod
     def _with_other_states(carry: Carry, states: Mapping[str, Tensor]) -> Carry:
         def state(name: str, entry: CarryEntry) -> Tensor:
-            return states[name].roll(1, entry.streams) if name in states else entry.tensor
+            if name not in states:
+                return entry.tensor
+            return states[name].roll(1, entry.streams).narrow(entry.streams, 0, entry.tensor.shape[entry.streams])
 
         return {name: CarryEntry(state(name, entry), entry.streams, entry.heads) for name, entry in carry.items()}
 
-    def _batches(self, documents: list[Document], piece: int, *, least: int) -> Iterator[tuple[list[TokenBatch], int]]:
-        """The steps of this data rank's groups, one after the other, and the tokens of the longest document of each."""
+    def _batches(
+        self, documents: list[Document], piece: int, *, least: int
+    ) -> Iterator[tuple[list[TokenBatch], list[int]]]:
+        """The steps of this data rank's groups, one after the other, and the tokens of each document, longest first."""
         topology, window = self.sync_point.topology, self.modes.tokens
         device = next(self.model.parameters()).device
         grain = piece if window % topology.sequence else min(window, piece)
@@ -146,7 +146,7 @@ class _Measure:
             group = together[index]
             yield (
                 pieces(group, longest, piece, grain, counted=index == topology.data_rank, device=device),
-                len(group[0]),
+                [len(document) for document in group],
             )
 
     def _chain(self, batches: list[TokenBatch], options: Mapping[str, Any]) -> list[Tensor]:
@@ -160,6 +160,11 @@ class _Measure:
     def _forward(self, batch: TokenBatch, carry: Carry, options: Mapping[str, Any]) -> tuple[Tensor, Carry]:
         # Every rank makes as many passes; a stop waits for one of them.
         self.sync_point("evaluation")
+        # Rows whose documents have ended are left out.
+        carry = {
+            name: CarryEntry(entry.tensor.narrow(entry.streams, 0, batch.rows), entry.streams, entry.heads)
+            for name, entry in carry.items()
+        }
         context = StepContext(self.sync_point.topology, self.system.config.seed, "evaluation", 1, options)
         output = self.system.forward(self.model, batch, carry, context)
         return output.tokens["losses"], output.carry

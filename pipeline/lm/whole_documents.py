@@ -96,7 +96,8 @@ def pieces(
 ) -> list[TokenBatch]:
     """The rows of a group in steps of `piece` tokens, the last one a multiple of `grain`, up to `longest` tokens.
 
-    `counted`: whether labels count. Behind its document a row is padded with one that has no labels.
+    `group` is longest first: a row ends with its document's last step, so that later steps have fewer rows, one at the
+    least. `counted`: whether labels count. Behind its document a row is padded with one that has no labels.
     """
     whole = longest // piece * piece
     ends = [*range(piece, whole + 1, piece)]
@@ -114,9 +115,10 @@ def pieces(
     segments = torch.tensor([[document.segment] for document in group]) + padding.long()
     positions = places - torch.where(padding, sizes, 0)
     streams = torch.tensor([document.stream for document in group])
-    return [
-        TokenBatch(
-            ids[:, start:end], labels[:, start:end], segments[:, start:end], positions[:, start:end], streams
-        ).to(device)
-        for start, end in pairwise([0, *ends])
-    ]
+    steps = []
+    for start, end in pairwise([0, *ends]):
+        rows = max(1, int((sizes > start).sum()))
+        part = (slice(rows), slice(start, end))
+        batch = TokenBatch(ids[part], labels[part], segments[part], positions[part], streams[:rows])
+        steps.append(batch.to(device))
+    return steps

@@ -277,15 +277,23 @@ def test_groups_hold_every_document_once(count: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize(("piece", "grain", "steps"), [(8, 8, [8, 8, 8, 8]), (20, 4, [20, 8]), (40, 4, [28])])
-def test_rows_are_padded_by_another_document(piece: int, grain: int, steps: list[int]) -> None:
+def test_rows_are_padded_by_another_document_and_end_with_their_own(piece: int, grain: int, steps: list[int]) -> None:
     group = [Document(3, 7, torch.arange(size), torch.arange(size)) for size in (26, 11)]
     found = pieces(group, 26, piece, grain, counted=True, device=torch.device("cpu"))
     assert [batch.labels.shape[1] for batch in found] == steps
-    labels = torch.cat([batch.labels for batch in found], dim=1)
-    segments, positions = (torch.cat([getattr(x, name) for x in found], dim=1) for name in ("segment_ids", "positions"))
+    ends = [sum(steps[: index + 1]) for index in range(len(steps))]
+    assert [batch.rows for batch in found] == [
+        1 if end - size >= 11 else 2 for end, size in zip(ends, steps, strict=True)
+    ]
     for row, document in enumerate(group):
-        assert torch.equal(labels[row, : len(document)], document.labels)
-        assert (labels[row, len(document) :] == IGNORED).all() and (segments[row, len(document) :] == 8).all()
-        assert torch.equal(positions[row, len(document) :], torch.arange(labels.shape[1] - len(document)))
+        batches = [batch for batch in found if batch.rows > row]
+        labels, segments, positions = (
+            torch.cat([getattr(batch, name)[row] for batch in batches])
+            for name in ("labels", "segment_ids", "positions")
+        )
+        assert torch.equal(labels[: len(document)], document.labels)
+        assert (labels[len(document) :] == IGNORED).all() and (segments[len(document) :] == 8).all()
+        assert torch.equal(positions[len(document) :], torch.arange(len(labels) - len(document)))
+        assert all(batch.streams.tolist() == [3] * batch.rows for batch in found)
     uncounted = pieces(group, 26, piece, grain, counted=False, device=torch.device("cpu"))
     assert all((batch.labels == IGNORED).all() for batch in uncounted)

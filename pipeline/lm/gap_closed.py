@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.documents import DocumentSums
 from pipeline.lm.gap_report import EMPTIED, EQUAL, FULL, MEMORY, SWAPPED, WINDOW, gap_report
-from pipeline.lm.held_out import Evaluated
+from pipeline.lm.held_out import Evaluated, run_as
 from pipeline.lm.whole_documents import Document, documents_beyond, group_size, grouped, pieces, rounds
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, CarryEntry, Evaluation, Phase, StepContext
@@ -90,14 +90,11 @@ class _Measure:
                 named[EQUAL] = modes.equal
             if modes.full is not None:
                 named[FULL] = modes.full(sizes[0])
-            done: list[tuple[Mapping[str, Any], list[Tensor]]] = []
-            for name, options in named.items():
-                # An attachment that is emptied by being left out need not be run twice.
-                losses = next((found for same, found in done if same == options), None)
-                if losses is None:
-                    losses = self._chain(batches, options)
-                    done.append((options, losses))
-                for batch, loss in zip(batches, losses, strict=True):
+            runs: dict[str, list[Tensor]] = {}
+            for name, same in run_as(named).items():
+                if same not in runs:
+                    runs[same] = self._chain(batches, named[same])
+                for batch, loss in zip(batches, runs[same], strict=True):
                     self._add(batch, name, loss)
 
     def swapped(self, documents: list[Document]) -> None:

@@ -76,6 +76,11 @@ def scalar_prefix(modes: Modes, mode: str) -> str:
     return "" if mode == first_mode(modes) else f"{mode.replace(' ', '_')}/"
 
 
+def run_as(modes: Modes) -> dict[str, str]:
+    """By mode the first one that has its options: of modes that do the same, one need be run."""
+    return {mode: next(name for name in modes if modes[name] == options) for mode, options in modes.items()}
+
+
 def run_held_out(
     system: Evaluated, model: nn.Module, phase: Phase, sync_point: SyncPoint, options: Mapping[str, Any]
 ) -> list[tuple[TokenBatch, Tensor, Tensor | None]]:

@@ -33,7 +33,7 @@ from pipeline.data.text_tasks import (
 )
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.lm.held_out import Evaluated, Modes
+from pipeline.lm.held_out import Evaluated, Modes, run_as
 from pipeline.lm.long_recall import check_rising
 from pipeline.lm.long_text_report import Answer, summarise
 from pipeline.parallel.collectives import all_gather_object, shared_errors
@@ -88,6 +88,8 @@ def evaluate_long_text(
         background = read_background(system, tokenizer, max(lengths))
     rows = system.config.evaluation.batch_size or min(ROWS, system.config.batch_size)
     batches = math.ceil(documents / (rows * topology.data))
+    same = run_as(modes)
+    run = {mode: modes[mode] for mode in same.values()}
     answers: list[Answer] = []
     for length in lengths:
         for index in range(batches):
@@ -95,7 +97,8 @@ def evaluate_long_text(
             keys = [(system.config.seed, length, first + row) for row in range(rows)]
             with shared_errors(topology):
                 texts = [draw_text(background, tokenizer.encode, length, *key) for key in keys]
-            answers += _ask(system, model, sync_point, modes, tokenizer, length, texts, first)
+            answers += _ask(system, model, sync_point, run, tokenizer, length, texts, first)
+    answers += [answer._replace(mode=mode) for mode in modes for answer in answers if mode != same[mode] == answer.mode]
     # The ranks of a sequence group have found the same.
     parts = all_gather_object(topology, answers if topology.sequence_rank == 0 else [])
     return summarise([answer for part in parts for answer in part], modes, lengths, edges)

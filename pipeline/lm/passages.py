@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
-from pipeline.lm.held_out import Evaluated, Modes, first_mode
+from pipeline.lm.held_out import Evaluated, Modes, first_mode, run_as
 from pipeline.parallel.collectives import shared_errors
 from pipeline.runtime.sync import SyncPoint, next_step
 from pipeline.system import Curve, Phase, StepContext
@@ -50,7 +50,8 @@ def repeated_passages(
     topology = sync_point.topology
     context, grain = StepContext(topology, system.config.seed, "evaluation", 1), PASSAGE * topology.sequence
     documents = DocumentSums(len(gaps))
-    for mode, options in modes.items():
+    runs: dict[tuple[str, int], Tensor] = {}
+    for mode, same in run_as(modes).items():
         for index, gap in enumerate(gaps):
             # The filler is the text that follows the passage, and the passage then comes again.
             start = PASSAGE + gap
@@ -64,12 +65,14 @@ def repeated_passages(
                 labels[:, copy + CUE : copy + PASSAGE - 1] = ids[:, CUE + 1 : PASSAGE]
             positions = torch.arange(used).expand(rows, -1)
             batch = TokenBatch(ids, labels, torch.zeros_like(ids), positions, torch.arange(rows)).to(device)
-            # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one of them.
-            sync_point("evaluation")
-            output = system.forward(model, batch, {}, dataclasses.replace(context, options=options))
+            if (same, index) not in runs:
+                # Lengths and modes are the config's, so every rank comes here equally often; a stop waits for one.
+                sync_point("evaluation")
+                output = system.forward(model, batch, {}, dataclasses.replace(context, options=modes[same]))
+                runs[same, index] = output.tokens["losses"]
             in_copy = batch.positions[:, local] >= start
             place, segments = torch.full_like(batch.positions, index)[:, local], batch.segment_ids[:, local]
-            losses, counted = output.tokens["losses"], batch.labels[:, local] != IGNORED
+            losses, counted = runs[same, index], batch.labels[:, local] != IGNORED
             values = {mode: losses * in_copy, f"{mode}, first": losses * ~in_copy}
             values |= {"labels": in_copy} if mode == first_mode(modes) else {}
             documents.add(first.streams.to(device), segments, place, counted, values)

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.data.batch import IGNORED
+from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.documents import DocumentSums, documents_per_bin, interval
-from pipeline.lm.held_out import BinSums, Evaluated, Modes, first_mode, run_held_out, scalar_prefix
+from pipeline.lm.held_out import BinSums, Evaluated, Modes, first_mode, run_as, run_held_out, scalar_prefix
 from pipeline.parallel.collectives import shared_errors
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Curve, Evaluation, Phase
@@ -49,8 +49,11 @@ def evaluate_perplexity(
     sums: dict[str, BinSums] = {}
     documents = DocumentSums(bins)
     length = 0.0
-    for mode, options in modes.items():
-        results = run_held_out(system, model, phase, sync_point, {**options, "predict": False})
+    runs: dict[str, list[tuple[TokenBatch, Tensor, Tensor | None]]] = {}
+    for mode, same in run_as(modes).items():
+        if same not in runs:
+            runs[same] = run_held_out(system, model, phase, sync_point, {**modes[same], "predict": False})
+        results = runs[same]
         device = results[0][1].device
         sums[mode] = BinSums.zeros(bins, device)
         covered = torch.zeros((), dtype=torch.float64, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from pipeline.config import replace
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
+from pipeline.lm.held_out import Modes
 from pipeline.lm.long_text import DEPTHS, Background, draw_text, evaluate_long_text, read_background
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import StepContext
+from pipeline.system import Evaluation, StepContext
 from tests.lm.systems import MODES, OFF, ON, config
 
 BYTES = ByteTokenizer()
@@ -70,8 +72,8 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def evaluate(system: Reader, lengths: tuple[int, ...], documents: int = 8):
-    arguments = (system, nn.Linear(1, 1), SyncPoint(Topology()), MODES)
+def evaluate(system: Reader, lengths: tuple[int, ...], documents: int = 8, modes: Modes = MODES) -> Evaluation:
+    arguments = (system, nn.Linear(1, 1), SyncPoint(Topology()), modes)
     return evaluate_long_text(*arguments, lengths=lengths, documents=documents, edges={"window": 64.0})  # type: ignore[arg-type]
 
 
@@ -90,6 +92,22 @@ def test_a_model_that_remembers_all_finds_every_needle(corpus: Path) -> None:
     curve = found.curves["text_needle"]
     assert curve.counts == (40, 40) and curve.levels == {"chance, 1 in 4": 1 / 4} and curve.series[ON] == (1, 1)
     assert found.curves["text_qa1"].counts == (8, 8) and set(found.curves["text_qa1"].series) == {ON, OFF}
+
+
+def test_modes_that_do_the_same_are_run_once(corpus: Path) -> None:
+    class Counted(Reader):
+        forwards = 0
+
+        def forward(self, *arguments: Any) -> object:
+            self.forwards += 1
+            return super().forward(*arguments)
+
+    two, three = Counted(corpus), Counted(corpus)
+    evaluate(two, (4000,))
+    found = evaluate(three, (4000,), modes={**MODES, "memory emptied": MODES[OFF]})
+    assert two.forwards == three.forwards
+    emptied, off = (found.heat_maps["needle"].series[mode] for mode in ("memory emptied", OFF))
+    assert emptied == off != found.heat_maps["needle"].series[ON]
 
 
 def test_a_model_that_remembers_a_part_finds_the_needles_in_it(corpus: Path) -> None:

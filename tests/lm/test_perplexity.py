@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor, nn
 
 from pipeline.data.batch import TokenBatch
+from pipeline.lm.passages import repeated_passages
 from pipeline.lm.perplexity import evaluate_perplexity
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
@@ -45,6 +46,22 @@ def test_perplexity_by_position_is_the_ratio_with_and_without_the_memory() -> No
             assert math.isnan(ratio) and not curve.documents[index]
     assert curve.edges == EDGES
     assert curve.levels == {"no difference": 1.0}
+
+
+def test_modes_that_do_the_same_are_run_once() -> None:
+    """Of perplexity and of repeated passages: a mode more with the options of another costs no forward pass."""
+    for measure in (
+        lambda system, modes: evaluate_perplexity(
+            system, nn.Linear(1, 1), PHASE, SyncPoint(Topology()), modes, edges={}, ratios={}
+        ).curves["perplexity_by_position"],
+        lambda system, modes: repeated_passages(system, nn.Linear(1, 1), PHASE, SyncPoint(Topology()), modes, edges={}),
+    ):
+        two, three = Remembering(512), Remembering(512)
+        measure(two, MODES)
+        curve = measure(three, {**MODES, "memory emptied": MODES[OFF]})
+        assert two.forwards == three.forwards > 0
+        assert curve.series["memory emptied"] == pytest.approx(curve.series[OFF], nan_ok=True)
+        assert curve.series["memory emptied"] != pytest.approx(curve.series[ON], nan_ok=True)
 
 
 def test_documents_that_differ_widen_the_interval() -> None:

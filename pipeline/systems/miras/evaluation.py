@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +25,7 @@ from pipeline.lm.recall import evaluate_recall
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Evaluation, Phase
-from pipeline.systems.miras.config import MemoryConfig, MirasConfig
-from pipeline.systems.miras.emptied import EMPTIED as EMPTIED_OPTIONS
+from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.emptied import WITHOUT, emptied_options, is_state
 from pipeline.systems.miras.layer_kinds import by_layer
 
@@ -41,11 +41,15 @@ class EvaluatedMiras(ReadsText, EvaluatedByFile, Protocol):
     backbone: PreTrainedConfig
 
 
-def evaluation_modes(memory: MemoryConfig) -> Modes:
+def evaluation_modes(system: EvaluatedMiras) -> Modes:
     """The model with its memory, and where it has any: without one, and with nothing in it from beyond the window."""
-    if not memory.layers:
+    if not system.sizes.memory.layers:
         return {ON: {"memory": True}}
-    return {ON: {"memory": True}, OFF: WITHOUT, EMPTIED: EMPTIED_OPTIONS}
+    return {ON: {"memory": True}, OFF: WITHOUT, EMPTIED: _emptied(system)}
+
+
+def _emptied(system: EvaluatedMiras) -> Mapping[str, Any]:
+    return emptied_options(by_layer(system.sizes.memory, system.backbone).values())
 
 
 @torch.no_grad()
@@ -61,7 +65,7 @@ def recall_suite(
 
     `lengths`: in tokens; None: those that stand by default. Raises UserError for one that is too short. Collective.
     """
-    modes, task = evaluation_modes(system.sizes.memory), system.config.data.recall
+    modes, task = evaluation_modes(system), system.config.data.recall
     edges = window_edges(system.sizes.attention, system.backbone.num_hidden_layers)
     was_training = model.training
     model.eval()
@@ -95,7 +99,7 @@ def evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point:
 
 
 def _evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
-    modes, task = evaluation_modes(system.sizes.memory), system.config.data.recall
+    modes, task = evaluation_modes(system), system.config.data.recall
     edges = window_edges(system.sizes.attention, system.backbone.num_hidden_layers)
     if task is not None and task.spread == "log":
         # What is trained on, and four times as far.
@@ -140,7 +144,7 @@ def gap_modes(system: EvaluatedMiras) -> GapModes:
         attention.window,
         window=WITHOUT,
         memory={"memory": True},
-        emptied=emptied_options(by_layer(system.sizes.memory, system.backbone).values()),
+        emptied=_emptied(system),
         full=full if length > attention.window else None,
         is_state=is_state,
         equal={

@@ -88,7 +88,7 @@ def test_recall_through_the_carry_is_that_of_the_whole_document() -> None:
     system, model = built(config)
     task, sync_point = config.data.recall, SyncPoint(Topology())
     assert task is not None
-    modes = evaluation_modes(system.sizes.memory)
+    modes = evaluation_modes(system)
     with torch.no_grad():
         found, memory = ask_at_distances(system, model, sync_point, modes, task, (200, 3000), queries=16)
     assert len(memory) == 2 and memory == sorted(memory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,9 +29,11 @@ from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.emptied import WITHOUT, emptied_options, is_state
 from pipeline.systems.miras.layer_kinds import by_layer
 
-ON, OFF, EMPTIED = "memory on", "memory off", "memory emptied"
+ON, OFF, EMPTIED, FULL = "memory on", "memory off", "memory emptied", "full attention"
 RATIO, EMPTIED_RATIO = "memory off / on", "memory emptied / on"
 """Series of the curves."""
+QUESTION = 256
+"""Tokens that a question about a text has at the most."""
 
 
 class EvaluatedMiras(ReadsText, EvaluatedByFile, Protocol):
@@ -71,9 +73,11 @@ def recall_suite(
     model.eval()
     try:
         if task is None:
-            return evaluate_long_text(
-                system, model, sync_point, modes, lengths=lengths or LENGTHS, documents=queries, edges=edges
-            )
+            lengths = lengths or LENGTHS
+            if (full := full_attention(system)) is not None:
+                # What the backbone answers to what it sees bounds what it can answer to what it remembers.
+                modes = {**modes, FULL: full(max(lengths) + QUESTION)}
+            return evaluate_long_text(system, model, sync_point, modes, lengths=lengths, documents=queries, edges=edges)
         found = evaluate_long_recall(
             system, model, sync_point, modes, task, edges=edges, distances=lengths or DISTANCES, queries=queries
         )
@@ -132,26 +136,35 @@ def check_gap(system: EvaluatedMiras, topology: Topology) -> None:
 
 def gap_modes(system: EvaluatedMiras) -> GapModes:
     """How the losses of a memory are measured."""
-    attention, length = system.sizes.attention, full_length(system)
-
-    def full(longest: int) -> dict[str, Any]:
-        # A window and sinks that reach as far together see the whole of what is no longer: full attention, across
-        # steps. Beyond, the window keeps the backbone at distances that it was trained with.
-        window = max(1, min(length - attention.sinks, longest))
-        return {"memory": False, "attention": dataclasses.replace(attention, window=window)}
-
+    attention = system.sizes.attention
     return GapModes(
         attention.window,
         window=WITHOUT,
         memory={"memory": True},
         emptied=_emptied(system),
-        full=full if length > attention.window else None,
+        full=full_attention(system),
         is_state=is_state,
         equal={
             "memory": False,
             "attention": dataclasses.replace(attention, window=attention.window + state_tokens(system)),
         },
     )
+
+
+def full_attention(system: EvaluatedMiras) -> Callable[[int], Mapping[str, Any]] | None:
+    """The options of full attention without memory, of the longest document's tokens; None where the backbone was
+    trained at no more than the window."""
+    attention, length = system.sizes.attention, full_length(system)
+    if length <= attention.window:
+        return None
+
+    def full(longest: int) -> Mapping[str, Any]:
+        # A window and sinks that reach as far together see the whole of what is no longer: full attention, across
+        # steps. Beyond, the window keeps the backbone at distances that it was trained with.
+        window = max(1, min(length - attention.sinks, longest))
+        return {"memory": False, "attention": dataclasses.replace(attention, window=window)}
+
+    return full
 
 
 def state_tokens(system: EvaluatedMiras) -> int:

@@ -20,7 +20,17 @@ from pipeline.recipes.miras import miras_recall, miras_recall_long, miras_tiny
 from pipeline.runtime.sync import SyncPoint
 from pipeline.system import StepContext
 from pipeline.systems.miras.config import MirasConfig
-from pipeline.systems.miras.evaluation import EMPTIED, EMPTIED_RATIO, OFF, ON, RATIO, evaluate, evaluation_modes
+from pipeline.systems.miras.evaluation import (
+    EMPTIED,
+    EMPTIED_RATIO,
+    FULL,
+    OFF,
+    ON,
+    RATIO,
+    evaluate,
+    evaluation_modes,
+    full_attention,
+)
 from tests.lm import systems
 from tests.lm.systems import PHASE
 from tests.lm.test_recall import Even
@@ -123,12 +133,15 @@ def test_the_recall_suite_asks_by_distance_and_by_pairs() -> None:
     assert found.scalars["queries"] == 8
 
 
-def test_the_recall_suite_asks_about_text() -> None:
+def test_the_recall_suite_asks_about_text_full_attention_too_where_it_was_trained() -> None:
     config = replace(miras_tiny(), sequence_length=256, batch_size=2, parallel__sequence=1)
-    system, model = built(config, dtype=torch.float32)
+    assert full_attention(built(config)[0]) is None
+    system, model = built(replace(config, evaluation__full_length=4096), dtype=torch.float32)
+    options = full_attention(system)(2500)  # type: ignore[misc]
+    assert not options["memory"] and options["attention"].window == 2500
     found = system.recall_suite(model, SyncPoint(Topology()), lengths=(2500,), queries=2)
     heat_map = found.heat_maps["needle"]
-    assert set(heat_map.series) == {ON, OFF, EMPTIED} and heat_map.count == 2 and heat_map.x == (2500,)
+    assert set(heat_map.series) == {ON, OFF, EMPTIED, FULL} and heat_map.count == 2 and heat_map.x == (2500,)
     assert len(found.curves) == 6 and all(0 <= value <= 1 for value in found.scalars.values())
 
 

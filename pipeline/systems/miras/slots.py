@@ -49,6 +49,11 @@ class SlotBranch(nn.Module):
         self.key_map = nn.Parameter(torch.empty(kv_heads, config.head_dim, config.head_dim))
         self.value_map = nn.Parameter(torch.empty(kv_heads, config.head_dim, config.head_dim))
 
+    @property
+    def backend(self) -> Backend:
+        """Of `pipeline.ops.store_slots`, which has no kernel for GPUs."""
+        return "torch" if self.config.backend == "torch" else "auto"
+
     def shift(self, hidden: Tensor) -> Tensor:
         """Of hidden [batch, sequence / degree, width]: [batch, sequence / degree, heads, 1] float32."""
         precise = hidden.to(sum_dtype(hidden))
@@ -73,8 +78,7 @@ class SlotBranch(nn.Module):
         output like q, the slots after the step, and the health."""
         if carry is None:
             carry = Slots.empty(k.shape[0], k.shape[2], self.config.slots.count, k.shape[3], k)
-        backend: Backend = "torch" if self.config.backend == "torch" else "auto"
-        found = slots_by_chunk(k, v, plan, window, carry, backend)
+        found = slots_by_chunk(k, v, plan, window, carry, self.backend)
         keys = self.read(found.keys, self.key_map, topology)
         values = self.read(found.values, self.value_map, topology)
         shift = self.shifted(shift.squeeze(-1), q, topology)

@@ -13,7 +13,7 @@ from pipeline.ops.attention_slots import slot_rotation
 from pipeline.ops.key_cache import KeyCache, TokenPlan
 from pipeline.ops.rope import Rope, Rotation, turn
 from pipeline.ops.slots import Slots, shuffle
-from pipeline.ops.store_slots import Backend, store_slots
+from pipeline.ops.store_slots import store_slots
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.decoding.state import MemoryState
 from pipeline.systems.miras.decoding.steps import LayerSteps, RulePass
@@ -171,8 +171,8 @@ class SlotSteps(LayerSteps):
     def _store(self, slots: Slots, plan: SlotTokenPlan, kept: dict[str, Tensor]) -> None:
         """What is pending goes into the slots of rows whose chunk has ended."""
         k, v, stored = kept[PENDING_K][:, None], kept[PENDING_V][:, None], plan.stored[:, None]
-        backend: Backend = "torch" if self.config.backend == "torch" else "auto"
-        after = store_slots(slots, k, v, stored, torch.ones_like(stored[..., 0]), plan.order, backend=backend).after
+        goes_on = torch.ones_like(stored[..., 0])
+        after = store_slots(slots, k, v, stored, goes_on, plan.order, backend=self.branch.backend).after
         rows = plan.ended.nonzero().squeeze(1).to(plan.offset.device)
         for name, x in _kept(after).items():
             kept[name].index_copy_(0, rows, x.index_select(0, rows))

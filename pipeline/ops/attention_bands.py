@@ -73,8 +73,10 @@ class BandPlan:
 
 def block_length(tokens: int, window: int) -> int:
     """Queries per block. A band computes reach + block keys per query for window keys of use: half a window wastes less
-    than a whole one, a quarter gains no more, and below 64 the kernel's own tiles are not full."""
-    return min(tokens, window, max(window // 2, 64))
+    than a whole one, a quarter gains no more, and below 64 the kernel's own tiles are not full. Blocks are as even as
+    they can be: a last one of a few tokens costs as much as the others."""
+    most = min(tokens, window, max(window // 2, 64))
+    return -(-tokens // -(-tokens // most))
 
 
 def window_attention(

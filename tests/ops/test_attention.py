@@ -21,6 +21,7 @@ from pipeline.ops.attention import (
     plan_window_attention,
     window_attention,
 )
+from pipeline.ops.attention_bands import block_length
 from pipeline.ops.attention_flex import block_mask
 from pipeline.ops.rope import rotate
 from tests.ops.attention_reference import pack, reference_attention, relative_error
@@ -464,3 +465,12 @@ def test_wrong_calls():
         plan_window_attention(
             ids, positions, window=3, sinks=1, carry=None, rope=rope_of(4), backend="flash2", dtype=DOUBLE
         )
+
+
+@pytest.mark.parametrize(
+    "tokens, window, block", [(4096, 256, 128), (4096, 8188, 2048), (4096, 832, 410), (100, 256, 100), (130, 64, 44)]
+)
+def test_blocks_of_a_band_are_even(tokens: int, window: int, block: int) -> None:
+    """4,096 queries of a window of 8,188 in blocks of 4,094 would leave two for a block of their own."""
+    found = block_length(tokens, window)
+    assert found == block and -(-tokens // found) * found - tokens < -(-tokens // found)

@@ -17,7 +17,6 @@ from pipeline.commands.flags import pop_flag
 from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
 from pipeline.downstream.tasks import DEFAULT_TASKS, Loaded, check_path, load_tasks, writes_text
 from pipeline.errors import UserError, shown
-from pipeline.evaluation_result import together
 from pipeline.inference.trained import find, load_trained, read_run
 from pipeline.parallel.collectives import shared_errors
 from pipeline.parallel.topology import Topology
@@ -35,8 +34,6 @@ class Suite:
     """The class or capability that a system must have."""
     lacks: str = ""
     """What a system without it lacks."""
-    adds: bool = False
-    """Whether it adds to the system's own evaluation, in the same files."""
     flags: Mapping[str, Callable[[str, str], Any]] = field(default_factory=dict)
     """From the flags of its own to what reads (flag, value). Raises UserError."""
     prepare: Callable[[Mapping[str, Any], Any, Path, Topology], Mapping[str, Any]] | None = None
@@ -57,7 +54,7 @@ class Chosen:
     @property
     def folder(self) -> str:
         """Where its results go, below those of the checkpoint; empty for the system's own evaluation."""
-        return "" if self.name is None or self.suite.adds else self.name
+        return self.name or ""
 
     def check(self, system: System) -> None:
         """Raises UserError when the system cannot be evaluated so."""
@@ -141,9 +138,8 @@ def _lifelong(
 
 
 def _long(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]) -> Evaluation:
-    # Refused, where it is, before anything is measured.
-    gap = system.gap_closed(model, phase, sync_point)
-    return together(system.evaluate(model, phase, sync_point), gap)
+    found: Evaluation = system.gap_closed(model, phase, sync_point)
+    return found
 
 
 def run_of(flag: str, words: str) -> Path:
@@ -216,7 +212,7 @@ DOWNSTREAM = "downstream"
 OWN = Suite(_own)
 """A system's own evaluation, as in training."""
 SUITES = {
-    "long": Suite(_long, ClosesGap, "has no memory", adds=True),
+    "long": Suite(_long, ClosesGap, "has no memory"),
     "recall": Suite(
         _recall, Recalls, "cannot be asked for what stood far back", flags={"--lengths": counts, "--queries": count}
     ),

@@ -48,6 +48,13 @@ def test_a_suite_takes_its_own_flags_and_leaves_the_recipes() -> None:
     assert asked == {"lengths": None, "queries": 96}
 
 
+def test_the_long_suite_is_gap_closed_alone_in_a_folder_of_its_own() -> None:
+    gap = Evaluation({"gap/closed": 0.5})
+    chosen, _ = pop_suite(["--suite", "long"])
+    assert chosen.run(types.SimpleNamespace(gap_closed=lambda *_: gap), *ARGUMENTS) is gap  # type: ignore[arg-type]
+    assert chosen.folder == "long"
+
+
 def test_the_suite_of_peptides_hands_its_numbers_on(tmp_path: Path) -> None:
     words = ["--suite", "peptides", "--samples", "20", "--decoys=3", "--guidance", "1.5", "--seed", "1"]
     chosen, rest = pop_suite(words)

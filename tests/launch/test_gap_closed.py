@@ -52,7 +52,7 @@ def gap(run: Path, folder: Path, *words: str) -> Measured:
     done = single("pipeline", "train", "miras_smollm2", *words, "--output-dir", str(run), timeout=2 * 3600, **THREADS)
     assert done.returncode == 0, done.stderr
     last = (run / "checkpoints" / "latest").read_text().strip()
-    out = run / "evals" / last
+    out = run / "evals" / last / "long"
     if not (out / "gap_closed.json").exists():
         done = single("pipeline", "eval", str(run), "--suite", "long", *EVALUATED, timeout=3600, **THREADS)
         assert done.returncode == 0, done.stderr

@@ -96,6 +96,10 @@ def _scan_tests() -> list[Step]:
             pytest("-m", "gpu", STEP_TESTS), 60, needs=TESTS, writes="junit", check=all_passed,
         ),
         Step(
+            "slots", "what is stored and attended in slots against float64 on the CPU",
+            pytest("-m", "gpu", "tests/gpu/test_slots_cuda.py"), 60, needs=TESTS, writes="junit", check=all_passed,
+        ),
+        Step(
             "scans at full size", "64K tokens, 16 heads of 128: the time, and the PyTorch path at 20K tokens",
             pytest("-m", "gpu and full_size", *SCAN_TESTS), 120, needs=TESTS, writes="junit", check=all_passed,
         ),

@@ -87,10 +87,9 @@ class Store {
   Store(const Step& p, const void* k, const void* v, void* found_keys, void* found_values, Nearest nearest)
       : p_(p), k_(static_cast<const T*>(k)), v_(static_cast<const T*>(v)), found_keys_(static_cast<T*>(found_keys)),
         found_values_(static_cast<T*>(found_values)), nearest_(nearest), now_(p.slots, p.dim), next_(p.slots, p.dim),
-        token_keys_(p.tokens * p.dim), token_values_(p.tokens * p.dim), half_(p.slots + p.tokens),
-        first_(half_, p.dim), second_(half_, p.dim), cost_(half_), partner_(half_) {
-    by_place_.resize(half_);
-    for (int64_t i = 0; i < half_; ++i) by_place_[p.order[i]] = i;
+        token_keys_(p.tokens * p.dim), token_values_(p.tokens * p.dim), half_((p.slots + p.tokens + 1) / 2),
+        first_(half_, p.dim), second_(half_, p.dim), cost_(half_), partner_(half_), by_place_(p.slots + p.tokens) {
+    for (int64_t i = 0; i < p.slots + p.tokens; ++i) by_place_[p.order[i]] = i;
   }
 
   void run(int64_t row, int64_t head) {
@@ -215,7 +214,7 @@ class Store {
   Nearest nearest_;
   Stored now_, next_;
   std::vector<float> token_keys_, token_values_;
-  int64_t half_;
+  int64_t half_;  // candidates of a half at the most
   HalfOf first_, second_;
   std::vector<float> cost_;
   std::vector<int32_t> partner_;

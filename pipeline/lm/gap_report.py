@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ LABELS = {
     EQUAL: "window of equal state, memory off",
 }
 """Their curves."""
-CLOSED, CLOSED_EQUAL = "gap closed", "by a window of equal state"
+CLOSED, CLOSED_OWN, CLOSED_EQUAL = "gap closed", "by the document's own state", "by a window of equal state"
 WORTH, SWAP = "worth of remembering", "worth of the document's own state"
 
 Sums = Mapping[str, Tensor]
@@ -60,7 +60,9 @@ def _statistics(sums: Sums) -> dict[str, Callable[[Sums], Found]]:
     if SWAPPED in sums:
         found["swap_cost"] = partial(_found, partial(_difference, SWAPPED, MEMORY))
     if FULL in sums:
-        found["closed"] = partial(_with_interval, _closed)
+        found["closed"] = partial(_with_interval, partial(_closed, (WINDOW, EMPTIED)))
+        if SWAPPED in sums:
+            found["closed_own"] = partial(_with_interval, partial(_closed, (WINDOW, EMPTIED, SWAPPED)))
         if EQUAL in sums:
             found["closed_equal"] = partial(_with_interval, _closed_by_equal_state)
     return found
@@ -83,10 +85,11 @@ def _difference(more: str, less: str, sums: Sums) -> Tensor:
     return (sums[more] - sums[less]) / sums["labels"]
 
 
-def _closed(sums: Sums) -> Tensor:
-    """Gap closed per bin, of sums over documents; NaN where full attention gains nothing."""
+def _closed(controls: Sequence[str], sums: Sums) -> Tensor:
+    """Share of the gap by which the memory is better than the best of the controls, per bin, of sums over documents;
+    NaN where full attention gains nothing."""
     gap = sums[WINDOW] - sums[FULL]
-    closed = (torch.minimum(sums[WINDOW], sums[EMPTIED]) - sums[MEMORY]) / gap
+    closed = (torch.stack([sums[name] for name in controls]).amin(0) - sums[MEMORY]) / gap
     return closed.masked_fill(gap <= 0, torch.nan)
 
 
@@ -140,9 +143,8 @@ def _curves(sums: dict[str, Tensor], window: int, bins: int) -> dict[str, Curve]
             "Worth of remembering by position", "nats per label more\nthan with the memory", worth, {"nothing": 0.0}
         )
     if "closed" in statistics:
-        closed = {CLOSED: statistics["closed"]}
-        if "closed_equal" in statistics:
-            closed[CLOSED_EQUAL] = statistics["closed_equal"]
+        named = {CLOSED: "closed", CLOSED_OWN: "closed_own", CLOSED_EQUAL: "closed_equal"}
+        closed = {name: statistics[key] for name, key in named.items() if key in statistics}
         curves["gap_closed"] = curve(
             "Gap closed by position", "share of the gap between window\nand full attention", closed,
             {"nothing": 0.0, "full attention": 1.0},

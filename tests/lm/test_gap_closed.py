@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.config import replace
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.lm.gap_closed import GapModes, measure_gap
-from pipeline.lm.gap_report import CLOSED, CLOSED_EQUAL, LABELS, SWAP, WORTH
+from pipeline.lm.gap_report import CLOSED, CLOSED_EQUAL, CLOSED_OWN, LABELS, SWAP, WORTH
 from pipeline.lm.whole_documents import Document, grouped, pieces
 from pipeline.parallel.topology import Topology
 from pipeline.runtime.stop import Stopped
@@ -150,6 +150,7 @@ def test_a_model_that_copies_from_its_memory_closes_the_gap_by_its_skill(length:
     assert scalars["gap/loss_full"] == pytest.approx(full)
     assert scalars["gap/loss_memory"] == pytest.approx(memory)
     assert scalars["gap/closed"] == pytest.approx(skill)
+    assert scalars["gap/closed_own"] == pytest.approx(skill), "another document's state is no control that helps"
     assert scalars["gap/closed_equal"] == pytest.approx(0.5), "whatever the memory does"
     for end in ("_low", "_high"):
         assert scalars[f"gap/closed{end}"] == pytest.approx(skill), "every document says the same"
@@ -175,6 +176,23 @@ def test_the_curves_have_every_loss_and_what_follows_by_position() -> None:
     assert all(math.isnan(end) for end in (closed.intervals[CLOSED][0][-1], closed.intervals[CLOSED][1][-1]))
     worth = evaluation.curves["worth_of_remembering"]
     assert set(worth.series) == {WORTH, SWAP} and worth.series[WORTH][-1] == pytest.approx(UNKNOWN - CERTAIN)
+
+
+def test_a_model_that_adapts_by_what_it_reads_closes_nothing_of_its_own() -> None:
+    """Anything in memory lowers its loss, as of trained weights that read it: an emptied one shows nothing of that."""
+
+    class Reads(Copier):
+        def forward(self, model: Any, batch: Any, carry: Any, context: StepContext) -> types.SimpleNamespace:
+            found = super().forward(model, batch, carry, context)
+            if context.options["memory"] and not context.options.get("emptied"):
+                found.tokens["losses"] = torch.full(batch.labels.shape, UNKNOWN - 1.0)
+            return found
+
+    evaluation = measured(Reads(LENGTHS, 40))
+    full, _ = expected(LENGTHS, CERTAIN)
+    assert evaluation.scalars["gap/closed"] == pytest.approx(1 / (UNKNOWN - full))
+    assert evaluation.scalars["gap/closed_own"] == pytest.approx(0)
+    assert evaluation.curves["gap_closed"].series[CLOSED_OWN][1:] == pytest.approx([0.0] * 4)
 
 
 def test_a_model_that_only_adapts_closes_nothing() -> None:

@@ -41,6 +41,10 @@ def test_the_gap_is_said_where_it_was_measured() -> None:
     assert headline({"loss": 2.0, **worth, **closed}) == f"val 2.000 | {line}"
     unsure = {**worth, "gap/worth_low": math.nan, **closed, "gap/closed_high": math.nan}
     assert gap_line(unsure) == "gap closed 5.4 %, remembering worth 0.0127"
+    more = {f"gap/{key}{end}": 0.25 for key in ("closed_own", "closed_equal") for end in ("", "_low", "_high")}
+    ends = "25.0 % (25.0 to 25.0)"
+    own = f"by the document's own state {ends}, a window of equal state {ends}, remembering"
+    assert own in gap_line({**worth, **closed, **more})
     assert gap_line({**worth, **closed, "gap/closed": math.nan}).startswith("no gap to full attention, remembering")
 
 

@@ -75,7 +75,7 @@ def recall_suite(
         if task is None:
             lengths = lengths or LENGTHS
             if (full := full_attention(system)) is not None:
-                # What the backbone answers to what it sees bounds what it can answer to what it remembers.
+                # A question that the backbone cannot answer to what it sees says nothing about its memory.
                 modes = {**modes, FULL: full(max(lengths) + QUESTION)}
             return evaluate_long_text(system, model, sync_point, modes, lengths=lengths, documents=queries, edges=edges)
         found = evaluate_long_recall(

@@ -90,11 +90,10 @@ class ClosesGap(Protocol):
 class Recalls(Protocol):
     """Can be asked for what stood far back (`eval --suite recall`)."""
 
-    def recall_suite(
-        self, model: nn.Module, sync_point: SyncPoint, *, lengths: tuple[int, ...] | None, queries: int
-    ) -> Evaluation:
-        """Shares of right answers by length. `lengths` in tokens, None: the system's own; at least `queries` questions
-        a point. Collective; leaves the model's mode as it found it. Raises UserError."""
+    def recall_suite(self, model: nn.Module, sync_point: SyncPoint, **options: Any) -> Evaluation:
+        """Shares of right answers by length. `options`, each the system's own where it is left out: `lengths` in
+        tokens, the least number of `queries` a point, and the `forms` of questions about text. Collective; leaves the
+        model's mode as it found it. Raises UserError."""
         ...
 
 

@@ -9,6 +9,7 @@ ask for one of them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import numpy as np
 
 from pipeline.errors import UserError
 
+FORMS = ("needle", "variables", "common words", "qa1", "qa2", "qa3")
+"""What is asked about text."""
 CANDIDATES = 4
 """Answers to choose from: a guess is right once in so many."""
 HOPS = 3
@@ -191,6 +194,11 @@ def _events(draw: np.random.Generator) -> tuple[list[str], dict[str, str], dict[
             for thing in carried:
                 note(thing, where[person])
     return events, where, track
+
+
+def of_forms(task: TextTask, forms: Sequence[str]) -> TextTask:
+    """The same with the questions of these forms alone."""
+    return dataclasses.replace(task, questions=tuple(one for one in task.questions if one.form in forms))
 
 
 def together(tasks: Sequence[TextTask]) -> TextTask:

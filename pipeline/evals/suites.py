@@ -14,6 +14,7 @@ from torch import nn
 from pipeline.capabilities import ClosesGap, JudgesPeptides, MeasuresContexts, Recalls, RemembersFacts, ScoresText
 from pipeline.checkpoint.loader_state import makers_at
 from pipeline.commands.flags import pop_flag
+from pipeline.data.text_tasks import FORMS
 from pipeline.downstream.evaluate import evaluate_tasks, own_decoder
 from pipeline.downstream.tasks import DEFAULT_TASKS, Loaded, check_path, load_tasks, writes_text
 from pipeline.errors import UserError, shown
@@ -116,8 +117,8 @@ def _own(system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, val
 def _recall(
     system: Any, model: nn.Module, phase: Phase, sync_point: SyncPoint, values: Mapping[str, Any]
 ) -> Evaluation:
-    lengths, queries = values.get("--lengths"), values.get("--queries", 96)
-    found: Evaluation = system.recall_suite(model, sync_point, lengths=lengths, queries=queries)
+    options = {flag.removeprefix("--"): value for flag, value in values.items()}
+    found: Evaluation = system.recall_suite(model, sync_point, **options)
     return found
 
 
@@ -177,6 +178,14 @@ def names(flag: str, words: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def forms(flag: str, words: str) -> tuple[str, ...]:
+    """Forms of questions about text. Raises UserError."""
+    found = names(flag, words)
+    if unknown := [name for name in found if name not in FORMS]:
+        raise UserError(f"{flag} {shown(unknown[0])}: give some of {', '.join(FORMS)}")
+    return found
+
+
 def folder(flag: str, words: str) -> str:
     """A folder that is there. Raises UserError."""
     check_path(words, flag)
@@ -214,7 +223,10 @@ OWN = Suite(_own)
 SUITES = {
     "long": Suite(_long, ClosesGap, "has no memory"),
     "recall": Suite(
-        _recall, Recalls, "cannot be asked for what stood far back", flags={"--lengths": counts, "--queries": count}
+        _recall,
+        Recalls,
+        "cannot be asked for what stood far back",
+        flags={"--lengths": counts, "--queries": count, "--forms": forms},
     ),
     "lifelong": Suite(
         _lifelong,

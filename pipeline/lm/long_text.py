@@ -21,12 +21,14 @@ from pipeline.data.long_recall import generator
 from pipeline.data.sources.base import Order
 from pipeline.data.text_tasks import (
     CANDIDATES,
+    FORMS,
     Encode,
     Question,
     TextTask,
     common_words,
     haystack,
     needles,
+    of_forms,
     story,
     together,
     variables,
@@ -73,12 +75,13 @@ def evaluate_long_text(
     *,
     lengths: Sequence[int] = LENGTHS,
     documents: int = 96,
+    forms: Sequence[str] = FORMS,
     edges: Mapping[str, float],
 ) -> Evaluation:
     """Share of right answers in every mode: a heat map of needles by length and depth, curves of all forms by length.
 
-    At least `documents` texts a length, each with a needle at every depth, a story, chains of variables and a list of
-    words. Scalars are `needle/4096`, `memory_off/qa1/4096`, and `exact/...` of answers that greedy decoding writes.
+    At least `documents` texts a length, each with what `forms` ask for: a needle at every depth, a story, chains of
+    variables and a list of words. Scalars are `needle/4096`, `memory_off/qa1/4096`, and `exact/...` of answers that greedy decoding writes.
     `edges`: the curves' vertical lines, in tokens by label. Raises UserError. Collective.
     """
     topology = sync_point.topology
@@ -96,7 +99,7 @@ def evaluate_long_text(
             first = (index * topology.data + topology.data_rank) * rows
             keys = [(system.config.seed, length, first + row) for row in range(rows)]
             with shared_errors(topology):
-                texts = [draw_text(background, tokenizer.encode, length, *key) for key in keys]
+                texts = [draw_text(background, tokenizer.encode, length, *key, forms=forms) for key in keys]
             answers += _ask(system, model, sync_point, run, tokenizer, length, texts, first)
     answers += [answer._replace(mode=mode) for mode in modes for answer in answers if mode != same[mode] == answer.mode]
     # The ranks of a sequence group have found the same.
@@ -129,12 +132,14 @@ def read_background(system: ReadsText, tokenizer: Tokenizer, tokens: int) -> Bac
     return Background(pieces, sorted(words))
 
 
-def draw_text(background: Background, encode: Encode, length: int, *key: object) -> tuple[np.ndarray, TextTask]:
-    """(ids [length] int64, what stands in them and is asked): a function of the background, the length and `key`."""
+def draw_text(
+    background: Background, encode: Encode, length: int, *key: object, forms: Sequence[str] = FORMS
+) -> tuple[np.ndarray, TextTask]:
+    """(ids [length] int64, what stands in them and is asked): a function of the background, the length, `key` and the
+    forms; sentences of others are left out."""
     draw = generator("text", *key)
-    task = together(
-        [needles(draw, background.words, DEPTHS), variables(draw), common_words(draw, background.words), story(draw)]
-    )
+    drawn = [needles(draw, background.words, DEPTHS), variables(draw), common_words(draw, background.words), story(draw)]
+    task = together([asked for one in drawn if (asked := of_forms(one, forms)).questions])
     facts = [(depth, encode(f"{sentence}\n")) for depth, sentence in task.facts]
     return haystack(background.pieces, length, facts, int(draw.integers(len(background.pieces)))), task
 

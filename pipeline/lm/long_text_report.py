@@ -71,6 +71,8 @@ def summarise(
             edges=dict(edges),
         )
     depths = sorted({answer.depth for answer in answers if answer.depth is not None})
+    if not depths:
+        return Evaluation(scalars, curves)
 
     def grid(value: Any, mode: str) -> Any:
         return tuple(tuple(value(mode, "needle", length, depth) for length in lengths) for depth in depths)

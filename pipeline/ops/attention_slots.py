@@ -98,6 +98,8 @@ def plan_slots(
     if not 0 < chunk <= slots:
         raise ValueError(f"{slots} slots cannot take a chunk of {chunk} tokens at once: give at least as many")
     batch, tokens = segment_ids.shape
+    # The last step of a stream may be shorter than a chunk, and needs no queries beyond its tokens.
+    chunk = min(chunk, tokens)
     device = segment_ids.device
     old_ids, old_positions = before or (segment_ids.new_full((batch, window), NO_TOKEN), positions.new_zeros(()))
     ids = blocks(segment_ids, chunk, PADDING)

@@ -44,8 +44,12 @@ def test_a_suite_takes_its_own_flags_and_leaves_the_recipes() -> None:
 
     chosen.run(types.SimpleNamespace(recall_suite=recall_suite), *ARGUMENTS)  # type: ignore[arg-type]
     assert asked == {"lengths": (1024, 4096), "queries": 32}
-    pop_suite(["--suite", "recall"])[0].run(types.SimpleNamespace(recall_suite=recall_suite), *ARGUMENTS)  # type: ignore[arg-type]
-    assert asked == {"lengths": None, "queries": 96}
+    asked.clear()
+    words = ["--suite", "recall", "--forms", "needle,common words"]
+    pop_suite(words)[0].run(types.SimpleNamespace(recall_suite=recall_suite), *ARGUMENTS)  # type: ignore[arg-type]
+    assert asked == {"forms": ("needle", "common words")}
+    with pytest.raises(UserError, match="--forms 'qa4': give some of needle, variables, common words, qa1, qa2, qa3"):
+        pop_suite(["--suite", "recall", "--forms", "needle,qa4"])
 
 
 def test_the_long_suite_is_gap_closed_alone_in_a_folder_of_its_own() -> None:

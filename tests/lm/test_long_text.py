@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.config import replace
 from pipeline.data.batch import IGNORED, TokenBatch
+from pipeline.data.text_tasks import FORMS
 from pipeline.data.tokenizer import ByteTokenizer
 from pipeline.errors import UserError
 from pipeline.lm.held_out import Modes
@@ -23,7 +24,6 @@ from pipeline.system import Evaluation, StepContext
 from tests.lm.systems import MODES, OFF, ON, config
 
 BYTES = ByteTokenizer()
-FORMS = ("needle", "variables", "common words", "qa1", "qa2", "qa3")
 
 
 class Reader:
@@ -72,9 +72,16 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def evaluate(system: Reader, lengths: tuple[int, ...], documents: int = 8, modes: Modes = MODES) -> Evaluation:
+def evaluate(
+    system: Reader,
+    lengths: tuple[int, ...],
+    documents: int = 8,
+    modes: Modes = MODES,
+    forms: Sequence[str] = FORMS,
+) -> Evaluation:
     arguments = (system, nn.Linear(1, 1), SyncPoint(Topology()), modes)
-    return evaluate_long_text(*arguments, lengths=lengths, documents=documents, edges={"window": 64.0})  # type: ignore[arg-type]
+    more = {"documents": documents, "forms": forms, "edges": {"window": 64.0}}
+    return evaluate_long_text(*arguments, lengths=lengths, **more)  # type: ignore[arg-type]
 
 
 def test_a_model_that_remembers_all_finds_every_needle(corpus: Path) -> None:
@@ -127,6 +134,18 @@ def test_a_text_is_exactly_so_long_and_holds_every_sentence(corpus: Path) -> Non
     for _, sentence in task.facts:
         place = text.index(f"{sentence}\n", place) + len(sentence)
     assert len(task.questions) == len(DEPTHS) + 5
+
+
+def test_a_text_without_some_forms_has_none_of_their_sentences(corpus: Path) -> None:
+    background = read_background(Reader(corpus), BYTES, 10_000)
+    ids, task = draw_text(background, BYTES.encode, 1024, 3, forms=("needle",))
+    assert len(ids) == 1024 and [one.form for one in task.questions] == ["needle"] * len(DEPTHS)
+    assert len(task.facts) == len(DEPTHS)
+    _, task = draw_text(background, BYTES.encode, 4096, 3, forms=("qa1", "variables"))
+    assert {one.form for one in task.questions} == {"qa1", "variables"}
+    assert not any("magic" in sentence or "List of words" in sentence for _, sentence in task.facts)
+    found = evaluate(Reader(corpus), (1024,), forms=("qa1",))
+    assert set(found.curves) == {"text_qa1"} and not found.heat_maps
 
 
 def test_the_background_is_held_out_text(corpus: Path) -> None:

@@ -65,6 +65,18 @@ def test_losses_and_gradients_whatever_the_tile(tile: int | None, scale: float) 
     assert_equal_to_truth(*make(), scale=scale, tolerance=1e-12)
 
 
+def test_a_tile_without_labels_has_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "LOGIT_BYTES", 4 * 29 * 10)
+    hidden, weight, labels = make()
+    labels[:20] = IGNORED
+    labels[25] = 3
+    products = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(len(x)) or linear(x, *rest))
+    assert_equal_to_truth(hidden, weight, labels, scale=1.0, tolerance=1e-12)
+    assert products == [10, 7]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 12), st.integers(1, 25), st.integers(0, 1000))
 def test_losses_and_gradients_of_any_shape(tokens: int, width: int, vocabulary: int, tile: int, seed: int) -> None:

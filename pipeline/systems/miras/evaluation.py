@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from pipeline.data.text_tasks import FORMS
 from pipeline.errors import UserError
 from pipeline.lm.attention import window_edges
 from pipeline.lm.decoder_config import kv_width, sliding_window
@@ -62,10 +63,12 @@ def recall_suite(
     *,
     lengths: tuple[int, ...] | None = None,
     queries: int = QUERIES,
+    forms: Sequence[str] | None = None,
 ) -> Evaluation:
     """`eval --suite recall`: of the recall task by distance and by pairs, of text by task, length and depth.
 
-    `lengths`: in tokens; None: those that stand by default. Raises UserError for one that is too short. Collective.
+    `lengths`: in tokens; `forms`: of the questions about text; None: all that stand by default. Raises UserError for a
+    length that is too short, and for forms where there is no text. Collective.
     """
     modes, task = evaluation_modes(system), system.config.data.recall
     edges = window_edges(system.sizes.attention, system.backbone.num_hidden_layers)
@@ -77,7 +80,12 @@ def recall_suite(
             if (full := full_attention(system)) is not None:
                 # A question that the backbone cannot answer to what it sees says nothing about its memory.
                 modes = {**modes, FULL: full(max(lengths) + QUESTION)}
-            return evaluate_long_text(system, model, sync_point, modes, lengths=lengths, documents=queries, edges=edges)
+            return evaluate_long_text(
+                system, model, sync_point, modes,
+                lengths=lengths, documents=queries, forms=forms or FORMS, edges=edges,
+            )  # fmt: skip
+        if forms is not None:
+            raise UserError(f"--forms {','.join(forms)}: {system.config.recipe} has pairs, and no text: leave it out")
         found = evaluate_long_recall(
             system, model, sync_point, modes, task, edges=edges, distances=lengths or DISTANCES, queries=queries
         )

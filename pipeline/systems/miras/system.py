@@ -251,12 +251,10 @@ class MirasSystem(LanguageModelSystem):
 
         return gap_closed(self, model, phase, sync_point)
 
-    def recall_suite(
-        self, model: nn.Module, sync_point: SyncPoint, *, lengths: tuple[int, ...] | None, queries: int
-    ) -> Evaluation:
+    def recall_suite(self, model: nn.Module, sync_point: SyncPoint, **options: Any) -> Evaluation:
         from pipeline.systems.miras.evaluation import recall_suite
 
-        return recall_suite(self, model, sync_point, lengths=lengths, queries=queries)
+        return recall_suite(self, model, sync_point, **options)
 
     def decoder(self, model: nn.Module) -> Decoder:
         return self.exported(model).decoder()

@@ -14,6 +14,7 @@ from pipeline.capabilities import Recalls
 from pipeline.config import replace
 from pipeline.data.batch import IGNORED, TokenBatch
 from pipeline.data.long_recall import document_head, fillers, generator, stored_pairs
+from pipeline.errors import UserError
 from pipeline.lm.long_recall import ask_at_distances, questions
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_recall, miras_recall_long, miras_tiny
@@ -131,6 +132,8 @@ def test_the_recall_suite_asks_by_distance_and_by_pairs() -> None:
     assert found.curves["recall_by_distance"].x == (100, 300) and found.curves["recall_by_pairs"].x[-1] == 16
     assert found.curves["recall_by_pairs"].edges == {"32, a head's key size": 32.0}
     assert found.scalars["queries"] == 8
+    with pytest.raises(UserError, match="--forms needle: miras_recall_long has pairs, and no text: leave it out"):
+        system.recall_suite(model, SyncPoint(Topology()), forms=("needle",))
 
 
 def test_the_recall_suite_asks_about_text_full_attention_too_where_it_was_trained() -> None:

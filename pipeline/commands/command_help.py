@@ -16,7 +16,7 @@ HELP: dict[str, str] = {
         "  --suite recall      what stood far back is asked for instead\n"
         "    --lengths N,...   in tokens, such as 1024,16384\n"
         "    --queries N       questions a point at the least (default 96)\n"
-        "    --forms A,B       of the questions about text (default all): needle, variables, common words, qa1, qa2, qa3\n"
+        "    --forms A,B       of needle, variables, common words, qa1, qa2, qa3, about text (default all)\n"
         "  --suite peptides    likelihoods and drawn peptides, of a model of peptides\n"
         "    --samples N       peptides of each kind that are drawn (default 1000)\n"
         "    --peptides N      held-out peptides of each kind that are scored at the most (default 1000)\n"

@@ -81,8 +81,8 @@ def evaluate_long_text(
     """Share of right answers in every mode: a heat map of needles by length and depth, curves of all forms by length.
 
     At least `documents` texts a length, each with what `forms` ask for: a needle at every depth, a story, chains of
-    variables and a list of words. Scalars are `needle/4096`, `memory_off/qa1/4096`, and `exact/...` of answers that greedy decoding writes.
-    `edges`: the curves' vertical lines, in tokens by label. Raises UserError. Collective.
+    variables and a list of words. Scalars are `needle/4096`, `memory_off/qa1/4096`, and `exact/...` of answers that
+    greedy decoding writes. `edges`: the curves' vertical lines, in tokens by label. Raises UserError. Collective.
     """
     topology = sync_point.topology
     tokenizer = load_tokenizer(system.config.data.tokenizer, system.config.data.trust_remote_code)
@@ -138,7 +138,12 @@ def draw_text(
     """(ids [length] int64, what stands in them and is asked): a function of the background, the length, `key` and the
     forms; sentences of others are left out."""
     draw = generator("text", *key)
-    drawn = [needles(draw, background.words, DEPTHS), variables(draw), common_words(draw, background.words), story(draw)]
+    drawn = [
+        needles(draw, background.words, DEPTHS),
+        variables(draw),
+        common_words(draw, background.words),
+        story(draw),
+    ]
     task = together([asked for one in drawn if (asked := of_forms(one, forms)).questions])
     facts = [(depth, encode(f"{sentence}\n")) for depth, sentence in task.facts]
     return haystack(background.pieces, length, facts, int(draw.integers(len(background.pieces)))), task

@@ -6,30 +6,25 @@ when a whole chunk no longer has it in its window. Its distance is the true one 
 slot's newest token, up to a reach that is to lie within what the backbone was trained for. The logit of a slot has the
 logarithm of its tokens added. Where nothing lies behind the window, this is `attention.window_attention`.
 
-All of it is one call of SDPA over [window, sinks, slots]: what is added to logits stands in extra dimensions of queries
-and keys, so that fused kernels need no mask per head.
+Backends: `sdpa` on a CPU (`attention_slots_sdpa`), `flex` on CUDA (`attention_slots_flex`).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
+from pipeline.ops import attention_slots_flex, attention_slots_sdpa
 from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkIndex, WindowCarry, blocks
+from pipeline.ops.attention_slots_flex import FlexSlots
+from pipeline.ops.attention_slots_sdpa import DenseSlots
+from pipeline.ops.fuse import fused
 from pipeline.ops.rope import Rope, Rotation, one_after_another, rotate, turn
-from pipeline.ops.slots import Slots, SlotsByChunk, shuffle
+from pipeline.ops.slots import SlotKeys, Slots, SlotsByChunk, shuffle
 from pipeline.ops.store_slots import Backend, store_slots
-
-EXTRA = 8
-"""Dimensions that are added to queries and keys: three are used, and kernels want multiples of eight."""
-EMPTY = -3e4
-"""What stands in the place of the logarithm of no tokens, in units of a key's extra dimension: finite in float16, and
-exp() of it is 0 for every scale of logits in use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +33,14 @@ class SlotPlan:
 
     window: int
     chunk: int
-    mask: Tensor
-    """[batch * chunks, 1, chunk, window + chunk + sinks + slots] additive: 0 where a query sees a key, else -inf."""
+    layout: DenseSlots | FlexSlots
+    """Who sees whom, in the backend's own form."""
     rotation: Rotation
     """Of the step's tokens, [batch, tokens, 1, dim / 2]."""
     carry_rotation: Rotation | None
     """Of the carried window's tokens."""
-    sinks: SinkIndex | None
-    sink_rotation: Rotation | None
+    sinks: SinkIndex
+    sink_rotation: Rotation
     """[batch, chunks, sinks, 1, dim / 2]."""
     slot_rotation: Rotation
     """Of the position of the first token that a chunk has in its window, [batch, chunks, 1, 1, dim / 2]: a slot turns
@@ -60,14 +55,6 @@ class SlotPlan:
     """[batch, chunks, chunk] bool: of the tokens `window` places before a chunk's, which are stored at its end."""
     order: Tensor
     """[slots + chunk] int64: `pipeline.ops.slots.shuffle`, on the device."""
-    masks: dict[int, Tensor] = field(default_factory=dict)
-    """What `grouped` has made."""
-
-    def grouped(self, group: int) -> Tensor:
-        """The mask of `group` heads that follow each other as queries of one."""
-        if group not in self.masks:
-            self.masks[group] = self.mask.repeat(1, 1, group, 1)
-        return self.masks[group]
 
 
 def plan_slots(
@@ -82,6 +69,7 @@ def plan_slots(
     chunk: int,
     reach: int,
     dtype: torch.dtype,
+    backend: Literal["sdpa", "flex"],
 ) -> SlotPlan:
     """The plan of one step.
 
@@ -94,6 +82,7 @@ def plan_slots(
         slots, chunk: how many, and tokens of a chunk. Raises ValueError for fewer slots than tokens of a chunk.
         reach: positions behind the window at which a slot stands at the most, however old.
         dtype: of q, k and v.
+        backend: of attention.
     """
     if not 0 < chunk <= slots:
         raise ValueError(f"{slots} slots cannot take a chunk of {chunk} tokens at once: give at least as many")
@@ -109,23 +98,20 @@ def plan_slots(
     all_ids = torch.cat([old_ids, ids.flatten(1)], dim=1)
     all_places = torch.cat([old_positions.expand(batch, window), places.flatten(1)], dim=1)
 
-    offsets = torch.arange(window + chunk, device=device)
-    distance = offsets[window:, None] - offsets
-    band = (ids[..., None] == all_ids.unfold(1, window + chunk, chunk)[:, :, None]) & (distance >= 0)
-    parts = [band]
-    own = (ids == first_ids[..., None])[..., None]
-    sink_index = sink_rotation = None
-    if sinks:
-        first = torch.arange(0, tokens, chunk, device=device)
-        sink_index = SinkIndex.of(first, segment_ids, positions, None if before is None else old_ids, sinks)
-        order = torch.arange(sinks, device=device)
-        behind = first_places[..., None] - order > window
-        parts.append(own & (behind & sink_index.present)[:, :, None])
-        # Right behind the window, as `attention_sinks` has them.
-        sink_rotation = rope.rotation((first_places - window - sinks).clamp_min(0)[..., None] + order, dtype)
-    parts.append(own.expand(-1, -1, -1, slots))
-    seen = torch.cat(parts, dim=-1).flatten(0, 1)[:, None]
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
+    own = ids == first_ids[..., None]
+    first = torch.arange(0, tokens, chunk, device=device)
+    sink_index = SinkIndex.of(first, segment_ids, positions, None if before is None else old_ids, sinks)
+    order = torch.arange(sinks, device=device)
+    behind = first_places[..., None] - order > window
+    visible = own[..., None] & (behind & sink_index.present)[:, :, None]
+    # Right behind the window, as `attention_sinks` has them.
+    sink_rotation = rope.rotation((first_places - window - sinks).clamp_min(0)[..., None] + order, dtype)
+    layout: DenseSlots | FlexSlots
+    if backend == "flex":
+        carried = None if before is None else old_ids
+        layout = FlexSlots.build(segment_ids, carried, own, visible, window=window, slots=slots)
+    else:
+        layout = DenseSlots.build(ids, all_ids, own, visible, slots=slots, dtype=dtype)
 
     # A step's last chunk cannot know what follows: it stores for the document of its last token.
     next_ids = torch.cat([first_ids[:, 1:], segment_ids[:, -1:]], dim=1)
@@ -135,7 +121,7 @@ def plan_slots(
     return SlotPlan(
         window,
         chunk,
-        mask,
+        layout,
         rope.rotation(positions, dtype),
         None if before is None else rope.rotation(old_positions, dtype),
         sink_index,
@@ -188,48 +174,38 @@ def slot_attention(
         shift: [batch, tokens, heads], added to the logits of all slots.
         scale: of the logits.
     """
-    batch, tokens, heads, dim = q.shape
-    earlier_k = earlier_v = None
+    earlier = None
     if carry is not None:
         assert plan.carry_rotation is not None
-        earlier_k, earlier_v = rotate(carry.k.to(k.dtype), plan.carry_rotation), carry.v
-    by_chunk = "batch chunks keys heads dim -> (batch chunks) heads keys dim"
-    # In a key's extra dimensions, over the scale: the logarithm of its tokens in two parts, for bfloat16; and what
-    # takes the query's shift.
-    marked = torch.cat([rotate(q, plan.rotation), q.new_ones(*q.shape[:3], 2), shift[..., None].to(q.dtype)], dim=-1)
-    queries = rearrange(blocks(F.pad(marked, (0, EXTRA - 3)), plan.chunk, 0), by_chunk)
-    band_k, band_v = (
-        _bands(F.pad(x, (0, EXTRA)), None if before is None else F.pad(before, (0, EXTRA)), plan)
-        for x, before in ((rotate(k, plan.rotation), earlier_k), (v, earlier_v))
+        earlier = rotate(carry.k.to(k.dtype), plan.carry_rotation), carry.v.to(v.dtype)
+    sink_k = plan.sinks.gather(k, None if carry is None else carry.sink_k)
+    sink_v = plan.sinks.gather(v, None if carry is None else carry.sink_v)
+    seen = SlotKeys(
+        turn_slots(keys.to(k.dtype), plan.slot_rotation, plan.back, ages),
+        values.to(v.dtype),
+        counts,
+        shift,
+        turn(sink_k, *plan.sink_rotation),
+        sink_v,
     )
-    parts = [(band_k, band_v)]
-    if plan.sinks is not None:
-        assert plan.sink_rotation is not None
-        sink_k = plan.sinks.gather(k, None if carry is None else carry.sink_k)
-        sink_v = plan.sinks.gather(v, None if carry is None else carry.sink_v)
-        sink_k = turn(sink_k, *plan.sink_rotation)
-        sink_k, sink_v = (F.pad(rearrange(x, by_chunk), (0, EXTRA)) for x in (sink_k, sink_v))
-        parts.append((sink_k, sink_v))
-    bias = torch.where(counts > 0, counts.clamp_min(1).log() / scale, EMPTY)
-    coarse = bias.to(k.dtype)
-    marks = torch.stack([coarse, (bias - coarse).to(k.dtype), torch.full_like(coarse, 1 / scale)], dim=-1)
-    turned = turn(keys.to(k.dtype), *slot_rotation(plan.slot_rotation, plan.back, ages)).flatten(0, 1)
-    slot_k = torch.cat([turned, F.pad(marks.flatten(0, 1), (0, EXTRA - 3))], dim=-1)
-    parts.append((slot_k, F.pad(values.flatten(0, 1).to(v.dtype), (0, EXTRA))))
-    all_k, all_v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    # A key-value head's queries as those of one head: its keys need no copies, and products are larger.
-    kv_heads, group = k.shape[2], heads // k.shape[2]
-    queries = queries.unflatten(1, (kv_heads, group)).flatten(2, 3)
-    out = F.scaled_dot_product_attention(queries, all_k, all_v, attn_mask=plan.grouped(group), scale=scale)
-    by_token = "(batch chunks) kv_heads (group chunk) dim -> batch (chunks chunk) (kv_heads group) dim"
-    return rearrange(out[..., :dim], by_token, batch=batch, group=group)[:, :tokens]
+    k = rotate(k, plan.rotation)
+    if isinstance(plan.layout, FlexSlots):
+        return attention_slots_flex.slot_attention(q, k, v, plan.layout, plan.rotation, earlier, seen, scale)
+    q = rotate(q, plan.rotation)
+    return attention_slots_sdpa.slot_attention(q, k, v, plan.layout, earlier, seen, scale)
 
 
-def slot_rotation(place: Rotation, back: Rotation, ages: Tensor) -> Rotation:
-    """How keys of slots turn: `place` [..., 1, 1, dim / 2] turned back by their ages [..., kv_heads, slots], `back` is
-    of `Rope.back`."""
-    index = ages.long().clamp_max(back.cos.shape[0] - 1)
-    return one_after_another(place, Rotation(back.cos[index], back.sin[index]))
+def turn_slots(keys: Tensor, place: Rotation, back: Rotation, ages: Tensor) -> Tensor:
+    """Keys of slots [..., kv_heads, slots, dim] after RoPE: by `place` [..., 1, 1, dim / 2], turned back by their ages
+    [..., kv_heads, slots]; `back` is of `Rope.back`."""
+    # Fused, the cosines and sines of every slot never reach memory.
+    apply = fused(_turn_slots, dynamic=True) if keys.is_cuda else _turn_slots
+    return apply(keys, *place, *back, ages)
+
+
+def _turn_slots(keys: Tensor, cos: Tensor, sin: Tensor, back_cos: Tensor, back_sin: Tensor, ages: Tensor) -> Tensor:
+    index = ages.long().clamp_max(back_cos.shape[0] - 1)
+    return turn(keys, *one_after_another(Rotation(cos, sin), Rotation(back_cos[index], back_sin[index])))
 
 
 def _behind(x: Tensor, before: Tensor | None, window: int) -> Tensor:
@@ -237,13 +213,3 @@ def _behind(x: Tensor, before: Tensor | None, window: int) -> Tensor:
     if before is None:
         before = x.new_zeros(x.shape[0], window, *x.shape[2:])
     return torch.cat([before.to(x.dtype), x], dim=1)[:, : x.shape[1]]
-
-
-def _bands(x: Tensor, before: Tensor | None, plan: SlotPlan) -> Tensor:
-    """x [batch, tokens, heads, dim] as overlapping bands [batch * chunks, heads, window + chunk, dim]."""
-    batch, tokens, heads, dim = x.shape
-    if before is None:
-        before = x.new_zeros(batch, plan.window, heads, dim)
-    x = torch.cat([before.to(x.dtype), x, x.new_zeros(batch, -tokens % plan.chunk, heads, dim)], dim=1)
-    bands = x.unfold(1, plan.window + plan.chunk, plan.chunk)
-    return rearrange(bands, "batch chunks heads dim keys -> (batch chunks) heads keys dim")

@@ -50,6 +50,23 @@ class SlotsByChunk(NamedTuple):
     after: Slots
 
 
+class SlotKeys(NamedTuple):
+    """What the queries of each chunk see besides the tokens near them; keys after RoPE."""
+
+    keys: Tensor
+    """[batch, chunks, kv_heads, slots, dim]."""
+    values: Tensor
+    """Like keys."""
+    counts: Tensor
+    """[batch, chunks, kv_heads, slots]: tokens in each; 0 where a slot is empty."""
+    shift: Tensor
+    """[batch, tokens, heads]: added to a query's logits of all slots."""
+    sink_k: Tensor
+    """[batch, chunks, sinks, kv_heads, dim]."""
+    sink_v: Tensor
+    """Like sink_k."""
+
+
 @functools.cache
 def shuffle(count: int) -> tuple[int, ...]:
     """Where each of `count` candidates goes before they are halved, always the same."""

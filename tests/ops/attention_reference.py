@@ -1,4 +1,4 @@
-"""Attention as its definition reads: one query at a time, float64, no blocks, no carry."""
+"""Attention as its definition reads: one query at a time, float64, no blocks, no carry. FlexAttention, dense."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 
 def reference_attention(
@@ -58,3 +59,34 @@ def relative_error(have: Tensor, want: Tensor) -> float:
     """Of the whole tensor, in the Euclidean norm; a true zero (q's gradient when it sees one key) counts as 0.01."""
     have, want = (x.detach().to("cpu", torch.float64) for x in (have, want))
     return float((have - want).norm() / want.norm().clamp(min=1e-2))
+
+
+def dense_flex(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention as its kernel reads a BlockMask: full tiles skip mask_mod, absent tiles are never looked at. In the
+    place of `pipeline.ops.attention_flex._fused_flex`."""
+    batch, tokens, length = q.shape[0], q.shape[2], k.shape[2]
+    rows = block_mask.kv_num_blocks.shape[0]
+    assert rows in (1, batch)
+    b, i, j = torch.meshgrid(torch.arange(batch), torch.arange(tokens), torch.arange(length), indexing="ij")
+    tile = block_mask.BLOCK_SIZE[0]
+
+    def spread(counts: Tensor, indices: Tensor) -> Tensor:
+        tiles = torch.zeros(batch, -(-tokens // tile), -(-length // tile), dtype=torch.bool)
+        for row, column in torch.ones_like(tiles[..., 0]).nonzero().tolist():
+            of = row % rows
+            tiles[row, column, indices[of, 0, column, : counts[of, 0, column]].long()] = True
+        return tiles[b, i // tile, j // tile]
+
+    partial = spread(block_mask.kv_num_blocks, block_mask.kv_indices)
+    every = spread(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    assert not (partial & every).any()
+    seen = (partial & block_mask.mask_mod(b, 0, i, j)) | every
+    group = q.shape[1] // k.shape[1]
+    logits = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * scale
+    if bias is not None:
+        logits = logits + bias.repeat_interleave(group, 1)[:, :, None]
+    logits = logits.masked_fill(~seen[:, None], -math.inf)
+    out = torch.softmax(logits, -1) @ v.repeat_interleave(group, 1)
+    return out, torch.logsumexp(logits, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from pipeline.ops.attention import (
 from pipeline.ops.attention_bands import block_length
 from pipeline.ops.attention_flex import block_mask
 from pipeline.ops.rope import rotate
-from tests.ops.attention_reference import pack, reference_attention, relative_error
+from tests.ops.attention_reference import dense_flex, pack, reference_attention, relative_error
 
 DOUBLE = torch.float64
 TOLERANCE = 1e-10
@@ -274,30 +273,6 @@ def test_rope_is_that_of_transformers_and_exact_far_out():
 
 
 # ---- the GPU backends' plans, with dense stand-ins for the kernels
-
-
-def dense_flex(q, k, v, *, block_mask, scale, enable_gqa, return_aux):
-    """FlexAttention as its kernel reads a BlockMask: full tiles skip mask_mod, absent tiles are never looked at."""
-    batch, tokens, length = q.shape[0], q.shape[2], k.shape[2]
-    b, i, j = torch.meshgrid(torch.arange(batch), torch.arange(tokens), torch.arange(length), indexing="ij")
-    tile = block_mask.BLOCK_SIZE[0]
-
-    def spread(counts, indices):
-        tiles = torch.zeros(batch, -(-tokens // tile), -(-length // tile), dtype=torch.bool)
-        for row, column in torch.ones_like(tiles[..., 0]).nonzero().tolist():
-            tiles[row, column, indices[row, 0, column, : counts[row, 0, column]].long()] = True
-        return tiles[b, i // tile, j // tile]
-
-    partial = spread(block_mask.kv_num_blocks, block_mask.kv_indices)
-    every = spread(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    assert not (partial & every).any()
-    seen = (partial & block_mask.mask_mod(b, 0, i, j)) | every
-    group = q.shape[1] // k.shape[1]
-    assert enable_gqa == (group > 1) and return_aux.lse
-    logits = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * scale
-    logits = logits.masked_fill(~seen[:, None], -math.inf)
-    out = torch.softmax(logits, -1) @ v.repeat_interleave(group, 1)
-    return out, types.SimpleNamespace(lse=torch.logsumexp(logits, -1))
 
 
 def dense_varlen(

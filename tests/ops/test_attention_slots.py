@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.ops import attention_flex
 from pipeline.ops.attention import Rope, WindowCarry, plan_window_attention, window_attention
+from pipeline.ops.attention_flex import own_block_mask
 from pipeline.ops.attention_sinks import CarryPlan
 from pipeline.ops.attention_slots import plan_slots, slot_attention, slots_by_chunk
 from pipeline.ops.slots import Slots
 from tests.ops import slots_reference
+from tests.ops.attention_reference import dense_flex, relative_error
 
-HEADS, KV_HEADS, DIM, WINDOW, SLOTS, CHUNK = 4, 2, 8, 6, 5, 3
+HEADS, KV_HEADS, DIM, WINDOW, SLOTS, CHUNK = 4, 2, 16, 6, 5, 3
 SIZES = {"window": WINDOW, "slots": SLOTS, "chunk": CHUNK, "reach": 11}
 SCALE = DIM**-0.5
 ROPE = Rope(100.0 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM), attention_scaling=1.2)
@@ -35,25 +39,47 @@ def row(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return segments[None], torch.cat([torch.arange(length) for length in lengths])[None]
 
 
-def plans(segments: Tensor, positions: Tensor, carry: WindowCarry | None, sinks: int, dtype: torch.dtype) -> Any:
+@pytest.fixture(autouse=True)
+def flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention has no backward pass on a CPU."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(attention_flex, "_fused_flex", dense_flex)
+
+
+def plans(
+    segments: Tensor,
+    positions: Tensor,
+    carry: WindowCarry | None,
+    sinks: int,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int],
+    backend: Any,
+) -> Any:
     """Of the slots, and of what the next step finds of the window."""
     before = None if carry is None else (carry.segment_ids, carry.positions)
     rope = replace(ROPE, inverse_frequencies=ROPE.inverse_frequencies.to(segments.device))
-    own = plan_slots(segments, positions, before, rope=rope, sinks=sinks, dtype=dtype, **SIZES)
-    return own, CarryPlan.build(segments, positions, before, window=WINDOW, sinks=sinks)
+    own = plan_slots(segments, positions, before, rope=rope, sinks=sinks, dtype=dtype, backend=backend, **sizes)
+    return own, CarryPlan.build(segments, positions, before, window=sizes["window"], sinks=sinks)
 
 
 def attended(
-    x: dict[str, Tensor], lengths: list[int], *, sinks: int, cuts: tuple[int, ...] = ()
+    x: dict[str, Tensor],
+    lengths: list[int],
+    *,
+    sinks: int,
+    cuts: tuple[int, ...] = (),
+    sizes: Mapping[str, int] = SIZES,
+    backend: str = "sdpa",
 ) -> tuple[Tensor, Slots]:
     """The output of a row of documents in steps that end at `cuts`, and the slots after it, on the device of `x`."""
     segments, positions = (part.to(x["k"].device) for part in row(lengths))
     carry: WindowCarry | None = None
-    slots = Slots.empty(1, KV_HEADS, SLOTS, DIM, x["k"])
+    slots = Slots.empty(1, KV_HEADS, sizes["slots"], DIM, x["k"])
     outs = []
     for start, end in zip((0, *cuts), (*cuts, segments.shape[1]), strict=True):
         q, k, v, shift = (x[name][:, start:end] for name in ("q", "k", "v", "shift"))
-        own, kept = plans(segments[:, start:end], positions[:, start:end], carry, sinks, q.dtype)
+        part = (segments[:, start:end], positions[:, start:end])
+        own, kept = plans(*part, carry, sinks, q.dtype, sizes, backend)
         found = slots_by_chunk(k, v, own, carry, slots)
         outs.append(slot_attention(q, k, v, own, carry, *found[:4], shift, SCALE))
         carry = kept.cut(k, v, carry)
@@ -61,11 +87,12 @@ def attended(
     return torch.cat(outs, dim=1), slots
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("lengths", [[40], [4, 30], [20, 1, 19], [9, 31]], ids=str)
-def test_it_is_the_token_loop(lengths: list[int], sinks: int) -> None:
+def test_it_is_the_token_loop(lengths: list[int], sinks: int, backend: str) -> None:
     x = inputs(sum(lengths))
-    found, _ = attended(x, lengths, sinks=sinks)
+    found, _ = attended(x, lengths, sinks=sinks, backend=backend)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
@@ -103,6 +130,32 @@ def test_steps_equal_one_pass(lengths: list[int], cuts: tuple[int, ...]) -> None
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+LARGE = {"window": 150, "slots": 64, "chunk": 48, "reach": 300}
+"""Sizes at which a row has several tiles of FlexAttention, whose ends lie within chunks and blocks of slots."""
+
+
+@pytest.mark.parametrize("sizes", [LARGE, {**LARGE, "slots": 128, "chunk": 128}], ids=["ragged", "whole"])
+@pytest.mark.parametrize("lengths", [[624], [200, 3, 421]], ids=str)
+def test_what_flex_attention_sees_is_what_sdpa_sees(lengths: list[int], sizes: dict[str, int]) -> None:
+    x = {name: value.requires_grad_() for name, value in inputs(624).items()}
+    probe = inputs(624, seed=1)["q"]
+    for cuts in ((), (4 * sizes["chunk"],)):
+        outs = [attended(x, lengths, sinks=2, cuts=cuts, sizes=sizes, backend=name)[0] for name in ("sdpa", "flex")]
+        gradients = [torch.autograd.grad((out * probe).sum(), list(x.values())) for out in outs]
+        assert relative_error(outs[1], outs[0]) < 1e-12
+        for other, one in zip(*gradients, strict=True):
+            assert relative_error(one, other) < 1e-11
+
+
+def test_a_mask_of_blocks_has_no_tile_that_no_query_sees() -> None:
+    mask = own_block_mask((512, 128), (4 * 256, 256), torch.device("cpu"))
+    assert mask.full_kv_num_blocks.tolist() == [[[2, 2, 2, 2]]] and mask.kv_num_blocks.tolist() == [[[0, 0, 0, 0]]]
+    assert mask.full_kv_indices[0, 0, :, :2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    # Chunks of half a tile: each tile of queries sees the slots of two, half of them by half of its queries.
+    mask = own_block_mask((256, 64), (4 * 128, 128), torch.device("cpu"))
+    assert mask.full_kv_num_blocks.tolist() == [[[0, 0]]] and mask.kv_num_blocks.tolist() == [[[2, 2]]]
+
+
 def test_equal_keys_in_one_slot_are_full_attention_to_each() -> None:
     """Where merging loses nothing: the keys behind the window are as many kinds as there are slots, without RoPE."""
     tokens, still = 48, Rope(torch.zeros(DIM // 2, dtype=torch.float64))
@@ -110,7 +163,7 @@ def test_equal_keys_in_one_slot_are_full_attention_to_each() -> None:
     kinds = torch.arange(tokens) % 2
     x["k"], x["v"] = x["k"][:, kinds], x["v"][:, kinds]
     segments, positions = row([tokens])
-    plan = plan_slots(segments, positions, None, rope=still, sinks=0, dtype=torch.float64, **SIZES)
+    plan = plan_slots(segments, positions, None, rope=still, sinks=0, dtype=torch.float64, backend="sdpa", **SIZES)
     found = slots_by_chunk(x["k"], x["v"], plan, None, Slots.empty(1, KV_HEADS, SLOTS, DIM, x["k"]))
     out = slot_attention(x["q"], x["k"], x["v"], plan, None, *found[:4], torch.zeros_like(x["shift"]), SCALE)
     q, k, v = (value.transpose(1, 2) for value in (x["q"], x["k"], x["v"]))
@@ -126,8 +179,8 @@ def errors(dtype: torch.dtype, lengths: list[int], cuts: tuple[int, ...] = (), d
     rough = {name: value.to(device).requires_grad_() for name, value in rounded.items()}
     coefficients = inputs(sum(lengths), seed=1)["q"]
     outs = []
-    for x in (exact, rough):
-        out, _ = attended(x, lengths, sinks=2, cuts=cuts)
+    for x, backend in ((exact, "sdpa"), (rough, "flex" if device == "cuda" else "sdpa")):
+        out, _ = attended(x, lengths, sinks=2, cuts=cuts, backend=backend)
         (out * coefficients.to(out)).sum().backward()
         outs.append(out)
     found = []
@@ -149,5 +202,6 @@ def test_fewer_slots_than_tokens_of_a_chunk_are_refused() -> None:
     segments, positions = row([8])
     with pytest.raises(ValueError, match="2 slots cannot take a chunk of 3 tokens"):
         plan_slots(
-            segments, positions, None, rope=ROPE, window=4, sinks=0, slots=2, chunk=3, reach=4, dtype=torch.float32
-        )
+            segments, positions, None,
+            rope=ROPE, window=4, sinks=0, slots=2, chunk=3, reach=4, dtype=torch.float32, backend="sdpa",
+        )  # fmt: skip

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 from pipeline.lm.activations import block_bytes, head_bytes, plan_bytes
 from pipeline.lm.decoder_config import attention_width, kv_width
 from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
-from pipeline.ops.attention_slots import EXTRA
 from pipeline.ops.chunks import span_tokens
 from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
 from pipeline.ops.scan_torch import kept_bytes, recomputes
@@ -102,21 +101,17 @@ def memory_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
 def slot_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     """(saved, made beside it) of a layer's slots beside its attention to the window.
 
-    SDPA keeps queries, and keys and values of every chunk, with the dimensions that are added; the maps keep the slots
-    of every chunk and what they made of them, RoPE a cosine and a sine of every slot's place. Beside it are gradients
-    of keys or values, as measured.
+    The maps keep keys and values of the slots of every chunk, FlexAttention what was read of them and its output for
+    every query; beside it are gradients of what was read. How often the slots are there is as measured.
     """
     element, chunk, count = step.element, memory.slots.chunk, memory.slots.count
     rows, kv = step.rows / step.degree, step.kv_width // memory.head_dim
-    chunks = rows * step.sequence / chunk
-    wide = memory.head_dim + EXTRA
-    seen = step.attention.window + chunk + step.attention.sinks + count
-    keys = element * chunks * kv * wide * seen
-    queries = 2 * element * step.tokens * memory.heads * wide
-    slots = 4 * element * chunks * kv * memory.head_dim * count
-    turns = max(element, 4) * chunks * kv * memory.head_dim * count
+    slots = element * rows * step.sequence / chunk * kv * memory.head_dim * count
+    queries = element * step.tokens * memory.heads * memory.head_dim
     normed = (8 if element < 4 else 4) * step.backbone.hidden_size * step.tokens
-    return int(2 * keys + queries + slots + turns + normed), int(1.5 * keys + queries)
+    # What the rest of the block kept is gone by then; before, it works beside all that is saved.
+    freed = 3 * element * step.backbone.intermediate_size * step.tokens
+    return int(3 * slots + queries + normed), int(max(4 * slots + queries - freed, block_bytes(step)[1]))
 
 
 def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:

@@ -104,7 +104,7 @@ class MirasModel(nn.Module):
             before,
             self._segments(memory_ids, memory_positions, before) if use_memory else None,
             self._overflow(segment_ids, positions, before, written=not emptied) if use_memory else None,
-            self._slots(segment_ids, positions, before, hidden) if use_memory and not emptied else None,
+            self._slots(segment_ids, positions, before, plan, hidden.dtype) if use_memory and not emptied else None,
             kinds,
             {},
         )
@@ -212,7 +212,12 @@ class MirasModel(nn.Module):
         return dataclasses.replace(plan, written=written)
 
     def _slots(
-        self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry], hidden: Tensor
+        self,
+        segment_ids: Tensor,
+        positions: Tensor,
+        before: list[LayerCarry],
+        plan: AttentionPlan,
+        dtype: torch.dtype,
     ) -> SlotPlan | None:
         first, attention = self._first("slots"), self.config.attention
         if first is None:
@@ -228,7 +233,9 @@ class MirasModel(nn.Module):
             slots=settings.count,
             reach=settings.reach,
             chunk=settings.chunk,
-            dtype=hidden.dtype,
+            dtype=dtype,
+            # Of the backends of a GPU this one alone can do it.
+            backend="sdpa" if plan.backend == "sdpa" else "flex",
         )
 
     def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:

@@ -25,7 +25,15 @@ from pipeline.config import RunConfig
 from pipeline.data.batch import TokenBatch
 from pipeline.lm import attention
 from pipeline.lm.distillation import places
-from pipeline.ops import attention_flex, chunks, cross_entropy, dual_scan, scan_native
+from pipeline.ops import (
+    attention_flex,
+    attention_slots,
+    attention_slots_flex,
+    chunks,
+    cross_entropy,
+    dual_scan,
+    scan_native,
+)
 from pipeline.parallel.topology import Topology
 from pipeline.system import Carry, StepContext, create_system
 from pipeline.systems.miras import model
@@ -84,13 +92,13 @@ def stand_in(kept: Callable[..., tuple], made: Callable[..., Any], gradients: in
 _rotate = stand_in(lambda y, x, cos, sin: (cos, sin), lambda x, cos, sin: torch.empty_like(x), 1)
 _norm = stand_in(lambda y, x, weight, rstd: (x, weight, rstd), lambda x, weight, rstd: torch.empty_like(x), 2)
 _flex = stand_in(
-    lambda out, q, k, v: (q, k, v, *out),
-    lambda q, k, v: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    lambda out, q, k, v, bias: (q, k, v, *out, bias),
+    lambda q, k, v, bias: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
     3,
 )
-_merge = stand_in(
-    lambda y, out, lse, q, sink_k, sink_v: (out, lse, q, sink_k, sink_v), lambda out, *_: torch.empty_like(out), 5
-)
+# Of one part or two: outputs, log-sum-exps, queries, sinks.
+_merges = {parts: stand_in(lambda y, *x: x, lambda out, *_: torch.empty_like(out), 2 * parts + 3) for parts in (1, 2)}
+_turn_slots = stand_in(lambda y, keys, ages: (ages,), lambda keys, ages: torch.empty_like(keys), 1)
 
 
 def traced_step(
@@ -131,12 +139,15 @@ def traced_step(
 def _act_like_a_gpu(monkeypatch: pytest.MonkeyPatch, degree: int, natively: bool) -> None:
     monkeypatch.setattr(attention, "attention_backend", lambda *_: "flex")
     monkeypatch.setattr(attention_flex, "rotate", lambda x, rotation: _rotate(x, *rotation))
-    monkeypatch.setattr(
-        attention_flex, "_attend", lambda q, k, v, mask, scale: _flex(*(x.transpose(1, 2) for x in (q, k, v)))
-    )
-    monkeypatch.setattr(
-        attention_flex, "_merge", lambda out, lse, q, cos, sin, sink_k, sink_v, *_: _merge(out, lse, q, sink_k, sink_v)
-    )
+    monkeypatch.setattr(attention_flex, "_fused_flex", lambda q, k, v, mask, scale, bias: _flex(q, k, v, bias))
+
+    def merge(outs: list[Tensor], sums: list[Tensor], q: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Any:
+        return _merges[len(outs)](*outs, *sums, q, *rest[:2])
+
+    monkeypatch.setattr(attention_flex, "_merge", merge)
+    for module in (attention_slots, attention_slots_flex):
+        monkeypatch.setattr(module, "rotate", lambda x, rotation: _rotate(x, *rotation))
+    monkeypatch.setattr(attention_slots, "turn_slots", lambda keys, place, back, ages: _turn_slots(keys, ages))
 
     def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         return _norm(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops.attention_slots import slot_rotation
+from pipeline.ops.attention_slots import turn_slots
 from pipeline.ops.key_cache import KeyCache, TokenPlan
 from pipeline.ops.rope import Rope, Rotation, turn
 from pipeline.ops.slots import Slots, shuffle
@@ -135,7 +135,7 @@ class SlotSteps(LayerSteps):
         slots, made = _slots(kept), state.made
         if plan.begins or not made:
             keys = branch.read(slots.keys.to(k.dtype), branch.key_map, whole)
-            made[READ_K] = turn(keys, *slot_rotation(plan.slots, plan.back, slots.ages))
+            made[READ_K] = turn_slots(keys, plan.slots, plan.back, slots.ages)
             made[READ_V] = branch.read(slots.values.to(v.dtype), branch.value_map, whole)
         ring = slice(cache.sinks, cache.sinks + token.slots)
         all_k = torch.cat(

@@ -213,6 +213,9 @@ def _only(name: str) -> tuple[str, ...]:
     return ("--backends", "none", "--peers", name) if name in PEER_MODULES else ("--backends", name, "--peers", "none")
 
 
+WORDS = {"window": "window attention", "full": "full attention", "slots": "window attention and slots"}
+
+
 def _train(target: Target) -> list[Step]:
     """The recipes' own sizes, and a short training."""
     if target.emulated:
@@ -233,6 +236,10 @@ def _train(target: Target) -> list[Step]:
             (kind, length, (*common, "--data.min-tokens", str(length), "--model.attention.kind", kind))
             for length in (65_536, 131_072) for kind in ("window", "full")
         ]  # fmt: skip
+        # Memory on every layer, as for a pretrained backbone whose window is a part of what it was trained at.
+        slots = ("--model.attention.window", "1024", "--model.memory.attachment", "slots", "--model.memory.layers",
+                 "every1", "--model.memory.slots.count", "512", "--model.memory.slots.chunk", "256")  # fmt: skip
+        runs.append(("slots", 65_536, (*common, "--data.min-tokens", "65536", *slots)))
         recall = ()
         # The rows of one micro-batch of the recipe. Texts are joined up, so that every sequence is full.
         texts = ("--data.dataset", "stdlib", "--data.tokenizer", "bytes", "--grad-accum", "1", "--zero", "zero0")
@@ -252,7 +259,7 @@ def _train(target: Target) -> list[Step]:
     throughput = [
         Step(
             f"throughput {length // 1024 or length}{'K' if length >= 1024 else ''} {kind}",
-            f"tokens/s, MFU and peak memory of training steps, {kind} attention",
+            f"tokens/s, MFU and peak memory of training steps, {WORDS[kind]}",
             module(
                 "pipeline", "bench", "throughput", "--lengths", str(length), "--bench-steps", "3", "--json", RESULT,
                 *flags,

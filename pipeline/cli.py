@@ -22,6 +22,7 @@ from pipeline.errors import (
     of_a_file,
     out_of_space,
 )
+from pipeline.host.large_pages import use_large_pages
 from pipeline.runtime.exit import exit_code, exit_message, exit_process, log_line, silence
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.spelling import did_you_mean, nearest
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The name of a file may be no text.
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Torch reads it once.
+    use_large_pages()
     words = without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")

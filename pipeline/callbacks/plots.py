@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 DASHES = ("--", ":", "-.")
 """Styles of lines that something is compared with, in turn."""
+MOST_SHADED = 3
+"""Series whose intervals are shaded: more hide each other and the lines. The numbers have all."""
+MOST_INSIDE = 6
+"""Entries of a legend within the axes: more would hide the curves, and stand below."""
 
 
 class Plots(Callback):
@@ -91,8 +95,10 @@ def draw_curve(curve: Curve, path: Path, subtitle: str = "") -> None:
     heights = (1.0, 0.25) if curve.counts else (1.0,)
     figure, axes = _figure(1, heights, sharex=True)
     axis: Axes = axes[0][0]
-    for label in curve.drawn or curve.series:
-        _draw_series(axis, curve, label)
+    drawn = curve.drawn or tuple(curve.series)
+    shaded = sum(label in curve.intervals for label in drawn) <= MOST_SHADED
+    for label in drawn:
+        _draw_series(axis, curve, label, shaded or bool(curve.names))
     for (label, level), dash in zip(curve.levels.items(), cycle(DASHES), strict=False):
         axis.axhline(level, color="black", linestyle=dash, linewidth=1, label=label)
     for (label, edge), dash in zip(curve.edges.items(), cycle(DASHES), strict=False):
@@ -101,7 +107,11 @@ def draw_curve(curve: Curve, path: Path, subtitle: str = "") -> None:
     axis.set(ylabel=curve.drawn_label or curve.y_label, title=f"{curve.title}\n{subtitle}".strip())
     axis.title.set_fontsize("medium")
     axis.grid(alpha=0.3)
-    if axis.lines:
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) > MOST_INSIDE:
+        figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(labels) / 2))
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="x-small")
+    elif labels:
         axis.legend(fontsize="x-small")
     if curve.counts:
         _draw_counts(axes[1][0], curve)
@@ -124,8 +134,9 @@ def _last(curve: Curve) -> float:
     return max(seen, default=curve.x[-1])
 
 
-def _draw_series(axis: Axes, curve: Curve, label: str) -> None:
-    """A line with its interval: level over each bin, else through points. What is not finite leaves a gap."""
+def _draw_series(axis: Axes, curve: Curve, label: str, shaded: bool) -> None:
+    """A line, with its interval where that is shaded: level over each bin, else through points. What is not finite
+    leaves a gap."""
     edges = _edges(curve)
     sides = [edge for pair in pairwise(edges) for edge in pair]
     x = sides if curve.upper_edges else curve.x
@@ -141,7 +152,7 @@ def _draw_series(axis: Axes, curve: Curve, label: str) -> None:
         return
     marker, style = None if curve.upper_edges else "o", "none" if curve.names else "-"
     (line,) = axis.plot(x, values, label=label, marker=marker, markersize=3, linestyle=style)
-    if label in curve.intervals:
+    if shaded and label in curve.intervals:
         low, high = map(points, curve.intervals[label])
         over = curve.interval_over if isinstance(curve.interval_over, str) else curve.interval_over[label]
         name = f"{label}, 95 % over {over}"

@@ -108,6 +108,20 @@ RATIO = Curve(
 )  # fmt: skip
 
 
+def test_many_series_have_a_legend_below_and_no_bands_that_hide_them(tmp_path: Path, shown) -> None:
+    names = [f"mode {number}" for number in range(7)]
+    low, high = RATIO.intervals["off / on"]
+    intervals = dict.fromkeys(names[:6], (low, high))
+    many = dataclasses.replace(RATIO, series=dict.fromkeys(names, RATIO.series["on"]), drawn=(), intervals=intervals)
+    draw_curve(many, tmp_path / "curve.png")
+    ((above,), _) = shown()
+    assert above.get_legend() is None and not above.collections
+    (legend,) = above.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*names, "no difference", "window of 64"]
+    numbers = json.loads((tmp_path / "curve.json").read_text())
+    assert set(numbers["intervals"]) == set(intervals), "the numbers have all"
+
+
 def test_a_ratio_is_drawn_with_its_interval_and_what_it_is_compared_with(tmp_path: Path, shown) -> None:
     draw_curve(RATIO, tmp_path / "curve.png", "tiny, window 64, after step 3")
     above, _ = (row[0] for row in shown())

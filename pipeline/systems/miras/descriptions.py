@@ -40,7 +40,10 @@ def distillation_line(sizes: MirasConfig, length: int, trained: int | None) -> s
 
 
 def layers(numbers: Sequence[int | str]) -> str:
-    """`layer 2`, `layers 1 and 3`, `layers 8, 10, 12 and 14`."""
+    """`layer 2`, `layers 1 and 3`, `layers 8, 10, 12 and 14`, `layers 0 to 29`."""
+    first, end = numbers[0], numbers[-1]
+    if len(numbers) > 2 and isinstance(first, int) and list(numbers) == [*range(first, first + len(numbers))]:
+        return f"layers {first} to {end}"
     *most, last = map(str, numbers)
     return f"layers {', '.join(most)} and {last}" if most else f"layer {last}"
 

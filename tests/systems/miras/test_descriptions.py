@@ -53,7 +53,15 @@ def test_a_loss_that_is_not_finite_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "text"), [((2,), "layer 2"), ((1, 3), "layers 1 and 3"), ((8, 10, 12, 14), "layers 8, 10, 12 and 14")]
+    ("numbers", "text"),
+    [
+        ((2,), "layer 2"),
+        ((1, 3), "layers 1 and 3"),
+        ((1, 2), "layers 1 and 2"),
+        ((8, 10, 12, 14), "layers 8, 10, 12 and 14"),
+        (tuple(range(30)), "layers 0 to 29"),
+        (("upper4",), "layer upper4"),
+    ],
 )
 def test_layers_are_listed(numbers: tuple[int, ...], text: str) -> None:
     assert layers(numbers) == text

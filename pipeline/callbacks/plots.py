@@ -25,6 +25,8 @@ DASHES = ("--", ":", "-.")
 """Styles of lines that something is compared with, in turn."""
 MOST_SHADED = 3
 """Series whose intervals are shaded: more hide each other and the lines. The numbers have all."""
+WIDEST_OF_TWO = 40
+"""Characters of an entry of a legend that has two columns."""
 MOST_INSIDE = 6
 """Entries of a legend within the axes: more would hide the curves, and stand below."""
 
@@ -109,8 +111,9 @@ def draw_curve(curve: Curve, path: Path, subtitle: str = "") -> None:
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > MOST_INSIDE:
-        figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(labels) / 2))
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="x-small")
+        columns = 1 if max(map(len, labels)) > WIDEST_OF_TWO else 2
+        figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(labels) / columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="x-small")
     elif labels:
         axis.legend(fontsize="x-small")
     if curve.counts:

@@ -31,8 +31,7 @@ def linear_cross_entropy(
     backward pass, so the matrix products are those of a head that keeps its logits.
     That pass takes ONE scale for all counted tokens (the sum is what a loss is made of); per-token weights are refused.
     """
-    losses, _ = _LinearCrossEntropy.apply(hidden, weight, labels, ignored, 0.0, bias)
-    return losses
+    return _apply(hidden, weight, labels, ignored, 0.0, bias)[0]
 
 
 def linear_cross_entropy_z(
@@ -48,7 +47,19 @@ def linear_cross_entropy_z(
 
     The backward pass takes one scale for all counted tokens of both.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ignored, z_loss, bias)
+    losses, penalties = _apply(hidden, weight, labels, ignored, z_loss, bias)
+    assert penalties is not None
+    return losses, penalties
+
+
+def _apply(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int, z_loss: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if not torch.is_grad_enabled():
+        # A function is told of gradients that its inputs could have, wanted or not.
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    found: tuple[Tensor, Tensor | None] = _LinearCrossEntropy.apply(hidden, weight, labels, ignored, z_loss, bias)
+    return found
 
 
 @torch.no_grad()
@@ -75,6 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         need_hidden, need_weight, *_, need_bias = ctx.needs_input_grad
+        learns = need_hidden or need_weight or need_bias
         compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         tile = tile_of(weight.shape[0])
         losses = torch.empty(hidden.shape[0], dtype=compute, device=hidden.device)
@@ -85,14 +97,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], tile):
             rows = slice(start, start + tile)
             piece, target = hidden[rows], labels[rows]
-            # On a device the answer would be waited for.
-            if hidden.device.type == "cpu" and not (target != ignored).any():
-                for found in (losses, penalties, grad_hidden):
-                    if found is not None:
-                        found[rows] = 0
+            # An evaluation may read text without asking for anything. On a device the answer would be waited for.
+            if not learns and hidden.device.type == "cpu" and not (target != ignored).any():
+                losses[rows] = 0
+                if penalties is not None:
+                    penalties[rows] = 0
                 continue
             logits = F.linear(piece, weight, bias)
-            if not (need_hidden or need_weight or need_bias):
+            if not learns:
                 wide = logits.to(compute)
                 losses[rows] = _losses(wide, target, ignored)
                 if penalties is not None:

@@ -65,7 +65,9 @@ def test_losses_and_gradients_whatever_the_tile(tile: int | None, scale: float) 
     assert_equal_to_truth(*make(), scale=scale, tolerance=1e-12)
 
 
-def test_a_tile_without_labels_has_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_makes_no_gradients_and_no_logits_of_a_tile_without_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cross_entropy, "LOGIT_BYTES", 4 * 29 * 10)
     hidden, weight, labels = make()
     labels[:20] = IGNORED
@@ -73,8 +75,12 @@ def test_a_tile_without_labels_has_no_logits(monkeypatch: pytest.MonkeyPatch) ->
     products = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(len(x)) or linear(x, *rest))
-    assert_equal_to_truth(hidden, weight, labels, scale=1.0, tolerance=1e-12)
+    monkeypatch.setattr(cross_entropy, "_losses_and_gradient", None)
+    with torch.no_grad():
+        losses, penalties = linear_cross_entropy_z(hidden, weight, labels, 0.1)
     assert products == [10, 7]
+    torch.testing.assert_close(losses, truth(hidden, weight, labels).detach())
+    assert not penalties[:20].any() and bool(penalties[25])
 
 
 @settings(max_examples=30, deadline=None)

@@ -106,21 +106,11 @@ def test_the_memory_closes_a_third_of_the_gap(
 @pytest.mark.timeout(6 * 3600)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", TRAINED)
-def test_what_remembering_is_worth_grows_with_position(
-    name: str, seed: int, measured: dict[tuple[str, int], Measured]
+@pytest.mark.parametrize("what", ["share of the gap", "worth in nats"])
+def test_what_it_does_grows_with_position(
+    what: str, name: str, seed: int, measured: dict[tuple[str, int], Measured]
 ) -> None:
-    _, _, worth = measured[name, seed]
-    asked = [y for x, y in worth.items() if WINDOW < x <= LONGEST]
-    assert asked == sorted(asked)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(6 * 3600)
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", TRAINED)
-def test_the_share_that_it_closes_grows_with_position(
-    name: str, seed: int, measured: dict[tuple[str, int], Measured]
-) -> None:
-    _, closed, _ = measured[name, seed]
-    asked = [y for x, y in closed.items() if WINDOW < x <= LONGEST]
+    _, closed, worth = measured[name, seed]
+    curve = closed if what == "share of the gap" else worth
+    asked = [y for x, y in curve.items() if WINDOW < x <= LONGEST]
     assert asked == sorted(asked)

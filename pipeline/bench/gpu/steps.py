@@ -213,7 +213,8 @@ def _only(name: str) -> tuple[str, ...]:
     return ("--backends", "none", "--peers", name) if name in PEER_MODULES else ("--backends", name, "--peers", "none")
 
 
-WORDS = {"window": "window attention", "full": "full attention", "slots": "window attention and slots"}
+ATTENTION = {"window": "window attention", "full": "full attention", "slots": "window attention and slots"}
+"""What a step of training attends with, in words."""
 
 
 def _train(target: Target) -> list[Step]:
@@ -259,7 +260,7 @@ def _train(target: Target) -> list[Step]:
     throughput = [
         Step(
             f"throughput {length // 1024 or length}{'K' if length >= 1024 else ''} {kind}",
-            f"tokens/s, MFU and peak memory of training steps, {WORDS[kind]}",
+            f"tokens/s, MFU and peak memory of training steps, {ATTENTION[kind]}",
             module(
                 "pipeline", "bench", "throughput", "--lengths", str(length), "--bench-steps", "3", "--json", RESULT,
                 *flags,

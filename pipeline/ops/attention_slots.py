@@ -6,7 +6,8 @@ when a whole chunk no longer has it in its window. Its distance is the true one 
 slot's newest token, up to a reach that is to lie within what the backbone was trained for. The logit of a slot has the
 logarithm of its tokens added. Where nothing lies behind the window, this is `attention.window_attention`.
 
-Backends: `sdpa` on a CPU (`attention_slots_sdpa`), `flex` on CUDA (`attention_slots_flex`).
+Backends: on a CPU the native kernel (`attention_slots_native`) where it takes the tensors, else `sdpa`
+(`attention_slots_sdpa`); `flex` on CUDA (`attention_slots_flex`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.ops import attention_slots_flex, attention_slots_sdpa
+from pipeline.ops import attention_slots_flex, attention_slots_native, attention_slots_sdpa
 from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkIndex, WindowCarry, blocks
 from pipeline.ops.attention_slots_flex import FlexSlots
+from pipeline.ops.attention_slots_native import NativeSlots
 from pipeline.ops.attention_slots_sdpa import DenseSlots
 from pipeline.ops.fuse import fused
 from pipeline.ops.rope import Rope, Rotation, one_after_another, rotate, turn
@@ -33,7 +35,7 @@ class SlotPlan:
 
     window: int
     chunk: int
-    layout: DenseSlots | FlexSlots
+    layout: DenseSlots | FlexSlots | NativeSlots
     """Who sees whom, in the backend's own form."""
     rotation: Rotation
     """Of the step's tokens, [batch, tokens, 1, dim / 2]."""
@@ -69,7 +71,7 @@ def plan_slots(
     chunk: int,
     reach: int,
     dtype: torch.dtype,
-    backend: Literal["sdpa", "flex"],
+    backend: Literal["sdpa", "flex", "native"],
 ) -> SlotPlan:
     """The plan of one step.
 
@@ -103,12 +105,22 @@ def plan_slots(
     sink_index = SinkIndex.of(first, segment_ids, positions, None if before is None else old_ids, sinks)
     order = torch.arange(sinks, device=device)
     behind = first_places[..., None] - order > window
-    visible = own[..., None] & (behind & sink_index.present)[:, :, None]
+    sinks_seen = behind & sink_index.present
+    visible = own[..., None] & sinks_seen[:, :, None]
     # Right behind the window, as `attention_sinks` has them.
     sink_rotation = rope.rotation((first_places - window - sinks).clamp_min(0)[..., None] + order, dtype)
-    layout: DenseSlots | FlexSlots
-    if backend == "flex":
-        carried = None if before is None else old_ids
+    rotation = rope.rotation(positions, dtype)
+    carry_rotation = None if before is None else rope.rotation(old_positions, dtype)
+    slot_rotation, back = rope.rotation((first_places - window)[..., None], dtype), rope.back(reach, device, dtype)
+    layout: DenseSlots | FlexSlots | NativeSlots
+    carried = None if before is None else old_ids
+    if backend == "native":
+        documents, turns = segment_ids, rotation
+        if carried is not None and carry_rotation is not None:
+            documents = torch.cat([carried, documents], dim=1)
+            turns = Rotation(*(torch.cat(pair, dim=1) for pair in zip(carry_rotation, rotation, strict=True)))
+        layout = NativeSlots.build(window, chunk, documents, sinks_seen, turns, slot_rotation, back)
+    elif backend == "flex":
         layout = FlexSlots.build(segment_ids, carried, own, visible, window=window, slots=slots)
     else:
         layout = DenseSlots.build(ids, all_ids, own, visible, slots=slots, dtype=dtype)
@@ -122,12 +134,12 @@ def plan_slots(
         window,
         chunk,
         layout,
-        rope.rotation(positions, dtype),
-        None if before is None else rope.rotation(old_positions, dtype),
+        rotation,
+        carry_rotation,
         sink_index,
         sink_rotation,
-        rope.rotation((first_places - window)[..., None], dtype),
-        rope.back(reach, device, dtype),
+        slot_rotation,
+        back,
         old_ids[:, -1] == segment_ids[:, 0],
         next_ids == first_ids,
         stored,
@@ -174,20 +186,17 @@ def slot_attention(
         shift: [batch, tokens, heads], added to the logits of all slots.
         scale: of the logits.
     """
-    earlier = None
-    if carry is not None:
-        assert plan.carry_rotation is not None
-        earlier = rotate(carry.k.to(k.dtype), plan.carry_rotation), carry.v.to(v.dtype)
     sink_k = plan.sinks.gather(k, None if carry is None else carry.sink_k)
     sink_v = plan.sinks.gather(v, None if carry is None else carry.sink_v)
-    seen = SlotKeys(
-        turn_slots(keys.to(k.dtype), plan.slot_rotation, plan.back, ages),
-        values.to(v.dtype),
-        counts,
-        shift,
-        turn(sink_k, *plan.sink_rotation),
-        sink_v,
-    )
+    sink_k = turn(sink_k, *plan.sink_rotation)
+    earlier = None if carry is None else (carry.k.to(k.dtype), carry.v.to(v.dtype))
+    seen = SlotKeys(keys.to(k.dtype), values.to(v.dtype), counts, shift, sink_k, sink_v)
+    if isinstance(plan.layout, NativeSlots):
+        return attention_slots_native.slot_attention(q, k, v, plan.layout, earlier, seen, ages, scale)
+    if earlier is not None:
+        assert plan.carry_rotation is not None
+        earlier = rotate(earlier[0], plan.carry_rotation), earlier[1]
+    seen = seen._replace(keys=turn_slots(seen.keys, plan.slot_rotation, plan.back, ages))
     k = rotate(k, plan.rotation)
     if isinstance(plan.layout, FlexSlots):
         return attention_slots_flex.slot_attention(q, k, v, plan.layout, plan.rotation, earlier, seen, scale)

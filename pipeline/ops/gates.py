@@ -78,6 +78,17 @@ class GateLinear(nn.Linear):
         with torch.autocast(device_type=x.device.type, enabled=False):
             return F.linear(x.to(accumulate_dtype), self.weight.to(accumulate_dtype), self.bias.to(accumulate_dtype))
 
+    def of_normed(self, x: Tensor, eps: float) -> Tensor:
+        """The same of x over its root mean square (`torch.nn.functional.rms_norm`, computed as precisely)."""
+        accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        assert self.bias is not None
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype)
+            inverse = torch.rsqrt(size.square() / x.shape[-1] + eps)
+            # A token's factor passes through the projection, whose output is the smaller one to multiply.
+            product = F.linear(x.to(accumulate_dtype), self.weight.to(accumulate_dtype))
+            return product * inverse + self.bias.to(accumulate_dtype)
+
 
 def logit(probability: float) -> float:
     """Inverse of the sigmoid."""

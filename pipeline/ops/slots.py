@@ -51,10 +51,10 @@ class SlotsByChunk(NamedTuple):
 
 
 class SlotKeys(NamedTuple):
-    """What the queries of each chunk see besides the tokens near them; keys after RoPE."""
+    """What the queries of each chunk see besides the tokens near them."""
 
     keys: Tensor
-    """[batch, chunks, kv_heads, slots, dim]."""
+    """[batch, chunks, kv_heads, slots, dim]; after RoPE but for the native kernel, which turns them itself."""
     values: Tensor
     """Like keys."""
     counts: Tensor
@@ -62,7 +62,7 @@ class SlotKeys(NamedTuple):
     shift: Tensor
     """[batch, tokens, heads]: added to a query's logits of all slots."""
     sink_k: Tensor
-    """[batch, chunks, sinks, kv_heads, dim]."""
+    """[batch, chunks, sinks, kv_heads, dim], after RoPE."""
     sink_v: Tensor
     """Like sink_k."""
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.ops import attention_flex
+from pipeline.ops import attention_flex, native
 from pipeline.ops.attention import Rope, WindowCarry, plan_window_attention, window_attention
 from pipeline.ops.attention_flex import own_block_mask
 from pipeline.ops.attention_sinks import CarryPlan
 from pipeline.ops.attention_slots import plan_slots, slot_attention, slots_by_chunk
+from pipeline.ops.attention_slots_native import TOLERANCE, takes
 from pipeline.ops.slots import Slots
 from tests.ops import slots_reference
 from tests.ops.attention_reference import dense_flex, relative_error
@@ -171,7 +172,14 @@ def test_equal_keys_in_one_slot_are_full_attention_to_each() -> None:
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-10, atol=1e-10)
 
 
-def errors(dtype: torch.dtype, lengths: list[int], cuts: tuple[int, ...] = (), device: str = "cpu") -> list[float]:
+def errors(
+    dtype: torch.dtype,
+    lengths: list[int],
+    cuts: tuple[int, ...] = (),
+    device: str = "cpu",
+    backend: str = "sdpa",
+    sizes: Mapping[str, int] = SIZES,
+) -> list[float]:
     """Of the output and of every gradient, relative to float64 on the CPU."""
     # Slots are chosen by distances: those of the same values.
     rounded = {name: value.to(dtype) for name, value in inputs(sum(lengths)).items()}
@@ -179,8 +187,8 @@ def errors(dtype: torch.dtype, lengths: list[int], cuts: tuple[int, ...] = (), d
     rough = {name: value.to(device).requires_grad_() for name, value in rounded.items()}
     coefficients = inputs(sum(lengths), seed=1)["q"]
     outs = []
-    for x, backend in ((exact, "sdpa"), (rough, "flex" if device == "cuda" else "sdpa")):
-        out, _ = attended(x, lengths, sinks=2, cuts=cuts, backend=backend)
+    for x, name in ((exact, "sdpa"), (rough, "flex" if device == "cuda" else backend)):
+        out, _ = attended(x, lengths, sinks=2, cuts=cuts, sizes=sizes, backend=name)
         (out * coefficients.to(out)).sum().backward()
         outs.append(out)
     found = []
@@ -196,6 +204,17 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_gradients_and_values_of_lower_precisions_are_near_those_of_float64(dtype: torch.dtype) -> None:
     assert max(errors(dtype, [40])) < LIMITS[dtype]
+
+
+@pytest.mark.skipif(not native.load("cpu"), reason=str(native.why_not("cpu")))
+@pytest.mark.parametrize("cuts", [(), (4 * LARGE["chunk"],)], ids=str)
+@pytest.mark.parametrize("lengths", [[610], [200, 3, 407]], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_the_native_kernel_sees_is_what_sdpa_sees(
+    dtype: torch.dtype, lengths: list[int], cuts: tuple[int, ...]
+) -> None:
+    assert takes(torch.device("cpu"), dtype, DIM)
+    assert max(errors(dtype, lengths, cuts, backend="native", sizes=LARGE)) < LIMITS[dtype]
 
 
 def test_fewer_slots_than_tokens_of_a_chunk_are_refused() -> None:

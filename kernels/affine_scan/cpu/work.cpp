@@ -255,7 +255,7 @@ VARIANT(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512
 Kernels kernels(bool a_bfloat16, bool b_bfloat16) {
 #if defined(__x86_64__)
   const Isa isa = cpu_isa();
-  if (isa == Isa::avx512) return avx512::kernels(a_bfloat16, b_bfloat16);
+  if (isa >= Isa::avx512) return avx512::kernels(a_bfloat16, b_bfloat16);
   if (isa == Isa::avx2) return avx2::kernels(a_bfloat16, b_bfloat16);
 #endif
   return generic::kernels(a_bfloat16, b_bfloat16);

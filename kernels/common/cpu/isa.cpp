@@ -15,19 +15,21 @@ bool has(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::avx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 && (isa == Isa::avx512 || __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
 #endif
 }
 
-constexpr Isa kWidestFirst[] = {Isa::avx512, Isa::avx2, Isa::generic};
+constexpr Isa kWidestFirst[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::generic};
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "generic";
+  constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+  return kNames[static_cast<int>(isa)];
 }
 
 Isa cpu_isa() {
@@ -45,7 +47,7 @@ Isa cpu_isa() {
     STD_TORCH_CHECK(has(isa), "MNEMOS_CPU_ISA is ", asked, ", which this CPU does not have");
     return isa;
   }
-  STD_TORCH_CHECK(false, "MNEMOS_CPU_ISA is ", asked, "; expected generic, avx2 or avx512");
+  STD_TORCH_CHECK(false, "MNEMOS_CPU_ISA is ", asked, "; expected generic, avx2, avx512 or avx512_bf16");
   return Isa::generic;
 }
 

@@ -9,9 +9,10 @@
 
 namespace mnemos {
 
-enum class Isa { generic, avx2, avx512 };
+// Each has what those before it have.
+enum class Isa { generic, avx2, avx512, avx512_bf16 };
 
-// The widest that this CPU has, or the one that MNEMOS_CPU_ISA (generic, avx2 or avx512) asks for. Read anew at every
+// The widest that this CPU has, or the one that MNEMOS_CPU_ISA (generic, avx2, avx512 or avx512_bf16) asks for. Read anew at every
 // call, so that a test can run them all. Throws where the name is unknown or this CPU lacks it.
 Isa cpu_isa();
 

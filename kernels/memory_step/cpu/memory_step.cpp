@@ -15,6 +15,7 @@ constexpr int kSpan = 64;
 Kernel kernel() {
   switch (cpu_isa()) {
 #if defined(__x86_64__)
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return step_avx512();
     case Isa::avx2:

@@ -28,6 +28,7 @@ using torch::stable::Tensor;
 Kernels scan_kernels() {
   switch (cpu_isa()) {
 #if defined(__x86_64__)
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return scan_avx512();
     case Isa::avx2:

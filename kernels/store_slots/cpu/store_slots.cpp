@@ -227,6 +227,7 @@ class Store {
 Nearest nearest() {
   switch (cpu_isa()) {
 #if defined(__x86_64__)
+    case Isa::avx512_bf16:
     case Isa::avx512:
       return nearest_avx512();
     case Isa::avx2:

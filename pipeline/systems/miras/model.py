@@ -17,6 +17,7 @@ from pipeline.lm.decoder_config import head_dim, kv_heads, norm_eps
 from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.ops.attention_slots import SlotPlan, plan_slots
+from pipeline.ops.attention_slots_native import takes
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import check_attachment, output_gate
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -222,7 +223,8 @@ class MirasModel(nn.Module):
         first, attention = self._first("slots"), self.config.attention
         if first is None:
             return None
-        window, settings = before[first].attention, self.kinds[first].slots
+        window, kind = before[first].attention, self.kinds[first]
+        settings, native = kind.slots, kind.backend != "torch" and takes(segment_ids.device, dtype, kind.head_dim)
         return plan_slots(
             segment_ids,
             positions,
@@ -235,7 +237,7 @@ class MirasModel(nn.Module):
             chunk=settings.chunk,
             dtype=dtype,
             # Of the backends of a GPU this one alone can do it.
-            backend="sdpa" if plan.backend == "sdpa" else "flex",
+            backend="flex" if plan.backend != "sdpa" else "native" if native else "sdpa",
         )
 
     def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pipeline.ops.attention_sinks import WindowCarry
 from pipeline.ops.attention_slots import SlotPlan, slot_attention, slots_by_chunk
-from pipeline.ops.checks import sum_dtype
 from pipeline.ops.gates import GateLinear
 from pipeline.ops.slots import Slots
 from pipeline.ops.store_slots import Backend
@@ -56,10 +55,7 @@ class SlotBranch(nn.Module):
 
     def shift(self, hidden: Tensor) -> Tensor:
         """Of hidden [batch, sequence / degree, width]: [batch, sequence / degree, heads, 1] float32."""
-        precise = hidden.to(sum_dtype(hidden))
-        normed = nn.functional.rms_norm(precise, precise.shape[-1:], eps=self.norm_eps)
-        shift: Tensor = self.shift_proj(normed)
-        return shift[..., None]
+        return self.shift_proj.of_normed(hidden, self.norm_eps)[..., None]
 
     def forward(
         self,

@@ -1,0 +1,159 @@
+// The gradients of a chunk: its weights are made again from the log-sum-exps, a tile of queries and a block of keys at
+// a time.
+#pragma once
+
+#include "slot_attention/cpu/forward.h"
+
+namespace mnemos {
+namespace MNEMOS_ISA {
+namespace {
+
+// Of a tile's queries.
+struct Gradients {
+  float lse[kQueries], dot[kQueries], shift[kQueries], by_shift[kQueries], scale[kQueries];
+};
+
+// Of a block's logits and the products of values and output's gradients, [to - from][kQueries]: weights in rows, and the
+// logits' gradients in rows and as the right operand of a sum over keys.
+template <class P, bool MASKED>
+inline void differentiate(const Step& p, const Keys& keys, int query, int from, int to, Gradients& state,
+                          const float* logits, const float* values, float* weights, float* grads, float* grads_right) {
+  const vec scale = splat(p.scale * kLog2E);
+  for (int c = 0; c < kQueries; c += VL) {
+    const ivec queries = lanes(query + c);
+    const vec shift = load(state.shift + c), lse = load(state.lse + c), dot = load(state.dot + c);
+    vec by_shift = load(state.by_shift + c);
+    for (int j = from; j < to; j += 2) {
+      vec weight[2], grad[2];
+      MNEMOS_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const ptrdiff_t at = (ptrdiff_t)(j + i - from) * kQueries + c;
+        const vec shifted = splat(keys.shifted[j + i]);
+        weight[i] = P::exp2(load(logits + at) * scale + (splat(keys.bias[j + i]) + shift * shifted) - lse);
+        if (MASKED) weight[i] = seen(keys, j + i, queries) ? weight[i] : vec{};
+        grad[i] = weight[i] * (load(values + at) - dot);
+        by_shift += grad[i] * shifted;
+      }
+      P::put_rows(weights, kQueries, j - from, c, weight[0], weight[1]);
+      P::put_rows(grads, kQueries, j - from, c, grad[0], grad[1]);
+      if (P::G > 1) P::put_interleaved(grads_right + c, kQueries, j - from, grad[0], grad[1]);
+    }
+    store(state.by_shift + c, by_shift);
+  }
+}
+
+template <class T>
+inline float dot_of(const T* a, const T* b, int dim) {
+  vec total = {};
+  for (int i = 0; i < dim; i += VL) total += load(a + i) * load(b + i);
+  return sum(total);
+}
+
+inline void scale_row(const float* from, float factor, int dim, float* to) {
+  for (int i = 0; i < dim; i += VL) store(to + i, load(from + i) * splat(factor));
+}
+
+inline void add_row(const float* from, int dim, float* to) {
+  for (int i = 0; i < dim; i += VL) store(to + i, load(to + i) + load(from + i));
+}
+
+// Gradients of keys and values from one chunk's rows; `row` [3 dim] is for work.
+template <class T>
+inline void put_keys(const Step& p, const Keys& keys, const float* grad_k, const float* grad_v, float* row) {
+  const int dim = p.dim;
+  float *scaled = row, *turned = row + dim;
+  T *slot_k = static_cast<T*>(p.grad_slot_k), *slot_v = static_cast<T*>(p.grad_slot_v);
+  T *sink_k = static_cast<T*>(p.grad_sink_k), *sink_v = static_cast<T*>(p.grad_sink_v);
+  each_key(p, keys, [&](int j, int kind, int64_t to) {
+    const float* own_v = grad_v + (ptrdiff_t)j * dim;
+    scale_row(grad_k + (ptrdiff_t)j * dim, p.scale, dim, scaled);
+    if (kind == 0) {
+      turn_row<true>(scaled, turn_of_token(p, keys, keys.from + j), dim, turned);
+      add_row(turned, dim, p.grad_k + to);
+      add_row(own_v, dim, p.grad_v + to);
+    } else if (kind == 1) {
+      turn_row<true>(scaled, turn_of_slot(p, keys, keys.sources[j - keys.extra], turned + dim), dim, turned);
+      put_row(turned, dim, slot_k + to);
+      put_row(own_v, dim, slot_v + to);
+    } else {
+      put_row(scaled, dim, sink_k + to);
+      put_row(own_v, dim, sink_v + to);
+    }
+  });
+}
+
+template <class P, class T>
+void run_backward(const Step& p, const Keys& keys, float* scratch) {
+  const int dim = p.dim, words = dim / P::G, group = static_cast<int>(p.heads / p.kv_heads);
+  const size_t matrix = static_cast<size_t>(keys.rows) * words, sums = static_cast<size_t>(keys.rows) * dim;
+  const size_t tile = static_cast<size_t>(kQueries) * dim, block = static_cast<size_t>(kQueries) * kKeys;
+  float *row = scratch, *k = row + 3 * dim, *k_left = k + matrix, *v = k_left + matrix;
+  float *grad_k = v + matrix, *grad_v = grad_k + sums;
+  float *q_rows = grad_v + sums, *q = q_rows + tile, *q_spare = q + tile;
+  float *out_rows = q_spare + tile, *out = out_rows + tile, *out_spare = out + tile, *grad_q = out_spare + tile;
+  float *logits = grad_q + tile, *values = logits + block, *weights = values + block, *grads = weights + block;
+  float* grads_right = P::G > 1 ? grads + block : grads;
+  gather_turned<P, T>(p, keys, row, k);
+  transpose_words(P::interleaved(k, keys.rows, dim, grad_k), keys.rows / P::G, dim, k_left);
+  gather<P, T>(p, keys, p.v, p.slot_v, p.sink_v, v);
+  std::memset(grad_k, 0, sizeof(float) * 2 * sums);
+
+  for (int h = 0; h < group; ++h) {
+    const int64_t query_head = keys.head * group + h;
+    for (int query = 0; query < keys.queries; query += kQueries) {
+      const int count = keys.queries - query < kQueries ? keys.queries - query : kQueries;
+      const int64_t token = keys.row * p.tokens + keys.chunk * p.chunk + query, stride = p.heads * dim;
+      const int64_t at = token * stride + query_head * dim;
+      const T *from_q = static_cast<const T*>(p.q) + at, *from_grad = static_cast<const T*>(p.grad_out) + at;
+      const T* from_out = static_cast<const T*>(p.out) + at;
+      const float* lse = p.lse + (keys.row * p.heads + query_head) * p.tokens + keys.chunk * p.chunk + query;
+      Gradients state;
+      std::memset(q_rows, 0, sizeof(float) * kQueries * words);
+      std::memset(out_rows, 0, sizeof(float) * kQueries * words);
+      for (int i = 0; i < kQueries; ++i) {
+        const bool there = i < count;
+        if (there) {
+          load_query<P>(p, keys, from_q + i * stride, query + i, row, q_rows);
+          P::load_row(from_grad + i * stride, dim, out_rows + (ptrdiff_t)i * words);
+        }
+        // A query that is not there has no weights.
+        state.lse[i] = there ? lse[i] : 1e30f;
+        state.dot[i] = there ? dot_of(from_out + i * stride, from_grad + i * stride, dim) : 0.0f;
+        state.shift[i] = there ? p.shift[(token + i) * p.heads + query_head] * kLog2E : 0.0f;
+        state.by_shift[i] = 0.0f;
+        state.scale[i] = p.scale;
+      }
+      transpose_words(q_rows, kQueries, words, q);
+      transpose_words(out_rows, kQueries, words, out);
+      const float* q_right = P::interleaved(q_rows, kQueries, dim, q_spare);
+      const float* out_right = P::interleaved(out_rows, kQueries, dim, out_spare);
+      std::memset(grad_q, 0, sizeof(float) * tile);
+      each_block(keys, query, count, [&](int from, int to) {
+        const int n = to - from;
+        const ptrdiff_t first = (ptrdiff_t)from * words, sum_first = (ptrdiff_t)from * dim;
+        product<P>(n, kQueries, words, k + first, words, q, kQueries, logits, kQueries, false);
+        product<P>(n, kQueries, words, v + first, words, out, kQueries, values, kQueries, false);
+        if (all_seen(keys, from, to, query))
+          differentiate<P, false>(p, keys, query, from, to, state, logits, values, weights, grads, grads_right);
+        else
+          differentiate<P, true>(p, keys, query, from, to, state, logits, values, weights, grads, grads_right);
+        product<P>(n, dim, kQueries / P::G, weights, kQueries / P::G, out_right, dim, grad_v + sum_first, dim, true);
+        product<P>(n, dim, kQueries / P::G, grads, kQueries / P::G, q_right, dim, grad_k + sum_first, dim, true);
+        product<P>(dim, kQueries, n / P::G, k_left + from / P::G, keys.rows / P::G, grads_right, kQueries, grad_q,
+                   kQueries, true);
+      });
+      put_queries(grad_q, state.scale, dim, q_spare);
+      for (int i = 0; i < count; ++i) {
+        const Turn by = turn_of_token(p, keys, p.keys - p.tokens + keys.chunk * p.chunk + query + i);
+        turn_row<true>(q_spare + (ptrdiff_t)i * dim, by, dim, row);
+        put_row(row, dim, static_cast<T*>(p.grad_q) + at + i * stride);
+        p.grad_shift[(token + i) * p.heads + query_head] = state.by_shift[i];
+      }
+    }
+  }
+  put_keys<T>(p, keys, grad_k, grad_v, row);
+}
+
+}  // namespace
+}  // namespace MNEMOS_ISA
+}  // namespace mnemos

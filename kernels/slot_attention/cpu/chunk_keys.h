@@ -1,0 +1,30 @@
+// The list of the keys that a chunk's queries see.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "slot_attention/cpu/kernels.h"
+
+namespace mnemos::slot_attention {
+
+// Made anew for each chunk that a thread works at; keeps its memory.
+class ChunkKeys {
+ public:
+  const Keys& of(const Step& p, int64_t row, int64_t head, int64_t chunk);
+
+  // Aligned to 64 bytes.
+  float* scratch(int dim, bool backward);
+
+ private:
+  void band(const Step& p);
+  void behind(const Step& p);
+  void append(int64_t source, float bias, float shifted);
+
+  Keys keys_{};
+  std::vector<int> runs_, first_, last_;
+  std::vector<float> bias_, shifted_, memory_;
+  std::vector<int64_t> sources_;
+};
+
+}  // namespace mnemos::slot_attention

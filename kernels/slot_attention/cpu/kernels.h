@@ -1,0 +1,86 @@
+// What each instruction set has of its own: attention of one chunk's queries, forward and backward.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mnemos::slot_attention {
+
+constexpr int kDimMultiple = 16;
+
+// A step's arguments and results. Token is what q, k, v and the results are made of.
+struct Step {
+  int64_t batch, tokens, heads, kv_heads, chunks, chunk, window, slots, sinks;
+  int64_t keys;  // tokens, and those carried before them
+  int dim;
+  float scale;
+
+  const void *q, *k, *v;            // [batch, tokens, heads, dim], [batch, keys, kv_heads, dim]; before RoPE
+  const int64_t* documents;         // [batch, keys]
+  const void *slot_k, *slot_v;      // [batch, chunks, kv_heads, slots, dim]; before RoPE
+  const float *counts, *ages;       // [batch, chunks, kv_heads, slots]
+  const float* shift;               // [batch, tokens, heads]
+  const void *sink_k, *sink_v;      // [batch, chunks, sinks, kv_heads, dim]; after RoPE
+  const bool* sinks_seen;           // [batch, chunks, sinks]
+
+  // Cosines and sines of RoPE, [2, ..., dim / 2].
+  const float* turns;   // of the keys' tokens, [batch, keys]
+  const float* places;  // of the places from which slots turn back by their ages, [batch, chunks]
+  const float* back;    // by age, [ages_most + 1]
+  int64_t ages_most;
+
+  void* out;   // like q
+  float* lse;  // [batch, heads, tokens], of logits in units of log 2
+
+  const void* grad_out;               // like q
+  void* grad_q;                       // like q
+  float *grad_k, *grad_v;             // [batch, keys, kv_heads, dim], added to
+  void *grad_slot_k, *grad_slot_v;    // like slot_k; zeros where nothing is written
+  float* grad_shift;                  // like shift
+  void *grad_sink_k, *grad_sink_v;    // like sink_k; zeros where nothing is written
+};
+
+// The keys that a chunk's queries see by one key-value head, in one list: the band (the chunk's own tokens and the window
+// before them), slots in use, sinks.
+struct Keys {
+  int64_t row, head, chunk;
+  int64_t from;      // the band's first key, of Step::keys
+  int queries;       // tokens of the chunk
+  int before, band;  // keys of the band before the first query, and all of them
+  int own;           // queries of the document of the chunk's first token, which alone see slots and sinks
+  int extra;         // where slots begin, an even place
+  int slots_end;     // where they end, and sinks begin
+  int count, rows;   // of all keys, and padded to kRowMultiple
+  const int* runs;   // [band], where in the band the key's document begins
+  const int *first, *last;        // [rows], the queries that see the key, from first to before last
+  const float *bias, *shifted;    // [rows], added to the logit in units of log 2; 1 where the query's shift is too
+  const int64_t* sources;         // [count - extra], which slot or sink
+};
+
+// In which a tile of queries and a block of keys meet.
+constexpr int kQueries = 64;
+constexpr int kKeys = 64;
+constexpr int kRowMultiple = 32;
+
+// Floats that a chunk needs for work, forward or backward; the first 3 `dim` are for single rows.
+inline size_t scratch_size(const Keys& keys, int dim, bool backward) {
+  const size_t matrix = static_cast<size_t>(keys.rows) * dim, tile = kQueries * static_cast<size_t>(dim);
+  const size_t block = static_cast<size_t>(kQueries) * kKeys;
+  return 3 * dim + (backward ? 5 * matrix + 7 * tile + 5 * block : 3 * matrix + 3 * tile + 2 * block);
+}
+
+// `scratch` is aligned to 64 bytes.
+using Run = void (*)(const Step& p, const Keys& keys, float* scratch);
+
+struct Kernels {
+  Run forward, backward;
+};
+
+Kernels kernels_generic(bool bfloat16);
+#if defined(__x86_64__)
+Kernels kernels_avx2(bool bfloat16);
+Kernels kernels_avx512(bool bfloat16);
+Kernels kernels_avx512_bf16(bool bfloat16);
+#endif
+
+}  // namespace mnemos::slot_attention

@@ -1,0 +1,224 @@
+"""Attention to a window and slots on the native kernel of kernels/slot_attention: what it takes, and its check.
+
+Keys are read where they stand, and turned by RoPE there: nothing is copied for the chunks that see them, and what no
+query sees is not computed. Logits live in the caches alone, forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.ops import attention_slots_sdpa, native
+from pipeline.ops.attention_sinks import PADDING
+from pipeline.ops.attention_slots_sdpa import DenseSlots
+from pipeline.ops.checks import dtype_name
+from pipeline.ops.rope import Rope, Rotation, one_after_another, turn
+from pipeline.ops.slots import SlotKeys
+
+OP = "slot_attention"
+DIM_MULTIPLE = 16
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class NativeSlots:
+    """What the queries of one step see."""
+
+    window: int
+    chunk: int
+    documents: Tensor
+    """[batch, tokens] int64, with the carried window's before them where there is one."""
+    sinks_seen: Tensor
+    """[batch, chunks, sinks] bool: by the queries of the document of the chunk's first token."""
+    turns: Tensor
+    """Cosines and sines of the tokens of `documents`, [2, batch, tokens, dim / 2] float32."""
+    places: Tensor
+    """The same of the places from which slots turn back by their ages, [2, batch, chunks, dim / 2]."""
+    back: Tensor
+    """By age, [2, reach + 1, dim / 2]."""
+
+    @classmethod
+    def build(
+        cls,
+        window: int,
+        chunk: int,
+        documents: Tensor,
+        sinks_seen: Tensor,
+        turns: Rotation,
+        places: Rotation,
+        back: Rotation,
+    ) -> NativeSlots:
+        """With rotations as `SlotPlan` has them; `turns` of all tokens of `documents`."""
+        by_token, by_chunk = (torch.stack([x.float().flatten(2) for x in rotation]) for rotation in (turns, places))
+        by_age = torch.stack([x.float() for x in back])
+        return cls(window, chunk, documents.contiguous(), sinks_seen.contiguous(), by_token, by_chunk, by_age)
+
+
+def takes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether the kernel is used for such q, k and v. One that is built but fails its check is not, with a warning."""
+    return device.type == "cpu" and dtype in TOLERANCE and dim > 0 and dim % DIM_MULTIPLE == 0 and fits(dtype)
+
+
+@torch.compiler.assume_constant_result
+def fits(dtype: torch.dtype) -> bool:
+    """Whether it is built, and passes its check at first use."""
+    return native.fits(_kernel(dtype))
+
+
+@torch.compiler.assume_constant_result
+def why_not(dtype: torch.dtype) -> str | None:
+    """None where the kernel can be used. Loads the library and checks the kernel against PyTorch, each once."""
+    return native.refusal(_kernel(dtype))
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype) -> native.Kernel:
+    return native.Kernel(OP, "cpu", dtype_name(dtype), _register, lambda: self_check(dtype), TOLERANCE[dtype])
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: NativeSlots,
+    earlier: tuple[Tensor, Tensor] | None,
+    seen: SlotKeys,
+    ages: Tensor,
+    scale: float,
+) -> Tensor:
+    """Shapes as in `attention_slots.slot_attention`; all but the sinks' keys before RoPE, `earlier` too, the keys and
+    values of the window before the step."""
+    if earlier is not None:
+        k, v = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
+    keys = (seen.keys, seen.values, seen.counts.float(), ages.float(), seen.shift.float(), seen.sink_k, seen.sink_v)
+    out: Tensor = torch.ops.mnemos.slot_attention(
+        q.contiguous(), k.contiguous(), v.contiguous(), layout.documents, *(x.contiguous() for x in keys),
+        layout.sinks_seen, layout.turns, layout.places, layout.back, layout.window, layout.chunk, scale,
+    )[0]  # fmt: skip
+    return out
+
+
+@functools.cache
+def _register() -> None:
+    torch.library.register_fake(f"mnemos::{OP}", _fake)
+    torch.library.register_fake(f"mnemos::{OP}_backward", _fake_backward)
+    torch.library.register_autograd(f"mnemos::{OP}", _backward, setup_context=_setup)
+    torch.library.register_autograd(f"mnemos::{OP}_backward", _backward_twice)
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, slot_k: Tensor, slot_v: Tensor,
+    counts: Tensor, ages: Tensor, shift: Tensor, sink_k: Tensor, sink_v: Tensor, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sums = (torch.empty_like(x, dtype=torch.float32) for x in (k, v))
+    return torch.empty_like(q), *sums, *map(torch.empty_like, (slot_k, slot_v, shift, sink_k, sink_v))
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*inputs[:15], out, lse)
+    ctx.sizes = inputs[15:]
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple:
+    k, v = ctx.saved_tensors[1:3]
+    grad_q, grad_k, grad_v, *others = torch.ops.mnemos.slot_attention_backward(
+        grad_out.contiguous(), *ctx.saved_tensors, *ctx.sizes
+    )
+    grad_slot_k, grad_slot_v, grad_shift, grad_sink_k, grad_sink_v = others
+    keys = (grad_k.to(k.dtype), grad_v.to(v.dtype), None, grad_slot_k, grad_slot_v, None, None, grad_shift)
+    return grad_q, *keys, grad_sink_k, grad_sink_v, *[None] * 7
+
+
+def _backward_twice(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("slot_attention is differentiable once; its backward pass has no gradient")
+
+
+class Sizes(NamedTuple):
+    """Of the inputs of a check."""
+
+    batch: int = 2
+    tokens: int = 150
+    window: int = 40
+    chunk: int = 32
+    kv_heads: int = 2
+    group: int = 2
+    dim: int = 32
+    slots: int = 33
+    sinks: int = 3
+    ends: tuple[int, ...] = (70, 33)
+    """Where a row's first document ends, counted from the carried window's first token."""
+
+
+def self_check(dtype: torch.dtype) -> float:
+    """The largest relative RMSE of a result, gradients included, against the PyTorch path in float64: two rows of two
+    documents behind a carried window, chunks whose bands overlap, and a last one that is not whole."""
+    errors = [float((x - y).norm() / y.norm()) for x, y in results(dtype, Sizes(), 0)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def results(dtype: torch.dtype, sizes: Sizes, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """The output and all gradients of inputs drawn from a seed, by the kernel and by the PyTorch path in float64."""
+    rng = torch.Generator("cpu").manual_seed(seed)
+    batch, tokens, window, chunk, kv_heads, group, dim, slots, sinks, ends = sizes
+    chunks, heads = -(-tokens // chunk), kv_heads * group
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64, device="cpu").to(dtype)
+
+    ids = torch.ones(batch, window + chunks * chunk, dtype=torch.int64, device="cpu")
+    for row, end in zip(ids, ends, strict=False):
+        row[end:] = 2
+    ids[:, window + tokens :] = PADDING
+    by_chunk = ids[:, window:].unflatten(1, (chunks, chunk))
+    own = by_chunk == by_chunk[..., :1]
+    sinks_seen = torch.rand(batch, chunks, sinks, generator=rng, device="cpu") < 0.5
+    counts = torch.randint(0, 9, (batch, chunks, kv_heads, slots), generator=rng, device="cpu")
+    rope = Rope(100.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim), attention_scaling=1.2)
+    turns = rope.rotation(torch.arange(window + tokens, device="cpu").expand(batch, -1))
+    places = rope.rotation(torch.arange(0, tokens, chunk, device="cpu").expand(batch, -1)[..., None])
+    back = rope.back(50, ids.device)
+    ages = torch.randint(0, 70, counts.shape, generator=rng, device="cpu")
+    plain = NativeSlots.build(window, chunk, ids[:, : window + tokens], sinks_seen, turns, places, back)
+    visible = own[..., None] & sinks_seen[:, :, None]
+    dense = DenseSlots.build(by_chunk, ids, own, visible, slots=slots, dtype=torch.float64)
+    inputs = [
+        normal(batch, tokens, heads, dim),
+        *(normal(batch, tokens, kv_heads, dim) for _ in range(2)),
+        *(normal(batch, window, kv_heads, dim) for _ in range(2)),
+        *(normal(batch, chunks, kv_heads, slots, dim) for _ in range(2)),
+        normal(batch, tokens, heads).float(),
+        *(normal(batch, chunks, sinks, kv_heads, dim) for _ in range(2)),
+    ]
+    probe = normal(batch, tokens, heads, dim)
+
+    def run(precise: bool) -> list[Tensor]:
+        own_inputs = [(x.double() if precise else x).detach().clone().requires_grad_() for x in inputs]
+        q, k, v, old_k, old_v, slot_k, slot_v, shift, sink_k, sink_v = own_inputs
+        seen = SlotKeys(slot_k, slot_v, counts.to(shift.dtype), shift, sink_k, sink_v)
+        with torch.enable_grad():
+            if precise:
+                old_turns, own_turns = (Rotation(*(x[:, part] for x in turns))
+                                        for part in (slice(None, window), slice(window, None)))  # fmt: skip
+                by_age = one_after_another(places, Rotation(*(x[ages.clamp_max(50)] for x in back)))
+                seen = seen._replace(keys=turn(slot_k, *by_age))
+                earlier = turn(old_k, *old_turns), old_v
+                turned = turn(q, *own_turns), turn(k, *own_turns)
+                out = attention_slots_sdpa.slot_attention(*turned, v, dense, earlier, seen, dim**-0.5)
+            else:
+                out = slot_attention(q, k, v, plain, (old_k, old_v), seen, ages, dim**-0.5)
+        gradients = torch.autograd.grad(out, own_inputs, probe.to(out.dtype))
+        return [x.detach().double() for x in (out, *gradients)]
+
+    return list(zip(run(False), run(True), strict=True))

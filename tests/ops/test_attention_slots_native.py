@@ -1,0 +1,180 @@
+"""The native kernel of attention to a window and slots, against the PyTorch path in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.ops import attention_slots_native, native
+from pipeline.ops.attention_slots_native import TOLERANCE, NativeSlots, Sizes, results, slot_attention, takes
+from pipeline.ops.slots import SlotKeys
+
+pytestmark = pytest.mark.skipif(not native.load("cpu"), reason=str(native.why_not("cpu")))
+
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    for dtype in TOLERANCE:
+        assert attention_slots_native.why_not(dtype) is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_is_the_path_in_pytorch(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNEMOS_CPU_ISA", isa)
+    try:
+        torch.ops.mnemos.cpu_isa()
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    for dim in (16, 48, 64, 128):
+        for found, expected in results(dtype, Sizes(dim=dim), seed=0):
+            assert (found - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> Sizes:
+    tokens, window = draw(st.integers(1, 180)), draw(st.integers(0, 90))
+    ends = st.integers(0, window + tokens)
+    return Sizes(
+        batch=2,
+        tokens=tokens,
+        window=window,
+        chunk=draw(st.integers(1, 130)),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        dim=draw(st.sampled_from((16, 32, 80))),
+        slots=draw(st.integers(1, 70)),
+        sinks=draw(st.integers(0, 4)),
+        ends=(draw(ends), draw(ends)),
+    )
+
+
+@settings(max_examples=40)
+@given(sizes(), st.integers(0, 1000))
+def test_all_sizes_are_the_path_in_pytorch(shape: Sizes, seed: int) -> None:
+    for dtype, limit in TOLERANCE.items():
+        for found, expected in results(dtype, shape, seed):
+            # A gradient whose terms cancel keeps the rounding of the terms, which are of the size of the inputs.
+            size = torch.stack([expected.norm(), torch.tensor(0.3 * expected.numel() ** 0.5)]).max()
+            assert (found - expected).norm() <= limit * size
+
+
+def arguments(dtype: torch.dtype = torch.float32, chunk: int = 8) -> tuple:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).to(dtype).requires_grad_()
+
+    rng = torch.Generator().manual_seed(0)
+    chunks = -(-20 // chunk)
+    seen = (
+        normal(1, chunks, 1, 8, 16),
+        normal(1, chunks, 1, 8, 16),
+        torch.ones(1, chunks, 1, 8),
+        torch.ones(1, chunks, 1, 8),
+    )
+    shift = normal(1, 20, 2).detach().float().requires_grad_()
+    sinks = (normal(1, chunks, 1, 1, 16), normal(1, chunks, 1, 1, 16), torch.ones(1, chunks, 1, dtype=torch.bool))
+    documents = torch.zeros(1, 20, dtype=torch.int64)
+    tokens = (normal(1, 20, 2, 16), normal(1, 20, 1, 16), normal(1, 20, 1, 16))
+    turns, places = (torch.ones(2, 1, count, 8) for count in (20, chunks))
+    return (*tokens, documents, *seen, shift, *sinks, turns, places, torch.ones(2, 5, 8), 4, chunk, 0.25)
+
+
+def test_torch_knows_its_shapes_and_its_gradients() -> None:
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.mnemos.slot_attention.default, arguments(), test_utils=checks)
+    given_to = arguments()
+    out, lse = torch.ops.mnemos.slot_attention(*given_to)
+    saved = [x.detach() if isinstance(x, torch.Tensor) else x for x in given_to]
+    torch.library.opcheck(
+        torch.ops.mnemos.slot_attention_backward.default,
+        (torch.ones_like(out), *saved[:15], out.detach(), lse, *saved[15:]),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_a_second_derivative_is_refused() -> None:
+    inputs = arguments()
+    out, _ = torch.ops.mnemos.slot_attention(*inputs)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_threads_change_nothing() -> None:
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        inputs = arguments(torch.bfloat16, chunk=3)
+        out, _ = torch.ops.mnemos.slot_attention(*inputs)
+        out.sum().backward()
+        found.append([out, *(inputs[i].grad for i in (0, 1, 2, 4, 5, 8, 9, 10))])
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("index", "wrong", "message"),
+    [
+        (0, torch.zeros(1, 20, 2, 12), "dim must be a multiple of 16"),
+        (0, torch.zeros(1, 30, 2, 16), "k must have q's tokens at its end"),
+        (2, torch.zeros(1, 20, 1, 16, dtype=torch.float64), "v has an unexpected dtype"),
+        (3, torch.zeros(1, 19, dtype=torch.int64), "documents has an unexpected shape"),
+        (16, 0, "chunk at least 1"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_does_not_fit_is_refused(index: int, wrong: object, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mnemos.slot_attention(*(wrong if i == index else x for i, x in enumerate(arguments())))
+
+
+def test_it_takes_what_it_has_code_for() -> None:
+    cpu = torch.device("cpu")
+    assert takes(cpu, torch.float32, 64) and takes(cpu, torch.bfloat16, 16)
+    assert not takes(cpu, torch.float64, 64) and not takes(cpu, torch.bfloat16, 24)
+    assert not takes(torch.device("cuda"), torch.bfloat16, 64)
+
+
+def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_checked", {})
+    monkeypatch.setattr(attention_slots_native, "self_check", lambda dtype: 0.5)
+    attention_slots_native._kernel.cache_clear()
+    native.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="the native kernel of slot_attention is not used on cpu"):
+        assert not takes(torch.device("cpu"), torch.float32, 64)
+    attention_slots_native._kernel.cache_clear()
+
+
+def test_strided_tensors_are_taken() -> None:
+    (
+        q,
+        k,
+        v,
+        documents,
+        slot_k,
+        slot_v,
+        counts,
+        ages,
+        shift,
+        sink_k,
+        sink_v,
+        sinks_seen,
+        *tables,
+        window,
+        chunk,
+        scale,
+    ) = arguments()
+    layout = NativeSlots(window, chunk, documents, sinks_seen, *tables)
+    seen = SlotKeys(slot_k, slot_v, counts, shift, sink_k, sink_v)
+    strided = torch.stack([q, q], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    found, expected = (slot_attention(x, k, v, layout, None, seen, ages, scale) for x in (strided, q))
+    assert torch.equal(found, expected)

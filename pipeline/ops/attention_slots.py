@@ -25,7 +25,7 @@ from pipeline.ops.attention_slots_native import NativeSlots
 from pipeline.ops.attention_slots_sdpa import DenseSlots
 from pipeline.ops.fuse import fused
 from pipeline.ops.rope import Rope, Rotation, one_after_another, rotate, turn
-from pipeline.ops.slots import SlotKeys, Slots, SlotsByChunk, shuffle
+from pipeline.ops.slots import SlotKeys, SlotMaps, Slots, SlotsByChunk, shuffle
 from pipeline.ops.store_slots import Backend, store_slots
 
 
@@ -167,22 +167,21 @@ def slot_attention(
     v: Tensor,
     plan: SlotPlan,
     carry: WindowCarry | None,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    ages: Tensor,
+    slots: SlotsByChunk,
+    maps: SlotMaps | None,
     shift: Tensor,
     scale: float,
 ) -> Tensor:
-    """The output of attention, like q. Differentiable in all but counts and ages; the carry is a constant.
+    """The output of attention, like q. Differentiable in q, k, v, the maps and the shift; what is carried and stored is
+    a constant.
 
     Args:
         q: [batch, tokens, heads, dim], before RoPE.
         k, v: [batch, tokens, kv_heads, dim], k before RoPE.
         plan: from `plan_slots`.
         carry: of the window, from the step before; None where the plan was made without one.
-        keys, values, counts, ages: of the slots that each chunk finds, [batch, chunks, kv_heads, slots, dim], the last
-            two without dim.
+        slots: from `slots_by_chunk`.
+        maps: how they are read; None for as they are.
         shift: [batch, tokens, heads], added to the logits of all slots.
         scale: of the logits.
     """
@@ -190,13 +189,16 @@ def slot_attention(
     sink_v = plan.sinks.gather(v, None if carry is None else carry.sink_v)
     sink_k = turn(sink_k, *plan.sink_rotation)
     earlier = None if carry is None else (carry.k.to(k.dtype), carry.v.to(v.dtype))
-    seen = SlotKeys(keys.to(k.dtype), values.to(v.dtype), counts, shift, sink_k, sink_v)
+    keys, values, ages = slots.keys.to(k.dtype), slots.values.to(v.dtype), slots.ages
+    seen = SlotKeys(keys, values, slots.counts, shift, sink_k, sink_v)
     if isinstance(plan.layout, NativeSlots):
-        return attention_slots_native.slot_attention(q, k, v, plan.layout, earlier, seen, ages, scale)
+        return attention_slots_native.slot_attention(q, k, v, plan.layout, earlier, seen, ages, maps, scale)
+    if maps is not None:
+        keys, values = maps.read(keys, values)
     if earlier is not None:
         assert plan.carry_rotation is not None
         earlier = rotate(earlier[0], plan.carry_rotation), earlier[1]
-    seen = seen._replace(keys=turn_slots(seen.keys, plan.slot_rotation, plan.back, ages))
+    seen = seen._replace(keys=turn_slots(keys, plan.slot_rotation, plan.back, ages), values=values)
     k = rotate(k, plan.rotation)
     if isinstance(plan.layout, FlexSlots):
         return attention_slots_flex.slot_attention(q, k, v, plan.layout, plan.rotation, earlier, seen, scale)

@@ -19,7 +19,7 @@ from pipeline.ops.attention_sinks import PADDING
 from pipeline.ops.attention_slots_sdpa import DenseSlots
 from pipeline.ops.checks import dtype_name
 from pipeline.ops.rope import Rope, Rotation, one_after_another, turn
-from pipeline.ops.slots import SlotKeys
+from pipeline.ops.slots import SlotKeys, SlotMaps
 
 OP = "slot_attention"
 DIM_MULTIPLE = 16
@@ -90,18 +90,26 @@ def slot_attention(
     earlier: tuple[Tensor, Tensor] | None,
     seen: SlotKeys,
     ages: Tensor,
+    maps: SlotMaps | None,
     scale: float,
 ) -> Tensor:
     """Shapes as in `attention_slots.slot_attention`; all but the sinks' keys before RoPE, `earlier` too, the keys and
-    values of the window before the step."""
+    values of the window before the step. Keys and values of slots are as they are stored, and constants."""
     if earlier is not None:
         k, v = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
-    keys = (seen.keys, seen.values, seen.counts.float(), ages.float(), seen.shift.float(), seen.sink_k, seen.sink_v)
-    out: Tensor = torch.ops.mnemos.slot_attention(
-        q.contiguous(), k.contiguous(), v.contiguous(), layout.documents, *(x.contiguous() for x in keys),
-        layout.sinks_seen, layout.turns, layout.places, layout.back, layout.window, layout.chunk, scale,
-    )[0]  # fmt: skip
-    return out
+    out, slot_out, _ = torch.ops.mnemos.slot_attention(
+        q.contiguous(), k.contiguous(), v.contiguous(), layout.documents, seen.keys.contiguous(),
+        seen.values.contiguous(), seen.counts.float().contiguous(), ages.float().contiguous(),
+        None if maps is None else maps.keys.to(k.dtype).contiguous(), seen.shift.float().contiguous(),
+        seen.sink_k.contiguous(), seen.sink_v.contiguous(), layout.sinks_seen, layout.turns, layout.places, layout.back,
+        layout.window, layout.chunk, scale,
+    )  # fmt: skip
+    if maps is None:
+        found: Tensor = out
+        return found
+    # What a query reads of the slots' values is mapped, in place of every slot's: there are fewer.
+    by_head = slot_out.unflatten(2, (maps.values.shape[0], -1))
+    return out + torch.einsum("btkgd,kde->btkge", by_head, maps.values.to(out.dtype)).flatten(2, 3)
 
 
 @functools.cache
@@ -112,33 +120,36 @@ def _register() -> None:
     torch.library.register_autograd(f"mnemos::{OP}_backward", _backward_twice)
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(q), lse
 
 
 def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, slot_k: Tensor, slot_v: Tensor,
-    counts: Tensor, ages: Tensor, shift: Tensor, sink_k: Tensor, sink_v: Tensor, *_: Any,
+    grad_out: Tensor, grad_slot_out: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, slot_k: Tensor,
+    slot_v: Tensor, counts: Tensor, ages: Tensor, key_map: Tensor | None, shift: Tensor, sink_k: Tensor, sink_v: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sums = (torch.empty_like(x, dtype=torch.float32) for x in (k, v))
-    return torch.empty_like(q), *sums, *map(torch.empty_like, (slot_k, slot_v, shift, sink_k, sink_v))
+    batch, chunks, kv_heads, dim = (slot_k.shape[index] for index in (0, 1, 2, 4))
+    rows = batch if key_map is not None else 0
+    grad_map = q.new_empty((rows, chunks, kv_heads, dim, dim), dtype=torch.float32)
+    return torch.empty_like(q), *sums, grad_map, *(torch.empty_like(x) for x in (shift, sink_k, sink_v))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*inputs[:15], out, lse)
-    ctx.sizes = inputs[15:]
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*inputs[:16], *output)
+    ctx.sizes = inputs[16:]
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple:
-    k, v = ctx.saved_tensors[1:3]
-    grad_q, grad_k, grad_v, *others = torch.ops.mnemos.slot_attention_backward(
-        grad_out.contiguous(), *ctx.saved_tensors, *ctx.sizes
+def _backward(ctx: Any, grad_out: Tensor, grad_slot_out: Tensor, _: Tensor | None) -> tuple:
+    k, v, key_map = (ctx.saved_tensors[index] for index in (1, 2, 8))
+    grad_q, grad_k, grad_v, grad_map, *others = torch.ops.mnemos.slot_attention_backward(
+        grad_out.contiguous(), grad_slot_out.contiguous(), *ctx.saved_tensors, *ctx.sizes
     )
-    grad_slot_k, grad_slot_v, grad_shift, grad_sink_k, grad_sink_v = others
-    keys = (grad_k.to(k.dtype), grad_v.to(v.dtype), None, grad_slot_k, grad_slot_v, None, None, grad_shift)
-    return grad_q, *keys, grad_sink_k, grad_sink_v, *[None] * 7
+    grad_map = None if key_map is None else grad_map.sum((0, 1)).to(key_map.dtype)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), *[None] * 5, grad_map, *others, *[None] * 7
 
 
 def _backward_twice(ctx: Any, *_: Tensor) -> None:
@@ -197,27 +208,30 @@ def results(dtype: torch.dtype, sizes: Sizes, seed: int) -> list[tuple[Tensor, T
         normal(batch, tokens, heads, dim),
         *(normal(batch, tokens, kv_heads, dim) for _ in range(2)),
         *(normal(batch, window, kv_heads, dim) for _ in range(2)),
-        *(normal(batch, chunks, kv_heads, slots, dim) for _ in range(2)),
         normal(batch, tokens, heads).float(),
         *(normal(batch, chunks, sinks, kv_heads, dim) for _ in range(2)),
+        *((normal(kv_heads, dim, dim).double() * dim**-0.5).to(dtype) for _ in range(2)),
     ]
+    stored = [normal(batch, chunks, kv_heads, slots, dim) for _ in range(2)]
     probe = normal(batch, tokens, heads, dim)
 
     def run(precise: bool) -> list[Tensor]:
         own_inputs = [(x.double() if precise else x).detach().clone().requires_grad_() for x in inputs]
-        q, k, v, old_k, old_v, slot_k, slot_v, shift, sink_k, sink_v = own_inputs
+        q, k, v, old_k, old_v, shift, sink_k, sink_v, *own_maps = own_inputs
+        maps, (slot_k, slot_v) = SlotMaps(*own_maps), (x.to(q.dtype) for x in stored)
         seen = SlotKeys(slot_k, slot_v, counts.to(shift.dtype), shift, sink_k, sink_v)
         with torch.enable_grad():
             if precise:
                 old_turns, own_turns = (Rotation(*(x[:, part] for x in turns))
                                         for part in (slice(None, window), slice(window, None)))  # fmt: skip
                 by_age = one_after_another(places, Rotation(*(x[ages.clamp_max(50)] for x in back)))
-                seen = seen._replace(keys=turn(slot_k, *by_age))
+                slot_k, slot_v = maps.read(slot_k, slot_v)
+                seen = seen._replace(keys=turn(slot_k, *by_age), values=slot_v)
                 earlier = turn(old_k, *old_turns), old_v
                 turned = turn(q, *own_turns), turn(k, *own_turns)
                 out = attention_slots_sdpa.slot_attention(*turned, v, dense, earlier, seen, dim**-0.5)
             else:
-                out = slot_attention(q, k, v, plain, (old_k, old_v), seen, ages, dim**-0.5)
+                out = slot_attention(q, k, v, plain, (old_k, old_v), seen, ages, maps, dim**-0.5)
         gradients = torch.autograd.grad(out, own_inputs, probe.to(out.dtype))
         return [x.detach().double() for x in (out, *gradients)]
 

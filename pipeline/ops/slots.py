@@ -54,7 +54,8 @@ class SlotKeys(NamedTuple):
     """What the queries of each chunk see besides the tokens near them."""
 
     keys: Tensor
-    """[batch, chunks, kv_heads, slots, dim]; after RoPE but for the native kernel, which turns them itself."""
+    """[batch, chunks, kv_heads, slots, dim]; as they are read, after RoPE. The native kernel gets them as they are
+    stored."""
     values: Tensor
     """Like keys."""
     counts: Tensor
@@ -65,6 +66,24 @@ class SlotKeys(NamedTuple):
     """[batch, chunks, sinks, kv_heads, dim], after RoPE."""
     sink_v: Tensor
     """Like sink_k."""
+
+
+class SlotMaps(NamedTuple):
+    """How slots are read: k as k + k `keys`, v as v + v `values`."""
+
+    keys: Tensor
+    """[kv_heads, dim, dim]."""
+    values: Tensor
+    """Like keys."""
+
+    def read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of keys and values [..., kv_heads, slots, dim]."""
+        return mapped(keys, self.keys), mapped(values, self.values)
+
+
+def mapped(x: Tensor, change: Tensor) -> Tensor:
+    """x [..., kv_heads, slots, dim] as it is read, with change [kv_heads, dim, dim]."""
+    return x + torch.matmul(x, change.to(x.dtype))
 
 
 @functools.cache

@@ -64,6 +64,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     shift: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
     start: int,
     *,
     frequencies: Tensor,
@@ -74,8 +76,8 @@ def attention(
     reach: int,
     scale: float,
 ) -> tuple[Tensor, list[Slot]]:
-    """Of one head and one document: q, k, v [tokens, dim] before RoPE and shift [tokens]; the document begins at place
-    `start` of its row. The output, and the slots that the last token has seen."""
+    """Of one head and one document: q, k, v [tokens, dim] before RoPE, shift [tokens] and maps [dim, dim]; the document
+    begins at place `start` of its row. The output, and the slots that the last token has seen."""
     held: list[Slot] = []
     out = []
     done = sinks
@@ -97,10 +99,10 @@ def attention(
             logits.append(float(rotated(q[token], token, frequencies) @ rotated(k[j], place, frequencies)) * scale)
             values.append(v[j])
         for slot in held if first > 0 else []:
-            key = rotated(slot.key, max(slot.newest, first - window - reach), frequencies)
+            key = rotated(slot.key + slot.key @ key_map, max(slot.newest, first - window - reach), frequencies)
             logit = float(rotated(q[token], token, frequencies) @ key) * scale
             logits.append(logit + math.log(slot.count) + float(shift[token]))
-            values.append(slot.value)
+            values.append(slot.value + slot.value @ value_map)
         weights = torch.tensor(logits, dtype=torch.float64).softmax(0)
         out.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
     return torch.stack(out), held  # type: ignore[arg-type]

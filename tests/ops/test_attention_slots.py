@@ -16,7 +16,7 @@ from pipeline.ops.attention_flex import own_block_mask
 from pipeline.ops.attention_sinks import CarryPlan
 from pipeline.ops.attention_slots import plan_slots, slot_attention, slots_by_chunk
 from pipeline.ops.attention_slots_native import TOLERANCE, takes
-from pipeline.ops.slots import Slots
+from pipeline.ops.slots import SlotMaps, Slots
 from tests.ops import slots_reference
 from tests.ops.attention_reference import dense_flex, relative_error
 
@@ -32,7 +32,9 @@ def inputs(tokens: int, seed: int = 0) -> dict[str, Tensor]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(1, tokens, *shape, generator=generator, dtype=torch.float64)
 
-    return {"q": noise(HEADS, DIM), "k": noise(KV_HEADS, DIM), "v": noise(KV_HEADS, DIM), "shift": noise(HEADS)}
+    tokens_alone = {"q": noise(HEADS, DIM), "k": noise(KV_HEADS, DIM), "v": noise(KV_HEADS, DIM), "shift": noise(HEADS)}
+    maps = torch.randn(2, KV_HEADS, DIM, DIM, generator=generator, dtype=torch.float64) * 0.5 * DIM**-0.5
+    return {**tokens_alone, "key_map": maps[0], "value_map": maps[1]}
 
 
 def row(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -72,9 +74,11 @@ def attended(
     sizes: Mapping[str, int] = SIZES,
     backend: str = "sdpa",
 ) -> tuple[Tensor, Slots]:
-    """The output of a row of documents in steps that end at `cuts`, and the slots after it, on the device of `x`."""
+    """The output of a row of documents in steps that end at `cuts`, and the slots after it, on the device of `x`; read
+    through maps where `x` has them."""
     segments, positions = (part.to(x["k"].device) for part in row(lengths))
     carry: WindowCarry | None = None
+    maps = SlotMaps(x["key_map"], x["value_map"]) if "key_map" in x else None
     slots = Slots.empty(1, KV_HEADS, sizes["slots"], DIM, x["k"])
     outs = []
     for start, end in zip((0, *cuts), (*cuts, segments.shape[1]), strict=True):
@@ -82,7 +86,7 @@ def attended(
         part = (segments[:, start:end], positions[:, start:end])
         own, kept = plans(*part, carry, sinks, q.dtype, sizes, backend)
         found = slots_by_chunk(k, v, own, carry, slots)
-        outs.append(slot_attention(q, k, v, own, carry, *found[:4], shift, SCALE))
+        outs.append(slot_attention(q, k, v, own, carry, found, maps, shift, SCALE))
         carry = kept.cut(k, v, carry)
         slots = found.after
     return torch.cat(outs, dim=1), slots
@@ -100,7 +104,8 @@ def test_it_is_the_token_loop(lengths: list[int], sinks: int, backend: str) -> N
         for head in range(HEADS):
             own = head // (HEADS // KV_HEADS)
             expected, _ = slots_reference.attention(
-                x["q"][0, part, head], x["k"][0, part, own], x["v"][0, part, own], x["shift"][0, part, head], start,
+                x["q"][0, part, head], x["k"][0, part, own], x["v"][0, part, own], x["shift"][0, part, head],
+                x["key_map"][own], x["value_map"][own], start,
                 frequencies=ROPE.inverse_frequencies, sinks=sinks, scale=SCALE * ROPE.attention_scaling**2, **SIZES,
             )  # fmt: skip
             torch.testing.assert_close(found[0, part, head], expected, rtol=1e-10, atol=1e-10)
@@ -166,7 +171,7 @@ def test_equal_keys_in_one_slot_are_full_attention_to_each() -> None:
     segments, positions = row([tokens])
     plan = plan_slots(segments, positions, None, rope=still, sinks=0, dtype=torch.float64, backend="sdpa", **SIZES)
     found = slots_by_chunk(x["k"], x["v"], plan, None, Slots.empty(1, KV_HEADS, SLOTS, DIM, x["k"]))
-    out = slot_attention(x["q"], x["k"], x["v"], plan, None, *found[:4], torch.zeros_like(x["shift"]), SCALE)
+    out = slot_attention(x["q"], x["k"], x["v"], plan, None, found, None, torch.zeros_like(x["shift"]), SCALE)
     q, k, v = (value.transpose(1, 2) for value in (x["q"], x["k"], x["v"]))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-10, atol=1e-10)

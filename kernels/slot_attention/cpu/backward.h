@@ -57,24 +57,26 @@ inline void add_row(const float* from, int dim, float* to) {
   for (int i = 0; i < dim; i += VL) store(to + i, load(to + i) + load(from + i));
 }
 
-// Gradients of keys and values from one chunk's rows; `row` [3 dim] is for work.
+// Two rows' sum.
+template <class T>
+inline void add_rows(const T* a, const T* b, int dim, float* to) {
+  for (int i = 0; i < dim; i += VL) store(to + i, load(a + i) + load(b + i));
+}
+
+// Gradients of keys and values from one chunk's rows, those of slots apart; `row` [3 dim] is for work.
 template <class T>
 inline void put_keys(const Step& p, const Keys& keys, const float* grad_k, const float* grad_v, float* row) {
   const int dim = p.dim;
   float *scaled = row, *turned = row + dim;
-  T *slot_k = static_cast<T*>(p.grad_slot_k), *slot_v = static_cast<T*>(p.grad_slot_v);
   T *sink_k = static_cast<T*>(p.grad_sink_k), *sink_v = static_cast<T*>(p.grad_sink_v);
   each_key(p, keys, [&](int j, int kind, int64_t to) {
+    if (kind == 1) return;
     const float* own_v = grad_v + (ptrdiff_t)j * dim;
     scale_row(grad_k + (ptrdiff_t)j * dim, p.scale, dim, scaled);
     if (kind == 0) {
       turn_row<true>(scaled, turn_of_token(p, keys, keys.from + j), dim, turned);
       add_row(turned, dim, p.grad_k + to);
       add_row(own_v, dim, p.grad_v + to);
-    } else if (kind == 1) {
-      turn_row<true>(scaled, turn_of_slot(p, keys, keys.sources[j - keys.extra], turned + dim), dim, turned);
-      put_row(turned, dim, slot_k + to);
-      put_row(own_v, dim, slot_v + to);
     } else {
       put_row(scaled, dim, sink_k + to);
       put_row(own_v, dim, sink_v + to);
@@ -82,18 +84,40 @@ inline void put_keys(const Step& p, const Keys& keys, const float* grad_k, const
   });
 }
 
+// The gradient of the keys' map, of a chunk: of what is stored, times the gradient of what is read.
+template <class P, class T>
+inline void put_map(const Step& p, const Keys& keys, const float* grad_k, const TurnScratch& work, float* left,
+                    float* right) {
+  const int dim = p.dim, words = dim / P::G, rows = slots_padded(keys);
+  if (p.key_map == nullptr || rows == 0) return;
+  float *scaled = work.row, *turned = work.row + dim;
+  gather_slots<P, T>(p, keys, work.stored);
+  transpose_words(P::interleaved(work.stored, rows, dim, right), rows / P::G, dim, left);
+  std::memset(work.stored, 0, sizeof(float) * rows * words);
+  for (int j = keys.extra; j < keys.slots_end; ++j) {
+    scale_row(grad_k + (ptrdiff_t)j * dim, p.scale, dim, scaled);
+    turn_row<true>(scaled, turn_of_slot(p, keys, keys.sources[j - keys.extra], work.row + 2 * dim), dim, turned);
+    P::round_row(turned, dim, work.stored + (ptrdiff_t)(j - keys.extra) * words);
+  }
+  const int64_t place = (keys.row * p.chunks + keys.chunk) * p.kv_heads + keys.head;
+  product<P>(dim, dim, rows / P::G, left, rows / P::G, P::interleaved(work.stored, rows, dim, right), dim,
+             p.grad_key_map + place * dim * dim, dim, false);
+}
+
 template <class P, class T>
 void run_backward(const Step& p, const Keys& keys, float* scratch) {
   const int dim = p.dim, words = dim / P::G, group = static_cast<int>(p.heads / p.kv_heads);
   const size_t matrix = static_cast<size_t>(keys.rows) * words, sums = static_cast<size_t>(keys.rows) * dim;
   const size_t tile = static_cast<size_t>(kQueries) * dim, block = static_cast<size_t>(kQueries) * kKeys;
-  float *row = scratch, *k = row + 3 * dim, *k_left = k + matrix, *v = k_left + matrix;
+  float *row = scratch, *map = row + 3 * dim;
+  float *k = map + 2 * dim * dim, *k_left = k + matrix, *v = k_left + matrix;
   float *grad_k = v + matrix, *grad_v = grad_k + sums;
   float *q_rows = grad_v + sums, *q = q_rows + tile, *q_spare = q + tile;
-  float *out_rows = q_spare + tile, *out = out_rows + tile, *out_spare = out + tile, *grad_q = out_spare + tile;
+  float *out_rows = q_spare + tile, *out = out_rows + tile, *out_spare = out + tile;
+  float *slot_rows = out_spare + tile, *slot_out = slot_rows + tile, *grad_q = slot_out + tile;
   float *logits = grad_q + tile, *values = logits + block, *weights = values + block, *grads = weights + block;
   float* grads_right = P::G > 1 ? grads + block : grads;
-  gather_turned<P, T>(p, keys, row, k);
+  gather_turned<P, T>(p, keys, {row, map, v, grad_k}, k);
   transpose_words(P::interleaved(k, keys.rows, dim, grad_k), keys.rows / P::G, dim, k_left);
   gather<P, T>(p, keys, p.v, p.slot_v, p.sink_v, v);
   std::memset(grad_k, 0, sizeof(float) * 2 * sums);
@@ -104,41 +128,50 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
       const int count = keys.queries - query < kQueries ? keys.queries - query : kQueries;
       const int64_t token = keys.row * p.tokens + keys.chunk * p.chunk + query, stride = p.heads * dim;
       const int64_t at = token * stride + query_head * dim;
-      const T *from_q = static_cast<const T*>(p.q) + at, *from_grad = static_cast<const T*>(p.grad_out) + at;
-      const T* from_out = static_cast<const T*>(p.out) + at;
       const float* lse = p.lse + (keys.row * p.heads + query_head) * p.tokens + keys.chunk * p.chunk + query;
       Gradients state;
       std::memset(q_rows, 0, sizeof(float) * kQueries * words);
       std::memset(out_rows, 0, sizeof(float) * kQueries * words);
+      std::memset(slot_rows, 0, sizeof(float) * kQueries * words);
       for (int i = 0; i < kQueries; ++i) {
-        const bool there = i < count;
-        if (there) {
-          load_query<P>(p, keys, from_q + i * stride, query + i, row, q_rows);
-          P::load_row(from_grad + i * stride, dim, out_rows + (ptrdiff_t)i * words);
-        }
         // A query that is not there has no weights.
-        state.lse[i] = there ? lse[i] : 1e30f;
-        state.dot[i] = there ? dot_of(from_out + i * stride, from_grad + i * stride, dim) : 0.0f;
-        state.shift[i] = there ? p.shift[(token + i) * p.heads + query_head] * kLog2E : 0.0f;
-        state.by_shift[i] = 0.0f;
+        state.lse[i] = 1e30f;
+        state.dot[i] = state.shift[i] = state.by_shift[i] = 0.0f;
         state.scale[i] = p.scale;
+        if (i >= count) continue;
+        const int64_t from = at + i * stride;
+        const ptrdiff_t to = (ptrdiff_t)i * words;
+        const T *grad = static_cast<const T*>(p.grad_out) + from, *slot_grad = static_cast<const T*>(p.grad_slot_out) + from;
+        load_query<P>(p, keys, static_cast<const T*>(p.q) + from, query + i, row, q_rows);
+        P::load_row(grad, dim, out_rows + to);
+        // What the slots' values gave is in both outputs.
+        add_rows(grad, slot_grad, dim, row);
+        P::round_row(row, dim, slot_rows + to);
+        state.lse[i] = lse[i];
+        state.dot[i] = dot_of(static_cast<const T*>(p.out) + from, grad, dim) +
+                       dot_of(static_cast<const T*>(p.slot_out) + from, slot_grad, dim);
+        state.shift[i] = p.shift[(token + i) * p.heads + query_head] * kLog2E;
       }
       transpose_words(q_rows, kQueries, words, q);
       transpose_words(out_rows, kQueries, words, out);
+      transpose_words(slot_rows, kQueries, words, slot_out);
       const float* q_right = P::interleaved(q_rows, kQueries, dim, q_spare);
       const float* out_right = P::interleaved(out_rows, kQueries, dim, out_spare);
       std::memset(grad_q, 0, sizeof(float) * tile);
-      each_block(keys, query, count, [&](int from, int to) {
+      each_block(keys, query, count, [&](int from, int to, bool slots) {
         const int n = to - from;
         const ptrdiff_t first = (ptrdiff_t)from * words, sum_first = (ptrdiff_t)from * dim;
         product<P>(n, kQueries, words, k + first, words, q, kQueries, logits, kQueries, false);
-        product<P>(n, kQueries, words, v + first, words, out, kQueries, values, kQueries, false);
+        product<P>(n, kQueries, words, v + first, words, slots ? slot_out : out, kQueries, values, kQueries, false);
         if (all_seen(keys, from, to, query))
           differentiate<P, false>(p, keys, query, from, to, state, logits, values, weights, grads, grads_right);
         else
           differentiate<P, true>(p, keys, query, from, to, state, logits, values, weights, grads, grads_right);
-        product<P>(n, dim, kQueries / P::G, weights, kQueries / P::G, out_right, dim, grad_v + sum_first, dim, true);
-        product<P>(n, dim, kQueries / P::G, grads, kQueries / P::G, q_right, dim, grad_k + sum_first, dim, true);
+        // What is stored is a constant: of slots the gradient of the keys is for their map alone.
+        if (!slots)
+          product<P>(n, dim, kQueries / P::G, weights, kQueries / P::G, out_right, dim, grad_v + sum_first, dim, true);
+        if (!slots || p.key_map != nullptr)
+          product<P>(n, dim, kQueries / P::G, grads, kQueries / P::G, q_right, dim, grad_k + sum_first, dim, true);
         product<P>(dim, kQueries, n / P::G, k_left + from / P::G, keys.rows / P::G, grads_right, kQueries, grad_q,
                    kQueries, true);
       });
@@ -152,6 +185,7 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
     }
   }
   put_keys<T>(p, keys, grad_k, grad_v, row);
+  put_map<P, T>(p, keys, grad_k, {row, map, k, nullptr}, k_left, v);
 }
 
 }  // namespace

@@ -63,6 +63,8 @@ void ChunkKeys::behind(const Step& p) {
   for (int64_t s = 0; s < p.slots; ++s)
     if (counts[s] > 0) append(s, std::log2(counts[s]), 1.0f);
   keys_.slots_end = static_cast<int>(first_.size());
+  if (keys_.slots_end % 2 != 0) append(0, 0.0f, 0.0f), last_.back() = 0;
+  keys_.sinks = static_cast<int>(first_.size());
   for (int64_t s = 0; s < p.sinks; ++s)
     if (p.sinks_seen[place * p.sinks + s]) append(s, 0.0f, 0.0f);
 }

@@ -20,15 +20,17 @@ inline bool all_seen(const Keys& keys, int from, int to, int query) {
   return all;
 }
 
-// The blocks of keys that a tile of queries may see, as f(from, to), from and to even.
+// The blocks of keys that a tile of queries may see, as f(from, to, whether they are slots), from and to even.
 template <class F>
 inline void each_block(const Keys& keys, int query, int count, F f) {
-  const auto blocks = [&](int from, int to) {
-    for (int j = from; j < to; j += kKeys) f(j, j + kKeys < to ? j + kKeys : to);
+  const auto blocks = [&](int from, int to, bool slots) {
+    for (int j = from; j < to; j += kKeys) f(j, j + kKeys < to ? j + kKeys : to, slots);
   };
   const int least = keys.runs[keys.before + query], end = keys.before + query + count;
-  blocks(least - least % 2, end + end % 2);
-  if (query < keys.own) blocks(keys.extra, keys.count + keys.count % 2);
+  blocks(least - least % 2, end + end % 2, false);
+  if (query >= keys.own) return;
+  blocks(keys.extra, keys.sinks, true);
+  blocks(keys.sinks, keys.count + keys.count % 2, false);
 }
 
 // The state of a tile's softmax, by query.
@@ -36,11 +38,11 @@ struct Softmax {
   float most[kQueries], total[kQueries], shift[kQueries];
 };
 
-// Weights of a block's logits [to - from][kQueries], as the right operand of a sum over keys; `out` [dim][kQueries] is
-// scaled to the new maximum.
+// Weights of a block's logits [to - from][kQueries], as the right operand of a sum over keys; `outs` [2 dim][kQueries]
+// are scaled to the new maximum.
 template <class P, bool MASKED>
 inline void weigh(const Step& p, const Keys& keys, int query, int from, int to, Softmax& state, float* logits,
-                  float* weights, float* out) {
+                  float* weights, float* outs) {
   const vec scale = splat(p.scale * kLog2E);
   for (int c = 0; c < kQueries; c += VL) {
     const ivec queries = lanes(query + c);
@@ -64,7 +66,7 @@ inline void weigh(const Step& p, const Keys& keys, int query, int from, int to, 
     store(state.total + c, total);
     store(state.most + c, most);
     if (sum(before < most ? splat(1.0f) : vec{}) > 0)
-      for (int i = 0; i < p.dim; ++i) store(out + i * kQueries + c, load(out + i * kQueries + c) * kept);
+      for (int i = 0; i < 2 * p.dim; ++i) store(outs + i * kQueries + c, load(outs + i * kQueries + c) * kept);
   }
 }
 
@@ -79,13 +81,15 @@ inline void load_query(const Step& p, const Keys& keys, const T* from, int query
 template <class P, class T>
 void run_forward(const Step& p, const Keys& keys, float* scratch) {
   const int dim = p.dim, words = dim / P::G, group = static_cast<int>(p.heads / p.kv_heads);
-  const size_t matrix = static_cast<size_t>(keys.rows) * words;
-  float *row = scratch, *k = row + 2 * dim, *v = k + matrix, *spare = v + matrix;  // k in rows; v as the left operand of a sum over keys
-  float *q = spare + matrix, *q_rows = q + kQueries * dim, *out = q_rows + kQueries * dim;
-  float *logits = out + kQueries * dim, *weights = logits + kQueries * kKeys;
-  gather<P, T>(p, keys, p.v, p.slot_v, p.sink_v, k);
-  transpose_words(P::interleaved(k, keys.rows, dim, spare), keys.rows / P::G, dim, v);
-  gather_turned<P, T>(p, keys, row, k);
+  const size_t matrix = static_cast<size_t>(keys.rows) * words, tile = static_cast<size_t>(kQueries) * dim;
+  float *row = scratch, *map = row + 3 * dim;
+  float *k = map + 2 * dim * dim, *v = k + matrix, *spare = v + matrix;  // v as the left operand of a sum over keys
+  float *q = spare + static_cast<size_t>(keys.rows) * dim, *rows = q + tile, *out = rows + tile, *slot_out = out + tile;
+  float *logits = slot_out + tile, *weights = logits + kQueries * kKeys;
+  gather_turned<P, T>(p, keys, {row, map, v, spare}, k);
+  gather<P, T>(p, keys, p.v, p.slot_v, p.sink_v, spare);
+  float* interleaved = P::G > 1 ? spare + matrix : spare;
+  transpose_words(P::interleaved(spare, keys.rows, dim, interleaved), keys.rows / P::G, dim, v);
 
   for (int h = 0; h < group; ++h) {
     const int64_t query_head = keys.head * group + h;
@@ -94,29 +98,34 @@ void run_forward(const Step& p, const Keys& keys, float* scratch) {
       const int64_t token = keys.row * p.tokens + keys.chunk * p.chunk + query, stride = p.heads * dim;
       const int64_t at = token * stride + query_head * dim;
       Softmax state;
-      std::memset(q_rows, 0, sizeof(float) * kQueries * words);
+      std::memset(rows, 0, sizeof(float) * kQueries * words);
       for (int i = 0; i < kQueries; ++i) {
-        if (i < count) load_query<P>(p, keys, static_cast<const T*>(p.q) + at + i * stride, query + i, row, q_rows);
+        if (i < count) load_query<P>(p, keys, static_cast<const T*>(p.q) + at + i * stride, query + i, row, rows);
         state.shift[i] = i < count ? p.shift[(token + i) * p.heads + query_head] * kLog2E : 0.0f;
         state.most[i] = -1e30f;
         state.total[i] = 0.0f;
       }
-      transpose_words(q_rows, kQueries, words, q);
-      std::memset(out, 0, sizeof(float) * kQueries * dim);
-      each_block(keys, query, count, [&](int from, int to) {
+      transpose_words(rows, kQueries, words, q);
+      std::memset(out, 0, sizeof(float) * 2 * tile);
+      each_block(keys, query, count, [&](int from, int to, bool slots) {
         product<P>(to - from, kQueries, words, k + (ptrdiff_t)from * words, words, q, kQueries, logits, kQueries, false);
         if (all_seen(keys, from, to, query))
           weigh<P, false>(p, keys, query, from, to, state, logits, weights, out);
         else
           weigh<P, true>(p, keys, query, from, to, state, logits, weights, out);
-        product<P>(dim, kQueries, (to - from) / P::G, v + from / P::G, keys.rows / P::G, weights, kQueries, out,
-                   kQueries, true);
+        product<P>(dim, kQueries, (to - from) / P::G, v + from / P::G, keys.rows / P::G, weights, kQueries,
+                   slots ? slot_out : out, kQueries, true);
       });
       float* lse = p.lse + (keys.row * p.heads + query_head) * p.tokens + keys.chunk * p.chunk + query;
       for (int i = 0; i < count; ++i) lse[i] = state.most[i] + __builtin_log2f(state.total[i]);
       for (int i = 0; i < kQueries; ++i) state.total[i] = i < count ? 1 / state.total[i] : 0.0f;
-      put_queries(out, state.total, dim, q_rows);
-      for (int i = 0; i < count; ++i) put_row(q_rows + (ptrdiff_t)i * dim, dim, static_cast<T*>(p.out) + at + i * stride);
+      for (size_t i = 0; i < tile; i += VL) store(out + i, load(out + i) + load(slot_out + i));
+      const auto put = [&](const float* columns, void* to) {
+        put_queries(columns, state.total, dim, rows);
+        for (int i = 0; i < count; ++i) put_row(rows + (ptrdiff_t)i * dim, dim, static_cast<T*>(to) + at + i * stride);
+      };
+      put(out, p.out);
+      put(slot_out, p.slot_out);
     }
   }
 }

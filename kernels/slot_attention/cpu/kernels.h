@@ -19,6 +19,7 @@ struct Step {
   const int64_t* documents;         // [batch, keys]
   const void *slot_k, *slot_v;      // [batch, chunks, kv_heads, slots, dim]; before RoPE
   const float *counts, *ages;       // [batch, chunks, kv_heads, slots]
+  const void* key_map;              // [kv_heads, dim, dim]: keys of slots are read as k + k map; null without one
   const float* shift;               // [batch, tokens, heads]
   const void *sink_k, *sink_v;      // [batch, chunks, sinks, kv_heads, dim]; after RoPE
   const bool* sinks_seen;           // [batch, chunks, sinks]
@@ -29,15 +30,15 @@ struct Step {
   const float* back;    // by age, [ages_most + 1]
   int64_t ages_most;
 
-  void* out;   // like q
-  float* lse;  // [batch, heads, tokens], of logits in units of log 2
+  void *out, *slot_out;  // like q: the output, and the part of it that the slots' values are
+  float* lse;            // [batch, heads, tokens], of logits in units of log 2
 
-  const void* grad_out;               // like q
-  void* grad_q;                       // like q
-  float *grad_k, *grad_v;             // [batch, keys, kv_heads, dim], added to
-  void *grad_slot_k, *grad_slot_v;    // like slot_k; zeros where nothing is written
-  float* grad_shift;                  // like shift
-  void *grad_sink_k, *grad_sink_v;    // like sink_k; zeros where nothing is written
+  const void *grad_out, *grad_slot_out;  // like q
+  void* grad_q;                          // like q
+  float *grad_k, *grad_v;                // [batch, keys, kv_heads, dim], added to
+  float* grad_key_map;                   // [batch, chunks, kv_heads, dim, dim], zeros where nothing is written
+  float* grad_shift;                     // like shift
+  void *grad_sink_k, *grad_sink_v;       // like sink_k; zeros where nothing is written
 };
 
 // The keys that a chunk's queries see by one key-value head, in one list: the band (the chunk's own tokens and the window
@@ -49,7 +50,8 @@ struct Keys {
   int before, band;  // keys of the band before the first query, and all of them
   int own;           // queries of the document of the chunk's first token, which alone see slots and sinks
   int extra;         // where slots begin, an even place
-  int slots_end;     // where they end, and sinks begin
+  int slots_end;     // where they end
+  int sinks;         // where sinks begin, an even place
   int count, rows;   // of all keys, and padded to kRowMultiple
   const int* runs;   // [band], where in the band the key's document begins
   const int *first, *last;        // [rows], the queries that see the key, from first to before last
@@ -62,11 +64,11 @@ constexpr int kQueries = 64;
 constexpr int kKeys = 64;
 constexpr int kRowMultiple = 32;
 
-// Floats that a chunk needs for work, forward or backward; the first 3 `dim` are for single rows.
-inline size_t scratch_size(const Keys& keys, int dim, bool backward) {
-  const size_t matrix = static_cast<size_t>(keys.rows) * dim, tile = kQueries * static_cast<size_t>(dim);
+// Floats that a chunk needs for work, forward or backward; the first 3 `dim` are for single rows, and as many as two maps follow.
+inline size_t scratch_size(const Keys& keys, size_t dim, bool backward) {
+  const size_t matrix = keys.rows * dim, tile = kQueries * dim;
   const size_t block = static_cast<size_t>(kQueries) * kKeys;
-  return 3 * dim + (backward ? 5 * matrix + 7 * tile + 5 * block : 3 * matrix + 3 * tile + 2 * block);
+  return 3 * dim + 2 * dim * dim + (backward ? 5 * matrix + 9 * tile + 5 * block : 4 * matrix + 4 * tile + 2 * block);
 }
 
 // `scratch` is aligned to 64 bytes.

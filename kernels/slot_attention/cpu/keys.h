@@ -73,7 +73,7 @@ inline void each_key(const Step& p, const Keys& keys, F f) {
   const int64_t* source = keys.sources - keys.extra;
   for (int j = keys.extra; j < keys.slots_end; ++j)
     f(j, 1, ((place * p.kv_heads + keys.head) * p.slots + source[j]) * p.dim);
-  for (int j = keys.slots_end; j < keys.count; ++j)
+  for (int j = keys.sinks; j < keys.count; ++j)
     f(j, 2, ((place * p.sinks + source[j]) * p.kv_heads + keys.head) * p.dim);
 }
 
@@ -87,19 +87,60 @@ inline void gather(
   each_key(p, keys, [&](int j, int kind, int64_t at) { P::load_row(from[kind] + at, p.dim, to + (ptrdiff_t)j * words); });
 }
 
-// The same of keys, turned; `row` [2 dim] is for work.
+inline int slots_padded(const Keys& keys) {
+  constexpr int multiple = slot_attention::kRowMultiple;
+  return (keys.slots_end - keys.extra + multiple - 1) / multiple * multiple;
+}
+
+// Words of the slots' keys as they are stored, in rows; what is padding is zero.
 template <class P, class T>
-inline void gather_turned(const Step& p, const Keys& keys, float* row, float* to) {
+inline void gather_slots(const Step& p, const Keys& keys, float* to) {
   const int words = p.dim / P::G;
-  std::memset(to, 0, sizeof(float) * keys.rows * words);
-  const T* from[] = {static_cast<const T*>(p.k), static_cast<const T*>(p.slot_k), static_cast<const T*>(p.sink_k)};
+  std::memset(to, 0, sizeof(float) * slots_padded(keys) * words);
   each_key(p, keys, [&](int j, int kind, int64_t at) {
-    float* own = to + (ptrdiff_t)j * words;
-    if (kind == 2) return P::load_row(from[kind] + at, p.dim, own);
-    const Turn by = kind == 0 ? turn_of_token(p, keys, keys.from + j)
-                              : turn_of_slot(p, keys, keys.sources[j - keys.extra], row + p.dim);
-    turn_row<false>(from[kind] + at, by, p.dim, row);
-    P::round_row(row, p.dim, own);
+    if (kind == 1)
+      P::load_row(static_cast<const T*>(p.slot_k) + at, p.dim, to + (ptrdiff_t)(j - keys.extra) * words);
+  });
+}
+
+// Memory that turning keys takes.
+struct TurnScratch {
+  float* row;     // [3 dim]
+  float* map;     // [2 dim dim]
+  float* stored;  // [keys.rows, dim]
+  float* mapped;  // [keys.rows, dim]
+};
+
+// Words of all keys in rows, those of slots mapped, and turned; what is padding is zero.
+template <class P, class T>
+inline void gather_turned(const Step& p, const Keys& keys, const TurnScratch& work, float* to) {
+  const int dim = p.dim, words = dim / P::G;
+  const T* from[] = {static_cast<const T*>(p.k), static_cast<const T*>(p.slot_k), static_cast<const T*>(p.sink_k)};
+  const bool maps = p.key_map != nullptr && keys.slots_end > keys.extra;
+  if (maps) {
+    const T* map = static_cast<const T*>(p.key_map) + keys.head * dim * dim;
+    for (int i = 0; i < dim; ++i) P::load_row(map + (ptrdiff_t)i * dim, dim, work.map + (ptrdiff_t)i * words);
+    const float* right = P::interleaved(work.map, dim, dim, work.map + (ptrdiff_t)dim * dim);
+    gather_slots<P, T>(p, keys, work.stored);
+    product<P>(keys.slots_end - keys.extra, dim, words, work.stored, words, right, dim, work.mapped, dim, false);
+  }
+  std::memset(to, 0, sizeof(float) * keys.rows * words);
+  each_key(p, keys, [&](int j, int kind, int64_t at) {
+    float *own = to + (ptrdiff_t)j * words, *row = work.row;
+    if (kind == 2) return P::load_row(from[kind] + at, dim, own);
+    if (kind == 0) {
+      turn_row<false>(from[kind] + at, turn_of_token(p, keys, keys.from + j), dim, row);
+    } else {
+      const Turn by = turn_of_slot(p, keys, keys.sources[j - keys.extra], row + 2 * dim);
+      if (maps) {
+        const float* change = work.mapped + (ptrdiff_t)(j - keys.extra) * dim;
+        for (int i = 0; i < dim; i += VL) store(row + dim + i, load(from[kind] + at + i) + load(change + i));
+        turn_row<false>(row + dim, by, dim, row);
+      } else {
+        turn_row<false>(from[kind] + at, by, dim, row);
+      }
+    }
+    P::round_row(row, dim, own);
   });
 }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -60,6 +61,7 @@ Step step(
     const Tensor& slot_v,
     const Tensor& counts,
     const Tensor& ages,
+    const std::optional<Tensor>& key_map,
     const Tensor& shift,
     const Tensor& sink_k,
     const Tensor& sink_v,
@@ -94,6 +96,7 @@ Step step(
   check(slot_v, "slot_v", dtype, {p.batch, p.chunks, p.kv_heads, p.slots, p.dim});
   check(counts, "counts", ScalarType::Float, {p.batch, p.chunks, p.kv_heads, p.slots});
   check(ages, "ages", ScalarType::Float, {p.batch, p.chunks, p.kv_heads, p.slots});
+  if (key_map.has_value()) check(*key_map, "key_map", dtype, {p.kv_heads, p.dim, p.dim});
   check(shift, "shift", ScalarType::Float, {p.batch, p.tokens, p.heads});
   check(sink_k, "sink_k", dtype, {p.batch, p.chunks, p.sinks, p.kv_heads, p.dim});
   check(sink_v, "sink_v", dtype, {p.batch, p.chunks, p.sinks, p.kv_heads, p.dim});
@@ -106,6 +109,7 @@ Step step(
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.documents = read<int64_t>(documents);
   p.slot_k = slot_k.const_data_ptr(), p.slot_v = slot_v.const_data_ptr();
+  p.key_map = key_map.has_value() ? key_map->const_data_ptr() : nullptr;
   p.counts = read(counts), p.ages = read(ages), p.shift = read(shift);
   p.turns = read(turns), p.places = read(places), p.back = read(back);
   p.sink_k = sink_k.const_data_ptr(), p.sink_v = sink_v.const_data_ptr();
@@ -129,7 +133,7 @@ void run(const Step& p, Run kernel, bool backward, int64_t first, int64_t stride
   });
 }
 
-std::tuple<Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
@@ -138,6 +142,7 @@ std::tuple<Tensor, Tensor> forward(
     const Tensor& slot_v,
     const Tensor& counts,
     const Tensor& ages,
+    const std::optional<Tensor>& key_map,
     const Tensor& shift,
     const Tensor& sink_k,
     const Tensor& sink_v,
@@ -149,17 +154,18 @@ std::tuple<Tensor, Tensor> forward(
     int64_t chunk,
     double scale) {
   Step p = step(
-      q, k, v, documents, slot_k, slot_v, counts, ages, shift, sink_k, sink_v, sinks_seen, turns, places, back, window,
+      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back, window,
       chunk, scale);
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = torch::stable::empty_like(q), slot_out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.tokens}, ScalarType::Float);
-  p.out = out.mutable_data_ptr(), p.lse = floats(lse);
+  p.out = out.mutable_data_ptr(), p.slot_out = slot_out.mutable_data_ptr(), p.lse = floats(lse);
   run(p, kernels(q.scalar_type() == ScalarType::BFloat16).forward, false, 0, 1);
-  return {out, lse};
+  return {out, slot_out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out,
+    const Tensor& grad_slot_out,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
@@ -168,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     const Tensor& slot_v,
     const Tensor& counts,
     const Tensor& ages,
+    const std::optional<Tensor>& key_map,
     const Tensor& shift,
     const Tensor& sink_k,
     const Tensor& sink_v,
@@ -176,35 +183,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     const Tensor& places,
     const Tensor& back,
     const Tensor& out,
+    const Tensor& slot_out,
     const Tensor& lse,
     int64_t window,
     int64_t chunk,
     double scale) {
   Step p = step(
-      q, k, v, documents, slot_k, slot_v, counts, ages, shift, sink_k, sink_v, sinks_seen, turns, places, back, window,
+      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back, window,
       chunk, scale);
   const ScalarType dtype = q.scalar_type();
   check(grad_out, "grad_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
+  check(grad_slot_out, "grad_slot_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
   check(out, "out", dtype, {p.batch, p.tokens, p.heads, p.dim});
+  check(slot_out, "slot_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
   check(lse, "lse", ScalarType::Float, {p.batch, p.heads, p.tokens});
+  Tensor grad_q = torch::stable::empty_like(q), grad_shift = torch::stable::empty_like(shift);
   const auto zeros = [&](const Tensor& like, ScalarType type) {
     return torch::stable::new_zeros(like, like.sizes(), type);
   };
-  Tensor grad_q = torch::stable::empty_like(q), grad_shift = torch::stable::empty_like(shift);
   Tensor grad_k = zeros(k, ScalarType::Float), grad_v = zeros(v, ScalarType::Float);
-  Tensor grad_slot_k = zeros(slot_k, dtype), grad_slot_v = zeros(slot_v, dtype);
   Tensor grad_sink_k = zeros(sink_k, dtype), grad_sink_v = zeros(sink_v, dtype);
-  p.grad_out = grad_out.const_data_ptr();
-  p.out = const_cast<void*>(out.const_data_ptr()), p.lse = const_cast<float*>(read(lse));
+  const int64_t maps = key_map.has_value() ? p.batch : 0;
+  Tensor grad_key_map =
+      torch::stable::new_zeros(q, {maps, p.chunks, p.kv_heads, p.dim, p.dim}, ScalarType::Float);
+  p.grad_out = grad_out.const_data_ptr(), p.grad_slot_out = grad_slot_out.const_data_ptr();
+  p.out = const_cast<void*>(out.const_data_ptr()), p.slot_out = const_cast<void*>(slot_out.const_data_ptr());
+  p.lse = const_cast<float*>(read(lse));
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_shift = floats(grad_shift);
   p.grad_k = floats(grad_k), p.grad_v = floats(grad_v);
-  p.grad_slot_k = grad_slot_k.mutable_data_ptr(), p.grad_slot_v = grad_slot_v.mutable_data_ptr();
+  p.grad_key_map = floats(grad_key_map);
   p.grad_sink_k = grad_sink_k.mutable_data_ptr(), p.grad_sink_v = grad_sink_v.mutable_data_ptr();
   const Run kernel = kernels(dtype == ScalarType::BFloat16).backward;
   // Chunks whose bands overlap add to the same keys: they take turns, in one order whatever the threads do.
   const int64_t rounds = std::min(1 + (window + chunk - 1) / chunk, p.chunks);
   for (int64_t round = 0; round < rounds; ++round) run(p, kernel, true, round, rounds);
-  return {grad_q, grad_k, grad_v, grad_slot_k, grad_slot_v, grad_shift, grad_sink_k, grad_sink_v};
+  return {grad_q, grad_k, grad_v, grad_key_map, grad_shift, grad_sink_k, grad_sink_v};
 }
 
 }  // namespace

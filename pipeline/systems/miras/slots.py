@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.ops.attention_sinks import WindowCarry
 from pipeline.ops.attention_slots import SlotPlan, slot_attention, slots_by_chunk
 from pipeline.ops.gates import GateLinear
-from pipeline.ops.slots import Slots
+from pipeline.ops.slots import SlotMaps, Slots
 from pipeline.ops.store_slots import Backend
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
@@ -75,16 +75,14 @@ class SlotBranch(nn.Module):
         if carry is None:
             carry = Slots.empty(k.shape[0], k.shape[2], self.config.slots.count, k.shape[3], k)
         found = slots_by_chunk(k, v, plan, window, carry, self.backend)
-        keys = self.read(found.keys, self.key_map, topology)
-        values = self.read(found.values, self.value_map, topology)
         shift = self.shifted(shift.squeeze(-1), q, topology)
-        out = slot_attention(q, k, v, plan, window, keys, values, found.counts, found.ages, shift, scale)
+        out = slot_attention(q, k, v, plan, window, found, self.maps(topology), shift, scale)
         return out, found.after, slot_health(found.after)
 
-    def read(self, x: Tensor, change: Tensor, topology: Topology) -> Tensor:
-        """Keys or values [..., kv_heads / degree, slots, dim] as they are read."""
-        change = change[topology.heads(change.shape[0])]
-        return x + torch.matmul(x, change.to(x.dtype))
+    def maps(self, topology: Topology) -> SlotMaps:
+        """How this rank's slots are read."""
+        own = topology.heads(self.key_map.shape[0])
+        return SlotMaps(self.key_map[own], self.value_map[own])
 
     def shifted(self, shift: Tensor, q: Tensor, topology: Topology) -> Tensor:
         """What is added to the slots' logits, [batch, tokens, heads / degree], float32."""

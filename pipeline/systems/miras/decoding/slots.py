@@ -134,9 +134,8 @@ class SlotSteps(LayerSteps):
         cache.take(k, v, token)
         slots, made = _slots(kept), state.made
         if plan.begins or not made:
-            keys = branch.read(slots.keys.to(k.dtype), branch.key_map, whole)
-            made[READ_K] = turn_slots(keys, plan.slots, plan.back, slots.ages)
-            made[READ_V] = branch.read(slots.values.to(v.dtype), branch.value_map, whole)
+            keys, values = branch.maps(whole).read(slots.keys.to(k.dtype), slots.values.to(v.dtype))
+            made[READ_K], made[READ_V] = turn_slots(keys, plan.slots, plan.back, slots.ages), values
         ring = slice(cache.sinks, cache.sinks + token.slots)
         all_k = torch.cat(
             [

@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,15 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.ops import miras_scan
 from pipeline.ops.affine_scan import affine_scan
+from pipeline.ops.attention_slots import SlotPlan, plan_slots, slot_attention
+from pipeline.ops.attention_slots_native import takes
+from pipeline.ops.checks import sum_dtype
 from pipeline.ops.dual_maps import HuberError, PNormError, QNormLink, SoftmaxLink
 from pipeline.ops.dual_scan import dual_scan
 from pipeline.ops.mlp_scan import mlp_scan
+from pipeline.ops.rope import Rope
 from pipeline.ops.scan_split import miras_scan_split
+from pipeline.ops.slots import SlotMaps, Slots, SlotsByChunk
 from pipeline.ops.swiglu_scan import swiglu_scan
 
 CHUNK = 64
@@ -184,6 +190,56 @@ def _swiglu(x: Sequence[Tensor], backend: str) -> Tensor:
     return swiglu_scan(q, k, v, alpha, eta, theta, (gate, up, down))[0]
 
 
+SLOTS = {"window": 256, "chunk": 64, "slots": 512}
+"""Of the attention that is measured with slots: as `miras_smollm2` has them."""
+
+
+def slot_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """q, k, v and what is added to the logits of slots, small enough that tokens keep a part of the weight: else its
+    gradient is what rounding leaves."""
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.batch, shape.tokens, shape.heads)
+    accumulate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    tokens = [torch.randn(*size, shape.dim, generator=generator).to(device, dtype) for _ in range(3)]
+    shift = (torch.randn(size, generator=generator) - 4).to(device, accumulate_dtype)
+    return [x.requires_grad_() for x in (*tokens, shift)]
+
+
+@lru_cache(maxsize=4)
+def _stored(shape: Shape, dtype: torch.dtype, backend: Literal["sdpa", "native"]) -> tuple[SlotPlan, SlotsByChunk]:
+    """The plan of one document in every row, and full slots for each of its chunks."""
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.arange(shape.tokens).expand(shape.batch, -1)
+    rope = Rope(10000.0 ** -(torch.arange(0, shape.dim, 2, dtype=torch.float64) / shape.dim))
+    plan = plan_slots(
+        torch.zeros_like(positions), positions, None,
+        rope=rope, sinks=4, reach=1024, dtype=dtype, backend=backend, **SLOTS,
+    )  # fmt: skip
+    chunks = -(-shape.tokens // SLOTS["chunk"])
+    size = (shape.batch, chunks, shape.heads, SLOTS["slots"])
+    keys, values = (torch.randn(*size, shape.dim, generator=generator).to(dtype) for _ in range(2))
+    counts, ages = (torch.randint(1, 9, size, generator=generator).to(sum_dtype(keys)) for _ in range(2))
+    empty = Slots.empty(shape.batch, shape.heads, SLOTS["slots"], shape.dim, keys)
+    return plan, SlotsByChunk(keys, values, counts, ages, empty)
+
+
+def slot_flops(shape: Shape) -> tuple[float, float]:
+    """Forward 4 d per query and key that it sees. Backward twice that, but for slots, whose values have no gradient."""
+    near, far = SLOTS["window"] + (SLOTS["chunk"] + 1) / 2, SLOTS["slots"]
+    return shape.vectors * 4.0 * shape.dim * (near + far), shape.vectors * shape.dim * (8.0 * near + 6.0 * far)
+
+
+def _slots(x: Sequence[Tensor], backend: str) -> Tensor:
+    q, k, v, shift = x
+    if backend == "cpu" and not takes(q.device, q.dtype, q.shape[3]):
+        raise ValueError(
+            "the native kernel of slot_attention takes float32 and bfloat16, and heads of a multiple of 16"
+        )
+    plan, slots = _stored(Shape(*q.shape), q.dtype, "native" if backend == "cpu" else "sdpa")
+    maps = SlotMaps(*q.new_zeros(2, q.shape[2], q.shape[3], q.shape[3]))
+    return slot_attention(q, k, v, plan, None, slots, maps, shift, q.shape[3] ** -0.5)
+
+
 def ops() -> dict[str, Op]:
     """Every op by name. The family has PyTorch paths alone; its rules are called with what their recipes default to."""
     native = ("torch", "cpu", "cuda")
@@ -192,6 +248,7 @@ def ops() -> dict[str, Op]:
         Op("miras_scan_delta", native, memory_inputs, _delta, partial(exact_flops, states=1)),
         Op("miras_scan_split", native, memory_inputs, _split, exact_flops, splits=True),
         Op("affine_scan", native, affine_inputs, _affine, affine_flops),
+        Op("slot_attention", ("torch", "cpu"), slot_inputs, _slots, slot_flops),
         Op("moneta", ("torch",), memory_inputs, _moneta, None),
         Op("yaad", ("torch",), memory_inputs, _yaad, None),
         Op("memora", ("torch",), memory_inputs, _memora, None),

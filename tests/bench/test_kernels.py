@@ -26,13 +26,14 @@ from tests.ops.fla_oracle import needs_fla_core
 
 CPU = torch.device("cpu")
 CEILING = kernels.Roof(1e12, 1e12, "stated")
+OPS = ("miras_scan", "affine_scan", "slot_attention")
 SMALL = ("--shapes", "1x4Kx2x32", "2x70x1x32", "--repeats", "3", "--threads", "1", "--peers", "none")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     out = tmp_path_factory.mktemp("bench") / "kernels.json"
-    done = single("pipeline", "bench", "kernels", *SMALL, "--ops", "miras_scan", "affine_scan", "--json", str(out))
+    done = single("pipeline", "bench", "kernels", *SMALL, "--ops", *OPS, "--json", str(out))
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout
 
@@ -42,7 +43,7 @@ def test_every_op_shape_backend_and_pass_is_measured(small: tuple[dict, str]) ->
     native = {row["backend"] for row in found["rows"]} & {"cpu"}
     expected = [
         (op, shape, backend, each)
-        for op in ("miras_scan", "affine_scan")
+        for op in OPS
         for shape in ("1x4096x2x32", "2x70x1x32")
         for backend in ("torch", *native)
         for each in ("forward", "forward+backward")

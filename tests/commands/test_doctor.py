@@ -18,7 +18,14 @@ from pipeline import cli
 from pipeline.commands import doctor
 from pipeline.commands.doctor import backends, command, problems
 from pipeline.errors import UserError
-from pipeline.ops import affine_scan_native, memory_step_native, native, scan_native, store_slots_native
+from pipeline.ops import (
+    affine_scan_native,
+    attention_slots_native,
+    memory_step_native,
+    native,
+    scan_native,
+    store_slots_native,
+)
 
 
 @pytest.fixture
@@ -186,6 +193,7 @@ def test_a_device_that_a_check_breaks_is_reported_and_others_are_checked(
     monkeypatch.setattr(affine_scan_native, "_largest_error", lambda *_: 1e-7)
     monkeypatch.setattr(memory_step_native, "self_check", lambda *_: 1e-7)
     monkeypatch.setattr(store_slots_native, "self_check", lambda *_: 1e-7)
+    monkeypatch.setattr(attention_slots_native, "self_check", lambda *_: 1e-7)
     h100 = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, shared_memory_per_block_optin=232_448)
     for name, stand_in in {
         "device_count": lambda: 2,
@@ -225,7 +233,7 @@ def test_a_library_from_before_there_was_an_op_is_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(native, "_checked", {})
     monkeypatch.setattr(torch.ops, "mnemos", SimpleNamespace())
     report = doctor.collect()
-    for op in ("miras_scan", "affine_scan", "memory_step", "store_slots"):
+    for op in ("miras_scan", "affine_scan", "memory_step", "store_slots", "slot_attention"):
         assert any(text.startswith(f"{op} is not native on cpu") for text in report["warnings"])
     assert "failed: float32: the library is older than affine_scan: run" in doctor.render(report)
 

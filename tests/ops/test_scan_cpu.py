@@ -140,11 +140,11 @@ def test_the_widest_instruction_set_is_the_one_that_torch_finds(monkeypatch: pyt
     monkeypatch.delenv("MNEMOS_CPU_ISA", raising=False)
     capability = torch.backends.cpu.get_cpu_capability()
     if capability in ("AVX2", "AVX512"):
-        assert OPS.cpu_isa() in ("avx2", "avx512")
+        assert OPS.cpu_isa() in ("avx2", "avx512", "avx512_bf16")
     else:
         assert OPS.cpu_isa() == "generic"
     monkeypatch.setenv("MNEMOS_CPU_ISA", "sse9")
-    with pytest.raises(RuntimeError, match="MNEMOS_CPU_ISA is sse9; expected generic, avx2 or avx512"):
+    with pytest.raises(RuntimeError, match="MNEMOS_CPU_ISA is sse9; expected generic, avx2, avx512 or avx512_bf16"):
         OPS.cpu_isa()
 
 

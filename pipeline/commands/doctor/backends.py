@@ -58,6 +58,7 @@ def kernel_facts(device: str) -> dict[str, Any]:
 
         from pipeline.ops import (
             affine_scan_native,
+            attention_slots_native,
             memory_step_native,
             miras_scan,
             native,
@@ -84,6 +85,7 @@ def kernel_facts(device: str) -> dict[str, Any]:
                         memory_step_native.why_not(where, dtype, key_dim)
                     if kind == "cpu":
                         store_slots_native.why_not(dtype)
+                        attention_slots_native.why_not(dtype)
             except (DeviceLostError, RuntimeError) as error:  # no other check can run there
                 report["lost"][where] = str(error).partition("\n")[0]
     report["checks"] = [check._asdict() for check in native.kernel_checks()]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.ops import attention_bands, attention_flash, attention_flex
-from pipeline.ops.attention_bands import BandPlan
+from pipeline.ops.attention_bands import BandPlan, Documents
 from pipeline.ops.attention_flash import VarlenPlan
 from pipeline.ops.attention_sinks import CarryPlan, SinkPlan, WindowCarry, empty_carry
 from pipeline.ops.rope import Rope, Rotation, rotate
@@ -110,7 +110,7 @@ class AttentionPlan:
     shape: tuple[int, int]
     """(batch, tokens)."""
     rotation: Rotation
-    layout: BandPlan | BlockMask | VarlenPlan | list[int]
+    layout: BandPlan | BlockMask | VarlenPlan | Documents
     """Who sees whom, in the backend's own form."""
     window: int | None = None
     carry_rotation: Rotation | None = None
@@ -133,9 +133,10 @@ def plan_full_attention(
         dtype: of q, k and v.
     """
     _check_tokens(segment_ids, positions)
-    layout: BlockMask | VarlenPlan | list[int]
+    rotation = rope.rotation(positions, dtype)
+    layout: BlockMask | VarlenPlan | Documents
     if backend == "sdpa":
-        layout = attention_bands.document_lengths(segment_ids)
+        layout = Documents.build(segment_ids, rotation, dtype)
     elif backend == "flex":
         layout = attention_flex.block_mask(segment_ids, None, None)
     elif backend in attention_flash.MODULES:
@@ -143,7 +144,7 @@ def plan_full_attention(
     else:
         raise ValueError(f"attention backend {backend!r} does not exist: take it from choose_attention")
     batch, tokens = segment_ids.shape
-    return AttentionPlan("full", backend, (batch, tokens), rope.rotation(positions, dtype), layout)
+    return AttentionPlan("full", backend, (batch, tokens), rotation, layout)
 
 
 def plan_window_attention(
@@ -268,7 +269,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scal
     """
     scale = _check_call("full", q, k, v, plan, scale)
     layout = plan.layout
-    if isinstance(layout, list):
+    if isinstance(layout, Documents):
         return attention_bands.full_attention(q, k, v, layout, plan.rotation, scale)
     if isinstance(layout, BlockMask):
         return attention_flex.full_attention(q, k, v, layout, plan.rotation, scale)

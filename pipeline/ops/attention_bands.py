@@ -22,7 +22,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.ops.attention_full_native import causal_attention, causal_layout
 from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkPlan, WindowCarry, blocks
+from pipeline.ops.attention_slots_native import NativeSlots, takes
 from pipeline.ops.rope import Rotation, rotate
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -171,14 +173,36 @@ def _shared(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype)[:, :, None]
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], rotation: Rotation, scale: float) -> Tensor:
-    """Causal attention, one SDPA call per document: `lengths` are those of all documents, row after row.
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Who sees whom in full attention."""
+
+    lengths: list[int]
+    """Of all documents, row after row."""
+    native: NativeSlots | None
+    """For the native kernel, where it takes the tensors."""
+
+    @classmethod
+    def build(cls, segment_ids: Tensor, rotation: Rotation, dtype: torch.dtype) -> Documents:
+        """Of the documents of [batch, tokens] and their tokens' rotations, for attention in `dtype`."""
+        native = None
+        if dtype == torch.bfloat16 and takes(segment_ids.device, dtype, 2 * rotation.cos.shape[-1]):
+            native = causal_layout(segment_ids, rotation)
+        return cls(document_lengths(segment_ids), native)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, layout: Documents, rotation: Rotation, scale: float) -> Tensor:
+    """Causal attention within documents. Where nothing is differentiated, bfloat16 takes the native kernel; else it is
+    one SDPA call per document.
 
     q [batch, tokens, heads, dim], k and v [batch, tokens, kv_heads, dim] before RoPE; a causal call needs no mask.
     """
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if layout.native is not None and not learns:
+        return causal_attention(q, k, v, layout.native, scale)
     gqa = q.shape[2] != k.shape[2]
     # One split and one cat: slices would make every document's backward pass as long as the batch.
-    documents = [x.flatten(0, 1).split(lengths) for x in (rotate(q, rotation), rotate(k, rotation), v)]
+    documents = [x.flatten(0, 1).split(layout.lengths) for x in (rotate(q, rotation), rotate(k, rotation), v)]
     outs = []
     for document in zip(*documents, strict=True):
         one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in document)

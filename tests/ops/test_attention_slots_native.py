@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from pipeline.ops import attention_slots_native, native
 from pipeline.ops.attention_slots_native import TOLERANCE, NativeSlots, Sizes, results, slot_attention, takes
 from pipeline.ops.slots import SlotKeys, SlotMaps
+from tests.ops.instruction_sets import ISAS
 
 pytestmark = pytest.mark.skipif(not native.load("cpu"), reason=str(native.why_not("cpu")))
-
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 @pytest.fixture(autouse=True)

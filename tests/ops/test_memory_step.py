@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pipeline.ops import memory_step_native, miras_scan, native
 from pipeline.ops.memory_step import memory_step
+from tests.ops.instruction_sets import ISAS
 from tests.ops.memory_step_cases import BF16, FP32, NAMES, assert_close, expected, make, summands
 from tests.ops.reference import token_loop
 
 BACKENDS = ("torch", "cpu")
-ISAS = ("generic", "avx2", "avx512")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,9 +15,9 @@ from torch import Tensor
 from pipeline.ops import native, store_slots_native
 from pipeline.ops.slots import Slots, SlotsByChunk, shuffle
 from pipeline.ops.store_slots import store_slots
+from tests.ops.instruction_sets import ISAS
 
 BATCH, HEADS, DIM = 2, 3, 4
-ISAS = ("generic", "avx2", "avx512")
 
 
 def noise(*shape: int, seed: int) -> Tensor:

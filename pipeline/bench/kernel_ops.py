@@ -72,6 +72,8 @@ class Op:
     """Of the forward and of the backward pass; None where the count depends on how it is done."""
     check_tokens: int = 256
     """Length at which a backend is compared with float64."""
+    besides: Callable[[Shape, torch.dtype], float] = lambda shape, dtype: 0.0
+    """Bytes of constants that each pass reads."""
     splits: bool = False
     """Whether every backend also runs with the sequence in pieces, as in cpu/4."""
 
@@ -93,7 +95,8 @@ class Op:
         # Weights have no token.
         inputs = float(sum(x.nbytes for x in one if x.shape[:3] == (1, 1, 1)))
         output = float(self.call(one, "torch").nbytes)
-        return shape.vectors * (inputs + output), shape.vectors * (2 * inputs + output)
+        besides = self.besides(shape, dtype)
+        return shape.vectors * (inputs + output) + besides, shape.vectors * (2 * inputs + output) + besides
 
 
 def memory_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -205,7 +208,7 @@ def slot_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     return [x.requires_grad_() for x in (*tokens, shift)]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _stored(shape: Shape, dtype: torch.dtype, backend: Literal["sdpa", "native"]) -> tuple[SlotPlan, SlotsByChunk]:
     """The plan of one document in every row, and full slots for each of its chunks."""
     generator = torch.Generator().manual_seed(1)
@@ -217,7 +220,9 @@ def _stored(shape: Shape, dtype: torch.dtype, backend: Literal["sdpa", "native"]
     )  # fmt: skip
     chunks = -(-shape.tokens // SLOTS["chunk"])
     size = (shape.batch, chunks, shape.heads, SLOTS["slots"])
-    keys, values = (torch.randn(*size, shape.dim, generator=generator).to(dtype) for _ in range(2))
+    # The same numbers for every dtype, so that each is compared with what it was given.
+    drawn = (torch.randn(*size, shape.dim, generator=generator).bfloat16() for _ in range(2))
+    keys, values = (x.to(dtype) for x in drawn)
     counts, ages = (torch.randint(1, 9, size, generator=generator).to(sum_dtype(keys)) for _ in range(2))
     empty = Slots.empty(shape.batch, shape.heads, SLOTS["slots"], shape.dim, keys)
     return plan, SlotsByChunk(keys, values, counts, ages, empty)
@@ -225,8 +230,16 @@ def _stored(shape: Shape, dtype: torch.dtype, backend: Literal["sdpa", "native"]
 
 def slot_flops(shape: Shape) -> tuple[float, float]:
     """Forward 4 d per query and key that it sees. Backward twice that, but for slots, whose values have no gradient."""
-    near, far = SLOTS["window"] + (SLOTS["chunk"] + 1) / 2, SLOTS["slots"]
+    window, chunk, far = SLOTS["window"], SLOTS["chunk"], SLOTS["slots"]
+    chunks = [(start, min(chunk, shape.tokens - start)) for start in range(0, shape.tokens, chunk)]
+    near = sum(length * (min(window, start) + (length + 1) / 2) for start, length in chunks) / shape.tokens
     return shape.vectors * 4.0 * shape.dim * (near + far), shape.vectors * shape.dim * (8.0 * near + 6.0 * far)
+
+
+def slot_bytes(shape: Shape, dtype: torch.dtype) -> float:
+    """Of keys and values of the slots of every chunk, with their counts and ages in float32."""
+    slots = shape.batch * -(-shape.tokens // SLOTS["chunk"]) * shape.heads * SLOTS["slots"]
+    return float(slots * (2 * shape.dim * dtype.itemsize + 8))
 
 
 def _slots(x: Sequence[Tensor], backend: str) -> Tensor:
@@ -248,7 +261,7 @@ def ops() -> dict[str, Op]:
         Op("miras_scan_delta", native, memory_inputs, _delta, partial(exact_flops, states=1)),
         Op("miras_scan_split", native, memory_inputs, _split, exact_flops, splits=True),
         Op("affine_scan", native, affine_inputs, _affine, affine_flops),
-        Op("slot_attention", ("torch", "cpu"), slot_inputs, _slots, slot_flops),
+        Op("slot_attention", ("torch", "cpu"), slot_inputs, _slots, slot_flops, besides=slot_bytes),
         Op("moneta", ("torch",), memory_inputs, _moneta, None),
         Op("yaad", ("torch",), memory_inputs, _yaad, None),
         Op("memora", ("torch",), memory_inputs, _memora, None),

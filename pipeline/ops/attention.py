@@ -136,7 +136,7 @@ def plan_full_attention(
     rotation = rope.rotation(positions, dtype)
     layout: BlockMask | VarlenPlan | Documents
     if backend == "sdpa":
-        layout = Documents.build(segment_ids, rotation, dtype)
+        layout = Documents.build(segment_ids, rotation)
     elif backend == "flex":
         layout = attention_flex.block_mask(segment_ids, None, None)
     elif backend in attention_flash.MODULES:

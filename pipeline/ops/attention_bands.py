@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.ops.attention_full_native import causal_attention, causal_layout
+from pipeline.ops.attention_full_native import causal_attention, causal_layout, takes_full
 from pipeline.ops.attention_sinks import NO_TOKEN, PADDING, SinkPlan, WindowCarry, blocks
-from pipeline.ops.attention_slots_native import NativeSlots, takes
+from pipeline.ops.attention_slots_native import NativeSlots
 from pipeline.ops.rope import Rotation, rotate
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -177,28 +178,30 @@ def _shared(x: Tensor, like: Tensor) -> Tensor:
 class Documents:
     """Who sees whom in full attention."""
 
+    segment_ids: Tensor
+    rotation: Rotation
     lengths: list[int]
     """Of all documents, row after row."""
-    native: NativeSlots | None
-    """For the native kernel, where it takes the tensors."""
 
     @classmethod
-    def build(cls, segment_ids: Tensor, rotation: Rotation, dtype: torch.dtype) -> Documents:
-        """Of the documents of [batch, tokens] and their tokens' rotations, for attention in `dtype`."""
-        native = None
-        if dtype == torch.bfloat16 and takes(segment_ids.device, dtype, 2 * rotation.cos.shape[-1]):
-            native = causal_layout(segment_ids, rotation)
-        return cls(document_lengths(segment_ids), native)
+    def build(cls, segment_ids: Tensor, rotation: Rotation) -> Documents:
+        """Of the documents of [batch, tokens], and their tokens' rotations."""
+        return cls(segment_ids, rotation, document_lengths(segment_ids))
+
+    @cached_property
+    def native(self) -> NativeSlots:
+        """For the native kernel."""
+        return causal_layout(self.segment_ids, self.rotation)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, layout: Documents, rotation: Rotation, scale: float) -> Tensor:
-    """Causal attention within documents. Where nothing is differentiated, bfloat16 takes the native kernel; else it is
-    one SDPA call per document.
+    """Causal attention within documents: the native kernel where `takes_full` says so and nothing is differentiated,
+    else one SDPA call per document.
 
     q [batch, tokens, heads, dim], k and v [batch, tokens, kv_heads, dim] before RoPE; a causal call needs no mask.
     """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if layout.native is not None and not learns:
+    if not learns and takes_full(q):
         return causal_attention(q, k, v, layout.native, scale)
     gqa = q.shape[2] != k.shape[2]
     # One split and one cat: slices would make every document's backward pass as long as the batch.

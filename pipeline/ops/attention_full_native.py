@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.ops.attention_slots_native import NativeSlots, slot_attention
+from pipeline.ops.attention_slots_native import NativeSlots, slot_attention, takes
 from pipeline.ops.rope import Rotation
 from pipeline.ops.slots import SlotKeys
 
 CHUNK = 512
 """Queries for which the keys before them are packed once."""
+
+
+def takes_full(q: Tensor) -> bool:
+    """Whether the kernel is used for q, k and v like q: in bfloat16, where the processor multiplies pairs of them. Only
+    there is it known to be faster than SDPA."""
+    pairs = q.dtype == torch.bfloat16 and takes(q.device, q.dtype, q.shape[-1])
+    return pairs and torch.ops.mnemos.cpu_isa() == "avx512_bf16"
 
 
 def causal_layout(documents: Tensor, turns: Rotation) -> NativeSlots:

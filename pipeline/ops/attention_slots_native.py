@@ -1,7 +1,7 @@
 """Attention to a window and slots on the native kernel of kernels/slot_attention: what it takes, and its check.
 
-Keys are read where they stand, and turned by RoPE there: nothing is copied for the chunks that see them, and what no
-query sees is not computed. Logits live in the caches alone, forward and backward.
+A chunk's keys are packed and turned by RoPE in the cache, so that no copies of them reach memory. What no query sees is
+not computed. Logits live in the caches alone, forward and backward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.ops import attention_slots_sdpa, native
-from pipeline.ops.attention_sinks import PADDING
+from pipeline.ops.attention_sinks import NO_TOKEN, PADDING
 from pipeline.ops.attention_slots_sdpa import DenseSlots
 from pipeline.ops.checks import dtype_name
 from pipeline.ops.rope import Rope, Rotation, one_after_another, turn
@@ -97,6 +97,8 @@ def slot_attention(
     values of the window before the step. Keys and values of slots are as they are stored, and constants."""
     if earlier is not None:
         k, v = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
+    if {x.dtype for x in (k, v, seen.keys, seen.values, seen.sink_k, seen.sink_v)} != {q.dtype}:
+        raise ValueError(f"q is {q.dtype}: k, v, slots and sinks have to be of its dtype")
     out, slot_out, _ = torch.ops.mnemos.slot_attention(
         q.contiguous(), k.contiguous(), v.contiguous(), layout.documents, seen.keys.contiguous(),
         seen.values.contiguous(), seen.counts.float().contiguous(), ages.float().contiguous(),
@@ -157,7 +159,7 @@ def _backward_twice(ctx: Any, *_: Tensor) -> None:
 
 
 class Sizes(NamedTuple):
-    """Of the inputs of a check."""
+    """Of the inputs of a check: by default what fills no tile, and needs more than one register tile in width."""
 
     batch: int = 2
     tokens: int = 150
@@ -165,24 +167,29 @@ class Sizes(NamedTuple):
     chunk: int = 32
     kv_heads: int = 2
     group: int = 2
-    dim: int = 32
+    dim: int = 80
     slots: int = 33
     sinks: int = 3
     ends: tuple[int, ...] = (70, 33)
     """Where a row's first document ends, counted from the carried window's first token."""
+    carried: bool = True
+    """Whether there is a carried window."""
+    mapped: bool = True
+    """Whether slots are read through maps."""
 
 
 def self_check(dtype: torch.dtype) -> float:
     """The largest relative RMSE of a result, gradients included, against the PyTorch path in float64: two rows of two
     documents behind a carried window, chunks whose bands overlap, and a last one that is not whole."""
-    errors = [float((x - y).norm() / y.norm()) for x, y in results(dtype, Sizes(), 0)]
+    errors = [float((x - y).norm() / y.norm()) for x, y in results(dtype, Sizes(), 0).values()]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def results(dtype: torch.dtype, sizes: Sizes, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """The output and all gradients of inputs drawn from a seed, by the kernel and by the PyTorch path in float64."""
+def results(dtype: torch.dtype, sizes: Sizes, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The output and all gradients of inputs drawn from a seed, by the kernel and by the PyTorch path in float64, by
+    name."""
     rng = torch.Generator("cpu").manual_seed(seed)
-    batch, tokens, window, chunk, kv_heads, group, dim, slots, sinks, ends = sizes
+    batch, tokens, window, chunk, kv_heads, group, dim, slots, sinks, ends, carried, mapped = sizes
     chunks, heads = -(-tokens // chunk), kv_heads * group
 
     def normal(*shape: int) -> Tensor:
@@ -192,47 +199,57 @@ def results(dtype: torch.dtype, sizes: Sizes, seed: int) -> list[tuple[Tensor, T
     for row, end in zip(ids, ends, strict=False):
         row[end:] = 2
     ids[:, window + tokens :] = PADDING
+    if not carried:
+        ids[:, :window] = NO_TOKEN
     by_chunk = ids[:, window:].unflatten(1, (chunks, chunk))
     own = by_chunk == by_chunk[..., :1]
     sinks_seen = torch.rand(batch, chunks, sinks, generator=rng, device="cpu") < 0.5
     counts = torch.randint(0, 9, (batch, chunks, kv_heads, slots), generator=rng, device="cpu")
     rope = Rope(100.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim), attention_scaling=1.2)
     turns = rope.rotation(torch.arange(window + tokens, device="cpu").expand(batch, -1))
+    old_turns, own_turns = (Rotation(*(x[:, part] for x in turns)) for part in (slice(window), slice(window, None)))
     places = rope.rotation(torch.arange(0, tokens, chunk, device="cpu").expand(batch, -1)[..., None])
     back = rope.back(50, ids.device)
     ages = torch.randint(0, 70, counts.shape, generator=rng, device="cpu")
-    plain = NativeSlots.build(window, chunk, ids[:, : window + tokens], sinks_seen, turns, places, back)
+    known = slice(0 if carried else window, window + tokens)
+    plain = NativeSlots.build(window, chunk, ids[:, known], sinks_seen, turns if carried else own_turns, places, back)
     visible = own[..., None] & sinks_seen[:, :, None]
     dense = DenseSlots.build(by_chunk, ids, own, visible, slots=slots, dtype=torch.float64)
-    inputs = [
-        normal(batch, tokens, heads, dim),
-        *(normal(batch, tokens, kv_heads, dim) for _ in range(2)),
-        *(normal(batch, window, kv_heads, dim) for _ in range(2)),
-        normal(batch, tokens, heads).float(),
-        *(normal(batch, chunks, sinks, kv_heads, dim) for _ in range(2)),
-        *((normal(kv_heads, dim, dim).double() * dim**-0.5).to(dtype) for _ in range(2)),
-    ]
+    inputs = {
+        "q": normal(batch, tokens, heads, dim),
+        "k": normal(batch, tokens, kv_heads, dim),
+        "v": normal(batch, tokens, kv_heads, dim),
+        "shift": normal(batch, tokens, heads).float(),
+        "sink_k": normal(batch, chunks, sinks, kv_heads, dim),
+        "sink_v": normal(batch, chunks, sinks, kv_heads, dim),
+    }
+    if carried:
+        inputs |= {name: normal(batch, window, kv_heads, dim) for name in ("old_k", "old_v")}
+    if mapped:
+        maps = {name: normal(kv_heads, dim, dim).double() * dim**-0.5 for name in ("key_map", "value_map")}
+        inputs |= {name: change.to(dtype) for name, change in maps.items()}
     stored = [normal(batch, chunks, kv_heads, slots, dim) for _ in range(2)]
     probe = normal(batch, tokens, heads, dim)
 
-    def run(precise: bool) -> list[Tensor]:
-        own_inputs = [(x.double() if precise else x).detach().clone().requires_grad_() for x in inputs]
-        q, k, v, old_k, old_v, shift, sink_k, sink_v, *own_maps = own_inputs
-        maps, (slot_k, slot_v) = SlotMaps(*own_maps), (x.to(q.dtype) for x in stored)
-        seen = SlotKeys(slot_k, slot_v, counts.to(shift.dtype), shift, sink_k, sink_v)
+    def run(precise: bool) -> dict[str, Tensor]:
+        x = {name: (one.double() if precise else one).detach().clone().requires_grad_() for name, one in inputs.items()}
+        own_maps = SlotMaps(x["key_map"], x["value_map"]) if mapped else None
+        slot_k, slot_v = (one.to(x["q"].dtype) for one in stored)
+        seen = SlotKeys(slot_k, slot_v, counts.to(x["shift"].dtype), x["shift"], x["sink_k"], x["sink_v"])
+        earlier = (x["old_k"], x["old_v"]) if carried else None
         with torch.enable_grad():
             if precise:
-                old_turns, own_turns = (Rotation(*(x[:, part] for x in turns))
-                                        for part in (slice(None, window), slice(window, None)))  # fmt: skip
-                by_age = one_after_another(places, Rotation(*(x[ages.clamp_max(50)] for x in back)))
-                slot_k, slot_v = maps.read(slot_k, slot_v)
+                slot_k, slot_v = (slot_k, slot_v) if own_maps is None else own_maps.read(slot_k, slot_v)
+                by_age = one_after_another(places, Rotation(*(one[ages.clamp_max(50)] for one in back)))
                 seen = seen._replace(keys=turn(slot_k, *by_age), values=slot_v)
-                earlier = turn(old_k, *old_turns), old_v
-                turned = turn(q, *own_turns), turn(k, *own_turns)
-                out = attention_slots_sdpa.slot_attention(*turned, v, dense, earlier, seen, dim**-0.5)
+                turned = turn(x["q"], *own_turns), turn(x["k"], *own_turns)
+                if earlier is not None:
+                    earlier = turn(earlier[0], *old_turns), earlier[1]
+                out = attention_slots_sdpa.slot_attention(*turned, x["v"], dense, earlier, seen, dim**-0.5)
             else:
-                out = slot_attention(q, k, v, plain, (old_k, old_v), seen, ages, maps, dim**-0.5)
-        gradients = torch.autograd.grad(out, own_inputs, probe.to(out.dtype))
-        return [x.detach().double() for x in (out, *gradients)]
+                out = slot_attention(x["q"], x["k"], x["v"], plain, earlier, seen, ages, own_maps, dim**-0.5)
+        gradients = torch.autograd.grad(out, list(x.values()), probe.to(out.dtype))
+        return {"out": out.detach().double(), **{name: one.double() for name, one in zip(x, gradients, strict=True)}}
 
-    return list(zip(run(False), run(True), strict=True))
+    found, expected = run(False), run(True)
+    return {name: (found[name], expected[name]) for name in found}

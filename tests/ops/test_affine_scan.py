@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.ops import native
 from pipeline.ops.affine_scan import affine_scan
 from tests.ops.affine_scan_cases import (
     BACKENDS,
@@ -23,11 +24,10 @@ from tests.ops.affine_scan_cases import (
     truth,
 )
 from tests.ops.affine_scan_reference import affine_loop, affine_loop_gradients
+from tests.ops.instruction_sets import ISAS
 
 # The widest set of instructions of this processor, and the narrower ones.
-SETS = {"AVX512": ("generic", "avx2", "avx512"), "AVX2": ("generic", "avx2")}.get(
-    torch.backends.cpu.get_cpu_capability(), ("generic",)
-)
+SETS = ISAS[: ISAS.index(torch.ops.mnemos.cpu_isa()) + 1] if native.load("cpu") else ISAS[:1]
 
 
 @pytest.mark.parametrize("change", [None, 0.02, 0.5, 1.0])

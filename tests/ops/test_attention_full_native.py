@@ -8,11 +8,14 @@ import torch
 from pipeline.ops import attention_bands, native
 from pipeline.ops.attention import Rope, full_attention, plan_full_attention
 
-pytestmark = pytest.mark.skipif(not native.load("cpu"), reason=str(native.why_not("cpu")))
+pytestmark = pytest.mark.skipif(
+    not native.load("cpu") or torch.ops.mnemos.cpu_isa() != "avx512_bf16",
+    reason="the kernel is used where the processor multiplies pairs of bfloat16",
+)
 
 
 @pytest.mark.parametrize("dim", [16, 64])
-@pytest.mark.parametrize("lengths", [[[1300]], [[700, 3, 597], [1, 1299]]], ids=str)
+@pytest.mark.parametrize("lengths", [[[1300]], [[700, 3, 597], [1, 1299]], [[100] * 13]], ids=str)
 def test_it_is_full_attention_within_documents(
     lengths: list[list[int]], dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,8 +32,8 @@ def test_every_instruction_set_is_the_path_in_pytorch(
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
     for dim in (16, 48, 64, 128):
-        for found, expected in results(dtype, Sizes(dim=dim), seed=0):
-            assert (found - expected).norm() < TOLERANCE[dtype] * expected.norm()
+        for name, (found, expected) in results(dtype, Sizes(dim=dim), seed=0).items():
+            assert (found - expected).norm() < TOLERANCE[dtype] * expected.norm(), name
 
 
 @st.composite
@@ -51,6 +51,8 @@ def sizes(draw: st.DrawFn) -> Sizes:
         slots=draw(st.integers(1, 70)),
         sinks=draw(st.integers(0, 4)),
         ends=(draw(ends), draw(ends)),
+        carried=draw(st.booleans()),
+        mapped=draw(st.booleans()),
     )
 
 
@@ -58,18 +60,19 @@ def sizes(draw: st.DrawFn) -> Sizes:
 @given(sizes(), st.integers(0, 1000))
 def test_all_sizes_are_the_path_in_pytorch(shape: Sizes, seed: int) -> None:
     for dtype, limit in TOLERANCE.items():
-        for found, expected in results(dtype, shape, seed):
-            # A gradient whose terms cancel keeps their rounding; they are products of rows of `dim` normal numbers.
-            size = max(float(expected.norm()), 0.5 * (shape.dim * expected.numel()) ** 0.5)
-            assert (found - expected).norm() <= limit * size
+        for name, (found, expected) in results(dtype, shape, seed).items():
+            size = float(expected.norm())
+            if name == "shift":
+                # Its terms cancel, and leave the rounding of products of rows of `dim` normal numbers.
+                size = max(size, 0.5 * (shape.dim * expected.numel()) ** 0.5)
+            assert (found - expected).norm() <= 2 * limit * size, name
 
 
-def arguments(dtype: torch.dtype = torch.float32, chunk: int = 8) -> tuple:
+def arguments() -> tuple:
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng).to(dtype).requires_grad_()
+        return torch.randn(*shape, generator=rng).requires_grad_()
 
-    rng = torch.Generator().manual_seed(0)
-    chunks = -(-20 // chunk)
+    rng, chunk, chunks = torch.Generator().manual_seed(0), 8, 3
     seen = (
         normal(1, chunks, 1, 8, 16).detach(),
         normal(1, chunks, 1, 8, 16).detach(),
@@ -119,17 +122,17 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_threads_change_nothing() -> None:
-    found = []
-    for threads in (1, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        inputs = arguments(torch.bfloat16, chunk=3)
-        out, slot_out, _ = torch.ops.mnemos.slot_attention(*inputs)
-        (out.sum() + slot_out.square().sum()).backward()
-        found.append([out, *(inputs[i].grad for i in (0, 1, 2, 8, 9, 10, 11))])
+    """Of float32 sums, whose order would show, of chunks whose bands overlap with those of three others."""
+    before, found = torch.get_num_threads(), []
+    shape = Sizes(tokens=1500, window=200, chunk=64, kv_heads=3, dim=32)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append({name: pair[0] for name, pair in results(torch.float32, shape, seed=0).items()})
+    finally:
         torch.set_num_threads(before)
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for other in found[1:]:
+        assert all(torch.equal(x, other[name]) for name, x in found[0].items())
 
 
 @pytest.mark.parametrize(
@@ -174,3 +177,12 @@ def test_strided_tensors_are_taken() -> None:
     assert not strided.is_contiguous()
     found, expected = (slot_attention(x, k, v, plan, None, seen, ages, maps, scale) for x in (strided, q))
     assert torch.equal(found, expected)
+
+
+def test_a_dtype_apart_is_refused() -> None:
+    q, k, v, documents, slot_k, slot_v, counts, ages, _, shift, sink_k, sink_v, *layout, scale = arguments()
+    sinks_seen, turns, places, back, window, chunk = layout
+    plan = NativeSlots(window, chunk, documents, sinks_seen, turns, places, back)
+    seen = SlotKeys(slot_k, slot_v, counts, shift, sink_k, sink_v)
+    with pytest.raises(ValueError, match=r"q is torch\.float32: k, v, slots and sinks have to be of its dtype"):
+        slot_attention(q, k, v.bfloat16(), plan, None, seen, ages, None, scale)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops import miras_scan, native
+from tests.ops.instruction_sets import ISAS
 from tests.ops.reference import token_loop
 
 FP32 = 1e-5  # relative RMSE, values and every gradient
@@ -42,7 +43,7 @@ def isas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def each() -> Iterator[str]:
         widest = OPS.cpu_isa()
-        for isa in ("generic", "avx2", "avx512"):
+        for isa in ISAS:
             monkeypatch.setenv("MNEMOS_CPU_ISA", isa)
             assert OPS.cpu_isa() == isa
             yield isa

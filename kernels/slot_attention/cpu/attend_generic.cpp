@@ -8,7 +8,7 @@
 namespace mnemos::slot_attention {
 Kernels kernels_generic(bool bfloat16) {
   using namespace mnemos::generic;
-  return bfloat16 ? Kernels{run_forward<Floats, Bfloat16>, run_backward<Floats, Bfloat16>}
-                  : Kernels{run_forward<Floats, float>, run_backward<Floats, float>};
+  return bfloat16 ? Kernels{run_forward<Floats, Bfloat16>, run_backward<Floats, Bfloat16>, 1}
+                  : Kernels{run_forward<Floats, float>, run_backward<Floats, float>, 1};
 }
 }  // namespace mnemos::slot_attention

@@ -69,11 +69,11 @@ inline void put_keys(const Step& p, const Keys& keys, const float* grad_k, const
   const int dim = p.dim;
   float *scaled = row, *turned = row + dim;
   T *sink_k = static_cast<T*>(p.grad_sink_k), *sink_v = static_cast<T*>(p.grad_sink_v);
-  each_key(p, keys, [&](int j, int kind, int64_t to) {
-    if (kind == 1) return;
+  each_key(p, keys, [&](int j, Kind kind, int64_t to) {
+    if (kind == kSlot) return;
     const float* own_v = grad_v + (ptrdiff_t)j * dim;
     scale_row(grad_k + (ptrdiff_t)j * dim, p.scale, dim, scaled);
-    if (kind == 0) {
+    if (kind == kBand) {
       turn_row<true>(scaled, turn_of_token(p, keys, keys.from + j), dim, turned);
       add_row(turned, dim, p.grad_k + to);
       add_row(own_v, dim, p.grad_v + to);
@@ -94,10 +94,10 @@ inline void put_map(const Step& p, const Keys& keys, const float* grad_k, const 
   gather_slots<P, T>(p, keys, work.stored);
   transpose_words(P::interleaved(work.stored, rows, dim, right), rows / P::G, dim, left);
   std::memset(work.stored, 0, sizeof(float) * rows * words);
-  for (int j = keys.extra; j < keys.slots_end; ++j) {
+  for (int j = keys.slots_begin; j < keys.slots_end; ++j) {
     scale_row(grad_k + (ptrdiff_t)j * dim, p.scale, dim, scaled);
-    turn_row<true>(scaled, turn_of_slot(p, keys, keys.sources[j - keys.extra], work.row + 2 * dim), dim, turned);
-    P::round_row(turned, dim, work.stored + (ptrdiff_t)(j - keys.extra) * words);
+    turn_row<true>(scaled, turn_of_slot(p, keys, keys.sources[j - keys.slots_begin], work.row + 2 * dim), dim, turned);
+    P::round_row(turned, dim, work.stored + (ptrdiff_t)(j - keys.slots_begin) * words);
   }
   const int64_t place = (keys.row * p.chunks + keys.chunk) * p.kv_heads + keys.head;
   product<P>(dim, dim, rows / P::G, left, rows / P::G, P::interleaved(work.stored, rows, dim, right), dim,
@@ -141,7 +141,8 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
         if (i >= count) continue;
         const int64_t from = at + i * stride;
         const ptrdiff_t to = (ptrdiff_t)i * words;
-        const T *grad = static_cast<const T*>(p.grad_out) + from, *slot_grad = static_cast<const T*>(p.grad_slot_out) + from;
+        const T* grad = static_cast<const T*>(p.grad_out) + from;
+        const T* slot_grad = static_cast<const T*>(p.grad_slot_out) + from;
         load_query<P>(p, keys, static_cast<const T*>(p.q) + from, query + i, row, q_rows);
         P::load_row(grad, dim, out_rows + to);
         // What the slots' values gave is in both outputs.
@@ -177,7 +178,7 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
       });
       put_queries(grad_q, state.scale, dim, q_spare);
       for (int i = 0; i < count; ++i) {
-        const Turn by = turn_of_token(p, keys, p.keys - p.tokens + keys.chunk * p.chunk + query + i);
+        const Turn by = turn_of_token(p, keys, p.key_count - p.tokens + keys.chunk * p.chunk + query + i);
         turn_row<true>(q_spare + (ptrdiff_t)i * dim, by, dim, row);
         put_row(row, dim, static_cast<T*>(p.grad_q) + at + i * stride);
         p.grad_shift[(token + i) * p.heads + query_head] = state.by_shift[i];

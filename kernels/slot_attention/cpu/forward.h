@@ -29,8 +29,8 @@ inline void each_block(const Keys& keys, int query, int count, F f) {
   const int least = keys.runs[keys.before + query], end = keys.before + query + count;
   blocks(least - least % 2, end + end % 2, false);
   if (query >= keys.own) return;
-  blocks(keys.extra, keys.sinks, true);
-  blocks(keys.sinks, keys.count + keys.count % 2, false);
+  blocks(keys.slots_begin, keys.sinks_begin, true);
+  blocks(keys.sinks_begin, keys.count + keys.count % 2, false);
 }
 
 // The state of a tile's softmax, by query.
@@ -73,7 +73,7 @@ inline void weigh(const Step& p, const Keys& keys, int query, int from, int to, 
 // A query of the chunk, turned, into its row of a tile.
 template <class P, class T>
 inline void load_query(const Step& p, const Keys& keys, const T* from, int query, float* row, float* rows) {
-  const int64_t key = p.keys - p.tokens + keys.chunk * p.chunk + query;
+  const int64_t key = p.key_count - p.tokens + keys.chunk * p.chunk + query;
   turn_row<false>(from, turn_of_token(p, keys, key), p.dim, row);
   P::round_row(row, p.dim, rows + (ptrdiff_t)(query % kQueries) * (p.dim / P::G));
 }

@@ -46,15 +46,15 @@ inline void turn_row(const T* from, Turn by, int dim, float* to) {
 }
 
 inline Turn turn_of_token(const Step& p, const Keys& keys, int64_t key) {
-  const int64_t half = p.dim / 2, at = (keys.row * p.keys + key) * half;
-  return {p.turns + at, p.turns + p.batch * p.keys * half + at};
+  const int64_t half = p.dim / 2, at = (keys.row * p.key_count + key) * half;
+  return {p.turns + at, p.turns + p.batch * p.key_count * half + at};
 }
 
 // Written to `row` [dim].
 inline Turn turn_of_slot(const Step& p, const Keys& keys, int64_t slot, float* row) {
   const int64_t half = p.dim / 2, chunk = keys.row * p.chunks + keys.chunk;
   const float age = p.ages[(chunk * p.kv_heads + keys.head) * p.slots + slot];
-  const int64_t back = age < p.ages_most ? (int64_t)age : p.ages_most;
+  const int64_t back = !(age > 0) ? 0 : age < p.ages_most ? (int64_t)age : p.ages_most;
   const float *c = p.places + chunk * half, *s = c + p.batch * p.chunks * half;
   const float *back_c = p.back + back * half, *back_s = back_c + (p.ages_most + 1) * half;
   for (int64_t i = 0; i < half; ++i) {
@@ -64,17 +64,22 @@ inline Turn turn_of_slot(const Step& p, const Keys& keys, int64_t slot, float* r
   return {row, row + half};
 }
 
-// f(j, 0, 1 or 2, where) for every key of the band, the slots and the sinks: where its row stands in the tensors of Step.
+enum Kind { kBand, kSlot, kSink };
+
+// f(j, kind, where) for every key that there is: where its row stands in the tensors of Step.
 template <class F>
 inline void each_key(const Step& p, const Keys& keys, F f) {
   const int64_t place = keys.row * p.chunks + keys.chunk;
   for (int j = 0; j < keys.band; ++j)
-    f(j, 0, ((keys.row * p.keys + keys.from + j) * p.kv_heads + keys.head) * p.dim);
-  const int64_t* source = keys.sources - keys.extra;
-  for (int j = keys.extra; j < keys.slots_end; ++j)
-    f(j, 1, ((place * p.kv_heads + keys.head) * p.slots + source[j]) * p.dim);
-  for (int j = keys.sinks; j < keys.count; ++j)
-    f(j, 2, ((place * p.sinks + source[j]) * p.kv_heads + keys.head) * p.dim);
+    f(j, kBand, ((keys.row * p.key_count + keys.from + j) * p.kv_heads + keys.head) * p.dim);
+  for (int j = keys.slots_begin; j < keys.slots_end; ++j) {
+    const int64_t slot = keys.sources[j - keys.slots_begin];
+    f(j, kSlot, ((place * p.kv_heads + keys.head) * p.slots + slot) * p.dim);
+  }
+  for (int j = keys.sinks_begin; j < keys.count; ++j) {
+    const int64_t sink = keys.sources[j - keys.slots_begin];
+    f(j, kSink, ((place * p.sinks + sink) * p.kv_heads + keys.head) * p.dim);
+  }
 }
 
 // Words of keys or values in rows; what is padding is zero.
@@ -84,12 +89,12 @@ inline void gather(
   const int words = p.dim / P::G;
   std::memset(to, 0, sizeof(float) * keys.rows * words);
   const T* from[] = {static_cast<const T*>(band), static_cast<const T*>(slots), static_cast<const T*>(sinks)};
-  each_key(p, keys, [&](int j, int kind, int64_t at) { P::load_row(from[kind] + at, p.dim, to + (ptrdiff_t)j * words); });
+  each_key(p, keys, [&](int j, Kind kind, int64_t at) { P::load_row(from[kind] + at, p.dim, to + (ptrdiff_t)j * words); });
 }
 
 inline int slots_padded(const Keys& keys) {
   constexpr int multiple = slot_attention::kRowMultiple;
-  return (keys.slots_end - keys.extra + multiple - 1) / multiple * multiple;
+  return (keys.slots_end - keys.slots_begin + multiple - 1) / multiple * multiple;
 }
 
 // Words of the slots' keys as they are stored, in rows; what is padding is zero.
@@ -97,9 +102,9 @@ template <class P, class T>
 inline void gather_slots(const Step& p, const Keys& keys, float* to) {
   const int words = p.dim / P::G;
   std::memset(to, 0, sizeof(float) * slots_padded(keys) * words);
-  each_key(p, keys, [&](int j, int kind, int64_t at) {
-    if (kind == 1)
-      P::load_row(static_cast<const T*>(p.slot_k) + at, p.dim, to + (ptrdiff_t)(j - keys.extra) * words);
+  each_key(p, keys, [&](int j, Kind kind, int64_t at) {
+    if (kind == kSlot)
+      P::load_row(static_cast<const T*>(p.slot_k) + at, p.dim, to + (ptrdiff_t)(j - keys.slots_begin) * words);
   });
 }
 
@@ -116,24 +121,24 @@ template <class P, class T>
 inline void gather_turned(const Step& p, const Keys& keys, const TurnScratch& work, float* to) {
   const int dim = p.dim, words = dim / P::G;
   const T* from[] = {static_cast<const T*>(p.k), static_cast<const T*>(p.slot_k), static_cast<const T*>(p.sink_k)};
-  const bool maps = p.key_map != nullptr && keys.slots_end > keys.extra;
+  const bool maps = p.key_map != nullptr && keys.slots_end > keys.slots_begin;
   if (maps) {
     const T* map = static_cast<const T*>(p.key_map) + keys.head * dim * dim;
     for (int i = 0; i < dim; ++i) P::load_row(map + (ptrdiff_t)i * dim, dim, work.map + (ptrdiff_t)i * words);
     const float* right = P::interleaved(work.map, dim, dim, work.map + (ptrdiff_t)dim * dim);
     gather_slots<P, T>(p, keys, work.stored);
-    product<P>(keys.slots_end - keys.extra, dim, words, work.stored, words, right, dim, work.mapped, dim, false);
+    product<P>(keys.slots_end - keys.slots_begin, dim, words, work.stored, words, right, dim, work.mapped, dim, false);
   }
   std::memset(to, 0, sizeof(float) * keys.rows * words);
-  each_key(p, keys, [&](int j, int kind, int64_t at) {
+  each_key(p, keys, [&](int j, Kind kind, int64_t at) {
     float *own = to + (ptrdiff_t)j * words, *row = work.row;
-    if (kind == 2) return P::load_row(from[kind] + at, dim, own);
-    if (kind == 0) {
+    if (kind == kSink) return P::load_row(from[kind] + at, dim, own);
+    if (kind == kBand) {
       turn_row<false>(from[kind] + at, turn_of_token(p, keys, keys.from + j), dim, row);
     } else {
-      const Turn by = turn_of_slot(p, keys, keys.sources[j - keys.extra], row + 2 * dim);
+      const Turn by = turn_of_slot(p, keys, keys.sources[j - keys.slots_begin], row + 2 * dim);
       if (maps) {
-        const float* change = work.mapped + (ptrdiff_t)(j - keys.extra) * dim;
+        const float* change = work.mapped + (ptrdiff_t)(j - keys.slots_begin) * dim;
         for (int i = 0; i < dim; i += VL) store(row + dim + i, load(from[kind] + at + i) + load(change + i));
         turn_row<false>(row + dim, by, dim, row);
       } else {

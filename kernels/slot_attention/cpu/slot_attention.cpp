@@ -80,18 +80,18 @@ Step step(
       "slot_attention: q and k must have 4 dimensions, slot_k and sink_k 5");
   Step p{};
   p.batch = q.size(0), p.tokens = q.size(1), p.heads = q.size(2), p.dim = static_cast<int>(q.size(3));
-  p.keys = k.size(1), p.kv_heads = k.size(2);
+  p.key_count = k.size(1), p.kv_heads = k.size(2);
   p.slots = slot_k.size(3), p.sinks = sink_k.size(2);
   p.window = window, p.chunk = chunk, p.scale = static_cast<float>(scale);
-  STD_TORCH_CHECK(p.tokens > 0 && p.keys >= p.tokens, "slot_attention: k must have q's tokens at its end");
+  STD_TORCH_CHECK(p.tokens > 0 && p.key_count >= p.tokens, "slot_attention: k must have q's tokens at its end");
   STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "slot_attention: heads must be a multiple of k's");
   STD_TORCH_CHECK(p.dim > 0 && p.dim % kDimMultiple == 0, "slot_attention: dim must be a multiple of 16");
   STD_TORCH_CHECK(window >= 0 && chunk > 0, "slot_attention: window must be at least 0, chunk at least 1");
   p.chunks = (p.tokens + chunk - 1) / chunk;
   check(q, "q", dtype, {p.batch, p.tokens, p.heads, p.dim});
-  check(k, "k", dtype, {p.batch, p.keys, p.kv_heads, p.dim});
-  check(v, "v", dtype, {p.batch, p.keys, p.kv_heads, p.dim});
-  check(documents, "documents", ScalarType::Long, {p.batch, p.keys});
+  check(k, "k", dtype, {p.batch, p.key_count, p.kv_heads, p.dim});
+  check(v, "v", dtype, {p.batch, p.key_count, p.kv_heads, p.dim});
+  check(documents, "documents", ScalarType::Long, {p.batch, p.key_count});
   check(slot_k, "slot_k", dtype, {p.batch, p.chunks, p.kv_heads, p.slots, p.dim});
   check(slot_v, "slot_v", dtype, {p.batch, p.chunks, p.kv_heads, p.slots, p.dim});
   check(counts, "counts", ScalarType::Float, {p.batch, p.chunks, p.kv_heads, p.slots});
@@ -103,7 +103,7 @@ Step step(
   check(sinks_seen, "sinks_seen", ScalarType::Bool, {p.batch, p.chunks, p.sinks});
   STD_TORCH_CHECK(back.dim() == 3 && back.size(1) > 0, "slot_attention: back must be [2, ages, dim / 2]");
   p.ages_most = back.size(1) - 1;
-  check(turns, "turns", ScalarType::Float, {2, p.batch, p.keys, p.dim / 2});
+  check(turns, "turns", ScalarType::Float, {2, p.batch, p.key_count, p.dim / 2});
   check(places, "places", ScalarType::Float, {2, p.batch, p.chunks, p.dim / 2});
   check(back, "back", ScalarType::Float, {2, p.ages_most + 1, p.dim / 2});
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
@@ -119,8 +119,9 @@ Step step(
 
 // Every `stride`-th chunk from `first` on, of all rows and heads. Threads take the next one when they are free: a
 // chunk's cost grows with its slots in use.
-void run(const Step& p, Run kernel, bool backward, int64_t first, int64_t stride) {
-  const int64_t chunks = (p.chunks - first + stride - 1) / stride, heads = p.batch * p.kv_heads, units = heads * chunks;
+void run(const Step& p, const Kernels& kernels, bool backward, int64_t first, int64_t stride) {
+  const int64_t chunks = (p.chunks - first + stride - 1) / stride, heads = p.batch * p.kv_heads;
+  const int64_t units = heads * chunks;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, units, 1, [&](int64_t, int64_t) {
     const FlushDenormals flush;
@@ -128,7 +129,7 @@ void run(const Step& p, Run kernel, bool backward, int64_t first, int64_t stride
     for (int64_t unit = next++; unit < units; unit = next++) {
       const int64_t head = unit % heads, chunk = first + unit / heads * stride;
       const Keys& own = keys.of(p, head / p.kv_heads, head % p.kv_heads, chunk);
-      kernel(p, own, keys.scratch(p.dim, backward));
+      (backward ? kernels.backward : kernels.forward)(p, own, keys.scratch(p.dim, kernels.elements, backward));
     }
   });
 }
@@ -159,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   Tensor out = torch::stable::empty_like(q), slot_out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.tokens}, ScalarType::Float);
   p.out = out.mutable_data_ptr(), p.slot_out = slot_out.mutable_data_ptr(), p.lse = floats(lse);
-  run(p, kernels(q.scalar_type() == ScalarType::BFloat16).forward, false, 0, 1);
+  run(p, kernels(q.scalar_type() == ScalarType::BFloat16), false, 0, 1);
   return {out, slot_out, lse};
 }
 
@@ -213,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_k = floats(grad_k), p.grad_v = floats(grad_v);
   p.grad_key_map = floats(grad_key_map);
   p.grad_sink_k = grad_sink_k.mutable_data_ptr(), p.grad_sink_v = grad_sink_v.mutable_data_ptr();
-  const Run kernel = kernels(dtype == ScalarType::BFloat16).backward;
+  const Kernels kernel = kernels(dtype == ScalarType::BFloat16);
   // Chunks whose bands overlap add to the same keys: they take turns, in one order whatever the threads do.
   const int64_t rounds = std::min(1 + (window + chunk - 1) / chunk, p.chunks);
   for (int64_t round = 0; round < rounds; ++round) run(p, kernel, true, round, rounds);

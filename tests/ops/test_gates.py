@@ -15,6 +15,7 @@ from pipeline.ops.gates import (
     MAX_MOMENTUM,
     STEP_MARGIN,
     STRETCH,
+    GateLinear,
     bounded_gates,
     initial_alpha_logits,
     initial_beta_logits,
@@ -178,3 +179,25 @@ def test_stretched_gates_start_where_the_config_says() -> None:
         eta = torch.full((4,), initial_eta_logit(0.1))
         gates = bounded_gates(torch.zeros(1, 1, 4), beta.view(1, 1, 4), eta, stretch=STRETCH)
         assert gates.theta.flatten().tolist() == pytest.approx(spread(ends, 4), rel=2e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_a_gate_of_normed_tokens_is_that_of_their_rms_norm(dtype: torch.dtype, limit: float) -> None:
+    """Values and gradients against the norm and the projection one after the other, in float64; a token may be zero."""
+    rng = torch.Generator().manual_seed(0)
+    project = GateLinear(48, 3).to(dtype)
+    tokens = torch.randn(2, 5, 48, generator=rng).to(dtype)
+    tokens[0, 2] = 0
+    probe = torch.randn(2, 5, 3, generator=rng, dtype=torch.float64)
+    x, exact = tokens.clone().requires_grad_(), tokens.double().requires_grad_()
+    weight, bias = (parameter.detach().double().requires_grad_() for parameter in project.parameters())
+    found = project.of_normed(x, 1e-6)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = torch.nn.functional.linear(torch.nn.functional.rms_norm(exact, (48,), eps=1e-6), weight, bias)
+    (found * probe.to(found.dtype)).sum().backward()
+    (expected * probe).sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
+    for one, other in ((x, exact), (project.weight, weight), (project.bias, bias)):
+        assert one.grad is not None and other.grad is not None
+        rounding = limit if dtype != torch.bfloat16 else 5e-3
+        assert (one.grad.double() - other.grad).norm() <= rounding * other.grad.norm()

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
+from pipeline.ops import attention_slots_native, native
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import MirasConfig
@@ -70,6 +71,39 @@ def test_every_family_is_itself_within_the_window_and_learns_beyond_it(name: str
     assert (losses[24:-1] != off[24:-1]).all()
     output.sums["cross_entropy"].backward()
     assert all(parameter.grad.any() for parameter in model.memory.parameters())
+
+
+@pytest.mark.skipif(not native.load("cpu"), reason=str(native.why_not("cpu")))
+@pytest.mark.parametrize("lengths", [[LENGTH], [20, 3, LENGTH - 23]], ids=str)
+def test_the_native_kernel_and_the_path_in_pytorch_are_one(
+    lengths: list[int], tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and every gradient of a whole model, of grouped heads of 16 in float32."""
+    folder = save_decoder("qwen3", tmp_path)
+    calls: list[int] = []
+    kernel = attention_slots_native.slot_attention
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(attention_slots_native, "slot_attention", counted)
+    found = []
+    for backend in ("auto", "torch"):
+        config = with_memory(attached("slots", trainable=True), layers=("every1",), backend=backend)
+        assert isinstance(config.model, MirasConfig)
+        backbone = BackboneConfig(pretrained=str(folder), trainable=True)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+        system, model = built(config, dtype=torch.float32)
+        output = run(system, model, batch(ids, lengths))
+        output.sums["cross_entropy"].backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append({"losses": output.tokens["losses"][0], **grads})
+    assert len(calls) == 3, "the three layers of one of the two models"
+    for name, one in found[0].items():
+        other = found[1][name]
+        assert one is not None and other is not None and other.any(), name
+        assert (one - other).norm() <= 1e-4 * other.norm(), name
 
 
 def test_packed_documents_equal_the_same_documents_apart_where_chunks_fall_alike(ids: Tensor) -> None:

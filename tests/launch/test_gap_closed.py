@@ -19,8 +19,8 @@ from tests.launch.harness import single
 
 SEEDS = (0, 1)
 TRAINED = {"distillation": ("--model.distil", "full", "--steps", "48"), "cross-entropy": ()}
-"""Flags by the way of training. So many steps of distillation take the time of the recipe's cross-entropy: 25.0 s each
-on two cores, and 17.7 s without the teacher."""
+"""Flags by the way of training. So many steps of distillation took the time of the recipe's cross-entropy when chosen:
+25.0 s each on two cores, and 17.7 s without the teacher."""
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 EVALUATED = ("--evaluation.steps", "4", "--evaluation.batch-size", "8", "--data.min-tokens", "512")
 """On shorter held-out documents too than those that it is trained on."""

@@ -151,7 +151,7 @@ def test_a_step_takes_little_more_than_its_matrix_products(folder: Path, distil:
         shapes: Counter[tuple[int, int, int]] = Counter()
         for shape, times in products(system, model, config):
             shapes[shape] += times
-        # As commands do. The memory of the first steps is new to the process.
+        # As commands do, and for the rest of this process. The memory of the first steps is new to it.
         keep_freed_memory()
         whole = seconds(step, 4)
         alone = inside = 0.0

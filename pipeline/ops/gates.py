@@ -72,22 +72,18 @@ class GateLinear(nn.Linear):
     """A projection to gate logits in float32 (float64 for float64), also under autocast: a step of bfloat16 is 6 % of
     the forget rate of a long memory."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm_eps: float | None = None) -> Tensor:
+        """Of x, or with `norm_eps` of x over its root mean square, as `torch.nn.functional.rms_norm` has it."""
         accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         assert self.bias is not None
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return F.linear(x.to(accumulate_dtype), self.weight.to(accumulate_dtype), self.bias.to(accumulate_dtype))
-
-    def of_normed(self, x: Tensor, eps: float) -> Tensor:
-        """The same of x over its root mean square (`torch.nn.functional.rms_norm`, computed as precisely)."""
-        accumulate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        assert self.bias is not None
-        with torch.autocast(device_type=x.device.type, enabled=False):
+            weight, bias = self.weight.to(accumulate_dtype), self.bias.to(accumulate_dtype)
+            if norm_eps is None:
+                return F.linear(x.to(accumulate_dtype), weight, bias)
             size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype)
-            inverse = torch.rsqrt(size.square() / x.shape[-1] + eps)
+            inverse = torch.rsqrt(size.square() / x.shape[-1] + norm_eps)
             # A token's factor passes through the projection, whose output is the smaller one to multiply.
-            product = F.linear(x.to(accumulate_dtype), self.weight.to(accumulate_dtype))
-            return product * inverse + self.bias.to(accumulate_dtype)
+            return F.linear(x.to(accumulate_dtype), weight) * inverse + bias
 
 
 def logit(probability: float) -> float:

@@ -191,7 +191,7 @@ def test_a_gate_of_normed_tokens_is_that_of_their_rms_norm(dtype: torch.dtype, l
     probe = torch.randn(2, 5, 3, generator=rng, dtype=torch.float64)
     x, exact = tokens.clone().requires_grad_(), tokens.double().requires_grad_()
     weight, bias = (parameter.detach().double().requires_grad_() for parameter in project.parameters())
-    found = project.of_normed(x, 1e-6)
+    found = project(x, 1e-6)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = torch.nn.functional.linear(torch.nn.functional.rms_norm(exact, (48,), eps=1e-6), weight, bias)
     (found * probe.to(found.dtype)).sum().backward()

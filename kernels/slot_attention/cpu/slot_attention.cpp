@@ -155,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     int64_t chunk,
     double scale) {
   Step p = step(
-      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back, window,
-      chunk, scale);
+      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back,
+      window, chunk, scale);
   Tensor out = torch::stable::empty_like(q), slot_out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.tokens}, ScalarType::Float);
   p.out = out.mutable_data_ptr(), p.slot_out = slot_out.mutable_data_ptr(), p.lse = floats(lse);
@@ -190,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     int64_t chunk,
     double scale) {
   Step p = step(
-      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back, window,
-      chunk, scale);
+      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back,
+      window, chunk, scale);
   const ScalarType dtype = q.scalar_type();
   check(grad_out, "grad_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
   check(grad_slot_out, "grad_slot_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
@@ -205,8 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_k = zeros(k, ScalarType::Float), grad_v = zeros(v, ScalarType::Float);
   Tensor grad_sink_k = zeros(sink_k, dtype), grad_sink_v = zeros(sink_v, dtype);
   const int64_t maps = key_map.has_value() ? p.batch : 0;
-  Tensor grad_key_map =
-      torch::stable::new_zeros(q, {maps, p.chunks, p.kv_heads, p.dim, p.dim}, ScalarType::Float);
+  Tensor grad_key_map = torch::stable::new_zeros(q, {maps, p.chunks, p.kv_heads, p.dim, p.dim}, ScalarType::Float);
   p.grad_out = grad_out.const_data_ptr(), p.grad_slot_out = grad_slot_out.const_data_ptr();
   p.out = const_cast<void*>(out.const_data_ptr()), p.slot_out = const_cast<void*>(slot_out.const_data_ptr());
   p.lse = const_cast<float*>(read(lse));

@@ -55,7 +55,8 @@ class SlotBranch(nn.Module):
 
     def shift(self, hidden: Tensor) -> Tensor:
         """Of hidden [batch, sequence / degree, width]: [batch, sequence / degree, heads, 1] float32."""
-        return self.shift_proj.of_normed(hidden, self.norm_eps)[..., None]
+        shift: Tensor = self.shift_proj(hidden, self.norm_eps)
+        return shift[..., None]
 
     def forward(
         self,

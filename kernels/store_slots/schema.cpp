@@ -3,7 +3,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mnemos, m) {
   m.def(
-      "store_slots(Tensor k, Tensor v, Tensor taken, Tensor goes_on, Tensor order, Tensor(a!) keys, Tensor(b!) values, "
-      "Tensor(c!) counts, Tensor(d!) ages, Tensor(e!) found_keys, Tensor(f!) found_values, Tensor(g!) found_counts, "
-      "Tensor(h!) found_ages) -> ()");
+      "store_slots(Tensor k, Tensor v, Tensor weights, Tensor taken, Tensor goes_on, Tensor order, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor(c!) counts, Tensor(d!) ages, Tensor(e!) slot_weights, Tensor(f!) found_keys, "
+      "Tensor(g!) found_values, Tensor(h!) found_counts, Tensor(i!) found_ages) -> ()");
 }

@@ -24,6 +24,7 @@ from pipeline.ops.attention_slots_flex import FlexSlots
 from pipeline.ops.attention_slots_native import NativeSlots
 from pipeline.ops.attention_slots_sdpa import DenseSlots
 from pipeline.ops.fuse import fused
+from pipeline.ops.importance import Importance
 from pipeline.ops.rope import Rope, Rotation, one_after_another, rotate, turn
 from pipeline.ops.slots import SlotKeys, SlotMaps, Slots, SlotsByChunk, shuffle
 from pipeline.ops.store_slots import Backend, store_slots
@@ -57,6 +58,11 @@ class SlotPlan:
     """[batch, chunks, chunk] bool: of the tokens `window` places before a chunk's, which are stored at its end."""
     order: Tensor
     """[slots + chunk] int64: `pipeline.ops.slots.shuffle`, on the device."""
+    segment_ids: Tensor
+    """[batch, tokens] int64."""
+    kept: Tensor
+    """[batch, tokens] bool: which a slot may take, once they are behind the window."""
+    reach: int
 
 
 def plan_slots(
@@ -144,21 +150,32 @@ def plan_slots(
         next_ids == first_ids,
         stored,
         torch.tensor(shuffle(slots + chunk), device=device),
+        segment_ids,
+        positions >= sinks,
+        reach,
     )
 
 
 def slots_by_chunk(
-    k: Tensor, v: Tensor, plan: SlotPlan, carry: WindowCarry | None, slots: Slots, backend: Backend = "auto"
+    k: Tensor,
+    v: Tensor,
+    plan: SlotPlan,
+    carry: WindowCarry | None,
+    slots: Slots,
+    importance: Importance | None = None,
+    backend: Backend = "auto",
 ) -> SlotsByChunk:
     """The slots as every chunk of a step finds them, and those after the step.
 
-    k, v [batch, tokens, kv_heads, dim], k before RoPE; `slots` are those of the step before.
+    k, v [batch, tokens, kv_heads, dim], k before RoPE; `slots` are those of the step before; `importance`
+    weighs tokens, which are alike without it.
     """
     earlier_k, earlier_v = (None, None) if carry is None else (carry.k, carry.v)
     leaving_k = blocks(_behind(k.detach(), earlier_k, plan.window), plan.chunk, 0)
     leaving_v = blocks(_behind(v.detach(), earlier_v, plan.window), plan.chunk, 0)
     known = slots.where(plan.begins_known)
-    return store_slots(known, leaving_k, leaving_v, plan.stored, plan.goes_on, plan.order, backend=backend)
+    weights = None if importance is None else importance.weights(leaving_k, leaving_v)
+    return store_slots(known, leaving_k, leaving_v, weights, plan.stored, plan.goes_on, plan.order, backend=backend)
 
 
 def slot_attention(

@@ -16,19 +16,21 @@ class Slots(NamedTuple):
     """The slots of `batch` streams; those in use come first, in no order."""
 
     keys: Tensor
-    """[batch, heads, slots, dim] float32 (float64 for float64 keys): means of keys before RoPE."""
+    """[batch, heads, slots, dim] float32 (float64 for float64 keys): weighted means of keys before RoPE."""
     values: Tensor
-    """[batch, heads, slots, dim], like keys: means of their values."""
+    """[batch, heads, slots, dim], like keys: the same means of their values."""
     counts: Tensor
     """[batch, heads, slots], like keys: tokens in each; 0 where a slot is empty."""
     ages: Tensor
     """[batch, heads, slots], like keys: how many tokens have come since its newest one, that one included."""
+    weights: Tensor
+    """[batch, heads, slots], like keys: sum of its tokens' weights, in the criterion of merging and in means."""
 
     @classmethod
     def empty(cls, batch: int, heads: int, slots: int, dim: int, like: Tensor) -> Slots:
         """Of streams that have stored nothing; `heads` are key-value heads, `like` has the device and the dtype."""
         keys = like.new_zeros((batch, heads, slots, dim), dtype=sum_dtype(like))
-        return cls(keys, torch.zeros_like(keys), torch.zeros_like(keys[..., 0]), torch.zeros_like(keys[..., 0]))
+        return cls(keys, torch.zeros_like(keys), *(torch.zeros_like(keys[..., 0]) for _ in range(3)))
 
     def where(self, rows: Tensor) -> Slots:
         """The same in rows [batch] bool, and empty ones in the others."""

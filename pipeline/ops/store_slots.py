@@ -7,7 +7,8 @@ Am. Stat. Assoc. 58, 1963): the pair that adds least to the sum of squared dista
 found among pairs of two halves of the candidates as token merging does (arXiv 2210.09461), so that a round of merges is
 one matrix of distances. The criterion is divided by the root of the pair's age: without that new keys, each of one
 token, are the cheapest to merge, and what lies right behind the window is blurred first. So resolution falls with
-distance.
+distance. Tokens may have weights, in place of 1 each, in the sum of squares and in the means: what is merged
+with a heavy token moves it little.
 
 What is stored is a constant to the gradient, as the keys that a window carries between steps are.
 """
@@ -31,6 +32,7 @@ def store_slots(
     slots: Slots,
     k: Tensor,
     v: Tensor,
+    weights: Tensor | None,
     taken: Tensor,
     goes_on: Tensor,
     order: Tensor,
@@ -44,6 +46,8 @@ def store_slots(
     Args:
         slots: as the first chunk finds them; not changed.
         k, v: ``[batch, chunks, tokens, heads, dim]``, k before RoPE; float64, float32, bfloat16 or float16.
+        weights: ``[batch, chunks, tokens, heads]``, above 0: of the tokens in the criterion and the means, float64 for
+            float64 keys, else float32. None: 1 each.
         taken: ``[batch, chunks, tokens]`` bool: the tokens that are stored, the others are not.
         goes_on: ``[batch, chunks]`` bool: False empties the slots after the chunk has found them, before it is stored.
         order: ``[slots + tokens]`` int64: `pipeline.ops.slots.shuffle` of as many, on the tensors' device.
@@ -60,11 +64,13 @@ def store_slots(
     """
     if backend not in ("auto", "torch", "cpu"):
         raise ValueError(f"backend is {backend!r}; expected auto, torch or cpu")
-    _check(slots, k, v, taken, goes_on, order)
-    k, v = k.detach(), v.detach()
+    if weights is None:
+        weights = k.new_ones(k.shape[:-1], dtype=sum_dtype(k))
+    _check(slots, k, v, weights, taken, goes_on, order)
+    k, v, weights = k.detach(), v.detach(), weights.detach()
     with torch.no_grad(), torch.autocast(device_type=k.device.type, enabled=False):
         run = store_slots_native.store_slots_native if _runs_natively(backend, k, v) else store_slots_torch
-        return run(slots, k, v, taken, goes_on, order)
+        return run(slots, k, v, weights, taken, goes_on, order)
 
 
 def _runs_natively(backend: str, k: Tensor, v: Tensor) -> bool:
@@ -83,7 +89,7 @@ def _runs_natively(backend: str, k: Tensor, v: Tensor) -> bool:
     return True
 
 
-def _check(slots: Slots, k: Tensor, v: Tensor, taken: Tensor, goes_on: Tensor, order: Tensor) -> None:
+def _check(slots: Slots, k: Tensor, v: Tensor, weights: Tensor, taken: Tensor, goes_on: Tensor, order: Tensor) -> None:
     if k.dim() != 5:
         raise ValueError(f"k has shape {list(k.shape)}; expected [batch, chunks, tokens, heads, dim]")
     batch, chunks, tokens, heads, dim = k.shape
@@ -92,6 +98,7 @@ def _check(slots: Slots, k: Tensor, v: Tensor, taken: Tensor, goes_on: Tensor, o
         raise ValueError(f"{tokens} tokens at once into {count} slots: give at most as many")
     check_tensor("k", k, k.shape, TOKENS, k, "k")
     check_tensor("v", v, k.shape, (k.dtype,), k, "k")
+    check_tensor("weights", weights, k.shape[:-1], (sum_dtype(k),), k, "k")
     check_tensor("taken", taken, (batch, chunks, tokens), (torch.bool,), k, "k")
     check_tensor("goes_on", goes_on, (batch, chunks), (torch.bool,), k, "k")
     check_tensor("order", order, (count + tokens,), (torch.int64,), k, "k")

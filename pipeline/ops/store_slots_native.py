@@ -53,7 +53,7 @@ def _kernel(dtype: torch.dtype) -> native.Kernel:
 
 
 def store_slots_native(
-    slots: Slots, k: Tensor, v: Tensor, taken: Tensor, goes_on: Tensor, order: Tensor
+    slots: Slots, k: Tensor, v: Tensor, weights: Tensor, taken: Tensor, goes_on: Tensor, order: Tensor
 ) -> SlotsByChunk:
     """`store_slots` for arguments that the kernel takes."""
     batch, chunks, _, heads, dim = k.shape
@@ -62,9 +62,8 @@ def store_slots_native(
     keys = k.new_empty(batch, chunks, heads, count, dim)
     counts = after.counts.new_empty(batch, chunks, heads, count)
     found = (keys, torch.empty_like(keys), counts, torch.empty_like(counts))
-    torch.ops.mnemos.store_slots.default(
-        k.contiguous(), v.contiguous(), taken.contiguous(), goes_on.contiguous(), order, *after, *found
-    )
+    tokens = (x.contiguous() for x in (k, v, weights, taken, goes_on))
+    torch.ops.mnemos.store_slots.default(*tokens, order, *after, *found)
     return SlotsByChunk(*found, after)
 
 
@@ -88,10 +87,17 @@ def self_check(dtype: torch.dtype) -> float:
     goes_on = torch.ones(size[:2], dtype=torch.bool, device="cpu")
     goes_on[1, 2] = False
     order = torch.tensor(shuffle(count + tokens), device="cpu")
+    weights = torch.rand(size[:4], generator=rng, device="cpu") + 0.5
     wanted = store_slots_torch(
-        Slots.empty(batch, heads, count, dim, k.double()), k.double(), v.double(), taken, goes_on, order
+        Slots.empty(batch, heads, count, dim, k.double()),
+        k.double(),
+        v.double(),
+        weights.double(),
+        taken,
+        goes_on,
+        order,
     )
-    found = store_slots_native(Slots.empty(batch, heads, count, dim, k), k, v, taken, goes_on, order)
+    found = store_slots_native(Slots.empty(batch, heads, count, dim, k), k, v, weights, taken, goes_on, order)
     pairs = zip((*found[:4], *found.after), (*wanted[:4], *wanted.after), strict=True)
     errors = [float((x.double() - y).norm() / y.norm()) for x, y in pairs]
     return math.nan if any(map(math.isnan, errors)) else max(errors)

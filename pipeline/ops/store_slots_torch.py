@@ -12,14 +12,14 @@ from pipeline.ops.slots import Slots, SlotsByChunk
 
 
 def store_slots_torch(
-    slots: Slots, k: Tensor, v: Tensor, taken: Tensor, goes_on: Tensor, order: Tensor
+    slots: Slots, k: Tensor, v: Tensor, weights: Tensor, taken: Tensor, goes_on: Tensor, order: Tensor
 ) -> SlotsByChunk:
     """`store_slots` for arguments that it has checked."""
     found = []
     for index in range(k.shape[1]):
         found.append(slots)
         known = slots.where(goes_on[:, index])
-        slots = store_chunk(known, k[:, index], v[:, index], taken[:, index], order)
+        slots = store_chunk(known, k[:, index], v[:, index], weights[:, index], taken[:, index], order)
     keys, values = (
         torch.stack([x.to(k.dtype) for x in parts], dim=1)
         for parts in ([one.keys for one in found], [one.values for one in found])
@@ -28,8 +28,9 @@ def store_slots_torch(
     return SlotsByChunk(keys, values, counts, ages, slots)
 
 
-def store_chunk(slots: Slots, k: Tensor, v: Tensor, taken: Tensor, order: Tensor) -> Slots:
-    """The slots after one chunk: k and v [batch, tokens, heads, dim], taken [batch, tokens]."""
+def store_chunk(slots: Slots, k: Tensor, v: Tensor, weights: Tensor, taken: Tensor, order: Tensor) -> Slots:
+    """The slots after one chunk: k and v [batch, tokens, heads, dim], weights [batch, tokens, heads], taken [batch,
+    tokens]."""
     count, tokens = slots.keys.shape[2], k.shape[1]
     present = taken[:, None].to(slots.counts.dtype).expand(-1, k.shape[2], -1)
     counts = torch.cat([slots.counts, present], dim=2)
@@ -37,57 +38,60 @@ def store_chunk(slots: Slots, k: Tensor, v: Tensor, taken: Tensor, order: Tensor
     # alternate between the halves would put all equal keys into one.
     halved = _present_first(counts, order)
     new_ages = torch.arange(tokens, 0, -1, device=k.device).to(counts.dtype).expand_as(present)
-    keys, values, counts, ages = (
+    keys, values, counts, ages, weight = (
         _taken(x, halved)
         for x in (
             torch.cat([slots.keys, k.transpose(1, 2).to(slots.keys.dtype)], dim=2),
             torch.cat([slots.values, v.transpose(1, 2).to(slots.values.dtype)], dim=2),
             counts,
             torch.cat([slots.ages + tokens, new_ages], dim=2),
+            torch.cat([slots.weights, weights.transpose(1, 2).to(counts.dtype)], dim=2),
         )
     )
     over = ((counts > 0).sum(2) - count).clamp_min(0)
     first, second = slice(0, None, 2), slice(1, None, 2)
-    halves = ((keys[:, :, half], counts[:, :, half], ages[:, :, half]) for half in (first, second))
+    halves = (tuple(x[:, :, half] for x in (keys, counts, ages, weight)) for half in (first, second))
     cost, partner = _merge_costs(*halves)
     rank = cost.argsort(dim=2, stable=True).argsort(dim=2, stable=True)
-    gone = torch.where(rank < over[..., None], counts[:, :, first], 0)
-    total = counts[:, :, second].scatter_add(2, partner, gone)
+    goes = rank < over[..., None]
+    gone, lost = (torch.where(goes, x[:, :, first], 0) for x in (counts, weight))
+    total, heavier = (x[:, :, second].scatter_add(2, partner, given) for x, given in ((counts, gone), (weight, lost)))
     # What stays as it is does not make its partner younger.
     given = ages[:, :, first].masked_fill(gone == 0, math.inf)
     youngest = ages[:, :, second].scatter_reduce(2, partner, given, "amin")
 
     def mean(x: Tensor) -> Tensor:
         wide = partner[..., None].expand(*partner.shape, x.shape[-1])
-        summed = x[:, :, second] * counts[:, :, second, None]
-        summed = summed.scatter_add(2, wide, x[:, :, first] * gone[..., None])
-        return summed / total.clamp_min(1)[..., None]
+        summed = x[:, :, second] * weight[:, :, second, None]
+        summed = summed.scatter_add(2, wide, x[:, :, first] * lost[..., None])
+        return summed / heavier.where(heavier > 0, 1)[..., None]
 
     merged = [_woven(x[:, :, first], mean(x)) for x in (keys, values)]
     merged += [
         _woven(x[..., None], y[..., None])
-        for x, y in ((counts[:, :, first] - gone, total), (ages[:, :, first], youngest))
+        for x, y in ((counts[:, :, first] - gone, total), (ages[:, :, first], youngest), (weight[:, :, first], heavier))
     ]
     kept = _present_first(merged[2].squeeze(-1))[..., :count]
     found = [_taken(x, kept) for x in merged]
-    keys, values, counts, ages = (x.where(found[2] > 0, 0) for x in found)
-    return Slots(keys, values, counts.squeeze(-1), ages.squeeze(-1))
+    keys, values, *sums = (x.where(found[2] > 0, 0) for x in found)
+    return Slots(keys, values, *(x.squeeze(-1) for x in sums))
 
 
-_Half = tuple[Tensor, Tensor, Tensor]
-"""Keys [batch, heads, n, dim], counts and ages [batch, heads, n]."""
+_Half = tuple[Tensor, ...]
+"""Keys [batch, heads, n, dim], counts, ages and weights [batch, heads, n]."""
 
 
 def _merge_costs(half: _Half, other: _Half) -> tuple[Tensor, Tensor]:
     """The cost of merging each key of a half with the cheapest of the other, inf where either is empty, and which that
     is: [batch, heads, n] each."""
-    (keys, counts, ages), (others, other_counts, other_ages) = half, other
+    (keys, counts, ages, weights), (others, other_counts, other_ages, other_weights) = half, other
     squares = keys.square().sum(-1)[..., None] + others.square().sum(-1)[..., None, :]
     distance = (squares - 2 * keys @ others.transpose(-1, -2)).clamp_min(0)
-    n, m = counts[..., None], other_counts[..., None, :]
+    absent = (counts == 0)[..., None] | (other_counts == 0)[..., None, :]
+    w, u = weights[..., None], other_weights[..., None, :]
     age = torch.minimum(ages[..., None], other_ages[..., None, :])
-    cost = distance * (n * m / (n + m).clamp_min(1)) / (age + 1).sqrt()
-    least, partner = cost.masked_fill((n == 0) | (m == 0), math.inf).min(dim=-1)
+    cost = distance * (w * u / (w + u)) / (age + 1).sqrt()
+    least, partner = cost.masked_fill(absent, math.inf).min(dim=-1)
     return least, partner
 
 

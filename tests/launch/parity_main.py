@@ -106,7 +106,7 @@ def attached(attachment: str, kind: str = "window", *, rule: str = "titans", **o
     assert isinstance(config.model, MirasConfig)
     memory = dataclasses.replace(
         config.model.memory, attachment=attachment, context=CONTEXT, rule=rule, gradient_chunk=5,
-        slots=SlotsConfig(count=8, chunk=4, reach=14),
+        slots=SlotsConfig(count=8, chunk=4, reach=14, importance=True),
     )  # fmt: skip
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
 

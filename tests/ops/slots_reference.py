@@ -22,6 +22,8 @@ class Slot:
     """When its newest token came."""
     place: int = 0
     """Of a new token: in its chunk."""
+    weight: float = 1.0
+    """In the criterion and the means: the sum of its tokens'."""
 
 
 def stored(slots: list[Slot], tokens: list[Slot], limit: int, chunk: int, now: int) -> list[Slot]:
@@ -36,20 +38,21 @@ def stored(slots: list[Slot], tokens: list[Slot], limit: int, chunk: int, now: i
     def cost(one: Slot, other: Slot) -> float:
         apart = float((one.key - other.key).square().sum())
         age = now - max(one.newest, other.newest)
-        return apart * one.count * other.count / (one.count + other.count) / math.sqrt(age + 1)
+        return apart * one.weight * other.weight / (one.weight + other.weight) / math.sqrt(age + 1)
 
     cheapest = [min(range(len(second)), key=lambda j, one=one: cost(one, second[j])) for one in first if second]  # type: ignore[misc]
     order = sorted(range(len(cheapest)), key=lambda i: cost(first[i], second[cheapest[i]]))
     gone = order[: max(0, len(together) - limit)]
-    sums = {j: [other.key * other.count, other.value * other.count] for j, other in enumerate(second)}
+    sums = {j: [other.key * other.weight, other.value * other.weight] for j, other in enumerate(second)}
     for i in gone:
         one, other = first[i], second[cheapest[i]]
-        sums[cheapest[i]][0] = sums[cheapest[i]][0] + one.key * one.count
-        sums[cheapest[i]][1] = sums[cheapest[i]][1] + one.value * one.count
+        sums[cheapest[i]][0] = sums[cheapest[i]][0] + one.key * one.weight
+        sums[cheapest[i]][1] = sums[cheapest[i]][1] + one.value * one.weight
         other.count += one.count
+        other.weight += one.weight
         other.newest = max(other.newest, one.newest)
     for j, other in enumerate(second):
-        other.key, other.value = (total / other.count for total in sums[j])
+        other.key, other.value = (total / other.weight for total in sums[j])
     return [slot for i, slot in enumerate(together) if i % 2 or i // 2 not in gone]
 
 

@@ -158,8 +158,8 @@ def test_slots_do_not_drift_over_a_million_tokens(
         # Far from zero: a sum that loses something of every token shows it.
         k, v = (1 + torch.randn(size, generator=rng)).to(dtype), (torch.randn(size, generator=rng) - 1).to(dtype)
         stored += torch.stack([x.double().sum((0, 1, 2, 3)) for x in (k, v)])
-        slots = store_slots(slots, k, v, whole, whole[..., 0], order).after
-        rounded = store_slots(rounded, k, v, whole, whole[..., 0], order).after
+        slots = store_slots(slots, k, v, None, whole, whole[..., 0], order).after
+        rounded = store_slots(rounded, k, v, None, whole, whole[..., 0], order).after
         rounded = rounded._replace(keys=rounded.keys.bfloat16().float(), values=rounded.values.bfloat16().float())
         found, lost = (_lost(x, stored) for x in (slots, rounded))
     assert slots.counts.sum() == rounded.counts.sum() == total

@@ -16,6 +16,7 @@ from pipeline.ops import native, store_slots_native
 from pipeline.ops.slots import Slots, SlotsByChunk, shuffle
 from pipeline.ops.store_slots import store_slots
 from tests.ops.instruction_sets import ISAS
+from tests.ops.slots_reference import Slot, stored
 
 BATCH, HEADS, DIM = 2, 3, 4
 
@@ -28,10 +29,11 @@ def order(count: int) -> Tensor:
     return torch.tensor(shuffle(count))
 
 
-def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor, places: Tensor, backend: str = "torch") -> Slots:
-    """Of one chunk: k and v [batch, tokens, heads, dim]."""
+def store(slots: Slots, k: Tensor, v: Tensor, taken: Tensor, places: Tensor, weights: Tensor | None = None) -> Slots:
+    """Of one chunk: k and v [batch, tokens, heads, dim], weights [batch, tokens, heads]."""
     goes_on = torch.ones(k.shape[0], 1, dtype=torch.bool)
-    return store_slots(slots, k[:, None], v[:, None], taken[:, None], goes_on, places, backend=backend).after
+    tokens = (k[:, None], v[:, None], None if weights is None else weights[:, None], taken[:, None])
+    return store_slots(slots, *tokens, goes_on, places, backend="torch").after
 
 
 def filled(slots: int, tokens: int, rounds: int, seed: int) -> tuple[Slots, Tensor, Tensor, Tensor]:
@@ -97,6 +99,42 @@ def test_the_younger_a_key_the_longer_it_stays_alone() -> None:
     assert young > 0.3 * 32 * HEADS and old < 0.25 * young
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 7), st.integers(0, 6), st.integers(1, 5), st.integers(0, 99))
+def test_what_weighs_more_is_merged_as_the_loop_has_it(tokens: int, more: int, rounds: int, seed: int) -> None:
+    slots, total = tokens + more, tokens * rounds
+    k, v = (noise(total, DIM, seed=seed + part) for part in (1, 2))
+    weights = noise(total, seed=seed + 3).exp()
+    found, loop = Slots.empty(1, 1, slots, DIM, k), []
+    for start in range(0, total, tokens):
+        part = slice(start, start + tokens)
+        found = store(
+            found, k[None, part, None], v[None, part, None], torch.ones(1, tokens, dtype=torch.bool),
+            order(slots + tokens), weights[None, part, None],
+        )  # fmt: skip
+        new = [Slot(k[j], v[j], 1, j, j - start, float(weights[j])) for j in range(start, start + tokens)]
+        loop = stored(loop, new, slots, tokens, start + tokens)
+    used = int((found.counts > 0).sum())
+    assert used == len(loop)
+    for name, wanted in (("counts", [x.count for x in loop]), ("weights", [x.weight for x in loop])):
+        torch.testing.assert_close(getattr(found, name)[0, 0, :used], torch.tensor(wanted, dtype=torch.float64))
+    torch.testing.assert_close(found.keys[0, 0, :used], torch.stack([x.key for x in loop]), rtol=1e-10, atol=1e-10)
+
+
+def test_the_key_of_a_heavy_token_is_kept() -> None:
+    k = noise(1, 256, HEADS, DIM, seed=5)
+    found = Slots.empty(1, HEADS, 64, DIM, k)
+    heavy = (torch.arange(256) % 8 == 0)[None, :, None].expand(1, 256, HEADS)
+    weights = torch.where(heavy, 30.0, 1.0).double()
+    for part in range(0, 256, 8):
+        of = slice(part, part + 8)
+        taken = torch.ones(1, 8, dtype=torch.bool)
+        found = store(found, k[:, of], k[:, of], taken, order(72), weights[:, of])
+    lost = torch.cdist(k[0].transpose(0, 1), found.keys[0]).min(2).values
+    assert lost[:, ::8].mean() < 0.3 * lost[:, 1::8].mean()
+    assert found.counts.sum() == 256 * HEADS
+
+
 def test_rows_are_forgotten_apart() -> None:
     found, *_ = filled(slots=8, tokens=4, rounds=3, seed=1)
     kept = found.where(torch.tensor([True, False]))
@@ -116,20 +154,22 @@ def test_the_shuffle_is_a_permutation_and_always_the_same() -> None:
 
 def step(
     tokens: int = 8, slots: int = 24, chunks: int = 6, dim: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Slots, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Slots, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments: of two streams, the second of which begins anew in the middle; not every token is taken."""
     size = (BATCH, chunks, tokens, HEADS, dim)
     k, v = (noise(*size, seed=seed + part).to(dtype) for part in (1, 2))
     taken = torch.rand(size[:3], generator=torch.Generator().manual_seed(seed)) < 0.8
     goes_on = torch.ones(size[:2], dtype=torch.bool)
     goes_on[1, chunks // 2] = False
-    return Slots.empty(BATCH, HEADS, slots, dim, k), k, v, taken, goes_on, order(slots + tokens)
+    weights = noise(*size[:4], seed=seed + 3).exp().float()
+    return Slots.empty(BATCH, HEADS, slots, dim, k), k, v, weights, taken, goes_on, order(slots + tokens)
 
 
-def exact(arguments: tuple[Slots, Tensor, Tensor, Tensor, Tensor, Tensor]) -> SlotsByChunk:
+def exact(arguments: tuple[Slots, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]) -> SlotsByChunk:
     """By PyTorch in float64."""
-    slots, k, v, *rest = arguments
-    return store_slots(Slots(*(x.double() for x in slots)), k.double(), v.double(), *rest, backend="torch")
+    slots, k, v, weights, *rest = arguments
+    tokens = (x.double() for x in (k, v, weights))
+    return store_slots(Slots(*(x.double() for x in slots)), *tokens, *rest, backend="torch")
 
 
 def assert_same(found: SlotsByChunk, wanted: SlotsByChunk, rtol: float) -> None:
@@ -165,24 +205,25 @@ def test_of_equal_keys_the_kernel_loses_nothing() -> None:
     drawn = torch.randint(20, (1, 12, 8, 1), generator=torch.Generator().manual_seed(4))
     keys = kinds[drawn]
     whole = torch.ones(1, 12, 8, dtype=torch.bool)
-    arguments = (Slots.empty(1, 1, 40, 64, kinds), keys, keys, whole, whole[..., 0], order(48))
+    arguments = (Slots.empty(1, 1, 40, 64, kinds), keys, keys, None, whole, whole[..., 0], order(48))
     after = store_slots(*arguments, backend="cpu").after
     assert torch.cdist(after.keys[0, 0].double(), kinds.double()).min(1).values.max() < 1e-5
     assert after.counts.sum() == 96
 
 
 def test_steps_rows_heads_and_threads_change_no_bit_of_the_kernel() -> None:
-    slots, k, v, taken, goes_on, places = arguments = step(tokens=24, slots=100, dim=64)
+    slots, k, v, weights, taken, goes_on, places = arguments = step(tokens=24, slots=100, dim=64)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         whole = store_slots(*arguments, backend="cpu")
         torch.set_num_threads(1)
-        first = store_slots(slots, k[:, :2], v[:, :2], taken[:, :2], goes_on[:, :2], places, backend="cpu")
-        rest = store_slots(first.after, k[:, 2:], v[:, 2:], taken[:, 2:], goes_on[:, 2:], places, backend="cpu")
+        early, late = ([x[:, part] for x in (k, v, weights, taken, goes_on)] for part in (slice(2), slice(2, None)))
+        first = store_slots(slots, *early, places, backend="cpu")
+        rest = store_slots(first.after, *late, places, backend="cpu")
         one = store_slots(
-            Slots(*(x[1:, 2:] for x in slots)), k[1:, ..., 2:, :], v[1:, ..., 2:, :], taken[1:], goes_on[1:], places,
-            backend="cpu",
+            Slots(*(x[1:, 2:] for x in slots)), k[1:, ..., 2:, :], v[1:, ..., 2:, :], weights[1:, ..., 2:],
+            taken[1:], goes_on[1:], places, backend="cpu",
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
@@ -212,9 +253,10 @@ def test_a_head_of_no_numbers_stays_alone() -> None:
     ids=["dim", "dtype"],
 )
 def test_the_kernel_asked_for_by_name_refuses_what_it_does_not_take(changed: dict[str, Any], message: str) -> None:
-    slots, k, v, *rest = step()
+    slots, k, v, weights, *rest = step()
     dtype = changed.pop("dtype", torch.float32)
-    k, v = (changed.get(name, x).to(dtype) for name, x in (("k", k), ("v", v)))
+    k, v, weights = (changed.get(name, x).to(dtype) for name, x in (("k", k), ("v", v), ("weights", weights)))
+    rest = [weights, *rest]
     slots = Slots.empty(BATCH, HEADS, 24, k.shape[-1], k)
     with pytest.raises(ValueError, match=message):
         store_slots(slots, k, v, *rest, backend="cpu")
@@ -225,6 +267,8 @@ def test_the_kernel_asked_for_by_name_refuses_what_it_does_not_take(changed: dic
     "name, value, message",
     [
         ("v", torch.zeros(2, 6, 8, 3, 16), r"v has shape \[2, 6, 8, 3, 16\]; expected \[2, 6, 8, 3, 32\]"),
+        ("weights", torch.ones(2, 6, 8, 2), r"weights has shape \[2, 6, 8, 2\]; expected \[2, 6, 8, 3\]"),
+        ("weights", torch.ones(2, 6, 8, 3).double(), "weights is float64; expected float32"),
         ("taken", torch.ones(2, 6, 8), "taken is float32; expected bool"),
         ("goes_on", torch.ones(2, 5, dtype=torch.bool), r"goes_on has shape \[2, 5\]; expected \[2, 6\]"),
         ("order", torch.arange(31), r"order has shape \[31\]; expected \[32\]"),
@@ -232,15 +276,15 @@ def test_the_kernel_asked_for_by_name_refuses_what_it_does_not_take(changed: dic
     ],
 )
 def test_what_does_not_fit_is_named(name: str, value: Any, message: str) -> None:
-    named = dict(zip(("slots", "k", "v", "taken", "goes_on", "order"), step(), strict=True))
+    named = dict(zip(("slots", "k", "v", "weights", "taken", "goes_on", "order"), step(), strict=True))
     with pytest.raises(ValueError, match=message):
         store_slots(**(named | {name: value}))
 
 
 def test_an_order_that_is_no_permutation_is_refused_by_the_kernel() -> None:
-    slots, k, v, taken, goes_on, places = step()
+    *arguments, places = step()
     with pytest.raises(RuntimeError, match="order is no permutation"):
-        store_slots(slots, k, v, taken, goes_on, places.clamp_max(5), backend="cpu")
+        store_slots(*arguments, places.clamp_max(5), backend="cpu")
 
 
 def test_the_kernel_passes_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +302,7 @@ def test_a_broken_kernel_falls_back_with_one_warning(monkeypatch: pytest.MonkeyP
 
     def broken(*arguments: Tensor) -> None:
         whole(*arguments)
-        arguments[5].mul_(1.01)
+        arguments[6].mul_(1.01)
 
     monkeypatch.setattr(torch.ops, "mnemos", SimpleNamespace(store_slots=SimpleNamespace(default=broken)))
     arguments = step()

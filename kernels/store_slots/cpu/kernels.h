@@ -14,11 +14,11 @@ constexpr int padded(int count) { return (count + kPadding - 1) / kPadding * kPa
 // One of the halves between which candidates are merged.
 struct Half {
   int count;
-  const float* const* keys;     // rows of dim floats
-  const float* inverse_counts;  // [padded(count)], 1 / tokens; beyond count: anything above 0
-  const float* inverse_roots;   // [padded(count)], 1 / sqrt(age + 1); beyond count: anything
-  float* packed;                // scratch, [dim, padded(count)]
-  float* squares;               // scratch, [padded(count)]
+  const float* const* keys;      // rows of dim floats
+  const float* inverse_weights;  // [padded(count)], 1 / weight; beyond count: anything above 0
+  const float* inverse_roots;    // [padded(count)], 1 / sqrt(age + 1); beyond count: anything
+  float* packed;                 // scratch, [dim, padded(count)]
+  float* squares;                // scratch, [padded(count)]
 };
 
 // For each key of the first half the cost of its cheapest merge, and with which key of the second.

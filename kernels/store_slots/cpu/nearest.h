@@ -55,7 +55,7 @@ void run_nearest(const Half& first, const Half& second, int dim, float* cost, in
       MNEMOS_UNROLL
       for (int n = 0; n < NV; ++n) {
         const int j = column + n * VL;
-        const vec squares = load(second.squares + j), counts = load(second.inverse_counts + j);
+        const vec squares = load(second.squares + j), weights = load(second.inverse_weights + j);
         const vec roots = load(second.inverse_roots + j);
         const ivec index = lanes(j);
         MNEMOS_UNROLL
@@ -63,9 +63,9 @@ void run_nearest(const Half& first, const Half& second, int dim, float* cost, in
           const int i = top + r;
           const vec apart = splat(first.squares[i]) + squares - (products[r][n] + products[r][n]);
           const vec root = splat(first.inverse_roots[i]);
-          // n m / (n + m) for counts n and m, over the root of the younger's age.
+          // w u / (w + u) for weights w and u, over the root of the younger's age.
           const vec found = (apart < 0 ? vec{} : apart) * (root > roots ? root : roots) /
-                            (splat(first.inverse_counts[i]) + counts);
+                            (splat(first.inverse_weights[i]) + weights);
           const ivec better = found < least[r];
           least[r] = better ? found : least[r];
           at[r] = better ? index : at[r];

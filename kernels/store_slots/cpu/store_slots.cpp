@@ -26,7 +26,8 @@ struct Step {
   int dim;
   const bool *taken, *goes_on;
   const int64_t* order;
-  float *keys, *values, *counts, *ages;
+  const float* token_weights;
+  float *keys, *values, *counts, *ages, *weights;
   float *found_counts, *found_ages;
 };
 
@@ -49,19 +50,20 @@ void put(float x, uint16_t& to) {
 // What is in a slot, or a token that may come into one.
 struct Candidate {
   const float *key, *value;
-  float count, age;
+  float count, age, weight;
 };
 
 // The slots of one stream and head: those in use come first.
 struct Stored {
-  std::vector<float> keys, values, counts, ages;
-  Stored(int64_t slots, int dim) : keys(slots * dim), values(slots * dim), counts(slots), ages(slots) {}
+  std::vector<float> keys, values, counts, ages, weights;
+  Stored(int64_t slots, int dim)
+      : keys(slots * dim), values(slots * dim), counts(slots), ages(slots), weights(slots) {}
 };
 
 class HalfOf {
  public:
   HalfOf(int64_t most, int dim)
-      : keys_(most), counts_(padded(most), 1.0f), roots_(padded(most), 1.0f),
+      : keys_(most), weights_(padded(most), 1.0f), roots_(padded(most), 1.0f),
         packed_(static_cast<size_t>(padded(most)) * dim), squares_(padded(most)) {}
 
   // Every second of the candidates, from `first` on.
@@ -69,15 +71,15 @@ class HalfOf {
     int count = 0;
     for (size_t i = first; i < candidates.size(); i += 2, ++count) {
       keys_[count] = candidates[i].key;
-      counts_[count] = 1 / candidates[i].count;
+      weights_[count] = 1 / candidates[i].weight;
       roots_[count] = 1 / std::sqrt(candidates[i].age + 1);
     }
-    return {count, keys_.data(), counts_.data(), roots_.data(), packed_.data(), squares_.data()};
+    return {count, keys_.data(), weights_.data(), roots_.data(), packed_.data(), squares_.data()};
   }
 
  private:
   std::vector<const float*> keys_;
-  std::vector<float> counts_, roots_, packed_, squares_;
+  std::vector<float> weights_, roots_, packed_, squares_;
 };
 
 // One stream's head: all chunks of the step, one after the other.
@@ -98,6 +100,7 @@ class Store {
     copy(p_.values + at * p_.dim, now_.values);
     copy(p_.counts + at, now_.counts);
     copy(p_.ages + at, now_.ages);
+    copy(p_.weights + at, now_.weights);
     for (int64_t chunk = 0; chunk < p_.chunks; ++chunk) {
       const int64_t index = row * p_.chunks + chunk;
       give((index * p_.heads + head) * p_.slots);
@@ -111,6 +114,7 @@ class Store {
     std::copy(now_.values.begin(), now_.values.end(), p_.values + at * p_.dim);
     std::copy(now_.counts.begin(), now_.counts.end(), p_.counts + at);
     std::copy(now_.ages.begin(), now_.ages.end(), p_.ages + at);
+    std::copy(now_.weights.begin(), now_.weights.end(), p_.weights + at);
   }
 
  private:
@@ -139,10 +143,12 @@ class Store {
       if (token >= 0) {
         if (!taken[token]) continue;
         const float age = static_cast<float>(p_.tokens - token);
-        candidates_.push_back({&token_keys_[token * p_.dim], &token_values_[token * p_.dim], 1.0f, age});
+        const float weight = p_.token_weights[(index * p_.tokens + token) * p_.heads + head];
+        candidates_.push_back({&token_keys_[token * p_.dim], &token_values_[token * p_.dim], 1.0f, age, weight});
       } else if (now_.counts[i] > 0) {
         const float age = now_.ages[i] + static_cast<float>(p_.tokens);
-        candidates_.push_back({&now_.keys[i * p_.dim], &now_.values[i * p_.dim], now_.counts[i], age});
+        candidates_.push_back(
+            {&now_.keys[i * p_.dim], &now_.values[i * p_.dim], now_.counts[i], age, now_.weights[i]});
       }
     }
   }
@@ -173,34 +179,37 @@ class Store {
       std::copy(x.value, x.value + dim, &next_.values[slot * dim]);
       next_.counts[slot] = x.count;
       next_.ages[slot] = x.age;
+      next_.weights[slot] = x.weight;
       place_[i] = slot++;
     }
     std::fill(next_.keys.begin() + slot * dim, next_.keys.end(), 0.0f);
     std::fill(next_.values.begin() + slot * dim, next_.values.end(), 0.0f);
     std::fill(next_.counts.begin() + slot, next_.counts.end(), 0.0f);
     std::fill(next_.ages.begin() + slot, next_.ages.end(), 0.0f);
+    std::fill(next_.weights.begin() + slot, next_.weights.end(), 0.0f);
     // Sums in place of means, until all that goes into a slot is there.
     for (const Merge& merge : gone_) {
       const int64_t to = place_[merge.into];
       const Candidate &x = candidates_[merge.what], &y = candidates_[merge.into];
       const bool begins = next_.counts[to] == y.count;
-      add(x.key, x.count, begins ? y.count : 1, &next_.keys[to * dim]);
-      add(x.value, x.count, begins ? y.count : 1, &next_.values[to * dim]);
+      add(x.key, x.weight, begins ? y.weight : 1, &next_.keys[to * dim]);
+      add(x.value, x.weight, begins ? y.weight : 1, &next_.values[to * dim]);
       next_.counts[to] += x.count;
+      next_.weights[to] += x.weight;
       next_.ages[to] = std::min(next_.ages[to], x.age);
     }
     for (const Merge& merge : gone_) {
       const int64_t to = place_[merge.into];
       if (to == kGone) continue;
-      for (int i = 0; i < dim; ++i) next_.keys[to * dim + i] /= next_.counts[to];
-      for (int i = 0; i < dim; ++i) next_.values[to * dim + i] /= next_.counts[to];
+      for (int i = 0; i < dim; ++i) next_.keys[to * dim + i] /= next_.weights[to];
+      for (int i = 0; i < dim; ++i) next_.values[to * dim + i] /= next_.weights[to];
       // Once each.
       place_[merge.into] = kGone;
     }
   }
 
-  void add(const float* x, float count, float scale, float* to) const {
-    for (int i = 0; i < p_.dim; ++i) to[i] = to[i] * scale + x[i] * count;
+  void add(const float* x, float weight, float scale, float* to) const {
+    for (int i = 0; i < p_.dim; ++i) to[i] = to[i] * scale + x[i] * weight;
   }
 
   struct Merge {
@@ -252,6 +261,7 @@ float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()
 void store_slots(
     const Tensor& k,
     const Tensor& v,
+    const Tensor& weights,
     const Tensor& taken,
     const Tensor& goes_on,
     const Tensor& order,
@@ -259,6 +269,7 @@ void store_slots(
     const Tensor& values,
     const Tensor& counts,
     const Tensor& ages,
+    const Tensor& slot_weights,
     const Tensor& found_keys,
     const Tensor& found_values,
     const Tensor& found_counts,
@@ -274,6 +285,7 @@ void store_slots(
   STD_TORCH_CHECK(0 < tokens && tokens <= slots, "store_slots: a chunk has more tokens than there are slots");
   check(k, "k", dtype, {batch, chunks, tokens, heads, dim});
   check(v, "v", dtype, {batch, chunks, tokens, heads, dim});
+  check(weights, "weights", ScalarType::Float, {batch, chunks, tokens, heads});
   check(taken, "taken", ScalarType::Bool, {batch, chunks, tokens});
   check(goes_on, "goes_on", ScalarType::Bool, {batch, chunks});
   check(order, "order", ScalarType::Long, {slots + tokens});
@@ -281,6 +293,7 @@ void store_slots(
   check(values, "values", ScalarType::Float, {batch, heads, slots, dim});
   check(counts, "counts", ScalarType::Float, {batch, heads, slots});
   check(ages, "ages", ScalarType::Float, {batch, heads, slots});
+  check(slot_weights, "slot_weights", ScalarType::Float, {batch, heads, slots});
   check(found_keys, "found_keys", dtype, {batch, chunks, heads, slots, dim});
   check(found_values, "found_values", dtype, {batch, chunks, heads, slots, dim});
   check(found_counts, "found_counts", ScalarType::Float, {batch, chunks, heads, slots});
@@ -294,8 +307,9 @@ void store_slots(
   }
   const Step p{
       batch, chunks, tokens, heads, slots, static_cast<int>(dim), static_cast<const bool*>(taken.const_data_ptr()),
-      static_cast<const bool*>(goes_on.const_data_ptr()), places, floats(keys), floats(values), floats(counts),
-      floats(ages), floats(found_counts), floats(found_ages)};
+      static_cast<const bool*>(goes_on.const_data_ptr()), places, static_cast<const float*>(weights.const_data_ptr()),
+      floats(keys), floats(values), floats(counts), floats(ages), floats(slot_weights), floats(found_counts),
+      floats(found_ages)};
   const Nearest kernel = nearest();
   torch::stable::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;

@@ -24,6 +24,7 @@ _HEADS = {
     "memory.values": 1,
     "memory.counts": 1,
     "memory.ages": 1,
+    "memory.weights": 1,
 }
 
 

@@ -112,6 +112,8 @@ def health(metrics: Mapping[str, float]) -> str:
     if "memory/slots_used" in metrics:
         parts.append(f"{100 * metrics['memory/slots_used']:.0f} % of the slots used")
         parts.append(f"{metrics['memory/tokens_per_slot']:.3g} tokens each")
+    if "memory/importance_nats" in metrics:
+        parts.append(f"importance {metrics['memory/importance_nats']:.3g} nats")
     if "beyond_window" in metrics:
         parts.append(f"{100 * metrics['beyond_window']:.0f} % beyond the window")
     return " | ".join(parts)

@@ -25,7 +25,7 @@ without a token are the backbone itself: attention to the window alone."""
 WITHOUT: Mapping[str, Any] = {"memory": False}
 """The options of the pass without memory."""
 
-STATES = ("memory.memory", "memory.momentum", "memory.keys", "memory.values", "memory.counts", "memory.ages")
+STATES = tuple(f"memory.{name}" for name in ("memory", "momentum", "keys", "values", "counts", "ages", "weights"))
 """Ends of the names of what a memory holds, in a carry: (M, S), without the tokens that a convolution still needs; or
 slots."""
 

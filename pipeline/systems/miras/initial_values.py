@@ -27,7 +27,7 @@ def initial_value(name: str, shape: torch.Size, config: MirasConfig, generator: 
             return torch.zeros(shape)
         case [_, "q_map" | "k_map" | "share_query" | "step_key"] | ["share_proj", "weight"] | ["shift_proj", _]:
             return torch.zeros(shape)
-        case [_, "shift_query" | "key_map" | "value_map"]:
+        case [_, "shift_query" | "key_map" | "value_map" | "importance_key" | "importance_value"]:
             return torch.zeros(shape)
         case [_, "eta_logits"]:
             return torch.full(shape, initial_eta_logit(memory.momentum))

@@ -98,6 +98,9 @@ class SlotsConfig:
     reach: int = 2048
     """Positions behind the window at which a slot stands at the most; nearer, it is at its newest token's. With the
     window and the chunk, no more than the backbone was trained for."""
+    importance: bool = False
+    """Tokens weigh, in the criterion of merging and in the means, the root of the attention that is predicted for them
+    from key and value; learned beside the loss, from the attention of a step's own queries."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "memory.slots", "count", "chunk", "reach")

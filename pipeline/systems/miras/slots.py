@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from pipeline.ops.attention_sinks import WindowCarry
 from pipeline.ops.attention_slots import SlotPlan, slot_attention, slots_by_chunk
 from pipeline.ops.gates import GateLinear
+from pipeline.ops.importance import Importance, ImportanceLoss, importance_loss
 from pipeline.ops.slots import SlotMaps, Slots
 from pipeline.ops.store_slots import Backend
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
+
+IMPORTANCE_WEIGHT = 0.01
+"""Of its loss. Nothing else learns from it, and Adam does not see it: it keeps a gradient of ten
+times the others' norm from deciding where that is clipped."""
 
 
 class SlotHealth(NamedTuple):
@@ -31,13 +36,16 @@ class SlotHealth(NamedTuple):
     """All of them."""
     stored: Tensor
     """Tokens that they stand for."""
+    importance: ImportanceLoss | None
+    """In training, where tokens have an importance."""
 
 
 class SlotBranch(nn.Module):
     """What is learned of a layer's slots; at first they are read as they are.
 
     Per key-value head, k_s and v_s are read as k_s + k_s D_k and v_s + v_s D_v; per head and token, w x_t + u q_t + b
-    is added to the logits of all slots. D_k, D_v, w, u and b are zero at first.
+    is added to the logits of all slots. With importance, a token's weight is the root of exp of `Importance.logits`.
+    All of it is zero at first.
     """
 
     def __init__(self, width: int, kv_heads: int, config: MemoryConfig, norm_eps: float) -> None:
@@ -47,6 +55,9 @@ class SlotBranch(nn.Module):
         self.shift_query = nn.Parameter(torch.empty(config.heads, config.head_dim))
         self.key_map = nn.Parameter(torch.empty(kv_heads, config.head_dim, config.head_dim))
         self.value_map = nn.Parameter(torch.empty(kv_heads, config.head_dim, config.head_dim))
+        weighs = config.slots.importance
+        self.importance_key = nn.Parameter(torch.empty(kv_heads, config.head_dim)) if weighs else None
+        self.importance_value = nn.Parameter(torch.empty(kv_heads, config.head_dim)) if weighs else None
 
     @property
     def backend(self) -> Backend:
@@ -75,15 +86,28 @@ class SlotBranch(nn.Module):
         output like q, the slots after the step, and the health."""
         if carry is None:
             carry = Slots.empty(k.shape[0], k.shape[2], self.config.slots.count, k.shape[3], k)
-        found = slots_by_chunk(k, v, plan, window, carry, self.backend)
+        importance, loss = self.importance(topology), None
+        found = slots_by_chunk(k, v, plan, window, carry, importance, self.backend)
+        if importance is not None and self.training and torch.is_grad_enabled():
+            loss = importance_loss(
+                importance, q, k, v, plan.rotation, plan.segment_ids, plan.kept,
+                window=plan.window, reach=plan.reach, scale=scale,
+            )  # fmt: skip
         shift = self.shifted(shift.squeeze(-1), q, topology)
         out = slot_attention(q, k, v, plan, window, found, self.maps(topology), shift, scale)
-        return out, found.after, slot_health(found.after)
+        return out, found.after, slot_health(found.after, loss)
 
     def maps(self, topology: Topology) -> SlotMaps:
         """How this rank's slots are read."""
         own = topology.heads(self.key_map.shape[0])
         return SlotMaps(self.key_map[own], self.value_map[own])
+
+    def importance(self, topology: Topology) -> Importance | None:
+        """What this rank's tokens weigh; None where they are alike."""
+        if self.importance_key is None or self.importance_value is None:
+            return None
+        own = topology.heads(self.importance_key.shape[0])
+        return Importance(self.importance_key[own], self.importance_value[own])
 
     def shifted(self, shift: Tensor, q: Tensor, topology: Topology) -> Tensor:
         """What is added to the slots' logits, [batch, tokens, heads / degree], float32."""
@@ -91,14 +115,31 @@ class SlotBranch(nn.Module):
         return shift + torch.einsum("bthd,hd->bth", q, weight.to(q.dtype))
 
 
-def slot_health(slots: Slots) -> SlotHealth:
+def slot_health(slots: Slots, importance: ImportanceLoss | None) -> SlotHealth:
     used = slots.counts > 0
-    return SlotHealth(used.sum(), used.new_full((), used.numel(), dtype=torch.float64), slots.counts.sum())
+    return SlotHealth(used.sum(), used.new_full((), used.numel(), dtype=torch.float64), slots.counts.sum(), importance)
 
 
 def slot_metrics(health: Sequence[SlotHealth]) -> dict[str, tuple[Tensor, Tensor]]:
     """The health of all slots of a step, each metric as (sum, count); none without any."""
     if not health:
         return {}
-    used, slots, stored = (torch.stack([state[index] for state in health]).sum() for index in range(3))
-    return {"memory/slots_used": (used, slots), "memory/tokens_per_slot": (stored, used.clamp_min(1))}
+    used, slots, stored = (
+        torch.stack([getattr(state, name) for state in health]).sum() for name in ("used", "slots", "stored")
+    )
+    found = {"memory/slots_used": (used, slots), "memory/tokens_per_slot": (stored, used.clamp_min(1))}
+    if losses := importance_losses(health):
+        nats, attention = (torch.stack(list(sums)).sum() for sums in zip(*(loss[1:] for loss in losses), strict=True))
+        found["memory/importance_nats"] = (nats, attention)
+    return found
+
+
+def importance_gradient(health: Sequence[object], kv_heads: int) -> Tensor | float:
+    """0, for the sum of a loss over tokens: what importance learns from, the mean over layers and key-value heads."""
+    slots = [state for state in health if isinstance(state, SlotHealth)]
+    summed = sum(loss.gradient for loss in importance_losses(slots))
+    return IMPORTANCE_WEIGHT / (kv_heads * max(1, len(slots))) * summed
+
+
+def importance_losses(health: Sequence[SlotHealth]) -> list[ImportanceLoss]:
+    return [state.importance for state in health if state.importance is not None]

@@ -14,7 +14,7 @@ from pipeline.data.batch import Counts, TokenBatch
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
-from pipeline.lm.decoder_config import check_window, sliding_window
+from pipeline.lm.decoder_config import check_window, kv_heads, sliding_window
 from pipeline.lm.decoding import Decoder
 from pipeline.lm.distillation import choose, comparable, count_compared
 from pipeline.lm.memory_folder import MemoryAlone
@@ -32,7 +32,7 @@ from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on
 from pipeline.systems.miras.memory import MemoryHealth, health_metrics
 from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
-from pipeline.systems.miras.slots import SlotHealth, slot_metrics
+from pipeline.systems.miras.slots import SlotHealth, importance_gradient, slot_metrics
 from pipeline.systems.miras.teacher import check_distillation, term_weights
 
 if TYPE_CHECKING:
@@ -231,15 +231,16 @@ class MirasSystem(LanguageModelSystem):
         if self.penalised and output.health:
             opened = torch.stack([state.opened for state in output.health if isinstance(state, MemoryHealth)]).mean()
             penalty[WRITE] = self.sizes.memory.write_penalty * opened
+        beside = importance_gradient(output.health, kv_heads(self.backbone))
         if output.distilled is None:
             assert output.losses is not None
-            return {TERM: output.losses.sum(), **penalty}
+            return {TERM: output.losses.sum() + beside, **penalty}
         weights = term_weights(self.sizes.distillation)
         found = {term: weights[term] * value for term, value in output.distilled.items()}
         # Of weight 0 there is no sum, and the term stays: its counts are the tokens.
         zero = torch.zeros((), device=next(iter(found.values())).device)
         own = self.sizes.distillation.cross_entropy
-        return {TERM: zero if output.losses is None else own * output.losses.sum(), **found, **penalty}
+        return {TERM: beside + (zero if output.losses is None else own * output.losses.sum()), **found, **penalty}
 
     def evaluate(self, model: nn.Module, phase: Phase, sync_point: SyncPoint) -> Evaluation:
         from pipeline.systems.miras.evaluation import evaluate

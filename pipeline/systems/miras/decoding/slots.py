@@ -171,7 +171,9 @@ class SlotSteps(LayerSteps):
         """What is pending goes into the slots of rows whose chunk has ended."""
         k, v, stored = kept[PENDING_K][:, None], kept[PENDING_V][:, None], plan.stored[:, None]
         goes_on = torch.ones_like(stored[..., 0])
-        after = store_slots(slots, k, v, stored, goes_on, plan.order, backend=self.branch.backend).after
+        importance = self.branch.importance(Topology())
+        weights = None if importance is None else importance.weights(k, v)
+        after = store_slots(slots, k, v, weights, stored, goes_on, plan.order, backend=self.branch.backend).after
         rows = plan.ended.nonzero().squeeze(1).to(plan.offset.device)
         for name, x in _kept(after).items():
             kept[name].index_copy_(0, rows, x.index_select(0, rows))

@@ -1,0 +1,117 @@
+"""How much attention a key will receive once it lies behind the window, predicted from the key and its value.
+
+Slots merge the nearest keys (`pipeline.ops.store_slots`). What is merged loses most where later queries look, so tokens
+have weights, in the criterion and in the means: the root of the attention that is predicted for them. Which keys of a
+context will be attended to has been predicted for eviction before (Locret, arXiv 2410.01805), by a small network per
+layer from queries, keys and values. Here it is linear in a key and the direction of its value, and needs nothing that
+the window does not carry.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.ops.checks import sum_dtype
+from pipeline.ops.rope import Rotation, rotate
+
+QUERIES = 64
+"""Of a step's tokens, so many ask in the loss, at equal distances: what it costs beside the step is little."""
+TOGETHER = 16
+"""Queries whose attention to all tokens is in memory at once."""
+MOST = 16.0
+"""Bound of a predicted logarithm, either way: its exponential stays finite and above 0 in float32."""
+
+
+class Importance(NamedTuple):
+    """A linear map per key-value head; all zero, every token weighs the same."""
+
+    key: Tensor
+    """[kv_heads, dim]."""
+    value: Tensor
+    """Like key."""
+
+    def logits(self, k: Tensor, v: Tensor) -> Tensor:
+        """The logarithm of the attention that is expected, up to a constant of the head: of k (before RoPE) and v
+        [..., kv_heads, dim], which are constants to the gradient: [..., kv_heads], float64 for float64 keys, else
+        float32. Scaled so that a rate that suits square maps suits these vectors; of the value its direction alone,
+        since how large values are differs much between layers."""
+        wide, dim = sum_dtype(k), k.shape[-1]
+        k, v = k.detach().to(wide) * math.sqrt(dim), F.normalize(v.detach().to(wide), dim=-1) * dim
+        return (k * self.key.to(wide)).sum(-1) + (v * self.value.to(wide)).sum(-1)
+
+    def weights(self, k: Tensor, v: Tensor) -> Tensor:
+        """Of tokens where slots merge, like `logits`, without a gradient."""
+        with torch.no_grad():
+            return (self.logits(k, v).clamp(-MOST, MOST) / 2).exp()
+
+
+class ImportanceLoss(NamedTuple):
+    """Of a step's queries and this rank's key-value heads."""
+
+    gradient: Tensor
+    """0, and differentiable: its gradient in the importance is that of `nats`, times tokens per query."""
+    nats: Tensor
+    """Sum of the cross-entropies, each times the attention that the query's head group gives behind the window."""
+    attention: Tensor
+    """Sum of that attention."""
+
+
+def importance_loss(
+    importance: Importance,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: Rotation,
+    segment_ids: Tensor,
+    kept: Tensor,
+    *,
+    window: int,
+    reach: int,
+    scale: float,
+) -> ImportanceLoss:
+    """The cross-entropy of the attention that queries give to what lies behind their window, if they had every key,
+    under the softmax of the importance, which knows nothing of the query. Its optimum is the mean attention.
+
+    Args:
+        q: [batch, tokens, heads, dim], before RoPE; k, v likewise with kv_heads.
+        rotation: of the tokens, [batch, tokens, 1, dim / 2].
+        segment_ids: [batch, tokens] int64, equal for tokens of one document.
+        kept: [batch, tokens] bool: tokens that slots may take, which all are but the attention sinks. Sinks would draw
+            most of the attention, and have part in it alone.
+        window, reach: a query asks for keys further than `window` and no further than `window + reach` positions.
+        scale: of the logits.
+    """
+    tokens, kv_heads = k.shape[1:3]
+    logits = importance.logits(k, v)
+    every = max(1, tokens // QUERIES)
+    places = torch.arange(every - 1, tokens, every, device=k.device)
+    with torch.no_grad():
+        guess = logits.detach().transpose(1, 2)[:, :, None]
+        keys = rotate(k, rotation).permute(0, 2, 3, 1)[:, :, None]
+        at = torch.arange(tokens, device=k.device)
+        gradient = torch.zeros_like(logits)
+        nats = attention = torch.zeros((), dtype=torch.float64, device=k.device)
+        for part in places.split(TOGETHER):
+            turns = Rotation(*(x[:, part] for x in rotation))
+            asked = rotate(q[:, part], turns).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+            back = part[:, None] - at
+            seen = (segment_ids[:, part, None] == segment_ids[:, None]) & (back >= 0)
+            behind = (seen & (back > window) & (back <= window + reach) & kept[:, None])[:, None]
+            given = (asked @ keys).to(guess.dtype) * scale
+            given = given.masked_fill_(~seen[:, None, None], -math.inf).softmax(-1).sum(2).masked_fill_(~behind, 0)
+            expected = guess.masked_fill(~behind, -math.inf)
+            total = expected.logsumexp(-1, keepdim=True)
+            # Of a query with nothing behind its window nothing is expected.
+            expected = (expected - total.masked_fill(total == -math.inf, 0)).masked_fill_(~behind, -math.inf)
+            mass = given.sum(-1, keepdim=True)
+            gradient += (mass * expected.exp() - given).sum(2).transpose(1, 2)
+            nats = nats - (given * expected.masked_fill(~behind, 0)).sum()
+            attention = attention + mass.sum()
+    # As it is known, the attention of no query has to be kept for the backward pass.
+    slope = (logits * gradient).sum() * every
+    return ImportanceLoss(slope - slope.detach(), nats, attention)

@@ -13,16 +13,13 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops.checks import sum_dtype
 from pipeline.ops.rope import Rotation, rotate
 
-QUERIES = 64
+QUERIES = 16
 """Of a step's tokens, so many ask in the loss, at equal distances: what it costs beside the step is little."""
-TOGETHER = 16
-"""Queries whose attention to all tokens is in memory at once."""
 MOST = 16.0
 """Bound of a predicted logarithm, either way: its exponential stays finite and above 0 in float32."""
 
@@ -41,8 +38,11 @@ class Importance(NamedTuple):
         float32. Scaled so that a rate that suits square maps suits these vectors; of the value its direction alone,
         since how large values are differs much between layers."""
         wide, dim = sum_dtype(k), k.shape[-1]
-        k, v = k.detach().to(wide) * math.sqrt(dim), F.normalize(v.detach().to(wide), dim=-1) * dim
-        return (k * self.key.to(wide)).sum(-1) + (v * self.value.to(wide)).sum(-1)
+        k, v = k.detach().to(wide), v.detach().to(wide)
+        by_key, by_value = (
+            torch.einsum("...hd,hd->...h", x, weight.to(wide)) for x, weight in ((k, self.key), (v, self.value))
+        )
+        return math.sqrt(dim) * by_key + dim * by_value / v.norm(dim=-1).clamp_min(torch.finfo(wide).tiny)
 
     def weights(self, k: Tensor, v: Tensor) -> Tensor:
         """Of tokens where slots merge, like `logits`, without a gradient."""
@@ -86,32 +86,34 @@ def importance_loss(
         window, reach: a query asks for keys further than `window` and no further than `window + reach` positions.
         scale: of the logits.
     """
-    tokens, kv_heads = k.shape[1:3]
+    tokens = k.shape[1]
     logits = importance.logits(k, v)
     every = max(1, tokens // QUERIES)
     places = torch.arange(every - 1, tokens, every, device=k.device)
     with torch.no_grad():
-        guess = logits.detach().transpose(1, 2)[:, :, None]
-        keys = rotate(k, rotation).permute(0, 2, 3, 1)[:, :, None]
-        at = torch.arange(tokens, device=k.device)
-        gradient = torch.zeros_like(logits)
-        nats = attention = torch.zeros((), dtype=torch.float64, device=k.device)
-        for part in places.split(TOGETHER):
-            turns = Rotation(*(x[:, part] for x in rotation))
-            asked = rotate(q[:, part], turns).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-            back = part[:, None] - at
-            seen = (segment_ids[:, part, None] == segment_ids[:, None]) & (back >= 0)
-            behind = (seen & (back > window) & (back <= window + reach) & kept[:, None])[:, None]
-            given = (asked @ keys).to(guess.dtype) * scale
-            given = given.masked_fill_(~seen[:, None, None], -math.inf).softmax(-1).sum(2).masked_fill_(~behind, 0)
-            expected = guess.masked_fill(~behind, -math.inf)
-            total = expected.logsumexp(-1, keepdim=True)
-            # Of a query with nothing behind its window nothing is expected.
-            expected = (expected - total.masked_fill(total == -math.inf, 0)).masked_fill_(~behind, -math.inf)
-            mass = given.sum(-1, keepdim=True)
-            gradient += (mass * expected.exp() - given).sum(2).transpose(1, 2)
-            nats = nats - (given * expected.masked_fill(~behind, 0)).sum()
-            attention = attention + mass.sum()
-    # As it is known, the attention of no query has to be kept for the backward pass.
+        back = places[:, None] - torch.arange(tokens, device=k.device)
+        seen = (segment_ids[:, places, None] == segment_ids[:, None]) & (back >= 0)
+        behind = (seen & (back > window) & (back <= window + reach) & kept[:, None])[:, None]
+        given = _attention(q, k, rotation, places, seen, scale, logits.dtype).masked_fill_(~behind, 0)
+        attention = given.sum(-1, keepdim=True)
+        expected = logits.transpose(1, 2)[:, :, None].masked_fill(~behind, -math.inf)
+        total = expected.logsumexp(-1, keepdim=True)
+        # Of a query with nothing behind its window nothing is expected.
+        expected = (expected - total.masked_fill(total == -math.inf, 0)).masked_fill_(~behind, -math.inf)
+        # As the gradient is known, no [queries, tokens] has to be kept for the backward pass.
+        gradient = (attention * expected.exp() - given).sum(2).transpose(1, 2)
+        nats = -(given * expected.masked_fill_(~behind, 0)).sum(dtype=torch.float64)
     slope = (logits * gradient).sum() * every
-    return ImportanceLoss(slope - slope.detach(), nats, attention)
+    return ImportanceLoss(slope - slope.detach(), nats, attention.sum(dtype=torch.float64))
+
+
+def _attention(
+    q: Tensor, k: Tensor, rotation: Rotation, places: Tensor, seen: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """What the queries at `places` give to every token, summed over the heads of a group: [batch, kv_heads, queries,
+    tokens]."""
+    keys = rotate(k, rotation).transpose(1, 2).contiguous().transpose(2, 3)
+    asked = rotate(q[:, places], Rotation(*(x[:, places] for x in rotation)))
+    asked = asked.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4) * scale
+    given = (asked.flatten(2, 3) @ keys).unflatten(2, (-1, len(places)))
+    return given.masked_fill_(~seen[:, None, None], -math.inf).softmax(-1, dtype=dtype).sum(2)

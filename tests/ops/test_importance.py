@@ -68,7 +68,6 @@ def test_it_is_the_cross_entropy_by_loops(
     lengths: list[int], queries: int, reach: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importance, "QUERIES", queries)
-    monkeypatch.setattr(importance, "TOGETHER", 7)
     x = drawn(sum(lengths))
     every = 1 if queries == 64 else 4
     maps = [x[name].requires_grad_() for name in ("key", "value")]

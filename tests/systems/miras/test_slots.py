@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from pipeline.data.batch import TokenBatch
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
 from pipeline.ops import attention_slots_native, native
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rule_config import SlotsConfig
+from pipeline.systems.miras.system import MirasSystem
 from tests.launch.parity_main import LENGTH, VOCABULARY, attached
 from tests.lm.families import FAMILIES, save_decoder
 from tests.systems.miras.harness import (
@@ -168,6 +171,38 @@ def test_the_health_is_how_full_the_slots_are(ids: Tensor) -> None:
     assert found["memory/tokens_per_slot"] == pytest.approx((LENGTH - WINDOW - SINKS) / 8)
     assert line.startswith("100 % of the slots used | 4.5 tokens each")
     assert health([12] * 4)[0]["memory/slots_used"] == 0
+
+
+def importance_gradients(system: MirasSystem, model: MirasModel, part: TokenBatch) -> dict[str, Tensor]:
+    model.zero_grad()
+    run(system, model, part).sums["cross_entropy"].backward()
+    return {name: x.grad for name, x in model.named_parameters() if "importance_" in name and x.grad is not None}
+
+
+def test_importance_learns_beside_the_loss_and_does_not_change_it(ids: Tensor) -> None:
+    system, model = built(attached("slots"))
+    part = batch(ids, [20, LENGTH - 20])
+    output = run(system, model, part)
+    assert output.sums["cross_entropy"].item() == pytest.approx(output.tokens["losses"].sum().item(), rel=1e-12)
+    nats, attention = output.metrics["memory/importance_nats"]
+    assert nats > 0 and 0 < attention < 2 * LENGTH * len(model.memory)
+    assert "importance" in system.health({"memory/slots_used": 1, "memory/tokens_per_slot": 2} | {
+        "memory/importance_nats": float(nats / attention)
+    })  # fmt: skip
+    # Nothing else moves it: only where a query has something behind its window is there a gradient.
+    assert all(x.any() for x in importance_gradients(system, model, part).values())
+    within = importance_gradients(system, model, batch(ids, [WINDOW] * 4 + [LENGTH - 4 * WINDOW]))
+    assert within and not any(x.any() for x in within.values())
+
+
+def test_importance_is_no_part_of_an_evaluation(ids: Tensor) -> None:
+    system, model = built(attached("slots"))
+    part = batch(ids, [LENGTH])
+    model.eval()
+    assert "memory/importance_nats" not in run(system, model, part).metrics
+    model.train()
+    with torch.no_grad():
+        assert "memory/importance_nats" not in run(system, model, part).metrics
 
 
 def test_what_cannot_be_is_refused(ids: Tensor) -> None:

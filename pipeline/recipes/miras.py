@@ -94,9 +94,9 @@ def miras_smollm2() -> RunConfig:
                 vocabulary=49152, rope_theta=100_000.0, norm_eps=1e-5,
             ),
             attention=AttentionConfig(window=256, sinks=4),
-            # What closed most of the gap among what was tried: docs/decisions/0033-slots-behind-the-window.md.
+            # What closed most of the gap among what was tried: docs/decisions/0033-slots-behind-the-window.md and 0037.
             memory=MemoryConfig(
-                layers=tuple(range(30)), attachment="slots", slots=SlotsConfig(count=512, reach=7680)
+                layers=tuple(range(30)), attachment="slots", slots=SlotsConfig(count=512, reach=7680, importance=True),
             ),
             # Cross-entropy: docs/decisions/0035-slots-learn-from-the-next-token.md. For --model.distil full:
             distillation=DistillationConfig(tokens=1280),
@@ -122,7 +122,7 @@ def miras_smollm2_short() -> RunConfig:
     run = miras_smollm2()
     assert isinstance(run.model, MirasConfig)
     # Fewer slots than tokens behind the window: where all have room there is nothing to learn.
-    memory = dataclasses.replace(run.model.memory, slots=SlotsConfig(count=128, reach=1792))
+    memory = dataclasses.replace(run.model.memory, slots=SlotsConfig(count=128, reach=1792, importance=True))
     return replace(
         run,
         recipe="miras_smollm2_short",

@@ -19,7 +19,7 @@ from pipeline.ops.checks import sum_dtype
 from pipeline.ops.rope import Rotation, rotate
 
 QUERIES = 16
-"""Of a step's tokens, so many ask in the loss, at equal distances: what it costs beside the step is little."""
+"""Of a step's tokens, as many or a few more ask in the loss, at equal distances: it costs little beside the step."""
 MOST = 16.0
 """Bound of a predicted logarithm, either way: its exponential stays finite and above 0 in float32."""
 
@@ -34,20 +34,26 @@ class Importance(NamedTuple):
 
     def logits(self, k: Tensor, v: Tensor) -> Tensor:
         """The logarithm of the attention that is expected, up to a constant of the head: of k (before RoPE) and v
-        [..., kv_heads, dim], which are constants to the gradient: [..., kv_heads], float64 for float64 keys, else
-        float32. Scaled so that a rate that suits square maps suits these vectors; of the value its direction alone,
-        since how large values are differs much between layers."""
-        wide, dim = sum_dtype(k), k.shape[-1]
-        k, v = k.detach().to(wide), v.detach().to(wide)
-        by_key, by_value = (
-            torch.einsum("...hd,hd->...h", x, weight.to(wide)) for x, weight in ((k, self.key), (v, self.value))
-        )
-        return math.sqrt(dim) * by_key + dim * by_value / v.norm(dim=-1).clamp_min(torch.finfo(wide).tiny)
+        [..., kv_heads, dim]: [..., kv_heads], float64 for float64 keys, else float32. Has no gradient."""
+        with torch.no_grad():
+            key, value = _scaled(k, v)
+            by_key, by_value = (
+                torch.einsum("...hd,hd->...h", x, weight.to(x.dtype))
+                for x, weight in ((key, self.key), (value, self.value))
+            )
+            return by_key + by_value
 
     def weights(self, k: Tensor, v: Tensor) -> Tensor:
         """Of tokens where slots merge, like `logits`, without a gradient."""
-        with torch.no_grad():
-            return (self.logits(k, v).clamp(-MOST, MOST) / 2).exp()
+        return (self.logits(k, v).clamp(-MOST, MOST) / 2).exp()
+
+
+def _scaled(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What the map is linear in, scaled so that a rate that suits square maps suits vectors. Of a value its direction
+    alone, since how large values are differs much between layers."""
+    wide, dim = sum_dtype(k), k.shape[-1]
+    k, v = k.to(wide), v.to(wide)
+    return math.sqrt(dim) * k, dim * v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
 
 
 class ImportanceLoss(NamedTuple):
@@ -75,14 +81,15 @@ def importance_loss(
     scale: float,
 ) -> ImportanceLoss:
     """The cross-entropy of the attention that queries give to what lies behind their window, if they had every key,
-    under the softmax of the importance, which knows nothing of the query. Its optimum is the mean attention.
+    under the softmax of the importance, which knows nothing of the query. Its optimum is the mean attention. Where a
+    document goes on from the step before, tokens of that step are in none of it, its sinks neither.
 
     Args:
         q: [batch, tokens, heads, dim], before RoPE; k, v likewise with kv_heads.
         rotation: of the tokens, [batch, tokens, 1, dim / 2].
         segment_ids: [batch, tokens] int64, equal for tokens of one document.
-        kept: [batch, tokens] bool: tokens that slots may take, which all are but the attention sinks. Sinks would draw
-            most of the attention, and have part in it alone.
+        kept: [batch, tokens] bool: tokens that slots may take, which all are but the attention sinks. Those draw most
+            of the attention: they count in its sum, and are no target.
         window, reach: a query asks for keys further than `window` and no further than `window + reach` positions.
         scale: of the logits.
     """
@@ -100,10 +107,11 @@ def importance_loss(
         total = expected.logsumexp(-1, keepdim=True)
         # Of a query with nothing behind its window nothing is expected.
         expected = (expected - total.masked_fill(total == -math.inf, 0)).masked_fill_(~behind, -math.inf)
-        # As the gradient is known, no [queries, tokens] has to be kept for the backward pass.
+        # As the gradient is known, neither attention nor wide keys have to be kept for the backward pass.
         gradient = (attention * expected.exp() - given).sum(2).transpose(1, 2)
         nats = -(given * expected.masked_fill_(~behind, 0)).sum(dtype=torch.float64)
-    slope = (logits * gradient).sum() * every
+        slopes = [every * torch.einsum("bthd,bth->hd", x, gradient) for x in _scaled(k, v)]
+    slope = torch.stack([(x * y).sum() for x, y in zip(slopes, importance, strict=True)]).sum()
     return ImportanceLoss(slope - slope.detach(), nats, attention.sum(dtype=torch.float64))
 
 
@@ -114,6 +122,6 @@ def _attention(
     tokens]."""
     keys = rotate(k, rotation).transpose(1, 2).contiguous().transpose(2, 3)
     asked = rotate(q[:, places], Rotation(*(x[:, places] for x in rotation)))
-    asked = asked.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4) * scale
-    given = (asked.flatten(2, 3) @ keys).unflatten(2, (-1, len(places)))
-    return given.masked_fill_(~seen[:, None, None], -math.inf).softmax(-1, dtype=dtype).sum(2)
+    asked = scale * asked.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).to(dtype)
+    given = (asked.flatten(2, 3) @ keys.to(dtype)).unflatten(2, (-1, len(places)))
+    return given.masked_fill_(~seen[:, None, None], -math.inf).softmax(-1).sum(2)

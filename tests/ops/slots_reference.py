@@ -66,6 +66,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    heavy: Tensor,
     shift: Tensor,
     key_map: Tensor,
     value_map: Tensor,
@@ -79,8 +80,9 @@ def attention(
     reach: int,
     scale: float,
 ) -> tuple[Tensor, list[Slot]]:
-    """Of one head and one document: q, k, v [tokens, dim] before RoPE, shift [tokens] and maps [dim, dim]; the document
-    begins at place `start` of its row. The output, and the slots that the last token has seen."""
+    """Of one head and one document: q, k, v [tokens, dim] before RoPE, what tokens weigh [tokens], shift [tokens] and
+    maps [dim, dim]; the document begins at place `start` of its row. The output, and the slots that the last token has
+    seen."""
     held: list[Slot] = []
     out = []
     done = sinks
@@ -89,7 +91,8 @@ def attention(
         # What no query of this chunk sees any more is stored, chunk by chunk.
         for begin in range(min(first, chunk - start % chunk - (chunk if start % chunk == 0 else 0)), first + 1, chunk):
             left = range(done, max(done, begin - window))
-            new = [Slot(k[j].clone(), v[j].clone(), 1, j, j - (begin - chunk - window)) for j in left]
+            since = begin - chunk - window
+            new = [Slot(k[j].clone(), v[j].clone(), 1, j, j - since, float(heavy[j])) for j in left]
             if new:
                 held = stored(held, new, slots, chunk, begin - window)
             done = max(done, begin - window)

@@ -16,6 +16,7 @@ from pipeline.ops.attention_flex import own_block_mask
 from pipeline.ops.attention_sinks import CarryPlan
 from pipeline.ops.attention_slots import plan_slots, slot_attention, slots_by_chunk
 from pipeline.ops.attention_slots_native import TOLERANCE, takes
+from pipeline.ops.importance import Importance
 from pipeline.ops.slots import SlotMaps, Slots
 from tests.ops import slots_reference
 from tests.ops.attention_reference import dense_flex, relative_error
@@ -79,13 +80,14 @@ def attended(
     segments, positions = (part.to(x["k"].device) for part in row(lengths))
     carry: WindowCarry | None = None
     maps = SlotMaps(x["key_map"], x["value_map"]) if "key_map" in x else None
+    importance = Importance(x["importance_key"], x["importance_value"]) if "importance_key" in x else None
     slots = Slots.empty(1, KV_HEADS, sizes["slots"], DIM, x["k"])
     outs = []
     for start, end in zip((0, *cuts), (*cuts, segments.shape[1]), strict=True):
         q, k, v, shift = (x[name][:, start:end] for name in ("q", "k", "v", "shift"))
         part = (segments[:, start:end], positions[:, start:end])
         own, kept = plans(*part, carry, sinks, q.dtype, sizes, backend)
-        found = slots_by_chunk(k, v, own, carry, slots)
+        found = slots_by_chunk(k, v, own, carry, slots, importance)
         outs.append(slot_attention(q, k, v, own, carry, found, maps, shift, SCALE))
         carry = kept.cut(k, v, carry)
         slots = found.after
@@ -95,16 +97,24 @@ def attended(
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("lengths", [[40], [4, 30], [20, 1, 19], [9, 31]], ids=str)
-def test_it_is_the_token_loop(lengths: list[int], sinks: int, backend: str) -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_it_is_the_token_loop(lengths: list[int], sinks: int, backend: str, weighed: bool) -> None:
     x = inputs(sum(lengths))
+    if weighed:
+        x |= {"importance_key": x["key_map"][:, 0], "importance_value": x["value_map"][:, 0]}
     found, _ = attended(x, lengths, sinks=sinks, backend=backend)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
         for head in range(HEADS):
             own = head // (HEADS // KV_HEADS)
+            keys, values = x["k"][0, part, own], x["v"][0, part, own]
+            logits = torch.zeros(length)
+            if weighed:
+                logits = DIM**0.5 * keys @ x["importance_key"][own]
+                logits = logits + DIM * torch.nn.functional.normalize(values, dim=-1) @ x["importance_value"][own]
             expected, _ = slots_reference.attention(
-                x["q"][0, part, head], x["k"][0, part, own], x["v"][0, part, own], x["shift"][0, part, head],
+                x["q"][0, part, head], keys, values, (logits / 2).exp(), x["shift"][0, part, head],
                 x["key_map"][own], x["value_map"][own], start,
                 frequencies=ROPE.inverse_frequencies, sinks=sinks, scale=SCALE * ROPE.attention_scaling**2, **SIZES,
             )  # fmt: skip

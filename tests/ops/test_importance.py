@@ -81,6 +81,41 @@ def test_it_is_the_cross_entropy_by_loops(
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+def test_rows_are_apart() -> None:
+    parts, lengths = [drawn(40, seed) for seed in (1, 2)], ([40], [13, 27])
+    maps = [parts[0][name].requires_grad_() for name in ("key", "value")]
+    found = []
+    for part, own in zip(parts, lengths, strict=True):
+        loss = loss_of(part | dict(zip(("key", "value"), maps, strict=True)), own)
+        found.append((loss.nats, loss.attention, *torch.autograd.grad(loss.gradient, maps)))
+    segments = torch.stack([torch.repeat_interleave(torch.arange(len(x)), torch.tensor(x)) for x in lengths])
+    positions = torch.stack([torch.cat([torch.arange(one) for one in x]) for x in lengths])
+    together = importance_loss(
+        Importance(*maps), *(torch.cat([part[name] for part in parts]) for name in ("q", "k", "v")),
+        ROPE.rotation(positions, torch.float64), segments, positions >= SINKS, window=WINDOW, reach=1000, scale=SCALE,
+    )  # fmt: skip
+    slopes = torch.autograd.grad(together.gradient, maps)
+    for one, *summed in zip((together.nats, together.attention, *slopes), *found, strict=True):
+        torch.testing.assert_close(one, sum(summed), rtol=1e-10, atol=1e-10)
+
+
+def test_in_bfloat16_it_is_near_float64() -> None:
+    x = drawn(40)
+    maps = [x[name].requires_grad_() for name in ("key", "value")]
+    wanted = torch.autograd.grad(loss_of(x, [13, 27]).gradient, maps)
+    low = {name: tensor.detach().bfloat16() for name, tensor in x.items()}
+    positions = torch.cat([torch.arange(13), torch.arange(27)])[None]
+    own = [low[name].requires_grad_() for name in ("key", "value")]
+    found = importance_loss(
+        Importance(*own), low["q"], low["k"], low["v"], ROPE.rotation(positions, torch.bfloat16),
+        torch.repeat_interleave(torch.arange(2), torch.tensor([13, 27]))[None], positions >= SINKS,
+        window=WINDOW, reach=1000, scale=SCALE,
+    )  # fmt: skip
+    for one, other in zip(torch.autograd.grad(found.gradient, own), wanted, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() < 0.03 * other.norm()
+
+
 def test_within_the_window_there_is_nothing_to_learn() -> None:
     x = drawn(WINDOW)
     x["key"].requires_grad_()
@@ -121,5 +156,6 @@ def test_zero_maps_weigh_all_tokens_the_same_and_weights_stay_finite() -> None:
     x = drawn(20)
     zero = torch.zeros_like(x["key"])
     assert (Importance(zero, zero).weights(x["k"], x["v"]) == 1).all()
+    assert (Importance(zero, x["value"]).weights(x["k"], torch.zeros_like(x["v"])) == 1).all()
     weights = Importance(x["key"] * 1e6, zero).weights(x["k"].bfloat16(), x["v"].bfloat16())
     assert weights.dtype == torch.float32 and weights.isfinite().all() and (weights > 0).all()

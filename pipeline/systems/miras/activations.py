@@ -121,7 +121,7 @@ def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -
     memories = 0
     for kind in by_layer(on_backbone(config, backbone).memory, backbone).values():
         if kind.attachment == "slots":
-            # Keys, values, counts and ages.
+            # Keys, values, counts, ages and weights.
             memories += 4 * kind.slots.count * kv_width(backbone) // kind.head_dim * (2 * kind.head_dim + 3)
             continue
         memories += 8 * kind.heads * kind.state_rows * kind.head_dim

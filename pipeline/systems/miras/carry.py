@@ -45,6 +45,9 @@ def unpack_carry(carry: Mapping[str, CarryEntry], layers: int) -> list[LayerCarr
 
     def part(index: int, name: str, kind: Any) -> Any:
         fields = [carry.get(f"{index}.{name}.{field}") for field in kind._fields]
+        if kind is Slots and fields[-1] is None:
+            # A carry from before slots had weights: every token weighed 1.
+            fields[-1] = fields[Slots._fields.index("counts")]
         return None if fields[0] is None else kind(*(entry.tensor for entry in fields if entry is not None))
 
     return [

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pipeline.lm.decoder_config import kv_heads
 from pipeline.lm.decoding_cache import MemoryCache
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.causal_lm_config import MnemosConfig, config_of
 from pipeline.systems.miras.decoding.decoder import MirasDecoder
 from pipeline.systems.miras.initial_values import initial_value
 from pipeline.systems.miras.model import MirasModel
+from pipeline.systems.miras.slots import importance_gradient
 
 __all__ = ["MemoryCache", "MnemosConfig", "MnemosForCausalLM", "causal_lm_of", "register"]
 
@@ -171,7 +173,8 @@ class MnemosForCausalLM(PreTrainedModel, GenerationMixin):
                 # Neither padding, nor the token behind it: nothing was read before that one.
                 counted = counted.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORED)
             losses, _ = self.model.backbone.lm_head(hidden, counted.to(hidden.device))
-            loss = losses.sum() / ((counted != IGNORED).sum().clamp_min(1) if items is None else items)
+            beside = importance_gradient(found.health, kv_heads(self.model.backbone.config))
+            loss = (losses.sum() + beside) / ((counted != IGNORED).sum().clamp_min(1) if items is None else items)
         logits: Tensor = self.model.backbone.lm_head(hidden[:, _kept(keep)])
         all_states = None
         if states is not None:

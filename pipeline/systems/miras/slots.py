@@ -23,8 +23,8 @@ from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.config import MemoryConfig
 
 IMPORTANCE_WEIGHT = 0.01
-"""Of its loss. Nothing else learns from it, and Adam does not see it: it keeps a gradient of ten
-times the others' norm from deciding where that is clipped."""
+"""Of its loss, the mean over layers and key-value heads. Nothing else learns from it, and Adam's updates do not depend
+on it: it keeps a gradient of ten times the others' norm from deciding where that is clipped."""
 
 
 class SlotHealth(NamedTuple):

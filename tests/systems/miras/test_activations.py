@@ -20,7 +20,7 @@ from pipeline.systems.miras.activation_step import Step, runs_natively
 from pipeline.systems.miras.activations import block_bytes, branch_bytes, carry_bytes, scan_bytes, step_bytes
 from pipeline.systems.miras.config import DistillationConfig, MemoryConfig, MirasConfig
 from pipeline.systems.miras.memory import MemoryBranch
-from pipeline.systems.miras.rule_config import MlpConfig, SwigluConfig, YaadConfig
+from pipeline.systems.miras.rule_config import MlpConfig, SlotsConfig, SwigluConfig, YaadConfig
 from pipeline.systems.miras.rules import memory_backend
 from tests.ops.saved import saved_by
 from tests.systems.miras.traced import traced_step
@@ -60,6 +60,8 @@ def wide(changes: dict[str, object], memory: dict[str, object]) -> RunConfig:
     return RunConfig("", model, steps=1, batch_size=2, sequence_length=2048, lr=1.0, **run)  # type: ignore[arg-type]
 
 
+WEIGHED = SlotsConfig(importance=True)
+
 TRACED = [
     pytest.param({}, {}, 1, 0.05, id="frozen, recomputed, bf16"),
     pytest.param({"precision": "fp32"}, {}, 1, 0.05, id="fp32"),
@@ -82,6 +84,14 @@ TRACED = [
         id="overflow beside residual",
     ),
     pytest.param({}, {"attachment": "slots"}, 1, 0.1, id="slots"),
+    pytest.param({}, {"attachment": "slots", "slots": WEIGHED}, 1, 0.1, id="slots, weighed"),
+    pytest.param(
+        {"activation_checkpointing": False},
+        {"attachment": "slots", "slots": WEIGHED},
+        4,
+        0.1,
+        id="slots, weighed, not recomputed",
+    ),
     pytest.param({"kv_heads": 2, "model_type": "llama"}, {"attachment": "slots"}, 1, 0.1, id="slots, grouped"),
     pytest.param({"activation_checkpointing": False}, {"attachment": "slots"}, 4, 0.1, id="slots, not recomputed"),
     pytest.param({"model_type": "llama", "kv_heads": 2, "tied": True}, {}, 1, 0.1, id="llama, grouped and tied"),

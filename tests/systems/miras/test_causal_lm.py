@@ -141,6 +141,18 @@ def test_a_gap_in_a_row_and_a_row_without_tokens() -> None:
     torch.testing.assert_close(after, whole, rtol=1e-9, atol=1e-9)
 
 
+def test_everything_of_slots_learns() -> None:
+    _, model = exported(attached("slots"))
+    model.train()
+    ids = tokens()[None]
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss, model.eval()(ids, labels=ids, use_cache=False).loss, rtol=1e-12, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        if ".memory." in name:
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
 def test_padding_changes_no_gradient_and_counts_in_no_loss() -> None:
     _, model = exported(CASES["mac"]())
     texts = rows(24, 15)

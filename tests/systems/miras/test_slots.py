@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from pipeline.data.batch import TokenBatch
 from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
-from pipeline.ops import attention_slots_native, native
+from pipeline.ops import attention_slots_native, importance, native
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import MirasConfig
@@ -29,6 +29,7 @@ from tests.systems.miras.harness import (
     assert_steps_equal_one,
     batch,
     built,
+    cut,
     differentiated_blocks,
     run,
     tokens,
@@ -109,7 +110,11 @@ def test_the_native_kernel_and_the_path_in_pytorch_are_one(
         assert (one - other).norm() <= 1e-4 * other.norm(), name
 
 
-def test_packed_documents_equal_the_same_documents_apart_where_chunks_fall_alike(ids: Tensor) -> None:
+def test_packed_documents_equal_the_same_documents_apart_where_chunks_fall_alike(
+    ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Which tokens ask for importance is by the row: all of them.
+    monkeypatch.setattr(importance, "QUERIES", LENGTH)
     assert_packed_equals_apart(attached("slots"), ids, [4, 24, 4, 16])
 
 
@@ -193,6 +198,16 @@ def test_importance_learns_beside_the_loss_and_does_not_change_it(ids: Tensor) -
     assert all(x.any() for x in importance_gradients(system, model, part).values())
     within = importance_gradients(system, model, batch(ids, [WINDOW] * 4 + [LENGTH - 4 * WINDOW]))
     assert within and not any(x.any() for x in within.values())
+
+
+def test_a_carry_from_before_slots_had_weights_is_read(ids: Tensor) -> None:
+    system, model = built(with_memory(attached("slots"), slots=SlotsConfig(count=8, chunk=CHUNK, reach=14)))
+    part = batch(ids, [LENGTH])
+    first = run(system, model, cut(part, 0, 24))
+    old = {name: entry for name, entry in first.carry.items() if not name.endswith("memory.weights")}
+    assert len(old) < len(first.carry)
+    found, wanted = (run(system, model, cut(part, 24, LENGTH), carry).tokens["losses"] for carry in (old, first.carry))
+    assert torch.equal(found, wanted)
 
 
 def test_importance_is_no_part_of_an_evaluation(ids: Tensor) -> None:

@@ -204,4 +204,6 @@ def _kept(slots: Slots) -> dict[str, Tensor]:
 
 
 def _slots(kept: dict[str, Tensor]) -> Slots:
-    return Slots(**{name: kept[SLOTS + name] for name in Slots._fields})
+    # Of a state from before slots had weights, when every token weighed 1.
+    counts = kept[SLOTS + "counts"]
+    return Slots(**{name: kept.get(SLOTS + name, counts) for name in Slots._fields})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.ops.checks import sum_dtype
-from pipeline.ops.rope import Rotation, rotate
+from pipeline.ops.rope import Rotation, turn
 
 QUERIES = 16
 """Of a step's tokens, as many or a few more ask in the loss, at equal distances: it costs little beside the step."""
@@ -34,26 +34,24 @@ class Importance(NamedTuple):
 
     def logits(self, k: Tensor, v: Tensor) -> Tensor:
         """The logarithm of the attention that is expected, up to a constant of the head: of k (before RoPE) and v
-        [..., kv_heads, dim]: [..., kv_heads], float64 for float64 keys, else float32. Has no gradient."""
+        [..., kv_heads, dim]: [..., kv_heads], float64 for float64 keys, else float32. Has no gradient. Scaled so that
+        a rate that suits square maps suits vectors."""
+        wide, dim = sum_dtype(k), k.shape[-1]
         with torch.no_grad():
-            key, value = _scaled(k, v)
             by_key, by_value = (
-                torch.einsum("...hd,hd->...h", x, weight.to(x.dtype))
-                for x, weight in ((key, self.key), (value, self.value))
+                torch.einsum("...hd,hd->...h", x.to(wide), weight.to(wide))
+                for x, weight in ((k, self.key), (v, self.value))
             )
-            return by_key + by_value
+            return math.sqrt(dim) * by_key + dim * by_value / _lengths(v, wide)
 
     def weights(self, k: Tensor, v: Tensor) -> Tensor:
         """Of tokens where slots merge, like `logits`, without a gradient."""
         return (self.logits(k, v).clamp(-MOST, MOST) / 2).exp()
 
 
-def _scaled(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What the map is linear in, scaled so that a rate that suits square maps suits vectors. Of a value its direction
-    alone, since how large values are differs much between layers."""
-    wide, dim = sum_dtype(k), k.shape[-1]
-    k, v = k.to(wide), v.to(wide)
-    return math.sqrt(dim) * k, dim * v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+def _lengths(v: Tensor, wide: torch.dtype) -> Tensor:
+    """Of values [..., dim]: by their direction alone, since how large they are differs much between layers."""
+    return torch.linalg.vector_norm(v, dim=-1, dtype=wide).clamp_min(torch.finfo(wide).tiny)
 
 
 class ImportanceLoss(NamedTuple):
@@ -93,35 +91,42 @@ def importance_loss(
         window, reach: a query asks for keys further than `window` and no further than `window + reach` positions.
         scale: of the logits.
     """
-    tokens = k.shape[1]
-    logits = importance.logits(k, v)
+    tokens, dim, wide = k.shape[1], k.shape[-1], sum_dtype(k)
+    turns = Rotation(*(x.transpose(1, 2) for x in rotation))
+    wide_k, wide_v = (x.detach().transpose(1, 2).to(wide, memory_format=torch.contiguous_format) for x in (k, v))
     every = max(1, tokens // QUERIES)
     places = torch.arange(every - 1, tokens, every, device=k.device)
     with torch.no_grad():
+        lengths = _lengths(wide_v, wide)
+        by_key, by_value = (
+            (x @ weight.to(wide)[..., None]).squeeze(-1)
+            for x, weight in ((wide_k, importance.key), (wide_v, importance.value))
+        )
+        logits = math.sqrt(dim) * by_key + dim * by_value / lengths
         back = places[:, None] - torch.arange(tokens, device=k.device)
         seen = (segment_ids[:, places, None] == segment_ids[:, None]) & (back >= 0)
         behind = (seen & (back > window) & (back <= window + reach) & kept[:, None])[:, None]
-        given = _attention(q, k, rotation, places, seen, scale, logits.dtype).masked_fill_(~behind, 0)
+        asked = q.transpose(1, 2)[:, :, places].to(wide)
+        given = _attention(scale * asked, wide_k, turns, places, seen).masked_fill_(~behind, 0)
         attention = given.sum(-1, keepdim=True)
-        expected = logits.transpose(1, 2)[:, :, None].masked_fill(~behind, -math.inf)
+        expected = logits[:, :, None].masked_fill(~behind, -math.inf)
         total = expected.logsumexp(-1, keepdim=True)
         # Of a query with nothing behind its window nothing is expected.
         expected = (expected - total.masked_fill(total == -math.inf, 0)).masked_fill_(~behind, -math.inf)
         # As the gradient is known, neither attention nor wide keys have to be kept for the backward pass.
-        gradient = (attention * expected.exp() - given).sum(2).transpose(1, 2)
+        gradient = (attention * expected.exp() - given).sum(2)
         nats = -(given * expected.masked_fill_(~behind, 0)).sum(dtype=torch.float64)
-        slopes = [every * torch.einsum("bthd,bth->hd", x, gradient) for x in _scaled(k, v)]
+        scaled = ((math.sqrt(dim) * gradient, wide_k), (dim * gradient / lengths, wide_v))
+        slopes = [every * (x[:, :, None] @ y).squeeze(2).sum(0) for x, y in scaled]
     slope = torch.stack([(x * y).sum() for x, y in zip(slopes, importance, strict=True)]).sum()
     return ImportanceLoss(slope - slope.detach(), nats, attention.sum(dtype=torch.float64))
 
 
-def _attention(
-    q: Tensor, k: Tensor, rotation: Rotation, places: Tensor, seen: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """What the queries at `places` give to every token, summed over the heads of a group: [batch, kv_heads, queries,
-    tokens]."""
-    keys = rotate(k, rotation).transpose(1, 2).contiguous().transpose(2, 3)
-    asked = rotate(q[:, places], Rotation(*(x[:, places] for x in rotation)))
-    asked = scale * asked.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).to(dtype)
-    given = (asked.flatten(2, 3) @ keys.to(dtype)).unflatten(2, (-1, len(places)))
-    return given.masked_fill_(~seen[:, None, None], -math.inf).softmax(-1).sum(2)
+def _attention(q: Tensor, k: Tensor, rotation: Rotation, places: Tensor, seen: Tensor) -> Tensor:
+    """What queries [batch, heads, queries, dim] of the tokens at `places` give to every token of k [batch, kv_heads,
+    tokens, dim], both before RoPE, summed over the heads of a group: [batch, kv_heads, queries, tokens]."""
+    cos, sin = (x.to(k.dtype) for x in rotation)
+    keys, asked = turn(k, cos, sin), turn(q, cos[:, :, places], sin[:, :, places])
+    given = asked.unflatten(1, (k.shape[1], -1)).flatten(2, 3) @ keys.transpose(2, 3)
+    given = given.unflatten(2, (-1, len(places))).masked_fill_(~seen[:, None, None], -math.inf)
+    return given.softmax(-1).sum(2)

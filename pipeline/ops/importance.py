@@ -34,19 +34,20 @@ class Importance(NamedTuple):
 
     def logits(self, k: Tensor, v: Tensor) -> Tensor:
         """The logarithm of the attention that is expected, up to a constant of the head: of k (before RoPE) and v
-        [..., kv_heads, dim]: [..., kv_heads], float64 for float64 keys, else float32. Has no gradient. Scaled so that
-        a rate that suits square maps suits vectors."""
+        [..., kv_heads, tokens, dim]: [..., kv_heads, tokens], float64 for float64 keys, else float32. Has no gradient.
+        Scaled so that a rate that suits square maps suits vectors."""
         wide, dim = sum_dtype(k), k.shape[-1]
         with torch.no_grad():
             by_key, by_value = (
-                torch.einsum("...hd,hd->...h", x.to(wide), weight.to(wide))
-                for x, weight in ((k, self.key), (v, self.value))
+                (x.to(wide) @ weight.to(wide)[..., None]).squeeze(-1) for x, weight in ((k, self.key), (v, self.value))
             )
             return math.sqrt(dim) * by_key + dim * by_value / _lengths(v, wide)
 
     def weights(self, k: Tensor, v: Tensor) -> Tensor:
-        """Of tokens where slots merge, like `logits`, without a gradient."""
-        return (self.logits(k, v).clamp(-MOST, MOST) / 2).exp()
+        """What tokens weigh where slots merge: of k and v [..., tokens, kv_heads, dim], [..., tokens, kv_heads], like
+        `logits`."""
+        logits = self.logits(k.transpose(-3, -2), v.transpose(-3, -2)).transpose(-2, -1)
+        return (logits.clamp(-MOST, MOST) / 2).exp()
 
 
 def _lengths(v: Tensor, wide: torch.dtype) -> Tensor:
@@ -57,7 +58,7 @@ def _lengths(v: Tensor, wide: torch.dtype) -> Tensor:
 class ImportanceLoss(NamedTuple):
     """Of a step's queries and this rank's key-value heads."""
 
-    gradient: Tensor
+    surrogate: Tensor
     """0, and differentiable: its gradient in the importance is that of `nats`, times tokens per query."""
     nats: Tensor
     """Sum of the cross-entropies, each times the attention that the query's head group gives behind the window."""
@@ -97,12 +98,7 @@ def importance_loss(
     every = max(1, tokens // QUERIES)
     places = torch.arange(every - 1, tokens, every, device=k.device)
     with torch.no_grad():
-        lengths = _lengths(wide_v, wide)
-        by_key, by_value = (
-            (x @ weight.to(wide)[..., None]).squeeze(-1)
-            for x, weight in ((wide_k, importance.key), (wide_v, importance.value))
-        )
-        logits = math.sqrt(dim) * by_key + dim * by_value / lengths
+        logits = importance.logits(wide_k, wide_v)
         back = places[:, None] - torch.arange(tokens, device=k.device)
         seen = (segment_ids[:, places, None] == segment_ids[:, None]) & (back >= 0)
         behind = (seen & (back > window) & (back <= window + reach) & kept[:, None])[:, None]
@@ -116,7 +112,7 @@ def importance_loss(
         # As the gradient is known, neither attention nor wide keys have to be kept for the backward pass.
         gradient = (attention * expected.exp() - given).sum(2)
         nats = -(given * expected.masked_fill_(~behind, 0)).sum(dtype=torch.float64)
-        scaled = ((math.sqrt(dim) * gradient, wide_k), (dim * gradient / lengths, wide_v))
+        scaled = ((math.sqrt(dim) * gradient, wide_k), (dim * gradient / _lengths(wide_v, wide), wide_v))
         slopes = [every * (x[:, :, None] @ y).squeeze(2).sum(0) for x, y in scaled]
     slope = torch.stack([(x * y).sum() for x, y in zip(slopes, importance, strict=True)]).sum()
     return ImportanceLoss(slope - slope.detach(), nats, attention.sum(dtype=torch.float64))

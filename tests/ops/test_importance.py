@@ -74,10 +74,10 @@ def test_it_is_the_cross_entropy_by_loops(
     nats, attention = by_loops(x, lengths, every, reach)
     wanted = torch.autograd.grad(nats * every, maps)
     found = loss_of(x, lengths, reach)
-    assert found.gradient == 0
+    assert found.surrogate == 0
     torch.testing.assert_close(found.nats, nats.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.attention, attention, rtol=1e-12, atol=1e-12)
-    for one, other in zip(torch.autograd.grad(found.gradient, maps), wanted, strict=True):
+    for one, other in zip(torch.autograd.grad(found.surrogate, maps), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
@@ -87,14 +87,14 @@ def test_rows_are_apart() -> None:
     found = []
     for part, own in zip(parts, lengths, strict=True):
         loss = loss_of(part | dict(zip(("key", "value"), maps, strict=True)), own)
-        found.append((loss.nats, loss.attention, *torch.autograd.grad(loss.gradient, maps)))
+        found.append((loss.nats, loss.attention, *torch.autograd.grad(loss.surrogate, maps)))
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(x)), torch.tensor(x)) for x in lengths])
     positions = torch.stack([torch.cat([torch.arange(one) for one in x]) for x in lengths])
     together = importance_loss(
         Importance(*maps), *(torch.cat([part[name] for part in parts]) for name in ("q", "k", "v")),
         ROPE.rotation(positions, torch.float64), segments, positions >= SINKS, window=WINDOW, reach=1000, scale=SCALE,
     )  # fmt: skip
-    slopes = torch.autograd.grad(together.gradient, maps)
+    slopes = torch.autograd.grad(together.surrogate, maps)
     for one, *summed in zip((together.nats, together.attention, *slopes), *found, strict=True):
         torch.testing.assert_close(one, sum(summed), rtol=1e-10, atol=1e-10)
 
@@ -102,7 +102,7 @@ def test_rows_are_apart() -> None:
 def test_in_bfloat16_it_is_near_float64() -> None:
     x = drawn(40)
     maps = [x[name].requires_grad_() for name in ("key", "value")]
-    wanted = torch.autograd.grad(loss_of(x, [13, 27]).gradient, maps)
+    wanted = torch.autograd.grad(loss_of(x, [13, 27]).surrogate, maps)
     low = {name: tensor.detach().bfloat16() for name, tensor in x.items()}
     positions = torch.cat([torch.arange(13), torch.arange(27)])[None]
     own = [low[name].requires_grad_() for name in ("key", "value")]
@@ -111,7 +111,7 @@ def test_in_bfloat16_it_is_near_float64() -> None:
         torch.repeat_interleave(torch.arange(2), torch.tensor([13, 27]))[None], positions >= SINKS,
         window=WINDOW, reach=1000, scale=SCALE,
     )  # fmt: skip
-    for one, other in zip(torch.autograd.grad(found.gradient, own), wanted, strict=True):
+    for one, other in zip(torch.autograd.grad(found.surrogate, own), wanted, strict=True):
         assert one.dtype == torch.bfloat16
         assert (one.double() - other).norm() < 0.03 * other.norm()
 
@@ -121,14 +121,14 @@ def test_within_the_window_there_is_nothing_to_learn() -> None:
     x["key"].requires_grad_()
     found = loss_of(x, [WINDOW])
     assert found.nats == 0 and found.attention == 0
-    (slope,) = torch.autograd.grad(found.gradient, [x["key"]])
+    (slope,) = torch.autograd.grad(found.surrogate, [x["key"]])
     assert not slope.any()
 
 
 def test_keys_and_values_are_constants() -> None:
     x = drawn(20)
     x = {name: tensor.requires_grad_() for name, tensor in x.items()}
-    loss_of(x, [20]).gradient.backward()
+    loss_of(x, [20]).surrogate.backward()
     assert x["key"].grad is not None and x["value"].grad is not None
     assert all(x[name].grad is None for name in ("q", "k", "v"))
 
@@ -144,7 +144,7 @@ def test_descent_finds_the_keys_that_are_asked_for() -> None:
     x["q"] = x["q"] + 2
     x["k"][:, marked] += 2
     for _ in range(50):
-        slopes = torch.autograd.grad(loss_of(x, [64]).gradient / 64, maps)
+        slopes = torch.autograd.grad(loss_of(x, [64]).surrogate / 64, maps)
         with torch.no_grad():
             for one, slope in zip(maps, slopes, strict=True):
                 one -= 0.01 * slope

@@ -21,7 +21,7 @@ from pipeline.systems.miras.causal_lm_config import MnemosConfig, config_of
 from pipeline.systems.miras.decoding.decoder import MirasDecoder
 from pipeline.systems.miras.initial_values import initial_value
 from pipeline.systems.miras.model import MirasModel
-from pipeline.systems.miras.slots import importance_gradient
+from pipeline.systems.miras.slots import importance_surrogate
 
 __all__ = ["MemoryCache", "MnemosConfig", "MnemosForCausalLM", "causal_lm_of", "register"]
 
@@ -173,7 +173,7 @@ class MnemosForCausalLM(PreTrainedModel, GenerationMixin):
                 # Neither padding, nor the token behind it: nothing was read before that one.
                 counted = counted.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORED)
             losses, _ = self.model.backbone.lm_head(hidden, counted.to(hidden.device))
-            beside = importance_gradient(found.health, kv_heads(self.model.backbone.config))
+            beside = importance_surrogate(found.health, kv_heads(self.model.backbone.config))
             loss = (losses.sum() + beside) / ((counted != IGNORED).sum().clamp_min(1) if items is None else items)
         logits: Tensor = self.model.backbone.lm_head(hidden[:, _kept(keep)])
         all_states = None

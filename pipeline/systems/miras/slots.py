@@ -44,8 +44,8 @@ class SlotBranch(nn.Module):
     """What is learned of a layer's slots; at first they are read as they are.
 
     Per key-value head, k_s and v_s are read as k_s + k_s D_k and v_s + v_s D_v; per head and token, w x_t + u q_t + b
-    is added to the logits of all slots. With importance, a token's weight is the root of exp of `Importance.logits`.
-    All of it is zero at first.
+    is added to the logits of all slots. With importance, tokens have the weights of
+    `Importance.weights` where slots merge. All of it is zero at first.
     """
 
     def __init__(self, width: int, kv_heads: int, config: MemoryConfig, norm_eps: float) -> None:
@@ -134,10 +134,10 @@ def slot_metrics(health: Sequence[SlotHealth]) -> dict[str, tuple[Tensor, Tensor
     return found
 
 
-def importance_gradient(health: Sequence[object], kv_heads: int) -> Tensor | float:
+def importance_surrogate(health: Sequence[object], kv_heads: int) -> Tensor | float:
     """0, for the sum of a loss over tokens: what importance learns from, the mean over layers and key-value heads."""
     slots = [state for state in health if isinstance(state, SlotHealth)]
-    summed = sum(loss.gradient for loss in importance_losses(slots))
+    summed = sum(loss.surrogate for loss in importance_losses(slots))
     return IMPORTANCE_WEIGHT / (kv_heads * max(1, len(slots))) * summed
 
 

@@ -32,7 +32,7 @@ from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on
 from pipeline.systems.miras.memory import MemoryHealth, health_metrics
 from pipeline.systems.miras.model import MirasModel, ModelOutput
 from pipeline.systems.miras.rules import memory_backend
-from pipeline.systems.miras.slots import SlotHealth, importance_gradient, slot_metrics
+from pipeline.systems.miras.slots import SlotHealth, importance_surrogate, slot_metrics
 from pipeline.systems.miras.teacher import check_distillation, term_weights
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class MirasSystem(LanguageModelSystem):
         if self.penalised and output.health:
             opened = torch.stack([state.opened for state in output.health if isinstance(state, MemoryHealth)]).mean()
             penalty[WRITE] = self.sizes.memory.write_penalty * opened
-        beside = importance_gradient(output.health, kv_heads(self.backbone))
+        beside = importance_surrogate(output.health, kv_heads(self.backbone))
         if output.distilled is None:
             assert output.losses is not None
             return {TERM: output.losses.sum() + beside, **penalty}

@@ -17,7 +17,6 @@ from pipeline.lm.decoder_config import head_dim, kv_heads, norm_eps
 from pipeline.lm.distillation import places
 from pipeline.ops.attention import AttentionPlan, Rope, WindowCarry
 from pipeline.ops.attention_slots import SlotPlan, plan_slots
-from pipeline.ops.attention_slots_native import takes
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.attachments import check_attachment, output_gate
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
@@ -28,7 +27,7 @@ from pipeline.systems.miras.layer_kinds import by_layer, kinds_of_memory, on_bac
 from pipeline.systems.miras.memory import MemoryBranch, MemoryCarry, MemoryHealth
 from pipeline.systems.miras.overflow import OverflowBranch, OverflowPlan, plan_overflow
 from pipeline.systems.miras.segments import SegmentPlan, plan_segments
-from pipeline.systems.miras.slots import SlotBranch, SlotHealth
+from pipeline.systems.miras.slots import SlotBranch, SlotHealth, slots_backend
 from pipeline.systems.miras.teacher import Teacher
 
 
@@ -224,7 +223,7 @@ class MirasModel(nn.Module):
         if first is None:
             return None
         window, kind = before[first].attention, self.kinds[first]
-        settings, native = kind.slots, kind.backend != "torch" and takes(segment_ids.device, dtype, kind.head_dim)
+        settings = kind.slots
         return plan_slots(
             segment_ids,
             positions,
@@ -236,8 +235,7 @@ class MirasModel(nn.Module):
             reach=settings.reach,
             chunk=settings.chunk,
             dtype=dtype,
-            # Of the backends of a GPU this one alone can do it.
-            backend="flex" if plan.backend != "sdpa" else "native" if native else "sdpa",
+            backend=slots_backend(kind, plan.backend, segment_ids.device, dtype),
         )
 
     def _segments(self, segment_ids: Tensor, positions: Tensor, before: list[LayerCarry]) -> SegmentPlan | None:

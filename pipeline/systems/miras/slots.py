@@ -8,13 +8,14 @@ attention sees them under its own softmax. It works before any training. docs/at
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.ops.attention_sinks import WindowCarry
 from pipeline.ops.attention_slots import SlotPlan, slot_attention, slots_by_chunk
+from pipeline.ops.attention_slots_native import takes
 from pipeline.ops.gates import GateLinear
 from pipeline.ops.importance import Importance, ImportanceLoss, importance_loss
 from pipeline.ops.slots import SlotMaps, Slots
@@ -25,6 +26,16 @@ from pipeline.systems.miras.config import MemoryConfig
 IMPORTANCE_WEIGHT = 0.01
 """Of its loss, the mean over layers and key-value heads. Nothing else learns from it, and Adam's updates do not depend
 on it: it keeps a gradient of ten times the others' norm from deciding where that is clipped."""
+
+
+def slots_backend(
+    config: MemoryConfig, attention: str, device: torch.device, dtype: torch.dtype
+) -> Literal["sdpa", "flex", "native"]:
+    """The backend of attention to slots by name, where `attention` is that of the other layers."""
+    if attention != "sdpa":
+        # Of the backends of a GPU this one alone can do it.
+        return "flex"
+    return "native" if config.backend != "torch" and takes(device, dtype, config.head_dim) else "sdpa"
 
 
 class SlotHealth(NamedTuple):

@@ -25,13 +25,12 @@ from pipeline.runtime.sync import SyncPoint
 from pipeline.system import Carry, Evaluation, Flops, ParameterGroup, Phase, StepContext, StepOutput, System
 from pipeline.systems.miras import descriptions, weights
 from pipeline.systems.miras.attach import attach, memory_alone
-from pipeline.systems.miras.attachments import check_attachment
+from pipeline.systems.miras.attachments import attachment_backend, check_attachment
 from pipeline.systems.miras.carry import pack_carry, unpack_carry
 from pipeline.systems.miras.config import LIKE_ATTENTION, MirasConfig
 from pipeline.systems.miras.layer_kinds import check_chunks, kinds_of_memory, on_backbone
 from pipeline.systems.miras.memory import MemoryHealth, health_metrics
 from pipeline.systems.miras.model import MirasModel, ModelOutput
-from pipeline.systems.miras.rules import memory_backend
 from pipeline.systems.miras.slots import SlotHealth, importance_surrogate, slot_metrics
 from pipeline.systems.miras.teacher import check_distillation, term_weights
 
@@ -93,9 +92,7 @@ class MirasSystem(LanguageModelSystem):
         attention = self.sizes.attention
         reach = "the sequence" if attention.kind == "full" else f"{attention.window} tokens and {attention.sinks} sinks"
         backend = attention_backend(attention, self.backbone, device_type, dtype)
-        backends = [
-            "sdpa" if kind.attachment == "slots" else memory_backend(kind, device_type, dtype) for kind in self.kinds
-        ]
+        backends = [attachment_backend(kind, backend, device_type, dtype) for kind in self.kinds]
         found = {
             "backbone": f"{self.backbone.model_type}, {self.backbone.num_hidden_layers} layers of width"
             f" {self.backbone.hidden_size},"

@@ -22,6 +22,7 @@ from pipeline.system import Phase
 from pipeline.systems.miras import create
 from pipeline.systems.miras.attachments import check_attachment
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
+from pipeline.systems.miras.emptied import EMPTIED, WITHOUT
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rule_config import SwigluConfig
 from pipeline.systems.miras.system import MirasSystem
@@ -280,18 +281,19 @@ def test_training_learns_to_recall_beyond_the_window(
     found = {}
     held_out = system.held_out(Phase("train", 1, ()), Topology())
     parts = [held_out.next_step()[0] for _ in range(4)]
-    for memory in (True, False):
+    for mode, options in {"on": {"memory": True}, "off": WITHOUT, "emptied": EMPTIED}.items():
         right = counted = 0
         for part in parts:
             with torch.no_grad():
-                output = run(system, model, part, predict=True, memory=memory)
+                output = run(system, model, part, predict=True, **options)
             asked = part.labels != IGNORED
             right += int((output.tokens["predictions"] == part.labels)[asked].sum())
             counted += int(asked.sum())
-        found[memory] = right / counted
-    record_property(attachment, f"{found[True]:.3f}, memory off {found[False]:.3f}")
-    assert found[True] > 0.6
-    assert found[False] < 0.35
+        found[mode] = right / counted
+    record_property(attachment, f"{found['on']:.3f}, memory off {found['off']:.3f}, emptied {found['emptied']:.3f}")
+    assert found["on"] > 0.6
+    assert found["off"] < 0.35
+    assert found["emptied"] < 0.35
 
 
 def test_mac_needs_a_memory_per_attention_head() -> None:

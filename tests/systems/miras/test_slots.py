@@ -93,12 +93,13 @@ def test_the_native_kernel_and_the_path_in_pytorch_are_one(
 
     monkeypatch.setattr(attention_slots_native, "slot_attention", counted)
     found = []
-    for backend in ("auto", "torch"):
+    for backend, name in (("auto", "native"), ("torch", "sdpa")):
         config = with_memory(attached("slots", trainable=True), layers=("every1",), backend=backend)
         assert isinstance(config.model, MirasConfig)
         backbone = BackboneConfig(pretrained=str(folder), trainable=True)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
         system, model = built(config, dtype=torch.float32)
+        assert system.describe("cpu", torch.float32)["memory"].endswith(f"backend {name}"), "the log's"
         output = run(system, model, batch(ids, lengths))
         output.sums["cross_entropy"].backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -15,7 +15,12 @@ def check_intervals(config: RunConfig, system: System) -> None:
     for flag, given, can, lacks in (
         ("--sample-every", config.sample_every, isinstance(system, Samples), "draws no samples"),
         ("--ablate-every", config.ablate_every, isinstance(system, Ablates), "has no ablations"),
-        ("--evaluation.gap-every", evaluation.gap_every, isinstance(system, ClosesGap), "has no memory"),
+        (
+            "--evaluation.gap-every",
+            evaluation.gap_every,
+            isinstance(system, ClosesGap),
+            "has no memory behind an attention window",
+        ),
         ("--epochs", epochs.train, counts, "counts no epochs"),
         ("--epochs.save", epochs.save, counts, "counts no epochs"),
         ("--epochs.evaluate", epochs.evaluate, counts, "counts no epochs"),

@@ -212,7 +212,10 @@ def test_a_system_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:
             check_intervals(asked, Unable(asked))
     asked = replace(config, evaluation__gap_every=5)
     check_intervals(asked, Remembering(asked))
-    with pytest.raises(UserError, match=r"--evaluation\.gap-every 5: phased_tiny has no memory: leave it out"):
+    with pytest.raises(
+        UserError,
+        match=r"--evaluation\.gap-every 5: phased_tiny has no memory behind an attention window: leave it out",
+    ):
         check_intervals(asked, Able(asked))
     asked = replace(config, evaluation__tasks=("sciq", "copa"))
     check_intervals(asked, Reading(asked))

@@ -17,9 +17,9 @@ HELP_WORDS = ("-h", "--help", "--help-all")
 SOURCES = ("data.path", "data.dataset", "data.mix", "data.tokens")
 """Fields that name what is read: one of them that a person gives replaces all of a recipe's."""
 RECORDED = (
-    "parallel.sequence", *SOURCES, "output_dir", "output_root", "run_name", "run_id", "grad_accum", "global_batch_size",
-    "global_batch_tokens", "steps", "stop_after", "save_every", "eval_every", "sample_every", "phases", "phase",
-    "epochs.train", "epochs.save", "epochs.evaluate", "epochs.sample",
+    "parallel.sequence", *SOURCES, "data.tokenizer", "output_dir", "output_root", "run_name", "run_id", "grad_accum",
+    "global_batch_size", "global_batch_tokens", "steps", "stop_after", "save_every", "eval_every", "sample_every",
+    "phases", "phase", "epochs.train", "epochs.save", "epochs.evaluate", "epochs.sample",
 )  # fmt: skip
 """Fields whose flags mean more than their value: that a person chose it."""
 PRESET = "--preset"
@@ -96,6 +96,8 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
         parsed = replace(
             parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
         )
+    if "data.tokenizer" not in given:
+        parsed = with_tokenizer_of_backbone(parsed, config)
     if {"phases", "phase"} <= given:
         raise UserError(
             f"--phases {' '.join(parsed.phases)} and --phase {parsed.phase} are both given: keep one; --phases names"
@@ -117,6 +119,16 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
     parsed = by_one_measure(parsed, given | ({"max_duration"} if duration is not None else set()), in_file)
     stated = {"output_dir"} if file is not None and states(Path(file), "output_dir") else set()
     return with_named_folder(parsed, given, stated)
+
+
+def with_tokenizer_of_backbone(parsed: RunConfig, recipe: RunConfig) -> RunConfig:
+    """Where the recipe has the tokenizer of its pretrained backbone, and another backbone is named: that one's."""
+    from pipeline.config import replace
+
+    own, named = (getattr(getattr(run.model, "backbone", None), "pretrained", None) for run in (recipe, parsed))
+    if named is None or own != recipe.data.tokenizer:
+        return parsed
+    return replace(parsed, data__tokenizer=named)
 
 
 def _some(recipes: Iterable[str]) -> str:

@@ -221,7 +221,7 @@ DOWNSTREAM = "downstream"
 OWN = Suite(_own)
 """A system's own evaluation, as in training."""
 SUITES = {
-    "long": Suite(_long, ClosesGap, "has no memory"),
+    "long": Suite(_long, ClosesGap, "has no memory behind an attention window"),
     "recall": Suite(
         _recall,
         Recalls,

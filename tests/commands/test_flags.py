@@ -40,6 +40,17 @@ def test_a_preset_of_a_system_is_its_recipe() -> None:
     assert parse_run(["miras", "--preset=tiny"], "train", ranks=1).recipe == "miras_tiny"
 
 
+@pytest.mark.parametrize("recipe", ["miras", "miras_smollm2", "miras_64k"])
+def test_another_backbone_comes_with_its_tokenizer(recipe: str) -> None:
+    """Where the recipe has that of its own backbone, and no other is given."""
+    named = parse_run([recipe, "--model.backbone.pretrained", "my/model", "--model.memory.layers", "upper4"], "train")
+    assert named.data.tokenizer == "my/model"
+    own = parse_run([recipe], "train").data.tokenizer
+    given = parse_run([recipe, "--model.backbone.pretrained", "my/model", "--tokenizer", own], "train")
+    assert given.data.tokenizer == own
+    assert parse_run(["miras_tiny", "--model.backbone.pretrained", "my/model"], "train").data.tokenizer == "bytes"
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

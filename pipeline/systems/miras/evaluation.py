@@ -129,7 +129,7 @@ def _evaluate(system: EvaluatedMiras, model: nn.Module, phase: Phase, sync_point
 
 def check_gap(system: EvaluatedMiras, topology: Topology) -> None:
     """Raises UserError where there is no gap to close: without a memory, without a window, or with one that the ranks
-    of a sequence cannot share."""
+    of a sequence, or chunks of slots, cannot share."""
     attention, degree = system.sizes.attention, topology.sequence
     if not system.sizes.memory.layers:
         raise UserError("gap closed: this model has no memory: give --model.memory.layers")
@@ -140,6 +140,12 @@ def check_gap(system: EvaluatedMiras, topology: Topology) -> None:
             f"--parallel.sequence {degree} does not divide the --model.attention.window {attention.window}, in steps of"
             " which memories are swapped for gap closed: choose a degree that does"
         )
+    for kind in by_layer(system.sizes.memory, system.backbone).values():
+        if kind.attachment == "slots" and attention.window % kind.slots.chunk:
+            raise UserError(
+                f"--model.memory.slots.chunk {kind.slots.chunk} does not divide the --model.attention.window"
+                f" {attention.window}, in steps of which slots are swapped for gap closed: give a chunk that does"
+            )
 
 
 def gap_modes(system: EvaluatedMiras) -> GapModes:

@@ -41,7 +41,10 @@ def chosen_layers(layers: Layers, count: int, flag: str = LAYERS) -> tuple[int, 
         return tuple(range(count - number, count) if kind == "upper" else range(number - 1, count, number))
     numbers = tuple(number for number in layers if isinstance(number, int))
     if numbers and not 0 <= min(numbers) <= max(numbers) < count:
-        raise UserError(f"{flag} {shown_layers(layers)}: the backbone has layers 0 to {count - 1}")
+        raise UserError(
+            f"{flag} {shown_layers(layers)}: the backbone has layers 0 to {count - 1}: give some of these, or"
+            " upperN for the last N"
+        )
     return numbers
 
 

@@ -17,16 +17,19 @@ from torch import Tensor
 from pipeline.config import RunConfig, replace
 from pipeline.data.batch import TokenBatch
 from pipeline.errors import UserError
+from pipeline.ops.slots import Slots
 from pipeline.parallel.topology import Topology
-from pipeline.recipes.miras import miras_recall, miras_tiny
+from pipeline.recipes.miras import miras_recall, miras_smollm2, miras_tiny
 from pipeline.runtime.sync import SyncPoint
-from pipeline.system import Phase
+from pipeline.system import Carry, Phase
+from pipeline.systems.miras import create
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.context_memory import ContextTokens
 from pipeline.systems.miras.emptied import EMPTIED, WITHOUT, emptied_options, split_at_windows
-from pipeline.systems.miras.evaluation import check_gap, full_length, gap_modes
+from pipeline.systems.miras.evaluation import check_gap, full_length, gap_modes, state_tokens
 from pipeline.systems.miras.memory import MemoryCarry
 from pipeline.systems.miras.model import MirasModel
+from pipeline.systems.miras.rule_config import SlotsConfig
 from pipeline.systems.miras.segments import plan_segments
 from pipeline.systems.miras.system import MirasSystem
 from tests.launch.parity_main import VOCABULARY, attached
@@ -227,6 +230,46 @@ def reference(system: MirasSystem, model: MirasModel) -> dict[str, list[Tensor]]
     return found
 
 
+@pytest.mark.parametrize(("attachment", "state"), [("slots", Slots._fields), ("overflow", ("memory", "momentum"))])
+@torch.no_grad()
+def test_what_has_left_the_window_is_another_documents(
+    attachment: str, state: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each document by itself, a window at a time, on the whole state that the other has at each border."""
+    config = configured(attachment, "titans")
+    assert isinstance(config.model, MirasConfig)
+    memory = dataclasses.replace(config.model.memory, slots=SlotsConfig(count=8, chunk=5, reach=14, importance=True))
+    system, model = built(replace(config, model=dataclasses.replace(config.model, memory=memory)))
+    monkeypatch.setattr(system, "held_out", lambda phase, topology: Streams())
+    found = system.gap_closed(model, Phase("train", 1, ()), SyncPoint(Topology())).scalars
+    long = sorted((ids for row in documents() for ids in row if len(ids) > WINDOW + 1), key=lambda ids: -len(ids))
+
+    def in_windows(ids: Tensor, given: Sequence[Carry] | None = None) -> tuple[Tensor, list[Carry]]:
+        carry: Carry = {}
+        losses, left = [], []
+        for border, start in enumerate(range(0, len(ids), WINDOW)):
+            if border and given is not None:
+                other = given[min(border, len(given)) - 1]
+                assert other.keys() < carry.keys()
+                carry = {**carry, **other}
+            whole = batch(ids, [len(ids)])
+            output = run(system, model, cut(whole, start, min(start + WINDOW, len(ids))), carry)
+            carry = output.carry
+            losses.append(output.tokens["losses"][0])
+            left.append({f"{i}.memory.{name}": carry[f"{i}.memory.{name}"] for i in model.kinds for name in state})
+        # A piece of a window alone ends at a border.
+        return torch.cat(losses), left[: len(ids) // WINDOW]
+
+    own, swapped = [], []
+    for one, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        counted = slice(WINDOW, len(long[one]) - 1)
+        own.append(in_windows(long[one])[0][counted])
+        swapped.append(in_windows(long[one], in_windows(long[other])[1])[0][counted])
+    assert found["gap/loss_memory"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
+    assert found["gap/loss_swapped"] == pytest.approx(float(torch.cat(swapped).mean()), rel=1e-9)
+    assert abs(found["gap/swap_cost"]) > 1e-4 and abs(found["gap/worth"]) > 1e-4
+
+
 def test_full_attention_is_full_as_far_as_the_backbone_was_trained() -> None:
     """And goes across steps; beyond, it is a window of as many tokens."""
     system, model = built(replace(configured("residual", "titans"), evaluation__full_length=30))
@@ -244,6 +287,19 @@ def test_full_attention_is_full_as_far_as_the_backbone_was_trained() -> None:
     torch.testing.assert_close(found[:30], expected[:30], rtol=1e-9, atol=1e-9)
     assert (found[30:-1] - expected[30:-1]).abs().min() > 1e-9
     assert modes.full(12)["attention"].window == 12, "no larger than the documents are"
+
+
+def test_a_window_of_equal_state_has_room_for_all_that_memories_hold() -> None:
+    """Slots and the chunk that goes into them; and M and S of 32 x 32 in each of 4 heads on 2 of 4 layers, where a
+    token has 2 x 128 numbers a layer: 16 tokens."""
+    recipe = miras_smollm2()
+    assert isinstance(recipe.model, MirasConfig)
+    backbone = dataclasses.replace(recipe.model.backbone, pretrained=None)
+    slots = create(replace(recipe, model=dataclasses.replace(recipe.model, backbone=backbone)))
+    assert state_tokens(slots) == 512 + 64
+    equal = gap_modes(slots).equal
+    assert equal is not None and equal["attention"].window == 256 + 512 + 64
+    assert state_tokens(create(miras_tiny())) == 16
 
 
 def test_slots_alone_are_emptied_by_leaving_them_out() -> None:
@@ -280,6 +336,10 @@ def test_full_attention_empties_the_memory_at_the_start_of_a_step() -> None:
         ({"memory": {"layers": ()}}, "this model has no memory: give --model.memory.layers"),
         ({"attention": {"kind": "full"}}, "--model.attention.kind full: nothing lies beyond a window"),
         ({"attention": {"window": 9}}, "--parallel.sequence 2 does not divide the --model.attention.window 9"),
+        (
+            {"memory": {"layers": (1,), "attachment": "slots", "slots": SlotsConfig(chunk=4)}},
+            "--model.memory.slots.chunk 4 does not divide the --model.attention.window 10, .*: give a chunk that does",
+        ),
     ],
 )
 def test_what_has_no_gap_is_refused_in_a_line(change: dict[str, dict[str, Any]], message: str) -> None:

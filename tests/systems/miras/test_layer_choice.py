@@ -46,8 +46,11 @@ def test_a_word_stands_for_layers_of_any_backbone(layers: Layers, count: int, nu
     [
         (("upper5",), "--model.memory.layers upper5: the backbone has 4 layers: give upper4, or a lower number"),
         (("every9",), "--model.memory.layers every9: the backbone has 4 layers: give every4, or a lower number"),
-        ((2, 4), "--model.memory.layers 2 4: the backbone has layers 0 to 3"),
-        ((-1,), "--model.memory.layers -1: the backbone has layers 0 to 3"),
+        (
+            (2, 4),
+            "--model.memory.layers 2 4: the backbone has layers 0 to 3: give some of these, or upperN for the last N",
+        ),
+        ((-1,), "--model.memory.layers -1: the backbone has layers 0 to 3: give some"),
         (("upper0",), "--model.memory.layers 'upper0': give layer numbers, or upperN for the last N layers,"),
         ((1, "two"), "--model.memory.layers 'two': give layer numbers, or upperN for the last N layers, everyN for"),
         (("upper2", 1), "--model.memory.layers upper2 1: give upper2 alone, or layer numbers"),

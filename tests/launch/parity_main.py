@@ -64,9 +64,9 @@ FOUR_RANKS = {
 in one of each kind, and in every stage at least once: parts that have parts on both sides, and sequences and rows that
 are shared at once, differ from two ranks by the kind of work and by the stage, and not by their combinations. Where a
 kind has several stages, the two layouts take different ones."""
-GAPS = ("residual", "mac")
-"""Attachments whose gap closed is measured, the first with every parameter sharded. Data ranks with other documents
-have other numbers of stages of mac, which ZeRO-3 would find out."""
+GAPS = ("residual", "mac", "overflow", "slots")
+"""Attachments whose gap closed is measured, with every parameter sharded but for mac: data ranks with other documents
+have other numbers of stages of it, which ZeRO-3 would find out."""
 GAP_ROWS = 4
 """Streams that it is measured on, with eleven documents beyond the window: three groups that swap."""
 GAP_STEPS = 2

@@ -31,8 +31,12 @@ def test_eight_pairs_are_recalled_after_a_million_tokens(
     queries = scalars["queries"]
     for distance in DISTANCES:
         low, high = wilson(queries * scalars[f"recall/{distance}"], queries)
-        share, without = scalars[f"recall/{distance}"], scalars[f"memory_off/recall/{distance}"]
-        record_property(f"recall at {distance}", f"{share:.3f} ({low:.3f} to {high:.3f}), memory off {without:.3f}")
+        share, off, emptied = (scalars[f"{mode}recall/{distance}"] for mode in ("", "memory_off/", "memory_emptied/"))
+        record_property(
+            f"recall at {distance}",
+            f"{share:.3f} ({low:.3f} to {high:.3f}), memory off {off:.3f}, emptied {emptied:.3f}",
+        )
+        assert emptied <= 0.25
     capacity = {name: value for name, value in scalars.items() if name.startswith("capacity/")}
     record_property("pairs recalled at 1024", ", ".join(f"{n.partition('/')[2]}: {v:.3f}" for n, v in capacity.items()))
     growth = scalars["peak_memory/1048576"] / scalars["peak_memory/16384"]

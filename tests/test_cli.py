@@ -174,7 +174,7 @@ def test_recipes_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> N
         ("train miras_tiny --lr fast", ["--lr", "'fast'"]),
         ("train miras_tiny --model.memory.layers 1 two", ["--model.memory.layers", "'two'"]),
         ("plan miras_tiny --model.memory.layers upper9", ["upper9", "has 4 layers", "give upper4"]),
-        ("train miras --model.backbone.pretrained ./absent", ["./absent"]),
+        ("check miras --model.backbone.pretrained ./absent", ["--model.backbone.pretrained ./absent: no such folder"]),
         ("train miras_tiny --steps", ["--steps"]),
         ("train miras_tiny --optimizer.betas 0.9", ["--optimizer.betas"]),
         ("train miras_tiny --precision fp8", ["--precision", "'fp8'", "'bf16'"]),

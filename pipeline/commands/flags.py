@@ -97,7 +97,8 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
             parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
         )
     if "data.tokenizer" not in given:
-        parsed = with_tokenizer_of_backbone(parsed, config)
+        stated = file is not None and states(Path(file), "data", "tokenizer")
+        parsed = with_tokenizer_of_backbone(parsed, config if stated else recipes[name]())
     if {"phases", "phase"} <= given:
         raise UserError(
             f"--phases {' '.join(parsed.phases)} and --phase {parsed.phase} are both given: keep one; --phases names"
@@ -122,13 +123,23 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
 
 
 def with_tokenizer_of_backbone(parsed: RunConfig, recipe: RunConfig) -> RunConfig:
-    """Where the recipe has the tokenizer of its pretrained backbone, and another backbone is named: that one's."""
+    """Where the recipe has the tokenizer of its pretrained backbone, and another backbone is named: that one's. Raises
+    UserError for one of a GGUF file, whose tokenizer is in another form."""
+    from pathlib import Path
+
     from pipeline.config import replace
 
-    own, named = (getattr(getattr(run.model, "backbone", None), "pretrained", None) for run in (recipe, parsed))
-    if named is None or own != recipe.data.tokenizer:
+    own, other = (getattr(run.model, "backbone", None) for run in (recipe, parsed))
+    mine, named = (getattr(backbone, "pretrained", None) for backbone in (own, other))
+    if named is None or named == mine or recipe.data.tokenizer != mine:
         return parsed
-    return replace(parsed, data__tokenizer=named)
+    if named.endswith(".gguf") and not parsed.data.tokens:
+        raise UserError(
+            f"--model.backbone.pretrained {named}: the tokenizer of a GGUF file is not read from it: give a folder with"
+            " one, --data.tokenizer DIR"
+        )
+    at = "" if other.revision == own.revision or Path(named).exists() else f"@{other.revision}"
+    return replace(parsed, data__tokenizer=named + at)
 
 
 def _some(recipes: Iterable[str]) -> str:

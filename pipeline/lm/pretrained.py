@@ -102,9 +102,15 @@ def trained_length(config: BackboneConfig) -> int | None:
 
 
 def check_fetched(config: BackboneConfig) -> None:
-    """Raises UserError where the model is one that a command fetches, which has not been run here."""
-    if config.pretrained == SMOLLM2 and not Path(SMOLLM2).is_dir():
+    """Raises UserError where the model is one that a command fetches, which has not been run here, or a path to
+    nothing."""
+    name = config.pretrained
+    if name is None or Path(name).exists():
+        return
+    if name == SMOLLM2:
         raise UserError(f"--model.backbone.pretrained {SMOLLM2}: not there yet: {FETCH_SMOLLM2}")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model.backbone.pretrained {name}: no such folder or file: correct the path")
 
 
 def is_local(config: BackboneConfig) -> bool:

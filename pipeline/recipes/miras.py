@@ -87,12 +87,9 @@ def miras() -> RunConfig:
     """A pretrained decoder of your own (--model.backbone.pretrained), frozen, with slots behind a window of 256."""
     run = miras_smollm2()
     assert isinstance(run.model, MirasConfig)
-    memory = dataclasses.replace(
-        # As far as a backbone that was trained at 4,096 tokens sees.
-        run.model.memory,
-        layers=("every1",),
-        slots=SlotsConfig(count=512, reach=2048, importance=True),
-    )
+    # The reach fits a backbone that was trained at 4,096 tokens.
+    slots = SlotsConfig(count=512, reach=3776, importance=True)
+    memory = dataclasses.replace(run.model.memory, layers=("every1",), slots=slots)
     return replace(
         run,
         recipe="miras",

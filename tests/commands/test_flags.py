@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.commands.flags import parse_run, with_listed_paths
@@ -48,7 +50,23 @@ def test_another_backbone_comes_with_its_tokenizer(recipe: str) -> None:
     own = parse_run([recipe], "train").data.tokenizer
     given = parse_run([recipe, "--model.backbone.pretrained", "my/model", "--tokenizer", own], "train")
     assert given.data.tokenizer == own
+    of_a_commit = parse_run(
+        [recipe, "--model.backbone.pretrained", "my/model", "--model.backbone.revision", "v2"], "train"
+    )
+    assert of_a_commit.data.tokenizer == "my/model@v2"
     assert parse_run(["miras_tiny", "--model.backbone.pretrained", "my/model"], "train").data.tokenizer == "bytes"
+    with pytest.raises(UserError, match=r"my\.gguf: the tokenizer of a GGUF file is not .*--data\.tokenizer"):
+        parse_run([recipe, "--model.backbone.pretrained", "my.gguf"], "train")
+
+
+def test_another_backbone_of_a_file_comes_with_its_tokenizer_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: miras\nmodel:\n  backbone:\n    pretrained: my/model\n")
+    assert parse_run(["--config", str(file)], "train").data.tokenizer == "my/model"
+    file.write_text(file.read_text() + "data:\n  tokenizer: another\n")
+    assert parse_run(["--config", str(file)], "train").data.tokenizer == "another"
+    changed = parse_run(["--config", str(file), "--model.backbone.pretrained", "third/model"], "train")
+    assert changed.data.tokenizer == "another", "a person's choice"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A quarter of an hour a run on two cores, and as long to evaluate it. The gap of a run is measured by the command that a
 user has for it. Runs are kept beside the result of `make accept`, so that an experiment that was cut off goes on where
-it was: each is recorded with the commit that trained it.
+it was: each is recorded with the commit at which it was started last.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ def test_the_memory_closes_a_third_of_the_gap(
             key: f"{scalars[f'gap/{key}']:.4f} ({scalars[f'gap/{key}_low']:.4f} to {scalars[f'gap/{key}_high']:.4f})"
             for key in ("closed", "closed_own", "worth", "swap_cost")
         }
-        trained_at = json.loads((runs / f"{name}-{seed}" / "run.json").read_text())["commit"]
+        started_at = json.loads((runs / f"{name}-{seed}" / "run.json").read_text())["commit"]
         size = f"{scalars['gap/labels']:.0f} labels of {scalars['gap/documents']:.0f} documents"
         record_property(
             f"{name}, seed {seed}",
             f"gap closed {found['closed']}, by the document's own state {found['closed_own']}, worth {found['worth']}"
             f" nats, lost with another document's state {found['swap_cost']}, {shown}; {size};"
-            f" {seconds[-1]['elapsed'] / 60:.1f} min, trained at {trained_at[:7]}",
+            f" {seconds[-1]['elapsed'] / 60:.1f} min, started at {started_at}",
         )
     for scalars, *_ in measured.values():
         assert scalars["gap/worth_low"] > 0

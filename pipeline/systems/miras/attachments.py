@@ -22,7 +22,7 @@ from pipeline.systems.miras.slots import slots_backend
 
 def attachment_backend(config: MemoryConfig, attention: str, device_type: str, dtype: torch.dtype) -> str:
     """A memory's backend by name: of its scan, or of attention to its slots, where `attention` is that of the other
-    layers. Raises UserError when the one that was asked for cannot do it."""
+    layers. Raises UserError when the scan's that was asked for cannot do it."""
     if config.attachment == "slots":
         return slots_backend(config, attention, torch.device(device_type), dtype)
     return memory_backend(config, device_type, dtype)

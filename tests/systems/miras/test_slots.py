@@ -17,9 +17,10 @@ from pipeline.lm.config import BackboneConfig
 from pipeline.ops import attention_slots_native, importance, native
 from pipeline.parallel.topology import Topology
 from pipeline.systems.miras import create
-from pipeline.systems.miras.config import MirasConfig
+from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.model import MirasModel
 from pipeline.systems.miras.rule_config import SlotsConfig
+from pipeline.systems.miras.slots import slots_backend
 from pipeline.systems.miras.system import MirasSystem
 from tests.launch.parity_main import LENGTH, VOCABULARY, attached
 from tests.lm.families import FAMILIES, save_decoder
@@ -75,6 +76,10 @@ def test_every_family_is_itself_within_the_window_and_learns_beyond_it(name: str
     assert (losses[24:-1] != off[24:-1]).all()
     output.sums["cross_entropy"].backward()
     assert all(parameter.grad.any() for parameter in model.memory.parameters())
+
+
+def test_on_a_gpu_attention_to_slots_is_flex() -> None:
+    assert slots_backend(MemoryConfig(attachment="slots"), "flex", torch.device("cuda"), torch.bfloat16) == "flex"
 
 
 @pytest.mark.skipif(not native.load("cpu"), reason=str(native.why_not("cpu")))

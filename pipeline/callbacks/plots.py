@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -29,6 +30,8 @@ WIDEST_OF_TWO = 40
 """Characters of an entry of a legend that has two columns."""
 MOST_INSIDE = 6
 """Entries of a legend within the axes: more would hide the curves, and stand below."""
+WIDEST_TITLE = 58
+"""Characters of a line of a title above a single column."""
 
 
 class Plots(Callback):
@@ -82,6 +85,10 @@ def caption(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _lines(*titles: str) -> str:
+    return "\n".join(textwrap.fill(title, WIDEST_TITLE) for title in titles if title)
+
+
 def _figure(columns: int, heights: Sequence[float], **options: Any) -> tuple[Any, Any]:
     # The object interface: no global figure manager, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -106,7 +113,7 @@ def draw_curve(curve: Curve, path: Path, subtitle: str = "") -> None:
     for (label, edge), dash in zip(curve.edges.items(), cycle(DASHES), strict=False):
         if _edges(curve)[0] <= edge <= _last(curve):
             axis.axvline(edge, color="tab:red", linestyle=dash, linewidth=1, label=label)
-    axis.set(ylabel=curve.drawn_label or curve.y_label, title=f"{curve.title}\n{subtitle}".strip())
+    axis.set(ylabel=curve.drawn_label or curve.y_label, title=_lines(curve.title, subtitle))
     axis.title.set_fontsize("medium")
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
@@ -273,7 +280,7 @@ def draw_history(rows: Sequence[dict[str, Any]], names: Sequence[str], path: Pat
         marker = "o" if name in held_out else None
         axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1, marker=marker, markersize=3)
     axis.legend(fontsize="x-small")
-    axis.set(xlabel="step", title=title)
+    axis.set(xlabel="step", title=_lines(title))
     axis.title.set_fontsize("medium")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

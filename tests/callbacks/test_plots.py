@@ -84,6 +84,20 @@ def shown(monkeypatch: pytest.MonkeyPatch):
     return lambda: figures[-1][1]
 
 
+def test_a_long_title_stays_within_the_picture(shown: Any, tmp_path: Path) -> None:
+    subtitle = "miras_smollm2, window 256, 512 slots on layers 0 to 29, checkpoint-68"
+    for draw in (
+        lambda path: draw_curve(curve(on=(1e-6, 2e-6, 3e-6)), path, subtitle),
+        lambda path: draw_history([{"mode": "train", "step": 1, "loss": 1e-6}], ["loss"], path, subtitle),
+    ):
+        draw(tmp_path / "curve.png")
+        axis = shown()[0][0]
+        axis.figure.canvas.draw()
+        drawn, whole = axis.title.get_window_extent(), axis.figure.bbox
+        assert whole.x0 < drawn.x0 < drawn.x1 < whole.x1
+        assert subtitle in axis.get_title().replace("\n", " ")
+
+
 def labels(axis: Any) -> list[str]:
     """What the legend names."""
     return [text.get_text() for text in axis.get_legend().get_texts()]

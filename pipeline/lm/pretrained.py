@@ -102,15 +102,17 @@ def trained_length(config: BackboneConfig) -> int | None:
 
 
 def check_fetched(config: BackboneConfig) -> None:
-    """Raises UserError where the model is one that a command fetches, which has not been run here, or a path to
-    nothing."""
-    name = config.pretrained
-    if name is None or Path(name).exists():
-        return
-    if name == SMOLLM2:
+    """Raises UserError where the model is one that a command fetches, which has not been run here."""
+    if config.pretrained == SMOLLM2 and not Path(SMOLLM2).is_dir():
         raise UserError(f"--model.backbone.pretrained {SMOLLM2}: not there yet: {FETCH_SMOLLM2}")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--model.backbone.pretrained {name}: no such folder or file: correct the path")
+
+
+def check_path(config: BackboneConfig) -> None:
+    """Raises UserError where the model is a path that leads nowhere."""
+    name = config.pretrained
+    if name is None or Path(name).exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        return
+    raise UserError(f"--model.backbone.pretrained {name}: no such folder or file: correct the path")
 
 
 def is_local(config: BackboneConfig) -> bool:
@@ -126,6 +128,7 @@ def pretrained_tensors(config: BackboneConfig, built: PreTrainedConfig | None = 
     if is_gguf(config.pretrained):
         return gguf_tensors(config.pretrained, f"--model.backbone.pretrained {config.pretrained}")
     check_fetched(config)
+    check_path(config)
     folder = Path(config.pretrained)
     if folder.is_dir():
         return model_tensors(folder)

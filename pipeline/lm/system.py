@@ -21,7 +21,14 @@ from pipeline.errors import UserError
 from pipeline.lm.config import BackboneConfig
 from pipeline.lm.decoder_config import kv_heads, sliding_window
 from pipeline.lm.held_out_files import named_files, open_files
-from pipeline.lm.pretrained import backbone_config, check_fetched, is_local, pretrained_tensors, trained_length
+from pipeline.lm.pretrained import (
+    backbone_config,
+    check_fetched,
+    check_path,
+    is_local,
+    pretrained_tensors,
+    trained_length,
+)
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weights import full_shape
 from pipeline.system import Phase, System
@@ -75,6 +82,8 @@ class LanguageModelSystem(System[TokenBatch]):
         """Training or held-out data of this data rank."""
         # Before its tokenizer is missed, which is in the same folder.
         check_fetched(self.backbone_section)
+        if not held_out and self.config.data.tokenizer == self.backbone_section.pretrained:
+            check_path(self.backbone_section)
         if self.config.data.recall is None and not self.config.data.tokens:
             self._source = self._source or build_source(self.config, self.files)
         return build_loader(

@@ -97,8 +97,8 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
             parsed, data__path=data.path, data__dataset=data.dataset, data__mix=data.mix, data__tokens=data.tokens
         )
     if "data.tokenizer" not in given:
-        stated = file is not None and states(Path(file), "data", "tokenizer")
-        parsed = with_tokenizer_of_backbone(parsed, config if stated else recipes[name]())
+        chosen = file is not None and states(Path(file), "data", "tokenizer")
+        parsed = with_tokenizer_of_backbone(parsed, config if chosen else recipes[name]())
     if {"phases", "phase"} <= given:
         raise UserError(
             f"--phases {' '.join(parsed.phases)} and --phase {parsed.phase} are both given: keep one; --phases names"
@@ -130,6 +130,8 @@ def with_tokenizer_of_backbone(parsed: RunConfig, recipe: RunConfig) -> RunConfi
     from pipeline.config import replace
 
     own, other = (getattr(run.model, "backbone", None) for run in (recipe, parsed))
+    if own is None or other is None:
+        return parsed
     mine, named = (getattr(backbone, "pretrained", None) for backbone in (own, other))
     if named is None or named == mine or recipe.data.tokenizer != mine:
         return parsed

@@ -125,9 +125,8 @@ def parse_run(words: Sequence[str], command: str, own: Any = None, ranks: int | 
 def with_tokenizer_of_backbone(parsed: RunConfig, recipe: RunConfig) -> RunConfig:
     """Where the recipe has the tokenizer of its pretrained backbone, and another backbone is named: that one's. Raises
     UserError for one of a GGUF file, whose tokenizer is in another form."""
-    from pathlib import Path
-
     from pipeline.config import replace
+    from pipeline.files.given_path import expanded
 
     own, other = (getattr(run.model, "backbone", None) for run in (recipe, parsed))
     if own is None or other is None:
@@ -140,7 +139,7 @@ def with_tokenizer_of_backbone(parsed: RunConfig, recipe: RunConfig) -> RunConfi
             f"--model.backbone.pretrained {named}: the tokenizer of a GGUF file is not read from it: give a folder with"
             " one, --data.tokenizer DIR"
         )
-    at = "" if other.revision == own.revision or Path(named).exists() else f"@{other.revision}"
+    at = "" if other.revision == own.revision or expanded(named).exists() else f"@{other.revision}"
     return replace(parsed, data__tokenizer=named + at)
 
 

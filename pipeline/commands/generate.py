@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from pipeline.commands.flags import parse_flags, wants_help
 from pipeline.errors import UserError, brief
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.runtime.exit import INTERRUPTED, log_line
 
 if TYPE_CHECKING:

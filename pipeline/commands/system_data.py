@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.commands.flags import parse_flags
 from pipeline.data.tokens.listing import SUFFIXES
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.spelling import did_you_mean, nearest
 
 if TYPE_CHECKING:

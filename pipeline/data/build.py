@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data.tokens.listing import TokenListing, list_token_data
 from pipeline.data_config import DataConfig, mix_weights
 from pipeline.errors import UserError
+from pipeline.files.given_path import expanded, is_path
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -45,8 +45,7 @@ def list_data(config: RunConfig, *, ask_servers: bool = False) -> Listings:
 
 def _names_files(name: str) -> bool:
     """Whether a source of a mixture is a file, a folder or a pattern; if not, it is a data set."""
-    looks_so = name.startswith((".", "/", "~")) or glob.has_magic(name) or file_format(name) is not None
-    return looks_so or os.path.exists(name)
+    return is_path(name) or glob.has_magic(name) or file_format(name) is not None or expanded(name).exists()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pipeline.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 
 class UnknownTokenizerError(UserError):

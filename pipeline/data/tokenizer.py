@@ -19,7 +19,7 @@ from pipeline.data import remote_code
 from pipeline.data.piece_bytes import piece_bytes
 from pipeline.data.sources.content import hash_files
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded, is_path
 
 _PROBE = (
     "The  quick\tbrown\n\n    fox_jumps(over=13.37) l'été, Straße, 日本語, Ελληνικά, \U0001f9e0 <|endoftext|> </s>\r\n"
@@ -261,7 +261,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     if path.exists():
         return HuggingFaceTokenizer(str(path), trust_remote_code=trust_remote_code)
     repository, at, revision = name.partition("@")
-    if name.startswith((".", "/", "~")) or repository.count("/") > 1:
+    if is_path(name):
         raise UserError(f"--data.tokenizer {name} does not exist: give `bytes`, a .model file, a folder or a Hub name")
     if at and not revision:
         raise UserError(f"--data.tokenizer {name} names no revision: give a commit, tag or branch after the @")

@@ -13,7 +13,7 @@ from types import FrameType
 
 from pipeline.commands.flags import pop_flag, wants_help
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.runtime.exit import log_line
 from pipeline.spelling import did_you_mean, nearest_flag
 

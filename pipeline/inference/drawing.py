@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 if TYPE_CHECKING:
     from pipeline.capabilities import Drawn, DrawOptions, Draws

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError, brief
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, brief, out_of_space, shown
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.inference.identity import model_hash
 from pipeline.inference.incremental_text import BEFORE
 from pipeline.inference.texts import Texts, decoder_of

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import UserError, brief, shown
+from pipeline.files.given_path import expanded
 from pipeline.parallel.weight_files import StoredTensor
 
 PACKAGES = ("gguf", "accelerate")
@@ -87,7 +88,7 @@ def checked(flag: str) -> None:
 
 
 def _checked(name: str, flag: str) -> Path:
-    path = Path(name)
+    path = expanded(name)
     if not path.is_file():
         raise UserError(f"{flag}: no such file: give a GGUF file, or a folder as save_pretrained writes it")
     checked(f"{flag}: ")

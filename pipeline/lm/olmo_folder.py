@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.files.pickle_file import read_pickle
 from pipeline.lm.olmo_layout import split
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
+from pipeline.files.given_path import expanded, is_path
 from pipeline.files.json_file import read_json
 from pipeline.lm.config import FETCH_SMOLLM2, SMOLLM2, BackboneConfig
 from pipeline.lm.decoder_config import check_decoder, check_model_type, kv_heads
@@ -56,14 +57,17 @@ def backbone_config(config: BackboneConfig) -> PreTrainedConfig:
 def _local_config(config: BackboneConfig) -> PreTrainedConfig | None:
     """The checked config of pretrained weights that are on this machine; None for a hub name that is not cached."""
     assert config.pretrained is not None
-    flag, folder = f"--model.backbone.pretrained {config.pretrained}", Path(config.pretrained)
+    flag, folder = f"--model.backbone.pretrained {config.pretrained}", expanded(config.pretrained)
     if is_gguf(config.pretrained):
         return _checked(gguf_config(config.pretrained, flag), flag, "the file")
     if folder.is_dir():
         read_json(folder / "config.json", "give a folder as save_pretrained writes it")
     try:
         found = AutoConfig.from_pretrained(
-            config.pretrained, revision=config.revision, local_files_only=True, trust_remote_code=False
+            str(folder) if folder.is_dir() else config.pretrained,
+            revision=config.revision,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # a wrong value in the file raises whatever it meets
         if folder.is_dir():
@@ -110,14 +114,13 @@ def check_fetched(config: BackboneConfig) -> None:
 def check_path(config: BackboneConfig) -> None:
     """Raises UserError where the model is a path that leads nowhere."""
     name = config.pretrained
-    if name is None or Path(name).exists() or not (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        return
-    raise UserError(f"--model.backbone.pretrained {name}: no such folder or file: correct the path")
+    if name is not None and is_path(name) and not expanded(name).exists():
+        raise UserError(f"--model.backbone.pretrained {name}: no such folder or file: correct the path")
 
 
 def is_local(config: BackboneConfig) -> bool:
     """Whether the pretrained weights are those of a folder, not of a hub name."""
-    return config.pretrained is not None and Path(config.pretrained).is_dir()
+    return config.pretrained is not None and expanded(config.pretrained).is_dir()
 
 
 def pretrained_tensors(config: BackboneConfig, built: PreTrainedConfig | None = None) -> dict[str, StoredTensor]:
@@ -129,7 +132,7 @@ def pretrained_tensors(config: BackboneConfig, built: PreTrainedConfig | None = 
         return gguf_tensors(config.pretrained, f"--model.backbone.pretrained {config.pretrained}")
     check_fetched(config)
     check_path(config)
-    folder = Path(config.pretrained)
+    folder = expanded(config.pretrained)
     if folder.is_dir():
         return model_tensors(folder)
     downloaded = _downloaded(config.pretrained, config.revision)

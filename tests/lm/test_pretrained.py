@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from pipeline.errors import UserError
 from pipeline.lm import pretrained
 from pipeline.lm.config import BackboneConfig
-from pipeline.lm.pretrained import backbone_config, pretrained_tensors
+from pipeline.lm.pretrained import backbone_config, is_local, pretrained_tensors
 from pipeline.parallel.weight_files import SINGLE
 from tests.lm.small_olmo import save_olmo
 
@@ -53,6 +53,20 @@ def test_a_config_that_cannot_be_is_refused(folder: Path, change: dict[str, Any]
         backbone_config(backbone(folder))
     message = str(caught.value)
     assert reason in message and "\n" not in message and len(message) < 400
+
+
+def test_a_home_is_put_in_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` stays as it is in a --config file and in quotes."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    named = BackboneConfig(pretrained="~/olmo")
+    assert is_local(named) and backbone_config(named).to_dict() == backbone_config(backbone(folder)).to_dict()
+    assert pretrained_tensors(named).keys() == pretrained_tensors(backbone(folder)).keys()
+
+
+@pytest.mark.parametrize("name", ["~/none", "./none", "/none", "a/b/none"])
+def test_a_path_that_leads_nowhere_is_said(name: str) -> None:
+    with pytest.raises(UserError, match="no such folder or file: correct the path"):
+        pretrained_tensors(BackboneConfig(pretrained=name))
 
 
 class Hub:

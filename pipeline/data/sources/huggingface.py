@@ -15,7 +15,7 @@ from pipeline.data.sources.listing import is_saved_to_disk, saved_to_disk
 from pipeline.data.sources.streamed import INTERLEAVED_SHARDS, StreamedDocuments
 from pipeline.data.sources.text import well_formed
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 _COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 

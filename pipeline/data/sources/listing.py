@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.data.sources.compressed import CODECS
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".json")

@@ -14,7 +14,7 @@ from xxhash import xxh3_64, xxh3_128
 from pipeline.data.tokens.http import Version
 from pipeline.data.tokens.urls import content_of, shown_url
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 BLOCK = 1 << 16
 """Bytes of a block, which is fetched by one request."""

@@ -16,7 +16,7 @@ from pipeline.data.tokens.remote import Served, look_up
 from pipeline.data.tokens.urls import is_whole, shown_names
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 SUFFIXES = (".npy", ".bin")
 _URL = re.compile(r"https?://", re.IGNORECASE)

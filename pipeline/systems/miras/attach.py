@@ -14,7 +14,7 @@ from pipeline.checkpoint.compatibility import first_difference
 from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.config_file import to_plain
 from pipeline.errors import UserError, brief
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.lm.memory_folder import MemoryAlone, plain_settings, read_memory
 from pipeline.lm.pretrained import pretrained_tensors
 from pipeline.parallel.collectives import broadcast_object, shared_errors

@@ -18,7 +18,7 @@ from pipeline.data.sources.local import LocalFiles
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.parallel.topology import Topology
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.data.cache import cache_path, fingerprint_of, read_cache, write_cache

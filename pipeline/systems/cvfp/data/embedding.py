@@ -6,7 +6,7 @@ import logging
 
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.errors import UserError, brief
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded, is_path
 from pipeline.parallel.weight_files import model_tensors
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.model.weights import NAMES
@@ -53,7 +53,7 @@ def _shape(name: str, flag: str) -> tuple[int, int]:
             raise UserError(f"{flag}: no input embedding among its tensors: name a decoder of transformers")
         rows, width = fitting[0].shape
         return rows, width
-    if folder.exists() or name.startswith((".", "/", "~")):
+    if folder.exists() or is_path(name):
         raise UserError(f"{flag}: no folder of a model: give one, or a name of the Hugging Face hub")
     import transformers
 

@@ -13,7 +13,7 @@ from pipeline.checkpoint.restore import read_progress
 from pipeline.checkpoint.trainable import TRAINABLE
 from pipeline.config import RunConfig
 from pipeline.errors import UserError, shown
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.systems.cvfp.config import CvfpConfig
 from pipeline.systems.cvfp.phase import FIXED_POINT, PREDICTION
 

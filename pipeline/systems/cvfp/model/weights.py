@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded, is_path
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.weight_files import StoredTensor, index_files, model_tensors
 from pipeline.parallel.weights import fill, generator_for, load_safetensors
@@ -79,7 +79,7 @@ def embedding_folder(name: str) -> Path:
     folder = expanded(name)
     if folder.is_dir():
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")):
+    if folder.exists() or is_path(name):
         raise UserError(f"--model.embedding {name}: no folder of a model: give one, or a name of the Hugging Face hub")
     repository, _, revision = name.partition("@")
     from huggingface_hub import snapshot_download

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.checkpoint.frozen import frozen_weights
 from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED, Counts
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.parallel.collectives import all_gather_object, shared_errors
 from pipeline.parallel.loss import reduce_sums
 from pipeline.parallel.topology import Topology

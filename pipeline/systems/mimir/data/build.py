@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError, shown
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.parallel.topology import Topology
 from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data import amp

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import tyro
 
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.files.output import writing
 from pipeline.systems.mimir.config import LETTERS, check_letters
 from pipeline.systems.mimir.data.checks import Expected, all_checks

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from pipeline.errors import UserError, brief, shown
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 COLUMNS = ("label", "target", "sequence")
 TABLE_SUFFIXES = (".csv", ".parquet")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.capabilities import Drawn
 from pipeline.errors import UserError
 from pipeline.evaluation_result import Row
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 from pipeline.spelling import did_you_mean, nearest
 from pipeline.systems.mimir.config import MimirConfig
 from pipeline.systems.mimir.data.encode import decode

@@ -11,7 +11,7 @@ import tyro
 
 from pipeline.capabilities import DrawOptions
 from pipeline.errors import UserError
-from pipeline.files.home import expanded
+from pipeline.files.given_path import expanded
 
 SUFFIXES = (".csv", ".fasta", ".fa", ".faa")
 

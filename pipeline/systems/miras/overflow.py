@@ -28,7 +28,8 @@ from pipeline.systems.miras.rules import memory_rule
 LayerBefore: TypeAlias = tuple[WindowCarry | None, MemoryCarry | None]
 """What a layer carries from the step before."""
 SMALLEST_NORM = 1e-3
-"""A query or key shorter than this is not stretched to unit length: the gradient of padding would have no bound."""
+"""Queries, keys and values shorter than this are not stretched to unit length: the gradient of padding would have no
+bound."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,9 @@ class OverflowMemory(nn.Module):
         r_t = M_t(unit(f(q_t + q_t D_q)))      the rule's own read
         o_t = (1 - g_t) A_t + g_t r_t          g_t = sigmoid(w x_t + u q_t + b), in front of the output projection
 
-    f is SiLU or nothing (`key_activation`). D_k, D_q, w, u and a are zero at first.
+    f is SiLU or nothing (`key_activation`). D_k, D_q, w, u and a are zero at first. A rule whose reads have a size of
+    their own (swiglu) is written unit(v_l), and its read is no larger than attention's: r_t = rms(A_t) x / sqrt(1 +
+    mean(x^2)) of the rule's read x.
     """
 
     def __init__(self, config: MemoryConfig) -> None:
@@ -166,6 +169,8 @@ class OverflowMemory(nn.Module):
         beta = beta + _score(leaving_k, self.step_key[local])
         keys = self._unit(leaving_k, "k", local)
         values = repeat(leaving_v, "batch tokens kv dim -> batch tokens (kv group) dim", group=groups)
+        if self.rule.own_size:
+            values = _unit_length(values.to(sum_dtype(q))).to(values.dtype)
         beta = beta.masked_fill(~leaves, -math.inf)
         alpha = self.alpha_logits[local].to(sum_dtype(q)).expand(beta.shape)
         return self._unit(q, "q", local), keys, values, alpha, beta
@@ -175,6 +180,8 @@ class OverflowMemory(nn.Module):
         its logits [batch, tokens, heads]."""
         share = torch.sigmoid(share + _score(q, self.share_query[local])).masked_fill(~leaves, 0.0)
         share = share.to(attended.dtype)[..., None]
+        if self.rule.own_size:
+            read = _sized(read.to(sum_dtype(read)), attended.to(sum_dtype(attended)))
         return attended + share * (read.to(attended.dtype) - attended)
 
     def _unit(self, x: Tensor, which: str, local: slice) -> Tensor:
@@ -187,9 +194,7 @@ class OverflowMemory(nn.Module):
         precise = x.to(sum_dtype(x))
         if self.config.key_activation == "silu":
             precise = F.silu(precise)
-        # A product with one number per token: the backward pass of F.normalize divides by an expanded norm.
-        scale = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM).reciprocal()
-        return (precise * scale).to(x.dtype)
+        return _unit_length(precise).to(x.dtype)
 
 
 class OverflowBranch(nn.Module):
@@ -199,6 +204,18 @@ class OverflowBranch(nn.Module):
         super().__init__()
         self.inputs = OverflowInputs(width, config, norm_eps)
         self.core = OverflowMemory(config)
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    """Vectors [..., dim] of unit length; those shorter than SMALLEST_NORM are shorter."""
+    # A product with one number per token: the backward pass of F.normalize divides by an expanded norm.
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM).reciprocal()
+
+
+def _sized(read: Tensor, attended: Tensor) -> Tensor:
+    """A read [..., dim] in the size of attention's output, which it does not exceed; small reads stay in proportion."""
+    size = torch.linalg.vector_norm(attended, dim=-1, keepdim=True) / math.sqrt(attended.shape[-1])
+    return read * size * torch.rsqrt(1 + read.square().mean(-1, keepdim=True))
 
 
 def _score(x: Tensor, weight: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class MemoryRule(nn.Module):
 
     empty_read = False
     """Whether an empty memory's raw read is something else than zero."""
+    own_size = False
+    """Whether the size of reads is that of the rule's weights, not of the values: it corrects no error."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -220,6 +222,7 @@ class SwigluRule(MemoryRule):
     """SwiGLU fast weights in large chunks: a chunk is read with the weights of its start."""
 
     empty_read = True
+    own_size = True
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize, silu
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
@@ -22,6 +23,7 @@ from pipeline.systems.miras import create
 from pipeline.systems.miras.config import MemoryConfig, MirasConfig
 from pipeline.systems.miras.overflow import OverflowMemory, plan_overflow
 from pipeline.systems.miras.rule_config import SwigluConfig
+from pipeline.systems.miras.rules import SwigluRule
 from tests.launch.parity_main import LENGTH, VOCABULARY, attached
 from tests.lm.families import FAMILIES, save_decoder
 from tests.systems.miras.harness import (
@@ -121,6 +123,68 @@ def test_values_and_gradients_are_those_of_the_token_loop(
         assert theirs is not None and theirs.abs().max() > 0, name
         close = 1e-5 * float(theirs.abs().max())
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=close, check_dtype=False, msg=name)
+
+
+def called(rule: Any) -> tuple[OverflowMemory, dict[str, Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """A random memory in float64, its logits, queries and keys of one document, and its output of values [1, tokens,
+    heads, dim] and of what attention gave."""
+    heads, dim, count = 2, 8, 30
+    generator = torch.Generator().manual_seed(3)
+    config = MemoryConfig(
+        layers=(0,), attachment="overflow", rule=rule, heads=heads, head_dim=dim, swiglu=SwigluConfig(gradient_chunk=5)
+    )
+    memory = OverflowMemory(config).double()
+    for parameter in memory.parameters():
+        nn.init.normal_(parameter, std=0.4, generator=generator)
+    inputs = {
+        name: torch.randn(1, count, heads, size, generator=generator, dtype=torch.float64)
+        for name, size in (("logits", 2), ("q", dim), ("k", dim))
+    }
+    plan = plan_overflow(torch.zeros(1, count, dtype=torch.int64), torch.arange(count)[None], None, window=4, sinks=1)
+
+    def output(v: Tensor, attended: Tensor) -> Tensor:
+        out: Tensor = memory(*inputs.values(), v, attended, plan, (None, None), Topology())[0]
+        return out
+
+    return memory, inputs, output
+
+
+@pytest.mark.parametrize("rule", ["titans", "delta", "swiglu"])
+def test_the_memorys_part_is_as_large_as_the_values_are(rule: str) -> None:
+    """swiglu reads with weights of a fixed size: beside small values they would be all of the output."""
+    _, inputs, output = called(rule)
+    v, attended = torch.randn_like(inputs["q"]), torch.randn_like(inputs["k"])
+    found = output(v, attended)
+    assert (found != attended).any()
+    for scale in (1e-2, 1e2):
+        torch.testing.assert_close(output(scale * v, scale * attended), scale * found, rtol=1e-9, atol=1e-9 * scale)
+
+
+def test_swiglu_is_written_directions_and_read_in_the_size_of_attention() -> None:
+    memory, inputs, output = called("swiglu")
+    assert isinstance(memory.rule, SwigluRule)
+    v, attended = torch.randn_like(inputs["q"]), torch.randn_like(inputs["k"])
+    (q, k), (beta, share) = (inputs["q"], inputs["k"]), inputs["logits"].unbind(-1)
+
+    def unit(x: Tensor, change: Tensor) -> Tensor:
+        x = x + torch.einsum("bthd,hde->bthe", x, change)
+        return normalize(silu(x), dim=-1)
+
+    def late(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1, 4, *x.shape[2:]), x[:, :-4]], dim=1)
+
+    left = torch.arange(v.shape[1])[None, :, None] >= 5
+    write = late(beta) + (late(k) * memory.step_key).sum(-1)
+    read, _, _ = memory.rule(
+        unit(q, memory.q_map), unit(late(k), memory.k_map), normalize(late(v), dim=-1),
+        memory.alpha_logits.expand_as(write), write.masked_fill(~left, -torch.inf), memory.eta_logits,
+        memory.rule.empty_state(1, slice(0, 2), q), torch.zeros(1, v.shape[1], dtype=torch.int64), slice(0, 2),
+    )  # fmt: skip
+    part = torch.sigmoid(share + (q * memory.share_query).sum(-1))[..., None] * left[..., None]
+    size = attended.square().mean(-1, keepdim=True).sqrt()
+    sized = size * read / (1 + read.square().mean(-1, keepdim=True)).sqrt()
+    torch.testing.assert_close(output(v, attended), (1 - part) * attended + part * sized)
+    assert (sized.square().mean(-1) < attended.square().mean(-1)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -50,6 +50,8 @@ TOKENS, PEPTIDES = "tokens", "my_peptides"
 """The token files that pages make of these texts, and the folder of the peptides that they make."""
 LENGTH = "1536"
 """Tokens of a text of an evaluation, in place of what a page says."""
+QUERIES = "4"
+"""Questions of an evaluation, where a page does not say how many."""
 WIDEST = 1024
 """The widest model of which a step is made here."""
 TINY = "tiny"
@@ -258,10 +260,13 @@ def _mnemos(words: list[str]) -> list[str] | None:
         # A folder of tasks, and the run of a control, have to be there.
         _, given = pop_flag(rest[1:], "--task-path")
         _, given = pop_flag(given, "--control")
-        if pop_suite(given)[0].name in ("contexts", "downstream", "lifelong"):
+        suite = pop_suite(given)[0].name
+        if suite in ("contexts", "downstream", "lifelong"):
             return None  # it needs a checkpoint of another system; the tasks' data come from a hub
         lengths, given = pop_flag(rest[1:], "--lengths")
         short = ["--lengths", LENGTH] if lengths else []
+        if suite == "recall" and "--queries" not in given:
+            short += ["--queries", QUERIES]
         return ["eval", RUN, *given, *short, "--evaluation.steps", "1", "--report.no-plots"]
     if command == "generate":
         return _generate(rest)

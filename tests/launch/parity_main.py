@@ -67,6 +67,8 @@ kind has several stages, the two layouts take different ones."""
 GAPS = ("residual", "mac", "overflow", "slots")
 """Attachments whose gap closed is measured, with every parameter sharded but for mac: data ranks with other documents
 have other numbers of stages of it, which ZeRO-3 would find out."""
+FOUR_RANKS_GAPS = {4: ("residual", "overflow"), 2: ("mac", "slots")}
+"""Those of four ranks, by sequence degree; each is measured with sequences and with rows divided by two ranks."""
 GAP_ROWS = 4
 """Streams that it is measured on, with eleven documents beyond the window: three groups that swap."""
 GAP_STEPS = 2
@@ -401,7 +403,7 @@ def main() -> None:
         found = {kind: updates(kind, zero, topology, *batches, out) for kind in MODELS}
         if topology.rank == 0:
             (out / "updates.json").write_text(json.dumps(found))
-    for attachment in GAPS:
+    for attachment in FOUR_RANKS_GAPS[degree] if topology.world == 4 else GAPS:
         scalars = gap(attachment, topology, everything_sharded(out, topology.rank) if attachment != "mac" else "zero1")
         if topology.rank == 0:
             (out / f"gap-{attachment}.json").write_text(json.dumps(scalars))

@@ -13,7 +13,7 @@ import torch
 from tests.launch.forked import forked
 from tests.launch.harness import launch
 from tests.launch.olmo_cases import MODELS
-from tests.launch.parity_main import FOUR_RANKS, GAPS
+from tests.launch.parity_main import FOUR_RANKS, FOUR_RANKS_GAPS, GAPS
 
 TOLERANCE = 1e-5
 MAIN = "tests.launch.parity_main"
@@ -124,17 +124,26 @@ def test_gradients_and_norm_equal_one_rank(one_rank: Path, many_ranks: Path, req
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attachment", GAPS)
-def test_gap_closed_does_not_depend_on_the_layout(one_rank: Path, many_ranks: Path, attachment: str) -> None:
+def test_gap_closed_does_not_depend_on_the_layout(
+    one_rank: Path, many_ranks: Path, request: pytest.FixtureRequest
+) -> None:
     """With rows, sequences and parameters divided; in the last round one of two data ranks has no documents."""
-    expected = json.loads((one_rank / f"gap-{attachment}.json").read_text())
-    assert {f"gap/loss_{name}" for name in ("window", "full", "memory", "emptied", "swapped")} <= expected.keys()
-    # A ratio of differences of random weights has no accuracy to speak of.
-    expected = {name: value for name, value in expected.items() if not name.startswith("gap/closed")}
-    assert expected["gap/documents"] == 11 and abs(expected["gap/worth"]) > 1e-4
-    found = json.loads((many_ranks / f"gap-{attachment}.json").read_text())
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    ranks, degree = request.node.callspec.params["many_ranks"]
+    measured = FOUR_RANKS_GAPS[degree] if ranks == 4 else GAPS
+    assert {path.stem for path in many_ranks.glob("gap-*.json")} == {f"gap-{attachment}" for attachment in measured}
+    for attachment in measured:
+        expected = json.loads((one_rank / f"gap-{attachment}.json").read_text())
+        assert {f"gap/loss_{name}" for name in ("window", "full", "memory", "emptied", "swapped")} <= expected.keys()
+        # A ratio of differences of random weights has no accuracy to speak of.
+        expected = {name: value for name, value in expected.items() if not name.startswith("gap/closed")}
+        assert expected["gap/documents"] == 11 and abs(expected["gap/worth"]) > 1e-4
+        found = json.loads((many_ranks / f"gap-{attachment}.json").read_text())
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), f"{attachment}: {name}"
+
+
+def test_every_attachments_gap_is_measured_by_four_ranks() -> None:
+    assert sorted(sum(FOUR_RANKS_GAPS.values(), ())) == sorted(GAPS)
 
 
 def test_likelihoods_of_texts_do_not_depend_on_the_layout(

@@ -68,7 +68,7 @@ EXPERIMENTS = {
     ),
     "miras_smollm2": Experiment(
         "a trained memory closes a third of the gap between a window and full attention",
-        ("tests/launch/test_gap_closed.py",), 130,
+        ("tests/launch/test_gap_closed.py",), 170,
     ),
     "miras_recall_long": Experiment(
         "trained on distances to 1K tokens, it recalls eight pairs after a million",

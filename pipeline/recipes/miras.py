@@ -104,7 +104,7 @@ def miras() -> RunConfig:
 
 
 def miras_smollm2() -> RunConfig:
-    """SmolLM2-135M, frozen, a window of 256 and slots behind it in every layer: 15 minutes on two cores."""
+    """SmolLM2-135M, frozen, a window of 256 and slots behind it in every layer: 30 minutes on two cores."""
     return RunConfig(
         recipe="miras_smollm2",
         model=MirasConfig(
@@ -122,15 +122,15 @@ def miras_smollm2() -> RunConfig:
             distillation=DistillationConfig(tokens=1280),
         ),
         # Within 2K tokens an untrained memory leaves little to learn.
-        steps=68,
+        steps=140,
         warmup_steps=4,
         sequence_length=4096,
         batch_size=1,
         lr=1e-3,
         zero="zero1",
         precision="bf16",
-        save_every=17,
-        eval_every=68,
+        save_every=35,
+        eval_every=140,
         output_dir=Path("outputs/miras_smollm2"),
         data=DataConfig(tokenizer=SMOLLM2, min_tokens=3000),
         evaluation=EvaluationConfig(steps=1, batch_size=1),

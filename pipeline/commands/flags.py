@@ -126,7 +126,7 @@ def with_tokenizer_of_backbone(parsed: RunConfig, recipe: RunConfig) -> RunConfi
     """Where the recipe has the tokenizer of its pretrained backbone, and another backbone is named: that one's. Raises
     UserError for one of a GGUF file, whose tokenizer is in another form."""
     from pipeline.config import replace
-    from pipeline.files.given_path import expanded
+    from pipeline.files.given_path import expanded, is_gguf
 
     own, other = (getattr(run.model, "backbone", None) for run in (recipe, parsed))
     if own is None or other is None:
@@ -134,7 +134,7 @@ def with_tokenizer_of_backbone(parsed: RunConfig, recipe: RunConfig) -> RunConfi
     mine, named = (getattr(backbone, "pretrained", None) for backbone in (own, other))
     if named is None or named == mine or recipe.data.tokenizer != mine:
         return parsed
-    if named.endswith(".gguf") and not parsed.data.tokens:
+    if is_gguf(named) and not parsed.data.tokens:
         raise UserError(
             f"--model.backbone.pretrained {named}: the tokenizer of a GGUF file is not read from it: give a folder with"
             " one, --data.tokenizer DIR"

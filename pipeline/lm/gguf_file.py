@@ -21,11 +21,6 @@ SCALED = "rope_freqs.weight"
 """The tensor of frequency factors (Llama 3.1), which transformers leaves out."""
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a name is that of a GGUF file."""
-    return name.lower().endswith(".gguf")
-
-
 def gguf_config(name: str, flag: str) -> Any:
     """The transformers config of the file. Raises UserError, which begins with `flag`."""
     path = _checked(name, flag)

@@ -8,11 +8,11 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.errors import UserError, brief, shown
-from pipeline.files.given_path import expanded, is_path
+from pipeline.files.given_path import expanded, is_gguf, is_path
 from pipeline.files.json_file import read_json
 from pipeline.lm.config import FETCH_SMOLLM2, SMOLLM2, BackboneConfig
 from pipeline.lm.decoder_config import check_decoder, check_model_type, kv_heads
-from pipeline.lm.gguf_file import gguf_config, gguf_tensors, is_gguf
+from pipeline.lm.gguf_file import gguf_config, gguf_tensors
 from pipeline.parallel.weight_files import INDEX, SINGLE, StoredTensor, index_files, model_tensors
 
 SIZES = (

@@ -55,8 +55,9 @@ def test_another_backbone_comes_with_its_tokenizer(recipe: str) -> None:
     )
     assert of_a_commit.data.tokenizer == "my/model@v2"
     assert parse_run(["miras_tiny", "--model.backbone.pretrained", "my/model"], "train").data.tokenizer == "bytes"
-    with pytest.raises(UserError, match=r"my\.gguf: the tokenizer of a GGUF file is not .*--data\.tokenizer"):
-        parse_run([recipe, "--model.backbone.pretrained", "my.gguf"], "train")
+    for file in ("my.gguf", "MY.GGUF"):
+        with pytest.raises(UserError, match=rf"{file}: the tokenizer of a GGUF file is not .*--data\.tokenizer"):
+            parse_run([recipe, "--model.backbone.pretrained", file], "train")
 
 
 def test_another_backbone_of_a_file_comes_with_its_tokenizer_too(tmp_path: Path) -> None:

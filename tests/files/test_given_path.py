@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files.given_path import expanded, is_path
+from pipeline.files.given_path import expanded, is_gguf, is_path
 
 
 def test_a_home_is_put_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +23,7 @@ def test_only_a_path_looks_so(name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "a/b", "a/b@v1", "a/b@refs/pr/1", "a.b/c-d", "bytes"])
 def test_a_name_of_the_hub_does_not(name: str) -> None:
     assert not is_path(name)
+
+
+def test_a_gguf_file_is_known_by_its_ending() -> None:
+    assert is_gguf("a/b.gguf") and is_gguf("B.GGUF") and not is_gguf("gguf") and not is_gguf("a.gguf/b")

@@ -17,7 +17,7 @@ class EvaluationConfig:
     """Rows per data rank; 0: as in training."""
     gap_every: int = 0
     """Steps between measurements of gap closed, of a system with a memory, each with an evaluation and at the end too;
-    0: never. They cost four to six evaluations' passes (docs/gap_closed.md)."""
+    0: never. They cost up to seven evaluations' passes (docs/gap_closed.md)."""
     full_length: int = 0
     """Tokens that the full attention of gap closed sees; 0: those that a pretrained backbone was trained at."""
     path: tuple[str, ...] = ()

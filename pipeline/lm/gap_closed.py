@@ -42,6 +42,8 @@ class GapModes:
     emptied: Mapping[str, Any]
     full: Callable[[int], Mapping[str, Any]] | None
     """Of the longest document's tokens; None where the backbone was trained at no more than the window."""
+    reach: int
+    """Tokens that `full` sees at most."""
     is_state: Callable[[str], bool]
     """Whether an entry of the carry, by its name, is the memory's state: what is swapped."""
     equal: Mapping[str, Any] | None = None
@@ -59,12 +61,12 @@ def measure_gap(
     """
     documents = documents_beyond(system, phase, sync_point, modes.tokens)
     if not documents:
-        return gap_report({}, modes.tokens, 0)
+        return gap_report({}, modes.tokens, modes.reach, 0)
     measure = _Measure(system, model, sync_point, modes, DocumentSums(1 + int(_bins(len(documents[0]) - 1, modes))))
     measure.chains(documents)
     if len(documents) > 1:
         measure.swapped(documents)
-    return gap_report(measure.sums.gather(sync_point.topology), modes.tokens, measure.sums.bins)
+    return gap_report(measure.sums.gather(sync_point.topology), modes.tokens, modes.reach, measure.sums.bins)
 
 
 def _bins(positions: Any, modes: GapModes) -> Tensor:

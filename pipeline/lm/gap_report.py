@@ -29,11 +29,12 @@ WORTH, SWAP = "worth of remembering", "worth of the document's own state"
 Sums = Mapping[str, Tensor]
 
 
-def gap_report(sums: dict[str, Tensor], window: int, bins: int) -> Evaluation:
+def gap_report(sums: dict[str, Tensor], window: int, reach: int, bins: int) -> Evaluation:
     """Scalars `gap/...` over all labels beyond the window, and curves by position.
 
     `sums`: nats of each loss that was measured, and "labels", [documents, bins] each; bin 0 is what lies within
     `window` tokens, and each later bin ends at twice the position of the one before. Nothing was found: empty.
+    `reach`: tokens that full attention sees at most.
     """
     if not sums:
         return Evaluation({"gap/labels": 0.0, "gap/documents": 0.0})
@@ -47,7 +48,7 @@ def gap_report(sums: dict[str, Tensor], window: int, bins: int) -> Evaluation:
     for key, statistic in _statistics(sums).items():
         (value,), (low,), (high,) = statistic(beyond)
         scalars |= {f"gap/{key}": value, f"gap/{key}_low": low, f"gap/{key}_high": high}
-    return Evaluation(scalars, _curves(sums, window, bins))
+    return Evaluation(scalars, _curves(sums, window, reach, bins))
 
 
 Found = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
@@ -108,12 +109,15 @@ def _with_interval(statistic: Callable[[Sums], Tensor], sums: Sums) -> Found:
     return value, *ends  # type: ignore[return-value]
 
 
-def _curves(sums: dict[str, Tensor], window: int, bins: int) -> dict[str, Curve]:
+def _curves(sums: dict[str, Tensor], window: int, reach: int, bins: int) -> dict[str, Curve]:
     counts = tuple(sums["labels"].sum(0).long().tolist())
     documents = documents_per_bin(sums["labels"])
     # Within the window nothing can be remembered.
     outside = {name: value[:, 1:] for name, value in sums.items()}
     nothing = math.nan
+    edges = {f"window of {window}": float(window)}
+    if FULL in sums and reach < window * 2 ** (bins - 1):
+        edges[f"full attention's {reach}"] = float(reach)
 
     def curve(title: str, y_label: str, found: Mapping[str, Found], levels: Mapping[str, float]) -> Curve:
         return Curve(
@@ -128,7 +132,7 @@ def _curves(sums: dict[str, Tensor], window: int, bins: int) -> dict[str, Curve]
             counts=counts,
             documents=documents,
             levels=dict(levels),
-            edges={f"window of {window}": float(window)},
+            edges=edges,
         )
 
     def widened(found: Found) -> Found:

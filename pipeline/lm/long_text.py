@@ -211,7 +211,7 @@ def _with_candidates(
     for number in range(CANDIDATES):
         rows = []
         for row, question in enumerate(questions):
-            # In one piece, as it would stand in a text; the answer is what the prompt alone does not begin with.
+            # Encoded apart: every answer stands behind the same tokens of the prompt.
             prompt = tokenizer.encode(question.prompt)
             both = np.concatenate([prompt, tokenizer.encode(question.candidates[number])])
             rows.append((np.concatenate([rest[row].numpy(), both]), rest.shape[1] + len(prompt)))

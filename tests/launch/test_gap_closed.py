@@ -20,8 +20,8 @@ from tests.launch.harness import single
 
 SEEDS = (0, 1)
 TRAINED = {"distillation": ("--model.distil", "full", "--steps", "112"), "cross-entropy": ()}
-"""Flags by the way of training. So many steps of distillation take the time of the recipe's cross-entropy, half an hour:
-15 s each on two cores, and 12 s without the teacher."""
+"""Flags by the way of training. So many steps of distillation take the time of the recipe's cross-entropy: half an
+hour, at 15 s each on two cores, and 12 s without the teacher."""
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 EVALUATED = ("--evaluation.steps", "4", "--evaluation.batch-size", "8", "--data.min-tokens", "512")
 """On shorter held-out documents too than those that it is trained on."""

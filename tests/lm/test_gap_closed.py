@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 import zlib
@@ -41,6 +42,7 @@ def modes(*, full: bool = True, **changes: Any) -> GapModes:
         "emptied": {"memory": True, "emptied": True},
         "equal": {"memory": False, "longer": True},
         "full": (lambda longest: {"memory": False, "full": longest}) if full else None,
+        "reach": 4096,
     }
     return GapModes(WINDOW, **{**found, **changes}, is_state=lambda name: name == "memory")  # type: ignore[arg-type]
 
@@ -178,6 +180,16 @@ def test_the_curves_have_every_loss_and_what_follows_by_position() -> None:
     assert set(worth.series) == {WORTH, SWAP} and worth.series[WORTH][-1] == pytest.approx(UNKNOWN - CERTAIN)
 
 
+@pytest.mark.parametrize("reach, shown", [(64, {"full attention's 64": 64.0}), (128, {})])
+def test_the_reach_of_full_attention_is_shown_where_documents_are_longer(reach: int, shown: dict[str, float]) -> None:
+    """The last bin ends at position 128."""
+    losses = measured(Copier(LENGTHS, 40), modes(reach=reach)).curves["loss_beyond_window"]
+    assert losses.edges == {"window of 8": 8.0, **shown}
+    assert measured(Copier(LENGTHS, 40), modes(full=False, reach=reach)).curves["worth_of_remembering"].edges == {
+        "window of 8": 8.0
+    }
+
+
 def test_a_model_that_adapts_by_what_it_reads_closes_nothing_of_its_own() -> None:
     """Anything in memory lowers its loss, as of trained weights that read it: an emptied one shows nothing of that."""
 
@@ -226,8 +238,9 @@ def test_where_full_attention_gains_nothing_there_is_no_gap_to_close() -> None:
     found = measured(Copier(LENGTHS, 40), same).scalars
     assert "gap/closed" not in found and "gap/loss_full" not in found and found["gap/worth"] > 0
     blind = modes()
-    found = measured(Copier(LENGTHS, 40), GapModes(WINDOW, blind.window, blind.memory, blind.emptied,
-                     lambda longest: blind.window, blind.is_state)).scalars  # fmt: skip
+    found = measured(
+        Copier(LENGTHS, 40), dataclasses.replace(blind, full=lambda longest: blind.window, equal=None)
+    ).scalars
     assert math.isnan(found["gap/closed"]) and math.isnan(found["gap/closed_low"])
 
 

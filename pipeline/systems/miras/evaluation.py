@@ -157,6 +157,7 @@ def gap_modes(system: EvaluatedMiras) -> GapModes:
         memory={"memory": True},
         emptied=_emptied(system),
         full=full_attention(system),
+        reach=full_length(system),
         is_state=is_state,
         equal={
             "memory": False,

@@ -156,13 +156,14 @@ def test_a_frozen_backbone_has_no_backward_pass_below_the_first_memory(ids: Tens
     assert differentiated_blocks(system, model, ids) == {0: False, 1: True, 2: True}
 
 
-@pytest.mark.parametrize("other", ["residual", "overflow"])
-def test_beside_another_attachment(ids: Tensor, other: str) -> None:
-    config = with_memory(attached("slots"), overflow_layers=(2,))
-    if other == "residual":
-        config = with_memory(attached("slots"), layers=(1,))
-    system, model = built(config)
-    assert [kind.attachment for kind in model.kinds.values()] == ["slots", "overflow"][: len(model.kinds)]
+@pytest.mark.parametrize(
+    "layers, kinds",
+    [({"overflow_layers": (2,)}, ["slots", "overflow"]), ({"layers": (1,)}, ["slots"])],
+    ids=["beside overflow", "on one layer"],
+)
+def test_on_some_layers_alone(ids: Tensor, layers: dict[str, tuple[int]], kinds: list[str]) -> None:
+    system, model = built(with_memory(attached("slots"), **layers))
+    assert [kind.attachment for kind in model.kinds.values()] == kinds
     assert_steps_equal_one(system, model, batch(ids, [7, LENGTH - 7]), (8, 20))
     run(system, model, batch(ids, [LENGTH])).sums["cross_entropy"].backward()
     assert all(parameter.grad.any() for parameter in model.memory.parameters())

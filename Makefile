@@ -18,7 +18,7 @@ test: export OMP_NUM_THREADS ?= 1
 # A hundred processes import the same modules: bytecode is kept, also where the shell forbids it.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
-	@$(PYTHON) -m pytest --ignore tests/launch -n auto --maxprocesses 8 --dist loadfile; others=$$?; \
+	@$(PYTHON) -m pytest --ignore tests/launch -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder; others=$$?; \
 	$(PYTHON) -m pytest tests/launch -n 2 --dist loadfile --no-loadscope-reorder && exit $$others
 
 check: setup

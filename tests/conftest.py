@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 from pipeline.host.hardware import choose_accelerator
 from tests.unsynced import leave_files_to_the_cache
+
+TESTS = Path(__file__).parent
 
 choose_accelerator()
 leave_files_to_the_cache()
@@ -20,3 +25,36 @@ settings.load_profile("no deadline")
 for number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
+
+LONGEST = (
+    "launch/test_parity.py",
+    "launch/test_recall.py",
+    "launch/test_kill.py",
+    "launch/test_phases.py",
+    "launch/test_train.py",
+    "launch/test_resume.py",
+    "launch/test_nodes.py",
+    "launch/test_notebooks.py",
+    "launch/test_elastic.py",
+    "launch/test_stop.py",
+    "test_docs_commands.py",
+    "systems/neuromorphic/test_experiment.py",
+    "bench/test_kernels.py",
+    "bench/test_throughput.py",
+    "bench/test_resume.py",
+)
+"""Files of tests/ that take a minute or so, or a part of one for few tests, the longest first: at the end they would
+keep one process busy while the others have nothing left."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then those of many tests; what is in a file keeps its order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    counts = Counter(item.path for item in items)
+
+    def order(item: pytest.Item) -> tuple[int, int]:
+        name = item.path.relative_to(TESTS).as_posix()
+        return places.get(name, len(places)), -counts[item.path]
+
+    items.sort(key=order)

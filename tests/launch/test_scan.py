@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.launch.forked import forked
-from tests.launch.harness import launch
 
 TOLERANCE = {"bfloat16": 1e-2}
 TIGHT = 1e-5
-Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.parametrize(("ranks", "start"), [(2, launch), (4, forked)])
-def test_parts_on_sequence_ranks_are_the_whole_scan(ranks: int, start: Start, tmp_path: Path) -> None:
-    done = start(ranks, "tests.launch.scan_main", str(tmp_path))
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_on_sequence_ranks_are_the_whole_scan(ranks: int, tmp_path: Path) -> None:
+    done = forked(ranks, "tests.launch.scan_main", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "result.json").read_text())
     assert len(found) == 15

@@ -117,7 +117,7 @@ def _curves(sums: dict[str, Tensor], window: int, reach: int, bins: int) -> dict
     nothing = math.nan
     edges = {f"window of {window}": float(window)}
     if FULL in sums and reach < window * 2 ** (bins - 1):
-        edges[f"full attention's {reach}"] = float(reach)
+        edges[f"full attention of {reach}"] = float(reach)
 
     def curve(title: str, y_label: str, found: Mapping[str, Found], levels: Mapping[str, float]) -> Curve:
         return Curve(

@@ -180,7 +180,7 @@ def test_the_curves_have_every_loss_and_what_follows_by_position() -> None:
     assert set(worth.series) == {WORTH, SWAP} and worth.series[WORTH][-1] == pytest.approx(UNKNOWN - CERTAIN)
 
 
-@pytest.mark.parametrize("reach, shown", [(64, {"full attention's 64": 64.0}), (128, {})])
+@pytest.mark.parametrize("reach, shown", [(64, {"full attention of 64": 64.0}), (128, {})])
 def test_the_reach_of_full_attention_is_shown_where_documents_are_longer(reach: int, shown: dict[str, float]) -> None:
     """The last bin ends at position 128."""
     losses = measured(Copier(LENGTHS, 40), modes(reach=reach)).curves["loss_beyond_window"]

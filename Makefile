@@ -13,7 +13,8 @@ setup:
 	@PYTHON=$(BASE_PYTHON) ./launch.sh --setup-only
 
 # One thread: tests start several ranks at once, and tiny tensors gain nothing from more. What starts ranks runs apart, in
-# two processes: more would keep ranks waiting for a core, and one leaves cores idle while a launcher waits.
+# two processes: more would keep ranks waiting for a core, and one leaves cores idle while a launcher waits. The order of
+# files is that of tests/conftest.py.
 test: export OMP_NUM_THREADS ?= 1
 # A hundred processes import the same modules: bytecode is kept, also where the shell forbids it.
 test: export PYTHONDONTWRITEBYTECODE :=

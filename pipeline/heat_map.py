@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shares over two axes, a panel per series."""
+    """Shares over two axes."""
 
     title: str
     x_label: str

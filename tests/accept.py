@@ -64,7 +64,7 @@ EXPERIMENTS = {
     ),
     "smollm2_rate": Experiment(
         "a step of miras_smollm2 takes at most 1.5 times its own matrix products",
-        ("tests/systems/miras/test_smollm2.py",), 5, "matrix_products",
+        ("tests/systems/miras/test_smollm2.py",), 7, "matrix_products",
     ),
     "miras_smollm2": Experiment(
         "a trained memory closes a third of the gap between a window and full attention",

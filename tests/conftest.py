@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -43,8 +44,8 @@ LONGEST = (
     "bench/test_throughput.py",
     "bench/test_resume.py",
 )
-"""Files of tests/ that take a minute or so, or a part of one for few tests, the longest first: at the end they would
-keep one process busy while the others have nothing left."""
+"""Files of tests/ that take about a minute, or less with few tests, so that they would start last by their number: one
+process would be busy with them while the others have nothing left."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -54,7 +55,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     counts = Counter(item.path for item in items)
 
     def order(item: pytest.Item) -> tuple[int, int]:
-        name = item.path.relative_to(TESTS).as_posix()
-        return places.get(name, len(places)), -counts[item.path]
+        return places.get(os.path.relpath(item.path, TESTS), len(places)), -counts[item.path]
 
     items.sort(key=order)

@@ -24,27 +24,27 @@ def figure_of(heat_map: HeatMap, subtitle: str = "") -> Any:
     from matplotlib.figure import Figure
 
     rows, columns = len(heat_map.y), len(heat_map.x)
-    shared: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    shared: dict[Any, list[str]] = {}
     for label, values in heat_map.series.items():
         shape = (len(values), *{len(row) for row in values})
         if shape != (rows, columns):
             raise ValueError(f"{label} has the shape {shape}: expected {(rows, columns)}")
-        shared.setdefault(values, []).append(label)
+        shared.setdefault((values, heat_map.intervals.get(label)), []).append(label)
     size = (1.5 + len(shared) * (1.6 + 0.75 * columns), 2.2 + (0.55 if heat_map.intervals else 0.45) * rows)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shared), squeeze=False, sharey=True)[0]
-    for axis, (values, labels) in zip(panels, shared.items(), strict=True):
+    for axis, ((values, intervals), labels) in zip(panels, shared.items(), strict=True):
         image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for row, line in enumerate(values):
             for column, share in enumerate(line):
                 if not math.isfinite(share):
                     continue
-                interval = heat_map.intervals.get(labels[0])
+                interval = intervals and all(map(math.isfinite, intervals[row][column]))
                 at = "bottom" if interval else "center"
                 axis.text(column, row, f"{100 * share:.0f}", ha="center", va=at, fontsize="small")
                 if interval:
-                    low, high = interval[row][column]
+                    low, high = intervals[row][column]
                     text = f"{100 * low:.0f}-{100 * high:.0f}"
                     axis.text(column, row, text, ha="center", va="top", fontsize="xx-small")
         axis.set_xticks(range(columns), heat_map.x_names or [tokens(x) for x in heat_map.x])

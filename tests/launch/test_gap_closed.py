@@ -13,15 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.callbacks.metrics import read_rows
+from pipeline.recipes.miras import miras_smollm2
 from tests.accept import KEPT
 from tests.launch.harness import single
 
 SEEDS = (0, 1)
-TRAINED = {"distillation": ("--model.distil", "full", "--steps", "112"), "cross-entropy": ()}
-"""Flags by the way of training. So many steps of distillation take the time of the recipe's cross-entropy: half an
-hour, at 15 s each on two cores, and 12 s without the teacher."""
+TRAINED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "distillation": (112, ("--model.distil", "full")),
+    "cross-entropy": (miras_smollm2().steps, ()),
+}
+"""Steps and flags by the way of training. So many steps of distillation take the time of the recipe's cross-entropy:
+half an hour, at 15 s each on two cores, and 12 s without the teacher."""
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 EVALUATED = ("--evaluation.steps", "4", "--evaluation.batch-size", "8", "--data.min-tokens", "512")
 """On shorter held-out documents too than those that it is trained on."""
@@ -49,9 +54,13 @@ def folder(runs: Path) -> Path:
     return folder
 
 
-def gap(run: Path, folder: Path, *words: str) -> Measured:
+def gap(run: Path, steps: int, folder: Path, *words: str) -> Measured:
     """Trains into `run`, or goes on with it, and measures."""
-    words = ("--model.backbone.pretrained", str(folder), "--data.tokenizer", str(folder), *words)
+    begun = run / "config.yaml"
+    if begun.exists():
+        # A run that goes on behind its last step has had another schedule.
+        assert yaml.safe_load(begun.read_text())["steps"] == steps, f"{run} was begun with other steps: remove it"
+    words = ("--model.backbone.pretrained", str(folder), "--data.tokenizer", str(folder), "--steps", str(steps), *words)
     done = single("pipeline", "train", "miras_smollm2", *words, "--output-dir", str(run), timeout=2 * 3600, **THREADS)
     assert done.returncode == 0, done.stderr
     last = (run / "checkpoints" / "latest").read_text().strip()
@@ -73,9 +82,9 @@ def by_position(out: Path, series: str) -> ByPosition:
 def measured(folder: Path, runs: Path) -> dict[tuple[str, int], Measured]:
     """All runs, by the way of training and seed."""
     return {
-        (name, seed): gap(runs / f"{name}-{seed}", folder, "--seed", str(seed), *flags)
+        (name, seed): gap(runs / f"{name}-{seed}", steps, folder, "--seed", str(seed), *flags)
         for seed in SEEDS
-        for name, flags in TRAINED.items()
+        for name, (steps, flags) in TRAINED.items()
     }
 
 

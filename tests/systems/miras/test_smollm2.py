@@ -117,7 +117,7 @@ def attention_products(system: System, config: RunConfig) -> Iterator[tuple[tupl
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
     """The least of several. On one thread it is the processor's time, which what else runs on the machine changes
-    little."""
+    little; that of several threads would be added up."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found = []
     for _ in range(repeats):
@@ -182,6 +182,6 @@ def test_a_step_takes_little_more_than_its_matrix_products(
         "share of all products": round((alone + inside) / whole, 3),
     }
     for name, value in figures.items():
-        record_property(f"{distil}, {cores} cores: {name}", value)
+        record_property(f"{distil}, {cores} {'core' if cores == 1 else 'cores'}: {name}", value)
     print(distil, cores, figures)
     assert whole <= 1.5 * (alone + inside)

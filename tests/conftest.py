@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -48,13 +48,13 @@ LONGEST = (
 process would be busy with them while the others have nothing left."""
 
 
+def longest_first(paths: Sequence[Path]) -> list[int]:
+    """The order of tests by their files: the longest, then those of many tests; what is in a file keeps its order."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    counts = Counter(paths)
+    return sorted(range(len(paths)), key=lambda i: (places.get(paths[i], len(places)), -counts[paths[i]]))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, then those of many tests; what is in a file keeps its order."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    counts = Counter(item.path for item in items)
-
-    def order(item: pytest.Item) -> tuple[int, int]:
-        return places.get(os.path.relpath(item.path, TESTS), len(places)), -counts[item.path]
-
-    items.sort(key=order)
+    items[:] = [items[i] for i in longest_first([item.path for item in items])]

@@ -7,7 +7,7 @@ namespace mnemos::store_slots {
 
 // Keys come in whole vectors of every instruction set, and in whole register tiles.
 constexpr int kDimMultiple = 16;
-constexpr int kPadding = 64;
+constexpr int kPadding = 32;
 
 constexpr int padded(int count) { return (count + kPadding - 1) / kPadding * kPadding; }
 
@@ -17,17 +17,24 @@ struct Half {
   const float* const* keys;      // rows of dim floats
   const float* inverse_weights;  // [padded(count)], 1 / weight; beyond count: anything above 0
   const float* inverse_roots;    // [padded(count)], 1 / sqrt(age + 1); beyond count: anything
-  float* packed;                 // scratch, [dim, padded(count)]
-  float* squares;                // scratch, [padded(count)]
+  float* packed;                 // [dim, padded(count)], made by Kernels::pack
+  float* squares;                // [padded(count)], likewise
 };
 
-// For each key of the first half the cost of its cheapest merge, and with which key of the second.
-using Nearest = void (*)(const Half& first, const Half& second, int dim, float* cost, int32_t* partner);
+struct Kernels {
+  // Lays the keys out for `nearest`.
+  void (*pack)(const Half& half, int dim);
+  // For each key begin <= i < end of the first half the cost of its cheapest merge, and with which key of the second.
+  void (*nearest)(
+      const Half& first, const Half& second, int dim, int begin, int end, float* cost, int32_t* partner);
+  // To bfloat16; count is a multiple of kDimMultiple.
+  void (*narrow)(const float* from, uint16_t* to, int64_t count);
+};
 
-Nearest nearest_generic();
+Kernels kernels_generic();
 #if defined(__x86_64__)
-Nearest nearest_avx2();
-Nearest nearest_avx512();
+Kernels kernels_avx2();
+Kernels kernels_avx512();
 #endif
 
 }  // namespace mnemos::store_slots

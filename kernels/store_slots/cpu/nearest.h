@@ -9,13 +9,14 @@ namespace MNEMOS_ISA {
 namespace {
 
 using store_slots::Half;
+using store_slots::Kernels;
 using store_slots::padded;
 
 constexpr float kInfinity = __builtin_inff();
 
 // Transposes the keys, and sums their squares in the order in which a product is summed: of equal keys the squared
 // distance is 0 then, and not what rounding leaves.
-MNEMOS_INLINE void pack(const Half& half, int dim) {
+void pack(const Half& half, int dim) {
   const int columns = padded(half.count);
   for (int first = 0; first < columns; first += VL) {
     for (int i = 0; i < dim; i += VL) {
@@ -36,54 +37,69 @@ MNEMOS_INLINE void pack(const Half& half, int dim) {
   }
 }
 
-void run_nearest(const Half& first, const Half& second, int dim, float* cost, int32_t* partner) {
-  static_assert(store_slots::kPadding % (NV * VL) == 0 && store_slots::kDimMultiple % VL == 0);
-  pack(first, dim);
-  pack(second, dim);
+// The least cost of each lane of MR rows so far, and whose it is.
+struct Least {
+  vec cost[MR];
+  ivec at[MR];
+};
+
+// Against N vectors of keys, from `column` on.
+template <int N>
+MNEMOS_INLINE void compare(const Half& first, const Half& second, int dim, int top, int column, Least& least) {
   const int rows = padded(first.count), columns = padded(second.count);
-  for (int row = 0; row < first.count; row += MR) {
+  vec products[MR][N];
+  clear(products);
+  multiply<true, false>(products, first.packed + top, rows, second.packed + column, columns, dim);
+  MNEMOS_UNROLL
+  for (int n = 0; n < N; ++n) {
+    const int j = column + n * VL;
+    const vec squares = load(second.squares + j), weights = load(second.inverse_weights + j);
+    const vec roots = load(second.inverse_roots + j);
+    const ivec index = lanes(j);
+    MNEMOS_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      const int i = top + r;
+      const vec apart = splat(first.squares[i]) + squares - (products[r][n] + products[r][n]);
+      const vec root = splat(first.inverse_roots[i]);
+      // w u / (w + u) for weights w and u, over the root of the younger's age.
+      const vec found = (apart < 0 ? vec{} : apart) * (root > roots ? root : roots) /
+                        (splat(first.inverse_weights[i]) + weights);
+      const ivec better = found < least.cost[r];
+      least.cost[r] = better ? found : least.cost[r];
+      least.at[r] = better ? index : least.at[r];
+    }
+  }
+}
+
+void nearest(const Half& first, const Half& second, int dim, int begin, int end, float* cost, int32_t* partner) {
+  static_assert(store_slots::kPadding % (NV * VL / 2) == 0 && NV % 2 == 0 && store_slots::kDimMultiple % VL == 0);
+  const int rows = padded(first.count), columns = padded(second.count);
+  for (int row = begin; row < end; row += MR) {
     // The last rows of a tile may be those of the padding, or of the tile before.
     const int top = row + MR <= rows ? row : rows - MR;
-    vec least[MR];
-    ivec at[MR];
+    Least least;
     MNEMOS_UNROLL
-    for (int r = 0; r < MR; ++r) least[r] = splat(kInfinity), at[r] = ivec{};
-    for (int column = 0; column < columns; column += NV * VL) {
-      vec products[MR][NV];
-      clear(products);
-      multiply<true, false>(products, first.packed + top, rows, second.packed + column, columns, dim);
-      MNEMOS_UNROLL
-      for (int n = 0; n < NV; ++n) {
-        const int j = column + n * VL;
-        const vec squares = load(second.squares + j), weights = load(second.inverse_weights + j);
-        const vec roots = load(second.inverse_roots + j);
-        const ivec index = lanes(j);
-        MNEMOS_UNROLL
-        for (int r = 0; r < MR; ++r) {
-          const int i = top + r;
-          const vec apart = splat(first.squares[i]) + squares - (products[r][n] + products[r][n]);
-          const vec root = splat(first.inverse_roots[i]);
-          // w u / (w + u) for weights w and u, over the root of the younger's age.
-          const vec found = (apart < 0 ? vec{} : apart) * (root > roots ? root : roots) /
-                            (splat(first.inverse_weights[i]) + weights);
-          const ivec better = found < least[r];
-          least[r] = better ? found : least[r];
-          at[r] = better ? index : at[r];
-        }
-      }
-    }
-    for (int r = 0; r < MR; ++r) {
-      if (top + r >= first.count) break;
+    for (int r = 0; r < MR; ++r) least.cost[r] = splat(kInfinity), least.at[r] = ivec{};
+    int column = 0;
+    for (; column + NV * VL <= columns; column += NV * VL) compare<NV>(first, second, dim, top, column, least);
+    if (column < columns) compare<NV / 2>(first, second, dim, top, column, least);
+    for (int r = row - top; r < MR && top + r < end; ++r) {
       float best = kInfinity;
       int32_t which = 0;
       for (int i = 0; i < VL; ++i)
-        if (least[r][i] < best || (least[r][i] == best && best < kInfinity && at[r][i] < which))
-          best = least[r][i], which = at[r][i];
+        if (least.cost[r][i] < best || (least.cost[r][i] == best && best < kInfinity && least.at[r][i] < which))
+          best = least.cost[r][i], which = least.at[r][i];
       cost[top + r] = best;
       partner[top + r] = which;
     }
   }
 }
+
+void narrow(const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL) store(reinterpret_cast<Bfloat16*>(to + i), load(from + i));
+}
+
+constexpr Kernels kKernels = {pack, nearest, narrow};
 
 }  // namespace
 }  // namespace MNEMOS_ISA

@@ -27,6 +27,6 @@
 #endif
 
 namespace mnemos::store_slots {
-Nearest nearest_avx2() { return avx2::run_nearest; }
+Kernels kernels_avx2() { return avx2::kKernels; }
 }  // namespace mnemos::store_slots
 #endif

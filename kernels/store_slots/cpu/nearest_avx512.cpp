@@ -27,6 +27,6 @@
 #endif
 
 namespace mnemos::store_slots {
-Nearest nearest_avx512() { return avx512::run_nearest; }
+Kernels kernels_avx512() { return avx512::kKernels; }
 }  // namespace mnemos::store_slots
 #endif

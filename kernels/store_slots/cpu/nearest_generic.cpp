@@ -6,5 +6,5 @@
 #include "store_slots/cpu/nearest.h"
 
 namespace mnemos::store_slots {
-Nearest nearest_generic() { return generic::run_nearest; }
+Kernels kernels_generic() { return generic::kKernels; }
 }  // namespace mnemos::store_slots

@@ -1,4 +1,4 @@
-// store_slots for CPU tensors: checks, and the streams' heads for torch's threads.
+// store_slots for CPU tensors: checks, and what torch's threads do.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -37,14 +37,6 @@ float as_float(uint16_t x) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-void put(float x, float& to) { to = x; }
-void put(float x, uint16_t& to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  // To nearest, ties to even. A NaN would round to infinity.
-  to = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // What is in a slot, or a token that may come into one.
@@ -86,30 +78,62 @@ class HalfOf {
 template <class T>
 class Store {
  public:
-  Store(const Step& p, const void* k, const void* v, void* found_keys, void* found_values, Nearest nearest)
+  Store(const Step& p, const void* k, const void* v, void* found_keys, void* found_values, Kernels kernels)
       : p_(p), k_(static_cast<const T*>(k)), v_(static_cast<const T*>(v)), found_keys_(static_cast<T*>(found_keys)),
-        found_values_(static_cast<T*>(found_values)), nearest_(nearest), now_(p.slots, p.dim), next_(p.slots, p.dim),
-        token_keys_(p.tokens * p.dim), token_values_(p.tokens * p.dim), half_((p.slots + p.tokens + 1) / 2),
-        first_(half_, p.dim), second_(half_, p.dim), cost_(half_), partner_(half_), by_place_(p.slots + p.tokens) {
+        found_values_(static_cast<T*>(found_values)), kernels_(kernels), now_(p.slots, p.dim), next_(p.slots, p.dim),
+        token_keys_(p.tokens * p.dim), token_values_(p.tokens * p.dim), most_((p.slots + p.tokens + 1) / 2),
+        first_half_(most_, p.dim), second_half_(most_, p.dim), cost_(most_), partner_(most_),
+        by_place_(p.slots + p.tokens) {
     for (int64_t i = 0; i < p.slots + p.tokens; ++i) by_place_[p.order[i]] = i;
   }
 
-  void run(int64_t row, int64_t head) {
+  void begin(int64_t row, int64_t head) {
+    row_ = row, head_ = head;
     const int64_t at = (row * p_.heads + head) * p_.slots;
     copy(p_.keys + at * p_.dim, now_.keys);
     copy(p_.values + at * p_.dim, now_.values);
     copy(p_.counts + at, now_.counts);
     copy(p_.ages + at, now_.ages);
     copy(p_.weights + at, now_.weights);
-    for (int64_t chunk = 0; chunk < p_.chunks; ++chunk) {
-      const int64_t index = row * p_.chunks + chunk;
-      give((index * p_.heads + head) * p_.slots);
-      if (!p_.goes_on[index]) std::fill(now_.counts.begin(), now_.counts.end(), 0.0f);
-      gather(index, head);
-      if (static_cast<int64_t>(candidates_.size()) > p_.slots) choose();
-      move();
-      std::swap(now_, next_);
-    }
+  }
+
+  // All candidates of a chunk, ready to be compared.
+  void prepare(int64_t chunk) {
+    index_ = row_ * p_.chunks + chunk;
+    const int64_t at = (index_ * p_.heads + head_) * p_.slots;
+    std::copy(now_.counts.begin(), now_.counts.end(), p_.found_counts + at);
+    std::copy(now_.ages.begin(), now_.ages.end(), p_.found_ages + at);
+    if (!p_.goes_on[index_]) std::fill(now_.counts.begin(), now_.counts.end(), 0.0f);
+    gather();
+    if (!too_many()) return;
+    first_ = first_half_.of(candidates_, 0);
+    second_ = second_half_.of(candidates_, 1);
+    kernels_.pack(first_, p_.dim);
+    kernels_.pack(second_, p_.dim);
+  }
+
+  // A share of what takes time, independent of the others: the keys and values that the chunk finds, and the costs.
+  void share(int64_t number, int64_t of) {
+    const auto border = [&](int64_t all, int64_t shares) { return all * shares / of; };
+    const int64_t slot = border(p_.slots, number), size = (border(p_.slots, number + 1) - slot) * p_.dim;
+    const int64_t to = ((index_ * p_.heads + head_) * p_.slots + slot) * p_.dim;
+    give(&now_.keys[slot * p_.dim], size, found_keys_ + to);
+    give(&now_.values[slot * p_.dim], size, found_values_ + to);
+    if (!too_many()) return;
+    const int begin = static_cast<int>(border(first_.count, number));
+    const int end = static_cast<int>(border(first_.count, number + 1));
+    kernels_.nearest(first_, second_, p_.dim, begin, end, cost_.data(), partner_.data());
+  }
+
+  void finish() {
+    gone_.clear();
+    if (too_many()) choose();
+    move();
+    std::swap(now_, next_);
+  }
+
+  void end() const {
+    const int64_t at = (row_ * p_.heads + head_) * p_.slots;
     std::copy(now_.keys.begin(), now_.keys.end(), p_.keys + at * p_.dim);
     std::copy(now_.values.begin(), now_.values.end(), p_.values + at * p_.dim);
     std::copy(now_.counts.begin(), now_.counts.end(), p_.counts + at);
@@ -120,30 +144,26 @@ class Store {
  private:
   static void copy(const float* from, std::vector<float>& to) { std::copy(from, from + to.size(), to.begin()); }
 
-  // What a chunk finds.
-  void give(int64_t at) const {
-    for (size_t i = 0; i < now_.keys.size(); ++i) put(now_.keys[i], found_keys_[at * p_.dim + i]);
-    for (size_t i = 0; i < now_.values.size(); ++i) put(now_.values[i], found_values_[at * p_.dim + i]);
-    std::copy(now_.counts.begin(), now_.counts.end(), p_.found_counts + at);
-    std::copy(now_.ages.begin(), now_.ages.end(), p_.found_ages + at);
-  }
+  void give(const float* from, int64_t count, float* to) const { std::copy(from, from + count, to); }
+  void give(const float* from, int64_t count, uint16_t* to) const { kernels_.narrow(from, to, count); }
+
+  bool too_many() const { return static_cast<int64_t>(candidates_.size()) > p_.slots; }
 
   // All that is there, in the order in which it is halved.
-  void gather(int64_t index, int64_t head) {
+  void gather() {
     for (int64_t t = 0; t < p_.tokens; ++t) {
-      const int64_t from = ((index * p_.tokens + t) * p_.heads + head) * p_.dim;
+      const int64_t from = ((index_ * p_.tokens + t) * p_.heads + head_) * p_.dim;
       for (int i = 0; i < p_.dim; ++i) token_keys_[t * p_.dim + i] = as_float(k_[from + i]);
       for (int i = 0; i < p_.dim; ++i) token_values_[t * p_.dim + i] = as_float(v_[from + i]);
     }
     candidates_.clear();
-    gone_.clear();
-    const bool* taken = p_.taken + index * p_.tokens;
+    const bool* taken = p_.taken + index_ * p_.tokens;
     for (int64_t i : by_place_) {
       const int64_t token = i - p_.slots;
       if (token >= 0) {
         if (!taken[token]) continue;
         const float age = static_cast<float>(p_.tokens - token);
-        const float weight = p_.token_weights[(index * p_.tokens + token) * p_.heads + head];
+        const float weight = p_.token_weights[(index_ * p_.tokens + token) * p_.heads + head_];
         candidates_.push_back({&token_keys_[token * p_.dim], &token_values_[token * p_.dim], 1.0f, age, weight});
       } else if (now_.counts[i] > 0) {
         const float age = now_.ages[i] + static_cast<float>(p_.tokens);
@@ -156,10 +176,8 @@ class Store {
   // The cheapest merges, as many as there are candidates too many: pairs of what goes and where to.
   void choose() {
     const size_t over = candidates_.size() - p_.slots;
-    const Half first = first_.of(candidates_, 0), second = second_.of(candidates_, 1);
-    nearest_(first, second, p_.dim, cost_.data(), partner_.data());
-    chosen_.resize(first.count);
-    for (int i = 0; i < first.count; ++i) chosen_[i] = i;
+    chosen_.resize(first_.count);
+    for (int i = 0; i < first_.count; ++i) chosen_[i] = i;
     const auto cheaper = [&](int i, int j) { return cost_[i] != cost_[j] ? cost_[i] < cost_[j] : i < j; };
     std::nth_element(chosen_.begin(), chosen_.begin() + over - 1, chosen_.end(), cheaper);
     std::sort(chosen_.begin(), chosen_.begin() + over);
@@ -218,13 +236,15 @@ class Store {
   static constexpr int64_t kGone = -1;
 
   const Step& p_;
+  int64_t row_ = 0, head_ = 0, index_ = 0;
   const T *k_, *v_;
   T *found_keys_, *found_values_;
-  Nearest nearest_;
+  Kernels kernels_;
   Stored now_, next_;
   std::vector<float> token_keys_, token_values_;
-  int64_t half_;  // candidates of a half at the most
-  HalfOf first_, second_;
+  int64_t most_;  // candidates of a half
+  HalfOf first_half_, second_half_;
+  Half first_ = {}, second_ = {};  // with more candidates than slots
   std::vector<float> cost_;
   std::vector<int32_t> partner_;
   std::vector<int64_t> by_place_, place_;
@@ -233,17 +253,59 @@ class Store {
   std::vector<Merge> gone_;
 };
 
-Nearest nearest() {
+Kernels kernels() {
   switch (cpu_isa()) {
 #if defined(__x86_64__)
     case Isa::avx512_bf16:
     case Isa::avx512:
-      return nearest_avx512();
+      return kernels_avx512();
     case Isa::avx2:
-      return nearest_avx2();
+      return kernels_avx2();
 #endif
     default:
-      return nearest_generic();
+      return kernels_generic();
+  }
+}
+
+// As many streams' heads as threads have equally many go to one thread each; threads share each of the others, chunk by
+// chunk.
+template <class T>
+void run(const Step& p, const void* k, const void* v, void* found_keys, void* found_values) {
+  const auto store = [&] { return Store<T>(p, k, v, found_keys, found_values, kernels()); };
+  const int64_t units = p.batch * p.heads, threads = torch::stable::get_num_threads();
+  const int64_t shared = units % threads, whole = units - shared;
+  torch::stable::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    Store<T> own = store();
+    for (int64_t unit = begin; unit < end; ++unit) {
+      own.begin(unit / p.heads, unit % p.heads);
+      for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+        own.prepare(chunk);
+        own.share(0, 1);
+        own.finish();
+      }
+      own.end();
+    }
+  });
+  if (shared == 0) return;
+  std::vector<Store<T>> stores;
+  stores.reserve(shared);
+  for (int64_t i = 0; i < shared; ++i) stores.push_back(store());
+  const int64_t shares = threads / shared;
+  for (int64_t chunk = 0; chunk <= p.chunks; ++chunk) {
+    torch::stable::parallel_for(0, shared, 1, [&](int64_t begin, int64_t end) {
+      const FlushDenormals flush;
+      for (int64_t i = begin; i < end; ++i) {
+        if (chunk == 0) stores[i].begin((whole + i) / p.heads, (whole + i) % p.heads);
+        if (chunk > 0) stores[i].finish();
+        chunk < p.chunks ? stores[i].prepare(chunk) : stores[i].end();
+      }
+    });
+    if (chunk == p.chunks) break;
+    torch::stable::parallel_for(0, shared * shares, 1, [&](int64_t begin, int64_t end) {
+      const FlushDenormals flush;
+      for (int64_t i = begin; i < end; ++i) stores[i / shares].share(i % shares, shares);
+    });
   }
 }
 
@@ -310,18 +372,11 @@ void store_slots(
       static_cast<const bool*>(goes_on.const_data_ptr()), places, static_cast<const float*>(weights.const_data_ptr()),
       floats(keys), floats(values), floats(counts), floats(ages), floats(slot_weights), floats(found_counts),
       floats(found_ages)};
-  const Nearest kernel = nearest();
-  torch::stable::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-    const FlushDenormals flush;
-    const auto all = [&](auto store) {
-      for (int64_t unit = begin; unit < end; ++unit) store.run(unit / heads, unit % heads);
-    };
-    void *to_k = found_keys.mutable_data_ptr(), *to_v = found_values.mutable_data_ptr();
-    if (dtype == ScalarType::BFloat16)
-      all(Store<uint16_t>(p, k.const_data_ptr(), v.const_data_ptr(), to_k, to_v, kernel));
-    else
-      all(Store<float>(p, k.const_data_ptr(), v.const_data_ptr(), to_k, to_v, kernel));
-  });
+  void *to_k = found_keys.mutable_data_ptr(), *to_v = found_values.mutable_data_ptr();
+  if (dtype == ScalarType::BFloat16)
+    run<uint16_t>(p, k.const_data_ptr(), v.const_data_ptr(), to_k, to_v);
+  else
+    run<float>(p, k.const_data_ptr(), v.const_data_ptr(), to_k, to_v);
 }
 
 }  // namespace

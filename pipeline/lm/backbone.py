@@ -1,7 +1,7 @@
 """The decoder of a language-model system, as transformers builds it: its layers run here one by one, on our attention.
 
 The layers are transformers' own, norms of queries and keys, clipping and biases included. They rotate queries and keys
-before they call attention; given `unrotated`, they rotate by nothing, and our attention rotates after the exchange
+before they call attention; given `UNROTATED`, they rotate by nothing, and our attention rotates after the exchange
 (`pipeline.lm.attention`), where positions can be rebased.
 """
 
@@ -43,6 +43,30 @@ def rope_of(backbone: Any) -> Rope:
     return Rope(rotary.inv_freq.double(), float(rotary.attention_scaling))
 
 
-def unrotated(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The `position_embeddings` with which a layer rotates by nothing: cosine and sine [1, 1, 1] like `hidden`."""
-    return hidden.new_ones(1, 1, 1), hidden.new_zeros(1, 1, 1)
+class _Factor:
+    """Stands for a tensor of one number in products with tensors: nothing is computed, and nothing kept for the
+    backward pass. torch.compile traces it."""
+
+    def unsqueeze(self, _dim: int) -> Any:
+        return self
+
+
+class _One(_Factor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x, _one = args
+        return x
+
+
+class _Zero(_Factor):
+    """Also what it makes of a product."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x, zero = args
+        return x if function is torch.Tensor.add else zero
+
+
+UNROTATED: Any = (_One(), _Zero())
+"""The `position_embeddings`, cosine and sine, with which a layer rotates by nothing: its `q * cos + rotate_half(q) *
+sin` is q itself."""

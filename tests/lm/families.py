@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
-from pipeline.lm.backbone import rope_of, unrotated
+from pipeline.lm.backbone import UNROTATED, rope_of
 from pipeline.lm.config import AttentionConfig
 from pipeline.parallel.topology import Topology
 
@@ -85,5 +85,5 @@ def our_logits(
     plan = plan_attention(attention, backbone.config, rope_of(backbone), segments, positions, None, hidden)
     call = AttentionCall(plan, topology, [None] * len(backbone.model.layers))
     for layer in backbone.model.layers:
-        hidden = layer(hidden, position_embeddings=unrotated(hidden), attention_call=call, beside=Beside())
+        hidden = layer(hidden, position_embeddings=UNROTATED, attention_call=call, beside=Beside())
     return backbone.lm_head(backbone.model.norm(hidden))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
-from pipeline.lm.backbone import build_backbone, rope_of, unrotated
+from pipeline.lm.backbone import UNROTATED, build_backbone, rope_of
 from pipeline.lm.config import AttentionConfig
 from pipeline.lm.decoder_config import head_dim, kv_heads, norm_eps
 from pipeline.lm.distillation import places
@@ -150,13 +150,12 @@ class MirasModel(nn.Module):
         """One layer with its memory, of hidden [batch, sequence / degree, width]."""
         layers = self.backbone.model.layers
         attachment = step.kinds[index].attachment if index in step.kinds else None
-        no_rotation = unrotated(hidden)
 
         def block(hidden: Tensor, gate: Tensor | None) -> Tensor:
             beside = Beside(gate)
             if attachment in INSIDE:
                 beside = beside_attention(self.memory[str(index)], index, hidden, step)
-            return layers[index](hidden, position_embeddings=no_rotation, attention_call=step.attention, beside=beside)
+            return layers[index](hidden, position_embeddings=UNROTATED, attention_call=step.attention, beside=beside)
 
         def remember(hidden: Tensor) -> tuple[Tensor, MemoryCarry, MemoryHealth]:
             carry, topology = own_carry(step.before[index].memory), step.attention.topology

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.lm.attention import AttentionCall, Beside
-from pipeline.lm.backbone import unrotated
+from pipeline.lm.backbone import UNROTATED
 from pipeline.lm.loss_head import LossHead
 from pipeline.systems.miras.config import DistillationConfig, MirasConfig
 
@@ -71,10 +71,9 @@ class Teacher:
     @torch.no_grad()
     def run(self, backbone: Any, hidden: Tensor, call: AttentionCall, first: int) -> None:
         """The layers from `first` on, of hidden [batch, sequence / degree, width]; keeps what is compared alone."""
-        rotation = unrotated(hidden)
         layers = backbone.model.layers if self.config.kl else backbone.model.layers[: max(self.layers) + 1]
         for index, layer in enumerate(layers[first:], start=first):
-            hidden = layer(hidden, position_embeddings=rotation, attention_call=call, beside=Beside())
+            hidden = layer(hidden, position_embeddings=UNROTATED, attention_call=call, beside=Beside())
             self._said[index] = self._seen(index, hidden, call)
         if self.config.kl:
             self._last = backbone.model.norm(self._at(hidden))

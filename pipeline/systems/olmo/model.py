@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from pipeline.lm.attention import AttentionCall, Beside, plan_attention
-from pipeline.lm.backbone import build_backbone, rope_of, unrotated
+from pipeline.lm.backbone import UNROTATED, build_backbone, rope_of
 from pipeline.lm.config import AttentionConfig
 from pipeline.ops.attention import Rope
 from pipeline.parallel.topology import Topology
@@ -67,12 +67,12 @@ class OlmoModel(nn.Module):
         if self._rope is None:
             self._rope = rope_of(self.backbone)
         plan = plan_attention(self.attention, self.backbone.config, self._rope, segment_ids, positions, None, hidden)
-        call, no_rotation, beside = AttentionCall(plan, topology, []), unrotated(hidden), Beside()
+        call, beside = AttentionCall(plan, topology, []), Beside()
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.backbone.model.layers:
 
             def block(hidden: Tensor, layer: nn.Module = layer) -> Tensor:
-                return layer(hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
+                return layer(hidden, position_embeddings=UNROTATED, attention_call=call, beside=beside)
 
             hidden = checkpoint(block, hidden, use_reentrant=False) if recompute else block(hidden)
         hidden = self.backbone.model.norm(hidden)

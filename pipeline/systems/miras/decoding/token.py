@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.lm.attention import Beside, layer_number
-from pipeline.lm.backbone import unrotated
+from pipeline.lm.backbone import UNROTATED
 from pipeline.ops.key_cache import TokenPlan, plan_token
 from pipeline.ops.rope import Rope
 from pipeline.systems.miras.attachments import output_gate
@@ -65,7 +65,7 @@ def run_token(
     plan = plan_token(state.lengths, rope=rope, window=cache.window, sinks=cache.sinks, like=hidden)
     slots = next((steps for steps in memories.values() if isinstance(steps, SlotSteps)), None)
     slot_plan = None if slots is None else slots.plan(plan, state.lengths, rope, hidden.dtype)
-    call, no_rotation = TokenCall(plan, state, memories, slot_plan), unrotated(hidden)
+    call = TokenCall(plan, state, memories, slot_plan)
     for index, block in enumerate(decoder.layers):
         steps, memory = memories.get(index), state.layers[index].memory
         beside, added = Beside(), None
@@ -82,7 +82,7 @@ def run_token(
             beside = Beside(tokens=[steps.inputs(hidden)])
         elif isinstance(steps, SlotSteps):
             beside = Beside(tokens=[steps.branch.shift(hidden)])
-        hidden = block(hidden, position_embeddings=no_rotation, attention_call=call, beside=beside)
+        hidden = block(hidden, position_embeddings=UNROTATED, attention_call=call, beside=beside)
         hidden = hidden if added is None else hidden + added
     normed: Tensor = decoder.norm(hidden)
     return normed

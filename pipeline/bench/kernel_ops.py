@@ -249,7 +249,8 @@ def _slots(x: Sequence[Tensor], backend: str) -> Tensor:
             "the native kernel of slot_attention takes float32 and bfloat16, and heads of a multiple of 16"
         )
     plan, slots = _stored(Shape(*q.shape), q.dtype, "native" if backend == "cpu" else "sdpa")
-    maps = SlotMaps(*q.new_zeros(2, q.shape[2], q.shape[3], q.shape[3]))
+    heads, dim = q.shape[2:]
+    maps = SlotMaps(*q.new_zeros(2, heads, dim, dim), q.new_zeros(heads, dim))
     return slot_attention(q, k, v, plan, None, slots, maps, shift, q.shape[3] ** -0.5)
 
 

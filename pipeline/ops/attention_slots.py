@@ -212,6 +212,7 @@ def slot_attention(
         return attention_slots_native.slot_attention(q, k, v, plan.layout, earlier, seen, ages, maps, scale)
     if maps is not None:
         keys, values = maps.read(keys, values)
+        seen = seen._replace(shift=maps.shifted(shift, q))
     if earlier is not None:
         assert plan.carry_rotation is not None
         earlier = rotate(earlier[0], plan.carry_rotation), earlier[1]

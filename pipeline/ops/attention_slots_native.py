@@ -99,19 +99,21 @@ def slot_attention(
         k, v = (torch.cat(pair, dim=1) for pair in zip(earlier, (k, v), strict=True))
     if {x.dtype for x in (k, v, seen.keys, seen.values, seen.sink_k, seen.sink_v)} != {q.dtype}:
         raise ValueError(f"q is {q.dtype}: k, v, slots and sinks have to be of its dtype")
-    out, slot_out, _ = torch.ops.mnemos.slot_attention(
+    out, *_ = torch.ops.mnemos.slot_attention(
         q.contiguous(), k.contiguous(), v.contiguous(), layout.documents, seen.keys.contiguous(),
         seen.values.contiguous(), seen.counts.float().contiguous(), ages.float().contiguous(),
-        None if maps is None else maps.keys.to(k.dtype).contiguous(), seen.shift.float().contiguous(),
-        seen.sink_k.contiguous(), seen.sink_v.contiguous(), layout.sinks_seen, layout.turns, layout.places, layout.back,
-        layout.window, layout.chunk, scale,
+        *_prepared(maps, k.dtype), seen.shift.float().contiguous(), seen.sink_k.contiguous(), seen.sink_v.contiguous(),
+        layout.sinks_seen, layout.turns, layout.places, layout.back, layout.window, layout.chunk, scale,
     )  # fmt: skip
+    found: Tensor = out
+    return found
+
+
+def _prepared(maps: SlotMaps | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """The op's key_map, value_map and shift_query."""
     if maps is None:
-        found: Tensor = out
-        return found
-    # What a query reads of the slots' values is mapped, in place of every slot's: there are fewer.
-    by_head = slot_out.unflatten(2, (maps.values.shape[0], -1))
-    return out + torch.einsum("btkgd,kde->btkge", by_head, maps.values.to(out.dtype)).flatten(2, 3)
+        return None, None, None
+    return maps.keys.to(dtype).contiguous(), maps.values.to(dtype).contiguous(), maps.query.float().contiguous()
 
 
 @functools.cache
@@ -122,36 +124,44 @@ def _register() -> None:
     torch.library.register_autograd(f"mnemos::{OP}_backward", _backward_twice)
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, slot_k: Tensor, slot_v: Tensor, counts: Tensor, ages: Tensor,
+    key_map: Tensor | None, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(q), lse
+    rows = 0 if key_map is None else q.shape[0]
+    return torch.empty_like(q), q.new_empty((rows, *q.shape[1:])), lse
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_slot_out: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, slot_k: Tensor,
-    slot_v: Tensor, counts: Tensor, ages: Tensor, key_map: Tensor | None, shift: Tensor, sink_k: Tensor, sink_v: Tensor,
-    *_: Any,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, slot_k: Tensor, slot_v: Tensor,
+    counts: Tensor, ages: Tensor, key_map: Tensor | None, value_map: Tensor | None, shift_query: Tensor | None,
+    shift: Tensor, sink_k: Tensor, sink_v: Tensor, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sums = (torch.empty_like(x, dtype=torch.float32) for x in (k, v))
     batch, chunks, kv_heads, dim = (slot_k.shape[index] for index in (0, 1, 2, 4))
     rows = batch if key_map is not None else 0
-    grad_map = q.new_empty((rows, chunks, kv_heads, dim, dim), dtype=torch.float32)
-    return torch.empty_like(q), *sums, grad_map, *(torch.empty_like(x) for x in (shift, sink_k, sink_v))
+    shapes = ((kv_heads, dim, dim), (kv_heads, dim, dim), (q.shape[2], dim))
+    maps = (q.new_empty((rows, chunks, *shape), dtype=torch.float32) for shape in shapes)
+    return torch.empty_like(q), *sums, *maps, *(torch.empty_like(x) for x in (shift, sink_k, sink_v))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs[:16], *output)
-    ctx.sizes = inputs[16:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:18], *output)
+    ctx.sizes = inputs[18:]
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_slot_out: Tensor, _: Tensor | None) -> tuple:
-    k, v, key_map = (ctx.saved_tensors[index] for index in (1, 2, 8))
-    grad_q, grad_k, grad_v, grad_map, *others = torch.ops.mnemos.slot_attention_backward(
-        grad_out.contiguous(), grad_slot_out.contiguous(), *ctx.saved_tensors, *ctx.sizes
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
+    k, v, *maps = (ctx.saved_tensors[index] for index in (1, 2, 8, 9, 10))
+    grad_q, grad_k, grad_v, *others = torch.ops.mnemos.slot_attention_backward(
+        grad_out.contiguous(), *ctx.saved_tensors, *ctx.sizes
     )
-    grad_map = None if key_map is None else grad_map.sum((0, 1)).to(key_map.dtype)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), *[None] * 5, grad_map, *others, *[None] * 7
+    by_map = (
+        None if one is None else by_chunk.sum((0, 1)).to(one.dtype)
+        for one, by_chunk in zip(maps, others[:3], strict=True)
+    )  # fmt: skip
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), *[None] * 5, *by_map, *others[3:], *[None] * 7
 
 
 def _backward_twice(ctx: Any, *_: Tensor) -> None:
@@ -227,19 +237,22 @@ def results(dtype: torch.dtype, sizes: Sizes, seed: int) -> dict[str, tuple[Tens
         inputs |= {name: normal(batch, window, kv_heads, dim) for name in ("old_k", "old_v")}
     if mapped:
         maps = {name: normal(kv_heads, dim, dim).double() * dim**-0.5 for name in ("key_map", "value_map")}
+        maps["shift_query"] = normal(heads, dim).double() * dim**-0.5
         inputs |= {name: change.to(dtype) for name, change in maps.items()}
     stored = [normal(batch, chunks, kv_heads, slots, dim) for _ in range(2)]
     probe = normal(batch, tokens, heads, dim)
 
     def run(precise: bool) -> dict[str, Tensor]:
         x = {name: (one.double() if precise else one).detach().clone().requires_grad_() for name, one in inputs.items()}
-        own_maps = SlotMaps(x["key_map"], x["value_map"]) if mapped else None
+        own_maps = SlotMaps(x["key_map"], x["value_map"], x["shift_query"]) if mapped else None
         slot_k, slot_v = (one.to(x["q"].dtype) for one in stored)
         seen = SlotKeys(slot_k, slot_v, counts.to(x["shift"].dtype), x["shift"], x["sink_k"], x["sink_v"])
         earlier = (x["old_k"], x["old_v"]) if carried else None
         with torch.enable_grad():
             if precise:
-                slot_k, slot_v = (slot_k, slot_v) if own_maps is None else own_maps.read(slot_k, slot_v)
+                if own_maps is not None:
+                    slot_k, slot_v = own_maps.read(slot_k, slot_v)
+                    seen = seen._replace(shift=own_maps.shifted(x["shift"], x["q"]))
                 by_age = one_after_another(places, Rotation(*(one[ages.clamp_max(50)] for one in back)))
                 seen = seen._replace(keys=turn(slot_k, *by_age), values=slot_v)
                 turned = turn(x["q"], *own_turns), turn(x["k"], *own_turns)

@@ -71,12 +71,19 @@ class SlotKeys(NamedTuple):
 
 
 class SlotMaps(NamedTuple):
-    """How slots are read: k as k + k `keys`, v as v + v `values`."""
+    """How slots are read: k as k + k `keys`, v as v + v `values`; their logits with `q . query` added."""
 
     keys: Tensor
     """[kv_heads, dim, dim]."""
     values: Tensor
     """Like keys."""
+    query: Tensor
+    """[heads, dim]."""
+
+    def shifted(self, shift: Tensor, q: Tensor) -> Tensor:
+        """What is added to the logits of all slots, with `shift` [batch, tokens, heads] of q [batch, tokens, heads,
+        dim], before RoPE."""
+        return shift + torch.einsum("bthd,hd->bth", q, self.query.to(q.dtype))
 
     def read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Of keys and values [..., kv_heads, slots, dim]."""

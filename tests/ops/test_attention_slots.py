@@ -35,7 +35,8 @@ def inputs(tokens: int, seed: int = 0) -> dict[str, Tensor]:
 
     tokens_alone = {"q": noise(HEADS, DIM), "k": noise(KV_HEADS, DIM), "v": noise(KV_HEADS, DIM), "shift": noise(HEADS)}
     maps = torch.randn(2, KV_HEADS, DIM, DIM, generator=generator, dtype=torch.float64) * 0.5 * DIM**-0.5
-    return {**tokens_alone, "key_map": maps[0], "value_map": maps[1]}
+    query = torch.randn(HEADS, DIM, generator=generator, dtype=torch.float64) * DIM**-0.5
+    return {**tokens_alone, "key_map": maps[0], "value_map": maps[1], "shift_query": query}
 
 
 def row(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def attended(
     through maps where `x` has them."""
     segments, positions = (part.to(x["k"].device) for part in row(lengths))
     carry: WindowCarry | None = None
-    maps = SlotMaps(x["key_map"], x["value_map"]) if "key_map" in x else None
+    maps = SlotMaps(x["key_map"], x["value_map"], x["shift_query"]) if "key_map" in x else None
     importance = Importance(x["importance_key"], x["importance_value"]) if "importance_key" in x else None
     slots = Slots.empty(1, KV_HEADS, sizes["slots"], DIM, x["k"])
     outs = []
@@ -113,8 +114,10 @@ def test_it_is_the_token_loop(lengths: list[int], sinks: int, backend: str, weig
             if weighed:
                 logits = DIM**0.5 * keys @ x["importance_key"][own]
                 logits = logits + DIM * torch.nn.functional.normalize(values, dim=-1) @ x["importance_value"][own]
+            queries = x["q"][0, part, head]
+            shift = x["shift"][0, part, head] + queries @ x["shift_query"][head]
             expected, _ = slots_reference.attention(
-                x["q"][0, part, head], keys, values, (logits / 2).exp(), x["shift"][0, part, head],
+                queries, keys, values, (logits / 2).exp(), shift,
                 x["key_map"][own], x["value_map"][own], start,
                 frequencies=ROPE.inverse_frequencies, sinks=sinks, scale=SCALE * ROPE.attention_scaling**2, **SIZES,
             )  # fmt: skip

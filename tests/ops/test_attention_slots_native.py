@@ -89,6 +89,8 @@ def arguments() -> tuple:
         documents,
         *seen,
         normal(1, 16, 16),
+        normal(1, 16, 16),
+        normal(2, 16),
         shift,
         *sinks,
         turns,
@@ -108,7 +110,7 @@ def test_torch_knows_its_shapes_and_its_gradients() -> None:
     saved = [x.detach() if isinstance(x, torch.Tensor) else x for x in given_to]
     torch.library.opcheck(
         torch.ops.mnemos.slot_attention_backward.default,
-        (torch.ones_like(out), out.detach(), *saved[:16], out.detach(), slot_out.detach(), lse, *saved[16:]),
+        (torch.ones_like(out), *saved[:18], out.detach(), slot_out.detach(), lse, *saved[18:]),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -142,7 +144,8 @@ def test_threads_change_nothing() -> None:
         (0, torch.zeros(1, 30, 2, 16), "k must have q's tokens at its end"),
         (2, torch.zeros(1, 20, 1, 16, dtype=torch.float64), "v has an unexpected dtype"),
         (3, torch.zeros(1, 19, dtype=torch.int64), "documents has an unexpected shape"),
-        (17, 0, "chunk at least 1"),
+        (9, None, "key_map, value_map and shift_query come together"),
+        (19, 0, "chunk at least 1"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -169,18 +172,37 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_strided_tensors_are_taken() -> None:
-    q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, *layout, scale = arguments()
-    sinks_seen, turns, places, back, window, chunk = layout
+    (
+        q,
+        k,
+        v,
+        documents,
+        slot_k,
+        slot_v,
+        counts,
+        ages,
+        *maps,
+        shift,
+        sink_k,
+        sink_v,
+        sinks_seen,
+        turns,
+        places,
+        back,
+        window,
+        chunk,
+        scale,
+    ) = arguments()
     plan = NativeSlots(window, chunk, documents, sinks_seen, turns, places, back)
-    seen, maps = SlotKeys(slot_k, slot_v, counts, shift, sink_k, sink_v), SlotMaps(key_map, key_map)
+    seen = SlotKeys(slot_k, slot_v, counts, shift, sink_k, sink_v)
     strided = torch.stack([q, q], dim=-1)[..., 0]
     assert not strided.is_contiguous()
-    found, expected = (slot_attention(x, k, v, plan, None, seen, ages, maps, scale) for x in (strided, q))
+    found, expected = (slot_attention(x, k, v, plan, None, seen, ages, SlotMaps(*maps), scale) for x in (strided, q))
     assert torch.equal(found, expected)
 
 
 def test_a_dtype_apart_is_refused() -> None:
-    q, k, v, documents, slot_k, slot_v, counts, ages, _, shift, sink_k, sink_v, *layout, scale = arguments()
+    q, k, v, documents, slot_k, slot_v, counts, ages, _, _, _, shift, sink_k, sink_v, *layout, scale = arguments()
     sinks_seen, turns, places, back, window, chunk = layout
     plan = NativeSlots(window, chunk, documents, sinks_seen, turns, places, back)
     seen = SlotKeys(slot_k, slot_v, counts, shift, sink_k, sink_v)

@@ -42,13 +42,6 @@ inline void differentiate(const Step& p, const Keys& keys, int query, int from, 
   }
 }
 
-template <class T>
-inline float dot_of(const T* a, const T* b, int dim) {
-  vec total = {};
-  for (int i = 0; i < dim; i += VL) total += load(a + i) * load(b + i);
-  return sum(total);
-}
-
 inline void scale_row(const float* from, float factor, int dim, float* to) {
   for (int i = 0; i < dim; i += VL) store(to + i, load(from + i) * splat(factor));
 }
@@ -57,10 +50,10 @@ inline void add_row(const float* from, int dim, float* to) {
   for (int i = 0; i < dim; i += VL) store(to + i, load(to + i) + load(from + i));
 }
 
-// Two rows' sum.
+// to += factor from.
 template <class T>
-inline void add_rows(const T* a, const T* b, int dim, float* to) {
-  for (int i = 0; i < dim; i += VL) store(to + i, load(a + i) + load(b + i));
+inline void add_scaled(const T* from, float factor, int dim, float* to) {
+  for (int i = 0; i < dim; i += VL) store(to + i, load(to + i) + load(from + i) * splat(factor));
 }
 
 // Gradients of keys and values from one chunk's rows, those of slots apart; `row` [3 dim] is for work.
@@ -121,6 +114,15 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
   transpose_words(P::interleaved(k, keys.rows, dim, grad_k), keys.rows / P::G, dim, k_left);
   gather<P, T>(p, keys, p.v, p.slot_v, p.sink_v, v);
   std::memset(grad_k, 0, sizeof(float) * 2 * sums);
+  const bool maps = has_maps(p, keys);
+  const int64_t place = keys.row * p.chunks + keys.chunk;
+  float *value_map = map + (ptrdiff_t)dim * dim, *grad_value_map = nullptr;
+  if (maps) {
+    load_map<P, T>(p, keys, p.value_map, map);
+    // Transposed, as the right operand.
+    transpose_words(map, dim, words, value_map);
+    grad_value_map = p.grad_value_map + (place * p.kv_heads + keys.head) * dim * dim;
+  }
 
   for (int h = 0; h < group; ++h) {
     const int64_t query_head = keys.head * group + h;
@@ -132,7 +134,6 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
       Gradients state;
       std::memset(q_rows, 0, sizeof(float) * kQueries * words);
       std::memset(out_rows, 0, sizeof(float) * kQueries * words);
-      std::memset(slot_rows, 0, sizeof(float) * kQueries * words);
       for (int i = 0; i < kQueries; ++i) {
         // A query that is not there has no weights.
         state.lse[i] = 1e30f;
@@ -142,28 +143,40 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
         const int64_t from = at + i * stride;
         const ptrdiff_t to = (ptrdiff_t)i * words;
         const T* grad = static_cast<const T*>(p.grad_out) + from;
-        const T* slot_grad = static_cast<const T*>(p.grad_slot_out) + from;
-        load_query<P>(p, keys, static_cast<const T*>(p.q) + from, query + i, row, q_rows);
+        const T* own = static_cast<const T*>(p.q) + from;
+        load_query<P>(p, keys, own, query + i, row, q_rows);
         P::load_row(grad, dim, out_rows + to);
-        // What the slots' values gave is in both outputs.
-        add_rows(grad, slot_grad, dim, row);
-        P::round_row(row, dim, slot_rows + to);
         state.lse[i] = lse[i];
-        state.dot[i] = dot_of(static_cast<const T*>(p.out) + from, grad, dim) +
-                       dot_of(static_cast<const T*>(p.slot_out) + from, slot_grad, dim);
-        state.shift[i] = p.shift[(token + i) * p.heads + query_head] * kLog2E;
+        state.dot[i] = dot_of(static_cast<const T*>(p.out) + from, grad, dim);
+        state.shift[i] = shift_of(p, own, token + i, query_head);
       }
       transpose_words(q_rows, kQueries, words, q);
       transpose_words(out_rows, kQueries, words, out);
-      transpose_words(slot_rows, kQueries, words, slot_out);
       const float* q_right = P::interleaved(q_rows, kQueries, dim, q_spare);
       const float* out_right = P::interleaved(out_rows, kQueries, dim, out_spare);
+      const float* slot_grads = out;  // the output's gradients as slots' values have them
+      if (maps) {
+        const T* read = static_cast<const T*>(p.slot_out) + at;
+        std::memset(slot_rows, 0, sizeof(float) * kQueries * words);
+        for (int i = 0; i < count; ++i) P::load_row(read + i * stride, dim, slot_rows + (ptrdiff_t)i * words);
+        transpose_words(P::interleaved(slot_rows, kQueries, dim, grad_q), kQueries / P::G, dim, slot_out);
+        product<P>(dim, dim, kQueries / P::G, slot_out, kQueries / P::G, out_right, dim, grad_value_map, dim, true);
+        product<P>(kQueries, dim, words, out_rows, words, value_map, dim, grad_q, dim, false);
+        std::memset(slot_rows, 0, sizeof(float) * kQueries * words);
+        for (int i = 0; i < count; ++i) {
+          float* mapped = grad_q + (ptrdiff_t)i * dim;
+          add_scaled(static_cast<const T*>(p.grad_out) + at + i * stride, 1.0f, dim, mapped);
+          P::round_row(mapped, dim, slot_rows + (ptrdiff_t)i * words);
+        }
+        transpose_words(slot_rows, kQueries, words, slot_out);
+        slot_grads = slot_out;
+      }
       std::memset(grad_q, 0, sizeof(float) * tile);
       each_block(keys, query, count, [&](int from, int to, bool slots) {
         const int n = to - from;
         const ptrdiff_t first = (ptrdiff_t)from * words, sum_first = (ptrdiff_t)from * dim;
         product<P>(n, kQueries, words, k + first, words, q, kQueries, logits, kQueries, false);
-        product<P>(n, kQueries, words, v + first, words, slots ? slot_out : out, kQueries, values, kQueries, false);
+        product<P>(n, kQueries, words, v + first, words, slots ? slot_grads : out, kQueries, values, kQueries, false);
         if (all_seen(keys, from, to, query))
           differentiate<P, false>(p, keys, query, from, to, state, logits, values, weights, grads, grads_right);
         else
@@ -180,6 +193,11 @@ void run_backward(const Step& p, const Keys& keys, float* scratch) {
       for (int i = 0; i < count; ++i) {
         const Turn by = turn_of_token(p, keys, p.key_count - p.tokens + keys.chunk * p.chunk + query + i);
         turn_row<true>(q_spare + (ptrdiff_t)i * dim, by, dim, row);
+        if (p.shift_query != nullptr) {
+          const T* own = static_cast<const T*>(p.q) + at + i * stride;
+          add_scaled(p.shift_query + query_head * dim, state.by_shift[i], dim, row);
+          add_scaled(own, state.by_shift[i], dim, p.grad_shift_query + (place * p.heads + query_head) * dim);
+        }
         put_row(row, dim, static_cast<T*>(p.grad_q) + at + i * stride);
         p.grad_shift[(token + i) * p.heads + query_head] = state.by_shift[i];
       }

@@ -85,11 +85,16 @@ void run_forward(const Step& p, const Keys& keys, float* scratch) {
   float *row = scratch, *map = row + 3 * dim;
   float *k = map + 2 * dim * dim, *v = k + matrix, *spare = v + matrix;  // v as the left operand of a sum over keys
   float *q = spare + static_cast<size_t>(keys.rows) * dim, *rows = q + tile, *out = rows + tile, *slot_out = out + tile;
-  float *logits = slot_out + tile, *weights = logits + kQueries * kKeys;
+  float *slot_rows = slot_out + tile, *logits = slot_rows + tile, *weights = logits + kQueries * kKeys;
   gather_turned<P, T>(p, keys, {row, map, v, spare}, k);
   gather<P, T>(p, keys, p.v, p.slot_v, p.sink_v, spare);
   float* interleaved = P::G > 1 ? spare + matrix : spare;
   transpose_words(P::interleaved(spare, keys.rows, dim, interleaved), keys.rows / P::G, dim, v);
+  const float* value_map = nullptr;  // as the right operand
+  if (has_maps(p, keys)) {
+    load_map<P, T>(p, keys, p.value_map, map);
+    value_map = P::interleaved(map, dim, dim, map + (ptrdiff_t)dim * dim);
+  }
 
   for (int h = 0; h < group; ++h) {
     const int64_t query_head = keys.head * group + h;
@@ -100,10 +105,12 @@ void run_forward(const Step& p, const Keys& keys, float* scratch) {
       Softmax state;
       std::memset(rows, 0, sizeof(float) * kQueries * words);
       for (int i = 0; i < kQueries; ++i) {
-        if (i < count) load_query<P>(p, keys, static_cast<const T*>(p.q) + at + i * stride, query + i, row, rows);
-        state.shift[i] = i < count ? p.shift[(token + i) * p.heads + query_head] * kLog2E : 0.0f;
         state.most[i] = -1e30f;
-        state.total[i] = 0.0f;
+        state.total[i] = state.shift[i] = 0.0f;
+        if (i >= count) continue;
+        const T* own = static_cast<const T*>(p.q) + at + i * stride;
+        load_query<P>(p, keys, own, query + i, row, rows);
+        state.shift[i] = shift_of(p, own, token + i, query_head);
       }
       transpose_words(rows, kQueries, words, q);
       std::memset(out, 0, sizeof(float) * 2 * tile);
@@ -120,12 +127,21 @@ void run_forward(const Step& p, const Keys& keys, float* scratch) {
       for (int i = 0; i < count; ++i) lse[i] = state.most[i] + __builtin_log2f(state.total[i]);
       for (int i = 0; i < kQueries; ++i) state.total[i] = i < count ? 1 / state.total[i] : 0.0f;
       for (size_t i = 0; i < tile; i += VL) store(out + i, load(out + i) + load(slot_out + i));
-      const auto put = [&](const float* columns, void* to) {
-        put_queries(columns, state.total, dim, rows);
+      const auto put = [&](void* to) {
         for (int i = 0; i < count; ++i) put_row(rows + (ptrdiff_t)i * dim, dim, static_cast<T*>(to) + at + i * stride);
       };
-      put(out, p.out);
-      put(slot_out, p.slot_out);
+      if (value_map == nullptr) {
+        put_queries(out, state.total, dim, rows);
+        put(p.out);
+        continue;
+      }
+      // What a query reads of the slots' values is mapped, in place of every slot's: there are fewer.
+      put_queries(slot_out, state.total, dim, rows);
+      put(p.slot_out);
+      for (int i = 0; i < kQueries; ++i) P::round_row(rows + (ptrdiff_t)i * dim, dim, slot_rows + (ptrdiff_t)i * words);
+      put_queries(out, state.total, dim, rows);
+      product<P>(kQueries, dim, words, slot_rows, words, value_map, dim, rows, dim, true);
+      put(p.out);
     }
   }
 }

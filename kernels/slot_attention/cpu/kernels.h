@@ -19,7 +19,9 @@ struct Step {
   const int64_t* documents;         // [batch, key_count]
   const void *slot_k, *slot_v;      // [batch, chunks, kv_heads, slots, dim]; before RoPE
   const float *counts, *ages;       // [batch, chunks, kv_heads, slots]
-  const void* key_map;              // [kv_heads, dim, dim]: keys of slots are read as k + k map; null without one
+  // How slots are read, null where they are read as they are.
+  const void *key_map, *value_map;  // [kv_heads, dim, dim]: keys as k + k map, values likewise
+  const float* shift_query;         // [heads, dim]: its product with a query before RoPE is added to the shift
   const float* shift;               // [batch, tokens, heads]
   const void *sink_k, *sink_v;      // [batch, chunks, sinks, kv_heads, dim]; after RoPE
   const bool* sinks_seen;           // [batch, chunks, sinks]
@@ -30,15 +32,17 @@ struct Step {
   const float* back;    // by age, [ages_most + 1]
   int64_t ages_most;
 
-  void *out, *slot_out;  // like q: the output, and the part of it that the slots' values are
+  // Like q: the output, and with maps what it reads of slots' values before they are mapped, where there are slots.
+  void *out, *slot_out;
   float* lse;            // [batch, heads, tokens], of logits in units of log 2
 
-  const void *grad_out, *grad_slot_out;  // like q
-  void* grad_q;                          // like q
-  float *grad_k, *grad_v;                // [batch, key_count, kv_heads, dim], added to
-  float* grad_key_map;                   // [batch, chunks, kv_heads, dim, dim], zeros where nothing is written
-  float* grad_shift;                     // like shift
-  void *grad_sink_k, *grad_sink_v;       // like sink_k; zeros where nothing is written
+  const void* grad_out;                   // like q
+  void* grad_q;                           // like q
+  float *grad_k, *grad_v;                 // [batch, key_count, kv_heads, dim], added to
+  float *grad_key_map, *grad_value_map;   // [batch, chunks, kv_heads, dim, dim], added to
+  float* grad_shift_query;                // [batch, chunks, heads, dim], added to
+  float* grad_shift;                      // like shift
+  void *grad_sink_k, *grad_sink_v;        // like sink_k; zeros where nothing is written
 };
 
 // The keys that a chunk's queries see by one key-value head, in one list: the band (the chunk's own tokens and the window
@@ -76,7 +80,7 @@ struct Kernels {
 inline size_t scratch_size(const Keys& keys, size_t dim, int elements, bool backward) {
   const size_t sums = keys.rows * dim, matrix = sums / elements, tile = kQueries * dim;
   const size_t block = static_cast<size_t>(kQueries) * kKeys;
-  const size_t work = backward ? 3 * matrix + 2 * sums + 9 * tile + 5 * block : 2 * matrix + sums + 4 * tile + 2 * block;
+  const size_t work = backward ? 3 * matrix + 2 * sums + 9 * tile + 5 * block : 2 * matrix + sums + 5 * tile + 2 * block;
   return 3 * dim + 2 * dim * dim + work;
 }
 

@@ -116,15 +116,26 @@ struct TurnScratch {
   float* mapped;  // [keys.rows, dim]
 };
 
+// Whether there is a slot to be read through maps.
+inline bool has_maps(const Step& p, const Keys& keys) {
+  return p.key_map != nullptr && keys.slots_end > keys.slots_begin;
+}
+
+// Words of the map of the keys' head in rows, to [dim dim].
+template <class P, class T>
+inline void load_map(const Step& p, const Keys& keys, const void* maps, float* to) {
+  const T* map = static_cast<const T*>(maps) + keys.head * p.dim * p.dim;
+  for (int i = 0; i < p.dim; ++i) P::load_row(map + (ptrdiff_t)i * p.dim, p.dim, to + (ptrdiff_t)i * (p.dim / P::G));
+}
+
 // Words of all keys in rows, those of slots mapped, and turned; what is padding is zero.
 template <class P, class T>
 inline void gather_turned(const Step& p, const Keys& keys, const TurnScratch& work, float* to) {
   const int dim = p.dim, words = dim / P::G;
   const T* from[] = {static_cast<const T*>(p.k), static_cast<const T*>(p.slot_k), static_cast<const T*>(p.sink_k)};
-  const bool maps = p.key_map != nullptr && keys.slots_end > keys.slots_begin;
+  const bool maps = has_maps(p, keys);
   if (maps) {
-    const T* map = static_cast<const T*>(p.key_map) + keys.head * dim * dim;
-    for (int i = 0; i < dim; ++i) P::load_row(map + (ptrdiff_t)i * dim, dim, work.map + (ptrdiff_t)i * words);
+    load_map<P, T>(p, keys, p.key_map, work.map);
     const float* right = P::interleaved(work.map, dim, dim, work.map + (ptrdiff_t)dim * dim);
     gather_slots<P, T>(p, keys, work.stored);
     product<P>(keys.slots_end - keys.slots_begin, dim, words, work.stored, words, right, dim, work.mapped, dim, false);
@@ -162,6 +173,20 @@ inline void put_queries(const float* columns, const float* factors, int dim, flo
       for (int r = 0; r < VL; ++r) store(rows + (ptrdiff_t)(c + r) * dim + i, square[r]);
     }
   }
+}
+
+template <class T, class U>
+inline float dot_of(const T* a, const U* b, int dim) {
+  vec total = {};
+  for (int i = 0; i < dim; i += VL) total += load(a + i) * load(b + i);
+  return sum(total);
+}
+
+// What is added to a query's logits of slots, in units of log 2; q before RoPE.
+template <class T>
+inline float shift_of(const Step& p, const T* q, int64_t token, int64_t query_head) {
+  const float own = p.shift[token * p.heads + query_head];
+  return kLog2E * (p.shift_query == nullptr ? own : own + dot_of(q, p.shift_query + query_head * p.dim, p.dim));
 }
 
 template <class T>

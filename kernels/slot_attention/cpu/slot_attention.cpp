@@ -62,6 +62,8 @@ Step step(
     const Tensor& counts,
     const Tensor& ages,
     const std::optional<Tensor>& key_map,
+    const std::optional<Tensor>& value_map,
+    const std::optional<Tensor>& shift_query,
     const Tensor& shift,
     const Tensor& sink_k,
     const Tensor& sink_v,
@@ -96,7 +98,16 @@ Step step(
   check(slot_v, "slot_v", dtype, {p.batch, p.chunks, p.kv_heads, p.slots, p.dim});
   check(counts, "counts", ScalarType::Float, {p.batch, p.chunks, p.kv_heads, p.slots});
   check(ages, "ages", ScalarType::Float, {p.batch, p.chunks, p.kv_heads, p.slots});
-  if (key_map.has_value()) check(*key_map, "key_map", dtype, {p.kv_heads, p.dim, p.dim});
+  STD_TORCH_CHECK(
+      key_map.has_value() == value_map.has_value() && key_map.has_value() == shift_query.has_value(),
+      "slot_attention: key_map, value_map and shift_query come together");
+  if (key_map.has_value()) {
+    check(*key_map, "key_map", dtype, {p.kv_heads, p.dim, p.dim});
+    check(*value_map, "value_map", dtype, {p.kv_heads, p.dim, p.dim});
+    check(*shift_query, "shift_query", ScalarType::Float, {p.heads, p.dim});
+    p.key_map = key_map->const_data_ptr(), p.value_map = value_map->const_data_ptr();
+    p.shift_query = read(*shift_query);
+  }
   check(shift, "shift", ScalarType::Float, {p.batch, p.tokens, p.heads});
   check(sink_k, "sink_k", dtype, {p.batch, p.chunks, p.sinks, p.kv_heads, p.dim});
   check(sink_v, "sink_v", dtype, {p.batch, p.chunks, p.sinks, p.kv_heads, p.dim});
@@ -109,13 +120,15 @@ Step step(
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.documents = read<int64_t>(documents);
   p.slot_k = slot_k.const_data_ptr(), p.slot_v = slot_v.const_data_ptr();
-  p.key_map = key_map.has_value() ? key_map->const_data_ptr() : nullptr;
   p.counts = read(counts), p.ages = read(ages), p.shift = read(shift);
   p.turns = read(turns), p.places = read(places), p.back = read(back);
   p.sink_k = sink_k.const_data_ptr(), p.sink_v = sink_v.const_data_ptr();
   p.sinks_seen = read<bool>(sinks_seen);
   return p;
 }
+
+// Rows of what is there only where slots are mapped.
+int64_t maps(const Step& p) { return p.key_map == nullptr ? 0 : p.batch; }
 
 // Every `stride`-th chunk from `first` on, of all rows and heads. Threads take the next one when they are free: a
 // chunk's cost grows with its slots in use.
@@ -144,6 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& counts,
     const Tensor& ages,
     const std::optional<Tensor>& key_map,
+    const std::optional<Tensor>& value_map,
+    const std::optional<Tensor>& shift_query,
     const Tensor& shift,
     const Tensor& sink_k,
     const Tensor& sink_v,
@@ -155,18 +170,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     int64_t chunk,
     double scale) {
   Step p = step(
-      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back,
-      window, chunk, scale);
-  Tensor out = torch::stable::empty_like(q), slot_out = torch::stable::empty_like(q);
+      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, value_map, shift_query, shift, sink_k, sink_v,
+      sinks_seen, turns, places, back, window, chunk, scale);
+  Tensor out = torch::stable::empty_like(q);
+  Tensor slot_out = torch::stable::new_empty(q, {maps(p), p.tokens, p.heads, p.dim}, q.scalar_type());
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.tokens}, ScalarType::Float);
   p.out = out.mutable_data_ptr(), p.slot_out = slot_out.mutable_data_ptr(), p.lse = floats(lse);
   run(p, kernels(q.scalar_type() == ScalarType::BFloat16), false, 0, 1);
   return {out, slot_out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(
     const Tensor& grad_out,
-    const Tensor& grad_slot_out,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
@@ -176,6 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& counts,
     const Tensor& ages,
     const std::optional<Tensor>& key_map,
+    const std::optional<Tensor>& value_map,
+    const std::optional<Tensor>& shift_query,
     const Tensor& shift,
     const Tensor& sink_k,
     const Tensor& sink_v,
@@ -190,13 +209,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     int64_t chunk,
     double scale) {
   Step p = step(
-      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, shift, sink_k, sink_v, sinks_seen, turns, places, back,
-      window, chunk, scale);
+      q, k, v, documents, slot_k, slot_v, counts, ages, key_map, value_map, shift_query, shift, sink_k, sink_v,
+      sinks_seen, turns, places, back, window, chunk, scale);
   const ScalarType dtype = q.scalar_type();
   check(grad_out, "grad_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
-  check(grad_slot_out, "grad_slot_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
   check(out, "out", dtype, {p.batch, p.tokens, p.heads, p.dim});
-  check(slot_out, "slot_out", dtype, {p.batch, p.tokens, p.heads, p.dim});
+  check(slot_out, "slot_out", dtype, {maps(p), p.tokens, p.heads, p.dim});
   check(lse, "lse", ScalarType::Float, {p.batch, p.heads, p.tokens});
   Tensor grad_q = torch::stable::empty_like(q), grad_shift = torch::stable::empty_like(shift);
   const auto zeros = [&](const Tensor& like, ScalarType type) {
@@ -204,20 +222,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   };
   Tensor grad_k = zeros(k, ScalarType::Float), grad_v = zeros(v, ScalarType::Float);
   Tensor grad_sink_k = zeros(sink_k, dtype), grad_sink_v = zeros(sink_v, dtype);
-  const int64_t maps = key_map.has_value() ? p.batch : 0;
-  Tensor grad_key_map = torch::stable::new_zeros(q, {maps, p.chunks, p.kv_heads, p.dim, p.dim}, ScalarType::Float);
-  p.grad_out = grad_out.const_data_ptr(), p.grad_slot_out = grad_slot_out.const_data_ptr();
+  const auto by_chunk = [&](std::vector<int64_t> sizes) {
+    sizes.insert(sizes.begin(), {maps(p), p.chunks});
+    return torch::stable::new_zeros(q, sizes, ScalarType::Float);
+  };
+  Tensor grad_key_map = by_chunk({p.kv_heads, p.dim, p.dim}), grad_value_map = by_chunk({p.kv_heads, p.dim, p.dim});
+  Tensor grad_shift_query = by_chunk({p.heads, p.dim});
+  p.grad_out = grad_out.const_data_ptr();
   p.out = const_cast<void*>(out.const_data_ptr()), p.slot_out = const_cast<void*>(slot_out.const_data_ptr());
   p.lse = const_cast<float*>(read(lse));
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_shift = floats(grad_shift);
   p.grad_k = floats(grad_k), p.grad_v = floats(grad_v);
-  p.grad_key_map = floats(grad_key_map);
+  p.grad_key_map = floats(grad_key_map), p.grad_value_map = floats(grad_value_map);
+  p.grad_shift_query = floats(grad_shift_query);
   p.grad_sink_k = grad_sink_k.mutable_data_ptr(), p.grad_sink_v = grad_sink_v.mutable_data_ptr();
   const Kernels kernel = kernels(dtype == ScalarType::BFloat16);
   // Chunks whose bands overlap add to the same keys: they take turns, in one order whatever the threads do.
   const int64_t rounds = std::min(1 + (window + chunk - 1) / chunk, p.chunks);
   for (int64_t round = 0; round < rounds; ++round) run(p, kernel, true, round, rounds);
-  return {grad_q, grad_k, grad_v, grad_key_map, grad_shift, grad_sink_k, grad_sink_v};
+  return {
+      grad_q,     grad_k,      grad_v,     grad_key_map, grad_value_map, grad_shift_query,
+      grad_shift, grad_sink_k, grad_sink_v};
 }
 
 }  // namespace

@@ -104,14 +104,13 @@ class SlotBranch(nn.Module):
                 importance, q, k, v, plan.rotation, plan.segment_ids, plan.kept,
                 window=plan.window, reach=plan.reach, scale=scale,
             )  # fmt: skip
-        shift = self.shifted(shift.squeeze(-1), q, topology)
-        out = slot_attention(q, k, v, plan, window, found, self.maps(topology), shift, scale)
+        out = slot_attention(q, k, v, plan, window, found, self.maps(topology), shift.squeeze(-1), scale)
         return out, found.after, slot_health(found.after, loss)
 
     def maps(self, topology: Topology) -> SlotMaps:
         """How this rank's slots are read."""
         own = topology.heads(self.key_map.shape[0])
-        return SlotMaps(self.key_map[own], self.value_map[own])
+        return SlotMaps(self.key_map[own], self.value_map[own], self.shift_query[topology.heads(self.config.heads)])
 
     def importance(self, topology: Topology) -> Importance | None:
         """What this rank's tokens weigh; None where they are alike."""
@@ -119,11 +118,6 @@ class SlotBranch(nn.Module):
             return None
         own = topology.heads(self.importance_key.shape[0])
         return Importance(self.importance_key[own], self.importance_value[own])
-
-    def shifted(self, shift: Tensor, q: Tensor, topology: Topology) -> Tensor:
-        """What is added to the slots' logits, [batch, tokens, heads / degree], float32."""
-        weight = self.shift_query[topology.heads(self.config.heads)]
-        return shift + torch.einsum("bthd,hd->bth", q, weight.to(q.dtype))
 
 
 def slot_health(slots: Slots, importance: ImportanceLoss | None) -> SlotHealth:

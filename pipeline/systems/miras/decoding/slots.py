@@ -128,13 +128,13 @@ class SlotSteps(LayerSteps):
     ) -> Tensor:
         """Takes in k and v [rows, key-value heads, 1, dim], then the attention of q [rows, heads, 1, dim], like q; q
         and k come before RoPE. shift [rows, 1, heads, 1] is the branch's, of the layer's input."""
-        branch, kept, whole = self.branch, state.kept, Topology()
+        branch, kept = self.branch, state.kept
         for name, leaving in zip((PENDING_K, PENDING_V), cache.leaving(token), strict=True):
             kept[name][token.rows, plan.offset] = leaving[:, 0]
         cache.take(k, v, token)
-        slots, made = _slots(kept), state.made
+        slots, made, maps = _slots(kept), state.made, branch.maps(Topology())
         if plan.begins or not made:
-            keys, values = branch.maps(whole).read(slots.keys.to(k.dtype), slots.values.to(v.dtype))
+            keys, values = maps.read(slots.keys.to(k.dtype), slots.values.to(v.dtype))
             made[READ_K], made[READ_V] = turn_slots(keys, plan.slots, plan.back, slots.ages), values
         ring = slice(cache.sinks, cache.sinks + token.slots)
         all_k = torch.cat(
@@ -157,9 +157,7 @@ class SlotSteps(LayerSteps):
         )
         grouped = turn(q, *token.rotation).reshape(*k.shape[:2], -1, k.shape[-1])
         # [rows, key-value heads, group, 1]
-        shift = (
-            branch.shifted(shift.squeeze(-1), q.transpose(1, 2), whole).transpose(1, 2).reshape(*grouped.shape[:3], 1)
-        )
+        shift = maps.shifted(shift.squeeze(-1), q.transpose(1, 2)).transpose(1, 2).reshape(*grouped.shape[:3], 1)
         bias = slots.counts.log()[:, :, None] + shift
         mask = torch.cat([plan.mask.expand(*grouped.shape[:3], -1).to(bias.dtype), bias], dim=-1)
         out = F.scaled_dot_product_attention(grouped, all_k, all_v, attn_mask=mask.to(q.dtype), scale=scale)

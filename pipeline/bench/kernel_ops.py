@@ -250,7 +250,8 @@ def _slots(x: Sequence[Tensor], backend: str) -> Tensor:
         )
     plan, slots = _stored(Shape(*q.shape), q.dtype, "native" if backend == "cpu" else "sdpa")
     heads, dim = q.shape[2:]
-    maps = SlotMaps(*q.new_zeros(2, heads, dim, dim), q.new_zeros(heads, dim))
+    key_map, value_map = q.new_zeros(2, heads, dim, dim)
+    maps = SlotMaps(key_map, value_map, q.new_zeros(heads, dim))
     return slot_attention(q, k, v, plan, None, slots, maps, shift, q.shape[3] ** -0.5)
 
 

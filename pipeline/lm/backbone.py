@@ -43,8 +43,7 @@ def rope_of(backbone: Any) -> Rope:
 
 
 class _Factor:
-    """Stands for a tensor of one number in products with tensors: nothing is computed, and nothing kept for the
-    backward pass. torch.compile traces it."""
+    """Stands for a tensor of one number in products with tensors, which are not computed. torch.compile traces it."""
 
     def unsqueeze(self, _dim: int) -> Any:
         return self
@@ -53,8 +52,7 @@ class _Factor:
 class _One(_Factor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x, _one = args
-        return x
+        return args[0] if function is torch.Tensor.mul else NotImplemented
 
 
 class _Zero(_Factor):
@@ -63,7 +61,7 @@ class _Zero(_Factor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         x, zero = args
-        return x if function is torch.Tensor.add else zero
+        return {torch.Tensor.mul: zero, torch.Tensor.add: x}.get(function, NotImplemented)
 
 
 UNROTATED: Any = (_One(), _Zero())

@@ -15,7 +15,7 @@ from pipeline.callbacks.metrics import read_rows
 from pipeline.checkpoint.safe import load_pickle, weights_only
 from tests.launch.forked import forked
 
-SMALL = ["--sequence-length", "256", "--evaluation.steps", "2", "--eval-every", "0", "--report.no-plots"]
+SMALL = ["--sequence-length", "256", "--evaluation.steps", "1", "--eval-every", "0", "--report.no-plots"]
 LAST = 6
 PAIRS = 16
 OTHERS = 8

@@ -15,7 +15,7 @@ from pipeline.checkpoint.manifest import problems
 from tests.launch.forked import Forked, forked
 from tests.launch.harness import Started
 
-SMALL = ["--sequence-length", "256", "--evaluation.steps", "2", "--eval-every", "0", "--grad-accum", "3"]
+SMALL = ["--sequence-length", "256", "--evaluation.steps", "1", "--eval-every", "0", "--grad-accum", "3"]
 KILL_TIMEOUT = 30
 """Seconds after SIGTERM at which DeepSpeed's launcher kills."""
 LAST = 9

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.lm.backbone import build_backbone
+from pipeline.lm.backbone import UNROTATED, build_backbone
 from pipeline.lm.config import AttentionConfig, BackboneConfig
 from pipeline.lm.decoder_config import MODEL_TYPES
 from pipeline.lm.pretrained import backbone_config
@@ -46,6 +48,21 @@ def test_logits_and_gradients_are_those_of_transformers(ids: Tensor, name: str, 
     assert gradients.keys() == {key for key, _ in plain.named_parameters()}
     for key, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[key], parameter.grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_layer_that_rotates_by_nothing_hands_on_its_queries_and_keys(model_type: str) -> None:
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
+    found = module.apply_rotary_pos_emb(q, k, *UNROTATED)
+    assert found[0] is q and found[1] is k
+
+
+@pytest.mark.parametrize("function", [torch.sub, torch.div, torch.maximum])
+def test_what_is_no_product_of_a_rotation_is_an_error(function: Callable[..., object]) -> None:
+    for factor in UNROTATED:
+        with pytest.raises(TypeError):
+            function(torch.ones(2), factor)
 
 
 def test_a_window_of_ours_is_the_sliding_window_of_transformers(ids: Tensor) -> None:

@@ -211,12 +211,18 @@ def test_of_equal_keys_the_kernel_loses_nothing() -> None:
     assert after.counts.sum() == 96
 
 
-def test_steps_rows_heads_and_threads_change_no_bit_of_the_kernel() -> None:
-    slots, k, v, weights, taken, goes_on, places = arguments = step(tokens=24, slots=100, dim=64)
+@pytest.mark.parametrize("dtype", store_slots_native.DTYPES, ids=str)
+def test_steps_rows_heads_and_threads_change_no_bit_of_the_kernel(dtype: torch.dtype) -> None:
+    slots, k, v, weights, taken, goes_on, places = arguments = step(tokens=24, slots=100, dim=64, dtype=dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         whole = store_slots(*arguments, backend="cpu")
+        shared = []
+        # Of six heads of streams two are left over, one, six and six.
+        for count in (4, 5, 8, 16):
+            torch.set_num_threads(count)
+            shared.append(store_slots(*arguments, backend="cpu"))
         torch.set_num_threads(1)
         early, late = ([x[:, part] for x in (k, v, weights, taken, goes_on)] for part in (slice(2), slice(2, None)))
         first = store_slots(slots, *early, places, backend="cpu")
@@ -228,10 +234,20 @@ def test_steps_rows_heads_and_threads_change_no_bit_of_the_kernel() -> None:
     finally:
         torch.set_num_threads(threads)
     assert not any(x.any() for x in slots), "the slots that are given stay as they are"
+    for other in shared:
+        pairs = zip((*other[:4], *other.after), (*whole[:4], *whole.after), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
     for name in ("keys", "values", "counts", "ages"):
         assert torch.equal(torch.cat([getattr(first, name), getattr(rest, name)], dim=1), getattr(whole, name))
         assert torch.equal(getattr(one, name), getattr(whole, name)[1:, :, 2:])
         assert torch.equal(getattr(rest.after, name), getattr(whole.after, name))
+
+
+def test_an_instruction_set_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.load("cpu")
+    monkeypatch.setenv("MNEMOS_CPU_ISA", "sse9")
+    with pytest.raises(RuntimeError, match="MNEMOS_CPU_ISA is sse9"):
+        store_slots(*step(), backend="cpu")
 
 
 def test_a_head_of_no_numbers_stays_alone() -> None:

@@ -39,7 +39,8 @@ struct Step {
   const void* grad_out;                   // like q
   void* grad_q;                           // like q
   float *grad_k, *grad_v;                 // [batch, key_count, kv_heads, dim], added to
-  float *grad_key_map, *grad_value_map;   // [batch, chunks, kv_heads, dim, dim], added to
+  float* grad_key_map;                    // [batch, chunks, kv_heads, dim, dim], zeros where nothing is written
+  float* grad_value_map;                  // likewise, added to
   float* grad_shift_query;                // [batch, chunks, heads, dim], added to
   float* grad_shift;                      // like shift
   void *grad_sink_k, *grad_sink_v;        // like sink_k; zeros where nothing is written

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <numeric>
 #include <vector>
 
 #include "common/cpu/isa.h"
@@ -267,31 +268,32 @@ Kernels kernels() {
   }
 }
 
-// As many streams' heads as threads have equally many go to one thread each; threads share each of the others, chunk by
-// chunk.
+// Every thread has equally many heads of streams to itself. Those that are left over are cut in shares, chunk by chunk, of
+// which every thread has equally many too.
 template <class T>
 void run(const Step& p, const void* k, const void* v, void* found_keys, void* found_values) {
-  const auto store = [&] { return Store<T>(p, k, v, found_keys, found_values, kernels()); };
+  const Kernels own = kernels();
+  const auto store = [&] { return Store<T>(p, k, v, found_keys, found_values, own); };
   const int64_t units = p.batch * p.heads, threads = torch::stable::get_num_threads();
   const int64_t shared = units % threads, whole = units - shared;
   torch::stable::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    Store<T> own = store();
+    Store<T> one = store();
     for (int64_t unit = begin; unit < end; ++unit) {
-      own.begin(unit / p.heads, unit % p.heads);
+      one.begin(unit / p.heads, unit % p.heads);
       for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-        own.prepare(chunk);
-        own.share(0, 1);
-        own.finish();
+        one.prepare(chunk);
+        one.share(0, 1);
+        one.finish();
       }
-      own.end();
+      one.end();
     }
   });
   if (shared == 0) return;
   std::vector<Store<T>> stores;
   stores.reserve(shared);
   for (int64_t i = 0; i < shared; ++i) stores.push_back(store());
-  const int64_t shares = threads / shared;
+  const int64_t shares = threads / std::gcd(shared, threads);
   for (int64_t chunk = 0; chunk <= p.chunks; ++chunk) {
     torch::stable::parallel_for(0, shared, 1, [&](int64_t begin, int64_t end) {
       const FlushDenormals flush;

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.data.batch import IGNORED, TokenBatch

@@ -61,14 +61,15 @@ def sizes(draw: st.DrawFn) -> Sizes:
 def test_all_sizes_are_the_path_in_pytorch(shape: Sizes, seed: int) -> None:
     for dtype, limit in TOLERANCE.items():
         for name, (found, expected) in results(dtype, shape, seed).items():
-            size = float(expected.norm())
-            if name == "shift":
-                # Its terms cancel, and leave the rounding of products of rows of `dim` normal numbers.
-                size = max(size, 0.5 * (shape.dim * expected.numel()) ** 0.5)
-            if name == "shift_query":
-                # Those, times queries of normal numbers, summed over the tokens.
-                size = max(size, 0.5 * (shape.dim * expected.numel() * shape.batch * shape.tokens) ** 0.5)
+            size = max(float(expected.norm()), rounding(shape).get(name, 0))
             assert (found - expected).norm() <= 2 * limit * size, name
+
+
+def rounding(shape: Sizes) -> dict[str, float]:
+    """Of gradients whose terms cancel: they leave the rounding of products of rows of `dim` normal numbers, for each
+    token and head, and that times queries, and keys."""
+    one = 0.5 * (shape.dim * shape.batch * shape.tokens * shape.kv_heads * shape.group) ** 0.5
+    return {"shift": one, "shift_query": one * shape.dim**0.5, "key_map": 0.5 * one * shape.dim**0.5}
 
 
 def arguments() -> tuple:

@@ -37,6 +37,7 @@ from tests.systems.miras.harness import (
     batch,
     built,
     differentiated_blocks,
+    keep_norms_precise,
     learning_in_two_steps,
     run,
     run_in_steps,
@@ -75,6 +76,7 @@ def test_with_the_memory_off_the_model_is_its_backbone(ids: Tensor, attachment: 
     bare = dataclasses.replace(system.sizes, memory=dataclasses.replace(system.sizes.memory, layers=()))
     plain = MirasModel(bare, system.backbone).to(torch.float64)
     plain.backbone.load_state_dict(model.backbone.state_dict())
+    keep_norms_precise(plain)
     expected = run(system, plain, part)
     assert torch.equal(off.tokens["losses"], expected.tokens["losses"])
     assert (on.tokens["losses"] - off.tokens["losses"]).abs().max() > 1e-3

@@ -213,7 +213,10 @@ def _only(name: str) -> tuple[str, ...]:
     return ("--backends", "none", "--peers", name) if name in PEER_MODULES else ("--backends", name, "--peers", "none")
 
 
-ATTENTION = {"window": "window attention", "full": "full attention", "slots": "window attention and slots"}
+ATTENTION = {
+    "window": "window attention", "full": "full attention", "slots": "window attention and slots",
+    "distillation": "window attention and slots, with full attention as the teacher",
+}  # fmt: skip
 """What a step of training attends with, in words."""
 
 
@@ -241,6 +244,7 @@ def _train(target: Target) -> list[Step]:
         slots = ("--model.attention.window", "1024", "--model.memory.attachment", "slots", "--model.memory.layers",
                  "every1", "--model.memory.slots.count", "512", "--model.memory.slots.chunk", "256")  # fmt: skip
         runs.append(("slots", 65_536, (*common, "--data.min-tokens", "65536", *slots)))
+        runs.append(("distillation", 65_536, (*common, "--data.min-tokens", "65536", *slots, "--model.distil", "full")))
         recall = ()
         # The rows of one micro-batch of the recipe. Texts are joined up, so that every sequence is full.
         texts = ("--data.dataset", "stdlib", "--data.tokenizer", "bytes", "--grad-accum", "1", "--zero", "zero0")

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +116,13 @@ def attention_products(system: System, config: RunConfig) -> Iterator[tuple[tupl
         yield (config.batch_size * heads, tokens, tokens // 2, dim), layers
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The least of several. On one thread it is the processor's time, which what else runs on the machine changes
-    little; that of several threads would be added up."""
+def seconds(run: Callable[[], Any]) -> float:
+    """On one thread it is the processor's time, which what else runs on the machine changes little; that of several
+    threads would be added up."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    found = []
-    for _ in range(repeats):
-        begun = clock()
-        run()
-        found.append(clock() - begun)
-    return min(found)
+    begun = clock()
+    run()
+    return clock() - begun
 
 
 @pytest.mark.slow
@@ -159,17 +157,24 @@ def test_a_step_takes_little_more_than_its_matrix_products(
             shapes[shape] += times
         # As commands do, and for the rest of this process. The memory of the first steps is new to it.
         keep_freed_memory()
-        whole = seconds(step, 4)
-        alone = inside = 0.0
-        for (tokens, inputs, outputs), times in shapes.items():
-            x, weight = torch.randn(tokens, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
-            alone += times * seconds(lambda x=x, weight=weight: F.linear(x, weight), 2)  # type: ignore[misc]
-        for (matrices, rows, inner, columns), times in attention_products(system, config):
-            x = torch.randn(matrices, rows, inner, dtype=dtype)
-            y = torch.randn(matrices, inner, columns, dtype=dtype)
-            inside += times * seconds(lambda x=x, y=y: torch.bmm(x, y), 2)  # type: ignore[misc]
+        attended = list(attention_products(system, config))
+        steps: list[float] = []
+        with_weights: list[list[float]] = [[] for _ in shapes]
+        within: list[list[float]] = [[] for _ in attended]
+        # In turn, and the least of each: the speed of a machine drifts.
+        for _ in range(4):
+            steps.append(seconds(step))
+            for found, (tokens, inputs, outputs) in zip(with_weights, shapes, strict=True):
+                x, weight = torch.randn(tokens, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+                found.append(seconds(partial(F.linear, x, weight)))
+            for found, ((matrices, rows, inner, columns), _) in zip(within, attended, strict=True):
+                x = torch.randn(matrices, rows, inner, dtype=dtype)
+                found.append(seconds(partial(torch.bmm, x, torch.randn(matrices, inner, columns, dtype=dtype))))
     finally:
         torch.set_num_threads(threads)
+    whole = min(steps)
+    alone = sum(times * min(found) for times, found in zip(shapes.values(), with_weights, strict=True))
+    inside = sum(times * min(found) for (_, times), found in zip(attended, within, strict=True))
     numbers = sum(times * 2 * tokens * inputs * outputs for (tokens, inputs, outputs), times in shapes.items())
     figures = {
         "precision": str(dtype).removeprefix("torch."),

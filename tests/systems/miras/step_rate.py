@@ -19,12 +19,14 @@ from torch import nn
 from pipeline.config import RunConfig, replace
 from pipeline.ds_config import precision_of
 from pipeline.host.freed_memory import keep_freed_memory
+from pipeline.host.large_pages import use_large_pages
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_smollm2
 from pipeline.system import StepContext, System
 from pipeline.systems.miras import create
 from pipeline.systems.miras.config import MirasConfig
 from pipeline.systems.miras.flops import compared_share
+from pipeline.systems.miras.system import MirasSystem
 
 
 def products(system: System, model: Any, config: RunConfig) -> Iterator[tuple[tuple[int, int, int], int]]:
@@ -61,10 +63,10 @@ def keys_seen(config: RunConfig) -> tuple[int, int]:
     return round(sum(near) / len(near)), round(sum(far) / len(far))
 
 
-def attention_products(system: System, config: RunConfig) -> Iterator[tuple[tuple[int, int, int, int], int]]:
+def attention_products(system: MirasSystem, config: RunConfig) -> Iterator[tuple[tuple[int, int, int, int], int]]:
     """The products of a step inside attention, as (matrices, rows, inner, columns) and how often: the student's with
     the keys that its queries see, forward and backward, and the teacher's, of which the future is left out."""
-    sizes, backbone = config.model, system.backbone  # type: ignore[attr-defined]
+    sizes, backbone = config.model, system.backbone
     assert isinstance(sizes, MirasConfig)
     tokens, chunk = config.sequence_length, sizes.memory.slots.chunk
     dim, heads, kv_heads = backbone.head_dim, backbone.num_attention_heads, backbone.num_key_value_heads
@@ -93,9 +95,11 @@ def seconds(run: Callable[[], Any]) -> float:
 def measure(folder: str, distil: str, cores: int) -> dict[str, Any]:
     """Seconds of a step and of its products, and what follows."""
     recipe = replace(miras_smollm2(), model__distil=distil)
-    backbone = dataclasses.replace(recipe.model.backbone, pretrained=folder)  # type: ignore[attr-defined]
+    assert isinstance(recipe.model, MirasConfig)
+    backbone = dataclasses.replace(recipe.model.backbone, pretrained=folder)
     config = replace(recipe, model__backbone=backbone, data__tokenizer=folder)
     dtype, system = precision_of(config), create(config)
+    assert isinstance(system, MirasSystem)
     torch.set_num_threads(cores)
     model = system.build()
     system.initialise(model, Topology())
@@ -114,8 +118,6 @@ def measure(folder: str, distil: str, cores: int) -> dict[str, Any]:
     shapes: Counter[tuple[int, int, int]] = Counter()
     for shape, times in products(system, model, config):
         shapes[shape] += times
-    # As commands do. The memory of the first steps is new to it.
-    keep_freed_memory()
     attended = list(attention_products(system, config))
     steps: list[float] = []
     with_weights: list[list[float]] = [[] for _ in shapes]
@@ -147,4 +149,7 @@ def measure(folder: str, distil: str, cores: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # As commands do. The memory of the first steps is new to it.
+    use_large_pages()
+    keep_freed_memory()
     print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -23,7 +23,6 @@ from pipeline.errors import (
     out_of_space,
 )
 from pipeline.host.freed_memory import keep_freed_memory
-from pipeline.host.large_pages import use_large_pages
 from pipeline.runtime.exit import exit_code, exit_message, exit_process, log_line, silence
 from pipeline.runtime.stop import Stopped, StopRequests
 from pipeline.spelling import did_you_mean, nearest
@@ -65,8 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The name of a file may be no text.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Torch reads it once.
-    use_large_pages()
     keep_freed_memory()
     words = without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     if not words or words[0] in ("-h", "--help", "help"):

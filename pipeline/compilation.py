@@ -34,15 +34,15 @@ def check_compile(config: RunConfig, system: System, topology: Topology, ds_conf
     if zero_stage(ds_config) == 3:
         raise UserError(
             f"--compile with --zero {config.zero}: ZeRO-3 gathers weights in the middle of a block, which is then no"
-            " single graph: give --zero zero2 or less, or leave --compile out"
+            " single graph: give --zero zero2 or less, or --no-compile"
         )
     system.check_compile(topology)
     if on_gpu() and importlib.util.find_spec("triton") is None:
-        raise UserError("--compile: torch.compile needs the package triton here: install it, or leave --compile out")
+        raise UserError("--compile: torch.compile needs the package triton here: install it, or give --no-compile")
     named = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
         given = f"CXX={named}" if named else f"any of {', '.join(COMPILERS)}"
-        raise UserError(f"--compile: there is no C++ compiler ({given}): install one, or leave --compile out")
+        raise UserError(f"--compile: there is no C++ compiler ({given}): install one, or give --no-compile")
 
 
 def compile_blocks(config: RunConfig, system: System, model: nn.Module) -> int:

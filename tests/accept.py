@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.junit import read_junit
-from pipeline.host.large_pages import use_large_pages
 from pipeline.host.provenance import ROOT, commit
 from pipeline.host.versions import versions
 from pipeline.parallel.topology import Topology
@@ -162,7 +161,6 @@ def main(words: Sequence[str], experiments: Mapping[str, Experiment] = EXPERIMEN
 def run(name: str, experiment: Experiment, kept: Path) -> dict[str, Any]:
     """Runs the tests of an experiment in a process of their own, with their output on this terminal. They may keep runs
     in the folder `kept`."""
-    use_large_pages()  # as commands do
     environment = {**os.environ, KEPT: str(kept)}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"

@@ -20,9 +20,11 @@ from pipeline.config import RunConfig, replace
 from pipeline.data.batch import TokenBatch
 from pipeline.errors import UserError
 from pipeline.parallel.topology import Topology
+from pipeline.recipes.cvfp import cvfp_tiny
 from pipeline.recipes.miras import miras_tiny
 from pipeline.recipes.olmo import olmo_tiny
 from pipeline.system import StepContext, System, create_system
+from pipeline.systems.miras.config import MemoryConfig
 from tests.launch.harness import launch
 
 ROWS, LENGTH = 2, 16
@@ -85,6 +87,27 @@ def test_a_block_is_one_graph_for_all_layers_and_steps(
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("attachment", ["residual", "slots"])
+def test_norms_and_ffns_beside_a_memory_are_compiled(attachment: str, counter: CompileCounterWithBackend) -> None:
+    run = replace(miras_tiny(), batch_size=ROWS, sequence_length=LENGTH, compile=True, parallel__sequence=1)
+    run = replace(run, model__memory=MemoryConfig(layers=(1, 2), heads=4, head_dim=8, attachment=attachment))
+    run = with_backbone(run, trainable=True)
+    (plain_system, plain), (system, compiled) = built(run), built(run)
+    # Of olmo2: a feed-forward network and four norms in each of three layers, and the last norm.
+    assert compile_blocks(run, system, compiled) == 3 + 3 * 4 + 1
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    counts = []
+    for seed in range(1, 4):
+        expected, found = loss(plain_system, plain, seed), loss(system, compiled, seed)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        gradients = torch.autograd.grad(found, list(compiled.parameters()))
+        for one, other in zip(gradients, torch.autograd.grad(expected, list(plain.parameters())), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        counts.append(counter.frame_count)
+    assert counts == [2] * 3, "one graph serves all networks, one all norms, at every step"
+    assert not counters["graph_break"]
+
+
 def test_a_block_that_is_no_single_graph_is_no_block_to_compile(counter: CompileCounterWithBackend) -> None:
     run = with_backbone(config())
     system, model = built(run)
@@ -119,7 +142,7 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch: pytest.Monk
     assert "give --zero zero2 or less" in refusal(replace(run, zero="zero3"), stage=3)
     assert "leave one of them out" in refusal(run, degree=2)
     assert "--data.document-mask on a CPU" in refusal(replace(run, data__document_mask=True))
-    assert "no blocks that can be compiled" in refusal(replace(miras_tiny(), compile=True))
+    assert "no blocks that can be compiled" in refusal(replace(cvfp_tiny(), compile=True))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler (CXX=no-such-compiler)" in refusal(run)
     check_compile(dataclasses.replace(run, compile=False), create_system(run), Topology(), {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from pipeline.lm.attention import ATTENTION_NAME
@@ -32,6 +33,13 @@ def build_backbone(config: PreTrainedConfig) -> Any:
     if config.tie_word_embeddings:
         backbone.lm_head.tie(backbone.model.embed_tokens)
     return backbone
+
+
+def norms_and_ffns(backbone: Any) -> list[nn.Module]:
+    """The modules of a decoder that work on one token at a time and are more than one product: its norms, those of
+    queries and keys too, and the feed-forward network of every layer."""
+    norms = [module for module in backbone.modules() if type(module).__name__.endswith("Norm")]
+    return [layer.mlp for layer in backbone.model.layers] + norms
 
 
 def rope_of(backbone: Any) -> Rope:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MAX_FORGET = 0.01
 """Largest forget rate per token."""
@@ -80,10 +82,38 @@ class GateLinear(nn.Linear):
             weight, bias = self.weight.to(accumulate_dtype), self.bias.to(accumulate_dtype)
             if norm_eps is None:
                 return F.linear(x.to(accumulate_dtype), weight, bias)
-            size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype)
-            inverse = torch.rsqrt(size.square() / x.shape[-1] + norm_eps)
-            # A token's factor passes through the projection, whose output is the smaller one to multiply.
-            return F.linear(x.to(accumulate_dtype), weight) * inverse + bias
+            projected: Tensor = _NormedLinear.apply(x, weight, norm_eps)
+            return projected + bias
+
+
+class _NormedLinear(torch.autograd.Function):
+    """x W^T / rms(x) of x [..., width] and W [outputs, width] in the precision of W: [..., outputs].
+
+    Autograd would keep x twice more in that precision, and pass over it several times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
+        inverse = torch.rsqrt(size.square() / x.shape[-1] + eps)
+        # A token's factor passes through the projection, whose output is the smaller one to multiply.
+        out = F.linear(x.to(weight.dtype), weight) * inverse
+        ctx.save_for_backward(x, weight, inverse, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse, out = ctx.saved_tensors
+        wide, scaled = x.to(weight.dtype), grad * inverse
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            # d inverse / d x = -x inverse^3 / width, of which `out` has one factor.
+            along = (grad * out).sum(dim=-1, keepdim=True) * inverse.square() / x.shape[-1]
+            grad_x = torch.addcmul(scaled @ weight, wide, along, value=-1).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = scaled.flatten(0, -2).T @ wide.flatten(0, -2)
+        return grad_x, grad_weight, None
 
 
 def logit(probability: float) -> float:

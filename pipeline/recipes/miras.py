@@ -130,6 +130,8 @@ def miras_smollm2() -> RunConfig:
         lr=1e-3,
         zero="zero1",
         precision="bf16",
+        # A minute of the first steps, and half a second less of each.
+        compile=True,
         save_every=35,
         eval_every=140,
         output_dir=Path("outputs/miras_smollm2"),
@@ -151,6 +153,7 @@ def miras_smollm2_short() -> RunConfig:
         steps=12,
         warmup_steps=2,
         sequence_length=2048,
+        compile=False,
         save_every=0,
         eval_every=12,
         data__min_tokens=1536,

@@ -216,6 +216,7 @@ def _only(name: str) -> tuple[str, ...]:
 ATTENTION = {
     "window": "window attention", "full": "full attention", "slots": "window attention and slots",
     "distillation": "window attention and slots, with full attention as the teacher",
+    "compiled": "window attention, with --compile",
 }  # fmt: skip
 """What a step of training attends with, in words."""
 
@@ -245,6 +246,7 @@ def _train(target: Target) -> list[Step]:
                  "every1", "--model.memory.slots.count", "512", "--model.memory.slots.chunk", "256")  # fmt: skip
         runs.append(("slots", 65_536, (*common, "--data.min-tokens", "65536", *slots)))
         runs.append(("distillation", 65_536, (*common, "--data.min-tokens", "65536", *slots, "--model.distil", "full")))
+        runs.append(("compiled", 65_536, (*common, "--data.min-tokens", "65536", "--compile")))
         recall = ()
         # The rows of one micro-batch of the recipe. Texts are joined up, so that every sequence is full.
         texts = ("--data.dataset", "stdlib", "--data.tokenizer", "bytes", "--grad-accum", "1", "--zero", "zero0")

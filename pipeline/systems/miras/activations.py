@@ -11,12 +11,15 @@ import math
 import torch
 from transformers import PreTrainedConfig
 
+from pipeline.config import RunConfig
+from pipeline.host.devices import Device
 from pipeline.lm.activations import block_bytes, head_bytes, plan_bytes
 from pipeline.lm.decoder_config import attention_width, kv_width
 from pipeline.ops import chunks, dual_scan, mlp_scan, scan_native, swiglu_scan
 from pipeline.ops.chunks import span_tokens
 from pipeline.ops.dual_maps import QNormLink, SoftmaxLink
 from pipeline.ops.scan_torch import kept_bytes, recomputes
+from pipeline.parallel.topology import Topology
 from pipeline.systems.miras.activation_step import Step
 from pipeline.systems.miras.config import LIKE_ATTENTION, MemoryConfig, MirasConfig
 from pipeline.systems.miras.layer_kinds import by_layer, on_backbone
@@ -26,6 +29,35 @@ TORCH_BACKWARD = 0.6
 """What the backward pass of a scan in PyTorch makes on top of what it finds, as a share of it; measured 0.3 to 0.6."""
 DEEP_BACKWARD = 0.1
 """The same for deep memories, whose passes let go of most as they use it."""
+
+
+def run_bytes(
+    config: RunConfig,
+    sizes: MirasConfig,
+    backbone: PreTrainedConfig,
+    topology: Topology,
+    element: int,
+    device: Device,
+) -> dict[str, int]:
+    """What a rank of a run holds on a device, by name, where the model computes in numbers of `element` bytes."""
+    rows, float16 = config.batch_size, config.precision == "fp16"
+    kept, work = step_bytes(
+        Step(
+            sizes,
+            backbone,
+            element,
+            rows=rows,
+            sequence=config.sequence_length,
+            degree=topology.sequence,
+            recompute=config.activation_checkpointing,
+            device=device,
+            float16=float16,
+        )
+    )
+    # What the streams of all micro-batches carry is there as it was until the step is complete, and as it will be.
+    streams = 2 * config.grad_accum * rows
+    carry = streams * carry_bytes(sizes, backbone, element) // topology.sequence
+    return {"carry": carry, "kept activations": kept, "working set": work}
 
 
 def step_bytes(step: Step) -> tuple[int, int]:
@@ -108,10 +140,9 @@ def slot_bytes(step: Step, memory: MemoryConfig) -> tuple[int, int]:
     rows, kv = step.rows / step.degree, step.kv_width // memory.head_dim
     slots = element * rows * step.sequence / chunk * kv * memory.head_dim * count
     queries = element * step.tokens * memory.heads * memory.head_dim
-    normed = (8 if element < 4 else 4) * step.backbone.hidden_size * step.tokens
     # What the rest of the block kept is gone by then; before, it works beside all that is saved.
     freed = 3 * element * step.backbone.intermediate_size * step.tokens
-    return int(3 * slots + queries + normed), int(max(4 * slots + queries - freed, block_bytes(step)[1]))
+    return int(3 * slots + queries), int(max(4 * slots + queries - freed, block_bytes(step)[1]))
 
 
 def carry_bytes(config: MirasConfig, backbone: PreTrainedConfig, element: int) -> int:

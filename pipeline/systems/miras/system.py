@@ -14,6 +14,7 @@ from pipeline.data.batch import Counts, TokenBatch
 from pipeline.errors import UserError
 from pipeline.host.devices import Device
 from pipeline.lm.attention import attention_backend
+from pipeline.lm.backbone import norms_and_ffns
 from pipeline.lm.decoder_config import check_window, kv_heads, sliding_window
 from pipeline.lm.decoding import Decoder
 from pipeline.lm.distillation import choose, comparable, count_compared
@@ -273,24 +274,14 @@ class MirasSystem(LanguageModelSystem):
         return count_flops(self.sizes, self.backbone, sequence_length)
 
     def activation_bytes(self, topology: Topology, element: int, device: Device) -> dict[str, int]:
-        from pipeline.systems.miras import activations
-        from pipeline.systems.miras.activation_step import Step
+        from pipeline.systems.miras.activations import run_bytes
 
-        rows, float16 = self.config.batch_size, self.config.precision == "fp16"
-        kept, work = activations.step_bytes(
-            Step(
-                self.sizes,
-                self.backbone,
-                element,
-                rows=rows,
-                sequence=self.config.sequence_length,
-                degree=topology.sequence,
-                recompute=self.config.activation_checkpointing,
-                device=device,
-                float16=float16,
-            )
-        )
-        # What the streams of all micro-batches carry is there as it was until the step is complete, and as it will be.
-        streams = 2 * self.config.grad_accum * rows
-        carry = streams * activations.carry_bytes(self.sizes, self.backbone, element) // topology.sequence
-        return {"carry": carry, "kept activations": kept, "working set": work}
+        return run_bytes(self.config, self.sizes, self.backbone, topology, element, device)
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """As `Compiles.blocks`. A whole layer is no single graph: its attention and memory go by a plan of the step."""
+        assert isinstance(model, MirasModel)
+        return norms_and_ffns(model.backbone)
+
+    def check_compile(self, topology: Topology) -> None:
+        """As `Compiles.check_compile`: they are one graph on every layout."""

@@ -107,7 +107,7 @@ def test_every_command_for_a_gpu_is_one_that_its_program_takes() -> None:
             own, rest = _split(flags)
             parse_flags(ThroughputOptions(), own, "throughput")
             parse_run([*rest, "--steps", "4"], "train")
-    assert sum(words[0] == "bench" for words in benches) == len(benches) == 21
+    assert sum(words[0] == "bench" for words in benches) == len(benches) == 22
     for words in commands:
         if words[2] == "pipeline.bench.gpu.recall":
             parse_run(["miras_recall", *words[5:]], "train")

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.compilation import compile_blocks
 from pipeline.config import RunConfig, replace
 from pipeline.ds_config import precision_of
 from pipeline.host.freed_memory import keep_freed_memory
-from pipeline.host.large_pages import use_large_pages
 from pipeline.parallel.topology import Topology
 from pipeline.recipes.miras import miras_smollm2
 from pipeline.system import StepContext, System
@@ -108,6 +108,7 @@ def measure(folder: str, distil: str, cores: int) -> dict[str, Any]:
     trained = {name for group in phase.groups for name in group.parameters}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+    compile_blocks(config, system, model)
     (part,) = system.loader(phase, Topology()).next_step()
 
     def step() -> None:
@@ -150,6 +151,5 @@ def measure(folder: str, distil: str, cores: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     # As commands do. The memory of the first steps is new to it.
-    use_large_pages()
     keep_freed_memory()
     print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

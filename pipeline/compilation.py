@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import inspect
 import os
 import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pipeline.capabilities import Compiles
@@ -16,7 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.ds_config import zero_stage
 from pipeline.errors import UserError
 from pipeline.host.hardware import on_gpu
-from pipeline.ops.fuse import VARIANTS
+from pipeline.ops.fuse import compile_variants
 from pipeline.parallel.topology import Topology
 from pipeline.system import System
 
@@ -43,20 +45,31 @@ def check_compile(config: RunConfig, system: System, topology: Topology, ds_conf
     if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
         given = f"CXX={named}" if named else f"any of {', '.join(COMPILERS)}"
         raise UserError(f"--compile: there is no C++ compiler ({given}): install one, or give --no-compile")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise UserError(
+            f"--compile: generated code needs Python's headers, which are not in {headers}: install them (python3-dev),"
+            " or give --no-compile"
+        )
 
 
 def compile_blocks(config: RunConfig, system: System, model: nn.Module) -> int:
-    """Has every block compiled at its first call, where `--compile` was given; returns how many blocks there are.
+    """Has every block compiled at its first call in training, where `--compile` was given; returns how many blocks
+    there are.
 
-    Names of parameters stay as they are. Blocks of the same sizes share one compiled graph.
+    Names of parameters stay as they are. Blocks of the same sizes share one compiled graph. Evaluations, whose texts
+    are of any length, run the blocks as they are.
     """
     if not config.compile:
         return 0
     assert isinstance(system, Compiles)
     blocks = system.blocks(model)
-    options: dict[str, Any] = {"backend": BACKEND, "fullgraph": True, "dynamic": False}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # from torch 2.13 on
-        options["recompile_limit"] = VARIANTS
     for block in blocks:
-        block.compile(**options)
+        compiled = compile_variants(block._call_impl, backend=BACKEND, fullgraph=True, dynamic=False)
+        # Where nn.Module.compile keeps it: copies and pickles of the module leave it out.
+        block._compiled_call_impl = functools.partial(_call, block, compiled)
     return len(blocks)
+
+
+def _call(block: nn.Module, compiled: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    return (compiled if block.training else block._call_impl)(*arguments, **named)

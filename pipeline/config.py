@@ -179,8 +179,8 @@ class RunConfig:
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     compile: bool = False
-    """Compile the blocks of the model with torch.compile, each as a single graph, when they first run: a minute of the
-    first step. Not with ZeRO-3."""
+    """Compile the blocks of the model with torch.compile, each as a single graph, when they are first trained: up to a
+    minute of the first step. Evaluations run them as they are. Not with ZeRO-3."""
     profile: int = 0
     """Record this many steps (after two of warm-up) with torch.profiler into OUT/profile."""
     dry_run: bool = False

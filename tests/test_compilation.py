@@ -19,12 +19,14 @@ from pipeline.compilation import check_compile, compile_blocks
 from pipeline.config import RunConfig, replace
 from pipeline.data.batch import TokenBatch
 from pipeline.errors import UserError
+from pipeline.lm.config import AttentionConfig
 from pipeline.parallel.topology import Topology
+from pipeline.recipes import all_recipes
 from pipeline.recipes.cvfp import cvfp_tiny
 from pipeline.recipes.miras import miras_tiny
 from pipeline.recipes.olmo import olmo_tiny
 from pipeline.system import StepContext, System, create_system
-from pipeline.systems.miras.config import MemoryConfig
+from pipeline.systems.miras.config import MemoryConfig, SlotsConfig
 from tests.launch.harness import launch
 
 ROWS, LENGTH = 2, 16
@@ -83,29 +85,51 @@ def test_a_block_is_one_graph_for_all_layers_and_steps(
     assert counter.frame_count == 1
     with torch.no_grad():
         torch.testing.assert_close(loss(system, compiled, 9), loss(plain_system, plain, 9), rtol=1e-12, atol=0)
-    assert counter.frame_count == 2, "evaluation, without gradients, is a graph of its own"
+    assert counter.frame_count == 2, "without gradients it is a graph of its own"
+    for model in (plain, compiled):
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loss(system, compiled, 9), loss(plain_system, plain, 9), rtol=0, atol=0)
+    assert counter.frame_count == 2, "evaluations run as they are"
     assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("attachment", ["residual", "slots"])
-def test_norms_and_ffns_beside_a_memory_are_compiled(attachment: str, counter: CompileCounterWithBackend) -> None:
+@pytest.mark.parametrize("distil", ["none", "full"])
+def test_norms_and_ffns_beside_a_memory_are_compiled(
+    attachment: str, distil: str, counter: CompileCounterWithBackend
+) -> None:
+    """Frozen, the first layer has nothing to differentiate, and a teacher runs without gradients: other graphs."""
     run = replace(miras_tiny(), batch_size=ROWS, sequence_length=LENGTH, compile=True, parallel__sequence=1)
-    run = replace(run, model__memory=MemoryConfig(layers=(1, 2), heads=4, head_dim=8, attachment=attachment))
-    run = with_backbone(run, trainable=True)
+    memory = MemoryConfig(
+        layers=(1, 2), heads=4, head_dim=8, attachment=attachment, slots=SlotsConfig(count=4, chunk=4, reach=8)
+    )
+    run = with_backbone(
+        replace(run, model__memory=memory, model__attention=AttentionConfig(window=4)), trainable=distil == "none"
+    )
+    run = replace(run, model__distil=distil)
     (plain_system, plain), (system, compiled) = built(run), built(run)
-    # Of olmo2: a feed-forward network and four norms in each of three layers, and the last norm.
-    assert compile_blocks(run, system, compiled) == 3 + 3 * 4 + 1
+    # Of olmo2: a feed-forward network and four norms in each of three layers.
+    assert compile_blocks(run, system, compiled) == 3 * (1 + 4)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     counts = []
+    for model in (plain, compiled):
+        model.backbone.requires_grad_(distil == "none")
     for seed in range(1, 4):
         expected, found = loss(plain_system, plain, seed), loss(system, compiled, seed)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-        gradients = torch.autograd.grad(found, list(compiled.parameters()))
-        for one, other in zip(gradients, torch.autograd.grad(expected, list(plain.parameters())), strict=True):
+        gradients = torch.autograd.grad(found, list(compiled.memory.parameters()), allow_unused=True)
+        for one, other in zip(
+            gradients, torch.autograd.grad(expected, list(plain.memory.parameters()), allow_unused=True), strict=True
+        ):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
         counts.append(counter.frame_count)
-    assert counts == [2] * 3, "one graph serves all networks, one all norms, at every step"
+    assert counts == [2 if distil == "none" else 6] * 3, "of networks and of norms, at every step"
     assert not counters["graph_break"]
+
+
+def test_which_recipes_compile() -> None:
+    assert [name for name, recipe in all_recipes().items() if recipe().compile] == ["miras_smollm2"]
 
 
 def test_a_block_that_is_no_single_graph_is_no_block_to_compile(counter: CompileCounterWithBackend) -> None:
@@ -145,6 +169,9 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch: pytest.Monk
     assert "no blocks that can be compiled" in refusal(replace(cvfp_tiny(), compile=True))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler (CXX=no-such-compiler)" in refusal(run)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda _: "/nowhere")
+    assert "headers, which are not in /nowhere: install them (python3-dev), or give --no-compile" in refusal(run)
     check_compile(dataclasses.replace(run, compile=False), create_system(run), Topology(), {})
 
 

@@ -60,16 +60,14 @@ def width_of(request: Request, limit: int | None) -> int:
     return len(request.context) + len(request.continuation) - 1 - removed(request, limit)
 
 
-def groups(widths: Sequence[int], tokens: int, ranks: int = 1, rows: int | None = None) -> Iterator[Group]:
+def groups(widths: Sequence[int], tokens: int, ranks: int = 1) -> Iterator[Group]:
     """All numbers from 0 on in groups, the longest first: memory is found to be short at once, and rows of a group are
-    about equally long. A group has at most `tokens` tokens on each of `ranks` ranks, padding included, or one row.
-
-    `rows`: of every group on each rank; None: as many as fit, `ROWS` at the most.
-    """
+    about equally long. A group has at most `tokens` tokens on each of `ranks` ranks, padding included, or one row, and
+    at most `ROWS` rows."""
     order = sorted(range(len(widths)), key=lambda number: (-widths[number], number))
     while order:
         width = widths[order[0]]
-        count = ranks * (rows or min(ROWS, max(1, tokens // max(1, width))))
+        count = ranks * min(ROWS, max(1, tokens // max(1, width)))
         yield Group(order[:count], width)
         order = order[count:]
 

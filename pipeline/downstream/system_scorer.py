@@ -46,9 +46,8 @@ class SystemScorer:
         self.model.eval()
         try:
             widths = [self._width(request) for request in requests]
-            fixed = rows if config.compile else None
-            for members, width in groups(widths, budget, topology.data, fixed):
-                count = fixed or math.ceil(len(members) / topology.data)
+            for members, width in groups(widths, budget, topology.data):
+                count = math.ceil(len(members) / topology.data)
                 own = members[topology.data_rank * count : (topology.data_rank + 1) * count]
                 texts = [requests[number] for number in own]
                 # A rank that has fewer texts than others reads one that no one asks about.
@@ -64,14 +63,8 @@ class SystemScorer:
 
     def _width(self, request: Request) -> int:
         """Tokens of the row that a request is read in."""
-        config = self.system.config
-        width = width_of(request, self.limit)
-        if config.compile:
-            # Every shape would be compiled for minutes.
-            whole = config.sequence_length if width <= config.sequence_length else self.limit or width
-            return -(-whole // config.parallel.sequence) * config.parallel.sequence
         multiple = math.lcm(MULTIPLE, self.sync_point.topology.sequence)
-        return -(-width // multiple) * multiple
+        return -(-width_of(request, self.limit) // multiple) * multiple
 
     def _read(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Of ids and labels [rows, width]: nats, and tokens that are not the likeliest, [rows, 2] float64, of what this

@@ -58,8 +58,6 @@ def run_eval(words: Sequence[str]) -> None:
     if wrong:
         raise UserError(wrong[0])
     config = parse_flags(load_config(checkpoint / "config.yaml", all_recipes()), flags, f"mnemos eval {words[0]}")
-    # Nothing is compiled here, and texts may be of any length.
-    config = dataclasses.replace(config, compile=False)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % config.parallel.sequence:
         # A checkpoint of two sequence ranks is evaluated on one laptop as well.

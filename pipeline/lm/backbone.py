@@ -36,9 +36,10 @@ def build_backbone(config: PreTrainedConfig) -> Any:
 
 
 def norms_and_ffns(backbone: Any) -> list[nn.Module]:
-    """The modules of a decoder that work on one token at a time and are more than one product: its norms, those of
-    queries and keys too, and the feed-forward network of every layer."""
-    norms = [module for module in backbone.modules() if type(module).__name__.endswith("Norm")]
+    """The modules of a decoder's layers that are more than one product and see one token at a time: norms, those of
+    queries and keys too, and feed-forward networks. The last norm is none of a layer, and sees other numbers of tokens
+    where a teacher is asked at some of them."""
+    norms = [module for module in backbone.model.layers.modules() if type(module).__name__.endswith("Norm")]
     return [layer.mlp for layer in backbone.model.layers] + norms
 
 

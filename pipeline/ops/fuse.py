@@ -17,9 +17,8 @@ VARIANTS = 64
 _LIMIT = threading.RLock()
 
 
-@functools.cache
-def fused(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`function` compiled, once per process and only when it is first wanted; `options` are those of torch.compile.
+def compile_variants(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` compiled when it is first called; `options` are those of torch.compile.
 
     Shapes, dtypes, grad mode and which inputs need a gradient each make a variant, and beyond torch's default of 8 a
     function runs uncompiled, or fails with `fullgraph`.
@@ -36,3 +35,9 @@ def fused(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             return compiled(*arguments, **named)
 
     return call
+
+
+@functools.cache
+def fused(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """As `compile_variants`, once per process and only when it is first wanted."""
+    return compile_variants(function, **options)

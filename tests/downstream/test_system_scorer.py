@@ -96,22 +96,6 @@ def test_a_long_text_is_read_in_pieces_through_the_carry(attachment: str, monkey
     assert 10**6 - reads.calls == 3 + 2 + 1, "of 192 tokens, of 128, and of two rows of 64"
 
 
-def test_a_compiled_model_sees_two_shapes_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    system, model = built(checkpoints.olmo(batch_size=3))
-    expected = SystemScorer(system, model, SyncPoint(Topology()), padding=256).score(requests())
-    shapes = set()
-    forward = system.forward
-
-    def spy(model: Any, batch: Any, *rest: Any) -> Any:
-        shapes.add(tuple(batch.input_ids.shape))
-        return forward(model, batch, *rest)
-
-    system.config = replace(system.config, compile=True)
-    monkeypatch.setattr(system, "forward", spy)
-    assert_same(SystemScorer(system, model, SyncPoint(Topology()), padding=256).score(requests()), expected)
-    assert shapes == {(3, checkpoints.LIMIT)}
-
-
 def test_a_stop_ends_it_and_the_models_mode_stays() -> None:
     system, model = built(checkpoints.olmo())
     model.train()

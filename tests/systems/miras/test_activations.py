@@ -94,6 +94,13 @@ TRACED = [
     ),
     pytest.param({"kv_heads": 2, "model_type": "llama"}, {"attachment": "slots"}, 1, 0.1, id="slots, grouped"),
     pytest.param({"activation_checkpointing": False}, {"attachment": "slots"}, 4, 0.1, id="slots, not recomputed"),
+    pytest.param(
+        {"kv_heads": 2, "model_type": "llama", "activation_checkpointing": False},
+        {"attachment": "slots"},
+        1,
+        0.1,
+        id="slots, grouped, not recomputed",
+    ),
     pytest.param({"model_type": "llama", "kv_heads": 2, "tied": True}, {}, 1, 0.1, id="llama, grouped and tied"),
     pytest.param({"model_type": "qwen3", "trainable": True}, {}, 1, 0.1, id="qwen3, trainable"),
     pytest.param({"model_type": "olmo", "activation_checkpointing": False}, {}, 1, 0.1, id="olmo, not recomputed"),
